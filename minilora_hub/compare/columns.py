@@ -1,0 +1,183 @@
+"""The columns of a comparison: a base and adapters on it, all over one set of base weights in memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from minilora_hub.bases import resolve_base
+from minilora_hub.errors import AdapterError
+
+Kind = Literal["base", "LoRA", "DoRA", "MixLoRA"]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One model of a comparison.
+
+    Attributes:
+        name: what it is called on screen.
+        kind: the method.
+        model: a causal language model with transformers' forward signature.
+        parameters_added: parameters the adapter adds to the base; 0 for the base itself.
+        detail: one short line about it, e.g. ``"r 16, 8 experts, 2 active"``.
+    """
+
+    name: str
+    kind: Kind
+    model: nn.Module
+    parameters_added: int = 0
+    detail: str = ""
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """Copy a model's tree of modules, sharing every parameter and buffer with the original.
+
+    An adapter that is put onto the copy replaces modules in the copy only, so several adapters sit on one base at the
+    memory of one. Config, generation config and hooks are the copy's own. A change written *into* a shared tensor shows in
+    both, as it must.
+
+    Args:
+        model: any module; quantised parameters are shared like plain ones.
+
+    Returns:
+        The copy, of the same class.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def load_columns(
+    base: nn.Module, name: str, adapters: Sequence[str | Path | Column], progress: Progress
+) -> list[Column]:
+    """Put each adapter onto its own shared copy of `base`.
+
+    Args:
+        base: the base model. It is left as it is: the base's column is a shared copy, too.
+        name: what the base is called on screen.
+        adapters: adapter folders, or columns that are ready.
+        progress: called with a line about each column.
+
+    Returns:
+        The base's column, then one for each adapter.
+
+    Raises:
+        AdapterError: a folder is missing or holds no adapter of a known kind.
+        ValueError: an adapter is damaged or does not fit the base; the message names the tensor or the field.
+    """
+    columns = [Column(name, "base", shared_copy(base).eval(), detail=f"{_millions(_size(base))} parameters")]
+    for adapter in adapters:
+        started = time.perf_counter()
+        column = adapter if isinstance(adapter, Column) else load_adapter(Path(adapter), shared_copy(base))
+        column.model.eval()
+        columns.append(column)
+        progress(f"  + {column.name}: {column.kind}, {column.detail} ({time.perf_counter() - started:.1f} s)")
+    return columns
+
+
+def load_adapter(folder: Path, base: nn.Module) -> Column:
+    """Load one adapter folder onto `base`, which it takes over, with our own classes: no code from the folder runs.
+
+    Args:
+        folder: ``config.json`` with model type ``mixlora`` or ``dora``, or PEFT's ``adapter_config.json`` of a LoRA.
+        base: the module that the adapter's layers go into.
+
+    Raises:
+        AdapterError: the folder is missing or holds no adapter of a known kind.
+    """
+    if not folder.is_dir():
+        raise AdapterError(f"adapter {str(folder)!r}: no such folder")
+    if (folder / "adapter_config.json").is_file():
+        return _load_peft_lora(folder, base)
+    model_type = _read_json(folder / "config.json").get("model_type")
+    if model_type not in ("mixlora", "dora"):
+        raise AdapterError(
+            f"adapter {str(folder)!r}: model_type={model_type!r} in config.json, must be 'mixlora' or 'dora'"
+        )
+
+    from minilora_hub.remote_code.modeling_minilora import DoraForCausalLM, MixLoraForCausalLM
+
+    model_class = MixLoraForCausalLM if model_type == "mixlora" else DoraForCausalLM
+    model = model_class.from_pretrained(str(folder), base_model=base)
+    config = model.config
+    detail = f"r {config.r}"
+    if model_type == "mixlora":
+        detail += f", {config.num_experts} experts, {config.num_experts_per_tok} active"
+    kind: Kind = "MixLoRA" if model_type == "mixlora" else "DoRA"
+    return Column(folder.name, kind, model, model.num_adapter_parameters(), detail)
+
+
+def _load_peft_lora(folder: Path, base: nn.Module) -> Column:
+    """Load plain LoRA in PEFT's format; it needs no class of ours."""
+    settings = _read_json(folder / "adapter_config.json")
+    if settings.get("peft_type") != "LORA":
+        raise AdapterError(f"adapter {str(folder)!r}: peft_type={settings.get('peft_type')!r}, must be 'LORA'")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise AdapterError(f"adapter {str(folder)!r}: no adapter_model.safetensors")
+
+    from peft import PeftModel
+
+    size = _size(base)
+    model = PeftModel.from_pretrained(base, str(folder))
+    added = _size(model) - size
+    kind: Kind = "DoRA" if settings.get("use_dora") else "LoRA"
+    return Column(folder.name, kind, model, added, f"r {settings.get('r')}")
+
+
+def load_base(
+    base: str | Path, device: str | torch.device, dtype: torch.dtype | None, progress: Progress
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """Load a base by name or folder; its own remote code stays off.
+
+    Returns:
+        The model, its tokenizer, and what it is called on screen.
+    """
+    started = time.perf_counter()
+    progress(f"Loading the base {str(base)!r} …")
+    resolved = resolve_base(base)
+    # On a CPU, fp32 is both the quickest and the exact choice; elsewhere the checkpoint's own dtype.
+    wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
+    model = AutoModelForCausalLM.from_pretrained(resolved.path, dtype=wanted).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(resolved.path)
+    progress(f"  {_millions(_size(model))} parameters on {device} ({time.perf_counter() - started:.1f} s)")
+    return model, tokenizer, (resolved.hub_id or resolved.path.name).rpartition("/")[2]
+
+
+def shipped_adapters() -> list[Path]:
+    """Find the adapters that travel with minilora_hub: in an installed wheel or in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for cards in (package / "model_cards", package.parent / "model_cards"):
+        found = sorted(path.parent for path in cards.glob("*/config.json") if "auto_map" in _read_json(path))
+        if found:
+            return found
+    return []
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"adapter {str(path.parent)!r}: no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{str(path)!r} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise AdapterError(f"{str(path)!r}: must hold a JSON object")
+    return content
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"

@@ -1,0 +1,106 @@
+"""How the next token is chosen: settings that check themselves, and transformers' own processors behind them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of one comparison; every column gets the same.
+
+    Args:
+        max_new_tokens: the most tokens a column may generate, at least 1.
+        temperature: 0 takes the most probable token (greedy); above 0 samples.
+        top_p: when sampling, keep the most probable tokens that together reach this probability, in (0, 1].
+        top_k: when sampling, keep this many of the most probable tokens; 0 keeps all.
+        repetition_penalty: divides the positive scores of tokens already in the text, and multiplies the negative ones;
+            1 leaves them alone.
+        seed: seed of each column's own random generator, at least 0.
+
+    Raises:
+        ValueError: a setting is out of range; the message names it, the value received and what is required.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what no processor could honour."""
+        _require(_is_int(self.max_new_tokens, 1), "max_new_tokens", self.max_new_tokens, "an integer of at least 1")
+        _require(_is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "at least 0")
+        _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0, at most 1")
+        _require(_is_int(self.top_k, 0), "top_k", self.top_k, "an integer of at least 0 (0 keeps all tokens)")
+        _require(
+            _is_number(self.repetition_penalty) and self.repetition_penalty > 0,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "a number above 0 (1 changes nothing)",
+        )
+        _require(_is_int(self.seed, 0) and self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
+
+
+def _require(ok: bool, argument: str, value: object, need: str) -> None:
+    if not ok:
+        raise ValueError(f"{argument}={value!r}: must be {need}")
+
+
+def _is_int(value: object, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class TokenPicker:
+    """Chooses one column's next token, in the order of `generate`: penalty, temperature, top-k, top-p."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        """Build the processors that `sampling` asks for, and a random generator seeded with its seed."""
+        self._greedy = sampling.temperature == 0
+        self._processors = LogitsProcessorList()
+        if sampling.repetition_penalty != 1:
+            self._processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+        if not self._greedy:
+            if sampling.temperature != 1:
+                self._processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+            if sampling.top_k > 0:
+                self._processors.append(TopKLogitsWarper(sampling.top_k))
+            if sampling.top_p < 1:
+                self._processors.append(TopPLogitsWarper(float(sampling.top_p)))
+        # On the CPU whatever the model's device: the same seed then gives the same text everywhere.
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+
+    def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> int:
+        """Return the next token's id.
+
+        Args:
+            ids: the text so far, prompt included, (1, tokens), on the CPU.
+            logits: the model's scores for the next token, (1, vocabulary).
+
+        Raises:
+            ValueError: the logits hold NaN: whatever was picked from them would be noise.
+        """
+        scores = logits.to(device="cpu", dtype=torch.float32, copy=True)
+        if torch.isnan(scores).any():
+            raise ValueError("the model's logits contain NaN: its weights or its adapter's are damaged")
+        scores = self._processors(ids, scores)
+        if self._greedy:
+            return int(scores.argmax(dim=-1))
+        probabilities = torch.softmax(scores, dim=-1)
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))

@@ -1,0 +1,62 @@
+"""Tokens to text, one at a time, without ever showing half a character.
+
+A token may end inside a UTF-8 sequence; decoders turn the torn bytes into U+FFFD, one for the sequence or one a byte. Such
+a tail is held back until its rest arrives, and so is the first half of a flag, which is two characters in one glyph.
+"""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+TORN = "\ufffd"
+MAX_TORN = 3  # a UTF-8 sequence has at most four bytes, so at most three can wait for their rest
+FLAG_HALVES = "".join(map(chr, range(0x1F1E6, 0x1F200)))
+
+
+class TextStream:
+    """Turns one column's growing list of token ids into pieces of text that only ever append."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Start with no tokens; `tokenizer` is shared and not changed."""
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def push(self, token_id: int) -> str:
+        """Add a token and return the text that is now certain, often a word, sometimes nothing."""
+        self._ids.append(token_id)
+        text = self._decode()
+        return self._show(text, len(text) - _uncertain_tail(text))
+
+    def finish(self, complete: bool) -> str:
+        """Return what was held back.
+
+        Args:
+            complete: the model ended its answer itself, so a torn tail is what it wrote. Otherwise the answer was cut
+                off, perhaps inside a character, and the torn bytes are dropped.
+        """
+        text = self._decode()
+        return self._show(text, len(text) if complete else len(text) - _torn_tail(text))
+
+    def _decode(self) -> str:
+        # The whole answer each time: a window over the last tokens is quicker, and wrong for tokenizers that treat the
+        # first token, or a run of byte tokens, differently. A 500-token answer decodes in about a quarter of a millisecond.
+        return self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _show(self, text: str, end: int) -> str:
+        piece = text[self._shown : end]
+        self._shown = max(self._shown, end)
+        return piece
+
+
+def _torn_tail(text: str) -> int:
+    """Count the characters at the end of `text` that may be torn bytes."""
+    return min(len(text) - len(text.rstrip(TORN)), MAX_TORN)
+
+
+def _uncertain_tail(text: str) -> int:
+    """Count the characters at the end of `text` that the next token may still change."""
+    torn = _torn_tail(text)
+    whole = text[: len(text) - torn]
+    flags = len(whole) - len(whole.rstrip(FLAG_HALVES))
+    return torn + flags % 2

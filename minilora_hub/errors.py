@@ -1,0 +1,38 @@
+"""Every error that minilora_hub raises on purpose.
+
+    MiniLoraError
+    ├── BaseModelError      a base model cannot be found, fetched or read
+    ├── AdapterError        an adapter folder or repo is incomplete, damaged or of another kind
+    └── MissingExtraError   an optional package is not installed; the message names the extra
+
+The files under `remote_code/` are copied into published repos and must not import this package: they raise plain
+`ValueError`s. The command line prints the message of either in one line and exits with code 1.
+"""
+
+from __future__ import annotations
+
+
+class MiniLoraError(Exception):
+    """Base class: catch this to catch everything below."""
+
+
+class BaseModelError(MiniLoraError):
+    """A base model cannot be found, fetched or read. The message says what to install or pass."""
+
+
+class AdapterError(MiniLoraError):
+    """An adapter folder or repo is incomplete, damaged, or not an adapter of a known kind."""
+
+
+class MissingExtraError(MiniLoraError):
+    """An optional package is not installed.
+
+    Args:
+        package: the module that could not be imported, e.g. ``"gradio"``.
+        extra: the extra of minilora_hub that brings it, e.g. ``"demo"``.
+    """
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed. It comes with: pip install 'minilora_hub[{extra}]'")
+        self.package = package
+        self.extra = extra
