@@ -1,0 +1,55 @@
+"""MixLoRA and DoRA adapters that load from the Hugging Face Hub with one line.
+
+Importing this package loads neither torch nor transformers: a public name is imported when it is first used.
+
+    import minilora_hub
+    minilora_hub.register()                     # the Auto classes of transformers now know both adapter types
+    model = AutoModelForCausalLM.from_pretrained("user/adapter")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from minilora_hub.compare.engine import CompareEngine as CompareEngine
+    from minilora_hub.integrations.auto_classes import register as register
+    from minilora_hub.remote_code.configuration_minilora import DoraConfig as DoraConfig
+    from minilora_hub.remote_code.configuration_minilora import MixLoraConfig as MixLoraConfig
+    from minilora_hub.remote_code.modeling_minilora import DoraForCausalLM as DoraForCausalLM
+    from minilora_hub.remote_code.modeling_minilora import DoraModel as DoraModel
+    from minilora_hub.remote_code.modeling_minilora import MixLoraForCausalLM as MixLoraForCausalLM
+    from minilora_hub.remote_code.modeling_minilora import MixLoraModel as MixLoraModel
+
+_HOMES = {
+    "CompareEngine": "minilora_hub.compare.engine",
+    "DoraConfig": "minilora_hub.remote_code.configuration_minilora",
+    "DoraForCausalLM": "minilora_hub.remote_code.modeling_minilora",
+    "DoraModel": "minilora_hub.remote_code.modeling_minilora",
+    "MixLoraConfig": "minilora_hub.remote_code.configuration_minilora",
+    "MixLoraForCausalLM": "minilora_hub.remote_code.modeling_minilora",
+    "MixLoraModel": "minilora_hub.remote_code.modeling_minilora",
+    "register": "minilora_hub.integrations.auto_classes",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'minilora_hub' has no attribute {name!r}")
+    if _HOMES[name].startswith("minilora_hub.remote_code"):
+        # The files of the island know no base by alias; "embedded" is ours.
+        from minilora_hub.integrations.auto_classes import add_base_aliases
+
+        add_base_aliases()
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

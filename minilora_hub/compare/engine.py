@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from minilora_hub.compare.columns import Column, load_base, load_columns, shared_copy
+from minilora_hub.compare.columns import Column, Progress, load_base, load_columns, shared_copy
 from minilora_hub.compare.sampling import Sampling, TokenPicker
 from minilora_hub.compare.text_stream import TextStream
 
@@ -93,7 +93,7 @@ class CompareEngine:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         routing: bool = False,
-        progress=lambda line: None,
+        progress: Progress = lambda line: None,
     ) -> None:
         """Load everything; see the class for the arguments."""
         if isinstance(base, nn.Module):
@@ -119,6 +119,11 @@ class CompareEngine:
     def forwards(self) -> int:
         """Count of forwards through the base's layers since loading, in all columns, from a hook on the models."""
         return self._forwards
+
+    def memory(self) -> tuple[int, int]:
+        """Count bytes of parameters and buffers: of the base, and of all columns together with shared tensors once."""
+        base, everything = _tensor_bytes(self.columns[:1]), _tensor_bytes(self.columns)
+        return base, everything
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Turn a prompt into the token ids every column reads: a chat of one user turn where the tokenizer has a template.
@@ -188,7 +193,16 @@ class CompareEngine:
 class _Answer:
     """One column's answer in the making: its cache, its text, its clock."""
 
-    def __init__(self, index, column, ids, sampling, tokenizer, routing) -> None:
+    def __init__(
+        self,
+        index: int,
+        column: Column,
+        ids: list[int],
+        sampling: Sampling,
+        tokenizer: PreTrainedTokenizerBase,
+        routing: bool,
+    ) -> None:
+        """Prepare; nothing is computed yet."""
         self.index = index
         self.model = column.model
         self.ids = torch.tensor([ids])  # (1, tokens so far), on the CPU
@@ -212,6 +226,7 @@ class _Answer:
 
     @property
     def reading(self) -> bool:
+        """Whether the prompt is still being read."""
         return self.tokens == 0 and not self.finished
 
     def step(self) -> Update | None:
@@ -236,7 +251,7 @@ class _Answer:
         return self._update(token_id=token, text=text, experts=experts)
 
     @torch.no_grad()
-    def _forward(self):  # noqa: ANN202
+    def _forward(self):
         chunk, self.unread = self.unread[:, :PREFILL_CHUNK], self.unread[:, PREFILL_CHUNK:]
         output = self.model(
             input_ids=chunk.to(self.device),
@@ -285,13 +300,22 @@ def _base_of(model: nn.Module) -> nn.Module:
     """Find the base inside a column's model: below PEFT's wrapper or ours, or the model itself."""
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
-    return model._modules.get("base") or model
+    return model._modules.get("base", model)
 
 
 def _inner_model(model: nn.Module) -> nn.Module:
     """Find the part that every forward of the base goes through once: its decoder, without the head."""
     base = _base_of(model)
-    return base._modules.get(getattr(base, "base_model_prefix", "")) or base
+    return base._modules.get(getattr(base, "base_model_prefix", ""), base)
+
+
+def _tensor_bytes(columns: Sequence[Column]) -> int:
+    storages = {}
+    for column in columns:
+        for tensor in (*column.model.parameters(), *column.model.buffers()):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 def _context(model: nn.Module) -> int:
@@ -307,6 +331,6 @@ def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozens
     return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
 
 
-def _last_experts(output) -> tuple[tuple[int, ...], ...] | None:  # noqa: ANN001
+def _last_experts(output) -> tuple[tuple[int, ...], ...] | None:
     selected = getattr(output, "selected_experts", None)  # per layer (1, seq, top_k)
     return None if selected is None else tuple(tuple(layer[0, -1].tolist()) for layer in selected)

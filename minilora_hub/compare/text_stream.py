@@ -1,7 +1,7 @@
 """Tokens to text, one at a time, without ever showing half a character.
 
-A token may end inside a UTF-8 sequence; decoders turn the torn bytes into U+FFFD, one for the sequence or one a byte. Such
-a tail is held back until its rest arrives, and so is the first half of a flag, which is two characters in one glyph.
+A token may end inside a UTF-8 sequence; decoders turn the torn bytes into U+FFFD, one for the sequence or one a byte.
+Such a tail is held back until its rest arrives, and so is the first half of a flag, two characters in one glyph.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TextStream:
 
     def _decode(self) -> str:
         # The whole answer each time: a window over the last tokens is quicker, and wrong for tokenizers that treat the
-        # first token, or a run of byte tokens, differently. A 500-token answer decodes in about a quarter of a millisecond.
+        # first token, or a run of byte tokens, differently. 500 tokens decode in well under a millisecond.
         return self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _show(self, text: str, end: int) -> str:

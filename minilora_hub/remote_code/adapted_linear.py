@@ -3,8 +3,10 @@
 LoRA (arXiv 2106.09685):       y = W x + b + s B A x
 DoRA (arXiv 2402.09353, eq. 5): y = c * (W x + s B A x) + b,   c = m / ||W + s B A||, the norm taken per output row
 
-W [out, in] and b [out] are the base layer, which is only ever called, so it may be quantised or offloaded. A [r, in] and
-B [out, r] are `lora_A` and `lora_B`, s is `scaling`, m [out] is `magnitude`. The norm is detached from the gradient (the
+W [out, in] and b [out] are the base layer, which is only ever called, so it may be quantised or offloaded. A [r,
+in] and
+B [out, r] are `lora_A` and `lora_B`, s is `scaling`, m [out] is `magnitude`. The norm is detached from the
+gradient (the
 paper's section 4.3).
 
 How this differs from other implementations: B A is never formed. With ||W||^2 per row known once,
@@ -75,7 +77,9 @@ def apply_without_bias(layer, rows):
 
 @torch.no_grad()
 def row_norms_squared(layer, chunk=512):
-    """||W||^2 of each output row: [out], fp32. A weight that is not open goes through once as chunks of the identity."""
+    """||W||^2 of each output row: [out], fp32. A weight that is not open goes through once as chunks of the
+    identity.
+    """
     weight = plain_weight(layer)
     if weight is not None:
         return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
@@ -153,7 +157,8 @@ class LowRankUpdate(nn.Module):
         lora_B: [..., out, r].
         magnitude: [..., out], fp32, or None for plain LoRA.
         scaling: s.
-        weight_norms_squared: ||W||^2 of the base, [out], fp32; None for plain LoRA. Not saved: it follows from the base.
+        weight_norms_squared: ||W||^2 of the base, [out], fp32; None for plain LoRA. Not saved: it follows from the
+            base.
     """
 
     def __init__(self, lora_a, lora_b, magnitude, scaling, dropout, weight_norms_squared=None):

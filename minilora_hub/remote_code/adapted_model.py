@@ -22,7 +22,7 @@ from .adapter_files import (
     CODE_FILES,
     UNKNOWN,
     base_fingerprint,
-    check_tensors,
+    cached_commit,
     read_adapter,
     write_adapter,
 )
@@ -47,7 +47,7 @@ class AdaptedModel(PreTrainedModel):
 
     base_model_prefix = "base"
     main_input_name = "input_ids"
-    _tied_weights_keys = {}  # noqa: RUF012  (the base ties its own)
+    _tied_weights_keys = {}
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -55,23 +55,24 @@ class AdaptedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     auto_class = None
 
-    def __init__(self, config, base=None, tensors=None, seed=0, adapter_dtype=None):
+    def __init__(self, config, base=None, adapter_file=None, seed=0, adapter_dtype=None):
         if base is None:
             if config.text_config is None:
                 raise ValueError(f"{type(self).__name__}: a base, or a configuration with text_config, is required")
             base = self.auto_class.from_config(config.text_config)
+        # Everything that can be wrong is found before the base is changed.
         sites = plan_sites(base, config)
-        if tensors is not None:
-            check_tensors("the adapter", tensors, expected_tensors(config, sites))
+        tensors = None if adapter_file is None else read_adapter(adapter_file, expected_tensors(config, sites))
         config.text_config = base.config
         config.dtype = base.dtype
         config._attn_implementation_internal = base.config._attn_implementation
         super().__init__(config)
         self._trainable_before = [p for p in base.parameters() if p.requires_grad]
-        base.requires_grad_(False)
+        attach(base, config, sites, tensors, seed, adapter_dtype)
+        for parameter in self._trainable_before:
+            parameter.requires_grad_(False)
         self.base = base
         self.sites = sites
-        attach(base, config, sites, tensors, seed, adapter_dtype)
         self.supports_gradient_checkpointing = base.supports_gradient_checkpointing
         for name in ("hf_device_map", "hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
             if hasattr(base, name):
@@ -110,17 +111,21 @@ class AdaptedModel(PreTrainedModel):
             ValueError: the base is adapted already, is not understood, or has none of the targets.
         """
         config = copy.deepcopy(config)
+        cache_dir = base_arguments.get("cache_dir")
         if isinstance(base, (str, os.PathLike)):
             config.base_model_name_or_path = str(base)
             config.base_model_revision = base_arguments.pop("revision", None)
             base = cls._load_base(config, base_trust_remote_code, base_arguments)
+            # Pinned to what was loaded, so that the adapter meets the same base a year from now.
+            pinned = cached_commit(config.base_model_name_or_path, config.base_model_revision, cache_dir)
+            config.base_model_revision = pinned or config.base_model_revision
         elif base_arguments:
             raise ValueError(
                 f"{sorted(base_arguments)}: only for a base that is loaded by name, not one that is handed in"
             )
         elif config.base_model_name_or_path is None:
             config.base_model_name_or_path = base.config._name_or_path or None
-        config.base_fingerprint = cls._fingerprint(config, base_arguments.get("cache_dir"))
+        config.base_fingerprint = cls._fingerprint(config, cache_dir)
         return cls(config, base=base, seed=seed, adapter_dtype=adapter_dtype)
 
     @classmethod
@@ -137,7 +142,8 @@ class AdaptedModel(PreTrainedModel):
             hint = "pass base_model=<a folder or another Hub id>"
             if "trust_remote_code" in str(error):
                 hint = "the base runs code of its own: pass base_trust_remote_code=True if you trust it"
-            raise type(error)(f"the base model {name!r} could not be loaded: {error}\nWhat to do: {hint}") from error
+            kind = OSError if isinstance(error, OSError) else ValueError
+            raise kind(f"the base model {name!r} could not be loaded: {error}\nWhat to do: {hint}") from error
 
     @staticmethod
     def _fingerprint(config, cache_dir):
@@ -165,16 +171,22 @@ class AdaptedModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: Hub id or folder of the adapter.
+            *model_args: refused; everything else is passed by name.
             config: its configuration; read from there by default.
             base_model: another base than the configuration names: a model, a Hub id, a folder or an alias.
             base_revision: revision of the base. The adapter's `revision` never applies to the base.
             base_trust_remote_code: whether the base's own code may run. Trusting the adapter's does not trust it.
-            **kwargs: `revision`, `subfolder`, `token`, `cache_dir`, … find the adapter; everything else goes to the base
-                (`dtype`, `device_map`, `quantization_config`, `attn_implementation`, …). A given `dtype` also applies to
+            output_loading_info: also return transformers' dict of missing and unexpected keys: always empty, since
+                a file that does not fit is an error.
+            **kwargs: `revision`, `subfolder`, `token`, `cache_dir`, … find the adapter; everything else goes to
+                the base
+                (`dtype`, `device_map`, `quantization_config`, `attn_implementation`, …). A given `dtype` also
+                applies to
                 the adapter, whose tensors otherwise keep the dtype they were saved in.
 
         Raises:
-            ValueError: the file is damaged or does not fit the configuration and the base; the message names the tensor.
+            ValueError: the file is damaged or does not fit the configuration and the base; the message names the
+                tensor.
         """
         if model_args:
             raise ValueError(
@@ -188,11 +200,8 @@ class AdaptedModel(PreTrainedModel):
             config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **where)
         config = copy.deepcopy(config)
         file = cached_file(pretrained_model_name_or_path, ADAPTER_FILE, **where)
-        tensors = read_adapter(file)
-
         base, dtype = cls._base_for_adapter(config, base_model, base_revision, base_trust_remote_code, kwargs, shared)
-        check_tensors(file, tensors, expected_tensors(config, plan_sites(base, config)))
-        model = cls(config, base=base, tensors=tensors, adapter_dtype=dtype)
+        model = cls(config, base=base, adapter_file=file, adapter_dtype=dtype)
         model.name_or_path = str(pretrained_model_name_or_path)
         model.eval()
         info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
@@ -217,8 +226,8 @@ class AdaptedModel(PreTrainedModel):
         trained_on, found = config.base_fingerprint, cls._fingerprint(config, shared.get("cache_dir"))
         if UNKNOWN not in (trained_on, found) and trained_on != found:
             warnings.warn(
-                f"this adapter was trained on a base with fingerprint {trained_on}, but {config.base_model_name_or_path!r} "
-                f"has {found}: its outputs may differ from those its author saw",
+                f"this adapter was trained on a base with fingerprint {trained_on}, but "
+                f"{config.base_model_name_or_path!r} has {found}: its outputs may differ from those its author saw",
                 stacklevel=4,
             )
         return base, asked
@@ -232,9 +241,12 @@ class AdaptedModel(PreTrainedModel):
 
         Args:
             save_directory: folder, made if missing.
-            state_dict: weights to save instead of the current ones, under this model's parameter names (as Trainer passes).
+            state_dict: weights to save instead of the current ones, under this model's parameter names (as Trainer
+                passes).
             push_to_hub: also upload the folder (see `push_to_hub`); `repo_id`, `token` and the like go into `kwargs`.
             tokenizer: the tokenizer to save. Default: the base's own, where it lies on this machine.
+            **kwargs: the arguments of `push_to_hub`; others that transformers knows (`safe_serialization`,
+                `max_shard_size`, …) have nothing to act on here.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -276,7 +288,9 @@ class AdaptedModel(PreTrainedModel):
             return None
 
     def push_to_hub(self, repo_id, *, private=True, **kwargs):
-        """Write the files of `save_pretrained` to a Hub repo, private by default. It checks nothing: minilora_hub.push does."""
+        """Write the files of `save_pretrained` to a Hub repo, private by default. It checks nothing:
+        minilora_hub.push does.
+        """
         return super().push_to_hub(repo_id, private=private, **kwargs)
 
     # ---- taking the adapter off ----
@@ -298,8 +312,8 @@ class AdaptedModel(PreTrainedModel):
         """
         if not all(isinstance(site, LinearSite) for site in self.sites):
             raise ValueError(
-                "a MixLoRA cannot be merged: every token takes its own experts. It can be exported as a Mixtral checkpoint: "
-                "minilora export --to mixtral"
+                "a MixLoRA cannot be merged: every token takes its own experts. It can be exported as a Mixtral "
+                "checkpoint: minilora export --to mixtral"
             )
         layers = [self.base.get_submodule(site.path) for site in self.sites]
         merged = [layer.merged_weight() for layer in layers]

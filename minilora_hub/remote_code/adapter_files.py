@@ -30,7 +30,9 @@ CHECKPOINT_FILES = (
 UNKNOWN = "unknown"
 
 BASE_ALIASES = {}
-"""Base names that are neither folders nor Hub ids: alias -> function that returns a local folder. Filled from outside."""
+"""Base names that are neither folders nor Hub ids: alias -> function that returns a local folder. Filled from
+outside.
+"""
 
 
 def write_adapter(path, tensors):
@@ -58,7 +60,7 @@ def read_adapter(path, expected=None):
     try:
         with safe_open(path, framework="pt") as file:
             # Copied: a mapped tensor's alignment changes what the matrix library computes for one row.
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
                 tensors[name] = file.get_tensor(name).clone()
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error}); download or save it again") from error
@@ -82,7 +84,8 @@ def check_tensors(path, tensors, expected):
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != tuple(shape):
             raise ValueError(
-                f"{path}: {name} has shape {tuple(tensors[name].shape)}, this configuration and base require {tuple(shape)}"
+                f"{path}: {name} has shape {tuple(tensors[name].shape)}, "
+                f"this configuration and base require {tuple(shape)}"
             )
 
 
@@ -114,6 +117,14 @@ def base_fingerprint(name_or_path, revision=None, cache_dir=None):
             digest.update(f"{part}:{_file_sha256(file)}\n".encode())
         return f"sha256:{digest.hexdigest()}"
     return UNKNOWN
+
+
+def cached_commit(name_or_path, revision=None, cache_dir=None):
+    """The commit of a Hub id that lies in the local cache at `revision`; None for a folder or an unknown id."""
+    if os.path.isdir(name_or_path):
+        return None
+    config = _local_file(name_or_path, "config.json", revision, cache_dir)
+    return None if config is None else os.path.basename(os.path.dirname(config))
 
 
 def _local_file(name_or_path, name, revision, cache_dir):

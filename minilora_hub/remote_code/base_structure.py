@@ -1,6 +1,7 @@
 """Where adapters go in a base model, found by its structure instead of a list of model names.
 
-The decoder layers are the one list of modules that is as long as the configuration says and holds linear layers. Inside a
+The decoder layers are the one list of modules that is as long as the configuration says and holds linear layers.
+Inside a
 layer, a feed-forward block is a module with two or three linears and one activation that, called with hidden states,
 computes what one of the three known forms computes. That is checked by calling it, so a block that does something else
 (a sparse mixture, an extra normalisation) is refused instead of being adapted wrongly.
@@ -51,7 +52,9 @@ class FeedForwardStructure:
 
 @dataclass(frozen=True)
 class LinearSite:
-    """A linear that gets LoRA or DoRA. `name` is canonical (``layers.3.self_attn.q_proj``), `path` is the base's own."""
+    """A linear that gets LoRA or DoRA. `name` is canonical (``layers.3.self_attn.q_proj``), `path` is the base's
+    own.
+    """
 
     name: str
     path: str
@@ -82,7 +85,8 @@ def find_decoder_layers(base):
     ]
     if not found:
         raise ValueError(
-            f"base {type(base).__name__}: found no list of {count} decoder layers (config.num_hidden_layers) with linears in it"
+            f"base {type(base).__name__}: found no list of {count} decoder layers (config.num_hidden_layers) "
+            "with linears in it"
         )
     return min(found, key=lambda item: item[0].count("."))
 
@@ -157,8 +161,8 @@ def _check_targets(config, layers, sites):
                 raise ValueError(f"{field}[{key!r}]: matches no linear in the base's layers; it has {available}")
     if config.model_type == "mixlora" and not any(isinstance(site, MixtureSite) for site in sites):
         raise ValueError(
-            f"target_modules={config.target_modules}: a MixLoRA needs at least one projection of the feed-forward block; "
-            f"the base has {available}"
+            f"target_modules={config.target_modules}: a MixLoRA needs at least one projection of the feed-forward "
+            f"block; the base has {available}"
         )
 
 
@@ -178,8 +182,8 @@ def _find_feed_forward(layer, where, known):
         )
     blocks = [f"{where}.{path} ({type(m).__name__})" for path, m in layer.named_children() if linears_in(m)]
     raise ValueError(
-        f"{where} ({type(layer).__name__}): no feed-forward block of a known form (a gated one, a fused gated one, or two "
-        f"linears with an activation between) was found; its blocks are {blocks}"
+        f"{where} ({type(layer).__name__}): no feed-forward block of a known form (a gated one, a fused gated "
+        f"one, or two linears with an activation between) was found; its blocks are {blocks}"
     )
 
 

@@ -1,6 +1,7 @@
 """Configurations of MixLoRA and DoRA adapters: hyper-parameters, and which base they belong to.
 
-A configuration names its base (id, revision, fingerprint) and carries the base's own configuration as `text_config`, the
+A configuration names its base (id, revision, fingerprint) and carries the base's own configuration as
+`text_config`, the
 name under which transformers and TRL look for the language model inside a wrapper.
 """
 
@@ -33,7 +34,8 @@ class AdapterConfig(PreTrainedConfig):
 
     Args:
         r: rank of the low-rank update, at least 1.
-        lora_alpha: the update is scaled by ``lora_alpha / r`` (``lora_alpha / sqrt(r)`` with `use_rslora`). Default: ``2 * r``.
+        lora_alpha: the update is scaled by ``lora_alpha / r`` (``lora_alpha / sqrt(r)`` with `use_rslora`).
+            Default: ``2 * r``.
         lora_dropout: dropout probability on the input of the low-rank path, in training only.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
         target_modules: ``"all-linear"`` (every linear in the decoder layers), or a list of module names or path
@@ -50,7 +52,7 @@ class AdapterConfig(PreTrainedConfig):
         ValueError: a field is out of range; the message names it, the value received and what is required.
     """
 
-    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
+    sub_configs = {"text_config": AutoConfig}
 
     def __init__(
         self,
@@ -200,7 +202,9 @@ def _match_pattern(pattern, path, default):
 
 
 class DoraConfig(AdapterConfig):
-    """Configuration of a DoRA adapter (weight-decomposed LoRA, arXiv 2402.09353). See `AdapterConfig` for the fields."""
+    """Configuration of a DoRA adapter (weight-decomposed LoRA, arXiv 2402.09353). See `AdapterConfig` for the
+    fields.
+    """
 
     model_type = "dora"
 
@@ -217,10 +221,12 @@ class MixLoraConfig(AdapterConfig):
 
     Args:
         num_experts: LoRA experts per feed-forward block, at least 1.
-        num_experts_per_tok: experts that serve each token, 1 to `num_experts`. (The field is not called ``top_k``, because
+        num_experts_per_tok: experts that serve each token, 1 to `num_experts`. (The field is not called ``top_k``,
+            because
             transformers copies a field of that name into the generation settings, where it changes sampling.)
         expert_r: rank of the experts. Default: `r`, which is then the rank on attention.
-        expert_alpha: alpha of the experts. Default: `lora_alpha` if `expert_r` is not given either, else ``2 * expert_r``.
+        expert_alpha: alpha of the experts. Default: `lora_alpha` if `expert_r` is not given either, else ``2 *
+            expert_r``.
         routing_strategy: ``"top_k"``: softmax, the k largest, divided by their sum.
         router_aux_loss_coef: weight of the load-balance loss in training.
         router_init_range: standard deviation of a fresh router.

@@ -10,9 +10,11 @@ How this differs from the reference: W_gate x and W_up x are the same for every 
     sum_k g_k W_down h_k = W_down sum_k g_k h_k
 
 and every base matrix multiplication runs once per token, as in the dense model; an expert adds its low-rank parts only.
-With DoRA experts (`use_dora`) the per-expert output scale keeps W_down from being combined: there it runs once per slot.
+With DoRA experts (`use_dora`) the per-expert output scale keeps W_down from being combined: there it runs once per
+slot.
 
-A slot is one (token, chosen expert) pair: N tokens have N * K slots. Many slots are sorted by expert, so that each expert
+A slot is one (token, chosen expert) pair: N tokens have N * K slots. Many slots are sorted by expert, so that each
+expert
 multiplies one contiguous block; few slots gather the experts' stacked weights instead.
 """
 

@@ -30,7 +30,9 @@ class MixLoraModelOutput(MoeModelOutputWithPast):
 
 @dataclass
 class MixLoraCausalLMOutput(MoeCausalLMOutputWithPast):
-    """`MoeCausalLMOutputWithPast` with, for `output_routing=True`, who served which token (see `MixLoraModelOutput`)."""
+    """`MoeCausalLMOutputWithPast` with, for `output_routing=True`, who served which token (see
+    `MixLoraModelOutput`).
+    """
 
     selected_experts: tuple | None = None
     routing_weights: tuple | None = None
@@ -85,11 +87,9 @@ class MixtureForward:
                 "gradient checkpointing with use_reentrant=True hides the router from the balance loss: "
                 'pass gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
-        mask = attention_mask
-        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-            mask = None
-        else:
-            mask = mask[:, -record.logits[0].shape[1] :]  # with a cache the mask also covers the past
+        mask = None
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            mask = attention_mask[:, -record.logits[0].shape[1] :]  # with a cache the mask also covers the past
         return load_balancing_loss(record.logits, self.config.num_experts_per_tok, mask)
 
 
@@ -172,7 +172,8 @@ class MixLoraForCausalLM(MixtureForward, GenerateOnBase, AdaptedModel, Generatio
         Args:
             input_ids: (batch, seq).
             attention_mask: (batch, seq), 0 on padding, which does not count in the balance loss.
-            labels: (batch, seq), -100 where there is no loss. In training the balance loss times its coefficient is added.
+            labels: (batch, seq), -100 where there is no loss. In training the balance loss times its coefficient
+                is added.
             output_router_logits: also return `router_logits` and `aux_loss`. Default: the configuration's.
             output_routing: also return `selected_experts` and `routing_weights`.
             return_dict: False for a tuple.

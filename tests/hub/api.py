@@ -9,7 +9,8 @@ from .cards import card_of, check_card, config_of, tags_of
 from .routing import API, REVISION, Answer, Call, route
 from .store import Blob, Commit, Repo, git_oid
 
-LISTED = ["_id", "id", "modelId", "likes", "private", "downloads", "tags", "pipeline_tag", "library_name", "createdAt", "sdk"]
+LISTED = ["_id", "id", "modelId", "likes", "private", "downloads", "tags", "createdAt", "sdk"]
+LISTED += ["pipeline_tag", "library_name"]
 FULL = ["author", "sha", "lastModified", "gated", "disabled", "siblings"]
 
 

@@ -37,7 +37,8 @@ class Answer:
     @classmethod
     def of_error(cls, error: HubError) -> Answer:
         """Answer with an error, its message both in the body and in the header the client reads."""
-        headers = {"X-Error-Message": " ".join(error.message.split()), **error.headers}
+        message = " ".join(error.message.split()).encode("ascii", "replace").decode()
+        headers = {"X-Error-Message": message, **error.headers}
         if error.code:
             headers["X-Error-Code"] = error.code
         return cls.of_json({"error": error.message}, error.status, headers)
@@ -84,9 +85,9 @@ class Call:
         return repo
 
     def proposable_repo(self) -> Repo:
-        """Return the repository of the path, if the caller may write to it or only wants a pull request."""
+        """Return the repository of the path, if the caller may open a pull request: any writer who sees it may."""
         repo = self.repo()
-        check_writer(self.caller, self.caller.name if self.caller and self.create_pr else repo.namespace)
+        check_writer(self.caller, self.caller.name if self.caller else "")
         return repo
 
     def commit(self, repo: Repo) -> Commit:

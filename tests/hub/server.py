@@ -31,8 +31,6 @@ from .faults import Fault, Faults, corrupted
 from .routing import Answer, Call, find
 from .store import REPO_TYPES, Clock, Repo
 
-BODILESS = (204, 304)
-
 
 @dataclass
 class RequestRecord:
@@ -144,9 +142,9 @@ class HubServer:
             raise repo_not_found(caller)
         return repo
 
-    def sign(self, oid: str) -> str:
-        """Return the signature that permits the upload of an object."""
-        return hmac.new(self._key, oid.encode(), hashlib.sha256).hexdigest()
+    def sign(self, repo: Repo, oid: str) -> str:
+        """Return the signature that permits the upload of an object to a repository."""
+        return hmac.new(self._key, f"{repo.type} {repo.id} {oid}".encode(), hashlib.sha256).hexdigest()
 
     def answer(self, method: str, target: str, headers: Any, body: bytes, record: RequestRecord) -> Answer:
         """Answer one request; HubErrors become error answers, anything else a 500 that the test will see."""
@@ -234,7 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer = Answer() if skipped else hub.answer(self.command, self.path, self.headers, body, record)
         self._send(answer, fault, record)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve  # noqa: N815
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve
 
     def _send(self, answer: Answer, fault: Fault | None, record: RequestRecord) -> None:
         """Log the request and write its answer, as the fault leaves it."""
@@ -245,7 +243,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.hub.requests.append(record)
             self._drop()
             return
-        body = answer.body if self.command != "HEAD" and answer.status not in BODILESS else b""
+        body = answer.body if self.command != "HEAD" else b""
         sent = corrupted(body) if kind == "corrupt" and not record.bytes_in else body
         sent = sent[: len(sent) // 2] if kind == "truncate" else sent
         record.status, record.bytes_out = answer.status, len(sent)

@@ -12,7 +12,9 @@ from datetime import UTC, datetime, timedelta
 from .accounts import HubError
 
 REPO_TYPES = ("model", "dataset", "space")
-LFS_SUFFIXES = ["safetensors", "bin", "pt", "pth", "ckpt", "gguf", "onnx", "msgpack", "h5", "npy", "npz", "parquet", "arrow", "zip", "gz", "tar"]
+LFS_SUFFIXES = """
+    safetensors bin pt pth ckpt gguf onnx msgpack h5 npy npz parquet arrow zip gz tar
+""".split()  # noqa: SIM905
 GITATTRIBUTES = "".join(f"*.{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES)
 
 

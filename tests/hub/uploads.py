@@ -38,7 +38,7 @@ def ignored(path: str, gitignore: str) -> bool:
 @route("POST", rf"{API}/preupload/{REVISION}")
 def preupload(call: Call) -> Answer:
     """Say of each file whether it goes through LFS, is ignored, and what the repository already holds there."""
-    repo, sent = call.proposable_repo(), call.json()
+    repo, sent = call.proposable_repo() if call.create_pr else call.writable_repo(), call.json()
     revision = call.parts["revision"]
     blobs = call.commit(repo).blobs
     gitignore = sent.get("gitIgnore") or blobs.get(".gitignore", Blob(b"")).data.decode()
@@ -59,10 +59,9 @@ def preupload(call: Call) -> Answer:
 @route("POST", rf"{LFS}/batch")
 def lfs_batch(call: Call) -> Answer:
     """Answer where to put each object; one the repository already has gets no upload action."""
-    repo, sent = call.repo(), call.json()
-    # The client names no ref when it uploads for a pull request, which any writer may open.
-    call.query["create_pr"] = ["0" if "ref" in sent else "1"]
-    call.proposable_repo()
+    sent = call.json()
+    # The client names no ref when it uploads for a pull request.
+    repo = call.writable_repo() if "ref" in sent else call.proposable_repo()
     if sent.get("operation") != "upload" or "basic" not in sent.get("transfers", ["basic"]):
         raise HubError(422, f"only basic uploads are served, got {sent.get('operation')} {sent.get('transfers')}")
     objects = []
@@ -70,7 +69,7 @@ def lfs_batch(call: Call) -> Answer:
         entry: dict[str, Any] = {"oid": asked["oid"], "size": asked["size"]}
         if asked["oid"] not in repo.objects:
             put = f"{call.hub.endpoint}/_lfs/{repo.type}s/{repo.id}/{asked['oid']}"
-            query = f"?size={asked['size']}&signature={call.hub.sign(asked['oid'])}"
+            query = f"?size={asked['size']}&signature={call.hub.sign(repo, asked['oid'])}"
             verify = f"{call.hub.endpoint}/{repo.url_path}.git/info/lfs/objects/verify"
             entry["actions"] = {"upload": {"href": put + query, "header": {}}, "verify": {"href": verify, "header": {}}}
         objects.append(entry)
@@ -80,9 +79,8 @@ def lfs_batch(call: Call) -> Answer:
 @route("PUT", rf"/_lfs/(?P<type>model|dataset|space)s/{REPO}/(?P<oid>[0-9a-f]{{64}})")
 def lfs_put(call: Call) -> Answer:
     """Take an object's bytes, at an address that is its own permission, and refuse any other bytes."""
-    repo = call.hub.repo(call.parts["id"], call.parts["type"])
-    oid = call.parts["oid"]
-    if call.query.get("signature") != [call.hub.sign(oid)]:
+    repo, oid = call.hub.repos.get((call.parts["type"], call.parts["id"])), call.parts["oid"]
+    if repo is None or call.query.get("signature") != [call.hub.sign(repo, oid)]:
         raise HubError(403, "the signature of the upload address is wrong")
     actual, size = hashlib.sha256(call.body).hexdigest(), call.query.get("size", [""])[0]
     if actual != oid or str(len(call.body)) != size:
@@ -103,19 +101,20 @@ def lfs_verify(call: Call) -> Answer:
 @route("POST", rf"{API}/commit/{REVISION}")
 def commit(call: Call) -> Answer:
     """Make one commit of the NDJSON in the body, on the branch itself or on a new pull request."""
-    repo, revision = call.proposable_repo(), call.parts["revision"]
+    repo, revision = call.proposable_repo() if call.create_pr else call.writable_repo(), call.parts["revision"]
     head = repo.commit(revision)
     if not revision.startswith("refs/pr/") and revision.removeprefix("refs/heads/") not in repo.branches:
         raise HubError(404, f"Invalid rev id: {revision} is not a branch", "RevisionNotFound")
-    header, blobs = apply_lines(repo, head, [json.loads(line) for line in call.body.splitlines() if line.strip()])
-    parent = header.get("parentCommit")
-    if parent and not call.create_pr and not head.oid.startswith(parent):
-        raise HubError(412, f"{revision} is at {head.oid}, no longer at the parentCommit {parent}")
+    lines = [json.loads(line) for line in call.body.splitlines() if line.strip()]
+    header = next((line["value"] for line in lines if line["key"] == "header"), {"summary": ""})
+    base = repo.commit(header["parentCommit"]) if header.get("parentCommit") else head
+    if base is not head and not call.create_pr:
+        raise HubError(412, f"{revision} is at {head.oid}, no longer at the parentCommit {base.oid}")
+    blobs = apply_lines(repo, base, lines)
     if blobs.get("README.md") != head.blobs.get("README.md") and "README.md" in blobs:
         errors, _ = check_card(blobs["README.md"].data.decode())
         if errors:
             raise HubError(400, "; ".join(errors))
-    base = repo.commit(parent) if parent and call.create_pr else head
     author = call.caller.name if call.caller else ""
     made = repo.build_commit(base, blobs, header["summary"], header.get("description", ""), author)
     url = f"{call.hub.endpoint}/{repo.url_path}"
@@ -127,21 +126,16 @@ def commit(call: Call) -> Answer:
     return Answer.of_json(answer)
 
 
-def apply_lines(repo: Repo, head: Commit, lines: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Blob]]:
-    """Return the commit's header and the tree that its operations make of the one at `head`."""
-    headers = [line["value"] for line in lines if line["key"] == "header"]
-    if len(headers) != 1:
-        raise HubError(400, f"a commit has one header line, got {len(headers)}")
-    parent = headers[0].get("parentCommit")
-    blobs = dict((repo.commit(parent) if parent else head).blobs)
+def apply_lines(repo: Repo, base: Commit, lines: list[dict[str, Any]]) -> dict[str, Blob]:
+    """Return the tree that the operations of a commit make of the one at `base`."""
+    blobs = dict(base.blobs)
     for line in lines:
-        key, value = line["key"], line["value"]
-        if key == "header":
+        if line["key"] == "header":
             continue
-        if key not in OPERATIONS:
-            raise HubError(400, f"an operation is one of {sorted(OPERATIONS)}, got {key!r}")
-        OPERATIONS[key](repo, blobs, value)
-    return headers[0], blobs
+        if line["key"] not in OPERATIONS:
+            raise HubError(400, f"an operation is one of {sorted(OPERATIONS)}, got {line['key']!r}")
+        OPERATIONS[line["key"]](repo, blobs, line["value"])
+    return blobs
 
 
 def add_file(repo: Repo, blobs: dict[str, Blob], value: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""What connects the island to other libraries."""

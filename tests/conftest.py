@@ -1,0 +1,8 @@
+"""Settings for the whole test run."""
+
+import os
+
+# Before any library reads its settings: no test may reach a real Hub, and none reports home. Port 9 refuses at once.
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
