@@ -75,8 +75,8 @@ def build_demo(
                 elem_id="ml-prompt",
             )
             with gr.Row(elem_id="ml-buttons", scale=1):
-                run = gr.Button("Run ⏎", variant="primary", elem_id="ml-run", min_width=96)
-                stop = gr.Button("Stop ⎋", interactive=False, elem_id="ml-stop", min_width=96)
+                run = gr.Button("Run", variant="primary", elem_id="ml-run", min_width=110)
+                stop = gr.Button("Stop", interactive=False, elem_id="ml-stop", min_width=110)
         with gr.Row(elem_id="ml-examples"):
             chips = [gr.Button(example, size="sm", min_width=0, elem_classes="ml-chip") for example in examples]
         with gr.Accordion("Settings", open=False, elem_id="ml-settings"), gr.Row():
