@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -59,6 +60,33 @@ def tiny_llama(seed: int = 0, **fields) -> LlamaForCausalLM:
     return model
 
 
+def save_base_and_adapters(folder: Path) -> tuple[Path, list[Path]]:
+    """Save a tiny base and one adapter of each kind, every tensor random, as folders."""
+    from peft import LoraConfig, get_peft_model
+
+    from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraConfig, MixLoraForCausalLM
+
+    base = folder / "base"
+    tiny_llama().save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    fresh = {
+        "mix": MixLoraForCausalLM.from_base(
+            tiny_llama(), MixLoraConfig(r=4, num_experts=4, base_model_name_or_path=str(base))
+        ),
+        "dora": DoraForCausalLM.from_base(tiny_llama(), DoraConfig(r=4, base_model_name_or_path=str(base))),
+        "lora": get_peft_model(
+            tiny_llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        ),
+    }
+    for name, model in fresh.items():
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        model.save_pretrained(folder / name)
+    return base, [folder / name for name in fresh]
+
+
 class Parrot(nn.Module):
     """Says the visitor's words back and ends; raises after a few tokens of a prompt that starts with "explode"."""
 
@@ -71,11 +99,13 @@ class Parrot(nn.Module):
     def forward(self, input_ids, past_key_values=None, use_cache=None, return_dict=None):
         time.sleep(self.delay)
         seen = [*(past_key_values or []), *input_ids[0].tolist()]
+        logits = torch.zeros(1, input_ids.shape[1], 259)
+        if 258 not in seen:  # a piece of a long prompt
+            return SimpleNamespace(logits=logits, past_key_values=seen)
         start, end = seen.index(257) + 1, seen.index(256)
         said = len(seen) - seen.index(258) - 1
         if said == 5 and bytes(seen[start : start + 7]) == bytes(byte_tokenizer()("explode")["input_ids"]):
             raise RuntimeError("<b>boom</b>")
-        logits = torch.zeros(1, input_ids.shape[1], 259)
         logits[0, -1, seen[min(start + said, end)]] = 1.0
         return SimpleNamespace(logits=logits, past_key_values=seen)
 

@@ -1,1 +1,1 @@
-"""Side-by-side comparison: one base and several adapters on it, answering the same prompt. No user interface in here."""
+"""Side-by-side comparison: one base and several adapters on it answer the same prompt. No user interface in here."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -44,8 +44,8 @@ def shared_copy(model: nn.Module) -> nn.Module:
     """Copy a model's tree of modules, sharing every parameter and buffer with the original.
 
     An adapter that is put onto the copy replaces modules in the copy only, so several adapters sit on one base at the
-    memory of one. Config, generation config and hooks are the copy's own. A change written *into* a shared tensor shows in
-    both, as it must.
+    memory of one. Config, generation config and hooks are the copy's own. What is written *into* a shared tensor shows
+    in both, as it must.
 
     Args:
         model: any module; quantised parameters are shared like plain ones.
@@ -85,6 +85,32 @@ def load_columns(
     return columns
 
 
+def adapter_type(folder: Path) -> str:
+    """Tell what an adapter folder holds, without loading it.
+
+    Returns:
+        ``"mixlora"`` or ``"dora"`` (our format), or ``"peft"`` (LoRA in PEFT's).
+
+    Raises:
+        AdapterError: the folder is missing or holds no adapter of a known kind.
+    """
+    if not folder.is_dir():
+        raise AdapterError(f"adapter {str(folder)!r}: no such folder")
+    if (folder / "adapter_config.json").is_file():
+        method = _read_json(folder / "adapter_config.json").get("peft_type")
+        if method != "LORA":
+            raise AdapterError(f"adapter {str(folder)!r}: peft_type={method!r} in adapter_config.json, must be 'LORA'")
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise AdapterError(f"adapter {str(folder)!r}: no adapter_model.safetensors")
+        return "peft"
+    model_type = _read_json(folder / "config.json").get("model_type")
+    if model_type not in ("mixlora", "dora"):
+        raise AdapterError(
+            f"adapter {str(folder)!r}: model_type={model_type!r} in config.json, must be 'mixlora' or 'dora'"
+        )
+    return model_type
+
+
 def load_adapter(folder: Path, base: nn.Module) -> Column:
     """Load one adapter folder onto `base`, which it takes over, with our own classes: no code from the folder runs.
 
@@ -94,44 +120,33 @@ def load_adapter(folder: Path, base: nn.Module) -> Column:
 
     Raises:
         AdapterError: the folder is missing or holds no adapter of a known kind.
+        ValueError: the adapter is damaged or does not fit the base.
     """
-    if not folder.is_dir():
-        raise AdapterError(f"adapter {str(folder)!r}: no such folder")
-    if (folder / "adapter_config.json").is_file():
+    found = adapter_type(folder)
+    if found == "peft":
         return _load_peft_lora(folder, base)
-    model_type = _read_json(folder / "config.json").get("model_type")
-    if model_type not in ("mixlora", "dora"):
-        raise AdapterError(
-            f"adapter {str(folder)!r}: model_type={model_type!r} in config.json, must be 'mixlora' or 'dora'"
-        )
 
-    from minilora_hub.remote_code.modeling_minilora import DoraForCausalLM, MixLoraForCausalLM
+    from minilora_hub import DoraForCausalLM, MixLoraForCausalLM
 
-    model_class = MixLoraForCausalLM if model_type == "mixlora" else DoraForCausalLM
+    model_class = MixLoraForCausalLM if found == "mixlora" else DoraForCausalLM
     model = model_class.from_pretrained(str(folder), base_model=base)
     config = model.config
     detail = f"r {config.r}"
-    if model_type == "mixlora":
+    if found == "mixlora":
         detail += f", {config.num_experts} experts, {config.num_experts_per_tok} active"
-    kind: Kind = "MixLoRA" if model_type == "mixlora" else "DoRA"
+    kind: Kind = "MixLoRA" if found == "mixlora" else "DoRA"
     return Column(folder.name, kind, model, model.num_adapter_parameters(), detail)
 
 
 def _load_peft_lora(folder: Path, base: nn.Module) -> Column:
     """Load plain LoRA in PEFT's format; it needs no class of ours."""
-    settings = _read_json(folder / "adapter_config.json")
-    if settings.get("peft_type") != "LORA":
-        raise AdapterError(f"adapter {str(folder)!r}: peft_type={settings.get('peft_type')!r}, must be 'LORA'")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise AdapterError(f"adapter {str(folder)!r}: no adapter_model.safetensors")
-
     from peft import PeftModel
 
+    settings = _read_json(folder / "adapter_config.json")
     size = _size(base)
     model = PeftModel.from_pretrained(base, str(folder))
-    added = _size(model) - size
     kind: Kind = "DoRA" if settings.get("use_dora") else "LoRA"
-    return Column(folder.name, kind, model, added, f"r {settings.get('r')}")
+    return Column(folder.name, kind, model, _size(model) - size, f"r {settings.get('r')}")
 
 
 def load_base(
@@ -147,7 +162,8 @@ def load_base(
     resolved = resolve_base(base)
     # On a CPU, fp32 is both the quickest and the exact choice; elsewhere the checkpoint's own dtype.
     wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
-    model = AutoModelForCausalLM.from_pretrained(resolved.path, dtype=wanted).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(resolved.path, dtype=wanted)
+    model.to(device)
     tokenizer = AutoTokenizer.from_pretrained(resolved.path)
     progress(f"  {_millions(_size(model))} parameters on {device} ({time.perf_counter() - started:.1f} s)")
     return model, tokenizer, (resolved.hub_id or resolved.path.name).rpartition("/")[2]

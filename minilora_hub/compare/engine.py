@@ -2,8 +2,8 @@
 
 Each column keeps its own key/value cache and takes turns: one decode step per unfinished column, round after round. One
 thread, because two torch threads that compute at once fight over the cores and were measured ten times slower. Only one
-forward runs at a time, also when several visitors stream from the same engine: a lock is held for the length of one step,
-so they take turns as well, and nobody waits for another's whole answer.
+forward runs at a time, also when several visitors stream from the same engine: a lock is held for the length of one
+step, so they take turns as well, and nobody waits for another's whole answer.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from __future__ import annotations
 import inspect
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from minilora_hub.compare.columns import Column, Progress, load_base, load_columns, shared_copy
+from minilora_hub.compare.columns import Column, Progress, adapter_type, load_base, load_columns, shared_copy
 from minilora_hub.compare.sampling import Sampling, TokenPicker
 from minilora_hub.compare.text_stream import TextStream
 
@@ -96,6 +96,9 @@ class CompareEngine:
         progress: Progress = lambda line: None,
     ) -> None:
         """Load everything; see the class for the arguments."""
+        for adapter in adapters:
+            if not isinstance(adapter, Column):
+                adapter_type(Path(adapter))  # a misspelt folder is told before a base is loaded in vain
         if isinstance(base, nn.Module):
             if tokenizer is None:
                 raise ValueError("tokenizer=None: must be given where base is a model")
@@ -126,7 +129,7 @@ class CompareEngine:
         return base, everything
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Turn a prompt into the token ids every column reads: a chat of one user turn where the tokenizer has a template.
+        """Turn a prompt into the ids every column reads: a chat of one user turn where the tokenizer has a template.
 
         Raises:
             ValueError: the prompt is empty, or longer than the base's context.
@@ -135,9 +138,10 @@ class CompareEngine:
             raise ValueError("prompt='': must hold some text")
         if getattr(self.tokenizer, "chat_template", None):
             turns = [{"role": "user", "content": prompt}]
-            ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+            encoded: Any = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
         else:
-            ids = self.tokenizer(prompt)["input_ids"]
+            encoded = self.tokenizer(prompt)
+        ids = list(encoded["input_ids"])
         context = min(_context(column.model) for column in self.columns)
         if len(ids) >= context:
             raise ValueError(
@@ -145,7 +149,7 @@ class CompareEngine:
             )
         return ids
 
-    def stream(self, prompt: str, sampling: Sampling, stop: threading.Event | None = None) -> Iterator[Update]:
+    def stream(self, prompt: str, sampling: Sampling, stop: threading.Event | None = None) -> Generator[Update]:
         """Answer `prompt` with every column.
 
         The prompt is read by one column after the other; then they take turns. Work happens only while the iterator is
@@ -171,7 +175,7 @@ class CompareEngine:
         ]
         return self._stream(answers, stop)
 
-    def _stream(self, answers: list[_Answer], stop: threading.Event) -> Iterator[Update]:
+    def _stream(self, answers: list[_Answer], stop: threading.Event) -> Generator[Update]:
         started = time.perf_counter()
         for answer in answers:
             answer.started = started
@@ -283,9 +287,9 @@ class _Answer:
         first, rate, own = None, None, None
         if self.first_at is not None:
             first = self.first_at - self.started
-        if decoded > 0:
-            rate = decoded / (time.perf_counter() - self.first_at)
-            own = 1000 * self.decode_seconds / decoded
+            if decoded > 0:
+                rate = decoded / (time.perf_counter() - self.first_at)
+                own = 1000 * self.decode_seconds / decoded
         return Update(
             self.index,
             tokens=self.tokens,
@@ -296,7 +300,7 @@ class _Answer:
         )
 
 
-def _base_of(model: nn.Module) -> nn.Module:
+def _base_of(model: Any) -> Any:
     """Find the base inside a column's model: below PEFT's wrapper or ours, or the model itself."""
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()

@@ -99,7 +99,7 @@ class TokenPicker:
         scores = logits.to(device="cpu", dtype=torch.float32, copy=True)
         if torch.isnan(scores).any():
             raise ValueError("the model's logits contain NaN: its weights or its adapter's are damaged")
-        scores = self._processors(ids, scores)
+        scores = self._processors(ids, scores)  # type: ignore[arg-type]
         if self._greedy:
             return int(scores.argmax(dim=-1))
         probabilities = torch.softmax(scores, dim=-1)

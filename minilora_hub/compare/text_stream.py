@@ -41,7 +41,7 @@ class TextStream:
     def _decode(self) -> str:
         # The whole answer each time: a window over the last tokens is quicker, and wrong for tokenizers that treat the
         # first token, or a run of byte tokens, differently. 500 tokens decode in well under a millisecond.
-        return self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _show(self, text: str, end: int) -> str:
         piece = text[self._shown : end]

@@ -1,6 +1,7 @@
-"""From the engine's updates to what the page shows: one visitor's comparison as a stream of small dictionaries. No Gradio.
+"""From the engine's updates to what the page shows: a comparison as a stream of small dictionaries. No Gradio.
 
-All torch work of the page happens in one thread, whoever asked for it: threads that compute at once fight over the cores.
+All torch work of the page happens in one thread, whoever asked for it: threads that compute at once fight over the
+cores.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from itertools import count
 from minilora_hub.compare.engine import CompareEngine, Sampling, Update
 
 FRAME_SECONDS = 0.04
-"""A fast machine makes more tokens than a screen can show; they are gathered for this long before the page hears of them."""
+"""A fast machine makes more tokens than a screen can show; they are gathered for this long before the page is told."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The comparison page in Gradio: a prompt above, one column a model below. It lays out and wires; `live.py` does the work."""
+"""The comparison page in Gradio: a prompt above, one column a model below. It lays out and wires; `live.py` works."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def _wire(demo, runs, prompt, run, stop, chips, settings, status, columns) -> No
 
 
 def _html(name: str, **arguments) -> gr.HTML:
-    """Build a component whose markup and behaviour lie in ``<name>.html`` and ``<name>.js``; values reach it as text only."""
+    """Build a component out of ``<name>.html`` and ``<name>.js``; values reach it as text only."""
     return gr.HTML(
         html_template=_read(f"{name}.html"), js_on_load=_read(f"{name}.js"), apply_default_css=False, **arguments
     )
@@ -158,7 +158,7 @@ def _about(engine: CompareEngine) -> list[dict]:
     described = []
     for column in engine.columns:
         seen[column.kind] += 1
-        facts = [column.kind]
+        facts: list[str] = [column.kind]
         if column.parameters_added:
             share = column.parameters_added / base_size
             facts.append(f"+{_count(column.parameters_added)} parameters ({share:.1%})")
@@ -180,7 +180,9 @@ def _count(value: int) -> str:
 
 
 def _bytes(value: int) -> str:
-    return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB" if value < 1e7 else f"{value / 1e6:.0f} MB"
+    return (
+        f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB" if value < 1e7 else f"{value / 1e6:.0f} MB"
+    )
 
 
 def _read(name: str) -> str:

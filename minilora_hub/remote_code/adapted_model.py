@@ -324,6 +324,11 @@ class AdaptedModel(PreTrainedModel):
 
     # ---- what the base knows better ----
 
+    @property
+    def base_model(self):
+        """The decoder without its head, as in transformers' own models."""
+        return self.base.base_model
+
     def get_input_embeddings(self):
         return self.base.get_input_embeddings()
 

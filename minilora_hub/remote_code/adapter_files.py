@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CODE_FILES = (
@@ -40,7 +40,8 @@ def write_adapter(path, tensors):
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata={"format": "pt"})
+        # Not save_file, which leaves a file that only its owner may read.
+        Path(temporary).write_bytes(save(contiguous, metadata={"format": "pt"}))
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -128,12 +128,13 @@ class AdapterConfig(PreTrainedConfig):
 
     def to_diff_dict(self):
         """What config.json holds: every field of the adapter, defaults included, and nothing about this machine."""
-        fields = super().to_diff_dict()
-        values = self.to_dict()
+        fields, values = super().to_diff_dict(), self.to_dict()
         fields.update((name, values[name]) for name in self._own_fields() if name in values)
-        if isinstance(fields.get("text_config"), dict):
-            # How this process holds the base is the loader's choice, and `_name_or_path` may be a local folder.
-            for runtime_only in ("_name_or_path", "quantization_config"):
+        fields.pop("use_cache", None)  # Trainer sets it on any model; the base's own counts
+        if self.text_config is not None:
+            fields["text_config"] = self.text_config.to_diff_dict()
+            # How this process holds the base is its own choice, and `_name_or_path` may be a local folder.
+            for runtime_only in ("_name_or_path", "quantization_config", "transformers_version"):
                 fields["text_config"].pop(runtime_only, None)
         return fields
 

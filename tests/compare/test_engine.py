@@ -226,7 +226,10 @@ def test_shared_copy_shares_every_tensor_and_nothing_else():
     """Same memory, own modules and configs; tied weights stay tied."""
     model = tiny.tiny_llama(tie_word_embeddings=True)
     copied = shared_copy(model)
-    ours, theirs = dict(model.named_parameters(remove_duplicate=False)), dict(copied.named_parameters(remove_duplicate=False))
+    ours, theirs = (
+        dict(model.named_parameters(remove_duplicate=False)),
+        dict(copied.named_parameters(remove_duplicate=False)),
+    )
     ours |= dict(model.named_buffers())
     theirs |= dict(copied.named_buffers())
     assert ours.keys() == theirs.keys()
@@ -254,13 +257,45 @@ def test_the_callers_model_is_left_as_it_is():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_adapters_from_folders(tmp_path):
+    """Every kind, on one base in memory; each answers as its own model does with `generate`."""
+    base, adapters = tiny.save_base_and_adapters(tmp_path)
+    lines = []
+    engine = CompareEngine(base, adapters, device="cpu", routing=True, progress=lines.append)
+    assert [(c.name, c.kind) for c in engine.columns] == [
+        ("base", "base"),
+        ("mix", "MixLoRA"),
+        ("dora", "DoRA"),
+        ("lora", "LoRA"),
+    ]
+    assert [c.parameters_added > 0 for c in engine.columns] == [False, True, True, True]
+    assert len(lines) == 5
+    ours = answers(engine, Sampling(20))
+    assert len({tuple(tokens(updates)) for updates in ours}) == 4
+    for column, updates in zip(engine.columns, ours, strict=True):
+        theirs, logits = generated(engine, column, max_new_tokens=20, do_sample=False)
+        assert same_up_to_a_tie(tokens(updates), theirs, logits)
+    assert [len(layer) for layer in ours[1][0].experts] == [2, 2]
+    assert ours[0][0].experts is ours[2][0].experts is None
+    assert engine.forwards == 4 * (20 + 20)  # ours and generate's, all seen by the counter
+
+    def embedding(column):
+        return next(p for n, p in column.model.named_parameters() if n.endswith("embed_tokens.weight")).data_ptr()
+
+    assert len(set(map(embedding, engine.columns))) == 1
+    base_bytes, everything = engine.memory()
+    assert base_bytes < everything < 2 * base_bytes
+
+
 def test_without_a_chat_template_the_prompt_is_continued():
     """A base that is no chat model gets the prompt as it is."""
     engine = CompareEngine(tiny.tiny_llama(), tokenizer=tiny.byte_tokenizer(chat=False))
     assert engine.tokenizer.decode(engine.prompt_ids(PROMPT)) == PROMPT
 
 
-@pytest.mark.parametrize("text", ["naïve café", "日本語のテキスト", "👩‍👩‍👧‍👦 and 🏳️‍🌈", "🇩🇪🇫🇷🇯🇵", "a\u0301e\u0301", "שלום عالم"])
+@pytest.mark.parametrize(
+    "text", ["naïve café", "日本語のテキスト", "👩‍👩‍👧‍👦 and 🏳️‍🌈", "🇩🇪🇫🇷🇯🇵", "a\u0301e\u0301", "שלום عالم"]
+)
 def test_text_appears_in_whole_characters(text):
     """Byte by byte, and yet no torn character and no half flag is ever shown."""
     tokenizer = tiny.byte_tokenizer()

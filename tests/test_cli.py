@@ -1,0 +1,188 @@
+"""The command line, as a shell sees it: what it prints, where, and with which exit code."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+import tiny_stand_ins
+
+from minilora_hub import cli
+from minilora_hub.errors import MissingExtraError
+
+
+def minilora(*arguments, **environment):
+    """Run the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "minilora_hub.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
+    )
+
+
+def main(capsys, *arguments):
+    """Run it in this process, which has torch already: exit code and output."""
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(list(map(str, arguments)))
+    return exit_.value.code, capsys.readouterr()
+
+
+def test_help_lists_the_commands_and_loads_nothing_heavy():
+    """In a fresh interpreter: no torch, transformers or gradio for `--help`."""
+    program = (
+        "import sys, minilora_hub.cli as cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit as end: code = end.code\n"
+        "heavy = {'torch', 'transformers', 'gradio', 'peft'} & set(sys.modules)\n"
+        "sys.exit(f'loaded: {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    for word in ("demo", "--debug", "--version"):
+        assert word in done.stdout
+
+
+def test_help_of_a_command_shows_an_example(capsys):
+    """Every command says how it is used."""
+    code, out = main(capsys, "demo", "--help")
+    assert code == 0
+    assert "Example: minilora demo" in out.out
+
+
+def test_version(capsys):
+    """One line with a number."""
+    code, out = main(capsys, "--version")
+    assert code == 0
+    assert out.out.startswith("minilora ")
+
+
+@pytest.mark.parametrize("arguments", [["--bogus"], ["demo", "--bogus"], ["nonsense"], ["demo", "--port", "x"], []])
+def test_wrong_usage_exits_with_2(capsys, arguments):
+    """Usage errors are told apart from failures."""
+    assert main(capsys, *arguments)[0] == 2
+
+
+def test_a_missing_adapter_is_one_line_and_exit_code_1(tmp_path):
+    """No traceback, and the base is not loaded in vain."""
+    done = minilora("demo", tmp_path / "gone", "--base", tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("minilora: ")
+    assert "gone" in last
+    assert "Loading" not in done.stderr
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_debug_shows_the_traceback(capsys, tmp_path, place):
+    """Before or after the command's name."""
+    arguments = ["demo", tmp_path / "gone"]
+    arguments.insert(0 if place == "before" else 1, "--debug")
+    code, out = main(capsys, *arguments)
+    assert code == 1
+    assert "Traceback" in out.err
+    assert "AdapterError" in out.err
+
+
+def test_a_busy_port_is_told_before_anything_is_loaded(capsys):
+    """The message names the port and the way out."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, out = main(capsys, "demo", "--port", port)
+    assert code == 1
+    assert len(out.err.splitlines()) == 1
+    assert f"port {port}" in out.err
+    assert "--port" in out.err
+
+
+def test_without_a_port_the_next_free_one_is_taken(monkeypatch):
+    """A second demo beside the first just works."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(cli, "FIRST_PORT", port)
+        monkeypatch.setattr(cli, "LAST_PORT", port + 20)
+        assert port < cli._free_port("127.0.0.1", None) <= port + 20
+
+
+def test_a_host_that_is_none(capsys):
+    """Not a traceback from the socket library."""
+    code, out = main(capsys, "demo", "--host", "no.such.host.invalid")
+    assert code == 1
+    assert "no.such.host.invalid" in out.err
+
+
+def test_a_missing_extra_says_how_to_get_it(capsys, monkeypatch, tmp_path):
+    """Without gradio: the line to type."""
+    for name in [name for name in sys.modules if name.startswith("minilora_hub.demo")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    code, out = main(capsys, "demo", tmp_path)
+    assert code == 1
+    assert str(MissingExtraError("gradio", "demo")) in out.err
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"DISPLAY": ":0"}, True),
+        ({"DISPLAY": ":0", "CI": "1"}, False),
+        ({"DISPLAY": ":0", "SSH_CONNECTION": "x"}, False),
+    ],
+)
+def test_a_browser_is_opened_only_where_there_is_a_screen(monkeypatch, environment, expected):
+    """On Linux: a display, not over SSH, not in CI."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "CI", "SSH_CONNECTION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cli._has_screen() is expected
+
+
+def interrupted(process):
+    """Press Ctrl-C and wait: exit code, everything that was printed since."""
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out + err
+
+
+def start(*arguments):
+    """Start the command line without waiting for it."""
+    command = [sys.executable, "-m", "minilora_hub.cli", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_ctrl_c_while_loading_ends_quietly(tmp_path):
+    """Not a word. (An extension being imported may hold the default handler; a shell shows 130 then, too.)"""
+    process = start("demo", tmp_path)
+    assert "Starting" in process.stderr.readline()
+    time.sleep(0.5)
+    code, printed = interrupted(process)
+    assert code in (130, -signal.SIGINT)
+    assert printed == ""
+
+
+def test_demo_serves_adapters_from_folders(tmp_path):
+    """A base and adapters out of folders, the address on stdout, the page behind it, and a quiet end."""
+    base, adapters = tiny_stand_ins.save_base_and_adapters(tmp_path)
+    process = start("demo", *adapters, "--base", base, "--no-browser")
+    address = process.stdout.readline().split()[1]
+    for _ in range(100):
+        try:
+            with urllib.request.urlopen(address, timeout=5) as page:  # http://127.0.0.1, printed by us
+                html = page.read().decode()
+            break
+        except OSError:
+            time.sleep(0.1)
+    code, printed = interrupted(process)
+    assert code == 130
+    assert "minilora · compare" in html
+    assert all(f"+ {folder.name}: " in printed for folder in adapters)
+    assert "Traceback" not in printed
