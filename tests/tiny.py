@@ -15,7 +15,9 @@ HEADLESS = {"dora": DoraModel, "mixlora": MixLoraModel, "mixdora": MixLoraModel}
 VOCABULARY = 128
 
 
-def tiny_base(family: str = "llama", *, head: bool = True, biases: bool = False, seed: int = 0, **changes) -> PreTrainedModel:
+def tiny_base(
+    family: str = "llama", *, head: bool = True, biases: bool = False, seed: int = 0, **changes
+) -> PreTrainedModel:
     """A random base in eval mode. `biases` fills every bias the family has (and asks for those it may have)."""
     fields = {
         "vocab_size": VOCABULARY,

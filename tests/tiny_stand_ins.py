@@ -104,7 +104,7 @@ class Parrot(nn.Module):
             return SimpleNamespace(logits=logits, past_key_values=seen)
         start, end = seen.index(257) + 1, seen.index(256)
         said = len(seen) - seen.index(258) - 1
-        if said == 5 and bytes(seen[start : start + 7]) == bytes(byte_tokenizer()("explode")["input_ids"]):
+        if said == 5 and seen[start : start + 7] == byte_tokenizer()("explode")["input_ids"]:
             raise RuntimeError("<b>boom</b>")
         logits[0, -1, seen[min(start + said, end)]] = 1.0
         return SimpleNamespace(logits=logits, past_key_values=seen)

@@ -67,6 +67,19 @@ def compute_dtype(layer):
     return getattr(layer, "compute_dtype", None) or torch.get_default_dtype()
 
 
+def keep_4bit_weights_exact(model):
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU when they are first used in eval mode.
+
+    The repacked form is rounded (absmax to bf16), its kernel computes in bf16 and has no backward, and it stays when
+    training goes on: base outputs would change by about 1%, and gradients would silently be wrong.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                module.state_dict()  # bitsandbytes' own way back to the ordinary layout
+
+
 @torch.no_grad()
 def apply_without_bias(layer, rows):
     """W applied to each row of `rows`: (..., in) -> (..., out), in fp32. The base layer is called, never unpacked."""

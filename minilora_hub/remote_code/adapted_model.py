@@ -134,6 +134,10 @@ class AdaptedModel(PreTrainedModel):
         if name is None:
             raise ValueError("base_model_name_or_path=None: the configuration names no base; pass base_model=")
         source = BASE_ALIASES[name]() if name in BASE_ALIASES else name
+        # AutoModel looks for a PEFT adapter first, and would ask the network without these.
+        offline = {key: arguments[key] for key in ("local_files_only", "cache_dir") if key in arguments}
+        if offline:
+            arguments = {"adapter_kwargs": offline, **arguments}
         try:
             return cls.auto_class.from_pretrained(
                 source, revision=revision, trust_remote_code=trust_remote_code, **arguments

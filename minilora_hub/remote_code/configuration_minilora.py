@@ -99,7 +99,7 @@ class AdapterConfig(PreTrainedConfig):
     def _refuse_misspelt(self, kwargs):
         """PreTrainedConfig keeps unknown keys as attributes, so a misspelt field would be ignored in silence."""
         for key in kwargs:
-            close = difflib.get_close_matches(key, self._own_fields(), n=1, cutoff=0.85)
+            close = difflib.get_close_matches(key, self._own_fields(), n=1, cutoff=0.8)
             if close:
                 raise ValueError(
                     f"{key}={kwargs[key]!r}: {type(self).__name__} has no such field; did you mean {close[0]!r}?"

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from .adapted_linear import apply_dora_scale
 
 _RECORD = ContextVar("minilora_routing_record", default=None)
+_COMPILED_RECORD = [None]  # torch.compile cannot trace a ContextVar; a compiled forward runs in one thread
 
 
 @dataclass
@@ -54,11 +55,23 @@ def record_routing():
     checkpointing repeats during backward adds nothing to it.
     """
     record = RoutingRecord()
-    token = _RECORD.set(record)
-    try:
-        yield record
-    finally:
-        _RECORD.reset(token)
+    if torch.compiler.is_compiling():
+        _COMPILED_RECORD[0] = record
+        try:
+            yield record
+        finally:
+            _COMPILED_RECORD[0] = None
+    else:
+        token = _RECORD.set(record)
+        try:
+            yield record
+        finally:
+            _RECORD.reset(token)
+
+
+def current_record():
+    """The open record of this context, or None."""
+    return _COMPILED_RECORD[0] if torch.compiler.is_compiling() else _RECORD.get()
 
 
 def route_top_k(logits, k):
@@ -198,7 +211,7 @@ class MixtureOfLoraExperts(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # routing in fp32, as the reference does
             logits = F.linear(x, self.router.float())  # (tokens, experts)
             weights, selected = route_top_k(logits, self.num_experts_per_tok)
-        record = _RECORD.get()
+        record = current_record()
         if record is not None:
             record.logits.append(logits.view(*leading_shape, -1))
             record.selected.append(selected.view(*leading_shape, -1))

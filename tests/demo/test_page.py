@@ -90,6 +90,8 @@ def visit(server, browser):
         page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
         page.goto(server.address)
         page.wait_for_function("document.querySelectorAll('.ml-card[data-kind]').length === 3")
+        for name in ("#ml-prompt textarea", "#ml-run", "#ml-stop", ".ml-chip >> nth=1"):  # each arrives on its own
+            page.wait_for_selector(name)
         return page
 
     yield open_page
@@ -329,8 +331,11 @@ def test_on_a_phone_columns_are_as_wide_as_the_screen(visit):
 
 
 def test_on_a_desktop_columns_stand_side_by_side(visit):
-    """In one row, equally wide and high."""
+    """In one row, equally wide and high, also when one answer is much longer than the others."""
     page = visit()
+    page.fill("#ml-prompt textarea", "line\n" * 19 + "line")
+    page.press("#ml-prompt textarea", "Enter")
+    wait_for_states(page, "length", "length", "length")
     boxes = page.locator(".ml-card").evaluate_all("cards => cards.map(c => c.getBoundingClientRect().toJSON())")
     assert len({round(box["top"]) for box in boxes}) == len({round(box["width"]) for box in boxes}) == 1
     assert len({round(box["height"]) for box in boxes}) == 1

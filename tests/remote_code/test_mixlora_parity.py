@@ -173,7 +173,9 @@ def test_every_base_matrix_runs_once_per_token():
     rows = {}
     for name, module in model.named_modules():
         if name.endswith(("gate_proj", "up_proj", "down_proj")) and isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(lambda _, args, __, name=name: rows.setdefault(name, []).append(args[0].numel()))
+            module.register_forward_hook(
+                lambda _, args, __, name=name: rows.setdefault(name, []).append(args[0].numel())
+            )
     logits(model)
     assert len(rows) == 6
     assert all(seen == [18 * (48 if name.endswith("down_proj") else 32)] for name, seen in rows.items())

@@ -1,0 +1,169 @@
+"""Training: transformers' Trainer, gradient checkpointing, mixed precision, and quantised bases."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from tiny import CAUSAL_LM, METHODS, fill_adapter, logits, tiny_base, tiny_config, tiny_model, token_ids
+from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
+
+from minilora_hub.remote_code.adapted_linear import row_norms_squared
+
+
+def train(model, folder, steps=12, **arguments):
+    rows = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in token_ids(8, 10)]
+    arguments = {"learning_rate": 2e-2, "per_device_train_batch_size": 4, "logging_steps": 1} | arguments
+    settings = TrainingArguments(
+        output_dir=str(folder), max_steps=steps, report_to=[], use_cpu=True, save_strategy="no", seed=0, **arguments
+    )
+    trainer = Trainer(model=model, args=settings, train_dataset=rows)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trainer_trains_the_adapter_and_nothing_else(method, tmp_path):
+    base = tiny_base()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    model = CAUSAL_LM[method].from_base(base, tiny_config(method))
+    losses, trainer = train(model, tmp_path, gradient_accumulation_steps=2)
+    assert losses[-1] < losses[0] - 0.5
+    trainer.save_model(tmp_path / "saved")  # hands the state dict to save_pretrained
+    model.eval()
+    loaded = CAUSAL_LM[method].from_pretrained(tmp_path / "saved", base_model=tiny_base())
+    assert torch.equal(logits(loaded), logits(model))
+    after = model.unload().state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_checkpointing_gives_the_same_gradients(method):
+    ids = token_ids()
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model("llama", method).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model(ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.adapter_parameters().items()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_reentrant_checkpointing_would_lose_the_balance_loss_and_is_refused():
+    model, ids = tiny_model("llama", "mixlora").train(), token_ids()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match=r'"use_reentrant": False'):
+        model(ids, labels=ids)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast_trains_close_to_fp32(method):
+    model, ids = tiny_model("llama", method), token_ids()
+    exact = model(ids, labels=ids).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = model(ids, labels=ids).loss
+    torch.testing.assert_close(mixed, exact, rtol=3e-2, atol=3e-2)
+    mixed.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.adapter_parameters().values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fp32_adapter_on_a_bf16_base_trains(method):
+    model = CAUSAL_LM[method].from_base(tiny_base().to(torch.bfloat16), tiny_config(method))
+    assert {p.dtype for p in model.adapter_parameters().values()} == {torch.float32}
+    ids = token_ids()
+    outputs = model.train()(ids, labels=ids)
+    outputs.loss.backward()
+    assert outputs.logits.dtype == torch.bfloat16
+    assert all(torch.isfinite(p.grad).all() for p in model.adapter_parameters().values())
+
+
+# ---- quantised bases (bitsandbytes runs on the CPU) ----
+
+NF4 = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+)
+
+
+@pytest.fixture(scope="module")
+def wide_base_folder(tmp_path_factory):
+    """A base whose rows are long enough for NF4's blocks of 64."""
+    folder = tmp_path_factory.mktemp("wide")
+    tiny_base(hidden_size=64, intermediate_size=128, pad_token_id=0).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nf4_base_loads_generates_and_trains(method, wide_base_folder, tmp_path):
+    model = CAUSAL_LM[method].from_base(str(wide_base_folder), tiny_config(method), quantization_config=NF4)
+    assert type(model.base.model.layers[0].mlp).__name__ in ("LlamaMLP", "MixtureOfLoraExperts")
+    quantised = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    assert len(quantised) == 14
+    assert model.is_loaded_in_4bit
+    plain = logits(model)
+    torch.testing.assert_close(plain, logits(model.base), rtol=0, atol=1e-5)
+    losses, _ = train(model, tmp_path / "t", steps=3)
+    assert losses[-1] < losses[0]
+    model.eval()
+    before = logits(model)
+    model.save_pretrained(tmp_path / "out")
+    loaded = CAUSAL_LM[method].from_pretrained(tmp_path / "out", quantization_config=NF4)
+    assert torch.equal(logits(loaded), before)
+    assert loaded.generate(token_ids(), max_new_tokens=3, do_sample=False).shape == (2, 12)
+    if method == "dora":
+        with pytest.raises(ValueError, match="cannot merge into a Linear4bit"):
+            loaded.merge()
+        assert torch.equal(logits(loaded), before)
+
+
+def test_dora_norm_of_a_quantised_weight_is_that_of_its_dequantised_values(wide_base_folder):
+    import bitsandbytes as bnb
+
+    model = CAUSAL_LM["dora"].from_base(str(wide_base_folder), tiny_config("dora"), quantization_config=NF4)
+    layer = model.base.model.layers[0].mlp.up_proj.base_layer
+    weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    logits(model)  # on some CPUs this would repack the weight, rounded, for bitsandbytes' inference kernel
+    torch.testing.assert_close(row_norms_squared(layer, chunk=24), weight.float().square().sum(dim=1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_4bit_base_that_was_evaluated_still_trains_with_the_right_gradients(method, wide_base_folder):
+    """On a CPU bitsandbytes repacks a 4-bit weight in eval mode for a kernel without a backward, and leaves it so."""
+    ids, gradients = token_ids(), []
+    for evaluate in (False, True):
+        model = CAUSAL_LM[method].from_base(str(wide_base_folder), tiny_config(method), quantization_config=NF4)
+        fill_adapter(model)
+        if evaluate:
+            logits(model.eval())
+        model.train()(ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in model.adapter_parameters().items()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+# ---- torch.compile ----
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_forward_compiles_without_a_graph_break_for_dora(method):
+    """DoRA compiles whole. A mixture's sorted path reads counts on the host, so it compiles whole for few tokens."""
+    model = tiny_model("llama", method)
+    ids = token_ids(1, 1) if method != "dora" else token_ids()
+    expected = logits(model, ids, use_cache=False)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # inductor's own
+        compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+        got = logits(compiled, ids, use_cache=False)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+def test_the_router_is_trained_by_the_task_alone():
+    """Without a balance loss the router still gets a gradient, through the weights of the chosen experts."""
+    model = CAUSAL_LM["mixlora"].from_base(tiny_base(), tiny_config("mixlora", router_aux_loss_coef=0.0)).train()
+    fill_adapter(model)
+    ids = token_ids()
+    model(ids, labels=ids).loss.backward()
+    assert model.adapter_parameters()["layers.0.mlp.router"].grad.abs().max() > 0
