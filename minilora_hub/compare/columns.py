@@ -170,13 +170,17 @@ def load_base(
 
 
 def shipped_adapters() -> list[Path]:
-    """Find the adapters that travel with minilora_hub: in an installed wheel or in a checkout."""
+    """Find the adapters that travel with minilora_hub: in an installed wheel or in a checkout.
+
+    Raises:
+        AdapterError: there are none, so there is nothing to compare.
+    """
     package = Path(__file__).resolve().parents[1]
     for cards in (package / "model_cards", package.parent / "model_cards"):
         found = sorted(path.parent for path in cards.glob("*/config.json") if "auto_map" in _read_json(path))
         if found:
             return found
-    return []
+    raise AdapterError("this copy of minilora_hub ships no adapters: name the folders of your own")
 
 
 def _read_json(path: Path) -> dict:

@@ -8,14 +8,7 @@ stacked over the experts.
 
 import torch
 
-from .adapted_linear import (
-    AdaptedLinear,
-    LowRankUpdate,
-    init_lora_a,
-    keep_4bit_weights_exact,
-    layer_device,
-    row_norms_squared,
-)
+from .adapted_linear import AdaptedLinear, LowRankUpdate, init_lora_a, layer_device, row_norms_squared
 from .base_structure import LinearSite
 from .mixture import MixtureOfLoraExperts
 
@@ -59,7 +52,6 @@ def attach(base, config, sites, tensors=None, seed=0, dtype=None):
         seed: seed of fresh tensors; torch's global random state is left alone.
         dtype: dtype of the adapter's tensors. Default: as they are (fresh ones float32). Magnitudes are always float32.
     """
-    keep_4bit_weights_exact(base)
     generator = torch.Generator().manual_seed(seed)
     modules = {}
     for site in sites:

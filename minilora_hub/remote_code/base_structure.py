@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .adapted_linear import compute_dtype, layer_device, linear_shape
+from .adapted_linear import compute_dtype, keep_4bit_weights_exact, layer_device, linear_shape
 
 ADAPTED_CLASSES = ("AdaptedLinear", "MixtureOfLoraExperts")
 
@@ -124,6 +124,7 @@ def plan_sites(base, config):
             `target_modules` matches nothing.
     """
     refuse_adapted(base)
+    keep_4bit_weights_exact(base)  # before a block is called below
     prefix, layers = find_decoder_layers(base)
     with_mixture = config.model_type == "mixlora"
     known = {}

@@ -8,6 +8,7 @@ import pytest
 import tiny_stand_ins as tiny
 import torch
 
+from minilora_hub.compare import columns
 from minilora_hub.compare.engine import Column, CompareEngine, Sampling, Update, shared_copy
 from minilora_hub.compare.text_stream import TextStream
 from minilora_hub.errors import AdapterError
@@ -380,6 +381,20 @@ def test_what_cannot_be_loaded(tmp_path):
         assert name in str(caught.value)
     with pytest.raises(ValueError, match="tokenizer=None"):
         CompareEngine(tiny.tiny_llama())
+
+
+def test_shipped_adapters_are_found_in_a_wheel_and_in_a_checkout(tmp_path, monkeypatch):
+    """Folders that hold an adapter of ours, and nothing else; none at all is an error."""
+    monkeypatch.setattr(columns, "__file__", str(tmp_path / "minilora_hub" / "compare" / "columns.py"))
+    (tmp_path / "model_cards" / "notes").mkdir(parents=True)
+    (tmp_path / "model_cards" / "notes" / "config.json").write_text("{}")
+    with pytest.raises(AdapterError, match="ships no adapters"):
+        columns.shipped_adapters()
+    for cards in (tmp_path / "model_cards", tmp_path / "minilora_hub" / "model_cards"):  # the wheel's own come first
+        for name in ("b", "a"):
+            (cards / name).mkdir(parents=True)
+            (cards / name / "config.json").write_text('{"model_type": "dora", "auto_map": {}}')
+        assert columns.shipped_adapters() == [cards / "a", cards / "b"]
 
 
 def test_an_update_is_small_and_plain():

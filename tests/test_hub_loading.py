@@ -1,0 +1,186 @@
+"""Publish to a Hub over HTTP, load in a process that has never heard of minilora_hub: one line, same logits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from hub.server import HubServer
+from tiny import METHODS, tiny_base
+from tiny_stand_ins import byte_tokenizer
+
+STRANGER = """
+import sys
+sys.modules["minilora_hub"] = None  # importing it fails, as where it is not installed
+import json, peft, torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+repo, arguments, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+"""
+
+AUTHOR = """
+import json, sys, torch
+from transformers import AutoTokenizer
+from tiny import CAUSAL_LM, fill_adapter, tiny_config
+method, seed, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+model = CAUSAL_LM[method].from_base("org/base", tiny_config(method))
+fill_adapter(model, seed=seed)
+model.eval()
+ids = AutoTokenizer.from_pretrained("org/base")("Hello Hub", return_tensors="pt").input_ids
+with torch.no_grad():
+    torch.save({"ids": ids, "logits": model(ids).logits}, out)
+model.push_to_hub(f"author/{method}")
+print(json.dumps({"revision": model.config.base_model_revision, "fingerprint": model.config.base_fingerprint}))
+"""
+
+LOAD = """
+# Transformers reads config.json for the tokenizer too, and would ask on the terminal without the flag.
+tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=True, **arguments)
+model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True, **arguments)
+body = AutoModel.from_pretrained(repo, trust_remote_code=True, **arguments)
+expected = torch.load(out)
+assert torch.equal(tokenizer("Hello Hub", return_tensors="pt").input_ids, expected["ids"])
+with torch.no_grad():
+    got = model(expected["ids"]).logits
+    hidden = body(expected["ids"]).last_hidden_state
+generate = pipeline("text-generation", model=repo, trust_remote_code=True, **arguments)
+text = generate("Hello Hub", max_new_tokens=5, do_sample=False, return_full_text=False)[0]["generated_text"]
+again = model.generate(expected["ids"], max_new_tokens=5, do_sample=False)[0, expected["ids"].shape[1]:]
+print(json.dumps({
+    "equal": torch.equal(got, expected["logits"]),
+    "module": type(model).__module__,
+    "classes": [type(model).__name__, type(body).__name__, type(model.base).__name__],
+    "pipeline": text == tokenizer.decode(again, skip_special_tokens=True),
+    "revision": model.config.base_model_revision,
+    "body": list(hidden.shape),
+    "ours": [name for name in sys.modules if name.startswith("minilora_hub") and sys.modules[name]],
+}))
+"""
+
+
+def run(script, *arguments, environment, folder):
+    """Run a script in its own process, warnings being errors there too; its last line, read as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(script), *map(str, arguments)],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A Hub with a base, and one adapter of each method that its author pushed from their own process."""
+    folder = tmp_path_factory.mktemp("hub")
+    base = folder / "base"
+    tiny_base(vocab_size=259, eos_token_id=None, bos_token_id=None).save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    with HubServer() as hub:
+        hub.add_repo("org/base", files={path.name: path.read_bytes() for path in base.iterdir()})
+        token = hub.add_user("author")
+        environment = hub.environment(token=token, cache_dir=folder / "author")
+        facts = {}
+        for method in METHODS:
+            environment["PYTHONPATH"] = str(Path(__file__).parent)
+            code, out, err = run(AUTHOR, method, 1, folder / f"{method}.pt", environment=environment, folder=folder)
+            assert code == 0, err[-3000:]
+            facts[method] = json.loads(out.splitlines()[-1])
+        yield hub, token, folder, facts
+
+
+def load(published, method, arguments=None, *, token=True, expected=None, folder_name="stranger"):
+    hub, secret, folder, _ = published
+    environment = hub.environment(token=secret if token else None, cache_dir=folder / folder_name)
+    return run(
+        STRANGER + LOAD,
+        f"author/{method}",
+        json.dumps(arguments or {}),
+        expected or folder / f"{method}.pt",
+        environment=environment,
+        folder=folder,
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stranger_loads_it_with_one_line(published, method):
+    hub, _, _, facts = published
+    code, out, err = load(published, method)
+    assert code == 0, err[-3000:]
+    result = json.loads(out.splitlines()[-1])
+    prefix = "Dora" if method == "dora" else "MixLora"
+    assert result["equal"], "logits after save -> push -> load are not bit-equal"
+    assert result["module"].startswith("transformers_modules.")
+    assert result["classes"] == [f"{prefix}ForCausalLM", f"{prefix}Model", "LlamaForCausalLM"]
+    assert result["pipeline"]
+    assert result["ours"] == []
+    assert result["revision"] == facts[method]["revision"] == hub.repo("org/base").commit("main").oid
+
+
+def test_what_was_pushed(published):
+    hub, _, _, facts = published
+    for method in METHODS:
+        repo = hub.repo(f"author/{method}")
+        assert repo.private
+        names = set(repo.files("main"))
+        assert {"config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
+        assert "generation_config.json" in names
+        assert not {"adapter_config.json", "model.safetensors"} & names
+        assert facts[method]["fingerprint"].startswith("sha256:")
+
+
+def test_without_trust_nothing_of_the_repo_is_run(published):
+    script = STRANGER + "AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=False)"
+    hub, token, folder, _ = published
+    environment = hub.environment(token=token, cache_dir=folder / "wary")
+    code, _, err = run(script, "author/dora", "{}", "", environment=environment, folder=folder)
+    assert code == 1
+    assert "trust_remote_code=True" in err
+    assert not list((folder / "wary").rglob("modeling_minilora.py"))
+
+
+def test_a_private_adapter_is_not_found_without_a_token(published):
+    code, _, err = load(published, "dora", token=False, folder_name="anonymous")
+    assert code == 1
+    assert "author/dora" in err
+
+
+def test_registered_classes_win_over_the_code_in_the_repo(published):
+    hub, token, folder, _ = published
+    script = """
+        import sys, minilora_hub
+        from transformers import AutoModelForCausalLM
+        minilora_hub.register()
+        model = AutoModelForCausalLM.from_pretrained("author/mixlora")
+        assert type(model) is minilora_hub.MixLoraForCausalLM
+        assert not [name for name in sys.modules if name.startswith("transformers_modules")]
+    """
+    environment = hub.environment(token=token, cache_dir=folder / "registered")
+    code, _, err = run(script, environment=environment, folder=folder)
+    assert code == 0, err[-3000:]
+
+
+def test_base_and_adapter_revisions_are_pinned_apart(published, tmp_path):
+    """The base moves on, and the adapter gets a second version: both first versions still load together."""
+    hub, token, folder, facts = published
+    first = hub.repo("author/dora").commit("main").oid
+    other = tmp_path / "other"
+    tiny_base(vocab_size=259, eos_token_id=None, bos_token_id=None, seed=4).save_pretrained(other)
+    hub.repo("org/base").push({"model.safetensors": (other / "model.safetensors").read_bytes()}, "retrained", "main")
+    assert hub.repo("org/base").commit("main").oid != facts["dora"]["revision"]
+
+    code, out, err = load(published, "dora", {"revision": first}, folder_name="pinned")
+    assert code == 0, err[-3000:]
+    assert json.loads(out.splitlines()[-1])["equal"]
+
+    # Asked for by name, the moved base is loaded, with a warning that it is another one.
+    script = STRANGER + "AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True, base_revision='main')"
+    environment = hub.environment(token=token, cache_dir=folder / "pinned")
+    code, _, err = run(script, "author/dora", "{}", "", environment=environment, folder=folder)
+    assert code == 1
+    assert "UserWarning: this adapter was trained on a base with fingerprint" in err
