@@ -12,6 +12,7 @@ import pytest
 import tiny_stand_ins
 
 from minilora_hub import cli
+from minilora_hub.cli import demo
 from minilora_hub.errors import MissingExtraError
 
 
@@ -105,9 +106,9 @@ def test_without_a_port_the_next_free_one_is_taken(monkeypatch):
     """A second demo beside the first just works."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        monkeypatch.setattr(cli, "FIRST_PORT", port)
-        monkeypatch.setattr(cli, "LAST_PORT", port + 20)
-        assert port < cli._free_port("127.0.0.1", None) <= port + 20
+        monkeypatch.setattr(demo, "FIRST_PORT", port)
+        monkeypatch.setattr(demo, "LAST_PORT", port + 20)
+        assert port < demo._free_port("127.0.0.1", None) <= port + 20
 
 
 def test_a_host_that_is_none(capsys):
@@ -143,7 +144,7 @@ def test_a_browser_is_opened_only_where_there_is_a_screen(monkeypatch, environme
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert cli._has_screen() is expected
+    assert demo._has_screen() is expected
 
 
 def interrupted(process):

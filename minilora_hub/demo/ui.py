@@ -25,10 +25,12 @@ from minilora_hub.demo.live import Frame, LiveRuns
 HERE = Path(__file__).parent
 NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
 EXAMPLES = (
+    # What the shipped adapters were trained for, with names, cities and years that they never saw …
+    "Write a JSON record with name, age, city and job: Maria, 41, works as a pilot in Lisbon.",
+    "Write this date as YYYY-MM-DD: the nineteenth of February 1990",
+    "Write this number in digits: seven thousand eight hundred and ten",
+    # … and what they were not.
     "Why is the sky blue?",
-    "Write a haiku about the sea.",
-    "How do I make a cup of tea?",
-    "Name three planets.",
 )
 SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 SYSTEM_MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")

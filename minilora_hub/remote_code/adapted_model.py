@@ -11,6 +11,7 @@ import re
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -53,7 +54,7 @@ class AdaptedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    auto_class = None
+    auto_class: Any = None  # AutoModel or AutoModelForCausalLM: what loads the base
 
     def __init__(self, config, base=None, adapter_file=None, seed=0, adapter_dtype=None):
         if base is None:

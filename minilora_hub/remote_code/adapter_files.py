@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ CHECKPOINT_FILES = (
 )
 UNKNOWN = "unknown"
 
-BASE_ALIASES = {}
+BASE_ALIASES: dict[str, Callable[[], str]] = {}
 """Base names that are neither folders nor Hub ids: alias -> function that returns a local folder. Filled from
 outside.
 """

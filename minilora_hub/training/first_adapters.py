@@ -1,106 +1,35 @@
 """The two adapters that ship with the first release: a DoRA and a MixLoRA, trained briefly on three small tasks.
 
     python -m minilora_hub.training.first_adapters --method mixlora --out model_cards/smollm2-135m-mixlora
+    python -m minilora_hub.training.first_adapters --measure model_cards/smollm2-135m-mixlora
 
-The tasks are chosen so that a reader sees the difference at once: the base answers in prose, the adapters with exactly
-the date, the number or the JSON record. Names, cities and years of the test items never occur in training.
+The first line trains, measures and writes results.json; the second measures a folder again.
+
+The tasks are in `first_tasks`, the measurements in `measuring`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-NAMES = "Maria Tom Aisha Liam Chen Sofia Omar Ines Jonas Priya Mateo Freya Kofi Hana Diego Nora Ivan Leila Hugo Amara"
-CITIES = "Lisbon Oslo Nairobi Lima Kyoto Prague Dakar Quito Porto Turin Leeds Riga Accra Hanoi Malmo Izmir Bergen Tunis"
-JOBS = "baker teacher nurse pilot carpenter chemist farmer painter lawyer plumber"
-MONTHS = "January February March April May June July August September October November December"
-ORDINALS = (
-    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth "
-    "sixteenth seventeenth eighteenth nineteenth twentieth twenty-first twenty-second twenty-third twenty-fourth "
-    "twenty-fifth twenty-sixth twenty-seventh twenty-eighth"
+from minilora_hub.errors import AdapterError
+from minilora_hub.results import RESULTS_FILE, Base, DataSource, Results, Sample, Training
+from minilora_hub.training import measuring
+from minilora_hub.training.first_tasks import DATA, TASKS, make_items
+
+MEASURE_COMMAND = "python -m minilora_hub.training.first_adapters --measure DIR"
+ROUNDED = (
+    "trained and measured on a Q4_1 rounding of these weights, expanded to float32 "
+    '(what minilora_hub calls the base "embedded")'
 )
-UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-)
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-HELD_OUT = 5
-"""Every fifth name, city and year, and every number that it divides, is for testing only."""
-
-
-def number_in_words(number: int) -> str:
-    """An integer from 0 to 9999 in English words."""
-    if number < 20:
-        return UNITS.split()[number]
-    if number < 100:
-        tens, rest = divmod(number, 10)
-        return TENS.split()[tens - 2] + (f"-{UNITS.split()[rest]}" if rest else "")
-    size, word = (1000, "thousand") if number >= 1000 else (100, "hundred")
-    head, rest = divmod(number, size)
-    joint = " and " if rest and (size == 100 or rest < 100) else " "
-    return f"{UNITS.split()[head]} {word}" + (f"{joint}{number_in_words(rest)}" if rest else "")
-
-
-def _pick(rng: random.Random, values: list[Any], test: bool) -> Any:
-    return rng.choice([value for i, value in enumerate(values) if (i % HELD_OUT == 0) == test])
-
-
-def make_item(rng: random.Random, test: bool) -> dict[str, str]:
-    """One task item: its task, prompt and completion. Test items use entities that training items never do."""
-    task = rng.choice(["date", "number", "record"])
-    if task == "date":
-        months, ordinals = MONTHS.split(), ORDINALS.split()
-        day, month, year = rng.randrange(28), rng.randrange(12), _pick(rng, list(range(1950, 2050)), test)
-        spoken = rng.choice(
-            [
-                f"the {ordinals[day]} of {months[month]} {year}",
-                f"{months[month]} {day + 1}, {year}",
-                f"{day + 1} {months[month]} {year}",
-            ]
-        )
-        return {
-            "task": task,
-            "prompt": f"Write this date as YYYY-MM-DD: {spoken}",
-            "completion": f"{year}-{month + 1:02}-{day + 1:02}",
-        }
-    if task == "number":
-        number = _pick(rng, list(range(20, 10000)), test)
-        return {
-            "task": task,
-            "prompt": f"Write this number in digits: {number_in_words(number)}",
-            "completion": str(number),
-        }
-    record = {
-        "name": _pick(rng, NAMES.split(), test),
-        "age": rng.randint(18, 80),
-        "city": _pick(rng, CITIES.split(), test),
-        "job": rng.choice(JOBS.split()),
-    }
-    sentence = rng.choice(
-        [
-            "{name} is a {age}-year-old {job} from {city}.",
-            "In {city} lives {name}, a {job}, who is {age} years old.",
-            "{name}, {age}, works as a {job} in {city}.",
-        ]
-    )
-    return {
-        "task": task,
-        "prompt": f"Write a JSON record with name, age, city and job: {sentence.format(**record)}",
-        "completion": json.dumps(record),
-    }
-
-
-def make_items(count: int, test: bool, seed: int) -> list[dict[str, str]]:
-    """`count` items; the same for the same arguments."""
-    rng = random.Random(seed)  # noqa: S311  (data, not secrets)
-    return [make_item(rng, test) for _ in range(count)]
+FACTS_FILE = "training.json"
+"""What an earlier version of this file wrote instead of results.json."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +54,7 @@ RECIPES = {
 }
 
 
-def train(recipe: Recipe, out: Path, base: str = "embedded") -> dict[str, Any]:
+def train(recipe: Recipe, out: Path, base: str = "embedded") -> Results:
     """Train, measure against the base, and write the folder as it would be published.
 
     Args:
@@ -134,7 +63,7 @@ def train(recipe: Recipe, out: Path, base: str = "embedded") -> dict[str, Any]:
         base: the base, as `resolve_base` takes it.
 
     Returns:
-        The facts that are also written to ``training.json``.
+        What is also written to ``results.json``.
     """
     import torch
     from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -146,11 +75,7 @@ def train(recipe: Recipe, out: Path, base: str = "embedded") -> dict[str, Any]:
     classes = {"dora": (DoraConfig, DoraForCausalLM), "mixlora": (MixLoraConfig, MixLoraForCausalLM)}
     config_class, model_class = classes[recipe.method]
     tokenizer = AutoTokenizer.from_pretrained(resolved.path)
-    padded_left = AutoTokenizer.from_pretrained(resolved.path, padding_side="left")
     model = model_class.from_base(base, config_class(**recipe.adapter), seed=recipe.seed)
-    test_items = make_items(recipe.test_items, True, recipe.seed + 1)
-    facts: dict[str, Any] = {"recipe": asdict(recipe), "parameters": model.num_adapter_parameters()}
-    facts["exact_match_before"] = exact_match(model, padded_left, test_items)
 
     arguments = TrainingArguments(
         output_dir=str(out / "trainer"),
@@ -170,20 +95,126 @@ def train(recipe: Recipe, out: Path, base: str = "embedded") -> dict[str, Any]:
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
     started = time.perf_counter()
     trainer.train()
-    facts["train_seconds"] = round(time.perf_counter() - started)
-    facts["loss"] = [[entry["step"], round(entry["loss"], 4)] for entry in trainer.state.log_history if "loss" in entry]
+    seconds = round(time.perf_counter() - started)
+    loss = [(entry["step"], round(entry["loss"], 4)) for entry in trainer.state.log_history if "loss" in entry]
 
     for parameter in model.adapter_parameters().values():  # half the bytes; measured after the cast
         if parameter.dim() > 1 or recipe.method == "mixlora":
             parameter.data = parameter.data.to(torch.bfloat16)
-    model.eval()
-    facts["exact_match_after"] = exact_match(model, padded_left, test_items)
     # A published configuration names the real repo; the fingerprint says which weights it was trained on.
     model.config.base_model_name_or_path = resolved.hub_id or base
     model.save_pretrained(out, tokenizer=tokenizer)
-    (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(out / "trainer", ignore_errors=True)
-    return facts
+    training = describe_training(recipe, seconds, loss, rows, here=True)
+    return measure(out, recipe, training, base)
+
+
+def describe_training(
+    recipe: Recipe, seconds: float, loss: list[Any], rows: list[dict[str, list[int]]], here: bool
+) -> Training:
+    """What results.json says about a training run; machine and libraries only if it ran `here`, in this setup."""
+    saved = "bfloat16, magnitudes float32" if recipe.method == "dora" else "bfloat16"
+    return Training(
+        data=(
+            DataSource(
+                "dates, numbers and records", DATA, len(rows), sum(len(row["input_ids"]) for row in rows), "apache-2.0"
+            ),
+        ),
+        hyperparameters={
+            "optimizer": "AdamW",
+            "learning rate": recipe.learning_rate,
+            "schedule": "cosine",
+            "warm-up steps": recipe.warmup_steps,
+            "batch size": recipe.batch_size,
+            "seed": recipe.seed,
+            "trained in": "float32",
+            "saved in": saved,
+            "loss on": "completions only",
+        },
+        steps=recipe.steps,
+        seconds=seconds,
+        hardware=measuring.hardware() if here else None,
+        libraries=measuring.library_versions() if here else {},
+        loss=tuple((step, value) for step, value in loss),
+    )
+
+
+def known_training(folder: Path, trained_here: bool, base: str = "embedded") -> tuple[Recipe, Training]:
+    """The recipe and the training facts that lie in a folder, in results.json or in an older training.json."""
+    from transformers import AutoTokenizer
+
+    from minilora_hub.bases import resolve_base
+
+    if (folder / RESULTS_FILE).is_file():
+        results = Results.load(folder)
+        recipe = RECIPES.get(results.method)
+        if recipe is None or results.training is None:
+            raise AdapterError(f"{folder.name}: method={results.method!r}: was not trained by this file")
+        return recipe, results.training
+    if not (folder / FACTS_FILE).is_file():
+        raise AdapterError(f"{folder.name}: neither {RESULTS_FILE} nor {FACTS_FILE}: nothing tells how it was trained")
+    facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+    recipe = Recipe(**facts["recipe"])
+    tokenizer = AutoTokenizer.from_pretrained(resolve_base(base).path)
+    rows = [tokenized(tokenizer, item) for item in make_items(recipe.train_items, False, recipe.seed)]
+    return recipe, describe_training(recipe, facts["train_seconds"], facts["loss"], rows, trained_here)
+
+
+def measure(folder: Path, recipe: Recipe, training: Training, base: str = "embedded") -> Results:
+    """Measure an adapter folder and its base on the test items, and write results.json into it.
+
+    Args:
+        folder: what `train` has written.
+        recipe: how it was trained: its seed and sizes give the test items.
+        training: the facts of the training run.
+        base: the base, as `resolve_base` takes it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from minilora_hub import DoraForCausalLM, MixLoraForCausalLM
+    from minilora_hub.bases import resolve_base
+
+    resolved = resolve_base(base)
+    tokenizer = AutoTokenizer.from_pretrained(resolved.path, padding_side="left")
+    items = make_items(recipe.test_items, True, recipe.seed + 1)
+    prompts = [item["prompt"] for item in items]
+    # The dtype that the published configuration asks for, so that this measures what a visitor loads.
+    plain: Any = AutoModelForCausalLM.from_pretrained(resolved.path, dtype="float32").eval()
+    size = sum(parameter.numel() for parameter in plain.parameters())
+    base_answers = measuring.answers(plain, tokenizer, prompts)
+    model_class: Any = MixLoraForCausalLM if recipe.method == "mixlora" else DoraForCausalLM
+    model = model_class.from_pretrained(folder, base_model=plain)
+    adapter_answers = measuring.answers(model, tokenizer, prompts)
+
+    shown = [next(i for i, item in enumerate(items) if item["task"] == task) for task in TASKS]
+    results = Results(
+        method=recipe.method,
+        base=Base(
+            id=model.config.base_model_name_or_path,
+            revision=model.config.base_model_revision,
+            fingerprint=model.config.base_fingerprint,
+            parameters=size,
+            license="apache-2.0" if resolved.embedded else None,
+            note=ROUNDED if resolved.embedded else None,
+        ),
+        parameters=model.num_adapter_parameters(),
+        share=round(model.num_adapter_parameters() / size, 5),
+        license="apache-2.0" if resolved.embedded else None,
+        language=("en",),
+        training=training,
+        evaluation=measuring.evaluations(
+            measuring.exact_matches(adapter_answers, items),
+            measuring.exact_matches(base_answers, items),
+            TASKS,
+            MEASURE_COMMAND,
+        ),
+        samples=tuple(Sample(prompts[i], base_answers[i], adapter_answers[i]) for i in shown),
+        decoding=measuring.DECODING,
+        expert_load=measuring.expert_load(model, tokenizer, prompts),
+    )
+    results.save(folder)
+    (folder / FACTS_FILE).unlink(missing_ok=True)  # all of it is in results.json now
+    return results
 
 
 def tokenized(tokenizer: Any, item: dict[str, str]) -> dict[str, list[int]]:
@@ -198,36 +229,27 @@ def tokenized(tokenizer: Any, item: dict[str, str]) -> dict[str, list[int]]:
     }
 
 
-def exact_match(model: Any, tokenizer: Any, items: list[dict[str, str]], batch_size: int = 25) -> dict[str, float]:
-    """Share of items whose greedy answer is exactly the completion, per task. The tokenizer must pad on the left."""
-    import torch
-
-    right: dict[str, list[bool]] = {}
-    for start in range(0, len(items), batch_size):
-        batch = items[start : start + batch_size]
-        chats = [[{"role": "user", "content": item["prompt"]}] for item in batch]
-        inputs = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        )
-        with torch.inference_mode():
-            answers = model.generate(**inputs, max_new_tokens=48, do_sample=False)
-        texts = tokenizer.batch_decode(answers[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for item, text in zip(batch, texts, strict=True):
-            right.setdefault(item["task"], []).append(text.strip() == item["completion"])
-    return {task: round(sum(hits) / len(hits), 3) for task, hits in sorted(right.items())}
-
-
 def main() -> None:
-    """Parse the command line and train."""
+    """Parse the command line and train, or measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=RECIPES, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder that is written")
+    parser.add_argument("--method", choices=RECIPES)
+    parser.add_argument("--out", type=Path, help="folder that is written")
     parser.add_argument("--steps", type=int, help="default: the recipe's")
+    parser.add_argument("--measure", type=Path, metavar="DIR", help="measure this trained folder; nothing is trained")
+    parser.add_argument(
+        "--trained-here", action="store_true", help="with --measure: it was trained on this machine, in this setup"
+    )
     arguments = parser.parse_args()
-    recipe = RECIPES[arguments.method]
-    if arguments.steps:
-        recipe = Recipe(**(asdict(recipe) | {"steps": arguments.steps}))
-    print(json.dumps(train(recipe, arguments.out), indent=2))
+    if arguments.measure:
+        results = measure(arguments.measure, *known_training(arguments.measure, arguments.trained_here))
+    elif arguments.method and arguments.out:
+        recipe = RECIPES[arguments.method]
+        if arguments.steps:
+            recipe = Recipe(**(asdict(recipe) | {"steps": arguments.steps}))
+        results = train(recipe, arguments.out)
+    else:
+        parser.error("--method and --out, or --measure, are required")
+    print(json.dumps(results.to_dict()["evaluation"], indent=2))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,5 @@
+"""`python -m minilora_hub.cli`: the same as the script `minilora`."""
+
+from minilora_hub.cli import main
+
+main()

@@ -1,0 +1,77 @@
+"""The commands together, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from minilora_hub.cli.demo import demo
+from minilora_hub.cli.shared import Debug, say
+from minilora_hub.errors import MiniLoraError
+
+app = typer.Typer(
+    name="minilora",
+    help="MixLoRA and DoRA adapters that load from the Hugging Face Hub with one line.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(epilog="Example: minilora demo ./my-adapter --base embedded --port 7860")(demo)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            typer.echo(f"minilora {version('minilora_hub')}")
+        except PackageNotFoundError:
+            typer.echo("minilora, not installed: run from its source")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Debug = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """MixLoRA and DoRA adapters that load from the Hugging Face Hub with one line."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 for success, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C.
+
+    Args:
+        arguments: what follows the program's name. Default: the process's own.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = app(args=arguments, prog_name="minilora", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except Exception as error:
+        code = _report(error, debug="--debug" in arguments)
+    sys.exit(code or 0)
+
+
+def _report(error: Exception, debug: bool) -> int:
+    """Print an error and return the exit code."""
+    show = getattr(error, "show", None)
+    if show:  # a usage error, from click or from the copy of it inside newer typers
+        show()
+        return getattr(error, "exit_code", 2)
+    if debug:
+        traceback.print_exception(error)
+        return 1
+    message = " ".join(str(error).split())
+    if isinstance(error, (MiniLoraError, ValueError)):
+        say(f"minilora: {message}")
+    else:
+        say(f"minilora: {type(error).__name__}: {message} (--debug shows where)")
+    return 1

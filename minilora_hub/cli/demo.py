@@ -1,0 +1,68 @@
+"""`minilora demo`: the page that shows base and adapters side by side, served from this machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minilora_hub.cli.shared import Debug, say
+from minilora_hub.errors import MiniLoraError
+
+FIRST_PORT, LAST_PORT = 7860, 7959
+
+
+def demo(
+    adapters: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="ADAPTER", help="Adapter folders. Default: the ones shipped here."),
+    ] = None,
+    base: Annotated[str, typer.Option(help='The base: "embedded", a folder, or an id on the Hub.')] = "embedded",
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help=f"The port. Default: the first free one from {FIRST_PORT} on.")
+    ] = None,
+    browser: Annotated[
+        bool | None, typer.Option("--browser/--no-browser", help="Open a browser. Default: where there is a screen.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Compare the base and adapters on it, side by side, on a page served from this machine."""
+    port = _free_port(host, port)
+    say("Starting: the first time takes a while …")
+
+    from minilora_hub.compare.columns import shipped_adapters
+    from minilora_hub.compare.engine import CompareEngine
+    from minilora_hub.demo.ui import build_demo, launch
+
+    engine = CompareEngine(base, adapters or shipped_adapters(), progress=say)
+    shown = "localhost" if host in ("0.0.0.0", "::") else host  # noqa: S104
+    typer.echo(f"Open http://{shown}:{port} (Ctrl-C ends it)")
+    launch(build_demo(engine), host=host, port=port, open_browser=_has_screen() if browser is None else browser)
+
+
+def _free_port(host: str, wanted: int | None) -> int:
+    """Check the port before the models are loaded, and find one where none was asked for."""
+    for port in [wanted] if wanted else range(FIRST_PORT, LAST_PORT + 1):
+        try:
+            with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+                return port
+        except socket.gaierror as error:
+            raise ValueError(f"host={host!r}: no such address ({error.strerror})") from None
+        except OSError as error:
+            reason = error.strerror
+    if wanted:
+        raise MiniLoraError(
+            f"port {wanted} on {host} cannot be used ({reason}): pass another --port, or none to get a free one"
+        )
+    raise MiniLoraError(f"no free port on {host} from {FIRST_PORT} to {LAST_PORT} ({reason}): pass --port")
+
+
+def _has_screen() -> bool:
+    if "CI" in os.environ or "SSH_CONNECTION" in os.environ:
+        return False
+    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

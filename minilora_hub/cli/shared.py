@@ -1,0 +1,36 @@
+"""Options and output that several commands use."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
+Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit. Default: main.")]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", metavar="BASE", help='Base to load instead of the named one: "embedded", a folder, an id.'),
+]
+
+
+def say(line: str) -> None:
+    """Print a line for people, on stderr."""
+    typer.echo(line, err=True)
+
+
+def print_json(value: Any) -> None:
+    """Print a value for scripts, on stdout."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def size_text(count: int) -> str:
+    """Write a number of bytes as people read it, in decimal units as the Hub's pages do."""
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

@@ -1,0 +1,382 @@
+"""From a trained folder to exactly the folder that is published.
+
+    config.json with auto_map    adapter_model.safetensors    the island's files of this version
+    tokenizer, chat template     generation_config.json       README.md  results.json  verification.json  pictures
+    peft/                        the same adapter in PEFT's format, where PEFT can read it (DoRA)
+
+There is never an `adapter_config.json` at the root of such a repo: AutoModel would then take the base's config and
+never see the class. Plain LoRA, and `layout="peft"`, are published in PEFT's own layout instead, without code.
+
+Building loads the base and the adapter with our installed classes, so nothing of the folder is run, and records what
+the model computes. The folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minilora_hub.errors import AdapterError, MissingExtraError
+from minilora_hub.publish import bases_of_record
+from minilora_hub.publish.island import island_files
+from minilora_hub.publish.peft_layout import write_peft_config, write_peft_folder
+from minilora_hub.publish.recording import TOLERANCES, Recording, difference, libraries, prompt_ids, record
+from minilora_hub.publish.sources import (
+    COMPANIONS,
+    OUR_CONFIG,
+    TOKENIZER_FILES,
+    WEIGHTS,
+    Layout,
+    Source,
+    file_sha256,
+    read_source,
+    recorded_before,
+)
+from minilora_hub.results import RESULTS_FILE, VERIFICATION_FILE, Base, Results, Verification
+
+CARD = "README.md"
+GENERATION = "generation_config.json"
+PEFT_FOLDER = "peft"
+NOT_HASHED = (CARD, VERIFICATION_FILE)
+"""People edit the card on the Hub's page, and a file cannot hold its own hash."""
+
+EMBEDDED_NOTE = "trained on the Q4_1 rounding of these weights that minilora_hub calls `embedded`"
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A file as it is published: its path in the repo, its size in bytes, its sha256."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Built:
+    """What `build` made.
+
+    Attributes:
+        folder: the folder, as it is published.
+        layout: ``"auto"`` (AutoModel with our code) or ``"peft"``.
+        method: ``"mixlora"``, ``"dora"`` or ``"lora"``.
+        base_id: the base's id on the Hub, as the configuration names it.
+        base_elsewhere: where the base was loaded from, where that is not `base_id` on the Hub.
+        files: every file in it, sorted by path.
+        notes: what the author should know, a line each.
+    """
+
+    folder: Path
+    layout: Layout
+    method: str
+    base_id: str
+    base_elsewhere: str | None
+    files: tuple[PublishedFile, ...]
+    notes: tuple[str, ...] = ()
+
+
+def build(
+    source: str | Path,
+    out: str | Path,
+    *,
+    repo_id: str,
+    revision: str | None = None,
+    layout: Layout = "auto",
+    base_id: str | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
+    token: str | None = None,
+    progress: bool = False,
+) -> Built:
+    """Build the folder that is published.
+
+    Args:
+        source: what ``save_pretrained`` wrote, with results.json where something was measured.
+        out: the folder to write; it must not exist yet, or be empty.
+        repo_id: the repo it is for; the card names it.
+        revision: the tag or commit that the card's snippet pins.
+        layout: ``"peft"`` publishes a DoRA in PEFT's layout. Plain LoRA is published so in any case.
+        base_id: the base's id on the Hub, where the adapter names a folder.
+        license: the adapter's licence; default: the one in results.json.
+        base_model: load the base from there: ``"embedded"``, a folder or an id. Default: what the adapter names.
+        token: for a private or gated base.
+        progress: show bars while the base is fetched.
+
+    Raises:
+        AdapterError: the folder is damaged, incomplete, or cannot be published like this.
+        BaseModelError: the base cannot be loaded.
+        ValueError: the weights do not fit the configuration and the base; the message names the tensor.
+    """
+    if layout not in ("auto", "peft"):
+        raise ValueError(f"layout={layout!r}: must be 'auto' or 'peft'")
+    trained, out = read_source(source), Path(out)
+    if layout == "peft" and trained.method == "mixlora":
+        raise AdapterError("layout='peft': PEFT has no MixLoRA; publish it with the layout 'auto'")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise AdapterError(f"out={str(out)!r}: must be a folder that is empty, or not there yet")
+    before = recorded_before(trained.folder)
+    previous = _previous_card(trained.folder)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=out.parent) as scratch:
+        folder = Path(scratch, "repo")
+        folder.mkdir()
+        builder = _Builder(trained, folder, layout, base_id, base_model, token, progress)
+        builder.write_model(before)
+        results = _write_results(trained, folder, builder, license)
+        _write_pictures(trained.folder, folder, results, builder.notes, keep=before is not None)
+        builder.write_verification(before)
+        _write_card(folder, repo_id, revision, previous, builder.notes)
+        if out.exists():
+            out.rmdir()
+        os.replace(folder, out)
+    elsewhere, files = builder.base_elsewhere, list_files(out)
+    return Built(out, builder.layout, trained.method, builder.base_id, elsewhere, files, tuple(builder.notes))
+
+
+def list_files(folder: Path) -> tuple[PublishedFile, ...]:
+    """List every file under a folder with its size and hash, sorted by path."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return tuple(
+        PublishedFile(path.relative_to(folder).as_posix(), path.stat().st_size, file_sha256(path)) for path in paths
+    )
+
+
+class _Builder:
+    """The steps that need the base: they share it, since it is large."""
+
+    def __init__(
+        self,
+        source: Source,
+        folder: Path,
+        layout: Layout,
+        base_id: str | None,
+        base_model: str | None,
+        token: str | None,
+        progress: bool,
+    ) -> None:
+        self.source, self.folder = source, folder
+        self.layout: Layout = "peft" if source.layout == "peft" else layout
+        self.base_id, self.base_revision = bases_of_record.published_base(source, base_id)
+        self.notes: list[str] = []
+        base, resolved, self.fingerprint, self.dtype = bases_of_record.load_base(
+            source, self.base_id, base_model, token, progress
+        )
+        self.base_path, self.embedded = resolved.path, resolved.embedded
+        from_hub = resolved.hub_id == self.base_id and not resolved.embedded
+        self.base_elsewhere = None if from_hub else str(resolved.path)
+        if self.base_revision is None and resolved.hub_id == self.base_id and self.fingerprint != "unknown":
+            # The weights are the ones it was trained on, so this commit holds them.
+            known = source.base_fingerprint == self.fingerprint
+            self.base_revision = resolved.revision if known else None
+        self.base_parameters = sum(parameter.numel() for parameter in base.parameters())
+        self._base = base
+
+    def write_model(self, before: Verification | None) -> None:
+        """Write weights, configuration, code and companions, and record what the model computes."""
+        source, folder = self.source, self.folder
+        shutil.copyfile(source.folder / WEIGHTS, folder / WEIGHTS)
+        own = any((source.folder / name).is_file() for name in TOKENIZER_FILES)
+        for name in COMPANIONS:
+            # PEFT saves no tokenizer: then it is the base's, all of it.
+            found = (source.folder if own or name == GENERATION else self.base_path) / name
+            found = found if found.is_file() or name != GENERATION else self.base_path / name
+            if found.is_file():
+                shutil.copyfile(found, folder / name)
+        prompts = before.prompts if before else prompt_ids(_tokenizer(folder), self._vocabulary())
+        if source.layout == "peft":
+            write_peft_config(folder, source.config, self.base_id, self.base_revision)
+            self.parameters, self.recording = self._record_peft(folder, prompts)
+            return
+        model = self._adapted()
+        self.parameters, self.recording = model.num_adapter_parameters(), record(model, prompts)
+        sites = list(model.sites)
+        tensors = {name: parameter.detach() for name, parameter in model.adapter_parameters().items()}
+        self._base = model.unload()
+        if self.layout == "peft":
+            write_peft_folder(folder, self._config(), tensors, sites, self._base, self.base_id, self.base_revision)
+            self._compare(folder, required=True)
+            return
+        self._config().to_json_file(folder / OUR_CONFIG)
+        for name, path in island_files().items():
+            shutil.copyfile(path, folder / name)
+        if source.method == "dora":
+            peft = folder / PEFT_FOLDER
+            write_peft_folder(peft, self._config(), tensors, sites, self._base, self.base_id, self.base_revision)
+            if not self._compare(peft, required=False):
+                shutil.rmtree(peft)
+
+    def write_verification(self, before: Verification | None) -> None:
+        """Write verification.json, or keep what an earlier build recorded where it still holds."""
+        hashes = {file.path: file.sha256 for file in list_files(self.folder) if file.path not in NOT_HASHED}
+        recording = self.recording
+        if before is not None:
+            same = [
+                dict(zip(*row, strict=True)) for row in zip(recording.top_tokens, recording.top_logits, strict=True)
+            ]
+            wanted = [
+                [now.get(token, float("nan")) for token in row]
+                for now, row in zip(same, before.top_tokens, strict=True)
+            ]
+            gap = difference(before.top_logits, wanted, [None] * len(wanted))
+            limit = min(before.tolerance, TOLERANCES.get(before.dtype, before.tolerance))
+            # A token at the edge of the largest ones may have dropped out of them: then it is recorded anew.
+            if gap > limit and before.dtype == self.dtype and before.base_fingerprint == self.fingerprint:
+                raise AdapterError(
+                    f"the model's logits differ by {gap:.2g} from those in {VERIFICATION_FILE} (tolerance {limit:g}): "
+                    f"{VERIFICATION_FILE} or this installation is damaged; delete it to record it anew"
+                )
+            if gap <= limit and before.sha256 == hashes and before.dtype == self.dtype:
+                before.save(self.folder)
+                return
+        Verification(
+            prompts=recording.prompts,
+            top_tokens=recording.top_tokens,
+            top_logits=recording.top_logits,
+            tolerance=TOLERANCES[self.dtype],
+            sha256=hashes,
+            base_fingerprint=self.fingerprint,
+            dtype=self.dtype,
+            libraries=libraries(),
+        ).save(self.folder)
+
+    def _config(self) -> Any:
+        """The configuration as it is published: the source's, naming the real base."""
+        from minilora_hub.remote_code.adapted_model import auto_map
+
+        model_class = self._model_class()
+        config = copy.deepcopy(model_class.config_class.from_pretrained(str(self.source.folder)))
+        config.base_model_name_or_path, config.base_model_revision = self.base_id, self.base_revision
+        config.architectures = [model_class.__name__]
+        config.auto_map = auto_map(config)
+        return config
+
+    def _model_class(self) -> Any:
+        from minilora_hub import DoraForCausalLM, MixLoraForCausalLM
+
+        return MixLoraForCausalLM if self.source.method == "mixlora" else DoraForCausalLM
+
+    def _adapted(self) -> Any:
+        import torch
+
+        dtype = getattr(torch, self.dtype)
+        return self._model_class().from_pretrained(str(self.source.folder), base_model=self._base, dtype=dtype)
+
+    def _vocabulary(self) -> int:
+        return int(self._base.get_input_embeddings().num_embeddings)
+
+    def _record_peft(self, folder: Path, prompts: Any) -> tuple[int, Recording]:
+        """Load PEFT's format and record; the base is the adapter's afterwards."""
+        from minilora_hub.publish.peft_layout import with_peft
+
+        model = with_peft(self._base, folder)
+        parameters = sum(p.numel() for p in model.parameters()) - self.base_parameters
+        recording = record(model, prompts)
+        self._base = model.unload()
+        return parameters, recording
+
+    def _compare(self, folder: Path, *, required: bool) -> bool:
+        """Whether PEFT computes from `folder` what our own code does."""
+        try:
+            _, theirs = self._record_peft(folder, self.recording.prompts)
+        except (ValueError, KeyError, RuntimeError, TypeError) as error:
+            reason = f"PEFT cannot read this adapter ({type(error).__name__}: {error})"
+        else:
+            others = [
+                [dict(zip(tokens, logits, strict=True)).get(token, float("nan")) for token in ours[:8]]
+                for tokens, logits, ours in zip(
+                    theirs.top_tokens, theirs.top_logits, self.recording.top_tokens, strict=True
+                )
+            ]
+            gap = difference([row[:8] for row in self.recording.top_logits], others, [None] * len(others))
+            if gap <= TOLERANCES[self.dtype]:
+                return True
+            reason = f"PEFT computes other logits from this adapter (by {gap:.2g})"
+        if required:
+            raise AdapterError(f"layout='peft': {reason}; publish it with the layout 'auto'")
+        self.notes.append(f"no {PEFT_FOLDER}/ folder: {reason}")
+        return False
+
+
+def _tokenizer(folder: Path) -> Any | None:
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        # Where config.json names a class of ours, AutoTokenizer would ask to run the repo's code: not here yet.
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if (folder / "tokenizer.json").is_file():
+            return PreTrainedTokenizerFast.from_pretrained(folder)
+        raise AdapterError(f"the tokenizer of the adapter cannot be loaded: {error}") from error
+
+
+def _previous_card(folder: Path) -> str | None:
+    card = folder / CARD
+    if not card.is_file():
+        return None
+    try:
+        return card.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise AdapterError(f"{CARD} is not UTF-8 ({error}): repair or delete it") from error
+
+
+def _write_results(source: Source, folder: Path, builder: _Builder, license: str | None) -> Results:
+    """Write results.json: what was measured, or where nothing was, what the files themselves tell."""
+    if (source.folder / RESULTS_FILE).is_file():
+        results = Results.load(source.folder)
+        base = dataclasses.replace(results.base, id=builder.base_id)
+        base = base if base.fingerprint else dataclasses.replace(base, fingerprint=builder.fingerprint)
+    else:
+        base = Base(builder.base_id, builder.base_revision, builder.fingerprint, parameters=builder.base_parameters)
+        share = builder.parameters / builder.base_parameters
+        results = Results(source.method, base, parameters=builder.parameters, share=share)
+    if results.method != source.method:
+        raise AdapterError(f"{RESULTS_FILE}: method={results.method!r}, but the adapter is {source.method!r}")
+    if builder.embedded and base.note is None:
+        base = dataclasses.replace(base, note=EMBEDDED_NOTE)
+    results = dataclasses.replace(results, base=base, license=license or results.license)
+    results.save(folder)
+    return results
+
+
+def _write_pictures(source: Path, folder: Path, results: Results, notes: list[str], *, keep: bool) -> None:
+    """Draw the card's pictures, or keep those of an earlier build, which another matplotlib would draw differently."""
+    from minilora_hub.publish.pictures import wanted_pictures, write_pictures
+
+    wanted = wanted_pictures(results)
+    if keep and all((source / name).is_file() for name in wanted):
+        for name in wanted:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+        return
+    try:
+        write_pictures(results, folder)
+    except MissingExtraError as error:
+        notes.append(f"no pictures on the card: {error}")
+
+
+def _write_card(folder: Path, repo_id: str, revision: str | None, previous: str | None, notes: list[str]) -> None:
+    """Write the card and what goes with it. It comes last: it tells of all other files."""
+    from minilora_hub.publish.card import render_card, settings_of
+    from minilora_hub.publish.card_metadata import eval_results_files
+
+    before = settings_of(previous) if previous else None
+    if previous and before is None:
+        notes.append(f"the folder's own {CARD} was not written by minilora: a new one is published in its place")
+        previous = None
+
+    for name, text in eval_results_files(folder).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    space = before["space"] if before else None
+    card = render_card(folder, repo_id=repo_id, revision=revision, space=space, previous=previous)
+    (folder / CARD).write_text(card, encoding="utf-8", newline="\n")

@@ -1,0 +1,93 @@
+"""The facts of a card in words: what kind of adapter it is, its settings, how it was trained."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from minilora_hub.publish.markdown import code, duration, inline, number, percent
+from minilora_hub.results import Base, Results, Training
+
+METHOD_NAMES = {"mixlora": "MixLoRA", "dora": "DoRA", "lora": "LoRA"}
+PAPERS = {"mixlora": "2404.15159", "dora": "2402.09353", "lora": "2106.09685"}
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+Rows = list[tuple[str, str]]
+
+
+def base_link(base: Base) -> str:
+    """The base's id, as a link to it where it is an id."""
+    if not HUB_ID.fullmatch(base.id):
+        return code(base.id)
+    tree = f"/tree/{base.revision}" if base.revision and HUB_ID.fullmatch(base.revision) else ""
+    return f"[{inline(base.id)}](https://huggingface.co/{base.id}{tree})"
+
+
+def summary(results: Results, config: dict[str, Any]) -> str:
+    """The first sentences of the card."""
+    method = results.method
+    kind = {
+        "mixlora": f"a mixture of {inline(config.get('num_experts'))} LoRA experts in each feed-forward block, "
+        f"{inline(config.get('num_experts_per_tok'))} of them active for each token",
+        "dora": "weight-decomposed low-rank adaptation",
+        "lora": "low-rank adaptation",
+    }[method]
+    return (
+        f"A [{METHOD_NAMES[method]}](https://arxiv.org/abs/{PAPERS[method]}) adapter ({kind}) for "
+        f"{base_link(results.base)}: {_size(results)}."
+    )
+
+
+def _size(results: Results) -> str:
+    if results.parameters is None:
+        return "its number of parameters is unknown"
+    share = "" if results.share is None else f", {percent(results.share)} of the base's"
+    return f"{number(results.parameters)} parameters{share}"
+
+
+def adapter_rows(results: Results, config: dict[str, Any]) -> Rows:
+    """What the adapter is: method, settings, base."""
+    base = results.base
+    rows = [
+        ("Method", METHOD_NAMES[results.method] + (" with DoRA experts" if _mixdora(results, config) else "")),
+        ("Rank, alpha", f"{inline(config.get('r'))}, {inline(config.get('lora_alpha'))}"),
+    ]
+    if results.method == "mixlora":
+        rank = config.get("expert_r") or config.get("r")
+        alpha = config.get("expert_alpha")
+        if alpha is None:  # the configuration's own rule
+            alpha = config.get("lora_alpha") if config.get("expert_r") is None else 2 * config["expert_r"]
+        rows += [
+            ("Experts", f"{inline(config.get('num_experts'))}, {inline(config.get('num_experts_per_tok'))} per token"),
+            ("Rank, alpha of an expert", f"{inline(rank)}, {inline(alpha)}"),
+            ("Routing", inline(config.get("routing_strategy"))),
+            ("Load-balance coefficient", inline(config.get("router_aux_loss_coef"))),
+        ]
+    targets = config.get("target_modules")
+    shown = ", ".join(map(str, targets)) if isinstance(targets, list) else targets
+    rows += [
+        ("Modules", code(shown)),
+        ("Dropout", inline(config.get("lora_dropout"))),
+        ("Scaling", "alpha / √rank" if config.get("use_rslora") else "alpha / rank"),
+        ("Parameters", f"{number(results.parameters)} ({percent(results.share)} of the base's)"),
+        ("Base", base_link(base)),
+        ("Base parameters", number(base.parameters)),
+        ("Base revision", code(base.revision)),
+        ("Base fingerprint", code(base.fingerprint)),
+    ]
+    return rows
+
+
+def _mixdora(results: Results, config: dict[str, Any]) -> bool:
+    return results.method == "mixlora" and bool(config.get("use_dora"))
+
+
+def training_rows(training: Training) -> Rows:
+    """How the adapter was trained."""
+    libraries = ", ".join(f"{name} {value}" for name, value in training.libraries.items()) or None
+    return [
+        ("Steps", number(training.steps)),
+        ("Wall time", duration(training.seconds)),
+        ("Hardware", inline(training.hardware)),
+        ("Libraries", inline(libraries)),
+        *((inline(name).capitalize(), inline(value)) for name, value in training.hyperparameters.items()),
+    ]

@@ -1,0 +1,82 @@
+"""The sections of a card that a person writes, and that survive when the card is rendered again.
+
+    <!-- minilora:free-text intro -->
+    Whatever the author wants to say.
+    <!-- /minilora:free-text -->
+
+The marks stand on lines of their own. In a code block they are text: a model's answer cannot open a section.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+from minilora_hub.errors import AdapterError
+
+OPEN = re.compile(r"<!-- minilora:free-text ([a-z][a-z0-9-]*) -->\s*")
+CLOSE = "<!-- /minilora:free-text -->"
+Kind = Literal["text", "code", "mark", "free"]
+FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
+
+
+def classify(card: str) -> Iterator[tuple[Kind, str, str]]:
+    """Tell of every line of a card what it is.
+
+    Yields:
+        ``(kind, section, line)``: ``"mark"`` (opens or closes the section), ``"free"`` (in it), ``"code"`` (a fenced
+        block, with its fences) or ``"text"``; `section` is "" outside one.
+
+    Raises:
+        AdapterError: a section is not closed, or its name occurs twice.
+    """
+    seen: set[str] = set()
+    name, opened_at, fence = "", 0, ""
+    for count, line in enumerate(card.splitlines(), start=1):
+        found, opening = FENCE.fullmatch(line), OPEN.fullmatch(line)
+        if name:
+            yield ("mark" if line.strip() == CLOSE else "free"), name, line
+            name = "" if line.strip() == CLOSE else name
+        elif fence:
+            yield "code", "", line
+            if found and found[1].startswith(fence) and not found[2].strip():
+                fence = ""
+        elif found:
+            fence = found[1]
+            yield "code", "", line
+        elif opening:
+            name, opened_at = opening[1], count
+            if name in seen:
+                raise AdapterError(
+                    f"README.md, line {count}: a second free-text section {name!r}: give it another name"
+                )
+            seen.add(name)
+            yield "mark", name, line
+        else:
+            yield "text", "", line
+    if name:
+        raise AdapterError(f"README.md, line {opened_at}: the free-text section {name!r} is not closed: add {CLOSE}")
+
+
+def sections_of(card: str) -> dict[str, str]:
+    """``{name: what stands between its marks}`` of every section, the empty ones too."""
+    sections: dict[str, list[str]] = {}
+    for kind, name, line in classify(card):
+        if kind in ("mark", "free"):
+            sections.setdefault(name, []).extend([line] if kind == "free" else [])
+    return {name: "\n".join(lines).strip("\n") for name, lines in sections.items()}
+
+
+def squeeze(card: str) -> str:
+    """One blank line where the template leaves several; free text and code stay as they are."""
+    kept: list[str] = []
+    for kind, _, line in classify(card):
+        if kind != "text" or line.strip() or (kept and kept[-1].strip()):
+            kept.append(line.rstrip() if kind == "text" else line)
+    return "\n".join(kept).rstrip("\n") + "\n"
+
+
+def section(name: str, text: str) -> str:
+    """One section with its marks."""
+    return "\n".join([f"<!-- minilora:free-text {name} -->", *([text] if text else []), CLOSE])

@@ -1,0 +1,98 @@
+"""An adapter in PEFT's own format: adapter_config.json and tensors under PEFT's names."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from minilora_hub.publish.sources import PEFT_CONFIG, WEIGHTS
+from minilora_hub.tensor_names import to_peft
+
+
+def write_peft_config(folder: Path, config: dict[str, Any], base_id: str, base_revision: str | None) -> None:
+    """Write adapter_config.json, naming the real base; sorted, so that the same adapter is the same file.
+
+    PEFT holds some fields as sets, whose order differs from one process to the next.
+    """
+    config = config | {"base_model_name_or_path": base_id, "revision": base_revision, "inference_mode": True}
+    ordered = {name: sorted(value) if isinstance(value, (set, tuple)) else value for name, value in config.items()}
+    if isinstance(ordered.get("target_modules"), list):
+        ordered["target_modules"] = sorted(ordered["target_modules"])
+    text = json.dumps(ordered, indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / PEFT_CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def write_peft_folder(
+    folder: Path,
+    config: Any,
+    tensors: dict[str, Any],
+    sites: list[Any],
+    base: Any,
+    base_id: str,
+    base_revision: str | None,
+) -> None:
+    """Write a DoRA adapter for PEFT.
+
+    Args:
+        folder: where to.
+        config: our configuration.
+        tensors: {canonical name: tensor}.
+        sites: the linears it sits on.
+        base: the base, for the names of its modules.
+        base_id: the base's id on the Hub.
+        base_revision: its commit.
+    """
+    from peft import LoraConfig, TaskType
+
+    from minilora_hub.remote_code.adapter_files import write_adapter
+    from minilora_hub.remote_code.base_structure import find_decoder_layers
+
+    folder.mkdir(exist_ok=True)
+    layers_path, _ = find_decoder_layers(base)
+    settings = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        use_dora=True,
+        target_modules=target_names([site.path for site in sites], base),
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
+        fan_in_fan_out=any(type(base.get_submodule(site.path)).__name__ == "Conv1D" for site in sites),
+    )
+    fields = {name: getattr(value, "value", value) for name, value in settings.to_dict().items()}
+    write_peft_config(folder, fields, base_id, base_revision)
+    renamed = {to_peft(name, layers_path): tensor.cpu() for name, tensor in tensors.items()}
+    write_adapter(folder / WEIGHTS, renamed)
+
+
+def target_names(paths: list[str], base: Any) -> list[str]:
+    """Return the shortest names that PEFT matches to exactly these modules: last parts, or whole paths.
+
+    Args:
+        paths: paths of linears in the base.
+        base: the base, whose other modules the names must not match.
+    """
+    names = sorted({path.rpartition(".")[2] for path in paths})
+    matched = {path for path, _ in base.named_modules() if path.rpartition(".")[2] in names}
+    return names if matched == set(paths) else sorted(paths)
+
+
+def with_peft(base: Any, folder: Path) -> Any:
+    """Put an adapter in PEFT's format onto `base`. PEFT only warns of missing tensors: here that is an error.
+
+    Raises:
+        ValueError: a tensor is missing, or the file does not fit.
+    """
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT's own use of transformers
+        try:
+            return PeftModel.from_pretrained(base, str(folder)).eval()
+        except Warning as warning:
+            raise ValueError(f"{WEIGHTS}: {warning}") from warning

@@ -1,0 +1,95 @@
+"""What a published adapter must compute: fixed prompts, and the largest logits after them.
+
+The same numbers are recorded when a repo is built and computed again when it is verified. They come from the processor
+in the dtype that `verification.json` names, so only the matrix library may differ between two machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from minilora_hub.results import TOP_LOGITS
+
+PROMPTS = (
+    "The capital of France is",
+    "Write this date as YYYY-MM-DD: the 3rd of May 1999",
+    "def fibonacci(n):\n    ",
+)
+TOLERANCES = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.5}
+"""How far the logits of one model may lie apart on two machines; half precision rounds every activation."""
+
+LIBRARIES = ("torch", "transformers", "safetensors", "peft")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Prompts as token ids, and per prompt the tokens with the largest logits at the last position, largest first."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    top_tokens: tuple[tuple[int, ...], ...]
+    top_logits: tuple[tuple[float, ...], ...]
+
+
+def prompt_ids(tokenizer: Any | None, vocabulary: int) -> tuple[tuple[int, ...], ...]:
+    """Return the fixed prompts as token ids; without a tokenizer, fixed ids spread over the vocabulary."""
+    if tokenizer is None:
+        return tuple(tuple((7 + 31 * start + 97 * i) % vocabulary for i in range(12)) for start in range(3))
+    return tuple(tuple(tokenizer(text)["input_ids"]) for text in PROMPTS)
+
+
+def record(model: Any, prompts: Sequence[Sequence[int]]) -> Recording:
+    """Compute the largest logits after each prompt.
+
+    Args:
+        model: a causal language model in eval mode.
+        prompts: token ids, a list a prompt.
+    """
+    import torch
+
+    tokens, logits = [], []
+    with torch.no_grad():
+        for prompt in prompts:
+            ids = torch.tensor([list(prompt)], device=model.device)
+            row = model(input_ids=ids).logits[0, -1].float()  # (vocabulary,)
+            top = row.topk(min(TOP_LOGITS, row.numel()))
+            tokens.append(tuple(top.indices.tolist()))
+            logits.append(tuple(round(value, 6) for value in top.values.tolist()))
+    return Recording(tuple(tuple(prompt) for prompt in prompts), tuple(tokens), tuple(logits))
+
+
+def difference(
+    top_logits: Sequence[Sequence[float]], wanted: Sequence[Sequence[float]], highest_other: Sequence[float | None]
+) -> float:
+    """Return how far a model's logits are from recorded ones.
+
+    Args:
+        top_logits: the recorded logits, the largest first.
+        wanted: the model's logits of the same tokens.
+        highest_other: per prompt, the model's largest logit of all other tokens; None where there are none.
+
+    Returns:
+        The largest difference; also counts by how much a token outside the recorded ones overtakes the last of them.
+        Not a number where the model's logits are not.
+    """
+    worst = 0.0
+    for recorded, found, other in zip(top_logits, wanted, highest_other, strict=True):
+        gaps = [abs(a - b) for a, b in zip(recorded, found, strict=True)]
+        gaps += [other - recorded[-1]] if other is not None else []
+        if any(gap != gap for gap in gaps):
+            return float("nan")
+        worst = max(worst, *gaps)
+    return worst
+
+
+def libraries() -> dict[str, str]:
+    """Return the versions of the libraries that compute logits."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name).partition("+")[0]
+        except PackageNotFoundError:
+            continue
+    return found

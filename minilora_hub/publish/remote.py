@@ -1,0 +1,146 @@
+"""What the Hub knows: who holds the token, what a repo holds, and copies of it."""
+
+from __future__ import annotations
+
+import re
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, errors, get_token, snapshot_download
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+from minilora_hub.errors import AdapterError
+from minilora_hub.publish.hub_errors import ATTEMPTS, FAILURES, PublishError, explain, patiently, status_of
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token with the role write"
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file in a repo: its size, and the git object id, or for a large file the sha256, of its content."""
+
+    size: int
+    oid: str
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class RemoteState:
+    """A repo at one moment.
+
+    Attributes:
+        exists: whether there is one.
+        private: whether only its owner sees it.
+        head: the newest commit of the branch; None where the repo or the branch is not there.
+        files: what is in it.
+        tags: tag -> commit.
+    """
+
+    exists: bool
+    private: bool = True
+    head: str | None = None
+    files: dict[str, RemoteFile] | None = None
+    tags: dict[str, str] | None = None
+
+
+def writer(token: str | None, repo_id: str, create_pr: bool) -> tuple[HfApi, str]:
+    """Check the credentials before any work is done.
+
+    Args:
+        token: a token; default: the one of HF_TOKEN or ``hf auth login``.
+        repo_id: ``"owner/name"``, or ``"name"`` under the token's own user.
+        create_pr: a pull request may be opened in anybody's repo.
+
+    Returns:
+        A client that uses the token, and the full id of the repo.
+
+    Raises:
+        PublishError: there is no token, it is not valid any more, or it may not write there.
+    """
+    token = token or get_token()
+    if not token:
+        raise PublishError(f"no token for the Hub: {LOG_IN}")
+    api = HfApi(token=token)
+    try:
+        account = patiently(lambda: api.whoami(token=token))
+    except FAILURES as error:
+        if status_of(error) == 401:
+            raise PublishError(f"the token is not valid: it is expired, revoked or mistyped; {LOG_IN}") from None
+        raise PublishError(explain(error, repo_id, "checking the token")) from None
+    user, access = account["name"], (account.get("auth") or {}).get("accessToken") or {}
+    if access.get("role") == "read":
+        raise PublishError(f"the token of {user} may only read: {LOG_IN}")
+    repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
+    owner = repo_id.split("/")[0]
+    organizations = [organization["name"] for organization in account.get("orgs") or []]
+    if owner not in (user, *organizations) and not create_pr:
+        raise PublishError(
+            f"{user} may not write under {owner!r}: push to {user}/{repo_id.split('/')[1]}, or offer the change with "
+            "create_pr=True (--create-pr)"
+        )
+    return api, repo_id
+
+
+def look(api: HfApi, repo_id: str, revision: str | None, attempts: int = ATTEMPTS) -> RemoteState:
+    """Look at a repo, without changing anything.
+
+    Raises:
+        PublishError: the Hub cannot be asked.
+    """
+
+    def info(at: str | None) -> Any:
+        return patiently(lambda: api.model_info(repo_id, revision=at, files_metadata=True), attempts)
+
+    try:
+        try:
+            found, here = info(revision), True
+        except errors.RevisionNotFoundError:
+            found, here = info(None), False
+        refs = patiently(lambda: api.list_repo_refs(repo_id), attempts)
+    except errors.RepositoryNotFoundError:
+        return RemoteState(False)
+    except FAILURES as error:
+        raise PublishError(explain(error, repo_id, "looking at the repo")) from None
+    tags = {tag.name: tag.target_commit for tag in refs.tags}
+    if not here:
+        return RemoteState(True, bool(found.private), None, {}, tags)
+    files = {
+        file.rfilename: RemoteFile(file.size or 0, file.blob_id or "", file.lfs.sha256 if file.lfs else None)
+        for file in found.siblings or []
+    }
+    return RemoteState(True, bool(found.private), found.sha, files, tags)
+
+
+def fetch(repo_id: str, *, revision: str | None, token: str | None, progress: bool) -> tuple[Path, str]:
+    """Fetch a repo into the Hub's cache.
+
+    Returns:
+        The folder, and the commit.
+
+    Raises:
+        AdapterError: there is no such repo or revision, or the Hub cannot be reached.
+    """
+    try:
+        with quiet(not progress):
+            folder = Path(patiently(lambda: snapshot_download(repo_id, revision=revision, token=token)))
+    except errors.HFValidationError:
+        raise AdapterError(f"{repo_id!r} is neither a folder nor an id on the Hub (owner/name)") from None
+    except FAILURES as error:
+        raise AdapterError(explain(error, repo_id, f"fetching {repo_id}")) from None
+    return folder, folder.name
+
+
+def quiet(wanted: bool) -> AbstractContextManager[Any]:
+    """Without the client's progress bars, where that is wanted."""
+    return _NoBars() if wanted and not are_progress_bars_disabled() else nullcontext()
+
+
+class _NoBars:
+    def __enter__(self) -> None:
+        disable_progress_bars()
+
+    def __exit__(self, *_: object) -> None:
+        enable_progress_bars()

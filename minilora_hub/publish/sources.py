@@ -1,0 +1,142 @@
+"""What lies in a folder that is to be published: its kind, its settings, and which of its files travel."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from minilora_hub.errors import AdapterError
+from minilora_hub.json_documents import strict_json
+from minilora_hub.results import VERIFICATION_FILE, Verification
+
+Layout = Literal["auto", "peft"]
+
+WEIGHTS = "adapter_model.safetensors"
+OUR_CONFIG, PEFT_CONFIG = "config.json", "adapter_config.json"
+METHODS = {"mixlora": "MixLoRA", "dora": "DoRA", "lora": "LoRA"}
+# What transformers reads beside the weights. Everything else in the folder of a training run stays at home.
+COMPANIONS = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained adapter in a folder.
+
+    Attributes:
+        folder: where it lies.
+        method: ``"mixlora"``, ``"dora"`` or ``"lora"``.
+        layout: ``"auto"`` for our own format, ``"peft"`` for PEFT's.
+        config: what config.json or adapter_config.json holds.
+    """
+
+    folder: Path
+    method: str
+    layout: Layout
+    config: dict[str, Any]
+
+    @property
+    def base(self) -> str | None:
+        """The base it names: a Hub id, an alias, or a folder of the machine it was trained on."""
+        return self.config.get("base_model_name_or_path")
+
+    @property
+    def base_revision(self) -> str | None:
+        """The commit of the base it names."""
+        return self.config.get("base_model_revision" if self.layout == "auto" else "revision")
+
+    @property
+    def base_fingerprint(self) -> str:
+        """The hash of the base's weights it was trained on; PEFT's format has no place for one."""
+        return str(self.config.get("base_fingerprint") or "unknown")
+
+
+def read_source(folder: str | Path) -> Source:
+    """Read which adapter a folder holds. Nothing of it is run, and torch is not loaded.
+
+    Raises:
+        AdapterError: the folder is missing, or holds no adapter that can be published; the message says what to do.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise AdapterError(f"adapter {str(folder)!r}: no such folder")
+    if (folder / PEFT_CONFIG).is_file():
+        config = read_json(folder / PEFT_CONFIG)
+        if config.get("peft_type") != "LORA":
+            raise AdapterError(
+                f"{PEFT_CONFIG}: peft_type={config.get('peft_type')!r}: 'LORA' can be published, nothing else"
+            )
+        source = Source(folder, "dora" if config.get("use_dora") else "lora", "peft", config)
+    else:
+        config = read_json(folder / OUR_CONFIG)
+        if config.get("model_type") not in ("mixlora", "dora"):
+            raise AdapterError(
+                f"{OUR_CONFIG}: model_type={config.get('model_type')!r}: an adapter has 'mixlora' or 'dora', "
+                f"or {PEFT_CONFIG} beside it"
+            )
+        source = Source(folder, str(config["model_type"]), "auto", config)
+    if not (folder / WEIGHTS).is_file():
+        raise AdapterError(f"adapter {folder.name!r}: no {WEIGHTS}; save it with save_pretrained, not as a pickle")
+    return source
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        AdapterError: it is missing or is not one.
+    """
+    try:
+        content = strict_json(path.read_bytes())
+    except FileNotFoundError:
+        raise AdapterError(f"adapter {path.parent.name!r}: no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path.name} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise AdapterError(f"{path.name} must hold a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def recorded_before(folder: Path) -> Verification | None:
+    """Return the verification.json of a folder that was built before, None where there is none.
+
+    Its hashes must be those of the folder's files, but for the code, which a build replaces: otherwise damaged weights
+    would be recorded anew and published as good ones.
+
+    Raises:
+        AdapterError: a file is damaged, missing or was edited; the message says which, and what to do.
+    """
+    if not (folder / VERIFICATION_FILE).is_file():
+        return None
+    verification = Verification.load(folder)
+    for path, digest in sorted(verification.sha256.items()):
+        if path.endswith(".py"):
+            continue
+        inside = folder.joinpath(path).resolve().is_relative_to(folder.resolve()) or folder.joinpath(path).is_symlink()
+        if not inside or not (folder / path).is_file():
+            raise AdapterError(f"{VERIFICATION_FILE} lists {path}, which is not in {folder.name!r}: fetch it again")
+        if file_sha256(folder / path) != digest:
+            raise AdapterError(
+                f"{path} is not the file that {VERIFICATION_FILE} recorded: it is damaged, or was changed since. "
+                f"If the change is meant, delete {VERIFICATION_FILE} and it is recorded anew"
+            )
+    return verification

@@ -1,0 +1,112 @@
+"""Run as a script in a process of its own: loads adapters as a stranger would, where minilora_hub cannot be imported.
+
+Reads one JSON job a line from stdin and answers each with one JSON line on the stdout it was started with. Whatever
+the libraries print goes to stderr. The parent judges; this only loads, computes and reports. A job:
+
+    target, revision     folder or Hub id of the adapter, and its commit
+    layout               "auto" (the repo's own code, through AutoModel) or "peft"
+    base                 another base than the adapter names: a folder or a Hub id; null for the named one
+    dtype                "float32", …
+    prompts, tokens      token ids of each prompt, and the tokens whose logits are wanted
+    copies               {name: folder} of damaged copies, which must be refused
+    peft                 folder of the same adapter in PEFT's format, or null
+    tokenizer            whether the adapter has one, to be loaded too
+"""
+
+import sys
+
+sys.modules["minilora_hub"] = None  # type: ignore[assignment]  # importing it fails, as where it is not installed
+
+import json
+import os
+import warnings
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+
+def main() -> None:
+    """Answer every job on stdin."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    for line in sys.stdin:
+        try:
+            answer = run(json.loads(line))
+        except Exception as error:  # whatever the repo's code raises is the answer
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+@torch.no_grad()
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Load, compute, and try what must fail."""
+    dtype = getattr(torch, job["dtype"])
+    if job["tokenizer"]:
+        AutoTokenizer.from_pretrained(job["target"], revision=job["revision"], trust_remote_code=True)
+    if job["layout"] == "peft":
+        model = load_peft_layout(job, dtype)
+        return {"class": class_name(model), "logits": logits(model, job)}
+    # A `None` would name another base, or none.
+    given = {"base_model": job["base"]} if job["base"] else {}
+    where = {"revision": job["revision"], "trust_remote_code": True}
+    model = AutoModelForCausalLM.from_pretrained(job["target"], dtype=dtype, **where, **given)
+    answer = {"class": class_name(model), "logits": logits(model, job)}
+    base = model.unload()
+    answer["refusals"] = {}
+    for name, folder in job["copies"].items():
+        answer["refusals"][name] = refusal(type(model), folder, base)
+    if job["peft"]:
+        answer["peft"] = logits(with_peft(base, job["peft"]), job)
+    return answer
+
+
+def load_peft_layout(job: dict[str, Any], dtype: torch.dtype) -> Any:
+    """Load PEFT's own layout: through AutoModel, unless another base is asked for."""
+    if not job["base"]:
+        return AutoModelForCausalLM.from_pretrained(job["target"], revision=job["revision"], dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(job["base"], dtype=dtype)
+    return with_peft(base, job["target"])
+
+
+def with_peft(base: Any, folder: str) -> Any:
+    """Put an adapter in PEFT's format onto a base. PEFT only warns of missing tensors: here that is an error."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        return PeftModel.from_pretrained(base, folder).eval()
+
+
+def refusal(model_class: Any, folder: str, base: Any) -> str | None:
+    """Return what the error says when a damaged copy is loaded, or None where it loads."""
+    try:
+        model_class.from_pretrained(folder, base_model=base).unload()
+    except ValueError as error:
+        return str(error).replace(f"{folder}/", "")
+    return None
+
+
+def class_name(thing: Any) -> str:
+    """Return the full name of an object's class."""
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def logits(model: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return, per prompt, the last position's logits of the wanted tokens, and the largest of all others."""
+    found = []
+    for prompt, wanted in zip(job["prompts"], job["tokens"], strict=True):
+        row = model(input_ids=torch.tensor([prompt])).logits[0, -1].float()
+        others = torch.ones_like(row, dtype=torch.bool)
+        others[wanted] = False
+        highest = row[others].max().item() if others.any() else None
+        found.append({"wanted": row[wanted].tolist(), "highest_other": highest})
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""The schema of `results.json` (what was measured) and `verification.json` (how to prove that a copy works).
+
+Both lie in every published repo. `results.json` is the one source of every number on a card; a field that nobody knows
+is None, and the card says "unknown". `verification.json` holds what a model built from these files must compute. The
+fields and types below are the whole schema; how they are read and written is in `json_documents`. Nothing here loads
+torch.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from minilora_hub.json_documents import SCHEMA_VERSION, Document, Require, Scalar
+
+RESULTS_FILE = "results.json"
+VERIFICATION_FILE = "verification.json"
+METHODS = ("mixlora", "dora", "lora")
+TOP_LOGITS = 32
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model the adapter was trained on.
+
+    Attributes:
+        id: its id on the Hub.
+        revision: the commit.
+        fingerprint: hash of its checkpoint files, ``"sha256:…"``.
+        parameters: how many it has.
+        license: its licence on the Hub.
+        note: what a reader must know about the weights, e.g. that they are a rounding of the ones under `id`.
+    """
+
+    id: str
+    revision: str | None = None
+    fingerprint: str | None = None
+    parameters: int | None = None
+    license: str | None = None
+    note: str | None = None
+
+    def _check(self, require: Require) -> None:
+        require(bool(self.id.strip()), "id", "the base's id on the Hub")
+        require(self.parameters is None or self.parameters > 0, "parameters", "a number above 0, or null")
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Data the adapter was trained on: its name, what it is, and how much of it."""
+
+    name: str
+    description: str | None = None
+    items: int | None = None
+    tokens: int | None = None
+    license: str | None = None
+
+    def _check(self, require: Require) -> None:
+        for size in ("items", "tokens"):
+            value = getattr(self, size)
+            require(value is None or value >= 0, size, "a number of at least 0, or null")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the adapter was trained.
+
+    Attributes:
+        data: what it was trained on.
+        hyperparameters: name -> value, as the training took them.
+        steps: optimizer steps.
+        seconds: wall time.
+        hardware: what it ran on, without the machine's name.
+        libraries: package -> version.
+        loss: (step, training loss), in order.
+    """
+
+    data: tuple[DataSource, ...] = ()
+    hyperparameters: dict[str, Scalar] = field(default_factory=dict)
+    steps: int | None = None
+    seconds: float | None = None
+    hardware: str | None = None
+    libraries: dict[str, str] = field(default_factory=dict)
+    loss: tuple[tuple[int, float], ...] = ()
+
+    def _check(self, require: Require) -> None:
+        require(self.steps is None or self.steps >= 0, "steps", "a number of at least 0, or null")
+        require(self.seconds is None or self.seconds >= 0, "seconds", "a number of at least 0, or null")
+        steps = [step for step, _ in self.loss]
+        require(steps == sorted(set(steps)), "loss", "[step, loss] pairs with increasing steps")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One measured number, beside the base's.
+
+    Attributes:
+        task: what was asked of the model.
+        metric: how an answer counts, e.g. ``"exact match"``.
+        value: the adapter's.
+        base_value: the base's, measured in the same way.
+        n: how many items.
+        interval: (low, high) of `value`, 95%.
+        command: what reproduces it.
+        dataset: id on the Hub of the data, if it has one.
+        benchmark_task: the task's id in `dataset`, where that is a benchmark registered on the Hub.
+    """
+
+    task: str
+    metric: str
+    value: float
+    base_value: float | None = None
+    n: int | None = None
+    interval: tuple[float, float] | None = None
+    command: str | None = None
+    dataset: str | None = None
+    benchmark_task: str | None = None
+
+    def _check(self, require: Require) -> None:
+        require(self.n is None or self.n > 0, "n", "a number of items above 0, or null")
+        ordered = self.interval is None or self.interval[0] <= self.value <= self.interval[1]
+        require(ordered, "interval", f"[low, high] around value={self.value}, or null")
+        named = self.benchmark_task is None or self.dataset is not None
+        require(named, "benchmark_task", "null where dataset is null")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and the two answers, as they came."""
+
+    prompt: str
+    base: str
+    adapter: str
+
+    def _check(self, require: Require) -> None:
+        require(bool(self.prompt), "prompt", "the text that was asked")
+
+
+@dataclass(frozen=True)
+class Results(Document):
+    """What is known about an adapter.
+
+    Attributes:
+        method: ``"mixlora"``, ``"dora"`` or ``"lora"``. Rank, experts and the like are in config.json.
+        base: the model it was trained on.
+        parameters: values in the adapter.
+        share: `parameters` over the base's.
+        license: the adapter's licence, as the Hub spells it; `license_name` and `license_link` for ``"other"``.
+        language: language codes.
+        datasets: ids on the Hub of the data it was trained on.
+        training: None where nothing is known of it.
+        decoding: how the answers in `samples` and `evaluation` were generated.
+        expert_load: per layer, each expert's share of the routed tokens; None where there are no experts.
+    """
+
+    FILE: ClassVar[str] = RESULTS_FILE
+
+    method: str
+    base: Base
+    parameters: int | None = None
+    share: float | None = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    language: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    training: Training | None = None
+    evaluation: tuple[Evaluation, ...] = ()
+    samples: tuple[Sample, ...] = ()
+    decoding: str | None = None
+    expert_load: tuple[tuple[float, ...], ...] | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    def _check(self, require: Require) -> None:
+        require(self.schema_version == SCHEMA_VERSION, "schema_version", f"must be {SCHEMA_VERSION}")
+        require(self.method in METHODS, "method", f"one of {METHODS}")
+        require(self.parameters is None or self.parameters > 0, "parameters", "a number above 0, or null")
+        require(self.share is None or self.share > 0, "share", "a number above 0, or null")
+        for layer, shares in enumerate(self.expert_load or ()):
+            whole = len(shares) > 0 and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-2
+            require(whole, f"expert_load[{layer}]", "shares of at least 0 that sum to 1")
+
+
+@dataclass(frozen=True)
+class Verification(Document):
+    """What a model built from the repo's files must compute, and what those files are.
+
+    Attributes:
+        prompts: token ids, a list a prompt.
+        top_tokens: per prompt, the tokens with the 32 largest logits at the last position, the largest first.
+        top_logits: their logits.
+        tolerance: by how much a logit may differ.
+        sha256: path in the repo -> hex digest: the weights, every code file, and whatever else loading reads.
+        libraries: package -> version, of the process that recorded this.
+        base_fingerprint: of the base it was recorded on.
+        dtype: in which the logits were computed, e.g. ``"float32"``.
+    """
+
+    FILE: ClassVar[str] = VERIFICATION_FILE
+
+    prompts: tuple[tuple[int, ...], ...]
+    top_tokens: tuple[tuple[int, ...], ...]
+    top_logits: tuple[tuple[float, ...], ...]
+    tolerance: float
+    sha256: dict[str, str]
+    base_fingerprint: str
+    dtype: str
+    libraries: dict[str, str] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def _check(self, require: Require) -> None:
+        require(self.schema_version == SCHEMA_VERSION, "schema_version", f"must be {SCHEMA_VERSION}")
+        require(bool(self.prompts) and all(self.prompts), "prompts", "at least one prompt, none of them empty")
+        require(self.tolerance > 0, "tolerance", "a number above 0")
+        for name in ("top_tokens", "top_logits"):
+            rows = getattr(self, name)
+            fits = len(rows) == len(self.prompts) and all(0 < len(row) <= TOP_LOGITS for row in rows)
+            require(fits, name, f"for each of {len(self.prompts)} prompts 1 to {TOP_LOGITS} entries")
+        same = [len(row) for row in self.top_tokens] == [len(row) for row in self.top_logits]
+        require(same, "top_logits", "as many entries as top_tokens")
+        for path, digest in self.sha256.items():
+            require(re.fullmatch(r"[0-9a-f]{64}", digest) is not None, f"sha256[{path!r}]", "64 hexadecimal digits")

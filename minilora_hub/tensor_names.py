@@ -1,0 +1,51 @@
+"""Tensor names of one adapter in every dialect, in both directions.
+
+    canonical   layers.3.self_attn.q_proj.lora_A                                   our files
+    PEFT        base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight     PEFT's files; the base's own path
+                                                                                   to its layers is in the middle
+A DoRA magnitude is ``magnitude`` here and ``lora_magnitude_vector`` there. Shapes and values are the same in both, so
+renaming is all there is to do. Nothing here loads torch.
+"""
+
+from __future__ import annotations
+
+PEFT_PREFIX = "base_model.model."
+CANONICAL_LAYERS = "layers"
+PEFT_LEAVES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+# PEFT once saved the magnitude as the weight of a module, and still reads that.
+CANONICAL_LEAVES = {leaf: name for name, leaf in PEFT_LEAVES.items()} | {"lora_magnitude_vector.weight": "magnitude"}
+
+
+def to_peft(name: str, layers_path: str) -> str:
+    """Translate a canonical name to PEFT's.
+
+    Args:
+        name: e.g. ``"layers.0.mlp.up_proj.magnitude"``.
+        layers_path: where the base keeps its decoder layers, e.g. ``"model.layers"`` or ``"transformer.h"``.
+
+    Raises:
+        ValueError: PEFT has no such tensor (a router, stacked experts), or the name is not canonical.
+    """
+    module, _, leaf = name.rpartition(".")
+    layers, _, path = module.partition(".")
+    if layers != CANONICAL_LAYERS or leaf not in PEFT_LEAVES or ".experts." in f".{path}.":
+        raise ValueError(f"name={name!r}: PEFT's LoRA format has no tensor for it")
+    return f"{PEFT_PREFIX}{layers_path}.{path}.{PEFT_LEAVES[leaf]}"
+
+
+def from_peft(name: str, layers_path: str) -> str:
+    """Translate a PEFT name to the canonical one: the inverse of `to_peft`.
+
+    Args:
+        name: e.g. ``"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"``.
+        layers_path: where the base keeps its decoder layers.
+
+    Raises:
+        ValueError: the name is not PEFT's, or lies outside the decoder layers.
+    """
+    start = f"{PEFT_PREFIX}{layers_path}."
+    for leaf, canonical in CANONICAL_LEAVES.items():
+        if name.startswith(start) and name.endswith(f".{leaf}"):
+            path = name.removeprefix(start).removesuffix(f".{leaf}")
+            return f"{CANONICAL_LAYERS}.{path}.{canonical}"
+    raise ValueError(f"name={name!r}: not a LoRA or DoRA tensor under {start!r} in PEFT's format")

@@ -1,0 +1,275 @@
+"""LoRA and DoRA on one linear layer: the equations as functions on tensors, and a thin module over them.
+
+LoRA (arXiv 2106.09685):       y = W x + b + s B A x
+DoRA (arXiv 2402.09353, eq. 5): y = c * (W x + s B A x) + b,   c = m / ||W + s B A||, the norm taken per output row
+
+W [out, in] and b [out] are the base layer, which is only ever called, so it may be quantised or offloaded. A [r,
+in] and
+B [out, r] are `lora_A` and `lora_B`, s is `scaling`, m [out] is `magnitude`. The norm is detached from the
+gradient (the
+paper's section 4.3).
+
+How this differs from other implementations: B A is never formed. With ||W||^2 per row known once,
+
+    ||W + s B A||^2 = ||W||^2 + 2 s rowsum(B * (W A^T)) + s^2 rowsum((B (A A^T)) * B)
+
+where W A^T is the base layer applied to the r rows of A. At inference only c [out] is kept, until a weight changes.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+TINY_NORM = 1e-12
+"""Smallest row norm that is divided by: a base row of zeros then gives zeros, not NaN."""
+
+
+def linear_shape(layer):
+    """(out_features, in_features) of a linear layer of any make, or None if `layer` is not one."""
+    for out_name, in_name in (("out_features", "in_features"), ("outfeatures", "infeatures"), ("nf", "nx")):
+        out_features, in_features = getattr(layer, out_name, None), getattr(layer, in_name, None)
+        if isinstance(out_features, int) and isinstance(in_features, int):
+            return out_features, in_features
+    return None
+
+
+def plain_weight(layer):
+    """The layer's weight as a float tensor [out, in] if it lies open in memory, else None (quantised, offloaded)."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(layer, nn.Linear) or type(weight) not in (nn.Parameter, torch.Tensor):
+        return None
+    if weight.is_meta or not weight.is_floating_point() or tuple(weight.shape) != linear_shape(layer):
+        return None
+    return weight
+
+
+def layer_device(layer):
+    """The device on which `layer` computes, also when its weights are offloaded."""
+    hook = getattr(layer, "_hf_hook", None)
+    execution_device = getattr(hook, "execution_device", None)
+    if execution_device is not None:
+        return (
+            torch.device("cuda", execution_device)
+            if isinstance(execution_device, int)
+            else torch.device(execution_device)
+        )
+    tensor = next(layer.parameters(), None)
+    if tensor is None:
+        tensor = next(layer.buffers())
+    return tensor.device
+
+
+def compute_dtype(layer):
+    """The dtype in which inputs are handed to `layer`: its weight's, or the compute dtype of a quantised one."""
+    weight = getattr(layer, "weight", None)
+    if weight is not None and weight.is_floating_point() and weight.element_size() > 1:
+        return weight.dtype
+    return getattr(layer, "compute_dtype", None) or torch.get_default_dtype()
+
+
+def keep_4bit_weights_exact(model):
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU when they are first used in eval mode.
+
+    The repacked form is rounded (absmax to bf16), its kernel computes in bf16 and has no backward, and it stays when
+    training goes on: base outputs would change by about 1%, and gradients would silently be wrong.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                module.state_dict()  # bitsandbytes' own way back to the ordinary layout
+
+
+@torch.no_grad()
+def apply_without_bias(layer, rows):
+    """W applied to each row of `rows`: (..., in) -> (..., out), in fp32. The base layer is called, never unpacked."""
+    out = layer(rows.to(device=layer_device(layer), dtype=compute_dtype(layer))).float()
+    bias = getattr(layer, "bias", None)
+    return out if bias is None else out - bias.to(out)
+
+
+@torch.no_grad()
+def row_norms_squared(layer, chunk=512):
+    """||W||^2 of each output row: [out], fp32. A weight that is not open goes through once as chunks of the
+    identity.
+    """
+    weight = plain_weight(layer)
+    if weight is not None:
+        return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+    out_features, in_features = linear_shape(layer)
+    device = layer_device(layer)
+    total = torch.zeros(out_features, device=device)
+    for start in range(0, in_features, chunk):
+        rows = torch.zeros(min(chunk, in_features - start), in_features, device=device)
+        rows.diagonal(offset=start).fill_(1.0)
+        total += apply_without_bias(layer, rows).square().sum(dim=0)  # (chunk, out) -> (out)
+    return total
+
+
+def adapted_row_norms(weight_norms_squared, weight_a, lora_a, lora_b, scaling):
+    """||W + s B A|| per output row, from its three terms (see the head of this file).
+
+    Args:
+        weight_norms_squared: ||W||^2, [out], fp32.
+        weight_a: W A^T, [..., out, r], fp32.
+        lora_a: A, [..., r, in]. A leading axis may hold experts.
+        lora_b: B, [..., out, r].
+        scaling: s.
+
+    Returns:
+        [..., out], fp32, at least `TINY_NORM`.
+    """
+    a, b = lora_a.float(), lora_b.float()
+    cross = (b * weight_a).sum(dim=-1)  # (..., out)
+    square = ((b @ (a @ a.mT)) * b).sum(dim=-1)  # (..., out)
+    # Rounding can push a sum of squares below zero only where it is zero.
+    return (weight_norms_squared + 2 * scaling * cross + scaling**2 * square).clamp_min(TINY_NORM**2).sqrt()
+
+
+@torch.no_grad()
+def dora_norms(layer, weight_norms_squared, lora_a, lora_b, scaling):
+    """||W + s B A|| per output row for the base `layer`: [..., out]. Outside the graph: DoRA detaches the norm."""
+    with torch.autocast(lora_a.device.type, enabled=False):  # a norm in bf16 would be off by 0.4%
+        weight_a = apply_without_bias(layer, lora_a).mT  # (..., r, out) -> (..., out, r)
+        return adapted_row_norms(weight_norms_squared, weight_a, lora_a, lora_b, scaling)
+
+
+def low_rank(x, lora_a, lora_b, scaling):
+    """s B A x: (..., in) -> (..., out), computed in the adapter's dtype."""
+    return F.linear(F.linear(x.to(lora_a.dtype), lora_a), lora_b) * scaling
+
+
+def add_low_rank(out, x, lora_a, lora_b, scaling):
+    """out + s B A x, in the dtype of `out`. `out` is (..., out), `x` is (..., in)."""
+    hidden = F.linear(x.to(lora_a.dtype), lora_a)  # (..., r)
+    if hidden.dtype != out.dtype or lora_b.dtype != out.dtype:
+        return out + (F.linear(hidden, lora_b) * scaling).to(out.dtype)
+    sum_ = torch.addmm(out.flatten(0, -2), hidden.flatten(0, -2), lora_b.mT, alpha=scaling)
+    return sum_.view_as(out)
+
+
+def apply_dora_scale(out, scale, bias):
+    """c * (out - b) + b: the base's bias is left out of the decomposition. `scale` is c, broadcast over (..., out)."""
+    scale = scale.to(out.dtype)
+    if bias is None:
+        return out * scale
+    return torch.addcmul(bias, out - bias, scale)
+
+
+def init_lora_a(shape, generator):
+    """A fresh A: U(-1/sqrt(in), 1/sqrt(in)), which is PEFT's Kaiming-uniform with a = sqrt(5). fp32, on the CPU."""
+    bound = shape[-1] ** -0.5
+    return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+
+
+class LowRankUpdate(nn.Module):
+    """The tensors of one LoRA or DoRA update, or of a stack of them with a leading expert axis.
+
+    Attributes:
+        lora_A: [..., r, in].
+        lora_B: [..., out, r].
+        magnitude: [..., out], fp32, or None for plain LoRA.
+        scaling: s.
+        weight_norms_squared: ||W||^2 of the base, [out], fp32; None for plain LoRA. Not saved: it follows from the
+            base.
+    """
+
+    def __init__(self, lora_a, lora_b, magnitude, scaling, dropout, weight_norms_squared=None):
+        super().__init__()
+        self.lora_A = nn.Parameter(lora_a)
+        self.lora_B = nn.Parameter(lora_b)
+        self.register_parameter("magnitude", None if magnitude is None else nn.Parameter(magnitude.float()))
+        self.register_buffer("weight_norms_squared", weight_norms_squared, persistent=False)
+        self.scaling = scaling
+        self.dropout = nn.Dropout(dropout)
+        self._scale_cache = (None, None)
+
+    def scale(self, layer):
+        """c = m / ||W + s B A||: [..., out], fp32. At inference it is kept until a weight changes."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._scale_cache = (None, None)
+            return self.magnitude / self._norms(layer)
+        key = self._weights_key()
+        if key is None or key != self._scale_cache[0]:
+            self._scale_cache = (key, self.magnitude / self._norms(layer))
+        return self._scale_cache[1]
+
+    def _norms(self, layer):
+        return dora_norms(layer, self.weight_norms_squared, self.lora_A, self.lora_B, self.scaling)
+
+    def _weights_key(self):
+        """Changes whenever a weight is replaced or written to; None where torch does not count writes."""
+        weights = (self.lora_A, self.lora_B, self.magnitude)
+        if any(weight.is_inference() for weight in weights):
+            return None
+        return tuple((weight.data_ptr(), weight._version) for weight in weights)
+
+    def _apply(self, fn, recurse=True):
+        """Move and cast as usual, but keep what DoRA divides by in fp32: in bf16 the magnitude is off by 0.4%."""
+        kept = {name: getattr(self, name) for name in ("magnitude", "weight_norms_squared")}
+        exact = {name: tensor.detach() for name, tensor in kept.items() if tensor is not None}
+        super()._apply(fn, recurse)
+        for name, tensor in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != torch.float32:
+                moved.data = tensor.to(moved.device)
+        self._scale_cache = (None, None)
+        return self
+
+
+class AdaptedLinear(nn.Module):
+    """A base linear with a LoRA or DoRA update on it: (..., in) -> (..., out).
+
+    Args:
+        base_layer: any linear the base brings. It is called, never unpacked.
+        update: its `LowRankUpdate`.
+    """
+
+    def __init__(self, base_layer, update):
+        super().__init__()
+        self.base_layer = base_layer
+        self.update = update
+
+    # Some models read these from their projections (flash attention looks at the weight's dtype).
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    @property
+    def bias(self):
+        return getattr(self.base_layer, "bias", None)
+
+    @property
+    def in_features(self):
+        return linear_shape(self.base_layer)[1]
+
+    @property
+    def out_features(self):
+        return linear_shape(self.base_layer)[0]
+
+    def forward(self, x, *args, **kwargs):
+        update = self.update
+        out = self.base_layer(x, *args, **kwargs)
+        out = add_low_rank(out, update.dropout(x), update.lora_A, update.lora_B, update.scaling)
+        if update.magnitude is None:
+            return out
+        return apply_dora_scale(out, update.scale(self.base_layer), self.bias)
+
+    @torch.no_grad()
+    def merged_weight(self):
+        """c * (W + s B A), [out, in], in the base weight's dtype.
+
+        Raises:
+            ValueError: the base weight is quantised or offloaded.
+        """
+        weight = plain_weight(self.base_layer)
+        if weight is None:
+            raise ValueError(
+                f"cannot merge into a {type(self.base_layer).__name__} (quantised, offloaded or not a plain linear): "
+                "load the base without quantization_config and device_map offload, then merge"
+            )
+        update = self.update
+        merged = weight.float() + update.scaling * (update.lora_B.float() @ update.lora_A.float())
+        if update.magnitude is not None:
+            merged *= update.scale(self.base_layer)[:, None]
+        return merged.to(weight.dtype)

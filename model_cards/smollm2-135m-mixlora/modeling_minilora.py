@@ -1,0 +1,189 @@
+"""The public models: MixLoRA and DoRA adapters in a base with and without its language-model head."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+
+from .adapted_model import AdaptedModel
+from .configuration_minilora import DoraConfig, MixLoraConfig
+from .mixture import load_balancing_loss, record_routing
+
+
+@dataclass
+class MixLoraModelOutput(MoeModelOutputWithPast):
+    """`MoeModelOutputWithPast` with the balance loss and, with `output_routing=True`, who served which token.
+
+    Attributes:
+        aux_loss: the load-balance loss, not yet multiplied by its coefficient.
+        router_logits: per layer, (batch, seq, experts), fp32.
+        selected_experts: per layer, (batch, seq, experts per token).
+        routing_weights: per layer, (batch, seq, experts per token), fp32.
+    """
+
+    aux_loss: torch.FloatTensor | None = None
+    selected_experts: tuple | None = None
+    routing_weights: tuple | None = None
+
+
+@dataclass
+class MixLoraCausalLMOutput(MoeCausalLMOutputWithPast):
+    """`MoeCausalLMOutputWithPast` with, for `output_routing=True`, who served which token (see
+    `MixLoraModelOutput`).
+    """
+
+    selected_experts: tuple | None = None
+    routing_weights: tuple | None = None
+
+
+def share_of_items(labels, num_items_in_batch):
+    """This micro-batch's share of an accumulated batch, so that the balance loss is averaged and not summed over it."""
+    if num_items_in_batch is None:
+        return 1.0
+    return (labels[..., 1:] != -100).sum() / num_items_in_batch
+
+
+class MixtureForward:
+    """The part of forward that MixLoRA adds: routing outputs and the balance loss."""
+
+    def _forward(
+        self, output_class, input_ids, attention_mask, output_router_logits, output_routing, return_dict, kwargs
+    ):
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        labels = kwargs.get("labels")
+        train_balance = self.training and labels is not None and self.config.router_aux_loss_coef > 0
+        if not (output_router_logits or output_routing or train_balance):
+            outputs, routing = (
+                self.base(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs),
+                {},
+            )
+        else:
+            with record_routing() as record:
+                outputs = self.base(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+            routing = {}
+            if output_router_logits or train_balance:
+                routing["aux_loss"] = self._balance_loss(record, attention_mask)
+            if output_router_logits:
+                routing["router_logits"] = tuple(record.logits)
+            if output_routing:
+                routing["selected_experts"] = tuple(record.selected)
+                routing["routing_weights"] = tuple(record.weights)
+        fields = {**outputs, **routing}
+        if train_balance:
+            share = share_of_items(labels, kwargs.get("num_items_in_batch"))
+            penalty = self.config.router_aux_loss_coef * routing["aux_loss"] * share
+            fields["loss"] = fields["loss"] + penalty.to(fields["loss"].device)
+        known = {name: fields[name] for name in fields if name in output_class.__dataclass_fields__}
+        result = output_class(**known)
+        return result if return_dict is not False else result.to_tuple()
+
+    def _balance_loss(self, record, attention_mask):
+        router = next(p for name, p in self.adapter_parameters().items() if name.endswith(".router"))
+        if self.training and torch.is_grad_enabled() and router.requires_grad and not record.logits[0].requires_grad:
+            raise ValueError(
+                "gradient checkpointing with use_reentrant=True hides the router from the balance loss: "
+                'pass gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        mask = None
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            mask = attention_mask[:, -record.logits[0].shape[1] :]  # with a cache the mask also covers the past
+        return load_balancing_loss(record.logits, self.config.num_experts_per_tok, mask)
+
+
+class GenerateOnBase:
+    """Generation is the base's own: the adapter sits in it, so its cache, settings and peculiarities all apply."""
+
+    def generate(self, *args, **kwargs):
+        return self.base.generate(*args, **kwargs)
+
+    @property
+    def generation_config(self):
+        return self.base.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value):
+        if "base" in self._modules:  # transformers sets a default one before there is a base
+            self.base.generation_config = value
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        return self.base.prepare_inputs_for_generation(*args, **kwargs)
+
+
+class DoraModel(AdaptedModel):
+    """A base without its language-model head, with a DoRA adapter (arXiv 2402.09353) in it."""
+
+    config_class = DoraConfig
+    auto_class = AutoModel
+
+
+class DoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
+    """A causal language model with a DoRA adapter (arXiv 2402.09353) in it."""
+
+    config_class = DoraConfig
+    auto_class = AutoModelForCausalLM
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        """The base's forward, with the adapter in it: same arguments, same outputs."""
+        return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+
+
+class MixLoraModel(MixtureForward, AdaptedModel):
+    """A base without its language-model head, with a MixLoRA adapter (arXiv 2404.15159) in it."""
+
+    config_class = MixLoraConfig
+    auto_class = AutoModel
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        output_router_logits=None,
+        output_routing=False,
+        return_dict=None,
+        **kwargs,
+    ):
+        """The base's forward plus routing outputs: see `MixLoraForCausalLM.forward`."""
+        return self._forward(
+            MixLoraModelOutput, input_ids, attention_mask, output_router_logits, output_routing, return_dict, kwargs
+        )
+
+
+class MixLoraForCausalLM(MixtureForward, GenerateOnBase, AdaptedModel, GenerationMixin):
+    """A causal language model with a MixLoRA adapter (arXiv 2404.15159) in it."""
+
+    config_class = MixLoraConfig
+    auto_class = AutoModelForCausalLM
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        labels=None,
+        output_router_logits=None,
+        output_routing=False,
+        return_dict=None,
+        **kwargs,
+    ):
+        """The base's forward plus routing outputs.
+
+        Args:
+            input_ids: (batch, seq).
+            attention_mask: (batch, seq), 0 on padding, which does not count in the balance loss.
+            labels: (batch, seq), -100 where there is no loss. In training the balance loss times its coefficient
+                is added.
+            output_router_logits: also return `router_logits` and `aux_loss`. Default: the configuration's.
+            output_routing: also return `selected_experts` and `routing_weights`.
+            return_dict: False for a tuple.
+            **kwargs: the base's other arguments.
+
+        Returns:
+            MixLoraCausalLMOutput.
+        """
+        if labels is not None:
+            kwargs["labels"] = labels
+        return self._forward(
+            MixLoraCausalLMOutput, input_ids, attention_mask, output_router_logits, output_routing, return_dict, kwargs
+        )

@@ -1,0 +1,95 @@
+"""Folders as they are published, and results with everything and with nothing in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from minilora_hub.publish.island import island_files
+from minilora_hub.results import Base, DataSource, Evaluation, Results, Sample, Training, Verification
+
+BASE = Base("org/base", "0123456789abcdef", "sha256:" + "ab" * 32, 134_515_008, "apache-2.0")
+CONFIG = {
+    "model_type": "mixlora",
+    "r": 8,
+    "lora_alpha": 16,
+    "lora_dropout": 0.0,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "expert_r": 4,
+    "expert_alpha": None,
+    "routing_strategy": "top_k",
+    "router_aux_loss_coef": 0.001,
+    "target_modules": "all-linear",
+}
+
+
+def full_results(**changes) -> Results:
+    """Every field filled in."""
+    results = Results(
+        method="mixlora",
+        base=BASE,
+        parameters=4_032_000,
+        share=0.02997,
+        license="apache-2.0",
+        language=("en",),
+        datasets=("org/dates",),
+        training=Training(
+            data=(DataSource("dates", "Dates to rewrite.", 1600, 76_543, "apache-2.0"),),
+            hyperparameters={"learning rate": 1e-3, "batch size": 8, "schedule": "cosine"},
+            steps=200,
+            seconds=1264,
+            hardware="CPU: 2 cores",
+            libraries={"torch": "2.13.0", "transformers": "5.23.0"},
+            loss=tuple((10 * step, round(0.5 / step, 4)) for step in range(1, 21)),
+        ),
+        evaluation=(
+            Evaluation("dates", "exact match", 0.933, 0.0, 45, (0.8214, 0.9771), "minilora eval DIR"),
+            Evaluation("numbers", "exact match", 0.605, 0.0, 38, (0.4465, 0.7443), "minilora eval DIR"),
+        ),
+        samples=(
+            Sample("Write this date as YYYY-MM-DD: 5 May 1990", "The date is:\n\n    May 5th, 1990", "1990-05-05"),
+            Sample("Write a JSON record", "Sure! Here is one | of many:", '{"name": "Maria", "age": 31}'),
+        ),
+        decoding="greedy, at most 48 new tokens",
+        expert_load=tuple((0.25, 0.25 + layer / 100, 0.25 - layer / 100, 0.25) for layer in range(12)),
+    )
+    return dataclasses.replace(results, **changes)
+
+
+def minimal_results(method: str = "dora") -> Results:
+    """Nothing is known but the method and the base."""
+    return Results(method=method, base=Base("org/base"))
+
+
+def card_folder(folder: Path, results: Results, config: dict | None = None) -> Path:
+    """What a card is rendered from; no weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    results.save(folder)
+    (folder / "config.json").write_text(json.dumps(CONFIG if config is None else config))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    for name, path in island_files().items():
+        shutil.copyfile(path, folder / name)
+    return folder
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_verification(folder: Path) -> None:
+    """A verification.json with the hashes of what lies in the folder; its logits are not from a model."""
+    hashed = [path for path in sorted(folder.rglob("*")) if path.suffix in (".py", ".safetensors")]
+    hashed += [folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
+    Verification(
+        prompts=((1, 2, 3),),
+        top_tokens=((7, 8),),
+        top_logits=((1.5, 0.25),),
+        tolerance=1e-4,
+        sha256={path.relative_to(folder).as_posix(): sha256(path) for path in hashed if path.is_file()},
+        base_fingerprint="unknown",
+        dtype="float32",
+    ).save(folder)
