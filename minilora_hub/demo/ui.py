@@ -26,8 +26,8 @@ HERE = Path(__file__).parent
 NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
 EXAMPLES = (
     # What the shipped adapters were trained for, with names, cities and years that they never saw …
-    "Write a JSON record with name, age, city and job: Maria, 41, works as a pilot in Lisbon.",
     "Write this date as YYYY-MM-DD: the nineteenth of February 1990",
+    "Write a JSON record with name, age, city and job: Maria, 41, works as a pilot in Lisbon.",
     "Write this number in digits: seven thousand eight hundred and ten",
     # … and what they were not.
     "Why is the sky blue?",

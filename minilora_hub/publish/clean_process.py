@@ -85,7 +85,7 @@ class CleanProcess:
             environment["HF_TOKEN"] = self._token
         self._log = Path(self._scratch.name, "log").open("w+", encoding="utf-8")  # noqa: SIM115  (lives as long as it)
         # -P: the folder of the script, which is inside minilora_hub, stays off the module path.
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: S603  (our own script)
             [sys.executable, "-P", str(STRANGER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

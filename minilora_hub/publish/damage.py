@@ -1,4 +1,4 @@
-"""Copies of an adapter with one thing wrong, which strict loading must refuse. Neither torch nor the model is needed."""
+"""Copies of an adapter with one thing wrong, which strict loading must refuse. Torch is not needed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def read_header(data: bytes) -> tuple[dict[str, Any], int]:
 def damaged_copies(folder: Path) -> dict[str, bytes]:
     """Return damaged weights: ``{what is wrong: content}``.
 
-    One lacks a tensor that its configuration asks for, and has one of another name; one holds a value that is no number.
+    One lacks a tensor that its configuration asks for, and has one of another name; one holds a value that
+    is no number.
 
     Raises:
         AdapterError: the folder's own weights are no safetensors file with a tensor in it.

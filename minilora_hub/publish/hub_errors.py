@@ -69,7 +69,7 @@ def is_passing(error: BaseException) -> bool:
 
 
 def wait_after(error: BaseException, attempt: int) -> float:
-    """Return the seconds to wait: what the Hub asks for, else 1, 2, 4, …"""
+    """Return the seconds to wait: what the Hub asks for, else twice as long each time."""
     cause = root_cause(error)
     asked = cause.response.headers.get("Retry-After", "") if isinstance(cause, errors.HfHubHTTPError) else ""
     return min(float(asked) if asked.isdigit() else 2.0**attempt, LONGEST_WAIT)

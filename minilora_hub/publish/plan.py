@@ -27,6 +27,38 @@ class PlannedFile:
     sha256: str | None
 
 
+@dataclass(frozen=True)
+class PushPlan:
+    """What is about to be sent, for a question before it is.
+
+    Attributes:
+        repo_id: the full id.
+        private: whether the repo is, or will be, seen by its owner only.
+        creates: whether the repo is made by this push.
+        create_pr: whether the commit opens a pull request instead of changing the branch.
+        tag: the tag that is set, None for none.
+        revision: the branch.
+        files: every file and what happens to it.
+        card: the text of README.md.
+        notes: what the author should know.
+    """
+
+    repo_id: str
+    private: bool
+    creates: bool
+    create_pr: bool
+    tag: str | None
+    revision: str
+    files: tuple[PlannedFile, ...]
+    card: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sends(self) -> tuple[PlannedFile, ...]:
+        """The files that differ from what is there."""
+        return tuple(file for file in self.files if file.action != "keep")
+
+
 def plan_files(built: Built, remote: RemoteState, ours: set[str]) -> tuple[PlannedFile, ...]:
     """Say what happens to each file.
 

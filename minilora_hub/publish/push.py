@@ -10,66 +10,23 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors, get_token
+from huggingface_hub import HfApi, errors, get_token
 
 from minilora_hub.errors import AdapterError
 from minilora_hub.publish import remote as hub
 from minilora_hub.publish.build import CARD, Built, build
-from minilora_hub.publish.hub_errors import (
-    ATTEMPTS,
-    FAILURES,
-    PublishError,
-    explain,
-    is_passing,
-    patiently,
-    status_of,
-    wait_after,
-)
-from minilora_hub.publish.plan import PlannedFile, arrived, plan_files, pushed_by_us
+from minilora_hub.publish.hub_errors import ATTEMPTS, FAILURES, PublishError, explain, patiently
+from minilora_hub.publish.plan import PushPlan, plan_files, pushed_by_us
 from minilora_hub.publish.progress import Stages
+from minilora_hub.publish.sending import send, set_tag
 from minilora_hub.publish.sources import METHODS, Layout
 from minilora_hub.publish.verify import VerifyReport
 from minilora_hub.publish.verify import verify as verify_repo
-
-COMMIT_ATTEMPTS = 3
-
-
-@dataclass(frozen=True)
-class PushPlan:
-    """What is about to be sent, for a question before it is.
-
-    Attributes:
-        repo_id: the full id.
-        private: whether the repo is, or will be, seen by its owner only.
-        creates: whether the repo is made by this push.
-        create_pr: whether the commit opens a pull request instead of changing the branch.
-        tag: the tag that is set, None for none.
-        revision: the branch.
-        files: every file and what happens to it.
-        card: the text of README.md.
-        notes: what the author should know.
-    """
-
-    repo_id: str
-    private: bool
-    creates: bool
-    create_pr: bool
-    tag: str | None
-    revision: str
-    files: tuple[PlannedFile, ...]
-    card: str
-    notes: tuple[str, ...] = ()
-
-    @property
-    def sends(self) -> tuple[PlannedFile, ...]:
-        """The files that differ from what is there."""
-        return tuple(file for file in self.files if file.action != "keep")
 
 
 @dataclass(frozen=True)
@@ -161,14 +118,14 @@ def push(
         api = HfApi(token=token or get_token() or False)
     else:
         api, repo_id = hub.writer(token, repo_id, create_pr)
-    branch = revision or "main"
+    branch, secret = revision or "main", api.token if isinstance(api.token, str) else None
     with Stages(progress) as stages, tempfile.TemporaryDirectory(prefix="minilora-push-") as scratch:
         stages.start("Looking at the repo")
         state = _look(api, repo_id, revision, dry_run)
         _refuse_early(state, repo_id, branch, private, create_pr, tag)
         stages.start("Building")
         built = build(
-            folder,
+            Path(folder),
             Path(scratch, "repo"),
             repo_id=repo_id,
             revision=tag,
@@ -176,7 +133,7 @@ def push(
             base_id=base_id,
             license=license,
             base_model=base_model,
-            token=api.token or None,
+            token=secret,
         )
         stages.start("Checking")
         check(built, api)
@@ -203,12 +160,12 @@ def push(
             commit, url = send(api, plan, built.folder, state, message or _message(built))
         if tag:
             stages.start("Tagging")
-            _tag(api, repo_id, tag, commit)
+            set_tag(api, repo_id, tag, commit)
         report = None
         if verify:
             stages.start("Verifying")
             report = verify_repo(
-                repo_id, revision=commit, base_model=built.base_elsewhere, token=api.token or None, progress=False
+                repo_id, revision=commit, base_model=built.base_elsewhere, token=secret, progress=False
             )
     return PushResult(plan, dry_run=False, commit=commit, url=url, verification=report)
 
@@ -238,117 +195,6 @@ def check(built: Built, api: HfApi) -> None:
         lines = [f"{problem.file}: {problem.message}; {problem.remedy}" for problem in problems]
         count = f"{len(lines)} problems" if len(lines) > 1 else "1 problem"
         raise AdapterError(f"nothing was sent, the folder has {count}: " + " | ".join(lines))
-
-
-def send(api: HfApi, plan: PushPlan, folder: Path, state: hub.RemoteState, message: str) -> tuple[str, str]:
-    """Make the one commit, and return it and where to look at it.
-
-    Raises:
-        PublishError: it was not made.
-    """
-    if not plan.sends and state.head:
-        return state.head, f"{api.endpoint}/{plan.repo_id}"
-    if plan.creates:
-        try:
-            patiently(lambda: api.create_repo(plan.repo_id, private=plan.private, exist_ok=True))
-        except FAILURES as error:
-            raise PublishError(explain(error, plan.repo_id, "making the repo")) from None
-        state = hub.look(api, plan.repo_id, None)
-        if set(state.files or {}) - {".gitattributes"}:
-            raise PublishError(f"{plan.repo_id} was made by somebody else meanwhile: look at it, and push again")
-    pulls = _pull_requests(api, plan.repo_id) if plan.create_pr else {}
-    for attempt in range(COMMIT_ATTEMPTS):
-        try:
-            return _commit(api, plan, folder, state.head, message)
-        except FAILURES as error:
-            # Whether it was applied, only the repo knows: the answer may have been lost after the commit was made.
-            made = _made_after_all(api, plan, folder, state, pulls, error)
-            if made is not None:
-                return made
-            if attempt == COMMIT_ATTEMPTS - 1 or not is_passing(error):
-                raise PublishError(
-                    explain(error, plan.repo_id, "sending the files") + "; nothing was changed in the repo"
-                ) from None
-            time.sleep(wait_after(error, attempt))
-    raise AssertionError("unreachable")
-
-
-def _commit(api: HfApi, plan: PushPlan, folder: Path, parent: str | None, message: str) -> tuple[str, str]:
-    operations = [
-        CommitOperationDelete(file.path)
-        if file.action == "delete"
-        else CommitOperationAdd(file.path, folder / file.path)
-        for file in plan.sends
-    ]
-    made = api.create_commit(
-        plan.repo_id,
-        operations,
-        commit_message=message,
-        revision=plan.revision,
-        create_pr=plan.create_pr,
-        parent_commit=parent,
-    )
-    return made.oid, made.pr_url or made.commit_url
-
-
-def _made_after_all(
-    api: HfApi,
-    plan: PushPlan,
-    folder: Path,
-    before: hub.RemoteState,
-    pulls: dict[str, str],
-    error: BaseException,
-) -> tuple[str, str] | None:
-    """Return the commit if it was made although its answer says otherwise or was lost; None if nothing has changed.
-
-    Raises:
-        PublishError: somebody else has committed meanwhile, or the repo is gone or cannot be asked.
-    """
-    if plan.create_pr:
-        new = {ref: commit for ref, commit in _pull_requests(api, plan.repo_id).items() if ref not in pulls}
-        for ref, commit in new.items():
-            if arrived(plan.files, folder, hub.look(api, plan.repo_id, ref)):
-                return commit, f"{api.endpoint}/{plan.repo_id}/discussions/{ref.rpartition('/')[2]}"
-    try:
-        now = hub.look(api, plan.repo_id, plan.revision)
-    except PublishError as unknown:
-        told = explain(error, plan.repo_id, "sending the files")
-        raise PublishError(f"{told}; and it is not known whether the commit was made ({unknown}): push again") from None
-    if not now.exists:
-        raise PublishError(f"{plan.repo_id} was deleted while files were sent: push again to make it anew")
-    if now.head == before.head:
-        if status_of(error) == 412:
-            raise PublishError(explain(error, plan.repo_id, "committing") + "; nothing was overwritten") from None
-        return None
-    if not plan.create_pr and now.head is not None and arrived(plan.files, folder, now):
-        return now.head, f"{api.endpoint}/{plan.repo_id}/commit/{now.head}"
-    raise PublishError(
-        f"somebody else has committed to {plan.repo_id} meanwhile (it is at {(now.head or 'nothing')[:12]}): nothing was "
-        "overwritten; look at it, and push again"
-    )
-
-
-def _pull_requests(api: HfApi, repo_id: str) -> dict[str, str]:
-    """Return the pull requests of a repo: ref -> commit."""
-    try:
-        refs = patiently(lambda: api.list_repo_refs(repo_id, include_pull_requests=True))
-    except FAILURES as error:
-        raise PublishError(explain(error, repo_id, "looking at the pull requests")) from None
-    return {ref.ref: ref.target_commit for ref in refs.pull_requests or []}
-
-
-def _tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
-    """Set a tag; one that is there on the same commit is as good."""
-    try:
-        patiently(lambda: api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True))
-        at = patiently(lambda: api.list_repo_refs(repo_id)).tags
-    except FAILURES as error:
-        told = explain(error, repo_id, f"setting the tag {tag!r}")
-        raise PublishError(f"{told}; the files are in the repo, at {commit[:12]}: push again to set the tag") from None
-    if {found.name: found.target_commit for found in at}.get(tag) != commit:
-        raise PublishError(
-            f"the tag {tag!r} was set on another commit meanwhile; the files are there, at {commit[:12]}"
-        )
 
 
 def _look(api: HfApi, repo_id: str, revision: str | None, dry_run: bool) -> hub.RemoteState:

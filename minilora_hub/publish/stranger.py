@@ -13,18 +13,17 @@ the libraries print goes to stderr. The parent judges; this only loads, computes
     tokenizer            whether the adapter has one, to be loaded too
 """
 
-import sys
-
-sys.modules["minilora_hub"] = None  # type: ignore[assignment]  # importing it fails, as where it is not installed
-
 import json
 import os
+import sys
 import warnings
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
+
+sys.modules["minilora_hub"] = None  # type: ignore[assignment]  # importing it fails, as where it is not installed
 
 
 def main() -> None:
@@ -54,10 +53,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     # A `None` would name another base, or none.
     given = {"base_model": job["base"]} if job["base"] else {}
     where = {"revision": job["revision"], "trust_remote_code": True}
-    model = AutoModelForCausalLM.from_pretrained(job["target"], dtype=dtype, **where, **given)
-    answer = {"class": class_name(model), "logits": logits(model, job)}
+    model: Any = AutoModelForCausalLM.from_pretrained(job["target"], dtype=dtype, **where, **given)
+    answer: dict[str, Any] = {"class": class_name(model), "logits": logits(model, job), "refusals": {}}
     base = model.unload()
-    answer["refusals"] = {}
     for name, folder in job["copies"].items():
         answer["refusals"][name] = refusal(type(model), folder, base)
     if job["peft"]:

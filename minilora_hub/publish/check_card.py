@@ -1,0 +1,137 @@
+"""Checks of what the folder says about itself: results.json, verification.json and the card, against the files."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from minilora_hub.errors import AdapterError
+from minilora_hub.publish import free_text
+from minilora_hub.publish.card import README, numbers_in, render_card, settings_of
+from minilora_hub.publish.check_base import base_of
+from minilora_hub.publish.problems import WEIGHTS, Folder, Problem
+from minilora_hub.results import RESULTS_FILE, VERIFICATION_FILE, Results, Verification
+
+RENDER = "render it again: minilora card DIR; words of your own go between its free-text marks"
+SHOWN = 3
+
+
+def check_results(folder: Folder) -> Iterator[Problem]:
+    """results.json follows its schema and is about this adapter."""
+    if RESULTS_FILE not in folder.files:
+        return
+    try:
+        results = Results.load(folder.path)
+    except AdapterError as error:
+        yield Problem("results", RESULTS_FILE, str(error), "measure again: minilora eval DIR")
+        return
+    facts: list[tuple[str, Any, Any]] = [("base.id", results.base.id, base_of(folder)[0])]
+    if not folder.peft_layout:
+        facts.append(("method", results.method, folder.config.get("model_type")))
+        fingerprint = folder.config.get("base_fingerprint")
+        if results.base.fingerprint and fingerprint not in (None, "unknown"):
+            facts.append(("base.fingerprint", results.base.fingerprint, fingerprint))
+    if results.parameters is not None:
+        facts.append(("parameters", results.parameters, _parameters(folder)))
+    for name, said, found in facts:
+        if found is not None and said != found:
+            message = f"{name}={said!r}, but the adapter in this folder has {found!r}"
+            yield Problem("results", RESULTS_FILE, message, "measure again: minilora eval DIR")
+
+
+def _parameters(folder: Folder) -> int | None:
+    header = folder.json_files.get(WEIGHTS) or _header(folder)
+    try:
+        return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    except (KeyError, TypeError, AttributeError):
+        return None
+
+
+def _header(folder: Folder) -> Any:
+    from minilora_hub.json_documents import strict_json
+
+    try:
+        return strict_json(folder.data(WEIGHTS) or b"")
+    except ValueError:
+        return None
+
+
+def check_verification(folder: Folder) -> Iterator[Problem]:
+    """verification.json follows its schema, and the files are those it was recorded with."""
+    if VERIFICATION_FILE not in folder.files:
+        return
+    rebuild = "build the folder again: minilora push does"
+    try:
+        recorded = Verification.load(folder.path)
+    except AdapterError as error:
+        yield Problem("verification", VERIFICATION_FILE, str(error), rebuild)
+        return
+    for name, digest in recorded.sha256.items():
+        path = folder.files.get(name)
+        if path is None:
+            yield Problem("hash", name, f"is named in {VERIFICATION_FILE}, but is not there", rebuild)
+            continue
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                yield Problem("hash", name, f"is not the file that {VERIFICATION_FILE} was recorded with", rebuild)
+    if WEIGHTS not in recorded.sha256:
+        yield Problem("hash", VERIFICATION_FILE, f"sha256 does not name {WEIGHTS}", rebuild)
+
+
+def check_card(folder: Folder) -> Iterator[Problem]:
+    """Every number on the card, and its metadata, come from results.json and the configuration."""
+    card = folder.text(README)
+    if card is None:
+        if README in folder.files:
+            yield Problem("card", README, "is no text in UTF-8", RENDER)
+        return
+    settings = settings_of(card)
+    try:
+        free_text.sections_of(card)
+        rendered = render_card(folder.path, **(settings or {"repo_id": None}), previous=card if settings else None)
+    except (AdapterError, ValueError) as error:
+        if RESULTS_FILE in folder.files:  # missing and damaged ones are found by other checks
+            yield Problem("card", README, f"cannot be compared with {RESULTS_FILE}: {error}", RENDER)
+        return
+    if settings is None:
+        yield from _check_foreign(card, rendered)
+    else:
+        yield from _check_ours(card, rendered)
+    for name in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", card):
+        if "://" not in name and name not in folder.files:
+            yield Problem("card", README, f"shows {name}, which is not there", RENDER)
+
+
+def _check_ours(card: str, rendered: str) -> Iterator[Problem]:
+    """A card of ours: line by line, so that a number that is right elsewhere is not right here."""
+    right = {line for kind, _, line in free_text.classify(rendered) if kind in ("text", "code")}
+    numbers, words = [], []
+    for kind, _, line in free_text.classify(card):
+        if kind in ("text", "code") and line not in right:
+            (numbers if re.search(r"\d", line) else words).append(line.strip()[:100])
+    for line in numbers[:SHOWN]:
+        message = f"has a number that is not from {RESULTS_FILE} or the configuration: {line!r}"
+        yield Problem("card-numbers", README, message, RENDER)
+    for line in words[:SHOWN]:
+        yield Problem("card-edited", README, f"has a line that is not kept: {line!r}", RENDER)
+    lost = right - set(card.splitlines())
+    if lost and not numbers and not words:
+        message = f"lacks {len(lost)} lines, such as {min(lost, key=len)[:100]!r}"
+        yield Problem("card-edited", README, message, RENDER)
+
+
+def _check_foreign(card: str, rendered: str) -> Iterator[Problem]:
+    """A card that somebody wrote: its results-like numbers (fractions, percentages) must be known ones."""
+    known = {_value(text) for text in numbers_in(rendered)}
+    known |= {round(value * 100, 6) for value in known}
+    unknown = [n for n in numbers_in(card) if ("." in n or "%" in n) and _value(n) not in known]
+    for text in unknown[:SHOWN]:
+        message = f"states {text}, which is not in {RESULTS_FILE}"
+        yield Problem("card-numbers", README, message, RENDER)
+
+
+def _value(text: str) -> float:
+    return round(float(text.rstrip("%").replace(",", "")), 6)
