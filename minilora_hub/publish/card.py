@@ -68,16 +68,17 @@ def render_card(
     name = repo_id or f"./{folder.resolve().name}"
     title = (repo_id or folder.resolve().name).rpartition("/")[2]
     training = results.training
+    stock = not (folder / "config.json").is_file()  # PEFT's layout: no code comes along, none is needed
     text = _template().render(
-        front_matter=front_matter(results, title),
+        front_matter=front_matter(results, title, stock),
         settings=_settings(repo_id, revision, space),
         title=markdown.inline(title),
         summary=summary(results, config),
         results=results,
         base=results.base,
         method=results.method,
-        stock=results.method == "lora",
-        snippet=_snippet(folder, results, name, revision),
+        stock=stock,
+        snippet=_snippet(folder, results, name, revision, stock),
         space_link=f"https://huggingface.co/spaces/{space}?adapter={quote(repo_id or '', safe='')}" if space else None,
         local_demo=_local_demo(results, repo_id, title),
         commands=list(dict.fromkeys(row.command for row in results.evaluation if row.command)),
@@ -173,7 +174,7 @@ def _settings(repo_id: str | None, revision: str | None, space: str | None) -> s
     return settings.replace(">", "\\u003e")  # so that no revision ends the comment
 
 
-def _snippet(folder: Path, results: Results, name: str, revision: str | None) -> str:
+def _snippet(folder: Path, results: Results, name: str, revision: str | None, stock: bool) -> str:
     prompt = results.samples[0].prompt if results.samples else "Hello!"
     at = json.dumps(revision or "main")
     pin = (
@@ -181,7 +182,7 @@ def _snippet(folder: Path, results: Results, name: str, revision: str | None) ->
         if revision
         else ['# The commit\'s hash instead of "main" pins the code and weights that you have looked at.']
     )
-    trust = "" if results.method == "lora" else ", trust_remote_code=True"
+    trust = "" if stock else ", trust_remote_code=True"
     template = folder / "tokenizer_config.json"
     chat = (folder / "chat_template.jinja").is_file() or (
         template.is_file() and '"chat_template"' in template.read_text(encoding="utf-8", errors="replace")

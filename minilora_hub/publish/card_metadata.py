@@ -25,12 +25,15 @@ PROCEDURAL = "procedural"
 """Stands for the dataset of tasks that are made by a program and lie in no repo."""
 
 
-def card_data(results: Results, name: str) -> ModelCardData:
-    """The metadata of an adapter called `name`. What nobody knows is left out: the Hub knows no "unknown"."""
+def card_data(results: Results, name: str, stock: bool = False) -> ModelCardData:
+    """The metadata of an adapter called `name`, in PEFT's layout if `stock`.
+
+    What nobody knows is left out: the Hub knows no "unknown".
+    """
     fields: dict[str, Any] = {
         "base_model": results.base.id,
         "base_model_relation": "adapter",
-        "library_name": "peft" if results.method == "lora" else "transformers",
+        "library_name": "peft" if stock else "transformers",
         "pipeline_tag": "text-generation",
         "tags": TAGS[results.method],
         "license": results.license,
@@ -60,9 +63,9 @@ def _slug(text: str) -> str:
     return re.sub(r"\W+", "_", text.strip().lower())
 
 
-def front_matter(results: Results, name: str) -> str:
+def front_matter(results: Results, name: str, stock: bool = False) -> str:
     """The metadata as the head of a README."""
-    return f"---\n{card_data(results, name).to_yaml(line_break=chr(10))}\n---"
+    return f"---\n{card_data(results, name, stock).to_yaml(line_break=chr(10))}\n---"
 
 
 def eval_results_files(folder: Path) -> dict[str, str]:

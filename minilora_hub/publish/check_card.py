@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from minilora_hub.errors import AdapterError
+from minilora_hub.json_documents import strict_json
 from minilora_hub.publish import free_text
 from minilora_hub.publish.card import README, numbers_in, render_card, settings_of
 from minilora_hub.publish.check_base import base_of
@@ -43,19 +44,10 @@ def check_results(folder: Folder) -> Iterator[Problem]:
 
 
 def _parameters(folder: Folder) -> int | None:
-    header = folder.json_files.get(WEIGHTS) or _header(folder)
     try:
+        header = strict_json(folder.data(WEIGHTS) or b"")
         return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    except (KeyError, TypeError, AttributeError):
-        return None
-
-
-def _header(folder: Folder) -> Any:
-    from minilora_hub.json_documents import strict_json
-
-    try:
-        return strict_json(folder.data(WEIGHTS) or b"")
-    except ValueError:
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -108,7 +100,8 @@ def check_card(folder: Folder) -> Iterator[Problem]:
 def _check_ours(card: str, rendered: str) -> Iterator[Problem]:
     """A card of ours: line by line, so that a number that is right elsewhere is not right here."""
     right = {line for kind, _, line in free_text.classify(rendered) if kind in ("text", "code")}
-    numbers, words = [], []
+    numbers: list[str] = []
+    words: list[str] = []
     for kind, _, line in free_text.classify(card):
         if kind in ("text", "code") and line not in right:
             (numbers if re.search(r"\d", line) else words).append(line.strip()[:100])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from minilora_hub.publish.problems import Folder, Problem
 
+GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+"""A tag that transformers adds to Jinja."""
 SAVE = "save it again from the base's tokenizer"
 
 
@@ -41,10 +44,8 @@ def _check_template(folder: Folder, name: str) -> Iterator[Problem]:
     if text is None:
         yield Problem("tokenizer", name, "is no text in UTF-8", SAVE)
         return
+    text = GENERATION_TAG.sub("", text)
     try:  # parsed, not rendered
-        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(
-            text.replace("{% generation %}", "")
-        )
+        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
     except TemplateSyntaxError as error:
-        if "generation" not in str(error):  # a tag that transformers adds
-            yield Problem("tokenizer", name, f"is no Jinja template: {error}", SAVE)
+        yield Problem("tokenizer", name, f"is no Jinja template: {error}", SAVE)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, errors, get_token
+from huggingface_hub import HfApi, get_token
 
 from minilora_hub.errors import AdapterError
 from minilora_hub.publish import remote as hub
@@ -136,7 +136,7 @@ def push(
             token=secret,
         )
         stages.start("Checking")
-        check(built, api)
+        notes = check(built, api, 1 if dry_run else ATTEMPTS)
         read = _reader(api, repo_id, state.head)
         files = plan_files(built, state, pushed_by_us(read, state))
         plan = PushPlan(
@@ -148,7 +148,7 @@ def push(
             branch,
             files,
             (built.folder / CARD).read_text(encoding="utf-8"),
-            built.notes,
+            built.notes + notes,
         )
         _refuse_moving_tag(plan, state)
         stages.end()
@@ -170,31 +170,25 @@ def push(
     return PushResult(plan, dry_run=False, commit=commit, url=url, verification=report)
 
 
-def check(built: Built, api: HfApi) -> None:
+def check(built: Built, api: HfApi, attempts: int = ATTEMPTS) -> tuple[str, ...]:
     """Refuse a built folder that must not be published.
+
+    Returns:
+        What may be published but should be known, a line each.
 
     Raises:
         AdapterError: there are problems; the message lists them and what to do about each.
     """
     from minilora_hub.publish.checks import check_folder
 
-    def base_exists(base: str) -> bool | None:
-        """Whether the Hub has the base; None where it cannot be asked."""
-        try:
-            patiently(lambda: api.model_info(base), attempts=2)
-        except errors.GatedRepoError:
-            return True
-        except errors.RepositoryNotFoundError:
-            return False
-        except FAILURES:
-            return None
-        return True
-
-    problems = check_folder(built.folder, base_exists=base_exists)
-    if problems:
-        lines = [f"{problem.file}: {problem.message}; {problem.remedy}" for problem in problems]
-        count = f"{len(lines)} problems" if len(lines) > 1 else "1 problem"
-        raise AdapterError(f"nothing was sent, the folder has {count}: " + " | ".join(lines))
+    base = hub.BaseOnHub(api, attempts)
+    problems = check_folder(built.folder, base_exists=base.exists, base_license=base.license)
+    lines = [f"{problem.file or 'the folder'}: {problem.message}; {problem.remedy}" for problem in problems]
+    blocking = [line for line, problem in zip(lines, problems, strict=True) if problem.blocking]
+    if blocking:
+        count = f"{len(blocking)} problems" if len(blocking) > 1 else "1 problem"
+        raise AdapterError(f"nothing was sent, the folder has {count}: " + " | ".join(blocking))
+    return tuple(lines)
 
 
 def _look(api: HfApi, repo_id: str, revision: str | None, dry_run: bool) -> hub.RemoteState:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,37 @@ def fetch(repo_id: str, *, revision: str | None, token: str | None, progress: bo
     except FAILURES as error:
         raise AdapterError(explain(error, repo_id, f"fetching {repo_id}")) from None
     return folder, folder.name
+
+
+class BaseOnHub:
+    """What the Hub says about the base an adapter names; it is asked once."""
+
+    def __init__(self, api: HfApi, attempts: int) -> None:
+        """Ask with this client, so often at most."""
+        self._api, self._attempts = api, attempts
+        self._known: dict[tuple[str, str | None], Any] = {}
+
+    def exists(self, base: str, revision: str | None) -> bool:
+        """Whether it is there at that revision, also where its conditions were not accepted. May raise: unknown."""
+        return self._ask(base, revision) is not None
+
+    def license(self, base: str, revision: str | None) -> str | None:
+        """The licence on its card, None where it has none. May raise: unknown."""
+        card = getattr(self._ask(base, revision), "card_data", None)
+        data = card.to_dict() if card else {}
+        found = data.get("license_name") if data.get("license") == "other" else data.get("license")
+        return found if isinstance(found, str) else None
+
+    def _ask(self, base: str, revision: str | None) -> Any:
+        if (base, revision) not in self._known:
+            try:
+                ask = partial(self._api.model_info, base, revision=revision)
+                self._known[base, revision] = patiently(ask, self._attempts)
+            except errors.GatedRepoError:
+                self._known[base, revision] = True
+            except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+                self._known[base, revision] = None
+        return self._known[base, revision]
 
 
 def quiet(wanted: bool) -> AbstractContextManager[Any]:

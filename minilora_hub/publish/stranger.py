@@ -49,7 +49,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         AutoTokenizer.from_pretrained(job["target"], revision=job["revision"], trust_remote_code=True)
     if job["layout"] == "peft":
         model = load_peft_layout(job, dtype)
-        return {"class": class_name(model), "logits": logits(model, job)}
+        stock = load_peft_layout(job, dtype)
+        return {"class": class_name(stock), "logits": logits(stock, job)}
     # A `None` would name another base, or none.
     given = {"base_model": job["base"]} if job["base"] else {}
     where = {"revision": job["revision"], "trust_remote_code": True}

@@ -93,3 +93,32 @@ def write_verification(folder: Path) -> None:
         base_fingerprint="unknown",
         dtype="float32",
     ).save(folder)
+
+
+def clean_folder(folder: Path, method: str = "mixlora", family: str = "llama") -> Path:
+    """A folder as it is published, that no check has anything to say about; tiny."""
+    import torch
+    from tiny import CAUSAL_LM, fill_adapter, tiny_base, tiny_config
+    from tiny_stand_ins import byte_tokenizer
+
+    from minilora_hub.publish.card import write_card
+
+    base = tiny_base(family, vocab_size=259, eos_token_id=None, bos_token_id=None)
+    size = sum(parameter.numel() for parameter in base.parameters())
+    config = tiny_config(method, base_model_name_or_path=BASE.id, base_model_revision="0" * 40)
+    model = CAUSAL_LM[method].from_base(base, config)
+    fill_adapter(model)
+    for parameter in model.adapter_parameters().values():
+        parameter.data = parameter.data.to(torch.float32)
+    model.save_pretrained(folder, tokenizer=byte_tokenizer())
+    count = model.num_adapter_parameters()
+    full_results(
+        method="dora" if method == "dora" else "mixlora",
+        base=dataclasses.replace(BASE, revision="0" * 40, fingerprint=None, parameters=size),
+        parameters=count,
+        share=round(count / size, 5),
+        expert_load=None if method == "dora" else full_results().expert_load,
+    ).save(folder)
+    write_card(folder, repo_id="author/adapter")
+    write_verification(folder)
+    return folder

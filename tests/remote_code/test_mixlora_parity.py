@@ -1,10 +1,10 @@
 """MixLoRA against the reference package `mixlora`, against a plain reading of the equations, and its balance loss."""
 
 import copy
-import json
 
 import pytest
 import torch
+from reference import reference_mixlora
 from tiny import fill_adapter, logits, tiny_base, tiny_config, tiny_model, token_ids
 from torch.nn import functional as F
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -16,50 +16,6 @@ from minilora_hub.remote_code.mixture import MixtureOfLoraExperts, load_balancin
 REFERENCE_FAMILIES = ("llama", "mistral", "qwen2", "gemma2", "phi", "phi3")
 
 
-def reference_model(base, model, folder):
-    """The same adapter, run by the `mixlora` package on its own copy of the base, with its dropout forced to 0."""
-    from mixlora.model import inject_adapter_in_model, load_adapter_weights
-
-    config, text_config = model.config, base.config
-    activation = getattr(text_config, "hidden_activation", None) or text_config.hidden_act
-    lora = {"r": config.r, "lora_alpha": int(config.lora_alpha), "lora_dropout": 0.1}  # it refuses 0
-    fields = {
-        "peft_type": "MIXLORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "base",
-        "bias": "none",
-        "routing_strategy": "mixlora",
-        "num_experts": config.num_experts,
-        "top_k": config.num_experts_per_tok,
-        "act_fn": activation,
-        "target_modules": sorted({name.split(".")[-2] for name in model.adapter_parameters() if "lora_A" in name}),
-        **lora,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(fields))
-    weights = {}
-    for name, tensor in model.adapter_parameters().items():
-        layer, *path, leaf = name.removeprefix("layers.").split(".")
-        prefix = f"mixlora.layers.{layer}.{path[0]}"
-        if leaf == "router":
-            weights[f"{prefix}.moe_gate.weight"] = tensor.detach()
-        elif "experts" in path:
-            for expert, value in enumerate(tensor.detach()):
-                weights[f"{prefix}.{path[2]}.experts.{expert}.{leaf}.weight"] = value.clone()
-        else:
-            weights[f"{prefix}.{path[1]}.{leaf}.weight"] = tensor.detach()
-    torch.save(weights, folder / "adapter_model.bin")
-    reference_config, weights = load_adapter_weights(str(folder), device="cpu")
-    twin = copy.deepcopy(base)
-    inject_adapter_in_model(twin, reference_config, weights)
-    # Its experts live in plain dicts, which eval() does not reach: their dropout is switched off one by one.
-    blocks = [block for module in twin.modules() for block in vars(module).get("mixlora_moes", {}).values()]
-    assert len(blocks) == len(twin.model.layers)
-    for module in (*twin.modules(), *(expert for block in blocks for expert in block.experts_.values())):
-        if type(module).__name__ == "LoraLinear":
-            module.dropout_.p = 0.0
-    return twin
-
-
 @pytest.mark.parametrize("family", REFERENCE_FAMILIES)
 @pytest.mark.parametrize("experts_per_tok", [1, 2, 3])
 def test_logits_equal_the_reference_packages(family, experts_per_tok, tmp_path):
@@ -67,7 +23,7 @@ def test_logits_equal_the_reference_packages(family, experts_per_tok, tmp_path):
     config = tiny_config("mixlora", num_experts_per_tok=experts_per_tok)
     model = MixLoraForCausalLM.from_base(copy.deepcopy(base), config)
     fill_adapter(model)
-    twin = reference_model(base, model, tmp_path)
+    twin = reference_mixlora(copy.deepcopy(base), model, tmp_path)
     assert (logits(model) - logits(base)).abs().max() > 1e-2
     torch.testing.assert_close(logits(model), logits(twin), rtol=0, atol=1e-4)
     one = token_ids(1, 1)  # few slots take the gathered path

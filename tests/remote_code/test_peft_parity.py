@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from reference import peft_twin
 from tiny import FAMILIES, fill_adapter, logits, tiny_base, tiny_config, token_ids
 from torch.nn import functional as F
 
@@ -21,39 +21,13 @@ SETTINGS = {
 }
 
 
-def peft_twin(base, model, config):
-    """The same adapter in PEFT, on its own copy of the base."""
-    settings = {"r": config.r, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora, "lora_dropout": 0.0}
-    targets = config.target_modules
-    peft_config = LoraConfig(
-        **settings,
-        target_modules="all-linear" if targets == "all-linear" else list(targets),
-        rank_pattern=config.rank_pattern,
-        alpha_pattern=config.alpha_pattern,
-        use_dora=config.use_dora,
-        task_type="CAUSAL_LM",
-    )
-    twin = get_peft_model(copy.deepcopy(base), peft_config).eval()
-    ours = dict(model)
-    names = {".lora_A.default.weight": "lora_A", ".lora_B.default.weight": "lora_B"}
-    names[".lora_magnitude_vector.default.weight"] = "magnitude"
-    with torch.no_grad():
-        for name, parameter in twin.named_parameters():
-            for ending, leaf in names.items():
-                if name.endswith(ending):
-                    path = name[name.index("layers.") :].removesuffix(ending)
-                    parameter.copy_(ours.pop(f"{path}.{leaf}"))
-    assert not ours, f"PEFT has no counterpart of {list(ours)[:3]}"
-    return twin
-
-
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_dora_logits_equal_pefts(family, setting):
     base = tiny_base(family, biases=True)
     model = DoraForCausalLM.from_base(copy.deepcopy(base), tiny_config("dora", **SETTINGS[setting]))
     fill_adapter(model)
-    twin = peft_twin(base, model.adapter_parameters(), model.config)
+    twin = peft_twin(copy.deepcopy(base), model.adapter_parameters(), model.config)
     assert (logits(model) - logits(base)).abs().max() > 1e-2  # the adapter does something
     torch.testing.assert_close(logits(model), logits(twin), rtol=0, atol=1e-4)
 
@@ -63,7 +37,7 @@ def test_dora_logits_equal_pefts_on_every_family(family):
     base = tiny_base(family, biases=True)
     model = DoraForCausalLM.from_base(copy.deepcopy(base), tiny_config("dora"))
     fill_adapter(model)
-    twin = peft_twin(base, model.adapter_parameters(), model.config)
+    twin = peft_twin(copy.deepcopy(base), model.adapter_parameters(), model.config)
     torch.testing.assert_close(logits(model), logits(twin), rtol=0, atol=1e-4)
 
 
@@ -81,7 +55,7 @@ def test_lora_logits_equal_pefts(setting):
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.normal_(0, 0.2)
-    twin = peft_twin(base, parameters, config)
+    twin = peft_twin(copy.deepcopy(base), parameters, config)
     torch.testing.assert_close(logits(adapted), logits(twin), rtol=0, atol=1e-4)
 
 
@@ -89,7 +63,7 @@ def test_dora_gradients_equal_pefts():
     base = tiny_base("llama", biases=True)
     model = DoraForCausalLM.from_base(copy.deepcopy(base), tiny_config("dora"))
     fill_adapter(model)
-    twin = peft_twin(base, model.adapter_parameters(), model.config)
+    twin = peft_twin(copy.deepcopy(base), model.adapter_parameters(), model.config)
     ids = token_ids()
     model(ids, labels=ids).loss.backward()
     twin(input_ids=ids, labels=ids).loss.backward()

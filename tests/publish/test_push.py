@@ -1,0 +1,197 @@
+"""Pushing to the HTTP Hub: what arrives, what is not sent, and who is told what."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from minilora_hub import push
+from minilora_hub.errors import AdapterError
+from minilora_hub.publish.hub_errors import PublishError
+from minilora_hub.publish.island import island_files
+
+# The client uploads LFS files with an argument that its own HTTP library deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+ROOT = {"README.md", "adapter_model.safetensors", "results.json", "verification.json", "tokenizer.json"}
+ROOT |= {"tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
+OURS = ROOT | {"config.json", *island_files()}
+PEFT = {"peft/adapter_config.json", "peft/adapter_model.safetensors"}
+
+
+def quick(folder, repo="ana/adapter", **arguments):
+    """Push without verifying, which other tests do, and without a word."""
+    return push(folder, repo, **{"verify": False, "progress": False} | arguments)
+
+
+def tree(hub, repo="ana/adapter", revision="main"):
+    return hub.repo(repo).files(revision)
+
+
+@pytest.fixture
+def ana(hub, monkeypatch):
+    token = hub.add_user("ana", organizations=("team",))
+    monkeypatch.setenv("HF_TOKEN", token)
+    return token
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [("dora", OURS | PEFT), ("mixlora", OURS), ("lora", ROOT | {"adapter_config.json"})],
+)
+def test_the_layout_that_arrives(hub, ana, trained, method, expected):
+    result = push(trained[method], "ana/adapter", progress=False)
+    assert result.ok, result.verification.problem
+    repo = hub.repo("ana/adapter")
+    assert {name for name in repo.files("main") if not name.startswith(("pictures/", ".eval"))} == expected
+    assert repo.private
+    assert repo.commit("main").oid == result.commit
+    assert [commit.title for commit in repo.commits()][1:] == ["initial commit"]
+    for name, path in island_files().items():
+        assert repo.files("main").get(name, path.read_bytes()) == path.read_bytes()
+    assert ana not in json.dumps(result.to_dict())
+
+
+def test_dora_as_peft_alone(hub, ana, trained):
+    result = push(trained["dora"], "ana/adapter", layout="peft", progress=False)
+    assert result.ok, result.verification.problem
+    assert {name for name in tree(hub) if "/" not in name} == ROOT | {"adapter_config.json"}
+    config = json.loads(tree(hub)["adapter_config.json"])
+    assert (config["use_dora"], config["base_model_name_or_path"]) == (True, "org/base")
+
+
+def test_mixlora_has_no_peft_layout(hub, ana, trained):
+    with pytest.raises(AdapterError, match="PEFT has no MixLoRA"):
+        quick(trained["mixlora"], layout="peft")
+    assert ("model", "ana/adapter") not in hub.repos
+
+
+def test_pushed_again_nothing_is_sent(hub, ana, trained):
+    first = quick(trained["dora"])
+    sent = len(hub.sent("PUT"))
+    second = quick(trained["dora"])
+    assert second.commit == first.commit
+    assert second.plan.sends == ()
+    assert len(hub.sent("PUT")) == sent
+    assert len(hub.sent("POST", "/commit/")) == 1
+
+
+def test_only_what_changed_is_sent_and_what_was_ours_is_removed(hub, ana, trained, copy_of):
+    quick(trained["dora"])
+    hub.repo("ana/adapter").push({"notes.txt": b"the owner's own"})
+    folder = copy_of()
+    (folder / "chat_template.jinja").unlink()
+    results = json.loads((folder / "results.json").read_text())
+    results["evaluation"][0]["value"] = 0.95
+    (folder / "results.json").write_text(json.dumps(results))
+    sent = len(hub.sent("PUT"))
+    result = quick(folder)
+    actions = {file.path: file.action for file in result.plan.sends}
+    assert actions["chat_template.jinja"] == "delete"
+    assert actions["results.json"] == "change"
+    assert not {"adapter_model.safetensors", "config.json", *island_files()} & set(actions)
+    assert len(hub.sent("PUT")) == sent
+    assert tree(hub)["notes.txt"] == b"the owner's own"
+    assert "chat_template.jinja" not in tree(hub)
+
+
+def test_dry_run_sends_nothing_and_shows_everything(hub, ana, trained):
+    result = quick(trained["dora"], dry_run=True)
+    assert not [record for record in hub.requests if record.method not in ("GET", "HEAD")]
+    assert ("model", "ana/adapter") not in hub.repos
+    assert (result.dry_run, result.commit) == (True, None)
+    assert {file.path for file in result.plan.files if "pictures" not in file.path} == OURS | PEFT
+    assert all(re.fullmatch("[0-9a-f]{64}", file.sha256) and file.size for file in result.plan.files)
+    assert result.plan.card.startswith("---\n")
+
+
+def test_dry_run_without_a_token_or_a_hub(hub, trained, base_folder, monkeypatch):
+    hub.faults.add(kind="drop", times=None)
+    assert quick(trained["dora"], dry_run=True, base_model=str(base_folder)).plan.creates
+
+
+def test_a_no_to_the_question_sends_nothing(hub, ana, trained):
+    seen = []
+    result = quick(trained["dora"], confirm=lambda plan: bool(seen.append(plan)))
+    assert seen[0].repo_id == "ana/adapter"
+    assert result.dry_run
+    assert ("model", "ana/adapter") not in hub.repos
+
+
+def test_tag_branch_and_pull_request(hub, ana, trained, copy_of):
+    first = quick(trained["dora"], tag="v1")
+    repo = hub.repo("ana/adapter")
+    assert repo.tags["v1"].oid == first.commit
+    assert b"v1" in tree(hub)["README.md"]
+    assert quick(trained["dora"], tag="v1").commit == first.commit
+    folder = copy_of("mixlora")
+    with pytest.raises(PublishError, match="the tag 'v1' is on"):
+        quick(folder, tag="v1")
+    with pytest.raises(PublishError, match="no branch 'next'"):
+        quick(folder, revision="next")
+    repo.branches["next"] = repo.commit("main")
+    on_branch = quick(folder, revision="next")
+    assert repo.commit("next").oid == on_branch.commit
+    assert repo.commit("main").oid == first.commit
+    offered = quick(folder, create_pr=True)
+    assert repo.commit("refs/pr/1").oid == offered.commit
+    assert offered.url.endswith("/discussions/1")
+    assert repo.commit("main").oid == first.commit
+
+
+def test_public_only_when_it_is_said(hub, ana, trained):
+    quick(trained["dora"], private=False)
+    assert not hub.repo("ana/adapter").private
+    before = hub.repo("ana/adapter").commit("main").oid
+    with pytest.raises(PublishError, match=r"is public.*--public"):
+        quick(trained["mixlora"])
+    assert hub.repo("ana/adapter").commit("main").oid == before
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda hub, patch: patch.setenv("HF_TOKEN", ""), "no token for the Hub: log in with `hf auth login`"),
+        (lambda hub, patch: patch.setenv("HF_TOKEN", hub.add_user("ana", role="read")), "token of ana may only read"),
+        (lambda hub, patch: patch.setenv("HF_TOKEN", "hf_unknown"), "the token is not valid"),
+        (lambda hub, patch: patch.setenv("HF_TOKEN", hub.add_user("ben")), "ben may not write under 'ana'"),
+    ],
+)
+def test_credentials_are_checked_before_any_work(hub, monkeypatch, tmp_path, prepare, message):
+    prepare(hub, monkeypatch)
+    with pytest.raises(PublishError, match=message) as caught:
+        quick(tmp_path / "is not even looked at")
+    assert "hf_" not in str(caught.value)
+    assert all(record.path == "/api/whoami-v2" for record in hub.requests)
+
+
+def test_names_of_bases(hub, ana, copy_of, base_folder):
+    """A local path is refused unless its real id is given; the embedded alias becomes the id it stands for."""
+    folder = copy_of()
+    config = json.loads((folder / "config.json").read_text())
+    config["base_model_name_or_path"] = str(base_folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match="folder of this machine"):
+        quick(folder)
+    quick(folder, base_id="org/base")
+    published = json.loads(tree(hub)["config.json"])
+    assert published["base_model_name_or_path"] == "org/base"
+    assert published["base_fingerprint"] == config["base_fingerprint"]
+    assert not [name for name, data in tree(hub).items() if str(base_folder).encode() in data]
+
+
+def test_the_base_of_another_training_is_refused(hub, ana, trained, tmp_path):
+    import tiny_stand_ins
+
+    other = tmp_path / "other"
+    tiny_stand_ins.tiny_llama(seed=9).save_pretrained(other)
+    with pytest.raises(AdapterError, match="has fingerprint sha256"):
+        quick(trained["dora"], base_model=str(other))
+
+
+def test_a_folder_that_is_none(hub, ana, tmp_path):
+    with pytest.raises(AdapterError, match="no such folder"):
+        quick(tmp_path / "gone")
+    assert ("model", "ana/adapter") not in hub.repos
