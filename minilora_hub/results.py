@@ -104,6 +104,7 @@ class Evaluation:
         command: what reproduces it.
         dataset: id on the Hub of the data, if it has one.
         benchmark_task: the task's id in `dataset`, where that is a benchmark registered on the Hub.
+        note: what a reader must know to take the number rightly.
     """
 
     task: str
@@ -115,6 +116,7 @@ class Evaluation:
     command: str | None = None
     dataset: str | None = None
     benchmark_task: str | None = None
+    note: str | None = None
 
     def _check(self, require: Require) -> None:
         require(self.n is None or self.n > 0, "n", "a number of items above 0, or null")

@@ -3,17 +3,18 @@
     canonical   layers.3.self_attn.q_proj.lora_A                                   our files
     PEFT        base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight     PEFT's files; the base's own path
                                                                                    to its layers is in the middle
-A DoRA magnitude is ``magnitude`` here and ``lora_magnitude_vector`` there. Shapes and values are the same in both, so
-renaming is all there is to do. Nothing here loads torch.
+A DoRA magnitude is ``magnitude`` here and ``lora_magnitude_vector`` there. PEFT writes that name as it is and reads it
+with ``.weight`` behind it, too; transformers' own loading of PEFT's format (5.23) finds it only with ``.weight``, and
+otherwise puts a fresh magnitude in its place, with a report that is easily overlooked. So ``.weight`` is what we write.
+Shapes and values are the same in both dialects: renaming is all there is to do. Nothing here loads torch.
 """
 
 from __future__ import annotations
 
 PEFT_PREFIX = "base_model.model."
 CANONICAL_LAYERS = "layers"
-PEFT_LEAVES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-# PEFT once saved the magnitude as the weight of a module, and still reads that.
-CANONICAL_LEAVES = {leaf: name for name, leaf in PEFT_LEAVES.items()} | {"lora_magnitude_vector.weight": "magnitude"}
+PEFT_LEAVES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector.weight"}
+CANONICAL_LEAVES = {leaf: name for name, leaf in PEFT_LEAVES.items()} | {"lora_magnitude_vector": "magnitude"}
 
 
 def to_peft(name: str, layers_path: str) -> str:
@@ -31,6 +32,11 @@ def to_peft(name: str, layers_path: str) -> str:
     if layers != CANONICAL_LAYERS or leaf not in PEFT_LEAVES or ".experts." in f".{path}.":
         raise ValueError(f"name={name!r}: PEFT's LoRA format has no tensor for it")
     return f"{PEFT_PREFIX}{layers_path}.{path}.{PEFT_LEAVES[leaf]}"
+
+
+def as_stock_transformers_reads(name: str) -> str:
+    """Return a name of PEFT's format in the spelling that both PEFT and transformers load."""
+    return f"{name}.weight" if name.endswith(".lora_magnitude_vector") else name
 
 
 def from_peft(name: str, layers_path: str) -> str:

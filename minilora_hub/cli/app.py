@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from minilora_hub.cli.demo import demo
+from minilora_hub.cli.finding import info, list_, pull
+from minilora_hub.cli.publishing import card, push, verify
 from minilora_hub.cli.shared import Debug, say
 from minilora_hub.errors import MiniLoraError
 
@@ -22,7 +24,17 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(epilog="Example: minilora demo ./my-adapter --base embedded --port 7860")(demo)
+COMMANDS = (
+    ("demo", demo, "minilora demo ./my-adapter --base embedded --port 7860"),
+    ("push", push, "minilora push ./my-adapter me/my-adapter --license apache-2.0 --dry-run"),
+    ("verify", verify, "minilora verify me/my-adapter --revision v1"),
+    ("card", card, "minilora card ./my-adapter --repo me/my-adapter"),
+    ("info", info, "minilora info me/my-adapter --json"),
+    ("list", list_, "minilora list --base HuggingFaceTB/SmolLM2-135M-Instruct --method mixlora"),
+    ("pull", pull, "minilora pull me/my-adapter --out ./my-adapter"),
+)
+for name, command, example in COMMANDS:
+    app.command(name, epilog=f"Example: {example}")(command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -25,8 +25,8 @@ from typing import Any
 from minilora_hub.errors import AdapterError, MissingExtraError
 from minilora_hub.publish import bases_of_record
 from minilora_hub.publish.island import island_files
-from minilora_hub.publish.peft_layout import write_peft_config, write_peft_folder
-from minilora_hub.publish.recording import TOLERANCES, Recording, difference, libraries, prompt_ids, record
+from minilora_hub.publish.peft_layout import copy_peft_weights, with_peft, write_peft_config, write_peft_folder
+from minilora_hub.publish.recording import TOLERANCES, Recording, difference, libraries, logits_of, prompt_ids, record
 from minilora_hub.publish.sources import (
     COMPANIONS,
     OUR_CONFIG,
@@ -135,16 +135,15 @@ def build(
         if out.exists():
             out.rmdir()
         os.replace(folder, out)
-    elsewhere, files = builder.base_elsewhere, list_files(out)
+    elsewhere, files = builder.base_elsewhere, list_files(out, builder.hashes)
     return Built(out, builder.layout, trained.method, builder.base_id, elsewhere, files, tuple(builder.notes))
 
 
-def list_files(folder: Path) -> tuple[PublishedFile, ...]:
-    """List every file under a folder with its size and hash, sorted by path."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return tuple(
-        PublishedFile(path.relative_to(folder).as_posix(), path.stat().st_size, file_sha256(path)) for path in paths
-    )
+def list_files(folder: Path, known: dict[str, str] | None = None) -> tuple[PublishedFile, ...]:
+    """List every file under a folder with its size and hash, sorted by path; hashes that are `known` are taken."""
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    found = [(name, path.stat().st_size, (known or {}).get(name) or file_sha256(path)) for name, path in paths.items()]
+    return tuple(PublishedFile(*entry) for entry in sorted(found))
 
 
 class _Builder:
@@ -180,7 +179,10 @@ class _Builder:
     def write_model(self, before: Verification | None) -> None:
         """Write weights, configuration, code and companions, and record what the model computes."""
         source, folder = self.source, self.folder
-        shutil.copyfile(source.folder / WEIGHTS, folder / WEIGHTS)
+        if source.layout == "peft":
+            copy_peft_weights(source.folder, folder)
+        else:
+            shutil.copyfile(source.folder / WEIGHTS, folder / WEIGHTS)
         own = any((source.folder / name).is_file() for name in TOKENIZER_FILES)
         for name in COMPANIONS:
             # PEFT saves no tokenizer: then it is the base's, all of it.
@@ -188,13 +190,15 @@ class _Builder:
             found = found if found.is_file() or name != GENERATION else self.base_path / name
             if found.is_file():
                 shutil.copyfile(found, folder / name)
-        prompts = before.prompts if before else prompt_ids(_tokenizer(folder), self._vocabulary())
+        prompts = prompt_ids(_tokenizer(folder), self._vocabulary())
+        self.gap: float | None = None
         if source.layout == "peft":
             write_peft_config(folder, source.config, self.base_id, self.base_revision)
-            self.parameters, self.recording = self._record_peft(folder, prompts)
+            self.parameters, self.recording = self._record_peft(folder, prompts, before)
             return
         model = self._adapted()
         self.parameters, self.recording = model.num_adapter_parameters(), record(model, prompts)
+        self.gap = self._gap_to(before, model)
         sites = list(model.sites)
         tensors = {name: parameter.detach() for name, parameter in model.adapter_parameters().items()}
         self._base = model.unload()
@@ -214,24 +218,17 @@ class _Builder:
     def write_verification(self, before: Verification | None) -> None:
         """Write verification.json, or keep what an earlier build recorded where it still holds."""
         hashes = {file.path: file.sha256 for file in list_files(self.folder) if file.path not in NOT_HASHED}
+        self.hashes = hashes
         recording = self.recording
-        if before is not None:
-            same = [
-                dict(zip(*row, strict=True)) for row in zip(recording.top_tokens, recording.top_logits, strict=True)
-            ]
-            wanted = [
-                [now.get(token, float("nan")) for token in row]
-                for now, row in zip(same, before.top_tokens, strict=True)
-            ]
-            gap = difference(before.top_logits, wanted, [None] * len(wanted))
-            limit = min(before.tolerance, TOLERANCES.get(before.dtype, before.tolerance))
-            # A token at the edge of the largest ones may have dropped out of them: then it is recorded anew.
-            if gap > limit and before.dtype == self.dtype and before.base_fingerprint == self.fingerprint:
+        if before is not None and self.gap is not None:
+            limit = TOLERANCES[self.dtype]
+            if not self.gap <= limit:
                 raise AdapterError(
-                    f"the model's logits differ by {gap:.2g} from those in {VERIFICATION_FILE} (tolerance {limit:g}): "
-                    f"{VERIFICATION_FILE} or this installation is damaged; delete it to record it anew"
+                    f"the model's logits differ by {self.gap:.2g} from those in {VERIFICATION_FILE} (tolerance "
+                    f"{limit:g}): it or this installation is damaged; delete {VERIFICATION_FILE} to record it anew"
                 )
-            if gap <= limit and before.sha256 == hashes and before.dtype == self.dtype:
+            same_files = before.sha256 == hashes and before.prompts == recording.prompts
+            if same_files and before.libraries == libraries() and before.tolerance == limit:
                 before.save(self.folder)
                 return
         Verification(
@@ -270,30 +267,31 @@ class _Builder:
     def _vocabulary(self) -> int:
         return int(self._base.get_input_embeddings().num_embeddings)
 
-    def _record_peft(self, folder: Path, prompts: Any) -> tuple[int, Recording]:
-        """Load PEFT's format and record; the base is the adapter's afterwards."""
-        from minilora_hub.publish.peft_layout import with_peft
+    def _gap_to(self, before: Verification | None, model: Any) -> float | None:
+        """How far the model is from an earlier recording; None where there is none of this base and dtype."""
+        if before is None or (before.dtype, before.base_fingerprint) != (self.dtype, self.fingerprint):
+            return None
+        return difference(before.top_logits, *logits_of(model, before.prompts, before.top_tokens))
 
+    def _record_peft(self, folder: Path, prompts: Any, before: Verification | None = None) -> tuple[int, Recording]:
+        """Load PEFT's format and record; the base is the adapter's afterwards."""
         model = with_peft(self._base, folder)
         parameters = sum(p.numel() for p in model.parameters()) - self.base_parameters
         recording = record(model, prompts)
+        self.gap = self._gap_to(before, model) if before else self.gap
         self._base = model.unload()
         return parameters, recording
 
     def _compare(self, folder: Path, *, required: bool) -> bool:
         """Whether PEFT computes from `folder` what our own code does."""
+        ours = self.recording
         try:
-            _, theirs = self._record_peft(folder, self.recording.prompts)
+            model = with_peft(self._base, folder)
+            gap = difference(ours.top_logits, *logits_of(model, ours.prompts, ours.top_tokens))
         except (ValueError, KeyError, RuntimeError, TypeError) as error:
             reason = f"PEFT cannot read this adapter ({type(error).__name__}: {error})"
         else:
-            others = [
-                [dict(zip(tokens, logits, strict=True)).get(token, float("nan")) for token in ours[:8]]
-                for tokens, logits, ours in zip(
-                    theirs.top_tokens, theirs.top_logits, self.recording.top_tokens, strict=True
-                )
-            ]
-            gap = difference([row[:8] for row in self.recording.top_logits], others, [None] * len(others))
+            self._base = model.unload()
             if gap <= TOLERANCES[self.dtype]:
                 return True
             reason = f"PEFT computes other logits from this adapter (by {gap:.2g})"

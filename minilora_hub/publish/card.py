@@ -82,6 +82,7 @@ def render_card(
         space_link=f"https://huggingface.co/spaces/{space}?adapter={quote(repo_id or '', safe='')}" if space else None,
         local_demo=_local_demo(results, repo_id, title),
         commands=list(dict.fromkeys(row.command for row in results.evaluation if row.command)),
+        notes=list(dict.fromkeys(row.note for row in results.evaluation if row.note)),
         adapter_rows=adapter_rows(results, config),
         training_rows=training_rows(training) if training else [],
         load_picture=EXPERT_LOAD if EXPERT_LOAD in wanted else None,
@@ -233,6 +234,6 @@ def _license_line(results: Results) -> str:
     name = results.license_name or results.license
     if name is None:
         return f"The adapter's licence: {markdown.UNKNOWN}. {base}"
-    link = results.license_link
+    link = results.license_link if (results.license_link or "").startswith(("https://", "http://")) else None
     shown = f"[{markdown.inline(name)}](<{quote(link, safe=':/?#=&%.-_~')}>)" if link else markdown.inline(name)
     return f"The adapter: {shown}. {base}"

@@ -66,7 +66,7 @@ def adapter_rows(results: Results, config: dict[str, Any]) -> Rows:
     shown = ", ".join(map(str, targets)) if isinstance(targets, list) else targets
     rows += [
         ("Modules", code(shown)),
-        ("Dropout", inline(config.get("lora_dropout"))),
+        ("Dropout", number(config.get("lora_dropout"))),
         ("Scaling", "alpha / √rank" if config.get("use_rslora") else "alpha / rank"),
         ("Parameters", f"{number(results.parameters)} ({percent(results.share)} of the base's)"),
         ("Base", base_link(base)),

@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump
 
+from minilora_hub.publish.markdown import visible
 from minilora_hub.results import Results
 
 TAGS = {
@@ -44,17 +45,18 @@ def card_data(results: Results, name: str, stock: bool = False) -> ModelCardData
     }
     if results.evaluation:
         fields |= {"model_name": name, "eval_results": [_eval_result(row) for row in results.evaluation]}
-    return ModelCardData(**fields)
+    shown: dict[str, Any] = {name: visible(v) if isinstance(v, str) else v for name, v in fields.items()}
+    return ModelCardData(**shown)
 
 
 def _eval_result(row: Any) -> EvalResult:
     return EvalResult(
         task_type="text-generation",
         dataset_type=row.dataset or PROCEDURAL,
-        dataset_name=row.task,
+        dataset_name=visible(row.task),
         dataset_config=_slug(row.task),  # rows of one type and configuration would be put together under one name
         metric_type=_slug(row.metric),
-        metric_name=row.metric,
+        metric_name=visible(row.metric),
         metric_value=row.value,
     )
 

@@ -13,7 +13,8 @@ from minilora_hub.results import RESULTS_FILE, Results
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
-BaseExists = Callable[[str, str | None], bool]
+BaseExists = Callable[[str, str | None], bool | None]
+"""Told a base and its revision: whether the Hub has it; None, or an exception, where that is not known."""
 BaseLicense = Callable[[str, str | None], str | None]
 
 PERMISSIVE = {
@@ -86,13 +87,17 @@ def check_base(folder: Folder, exists: BaseExists) -> Iterator[Problem]:
         yield Problem("base-local", file, f"{field} is {what}", remedy)
         return
     at = f" at revision {revision!r}" if revision else ""
+    reason = ""
     try:
-        if not exists(base, revision):
-            remedy = "check id and revision; a private base is found with your token, but not by those you publish for"
-            yield Problem("base-not-found", file, f"{field}: the Hub has no such model{at}", remedy)
+        found = exists(base, revision)
     except Exception as error:  # no connection, no answer: the client raises many kinds
-        message = f"{field}: whether it exists{at} is unknown: the Hub gave no answer ({type(error).__name__})"
+        found, reason = None, f" ({type(error).__name__})"
+    if found is None:
+        message = f"{field}: whether it exists{at} is unknown: the Hub gave no answer{reason}"
         yield Problem("base-unknown", file, message, "check again with a connection", blocking=False)
+    elif not found:
+        remedy = "check id and revision; a private base is found with your token, but not by those you publish for"
+        yield Problem("base-not-found", file, f"{field}: the Hub has no such model{at}", remedy)
     if not revision or not COMMIT.fullmatch(revision):
         message = f"base_model_revision={revision!r} is no commit: the base may change under the adapter"
         yield Problem(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import math
 import re
@@ -98,22 +99,23 @@ def check_card(folder: Folder) -> Iterator[Problem]:
 
 
 def _check_ours(card: str, rendered: str) -> Iterator[Problem]:
-    """A card of ours: line by line, so that a number that is right elsewhere is not right here."""
-    right = {line for kind, _, line in free_text.classify(rendered) if kind in ("text", "code")}
-    numbers: list[str] = []
-    words: list[str] = []
-    for kind, _, line in free_text.classify(card):
-        if kind in ("text", "code") and line not in right:
-            (numbers if re.search(r"\d", line) else words).append(line.strip()[:100])
+    """A card of ours: line by line and in order, so that a number that is right elsewhere is not right here."""
+    right, there = ([line for kind, _, line in free_text.classify(text) if kind != "free"] for text in (rendered, card))
+    changed: list[str] = []
+    lost: list[str] = []
+    for tag, start, end, first, last in difflib.SequenceMatcher(None, right, there, autojunk=False).get_opcodes():
+        if tag != "equal":
+            changed += [line.strip()[:100] for line in there[first:last] if line.strip()]
+            lost += [line.strip()[:100] for line in right[start:end] if line.strip()]
+    numbers = [line for line in changed if re.search(r"\d", line)]
     for line in numbers[:SHOWN]:
         message = f"has a number that is not from {RESULTS_FILE} or the configuration: {line!r}"
         yield Problem("card-numbers", README, message, RENDER)
+    words = [line for line in changed if line not in numbers]
     for line in words[:SHOWN]:
         yield Problem("card-edited", README, f"has a line that is not kept: {line!r}", RENDER)
-    lost = right - set(card.splitlines())
-    if lost and not numbers and not words:
-        message = f"lacks {len(lost)} lines, such as {min(lost, key=len)[:100]!r}"
-        yield Problem("card-edited", README, message, RENDER)
+    if lost and not changed:
+        yield Problem("card-edited", README, f"lacks {len(lost)} lines, such as {lost[0]!r}", RENDER)
 
 
 def _check_foreign(card: str, rendered: str) -> Iterator[Problem]:

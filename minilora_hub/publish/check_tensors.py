@@ -108,10 +108,10 @@ def _make_blocks_real(layers: Any) -> None:
                 continue
             seen.add((type(module), shapes))
             size = sum(parameter.numel() for parameter in module.parameters())
-            module.to_empty(device="cpu").to(torch.bfloat16 if size > LARGE_BLOCK else torch.float32)
-            for parameter in module.parameters():
-                values = torch.empty(parameter.shape, dtype=parameter.dtype).normal_(0, 0.02, generator=generator)
-                parameter.data = values
+            module.to(torch.bfloat16 if size > LARGE_BLOCK else torch.float32).to_empty(device="cpu")
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.normal_(0, 0.02, generator=generator)
             for buffer in module.buffers():
                 buffer.zero_()
 

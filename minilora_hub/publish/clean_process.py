@@ -30,6 +30,7 @@ class CleanProcess:
         """
         self._token = token
         self._process: subprocess.Popen[str] | None = None
+        self._code: str | None = None
 
     def __enter__(self) -> CleanProcess:
         """Make the folders it works in."""
@@ -54,8 +55,17 @@ class CleanProcess:
                 stream.close()
         self._process = None
 
-    def run(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Do one job (see `stranger.py`) and return its answer, ``{"error": …}`` where it failed or died."""
+    def run(self, job: dict[str, Any], code: str | None) -> dict[str, Any]:
+        """Do one job (see `stranger.py`) and return its answer, ``{"error": …}`` where it failed or died.
+
+        Args:
+            job: what to do.
+            code: hash of the code that the job runs. Other code gets another process: transformers registers the
+                classes it has loaded, and would take those of the job before.
+        """
+        if code != self._code:
+            self._stop()
+        self._code = code
         if self._process is None:
             self._start()
         process = self._process
@@ -71,9 +81,9 @@ class CleanProcess:
         if not line:
             process.wait()
             last = self._last_words()
-            code = process.returncode
+            ended = process.returncode
             self._stop()
-            return {"error": f"the process ended with code {code}" + (f": {last}" if last else "")}
+            return {"error": f"the process ended with code {ended}" + (f": {last}" if last else "")}
         answer: dict[str, Any] = json.loads(line)
         return answer
 

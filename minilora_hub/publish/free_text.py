@@ -33,7 +33,13 @@ def classify(card: str) -> Iterator[tuple[Kind, str, str]]:
     """
     seen: set[str] = set()
     name, opened_at, fence = "", 0, ""
-    for count, line in enumerate(card.splitlines(), start=1):
+    lines = card.splitlines()
+    # The metadata at the head is YAML: what looks like a fence or a mark in there is part of a value.
+    metadata_end = lines.index("---", 1) + 1 if lines[:1] == ["---"] and "---" in lines[1:] else 0
+    for count, line in enumerate(lines, start=1):
+        if count <= metadata_end:
+            yield "text", "", line
+            continue
         found, opening = FENCE.fullmatch(line), OPEN.fullmatch(line)
         if name:
             yield ("mark" if line.strip() == CLOSE else "free"), name, line

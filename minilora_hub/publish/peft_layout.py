@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from minilora_hub.errors import AdapterError
 from minilora_hub.publish.sources import PEFT_CONFIG, WEIGHTS
-from minilora_hub.tensor_names import to_peft
+from minilora_hub.tensor_names import as_stock_transformers_reads, to_peft
 
 
 def write_peft_config(folder: Path, config: dict[str, Any], base_id: str, base_revision: str | None) -> None:
@@ -17,6 +21,8 @@ def write_peft_config(folder: Path, config: dict[str, Any], base_id: str, base_r
     PEFT holds some fields as sets, whose order differs from one process to the next.
     """
     config = config | {"base_model_name_or_path": base_id, "revision": base_revision, "inference_mode": True}
+    # PEFT writes `auto_mapping`, a class to import, where it was not told the task.
+    config |= {"task_type": "CAUSAL_LM", "auto_mapping": None}
     ordered = {name: sorted(value) if isinstance(value, (set, tuple)) else value for name, value in config.items()}
     if isinstance(ordered.get("target_modules"), list):
         ordered["target_modules"] = sorted(ordered["target_modules"])
@@ -67,6 +73,24 @@ def write_peft_folder(
     write_peft_config(folder, fields, base_id, base_revision)
     renamed = {to_peft(name, layers_path): tensor.cpu() for name, tensor in tensors.items()}
     write_adapter(folder / WEIGHTS, renamed)
+
+
+def copy_peft_weights(source: Path, out: Path) -> None:
+    """Copy adapter_model.safetensors; magnitudes that stock transformers would not find are renamed."""
+    from safetensors import safe_open
+
+    from minilora_hub.remote_code.adapter_files import read_adapter, write_adapter
+
+    try:
+        with safe_open(source / WEIGHTS, framework="pt") as file:
+            names = list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{WEIGHTS} is not a readable safetensors file ({error})") from error
+    if all(as_stock_transformers_reads(name) == name for name in names):
+        shutil.copyfile(source / WEIGHTS, out / WEIGHTS)
+        return
+    tensors = read_adapter(source / WEIGHTS)
+    write_adapter(out / WEIGHTS, {as_stock_transformers_reads(name): tensor for name, tensor in tensors.items()})
 
 
 def target_names(paths: list[str], base: Any) -> list[str]:

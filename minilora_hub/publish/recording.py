@@ -60,6 +60,32 @@ def record(model: Any, prompts: Sequence[Sequence[int]]) -> Recording:
     return Recording(tuple(tuple(prompt) for prompt in prompts), tuple(tokens), tuple(logits))
 
 
+def logits_of(
+    model: Any, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
+) -> tuple[list[list[float]], list[float | None]]:
+    """Compute, per prompt, the logits of given tokens and the largest one of all others: what `difference` compares.
+
+    A prompt or a token outside the vocabulary gives numbers that are none.
+    """
+    import torch
+
+    wanted: list[list[float]] = []
+    highest: list[float | None] = []
+    size = model.get_input_embeddings().num_embeddings
+    with torch.no_grad():
+        for prompt, some in zip(prompts, tokens, strict=True):
+            if not all(0 <= token < size for token in (*prompt, *some)):
+                wanted.append([float("nan")] * len(some))
+                highest.append(None)
+                continue
+            row = model(input_ids=torch.tensor([list(prompt)], device=model.device)).logits[0, -1].float()
+            others = torch.ones_like(row, dtype=torch.bool)
+            others[list(some)] = False
+            wanted.append(row[list(some)].tolist())
+            highest.append(row[others].max().item() if others.any() else None)
+    return wanted, highest
+
+
 def difference(
     top_logits: Sequence[Sequence[float]], wanted: Sequence[Sequence[float]], highest_other: Sequence[float | None]
 ) -> float:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, errors, get_token, snapshot_download
+from huggingface_hub import HfApi, constants, errors, get_token, snapshot_download
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from minilora_hub.errors import AdapterError
@@ -126,7 +126,10 @@ def fetch(repo_id: str, *, revision: str | None, token: str | None, progress: bo
     """
     try:
         with quiet(not progress):
-            folder = Path(patiently(lambda: snapshot_download(repo_id, revision=revision, token=token)))
+            if not constants.HF_HUB_OFFLINE:
+                # Asked for by itself: the download alone would be content with an old copy of what is gone.
+                revision = patiently(partial(HfApi(token=token).model_info, repo_id, revision=revision)).sha
+            folder = Path(patiently(partial(snapshot_download, repo_id, revision=revision, token=token)))
     except errors.HFValidationError:
         raise AdapterError(f"{repo_id!r} is neither a folder nor an id on the Hub (owner/name)") from None
     except FAILURES as error:

@@ -48,7 +48,6 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if job["tokenizer"]:
         AutoTokenizer.from_pretrained(job["target"], revision=job["revision"], trust_remote_code=True)
     if job["layout"] == "peft":
-        model = load_peft_layout(job, dtype)
         stock = load_peft_layout(job, dtype)
         return {"class": class_name(stock), "logits": logits(stock, job)}
     # A `None` would name another base, or none.

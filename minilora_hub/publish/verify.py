@@ -155,7 +155,9 @@ def verify_with(
     if checked is not None:
         source, verification = checked
         base = str(resolve_base(base_model, token=token, progress=progress).path) if base_model else None
-        target = (name, commit) if commit else (str(folder.resolve()), None)
+        # Of PEFT's layout the copy in the cache: there transformers would look for the adapter's commit in the base.
+        by_name = commit is not None and source.layout == "auto"
+        target = (name, commit) if by_name else (str(folder.resolve()), None)
         _check_behaviour(stranger, source, verification, target, base, found)
     return VerifyReport(name, commit, tuple(found.steps), found.code, found.difference)
 
@@ -254,7 +256,8 @@ def _check_behaviour(
                 "copies": {name: str(path) for name, path in copies.items()} if source.layout == "auto" else {},
                 "peft": str(peft.resolve()) if source.layout == "auto" and (peft / PEFT_CONFIG).is_file() else None,
                 "tokenizer": any((source.folder / name).is_file() for name in TOKENIZER_FILES),
-            }
+            },
+            found.code,
         )
     if "error" in answer:
         found.add("loading", False, answer["error"])

@@ -17,8 +17,8 @@ TASKS = {
 }
 DATA = (
     "Made by minilora_hub.training.first_tasks from word lists: dates to write as YYYY-MM-DD, numbers to write in "
-    "digits, sentences to write as JSON records. Names, cities and years of the test items, and the numbers, never "
-    "occur in training."
+    "digits, sentences to write as JSON records. The names, cities, years and numbers of the test items never occur in "
+    "training."
 )
 
 NAMES = "Maria Tom Aisha Liam Chen Sofia Omar Ines Jonas Priya Mateo Freya Kofi Hana Diego Nora Ivan Leila Hugo Amara"

@@ -16,6 +16,10 @@ from minilora_hub.results import Evaluation
 
 NEW_TOKENS = 48
 DECODING = f"greedy, at most {NEW_TOKENS} new tokens"
+NOTE = (
+    "an answer counts only if all of its text equals the reference: a right answer in a sentence, or a JSON record "
+    "with other spacing or capitals, does not"
+)
 BATCH_SIZE = 25
 LIBRARIES = ("torch", "transformers", "peft", "minilora_hub")
 
@@ -79,6 +83,7 @@ def evaluations(
             n=len(hits),
             interval=wilson_interval(sum(hits), len(hits)),
             command=command,
+            note=NOTE,
         )
         for task, hits in adapter.items()
     )

@@ -65,9 +65,9 @@ def trained(base_folder: Path) -> dict[str, Path]:
         evaluation = Evaluation("dates", "exact match", 0.9, base_value=0.1, n=150)
         training = Training(steps=200, seconds=12.5, loss=((10, 2.0), (20, 1.5)))
         base = Base(BASE_ID, license="apache-2.0")
-        Results(
-            method, base, license="apache-2.0", language=("en",), training=training, evaluation=(evaluation,)
-        ).save(folder)
+        Results(method, base, license="apache-2.0", language=("en",), training=training, evaluation=(evaluation,)).save(
+            folder
+        )
     return folders
 
 
@@ -106,7 +106,9 @@ def hub(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
             monkeypatch.setenv(name, value)
         constants = huggingface_hub.constants
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))

@@ -82,8 +82,7 @@ def sha256(path: Path) -> str:
 
 def write_verification(folder: Path) -> None:
     """A verification.json with the hashes of what lies in the folder; its logits are not from a model."""
-    hashed = [path for path in sorted(folder.rglob("*")) if path.suffix in (".py", ".safetensors")]
-    hashed += [folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
+    hashed = [path for path in sorted(folder.rglob("*")) if path.name not in ("README.md", "verification.json")]
     Verification(
         prompts=((1, 2, 3),),
         top_tokens=((7, 8),),

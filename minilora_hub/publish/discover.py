@@ -1,0 +1,267 @@
+"""What an adapter is, which ones there are for a base, and fetching one. No torch, and none of their code is run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from minilora_hub.bases import EMBEDDED
+from minilora_hub.embedded import HUB_ID
+from minilora_hub.errors import AdapterError
+from minilora_hub.publish.damage import read_header
+from minilora_hub.publish.island import code_files, code_hash, release_of
+from minilora_hub.publish.sources import METHODS, WEIGHTS, read_source
+from minilora_hub.results import RESULTS_FILE, Evaluation, Results
+
+SORTS = ("downloads", "likes", "last_modified", "created_at")
+METHOD_TAGS = ("mixlora", "dora", "lora")
+SHOWN_SETTINGS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "use_rslora",
+    "use_dora",
+    "num_experts",
+    "num_experts_per_tok",
+    "expert_r",
+    "expert_alpha",
+)
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What is known of an adapter without loading it.
+
+    Attributes:
+        name: the folder or the repo.
+        revision: the commit; None for a folder.
+        method: ``"MixLoRA"``, ``"DoRA"`` or ``"LoRA"``.
+        layout: ``"auto"`` (AutoModel with code of its own) or ``"peft"``.
+        base: the base it names.
+        base_revision: the base's commit; None where it names none.
+        settings: rank, alpha, experts and the like, as its configuration has them.
+        parameters: values in its weights.
+        bytes: size of all its files.
+        files: path -> bytes.
+        code: the version of minilora_hub whose code it carries, ``"unknown"`` for other code, None without code.
+        license: its licence; None where nobody said.
+        steps: optimizer steps it was trained for, where that is known.
+        seconds: how long that took.
+        data: names of what it was trained on.
+        evaluation: measured results.
+    """
+
+    name: str
+    revision: str | None
+    method: str
+    layout: str
+    base: str | None
+    base_revision: str | None
+    settings: dict[str, Any]
+    parameters: int
+    bytes: int
+    files: dict[str, int]
+    code: str | None = None
+    license: str | None = None
+    steps: int | None = None
+    seconds: float | None = None
+    data: tuple[str, ...] = ()
+    evaluation: tuple[Evaluation, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ListedAdapter:
+    """An adapter as the Hub lists it."""
+
+    id: str
+    method: str | None
+    bases: tuple[str, ...] = field(default=())
+    downloads: int = 0
+    likes: int = 0
+    updated: str | None = None
+    license: str | None = None
+    private: bool = False
+
+
+def info(
+    repo_or_dir: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None, progress: bool = True
+) -> AdapterInfo:
+    """Tell what an adapter is.
+
+    Args:
+        repo_or_dir: a folder, or an id on the Hub, whose files are fetched into the Hub's cache.
+        revision: branch, tag or commit on the Hub. Default: main.
+        token: for private repos. Default: the one of ``hf auth login``.
+        progress: show bars on stderr while files are fetched.
+
+    Raises:
+        AdapterError: it is not there, or is no adapter of a known kind.
+    """
+    folder, commit = Path(repo_or_dir), None
+    if not folder.is_dir():
+        from minilora_hub.publish.remote import fetch
+
+        folder, commit = fetch(os.fspath(repo_or_dir), revision=revision, token=token, progress=progress)
+    source = read_source(folder)
+    results = Results.load(folder) if (folder / RESULTS_FILE).is_file() else None
+    training = results.training if results else None
+    files = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).parts[0] != ".cache"
+    }
+    code = code_files(folder)
+    return AdapterInfo(
+        name=os.fspath(repo_or_dir),
+        revision=commit,
+        method=METHODS[source.method],
+        layout=source.layout,
+        base=source.base,
+        base_revision=source.base_revision,
+        settings={name: source.config[name] for name in SHOWN_SETTINGS if source.config.get(name) not in (None, False)},
+        parameters=count_values(folder / WEIGHTS),
+        bytes=sum(files.values()),
+        files=files,
+        code=(release_of(code_hash(code)) or "unknown") if code else None,
+        license=results.license if results else None,
+        steps=training.steps if training else None,
+        seconds=training.seconds if training else None,
+        data=tuple(source.name for source in training.data) if training else (),
+        evaluation=results.evaluation if results else (),
+    )
+
+
+def count_values(weights: Path) -> int:
+    """Count the values in a safetensors file from its header alone.
+
+    Raises:
+        AdapterError: it is no safetensors file.
+    """
+    with weights.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        header, _ = read_header(start + file.read(min(length, 100 * 2**20)))
+    count = 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        values = 1
+        for size in entry["shape"]:
+            values *= size
+        count += values
+    return count
+
+
+def list_adapters(
+    base: str | None = None,
+    *,
+    method: str | None = None,
+    sort: str | None = None,
+    limit: int = 50,
+    token: str | None = None,
+) -> list[ListedAdapter]:
+    """List adapters on the Hub.
+
+    Args:
+        base: the base's id; ``"embedded"`` is the model that stands for. Default: any base.
+        method: ``"mixlora"``, ``"dora"`` or ``"lora"``. Default: any, or without a base: MixLoRA and DoRA.
+        sort: ``"downloads"``, ``"likes"``, ``"last_modified"`` or ``"created_at"``. Default: downloads.
+        limit: how many at most.
+        token: to see your private ones, too. Default: the one of ``hf auth login``.
+
+    Raises:
+        PublishError: the Hub cannot be asked.
+        ValueError: `method` or `sort` is none of those.
+    """
+    from minilora_hub.publish.hub_errors import FAILURES, PublishError, explain, patiently
+
+    if method is not None and method not in METHOD_TAGS:
+        raise ValueError(f"method={method!r}: must be one of {METHOD_TAGS}")
+    if sort is not None and sort not in SORTS:
+        raise ValueError(f"sort={sort!r}: must be one of {SORTS}")
+    base = HUB_ID if base == EMBEDDED else base
+    methods: list[str | None] = [method] if method else [None] if base else ["mixlora", "dora"]
+    found: dict[str, ListedAdapter] = {}
+    for tag in methods:
+        wanted = ([f"base_model:adapter:{base}"] if base else []) + ([tag] if tag else [])
+        try:
+            models = patiently(partial(_search, token, wanted, sort or "downloads", limit))
+            found |= {model.id: _listed(model) for model in models}
+        except FAILURES as error:
+            raise PublishError(explain(error, base or "the Hub", "listing adapters")) from None
+    if len(methods) == 1:
+        return list(found.values())
+    key = {"last_modified": "updated", "created_at": "updated", None: "downloads"}.get(sort, sort)
+    ordered = sorted(found.values(), key=lambda model: getattr(model, key or "downloads") or 0, reverse=True)
+    return ordered[:limit]
+
+
+def _search(token: str | None, wanted: list[str], sort: Any, limit: int) -> list[Any]:
+    from huggingface_hub import HfApi
+
+    return list(HfApi(token=token).list_models(filter=wanted, sort=sort, limit=limit, full=True, cardData=True))
+
+
+def _listed(model: Any) -> ListedAdapter:
+    tags = list(model.tags or [])
+    prefix = "base_model:adapter:"
+    card = model.card_data.to_dict() if model.card_data else {}
+    return ListedAdapter(
+        id=model.id,
+        method=next((METHODS[tag] for tag in METHOD_TAGS if tag in tags), None),
+        bases=tuple(tag.removeprefix(prefix) for tag in tags if tag.startswith(prefix)),
+        downloads=model.downloads or 0,
+        likes=model.likes or 0,
+        updated=model.last_modified.date().isoformat() if model.last_modified else None,
+        license=card.get("license"),
+        private=bool(model.private),
+    )
+
+
+def pull(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    token: str | None = None,
+    progress: bool = True,
+) -> Path:
+    """Fetch an adapter.
+
+    Args:
+        repo_id: its id on the Hub.
+        revision: branch, tag or commit. Default: main.
+        out: a folder to make; it appears whole or not at all. Default: the Hub's cache.
+        token: for private repos. Default: the one of ``hf auth login``.
+        progress: show bars on stderr.
+
+    Returns:
+        The folder. Nothing of it was run.
+
+    Raises:
+        AdapterError: it is not there, is no adapter, or `out` exists.
+    """
+    from minilora_hub.publish.remote import fetch
+
+    target = None if out is None else Path(out)
+    if target is not None and target.exists():
+        raise AdapterError(f"out={str(target)!r}: it exists already; choose another folder, or remove it")
+    folder, _ = fetch(repo_id, revision=revision, token=token, progress=progress)
+    read_source(folder)
+    if target is None:
+        return folder
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".pulling-", dir=target.parent) as scratch:
+        copy = Path(scratch, "adapter")
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(".gitattributes"))
+        os.replace(copy, target)
+    return target

@@ -1,0 +1,91 @@
+"""Looking at adapters, listing them, fetching them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from minilora_hub import push
+from minilora_hub.errors import AdapterError
+from minilora_hub.publish.discover import info, list_adapters, pull
+from minilora_hub.publish.hub_errors import PublishError
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+@pytest.mark.parametrize(("method", "layout"), [("dora", "auto"), ("mixlora", "auto"), ("lora", "peft")])
+def test_info_of_a_folder(good, method, layout):
+    found = info(good[method])
+    assert (found.method.lower(), found.layout, found.base) == (method, layout, "org/base")
+    assert found.settings["r"] == 4
+    assert found.settings.get("num_experts") == (4 if method == "mixlora" else None)
+    assert found.code == ("this version" if layout == "auto" else None)
+    assert found.bytes == sum(path.stat().st_size for path in good[method].rglob("*") if path.is_file())
+    assert (found.steps, found.license, found.evaluation[0].value) == (200, "apache-2.0", 0.9)
+
+
+def test_info_counts_what_a_model_counts(good, base_folder):
+    from minilora_hub import MixLoraForCausalLM
+
+    model = MixLoraForCausalLM.from_pretrained(str(good["mixlora"]), base_model=str(base_folder))
+    assert info(good["mixlora"]).parameters == model.num_adapter_parameters()
+
+
+def test_info_loads_no_torch(good):
+    code = (
+        "import sys; from minilora_hub.publish.discover import info; info(sys.argv[1])\n"
+        "print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(good["dora"])], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def published(hub, trained, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("ana"))
+    for method, folder in trained.items():
+        push(folder, f"ana/{method}", private=method == "mixlora", verify=False, progress=False)
+    hub.repo("ana/lora").downloads = 7
+    hub.repo("ana/dora").likes = 3
+    hub.add_repo("ben/unrelated", files={"README.md": b"---\ntags: [dora]\nbase_model: org/other\n---\n"})
+    return hub
+
+
+def test_listing(published, monkeypatch):
+    assert [row.id for row in list_adapters("org/base")][:1] == ["ana/lora"]
+    assert {row.id for row in list_adapters("org/base")} == {"ana/lora", "ana/mixlora", "ana/dora"}
+    assert list_adapters("org/base", sort="likes")[0].id == "ana/dora"
+    (mix,) = list_adapters("org/base", method="mixlora")
+    assert (mix.method, mix.bases, mix.private, mix.license) == ("MixLoRA", ("org/base",), True, "apache-2.0")
+    assert {row.id for row in list_adapters()} == {"ana/dora", "ana/mixlora", "ben/unrelated"}
+    assert list_adapters("org/base", limit=1)[0].id == "ana/lora"
+    assert list_adapters("embedded") == []
+    monkeypatch.setenv("HF_TOKEN", "")
+    assert "ana/mixlora" not in {row.id for row in list_adapters("org/base")}
+
+
+def test_listing_what_cannot_be(published):
+    with pytest.raises(ValueError, match="method='qlora'"):
+        list_adapters(method="qlora")
+    with pytest.raises(ValueError, match="sort='size'"):
+        list_adapters(sort="size")
+    published.faults.add(kind="status", status=503, times=None)
+    with pytest.raises(PublishError, match="the Hub failed"):
+        list_adapters("org/base")
+
+
+def test_pull(published, tmp_path):
+    files = published.repo("ana/dora").files("main")
+    cached = pull("ana/dora", progress=False)
+    assert cached.name == published.repo("ana/dora").commit("main").oid
+    out = pull("ana/dora", out=tmp_path / "mine", progress=False)
+    assert {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+    assert not any(path.is_symlink() for path in out.rglob("*"))
+    with pytest.raises(AdapterError, match="it exists already"):
+        pull("ana/dora", out=tmp_path / "mine")
+    with pytest.raises(AdapterError, match="ana/gone is not on the Hub"):
+        pull("ana/gone", out=tmp_path / "gone", progress=False)
+    assert not (tmp_path / "gone").exists()
+    assert info("ana/dora", progress=False).revision == cached.name

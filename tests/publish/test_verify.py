@@ -1,0 +1,188 @@
+"""What `verify` proves, and what it refuses; each time the other process has never heard of minilora_hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import tiny_stand_ins
+
+from minilora_hub import push
+from minilora_hub.errors import AdapterError
+from minilora_hub.publish.clean_process import CleanProcess
+from minilora_hub.publish.island import REGISTRY, code_files, code_hash, island_files, island_hash, release_of
+from minilora_hub.publish.recording import difference
+from minilora_hub.publish.verify import verify, verify_with
+from minilora_hub.results import Verification
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def stranger():
+    with CleanProcess() as process:
+        yield process
+
+
+@pytest.fixture
+def copied(good, tmp_path):
+    """Copy a published folder, for a test to change."""
+
+    def copy(method="dora"):
+        return shutil.copytree(good[method], tmp_path / "published")
+
+    return copy
+
+
+def steps(report):
+    return {step.name: step for step in report.steps}
+
+
+def rewritten(folder, **changes):
+    """Change verification.json, and let it tell the truth about all other files."""
+    from minilora_hub.publish.build import NOT_HASHED, list_files
+
+    hashes = {file.path: file.sha256 for file in list_files(folder) if file.path not in NOT_HASHED}
+    content = Verification.load(folder).to_dict() | {"sha256": hashes} | changes
+    Verification.from_dict(json.loads(json.dumps(content))).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["dora", "mixlora", "lora"])
+def test_a_good_folder(stranger, good, base_folder, method):
+    report = verify_with(stranger, good[method], base_model=str(base_folder))
+    assert report.ok, report.problem
+    expected = {"hashes", "code", "loading", "logits"}
+    if method != "lora":
+        expected |= {"strict: a missing tensor", "strict: a value that is no number"}
+        assert steps(report)["loading"].detail.startswith("transformers_modules.")
+    assert set(steps(report)) == expected | ({"peft/"} if method == "dora" else set())
+    assert report.difference < 1e-4
+    assert json.loads(json.dumps(report.to_dict()))["ok"]
+
+
+def test_unknown_code_is_refused_before_it_runs(stranger, copied, base_folder, tmp_path):
+    folder, trace = copied(), tmp_path / "it ran"
+    code = folder / "modeling_minilora.py"
+    code.write_text(f"open({str(trace)!r}, 'w').close()\n" + code.read_text())
+    rewritten(folder)
+    refused = verify_with(stranger, folder, base_model=str(base_folder))
+    assert not refused.ok
+    assert "no release of minilora_hub" in refused.problem
+    assert "--trust-remote-code" in refused.problem
+    assert not trace.exists()
+    trusted = verify_with(stranger, folder, base_model=str(base_folder), trust_remote_code=True)
+    assert trusted.ok, trusted.problem
+    assert trace.exists()
+
+
+def test_the_clean_process_cannot_import_us(stranger, copied, base_folder):
+    folder = copied()
+    code = folder / "modeling_minilora.py"
+    code.write_text(code.read_text() + "\nimport minilora_hub.errors\n")
+    report = verify_with(stranger, rewritten(folder), base_model=str(base_folder), trust_remote_code=True)
+    assert not steps(report)["loading"].ok
+    assert "minilora_hub" in report.problem
+
+
+def test_a_class_that_is_not_the_repos(stranger, copied, base_folder):
+    """A repo whose config leads to another class does not pass, whatever that computes."""
+    folder = copied()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "other.py").write_text(
+        "from .modeling_minilora import DoraForCausalLM\nclass Mine(DoraForCausalLM): ...\n"
+    )
+    config["auto_map"]["AutoModelForCausalLM"] = "other.Mine"
+    (folder / "config.json").write_text(json.dumps(config))
+    report = verify_with(stranger, rewritten(folder), base_model=str(base_folder), trust_remote_code=True)
+    assert not steps(report)["loading"].ok
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tolerance": 5.0}, "tolerance=5"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+    ],
+)
+def test_a_record_that_asks_for_too_little(stranger, copied, base_folder, changes, message):
+    report = verify_with(stranger, rewritten(copied(), **changes), base_model=str(base_folder))
+    assert message in report.problem
+
+
+def test_other_logits_are_told(stranger, copied, base_folder):
+    folder = copied()
+    logits = [list(row) for row in Verification.load(folder).top_logits]
+    logits[1][3] += 0.5
+    report = verify_with(stranger, rewritten(folder, top_logits=logits), base_model=str(base_folder))
+    assert not steps(report)["logits"].ok
+    assert report.difference == pytest.approx(0.5, abs=1e-3)
+
+
+def test_another_base_is_told(stranger, good, tmp_path):
+    other = tmp_path / "other"
+    tiny_stand_ins.tiny_llama(seed=9).save_pretrained(other)
+    report = verify_with(stranger, good["mixlora"], base_model=str(other))
+    assert not steps(report)["logits"].ok
+
+
+def test_a_peft_folder_with_other_weights(stranger, copied, base_folder):
+    folder = copied()
+    shutil.copyfile(folder / "adapter_model.safetensors", folder / "peft" / "adapter_model.safetensors")
+    report = verify_with(stranger, rewritten(folder), base_model=str(base_folder))
+    assert not report.ok
+
+
+def test_a_process_that_dies_is_an_answer(stranger, copied, base_folder):
+    folder = copied()
+    code = folder / "modeling_minilora.py"
+    code.write_text("import os\nos._exit(9)\n" + code.read_text())
+    report = verify_with(stranger, rewritten(folder), base_model=str(base_folder), trust_remote_code=True)
+    assert "ended with code 9" in report.problem
+    assert verify_with(stranger, folder, base_model=str(base_folder)).problem  # and the next one starts afresh
+
+
+def test_a_published_repo_with_its_revision(hub, trained, monkeypatch):
+    """From the Hub, with the base that it names, at a tag and at main, by a user and by nobody."""
+    token = hub.add_user("ana")
+    monkeypatch.setenv("HF_TOKEN", token)
+    first = push(trained["dora"], "ana/adapter", tag="v1", verify=False, progress=False)
+    hub.repo("ana/adapter").push({"adapter_model.safetensors": b"broken"})
+    assert verify("ana/adapter", revision="v1", progress=False).revision == first.commit
+    monkeypatch.setenv("HF_TOKEN", "")
+    assert verify("ana/adapter", revision="v1", token=token, progress=False).ok
+    report = verify("ana/adapter", token=token, progress=False)
+    assert "changed since: adapter_model.safetensors" in report.problem
+    with pytest.raises(AdapterError, match="ana/adapter is not on the Hub"):
+        verify("ana/adapter", revision="main", progress=False)
+    with pytest.raises(AdapterError, match="no such revision"):
+        verify("ana/adapter", revision="v9", token=token, progress=False)
+
+
+def test_what_is_no_adapter(tmp_path, hub):
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in verify(tmp_path / "empty", progress=False).problem
+    with pytest.raises(AdapterError, match="neither a folder nor an id"):
+        verify("a/b/c", progress=False)
+
+
+def test_the_registry_of_released_code(tmp_path):
+    """This version's code is known without an entry; an entry is a version and a hash."""
+    assert release_of(island_hash()) == "this version"
+    assert release_of("sha256:0") is None
+    copied = tmp_path / "code"
+    copied.mkdir()
+    for name, path in island_files().items():
+        shutil.copyfile(path, copied / name)
+    assert code_hash(code_files(copied)) == island_hash()
+    for version, digest in json.loads(REGISTRY.read_text()).items():
+        assert version[0].isdigit()
+        assert len(digest) == len(island_hash())
+
+
+def test_difference_counts_what_overtakes():
+    assert difference([[3.0, 2.0]], [[3.0, 2.0]], [1.0]) == 0
+    assert difference([[3.0, 2.0]], [[3.0, 2.25]], [None]) == 0.25
+    assert difference([[3.0, 2.0]], [[3.0, 2.0]], [2.5]) == 0.5
+    assert difference([[3.0]], [[float("nan")]], [0.0]) != 0
