@@ -14,7 +14,6 @@ the model computes. The folder appears whole or not at all.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
 import shutil
 import tempfile
@@ -22,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.errors import AdapterError, MissingExtraError
+from minilora_hub.errors import AdapterError
 from minilora_hub.publish import bases_of_record
+from minilora_hub.publish.documents import CARD, Measured, previous_card, write_card, write_card_pictures, write_results
 from minilora_hub.publish.island import island_files
 from minilora_hub.publish.peft_layout import copy_peft_weights, with_peft, write_peft_config, write_peft_folder
 from minilora_hub.publish.recording import TOLERANCES, Recording, difference, libraries, logits_of, prompt_ids, record
@@ -38,15 +38,12 @@ from minilora_hub.publish.sources import (
     read_source,
     recorded_before,
 )
-from minilora_hub.results import RESULTS_FILE, VERIFICATION_FILE, Base, Results, Verification
+from minilora_hub.results import VERIFICATION_FILE, Verification
 
-CARD = "README.md"
 GENERATION = "generation_config.json"
 PEFT_FOLDER = "peft"
 NOT_HASHED = (CARD, VERIFICATION_FILE)
 """People edit the card on the Hub's page, and a file cannot hold its own hash."""
-
-EMBEDDED_NOTE = "trained on the Q4_1 rounding of these weights that minilora_hub calls `embedded`"
 
 
 @dataclass(frozen=True)
@@ -121,17 +118,17 @@ def build(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise AdapterError(f"out={str(out)!r}: must be a folder that is empty, or not there yet")
     before = recorded_before(trained.folder)
-    previous = _previous_card(trained.folder)
+    previous = previous_card(trained.folder)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=out.parent) as scratch:
         folder = Path(scratch, "repo")
         folder.mkdir()
         builder = _Builder(trained, folder, layout, base_id, base_model, token, progress)
         builder.write_model(before)
-        results = _write_results(trained, folder, builder, license)
-        _write_pictures(trained.folder, folder, results, builder.notes, keep=before is not None)
+        results = write_results(trained, folder, builder.measured(), license)
+        write_card_pictures(trained.folder, folder, results, builder.notes, keep=before is not None)
         builder.write_verification(before)
-        _write_card(folder, repo_id, revision, previous, builder.notes)
+        write_card(folder, repo_id, revision, previous, builder.notes)
         if out.exists():
             out.rmdir()
         os.replace(folder, out)
@@ -196,11 +193,14 @@ class _Builder:
             write_peft_config(folder, source.config, self.base_id, self.base_revision)
             self.parameters, self.recording = self._record_peft(folder, prompts, before)
             return
+        from minilora_hub.remote_code.adapter_files import read_adapter
+
         model = self._adapted()
         self.parameters, self.recording = model.num_adapter_parameters(), record(model, prompts)
         self.gap = self._gap_to(before, model)
         sites = list(model.sites)
-        tensors = {name: parameter.detach() for name, parameter in model.adapter_parameters().items()}
+        # From the file, in the dtype they were saved in; the model's may be wider.
+        tensors = read_adapter(source.folder / WEIGHTS)
         self._base = model.unload()
         if self.layout == "peft":
             write_peft_folder(folder, self._config(), tensors, sites, self._base, self.base_id, self.base_revision)
@@ -241,6 +241,17 @@ class _Builder:
             dtype=self.dtype,
             libraries=libraries(),
         ).save(self.folder)
+
+    def measured(self) -> Measured:
+        """What results.json tells of the adapter and its base."""
+        return Measured(
+            self.base_id,
+            self.base_revision,
+            self.fingerprint,
+            self.base_parameters,
+            self.embedded,
+            self.parameters,
+        )
 
     def _config(self) -> Any:
         """The configuration as it is published: the source's, naming the real base."""
@@ -315,66 +326,3 @@ def _tokenizer(folder: Path) -> Any | None:
         if (folder / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast.from_pretrained(folder)
         raise AdapterError(f"the tokenizer of the adapter cannot be loaded: {error}") from error
-
-
-def _previous_card(folder: Path) -> str | None:
-    card = folder / CARD
-    if not card.is_file():
-        return None
-    try:
-        return card.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise AdapterError(f"{CARD} is not UTF-8 ({error}): repair or delete it") from error
-
-
-def _write_results(source: Source, folder: Path, builder: _Builder, license: str | None) -> Results:
-    """Write results.json: what was measured, or where nothing was, what the files themselves tell."""
-    if (source.folder / RESULTS_FILE).is_file():
-        results = Results.load(source.folder)
-        base = dataclasses.replace(results.base, id=builder.base_id)
-        base = base if base.fingerprint else dataclasses.replace(base, fingerprint=builder.fingerprint)
-    else:
-        base = Base(builder.base_id, builder.base_revision, builder.fingerprint, parameters=builder.base_parameters)
-        share = builder.parameters / builder.base_parameters
-        results = Results(source.method, base, parameters=builder.parameters, share=share)
-    if results.method != source.method:
-        raise AdapterError(f"{RESULTS_FILE}: method={results.method!r}, but the adapter is {source.method!r}")
-    if builder.embedded and base.note is None:
-        base = dataclasses.replace(base, note=EMBEDDED_NOTE)
-    results = dataclasses.replace(results, base=base, license=license or results.license)
-    results.save(folder)
-    return results
-
-
-def _write_pictures(source: Path, folder: Path, results: Results, notes: list[str], *, keep: bool) -> None:
-    """Draw the card's pictures, or keep those of an earlier build, which another matplotlib would draw differently."""
-    from minilora_hub.publish.pictures import wanted_pictures, write_pictures
-
-    wanted = wanted_pictures(results)
-    if keep and all((source / name).is_file() for name in wanted):
-        for name in wanted:
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, folder / name)
-        return
-    try:
-        write_pictures(results, folder)
-    except MissingExtraError as error:
-        notes.append(f"no pictures on the card: {error}")
-
-
-def _write_card(folder: Path, repo_id: str, revision: str | None, previous: str | None, notes: list[str]) -> None:
-    """Write the card and what goes with it. It comes last: it tells of all other files."""
-    from minilora_hub.publish.card import render_card, settings_of
-    from minilora_hub.publish.card_metadata import eval_results_files
-
-    before = settings_of(previous) if previous else None
-    if previous and before is None:
-        notes.append(f"the folder's own {CARD} was not written by minilora: a new one is published in its place")
-        previous = None
-
-    for name, text in eval_results_files(folder).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
-    space = before["space"] if before else None
-    card = render_card(folder, repo_id=repo_id, revision=revision, space=space, previous=previous)
-    (folder / CARD).write_text(card, encoding="utf-8", newline="\n")

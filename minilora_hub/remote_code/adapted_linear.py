@@ -137,7 +137,7 @@ def dora_norms(layer, weight_norms_squared, lora_a, lora_b, scaling):
 def add_low_rank(out, x, lora_a, lora_b, scaling, in_place=False):
     """out + s B A x, in the dtype of `out`, which is (..., out); `x` is (..., in).
 
-    With `in_place`, `out` itself is written to where that is possible: it must then be a fresh tensor nobody else holds.
+    With `in_place`, `out` itself is written to where that is possible: it must then be a tensor nobody else holds.
     """
     hidden = F.linear(x.to(lora_a.dtype), lora_a)  # (..., r)
     if not out.dtype == hidden.dtype == lora_b.dtype:

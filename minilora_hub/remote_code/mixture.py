@@ -257,7 +257,8 @@ class MixtureOfLoraExperts(nn.Module):
     def _expert_inputs(self, shared, x, slots):
         """The input projections of every slot: shared W x + b, and the slot's expert. Lists of (slots, out)."""
         updates = [self.experts[name] if name in self.experts else None for name in self.structure.inputs]
-        if None not in updates and not (self.training and updates[0].dropout.p > 0):
+        many = x.shape[0] > self.router.shape[0]
+        if many and None not in updates and not (self.training and updates[0].dropout.p > 0):
             # The same input for all, so their A are one matrix, wide enough for the matrix library to be good at.
             stacked = torch.cat([update.lora_A for update in updates], dim=1)  # (experts, sum of r, d)
             hidden = slots.project_down(x.to(stacked.dtype), stacked)

@@ -134,26 +134,31 @@ def dora_norms(layer, weight_norms_squared, lora_a, lora_b, scaling):
         return adapted_row_norms(weight_norms_squared, weight_a, lora_a, lora_b, scaling)
 
 
-def low_rank(x, lora_a, lora_b, scaling):
-    """s B A x: (..., in) -> (..., out), computed in the adapter's dtype."""
-    return F.linear(F.linear(x.to(lora_a.dtype), lora_a), lora_b) * scaling
+def add_low_rank(out, x, lora_a, lora_b, scaling, in_place=False):
+    """out + s B A x, in the dtype of `out`, which is (..., out); `x` is (..., in).
 
-
-def add_low_rank(out, x, lora_a, lora_b, scaling):
-    """out + s B A x, in the dtype of `out`. `out` is (..., out), `x` is (..., in)."""
+    With `in_place`, `out` itself is written to where that is possible: it must then be a tensor nobody else holds.
+    """
     hidden = F.linear(x.to(lora_a.dtype), lora_a)  # (..., r)
-    if hidden.dtype != out.dtype or lora_b.dtype != out.dtype:
+    if not out.dtype == hidden.dtype == lora_b.dtype:
         return out + (F.linear(hidden, lora_b) * scaling).to(out.dtype)
-    sum_ = torch.addmm(out.flatten(0, -2), hidden.flatten(0, -2), lora_b.mT, alpha=scaling)
-    return sum_.view_as(out)
+    if in_place and out.is_contiguous():
+        out.view(-1, out.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), lora_b.mT, alpha=scaling)
+        return out
+    return torch.addmm(out.flatten(0, -2), hidden.flatten(0, -2), lora_b.mT, alpha=scaling).view_as(out)
 
 
-def apply_dora_scale(out, scale, bias):
+def apply_dora_scale(out, scale, bias, in_place=False):
     """c * (out - b) + b: the base's bias is left out of the decomposition. `scale` is c, broadcast over (..., out)."""
     scale = scale.to(out.dtype)
     if bias is None:
-        return out * scale
+        return out.mul_(scale) if in_place else out * scale
     return torch.addcmul(bias, out - bias, scale)
+
+
+def may_write_to_output_of(layer):
+    """Whether a result of `layer` may be overwritten: no gradient needs it, and no hook on the layer keeps it."""
+    return not torch.is_grad_enabled() and not layer._forward_hooks
 
 
 def init_lora_a(shape, generator):
@@ -248,12 +253,14 @@ class AdaptedLinear(nn.Module):
         return linear_shape(self.base_layer)[0]
 
     def forward(self, x, *args, **kwargs):
-        update = self.update
-        out = self.base_layer(x, *args, **kwargs)
-        out = add_low_rank(out, update.dropout(x), update.lora_A, update.lora_B, update.scaling)
+        update, layer = self.update, self.base_layer
+        out = layer(x, *args, **kwargs)
+        in_place = may_write_to_output_of(layer)
+        dropped = update.dropout(x) if self.training else x
+        out = add_low_rank(out, dropped, update.lora_A, update.lora_B, update.scaling, in_place)
         if update.magnitude is None:
             return out
-        return apply_dora_scale(out, update.scale(self.base_layer), self.bias)
+        return apply_dora_scale(out, update.scale(layer), self.bias, in_place)
 
     @torch.no_grad()
     def merged_weight(self):

@@ -75,7 +75,7 @@ def current_record():
 
 
 def route_top_k(logits, k):
-    """Softmax over the experts, the k largest, divided by their sum.
+    """Softmax over the experts, the k largest, divided by their sum: which is the softmax of the k largest logits.
 
     Args:
         logits: (tokens, experts), fp32.
@@ -84,8 +84,8 @@ def route_top_k(logits, k):
     Returns:
         weights (tokens, k), fp32, and indices (tokens, k), the largest first.
     """
-    weights, selected = torch.topk(F.softmax(logits, dim=-1), k, dim=-1)
-    return weights / weights.sum(dim=-1, keepdim=True), selected
+    largest, selected = torch.topk(logits, k, dim=-1)
+    return F.softmax(largest, dim=-1), selected
 
 
 def load_balancing_loss(logits, k, attention_mask=None):
@@ -119,38 +119,65 @@ def load_balancing_loss(logits, k, attention_mask=None):
 
 
 class _SlotsByExpert:
-    """Slots sorted by expert: each expert sees one contiguous block. For many tokens."""
+    """Slots sorted by expert: each expert that serves any multiplies one contiguous block, with its own weights.
 
-    def __init__(self, selected, num_experts):
-        self.order = selected.flatten().argsort(stable=True)  # (slots)
+    Attributes:
+        token: the token of each slot, (slots).
+        expert: the expert of each slot, (slots).
+    """
+
+    def __init__(self, selected):
+        flat = selected.flatten()
+        if selected.shape[0] == 1:  # one token: its experts are all different, nothing to sort
+            self.order, self.expert = None, flat
+            self.token = torch.zeros_like(flat)
+            self.experts, self.counts = flat.tolist(), [1] * flat.shape[0]
+            return
+        self.expert, self.order = flat.sort(stable=True)
         self.token = self.order // selected.shape[1]
-        self.expert = selected.flatten()[self.order]
-        self.counts = torch.bincount(selected.flatten(), minlength=num_experts).tolist()
+        served, counts = torch.unique_consecutive(self.expert, return_counts=True)
+        self.experts, self.counts = served.tolist(), counts.tolist()
 
     def slots(self, per_slot):
         """(tokens, K) -> (slots, 1) in this order."""
-        return per_slot.flatten()[self.order].unsqueeze(-1)
+        flat = per_slot.flatten()
+        return (flat if self.order is None else flat[self.order]).unsqueeze(-1)
 
-    def low_rank(self, x, update):
-        """s B_e A_e x_e for x (slots, in) in this order -> (slots, out)."""
-        # unbind, not indexing: its backward is one stack, and an expert without tokens gets a zero gradient.
-        pieces = []
-        experts = zip(x.split(self.counts), update.lora_A.unbind(), update.lora_B.unbind(), strict=True)
-        for rows, lora_a, lora_b in experts:
-            if rows.shape[0]:
-                pieces.append(F.linear(F.linear(rows, lora_a), lora_b))
-        return torch.cat(pieces) * update.scaling
+    def _blocks(self, *tensors):
+        return zip(*(tensor.split(self.counts) for tensor in tensors), strict=True)
+
+    def _weights(self, stacked):
+        # With gradients unbind, not indexing: its backward is one stack, and an expert without tokens gets zeros.
+        parts = stacked.unbind() if torch.is_grad_enabled() else stacked
+        return [parts[expert] for expert in self.experts]
+
+    def project_down(self, x, lora_a):
+        """A_e x: (slots, in) -> (slots, r)."""
+        parts = [F.linear(rows, a) for (rows,), a in zip(self._blocks(x), self._weights(lora_a), strict=True)]
+        return torch.cat(parts)
+
+    def add_projected_up(self, out, hidden, lora_b, scaling):
+        """out + s B_e hidden: (slots, r) -> (slots, out). Without gradients `out` itself is written to."""
+        blocks = zip(self._blocks(out, hidden), self._weights(lora_b), strict=True)
+        if not out.dtype == hidden.dtype == lora_b.dtype:
+            return torch.cat([o + (F.linear(h, b) * scaling).to(o.dtype) for (o, h), b in blocks])
+        if torch.is_grad_enabled():
+            return torch.cat([torch.addmm(o, h, b.mT, alpha=scaling) for (o, h), b in blocks])
+        for (o, h), b in blocks:
+            o.addmm_(h, b.mT, alpha=scaling)
+        return out
 
     def sum_slots(self, per_slot, num_tokens):
         """Sum each token's slots: (slots, n) -> (tokens, n)."""
-        zeros = per_slot.new_zeros(num_tokens, per_slot.shape[-1])
-        return zeros.index_add(0, self.token, per_slot)
+        if num_tokens == 1:
+            return per_slot.sum(dim=0, keepdim=True)
+        return per_slot.new_zeros(num_tokens, per_slot.shape[-1]).index_add(0, self.token, per_slot)
 
 
 class _SlotsGathered:
-    """Slots in token order, each with its own expert's weights gathered. For few tokens; never waits for the device."""
+    """Slots in token order, each with its own expert's weights gathered: nothing waits for the device. For few tokens."""
 
-    def __init__(self, selected, num_experts):
+    def __init__(self, selected):
         self.expert = selected.flatten()  # (slots)
         self.per_token = selected.shape[1]
         self.token = torch.arange(selected.shape[0], device=selected.device).repeat_interleave(self.per_token)
@@ -158,9 +185,12 @@ class _SlotsGathered:
     def slots(self, per_slot):
         return per_slot.flatten().unsqueeze(-1)
 
-    def low_rank(self, x, update):
-        hidden = torch.bmm(update.lora_A[self.expert], x.unsqueeze(-1))  # (slots, r, 1)
-        return torch.bmm(update.lora_B[self.expert], hidden).squeeze(-1) * update.scaling  # (slots, out)
+    def project_down(self, x, lora_a):
+        return torch.bmm(lora_a[self.expert], x.unsqueeze(-1)).squeeze(-1)
+
+    def add_projected_up(self, out, hidden, lora_b, scaling):
+        update = torch.bmm(lora_b[self.expert], hidden.unsqueeze(-1)).squeeze(-1)
+        return torch.add(out, update.to(out.dtype), alpha=scaling)
 
     def sum_slots(self, per_slot, num_tokens):
         return per_slot.view(num_tokens, self.per_token, -1).sum(dim=1)
@@ -190,18 +220,21 @@ class MixtureOfLoraExperts(nn.Module):
     def forward(self, hidden_states):
         x = hidden_states.flatten(0, -2)  # (tokens, d)
         weights, selected = self.route(x, hidden_states.shape[:-1])
-        many = selected.numel() > self.router.shape[0]
-        slots = (_SlotsByExpert if many else _SlotsGathered)(selected, self.router.shape[0])
-
+        slots = self._group(selected)
         # One base GEMM per input projection, whatever the number of experts.
-        x_slots = x[slots.token]  # (slots, d)
-        projected = [
-            self._expert_input(name, self._project(name, x)[slots.token], x_slots, slots)
-            for name in self.structure.inputs
-        ]
-        h = self.structure.activate(*projected) * slots.slots(weights).to(x.dtype)  # (slots, ff): g_k h_k
+        shared = [self._project(name, x)[slots.token] for name in self.structure.inputs]  # each (slots, out)
+        h = self.structure.activate(*self._expert_inputs(shared, x[slots.token], slots))  # (slots, ff)
+        g = slots.slots(weights).to(x.dtype)
+        h = h * g if torch.is_grad_enabled() else h.mul_(g)  # g_k h_k
         out = self._expert_output(h, slots, x.shape[0])  # (tokens, d)
         return self.structure.dropout(out).view_as(hidden_states)
+
+    def _group(self, selected):
+        """A CPU reads the experts' indices for free; elsewhere that waits for the device, which few tokens are spared."""
+        few = selected.numel() <= self.router.shape[0]
+        if torch.compiler.is_compiling() or (few and selected.device.type != "cpu"):
+            return _SlotsGathered(selected)
+        return _SlotsByExpert(selected)
 
     def route(self, x, leading_shape):
         """Weights and indices of each token's experts, (tokens, K) both; recorded where someone asked."""
@@ -221,30 +254,45 @@ class MixtureOfLoraExperts(nn.Module):
     def _project(self, name, x):
         return self.base_block.get_submodule(name)(x)
 
-    def _low_rank(self, name, x, slots):
-        update = self.experts[name]
-        return slots.low_rank(update.dropout(x).to(update.lora_A.dtype), update).to(x.dtype)
+    def _expert_inputs(self, shared, x, slots):
+        """The input projections of every slot: shared W x + b, and the slot's expert. Lists of (slots, out)."""
+        updates = [self.experts[name] if name in self.experts else None for name in self.structure.inputs]
+        many = x.shape[0] > self.router.shape[0]
+        if many and None not in updates and not (self.training and updates[0].dropout.p > 0):
+            # The same input for all, so their A are one matrix, wide enough for the matrix library to be good at.
+            stacked = torch.cat([update.lora_A for update in updates], dim=1)  # (experts, sum of r, d)
+            hidden = slots.project_down(x.to(stacked.dtype), stacked)
+            hidden = hidden.split([update.lora_A.shape[1] for update in updates], dim=-1)
+        else:
+            hidden = [None if update is None else self._project_down(update, x, slots) for update in updates]
+        projected = []
+        for name, out, update, low in zip(self.structure.inputs, shared, updates, hidden, strict=True):
+            if update is not None:
+                out = self._scaled(name, slots.add_projected_up(out, low, update.lora_B, update.scaling), slots)
+            projected.append(out)
+        return projected
 
-    def _expert_input(self, name, shared, x_slots, slots):
-        """One input projection of every slot: the shared W x + b and the slot's expert: (slots, out)."""
-        if name not in self.experts:
-            return shared
-        out = shared + self._low_rank(name, x_slots, slots)
-        return self._scaled(name, out, slots)
+    def _project_down(self, update, x, slots):
+        x = update.dropout(x) if self.training else x
+        return slots.project_down(x.to(update.lora_A.dtype), update.lora_A)
 
     def _expert_output(self, h, slots, num_tokens):
         """The output projection, summed over each token's slots. `h` (slots, ff) already carries its slot's weight."""
         name = self.structure.output
         if name not in self.experts:
             return self._project(name, slots.sum_slots(h, num_tokens))
-        low_rank = self._low_rank(name, h, slots)
-        if self.experts[name].magnitude is None:
-            return self._project(name, slots.sum_slots(h, num_tokens)) + slots.sum_slots(low_rank, num_tokens)
+        update = self.experts[name]
+        low = self._project_down(update, h, slots)
+        if update.magnitude is None:
+            added = slots.add_projected_up(
+                h.new_zeros(h.shape[0], update.lora_B.shape[1]), low, update.lora_B, update.scaling
+            )
+            return self._project(name, slots.sum_slots(h, num_tokens)) + slots.sum_slots(added, num_tokens)
         # g * (c * (W h + s B A h) + b): the weights sum to one, so the bias is left out of every slot and added once.
         layer = self.base_block.get_submodule(name)
         bias = getattr(layer, "bias", None)
         out = self._project(name, h)
-        out = (out if bias is None else out - bias) + low_rank
+        out = slots.add_projected_up(out if bias is None else out - bias, low, update.lora_B, update.scaling)
         out = slots.sum_slots(self._scaled(name, out, slots, with_bias=False), num_tokens)
         return out if bias is None else out + bias
 
