@@ -105,7 +105,7 @@ def measure(models, work, rounds: int, training: bool) -> dict[str, dict[str, fl
                 seconds[name].append(took)
     table = {}
     for name, taken in seconds.items():
-        ratios = [a / b for a, b in zip(taken, seconds["base"] if "base" in seconds else taken, strict=True)]
+        ratios = [a / b for a, b in zip(taken, seconds.get("base", taken), strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         table[name] = {
             "milliseconds": 1000 * statistics.median(taken),
