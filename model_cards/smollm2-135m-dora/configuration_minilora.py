@@ -1,8 +1,7 @@
 """Configurations of MixLoRA and DoRA adapters: hyper-parameters, and which base they belong to.
 
-A configuration names its base (id, revision, fingerprint) and carries the base's own configuration as
-`text_config`, the
-name under which transformers and TRL look for the language model inside a wrapper.
+A configuration names its base (id, revision, fingerprint) and carries the base's own configuration as `text_config`,
+the name under which transformers and TRL look for the language model inside a wrapper.
 """
 
 import difflib
@@ -203,9 +202,7 @@ def _match_pattern(pattern, path, default):
 
 
 class DoraConfig(AdapterConfig):
-    """Configuration of a DoRA adapter (weight-decomposed LoRA, arXiv 2402.09353). See `AdapterConfig` for the
-    fields.
-    """
+    """Configuration of a DoRA adapter (weight-decomposed LoRA, arXiv 2402.09353), with `AdapterConfig`'s fields."""
 
     model_type = "dora"
 
@@ -223,8 +220,7 @@ class MixLoraConfig(AdapterConfig):
     Args:
         num_experts: LoRA experts per feed-forward block, at least 1.
         num_experts_per_tok: experts that serve each token, 1 to `num_experts`. (The field is not called ``top_k``,
-            because
-            transformers copies a field of that name into the generation settings, where it changes sampling.)
+            because transformers copies a field of that name into the generation settings, where it changes sampling.)
         expert_r: rank of the experts. Default: `r`, which is then the rank on attention.
         expert_alpha: alpha of the experts. Default: `lora_alpha` if `expert_r` is not given either, else ``2 *
             expert_r``.

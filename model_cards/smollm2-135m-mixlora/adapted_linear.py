@@ -3,11 +3,9 @@
 LoRA (arXiv 2106.09685):       y = W x + b + s B A x
 DoRA (arXiv 2402.09353, eq. 5): y = c * (W x + s B A x) + b,   c = m / ||W + s B A||, the norm taken per output row
 
-W [out, in] and b [out] are the base layer, which is only ever called, so it may be quantised or offloaded. A [r,
-in] and
-B [out, r] are `lora_A` and `lora_B`, s is `scaling`, m [out] is `magnitude`. The norm is detached from the
-gradient (the
-paper's section 4.3).
+W [out, in] and b [out] are the base layer, which is only ever called, so it may be quantised or offloaded. A [r, in]
+and B [out, r] are `lora_A` and `lora_B`, s is `scaling`, m [out] is `magnitude`. The norm is detached from the
+gradient (the paper's section 4.3).
 
 How this differs from other implementations: B A is never formed. With ||W||^2 per row known once,
 
@@ -90,9 +88,7 @@ def apply_without_bias(layer, rows):
 
 @torch.no_grad()
 def row_norms_squared(layer, chunk=512):
-    """||W||^2 of each output row: [out], fp32. A weight that is not open goes through once as chunks of the
-    identity.
-    """
+    """||W||^2 of each output row: [out], fp32. A weight that is not open is read through chunks of the identity."""
     weight = plain_weight(layer)
     if weight is not None:
         return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()

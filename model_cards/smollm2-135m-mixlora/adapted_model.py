@@ -183,11 +183,9 @@ class AdaptedModel(PreTrainedModel):
             base_trust_remote_code: whether the base's own code may run. Trusting the adapter's does not trust it.
             output_loading_info: also return transformers' dict of missing and unexpected keys: always empty, since
                 a file that does not fit is an error.
-            **kwargs: `revision`, `subfolder`, `token`, `cache_dir`, … find the adapter; everything else goes to
-                the base
-                (`dtype`, `device_map`, `quantization_config`, `attn_implementation`, …). A given `dtype` also
-                applies to
-                the adapter, whose tensors otherwise keep the dtype they were saved in.
+            **kwargs: `revision`, `subfolder`, `token`, `cache_dir`, … find the adapter; everything else goes to the
+                base (`dtype`, `device_map`, `quantization_config`, `attn_implementation`, …). A given `dtype` also
+                applies to the adapter, whose tensors otherwise keep the dtype they were saved in.
 
         Raises:
             ValueError: the file is damaged or does not fit the configuration and the base; the message names the

@@ -1,10 +1,9 @@
 """Where adapters go in a base model, found by its structure instead of a list of model names.
 
 The decoder layers are the one list of modules that is as long as the configuration says and holds linear layers.
-Inside a
-layer, a feed-forward block is a module with two or three linears and one activation that, called with hidden states,
-computes what one of the three known forms computes. That is checked by calling it, so a block that does something else
-(a sparse mixture, an extra normalisation) is refused instead of being adapted wrongly.
+Inside a layer, a feed-forward block is a module with two or three linears and one activation that, called with hidden
+states, computes what one of the three known forms computes. That is checked by calling it, so a block that does
+something else (a sparse mixture, an extra normalisation) is refused instead of being adapted wrongly.
 """
 
 import inspect

@@ -14,8 +14,7 @@ With DoRA experts (`use_dora`) the per-expert output scale keeps W_down from bei
 slot.
 
 A slot is one (token, chosen expert) pair: N tokens have N * K slots. Many slots are sorted by expert, so that each
-expert
-multiplies one contiguous block; few slots gather the experts' stacked weights instead.
+expert multiplies one contiguous block; few slots gather the experts' stacked weights instead.
 """
 
 from contextlib import contextmanager
@@ -175,7 +174,7 @@ class _SlotsByExpert:
 
 
 class _SlotsGathered:
-    """Slots in token order, each with its own expert's weights gathered: nothing waits for the device. For few tokens."""
+    """Slots in token order, each with its own expert's weights gathered, so that nothing waits for the device."""
 
     def __init__(self, selected):
         self.expert = selected.flatten()  # (slots)
@@ -230,7 +229,7 @@ class MixtureOfLoraExperts(nn.Module):
         return self.structure.dropout(out).view_as(hidden_states)
 
     def _group(self, selected):
-        """A CPU reads the experts' indices for free; elsewhere that waits for the device, which few tokens are spared."""
+        """A CPU reads indices for free; elsewhere that waits for the device, which few tokens are spared."""
         few = selected.numel() <= self.router.shape[0]
         if torch.compiler.is_compiling() or (few and selected.device.type != "cpu"):
             return _SlotsGathered(selected)
@@ -256,7 +255,8 @@ class MixtureOfLoraExperts(nn.Module):
 
     def _expert_inputs(self, shared, x, slots):
         """The input projections of every slot: shared W x + b, and the slot's expert. Lists of (slots, out)."""
-        updates = [self.experts[name] if name in self.experts else None for name in self.structure.inputs]
+        experts = dict(self.experts.items())
+        updates = [experts.get(name) for name in self.structure.inputs]
         many = x.shape[0] > self.router.shape[0]
         if many and None not in updates and not (self.training and updates[0].dropout.p > 0):
             # The same input for all, so their A are one matrix, wide enough for the matrix library to be good at.

@@ -172,8 +172,8 @@ class MixLoraForCausalLM(MixtureForward, GenerateOnBase, AdaptedModel, Generatio
         Args:
             input_ids: (batch, seq).
             attention_mask: (batch, seq), 0 on padding, which does not count in the balance loss.
-            labels: (batch, seq), -100 where there is no loss. In training the balance loss times its coefficient
-                is added.
+            labels: (batch, seq), -100 where there is no loss. In training the balance loss times its coefficient is
+                added.
             output_router_logits: also return `router_logits` and `aux_loss`. Default: the configuration's.
             output_routing: also return `selected_experts` and `routing_weights`.
             return_dict: False for a tuple.
