@@ -1,0 +1,1 @@
+"""Other dialects of adapters, one file each."""
