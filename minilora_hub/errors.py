@@ -3,6 +3,7 @@
     MiniLoraError
     ├── BaseModelError      a base model cannot be found, fetched or read
     ├── AdapterError        an adapter folder or repo is incomplete, damaged or of another kind
+    ├── PublishError        a push, or a look at the Hub, failed; the message says what the repo is like now
     └── MissingExtraError   an optional package is not installed; the message names the extra
 
 The files under `remote_code/` are copied into published repos and must not import this package: they raise plain
@@ -22,6 +23,10 @@ class BaseModelError(MiniLoraError):
 
 class AdapterError(MiniLoraError):
     """An adapter folder or repo is incomplete, damaged, or not an adapter of a known kind."""
+
+
+class PublishError(MiniLoraError):
+    """A push or a look at the Hub failed. The message says what the repo is like now, and what to do."""
 
 
 class MissingExtraError(MiniLoraError):

@@ -1,6 +1,7 @@
 """Settings for the whole test run."""
 
 import os
+import signal
 
 # Before any library reads its settings: no test may reach a real Hub, and none reports home. Port 9 refuses at once.
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
@@ -8,3 +9,6 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Two processes whose threads spin while they wait slow each other down tenfold on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# A run in the background may ignore Ctrl-C, which children would inherit; some tests send it to theirs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

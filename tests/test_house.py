@@ -206,3 +206,28 @@ def test_the_map_names_every_module_and_folder():
 def test_links_in_the_readme_point_to_files():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "model_cards").iterdir()), ids=lambda folder: folder.name)
+def test_shipped_cards_are_what_the_code_renders(folder):
+    """A change of the template, the results or the code in the folder shows here as a card that has drifted."""
+    from minilora_hub.publish.card import render_card
+
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card == render_card(folder, repo_id=f"minilora-hub/{folder.name}", previous=card)
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "model_cards").iterdir()), ids=lambda folder: folder.name)
+def test_shipped_adapters_pass_every_check(folder):
+    from minilora_hub.publish.checks import check_folder
+
+    problems = check_folder(folder, base_exists=lambda *_: True, base_license=lambda *_: "apache-2.0")
+    assert [problem for problem in problems if problem.blocking] == []
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "model_cards").iterdir()), ids=lambda folder: folder.name)
+def test_shipped_adapters_verify(folder):
+    """Loaded through AutoModel in a clean process, against the logits recorded when they were built."""
+    command = [sys.executable, "-m", "minilora_hub.cli", "verify", str(folder), "--base", "embedded"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -184,6 +184,8 @@ def _snippet(folder: Path, results: Results, name: str, revision: str | None, st
         else ['# The commit\'s hash instead of "main" pins the code and weights that you have looked at.']
     )
     trust = "" if stock else ", trust_remote_code=True"
+    # For PEFT's format transformers takes a plain `revision` for the base's, too; this one is the adapter's alone.
+    pinned = 'adapter_kwargs={"revision": revision}' if stock else f"revision=revision{trust}"
     template = folder / "tokenizer_config.json"
     chat = (folder / "chat_template.jinja").is_file() or (
         template.is_file() and '"chat_template"' in template.read_text(encoding="utf-8", errors="replace")
@@ -205,7 +207,7 @@ def _snippet(folder: Path, results: Results, name: str, revision: str | None, st
         *pin,
         f"repo, revision = {json.dumps(name)}, {at}",
         f"tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision{trust})",
-        f"model = AutoModelForCausalLM.from_pretrained(repo, revision=revision{trust})",
+        f"model = AutoModelForCausalLM.from_pretrained(repo, {pinned})",
         "",
         *inputs,
         "answer = model.generate(**inputs, max_new_tokens=48, do_sample=False)",

@@ -182,7 +182,8 @@ def list_adapters(
         PublishError: the Hub cannot be asked.
         ValueError: `method` or `sort` is none of those.
     """
-    from minilora_hub.publish.hub_errors import FAILURES, PublishError, explain, patiently
+    from minilora_hub.errors import PublishError
+    from minilora_hub.publish.hub_errors import FAILURES, explain, patiently
 
     if method is not None and method not in METHOD_TAGS:
         raise ValueError(f"method={method!r}: must be one of {METHOD_TAGS}")

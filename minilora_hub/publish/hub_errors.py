@@ -9,8 +9,6 @@ from typing import TypeVar
 
 from huggingface_hub import errors
 
-from minilora_hub.errors import MiniLoraError
-
 Result = TypeVar("Result")
 
 ATTEMPTS = 5
@@ -21,10 +19,6 @@ BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 GARBLED = (json.JSONDecodeError, UnicodeDecodeError)
 FAILURES = (errors.HTTPError, errors.XetDownloadError, OSError, RuntimeError, *GARBLED)
 """What the client raises when the Hub or the way to it fails; its uploads wrap the cause in a RuntimeError."""
-
-
-class PublishError(MiniLoraError):
-    """A push or a look at the Hub failed. The message says what the repo is like now, and what to do."""
 
 
 def patiently(call: Callable[[], Result], attempts: int = ATTEMPTS) -> Result:

@@ -17,11 +17,11 @@ from typing import Any
 
 from huggingface_hub import HfApi, get_token
 
-from minilora_hub.errors import AdapterError
+from minilora_hub.errors import AdapterError, PublishError
 from minilora_hub.publish import remote as hub
 from minilora_hub.publish.build import Built, build
 from minilora_hub.publish.documents import CARD
-from minilora_hub.publish.hub_errors import ATTEMPTS, FAILURES, PublishError, explain, patiently
+from minilora_hub.publish.hub_errors import ATTEMPTS, FAILURES, explain, patiently
 from minilora_hub.publish.plan import PushPlan, plan_files, pushed_by_us
 from minilora_hub.publish.progress import Stages
 from minilora_hub.publish.sending import send, set_tag

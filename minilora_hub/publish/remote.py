@@ -12,8 +12,8 @@ from typing import Any
 from huggingface_hub import HfApi, constants, errors, get_token, snapshot_download
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from minilora_hub.errors import AdapterError
-from minilora_hub.publish.hub_errors import ATTEMPTS, FAILURES, PublishError, explain, patiently, status_of
+from minilora_hub.errors import AdapterError, PublishError
+from minilora_hub.publish.hub_errors import ATTEMPTS, FAILURES, explain, patiently, status_of
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token with the role write"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+from minilora_hub.errors import PublishError
 from minilora_hub.publish import remote as hub
 from minilora_hub.publish.hub_errors import (
     FAILURES,
-    PublishError,
     explain,
     is_passing,
     patiently,

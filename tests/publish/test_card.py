@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from publish.examples import CONFIG, card_folder, clean_folder, full_results, minimal_results
 from tiny import tiny_base
+from tiny_stand_ins import byte_tokenizer
 
 from minilora_hub.errors import AdapterError
 from minilora_hub.publish import free_text, markdown
@@ -155,6 +156,39 @@ def test_rendering_is_repeatable_and_loads_no_torch(full):
     done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.decode() == render_card(full, repo_id="ana/x") == (full / "README.md").read_text()
+
+
+def test_the_snippet_of_a_plain_lora_pins_the_adapter_and_not_the_base(tmp_path):
+    """Transformers applies `revision=` of a repo in PEFT's format to the base, which has no such tag."""
+    from peft import LoraConfig, get_peft_model
+
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    plain = tiny_base(vocab_size=259, eos_token_id=None, bos_token_id=None)
+    plain.save_pretrained(base)
+    lora = get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    lora.peft_config["default"].base_model_name_or_path = "org/base"
+    lora.save_pretrained(folder, save_embedding_layers=False)
+    byte_tokenizer().save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    count = sum(parameter.numel() for parameter in lora.parameters() if parameter.requires_grad)
+    full_results(method="lora", parameters=count, expert_load=None).save(folder)
+    card = write_card(folder, repo_id="author/lora", revision="v1").read_text()
+    snippet = re.search(r"```python\n(.*?)\n```", card, re.DOTALL)[1]
+    with HubServer() as hub:
+        hub.add_repo("org/base", files={path.name: path.read_bytes() for path in base.iterdir()})
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        repo = hub.add_repo("author/lora", files=files)
+        repo.tags["v1"] = repo.commit("main")
+        done = subprocess.run(
+            [sys.executable, "-c", snippet],
+            env=hub.environment(cache_dir=tmp_path / "cache"),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip()
 
 
 def test_the_snippet_runs_as_it_stands(tmp_path):

@@ -8,9 +8,8 @@ import sys
 import pytest
 
 from minilora_hub import push
-from minilora_hub.errors import AdapterError
+from minilora_hub.errors import AdapterError, PublishError
 from minilora_hub.publish.discover import info, list_adapters, pull
-from minilora_hub.publish.hub_errors import PublishError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 

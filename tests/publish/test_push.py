@@ -8,8 +8,7 @@ import re
 import pytest
 
 from minilora_hub import push
-from minilora_hub.errors import AdapterError
-from minilora_hub.publish.hub_errors import PublishError
+from minilora_hub.errors import AdapterError, PublishError
 from minilora_hub.publish.island import island_files
 
 # The client uploads LFS files with an argument that its own HTTP library deprecates.

@@ -11,9 +11,8 @@ from contextlib import suppress
 import pytest
 
 from minilora_hub import push
-from minilora_hub.errors import MiniLoraError
+from minilora_hub.errors import MiniLoraError, PublishError
 from minilora_hub.publish.build import build
-from minilora_hub.publish.hub_errors import PublishError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
