@@ -1,7 +1,7 @@
 """The Space: the comparison page over the shipped adapters.
 
 MINILORA_BASE       the base model: "embedded" (the default), a folder, or an id on the Hub
-MINILORA_ADAPTERS   adapter folders, separated by commas; default: the ones under model_cards/
+MINILORA_ADAPTERS   adapter folders or ids on the Hub, separated by commas; default: those under model_cards/
 """
 
 from __future__ import annotations

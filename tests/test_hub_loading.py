@@ -184,3 +184,24 @@ def test_base_and_adapter_revisions_are_pinned_apart(published, tmp_path):
     code, _, err = run(script, "author/dora", "{}", "", environment=environment, folder=folder)
     assert code == 1
     assert "UserWarning: this adapter was trained on a base with fingerprint" in err
+
+
+def test_the_page_takes_adapters_by_their_id(published, tmp_path):
+    """They are fetched and loaded with our own classes: the code in their repos is not run."""
+    hub, token, folder, _ = published
+    script = """
+        import sys
+        from minilora_hub import CompareEngine
+        engine = CompareEngine("org/base", ["author/dora", "author/mixlora"])
+        assert [(c.name, c.kind) for c in engine.columns][1:] == [("dora", "DoRA"), ("mixlora", "MixLoRA")]
+        assert not [name for name in sys.modules if name.startswith("transformers_modules")]
+        try:
+            CompareEngine("org/base", ["author/nothing"])
+        except Exception as error:
+            assert "no such folder, and on the Hub: " in str(error), error
+            print(type(error).__name__)
+    """
+    environment = hub.environment(token=token, cache_dir=folder / "page")
+    code, out, err = run(script, environment=environment, folder=tmp_path)
+    assert code == 0, err[-3000:]
+    assert out.strip() == "AdapterError"

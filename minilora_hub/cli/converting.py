@@ -11,7 +11,7 @@ from minilora_hub.cli.shared import Base, Debug, say, size_text
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The adapter.")],
+    adapter: Annotated[str, typer.Argument(metavar="REPO_OR_DIR", help="An id on the Hub, or a folder.")],
     to: Annotated[Literal["mixtral"], typer.Option(help="mixtral: a MixLoRA as an ordinary Mixtral checkpoint.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write: empty, or not there yet.")],
     base: Base = None,
@@ -22,13 +22,14 @@ def export(
     from transformers import AutoTokenizer
 
     from minilora_hub import MixLoraForCausalLM
-    from minilora_hub.compare.columns import adapter_type
+    from minilora_hub.compare.columns import adapter_type, find_adapter
     from minilora_hub.errors import AdapterError
     from minilora_hub.formats.mixtral import export_mixtral
 
-    found = adapter_type(folder)
-    if found != "mixlora":
-        raise AdapterError(f"adapter {str(folder)!r} is of type {found!r}: only a MixLoRA can become a Mixtral")
+    folder = find_adapter(adapter).folder
+    kind = adapter_type(folder)
+    if kind != "mixlora":
+        raise AdapterError(f"adapter {adapter!r} is of type {kind!r}: only a MixLoRA can become a Mixtral")
     say("Loading the adapter and its base ...")
     model = MixLoraForCausalLM.from_pretrained(folder, base_model=base, dtype=torch.float32)
     say("Writing out the experts ...")

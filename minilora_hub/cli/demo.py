@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,8 +17,8 @@ FIRST_PORT, LAST_PORT = 7860, 7959
 
 def demo(
     adapters: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="ADAPTER", help="Adapter folders. Default: the ones shipped here."),
+        list[str] | None,
+        typer.Argument(metavar="ADAPTER", help="Folders, or ids on the Hub. Default: the adapters shipped here."),
     ] = None,
     base: Annotated[str, typer.Option(help='The base: "embedded", a folder, or an id on the Hub.')] = "embedded",
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from minilora_hub.errors import AdapterError
 
 Kind = Literal["base", "LoRA", "DoRA", "MixLoRA"]
 Progress = Callable[[str], None]
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -57,28 +60,55 @@ def shared_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
+@dataclass(frozen=True)
+class FoundAdapter:
+    """An adapter on this machine: the `name` it was asked for by, on screen, and its `folder`."""
+
+    name: str
+    folder: Path
+
+
+def find_adapter(name: str | Path) -> FoundAdapter:
+    """Find an adapter by its folder or its id on the Hub, which is fetched; nothing of it is run.
+
+    Raises:
+        AdapterError: there is none, or it is of no known kind.
+    """
+    folder = Path(name)
+    if folder.is_dir() or not HUB_ID.fullmatch(str(name)):
+        adapter_type(folder)
+        return FoundAdapter(folder.resolve().name, folder)
+    from minilora_hub.publish.discover import pull
+
+    try:
+        folder = pull(str(name))
+    except AdapterError as error:
+        raise AdapterError(f"adapter {str(name)!r}: there is no such folder, and on the Hub: {error}") from None
+    adapter_type(folder)
+    return FoundAdapter(str(name).rpartition("/")[2], folder)
+
+
 def load_columns(
-    base: nn.Module, name: str, adapters: Sequence[str | Path | Column], progress: Progress
+    base: nn.Module, name: str, adapters: Sequence[FoundAdapter | Column], progress: Progress
 ) -> list[Column]:
     """Put each adapter onto its own shared copy of `base`.
 
     Args:
         base: the base model. It is left as it is: the base's column is a shared copy, too.
         name: what the base is called on screen.
-        adapters: adapter folders, or columns that are ready.
+        adapters: adapters that were found, or columns that are ready.
         progress: called with a line about each column.
 
     Returns:
         The base's column, then one for each adapter.
 
     Raises:
-        AdapterError: a folder is missing or holds no adapter of a known kind.
         ValueError: an adapter is damaged or does not fit the base; the message names the tensor or the field.
     """
     columns = [Column(name, "base", shared_copy(base).eval(), detail=f"{_millions(_size(base))} parameters")]
     for adapter in adapters:
         started = time.perf_counter()
-        column = adapter if isinstance(adapter, Column) else load_adapter(Path(adapter), shared_copy(base))
+        column = adapter if isinstance(adapter, Column) else load_adapter(adapter, shared_copy(base))
         column.model.eval()
         columns.append(column)
         progress(f"  + {column.name}: {column.kind}, {column.detail} ({time.perf_counter() - started:.1f} s)")
@@ -111,20 +141,22 @@ def adapter_type(folder: Path) -> str:
     return model_type
 
 
-def load_adapter(folder: Path, base: nn.Module) -> Column:
-    """Load one adapter folder onto `base`, which it takes over, with our own classes: no code from the folder runs.
+def load_adapter(adapter: FoundAdapter, base: nn.Module) -> Column:
+    """Load one adapter onto `base`, which it takes over, with our own classes: no code from its folder runs.
 
     Args:
-        folder: ``config.json`` with model type ``mixlora`` or ``dora``, or PEFT's ``adapter_config.json`` of a LoRA.
+        adapter: its folder holds ``config.json`` with model type ``mixlora`` or ``dora``, or PEFT's
+            ``adapter_config.json`` of a LoRA.
         base: the module that the adapter's layers go into.
 
     Raises:
         AdapterError: the folder is missing or holds no adapter of a known kind.
         ValueError: the adapter is damaged or does not fit the base.
     """
+    folder = adapter.folder
     found = adapter_type(folder)
     if found == "peft":
-        return _load_peft_lora(folder, base)
+        return _load_peft_lora(adapter, base)
 
     from minilora_hub import DoraForCausalLM, MixLoraForCausalLM
 
@@ -137,18 +169,18 @@ def load_adapter(folder: Path, base: nn.Module) -> Column:
     if found == "mixlora":
         detail += f", {config.num_experts} experts, {config.num_experts_per_tok} active"
     kind: Kind = "MixLoRA" if found == "mixlora" else "DoRA"
-    return Column(folder.name, kind, model, model.num_adapter_parameters(), detail)
+    return Column(adapter.name, kind, model, model.num_adapter_parameters(), detail)
 
 
-def _load_peft_lora(folder: Path, base: nn.Module) -> Column:
+def _load_peft_lora(adapter: FoundAdapter, base: nn.Module) -> Column:
     """Load plain LoRA in PEFT's format; it needs no class of ours."""
     from peft import PeftModel
 
-    settings = _read_json(folder / "adapter_config.json")
+    settings = _read_json(adapter.folder / "adapter_config.json")
     size = _size(base)
-    model = PeftModel.from_pretrained(base, str(folder))
+    model = PeftModel.from_pretrained(base, str(adapter.folder))
     kind: Kind = "DoRA" if settings.get("use_dora") else "LoRA"
-    return Column(folder.name, kind, model, _size(model) - size, f"r {settings.get('r')}")
+    return Column(adapter.name, kind, model, _size(model) - size, f"r {settings.get('r')}")
 
 
 def load_base(

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from minilora_hub.compare.columns import Column, Progress, adapter_type, load_base, load_columns, shared_copy
+from minilora_hub.compare.columns import Column, Progress, find_adapter, load_base, load_columns, shared_copy
 from minilora_hub.compare.sampling import Sampling, TokenPicker
 from minilora_hub.compare.text_stream import TextStream
 
@@ -68,7 +68,7 @@ class CompareEngine:
 
     Args:
         base: name or folder of the base (see `minilora_hub.bases`), or a loaded model, which is left as it is.
-        adapters: adapter folders, or columns that are ready.
+        adapters: folders or Hub ids of adapters, or columns that are ready.
         tokenizer: needed where `base` is a model; otherwise it comes with the base.
         device: where to load a base that is named. Default: a GPU if there is one.
         dtype: its dtype. Default: fp32 on a CPU, the checkpoint's own elsewhere.
@@ -96,9 +96,8 @@ class CompareEngine:
         progress: Progress = lambda line: None,
     ) -> None:
         """Load everything; see the class for the arguments."""
-        for adapter in adapters:
-            if not isinstance(adapter, Column):
-                adapter_type(Path(adapter))  # a misspelt folder is told before a base is loaded in vain
+        # A misspelt name is told before a base is loaded in vain.
+        found = [adapter if isinstance(adapter, Column) else find_adapter(adapter) for adapter in adapters]
         if isinstance(base, nn.Module):
             if tokenizer is None:
                 raise ValueError("tokenizer=None: must be given where base is a model")
@@ -107,7 +106,7 @@ class CompareEngine:
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             model, own_tokenizer, name = load_base(base, device, dtype, progress)
             tokenizer = tokenizer or own_tokenizer
-        self.columns = tuple(load_columns(model, name, adapters, progress))
+        self.columns = tuple(load_columns(model, name, found, progress))
         self.tokenizer = tokenizer
         self._routing = routing
         self._lock = threading.Lock()

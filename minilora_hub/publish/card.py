@@ -217,9 +217,8 @@ def _snippet(folder: Path, results: Results, name: str, revision: str | None, st
 
 
 def _local_demo(results: Results, repo_id: str | None, title: str) -> str:
-    fetch = [f"hf download {repo_id} --local-dir {title}"] if repo_id else []
-    demo = f"minilora demo {shlex.quote('./' + title)} --base {shlex.quote(results.base.id)}"
-    return "\n".join(["pip install 'minilora_hub[demo]'", *fetch, demo])
+    demo = f"minilora demo {shlex.quote(repo_id or './' + title)} --base {shlex.quote(results.base.id)}"
+    return "\n".join(["pip install 'minilora_hub[demo]'", demo])
 
 
 def _code_origin(code: dict[str, Path]) -> str:
