@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from .adapter_files import (
@@ -66,7 +66,7 @@ class AdaptedModel(PreTrainedModel):
         tensors = None if adapter_file is None else read_adapter(adapter_file, expected_tensors(config, sites))
         config.text_config = base.config
         config.dtype = base.dtype
-        config._attn_implementation_internal = base.config._attn_implementation
+        config._attn_implementation = base.config._attn_implementation
         super().__init__(config)
         self._trainable_before = [p for p in base.parameters() if p.requires_grad]
         attach(base, config, sites, tensors, seed, adapter_dtype)
@@ -125,7 +125,7 @@ class AdaptedModel(PreTrainedModel):
                 f"{sorted(base_arguments)}: only for a base that is loaded by name, not one that is handed in"
             )
         elif config.base_model_name_or_path is None:
-            config.base_model_name_or_path = base.config._name_or_path or None
+            config.base_model_name_or_path = base.config.name_or_path or None
         config.base_fingerprint = cls._fingerprint(config, cache_dir)
         return cls(config, base=base, seed=seed, adapter_dtype=adapter_dtype)
 
@@ -206,9 +206,18 @@ class AdaptedModel(PreTrainedModel):
         base, dtype = cls._base_for_adapter(config, base_model, base_revision, base_trust_remote_code, kwargs, shared)
         model = cls(config, base=base, adapter_file=file, adapter_dtype=dtype)
         model.name_or_path = str(pretrained_model_name_or_path)
+        model._load_generation_config(pretrained_model_name_or_path, where)
         model.eval()
         info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
         return (model, info) if output_loading_info else model
+
+    def _load_generation_config(self, name_or_path, where):
+        """The adapter's own generation settings, where its folder has them; otherwise the base's stay."""
+        if self.can_generate():
+            try:
+                self.generation_config = GenerationConfig.from_pretrained(name_or_path, **where)
+            except OSError:
+                logger.info("No generation_config.json with the adapter: the base's generation settings are used.")
 
     @classmethod
     def _base_for_adapter(cls, config, base_model, base_revision, trust_remote_code, kwargs, shared):

@@ -159,6 +159,19 @@ def test_flash_attention_without_a_gpu_is_transformers_own_error(base_folder, tm
         AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="flash_attention_2")
 
 
+def test_the_adapters_own_generation_settings_are_loaded(base_folder, tmp_path):
+    model = DoraForCausalLM.from_base(str(base_folder), tiny_config("dora"))
+    model.generation_config.update(temperature=0.3, do_sample=True)
+    model.save_pretrained(tmp_path / "out")
+    loaded = DoraForCausalLM.from_pretrained(tmp_path / "out")
+    assert (loaded.generation_config.temperature, loaded.base.generation_config.do_sample) == (0.3, True)
+    os.remove(tmp_path / "out" / "generation_config.json")
+    bare = DoraForCausalLM.from_pretrained(tmp_path / "out")
+    assert bare.generation_config.to_dict() == tiny_base().generation_config.to_dict() | {
+        "_from_model_config": bare.generation_config.to_dict().get("_from_model_config")
+    }
+
+
 # ---- which base ----
 
 
