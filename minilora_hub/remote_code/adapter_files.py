@@ -21,6 +21,7 @@ CODE_FILES = (
     "configuration_minilora.py",
     "mixture.py",
     "modeling_minilora.py",
+    "routing.py",
 )
 CHECKPOINT_FILES = (
     "model.safetensors",

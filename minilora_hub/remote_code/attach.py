@@ -11,6 +11,7 @@ import torch
 from .adapted_linear import AdaptedLinear, LowRankUpdate, init_lora_a, layer_device, row_norms_squared
 from .base_structure import LinearSite
 from .mixture import MixtureOfLoraExperts
+from .routing import routing_of
 
 STACKED = "experts"
 
@@ -105,8 +106,8 @@ def _mixture(block, site, config, tensors, generator, dtype):
         router = tensors[f"{site.name}.router"]
     device = layer_device(block.get_submodule(site.structure.inputs[0]))
     router = router.to(device=device, dtype=dtype or router.dtype)
-    jitter = config.router_jitter_noise
-    return MixtureOfLoraExperts(block, site.structure, router, experts, config.num_experts_per_tok, jitter)
+    noise, dropout = config.router_jitter_noise, config.expert_dropout
+    return MixtureOfLoraExperts(block, site.structure, router, experts, routing_of(config), noise, dropout)
 
 
 def _update(layer, update, config, tensors, generator, dtype):

@@ -125,12 +125,12 @@ def plan_sites(base, config):
     refuse_adapted(base)
     keep_4bit_weights_exact(base)  # before a block is called below
     prefix, layers = find_decoder_layers(base)
-    with_mixture = config.model_type == "mixlora"
     known = {}
     sites = []
     for index, layer in enumerate(layers):
         where, name = f"{prefix}.{index}", f"layers.{index}"
         shapes = linears_in(layer)
+        with_mixture = config.model_type == "mixlora" and config.has_mixture(index)
         block_path, structure = _find_feed_forward(layer, where, known) if with_mixture else (None, None)
         for path, shape in shapes.items():
             in_block = block_path is not None and path.startswith(block_path + ".")
@@ -160,6 +160,11 @@ def _check_targets(config, layers, sites):
             if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names):
                 raise ValueError(f"{field}[{key!r}]: matches no linear in the base's layers; it has {available}")
     if config.model_type == "mixlora" and not any(isinstance(site, MixtureSite) for site in sites):
+        if not any(config.has_mixture(index) for index in range(len(layers))):
+            raise ValueError(
+                f"router_sparse_step={config.router_sparse_step}: layer 1 would be the first mixture; the base has "
+                f"{len(layers)}"
+            )
         raise ValueError(
             f"target_modules={config.target_modules}: a MixLoRA needs at least one projection of the feed-forward "
             f"block; the base has {available}"

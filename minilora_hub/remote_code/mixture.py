@@ -1,8 +1,7 @@
 """MixLoRA's feed-forward block: a router, and LoRA experts over the one frozen block they share (arXiv 2404.15159).
 
-For a token x with experts e_1 .. e_K and weights g_1 .. g_K (eq. 4 to 6 of the paper):
+For a token x with experts e_1 .. e_K and weights g_1 .. g_K, which `routing.py` decides (eq. 4 to 6 of the paper):
 
-    g = softmax(router x)  ->  the K largest  ->  divided by their sum
     y = sum_k g_k * E_{e_k}(x),   E_e(x) = W_down' act(W_gate' x) * (W_up' x),   W' = W + s B_e A_e
 
 How this differs from the reference: W_gate x and W_up x are the same for every expert, and W_down is linear, so
@@ -13,108 +12,17 @@ and every base matrix multiplication runs once per token, as in the dense model;
 With DoRA experts (`use_dora`) the per-expert output scale keeps W_down from being combined: there it runs once per
 slot.
 
-A slot is one (token, chosen expert) pair: N tokens have N * K slots. Many slots are sorted by expert, so that each
-expert multiplies one contiguous block; few slots gather the experts' stacked weights instead.
+A slot is one (token, chosen expert) pair: N tokens have up to N * K slots. Many slots are sorted by expert, so that
+each expert multiplies one contiguous block; few slots gather the experts' stacked weights instead, those that are not
+kept with weight 0.
 """
-
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .adapted_linear import apply_dora_scale
-
-_RECORD = ContextVar("minilora_routing_record", default=None)
-_COMPILED_RECORD = [None]  # torch.compile cannot trace a ContextVar; a compiled forward runs in one thread
-
-
-@dataclass
-class RoutingRecord:
-    """What the routers of one forward decided, a tensor a layer, in the order of the layers.
-
-    Attributes:
-        logits: router logits, (batch, seq, experts), fp32.
-        selected: indices of the chosen experts, (batch, seq, K).
-        weights: their weights, (batch, seq, K), fp32.
-    """
-
-    logits: list = field(default_factory=list)
-    selected: list = field(default_factory=list)
-    weights: list = field(default_factory=list)
-
-
-@contextmanager
-def record_routing():
-    """Collect the routing of every mixture that runs inside: ``with record_routing() as record: model(...)``.
-
-    The record belongs to this thread's context, and is closed when the block ends, so a forward that gradient
-    checkpointing repeats during backward adds nothing to it.
-    """
-    record = RoutingRecord()
-    if torch.compiler.is_compiling():
-        _COMPILED_RECORD[0] = record
-        try:
-            yield record
-        finally:
-            _COMPILED_RECORD[0] = None
-    else:
-        token = _RECORD.set(record)
-        try:
-            yield record
-        finally:
-            _RECORD.reset(token)
-
-
-def current_record():
-    """The open record of this context, or None."""
-    return _COMPILED_RECORD[0] if torch.compiler.is_compiling() else _RECORD.get()
-
-
-def route_top_k(logits, k):
-    """Softmax over the experts, the k largest, divided by their sum: which is the softmax of the k largest logits.
-
-    Args:
-        logits: (tokens, experts), fp32.
-        k: experts per token.
-
-    Returns:
-        weights (tokens, k), fp32, and indices (tokens, k), the largest first.
-    """
-    largest, selected = torch.topk(logits, k, dim=-1)
-    return F.softmax(largest, dim=-1), selected
-
-
-def load_balancing_loss(logits, k, attention_mask=None):
-    """E * sum_i f_i P_i over the tokens of all layers (eq. 7 of the paper; the form that transformers' MoE models use).
-
-    f_i is the share of tokens that chose expert i, summed over their k slots, P_i the mean probability of expert i.
-
-    Args:
-        logits: router logits, a tensor (batch, seq, experts) per layer.
-        k: experts per token.
-        attention_mask: (batch, seq), 0 on padding, which does not count. None: every token counts.
-
-    Returns:
-        A scalar, fp32; k when the load is perfectly even.
-    """
-    device = logits[0].device  # layers may lie on several
-    logits = torch.stack([layer.to(device) for layer in logits])  # (layers, batch, seq, experts)
-    probabilities = F.softmax(logits.float(), dim=-1)
-    num_experts = probabilities.shape[-1]
-    chosen = torch.topk(probabilities, k, dim=-1).indices
-    chosen = F.one_hot(chosen, num_experts).sum(dim=-2).float()  # (layers, batch, seq, experts), k ones a token
-    if attention_mask is None:
-        counts = torch.ones(logits.shape[:-1], device=device)
-    else:
-        counts = attention_mask.to(device=device, dtype=torch.float32).expand(logits.shape[:-1])
-    counts = counts.unsqueeze(-1)  # (layers, batch, seq, 1)
-    total = counts.sum().clamp_min(1.0)
-    share = (chosen * counts).sum(dim=(0, 1, 2)) / total  # f: (experts)
-    mean_probability = (probabilities * counts).sum(dim=(0, 1, 2)) / total  # P: (experts)
-    return num_experts * (share * mean_probability).sum()
+from .routing import current_record
 
 
 class _SlotsByExpert:
@@ -125,14 +33,18 @@ class _SlotsByExpert:
         expert: the expert of each slot, (slots).
     """
 
-    def __init__(self, selected):
-        flat = selected.flatten()
+    def __init__(self, selected, kept=None):
+        flat, order = selected.flatten(), None
+        if kept is not None:
+            order = kept.flatten().nonzero().squeeze(-1)
+            flat = flat[order]
         if selected.shape[0] == 1:  # one token: its experts are all different, nothing to sort
-            self.order, self.expert = None, flat
+            self.order, self.expert = order, flat
             self.token = torch.zeros_like(flat)
             self.experts, self.counts = flat.tolist(), [1] * flat.shape[0]
             return
-        self.expert, self.order = flat.sort(stable=True)
+        self.expert, by_expert = flat.sort(stable=True)
+        self.order = by_expert if order is None else order[by_expert]
         self.token = self.order // selected.shape[1]
         served, counts = torch.unique_consecutive(self.expert, return_counts=True)
         self.experts, self.counts = served.tolist(), counts.tolist()
@@ -174,9 +86,12 @@ class _SlotsByExpert:
 
 
 class _SlotsGathered:
-    """Slots in token order, each with its own expert's weights gathered, so that nothing waits for the device."""
+    """Slots in token order, each with its own expert's weights gathered, so that nothing waits for the device.
 
-    def __init__(self, selected):
+    Those that are not kept are computed as well: their weight is 0.
+    """
+
+    def __init__(self, selected, kept=None):
         self.expert = selected.flatten()  # (slots)
         self.per_token = selected.shape[1]
         self.token = torch.arange(selected.shape[0], device=selected.device).repeat_interleave(self.per_token)
@@ -203,52 +118,77 @@ class MixtureOfLoraExperts(nn.Module):
         structure: its `FeedForwardStructure`: which linears it has and what happens between them.
         router: router weight, [experts, d].
         experts: projection name -> `LowRankUpdate` stacked over the experts. A projection may be left out.
-        num_experts_per_tok: K.
+        routing: `TopKRouting`, `TopPRouting` or `SwitchRouting`: who serves which token.
         jitter_noise: in training, the router's input is multiplied by U(1 - noise, 1 + noise).
+        dropout: probability with which values of the block's output are dropped in training.
     """
 
-    def __init__(self, base_block, structure, router, experts, num_experts_per_tok, jitter_noise=0.0):
+    def __init__(self, base_block, structure, router, experts, routing, jitter_noise=0.0, dropout=0.0):
         super().__init__()
         self.base_block = base_block
         self.structure = structure
         self.router = nn.Parameter(router)
         self.experts = nn.ModuleDict(experts)
-        self.num_experts_per_tok = num_experts_per_tok
+        self.routing = routing
         self.jitter_noise = jitter_noise
+        self.dropout = nn.Dropout(dropout)
+        self._masked_shape = None  # (batch, seq) of the last forward in training that knew its padding
 
     def forward(self, hidden_states):
         x = hidden_states.flatten(0, -2)  # (tokens, d)
-        weights, selected = self.route(x, hidden_states.shape[:-1])
-        slots = self._group(selected)
+        routes = self.route(x, hidden_states.shape[:-1])
+        slots = self._group(routes)
         # One base GEMM per input projection, whatever the number of experts.
         shared = [self._project(name, x)[slots.token] for name in self.structure.inputs]  # each (slots, out)
         h = self.structure.activate(*self._expert_inputs(shared, x[slots.token], slots))  # (slots, ff)
-        g = slots.slots(weights).to(x.dtype)
+        g = slots.slots(routes.weights).to(x.dtype)
         h = h * g if torch.is_grad_enabled() else h.mul_(g)  # g_k h_k
         out = self._expert_output(h, slots, x.shape[0])  # (tokens, d)
+        if not self.routing.weights_sum_to_one:
+            out = self._weigh_bias(out, routes.weights)
+        if routes.passed is not None:
+            out = out + (routes.passed * x).to(out.dtype)
+        out = self.dropout(out) if self.training else out
         return self.structure.dropout(out).view_as(hidden_states)
 
-    def _group(self, selected):
+    def _group(self, routes):
         """A CPU reads indices for free; elsewhere that waits for the device, which few tokens are spared."""
-        few = selected.numel() <= self.router.shape[0]
-        if torch.compiler.is_compiling() or (few and selected.device.type != "cpu"):
-            return _SlotsGathered(selected)
-        return _SlotsByExpert(selected)
+        few = routes.selected.numel() <= self.router.shape[0]
+        if torch.compiler.is_compiling() or (few and routes.selected.device.type != "cpu"):
+            return _SlotsGathered(routes.selected, routes.kept)
+        return _SlotsByExpert(routes.selected, routes.kept)
 
     def route(self, x, leading_shape):
-        """Weights and indices of each token's experts, (tokens, K) both; recorded where someone asked."""
-        x = x.float()
+        """`Routes` of x, (tokens, d); recorded where someone asked."""
+        x, record = x.float(), current_record()
         if self.training and self.jitter_noise > 0:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
+        token_mask = self._token_mask(record, leading_shape, x.device)
         with torch.autocast(x.device.type, enabled=False):  # routing in fp32, as the reference does
             logits = F.linear(x, self.router.float())  # (tokens, experts)
-            weights, selected = route_top_k(logits, self.num_experts_per_tok)
-        record = current_record()
+            routes = self.routing.route(logits, leading_shape, self.training, token_mask)
         if record is not None:
+            selected = routes.selected if routes.kept is None else routes.selected.masked_fill(~routes.kept, -1)
             record.logits.append(logits.view(*leading_shape, -1))
             record.selected.append(selected.view(*leading_shape, -1))
-            record.weights.append(weights.view(*leading_shape, -1))
-        return weights, selected
+            record.weights.append(routes.weights.view(*leading_shape, -1))
+        return routes
+
+    def _token_mask(self, record, leading_shape, device):
+        """Which tokens are no padding, (batch, seq), where the routing asks and someone knows; None: every token."""
+        if not (self.training and self.routing.needs_token_mask):
+            return None
+        if record is None:
+            if torch.is_grad_enabled() and self._masked_shape == leading_shape:
+                raise ValueError(
+                    "attention_mask: gradient checkpointing repeats a forward without the padding it had, which takes "
+                    "no capacity: pass use_reentrant=False and context_fn=routing.checkpoint_contexts to the checkpoint"
+                )
+            return None
+        mask = record.token_mask
+        self._masked_shape = None if mask is None else leading_shape
+        # With a cache the mask also covers the past.
+        return None if mask is None else mask[..., -leading_shape[-1] :].to(device)
 
     def _project(self, name, x):
         return self.base_block.get_submodule(name)(x)
@@ -277,7 +217,10 @@ class MixtureOfLoraExperts(nn.Module):
         return slots.project_down(x.to(update.lora_A.dtype), update.lora_A)
 
     def _expert_output(self, h, slots, num_tokens):
-        """The output projection, summed over each token's slots. `h` (slots, ff) already carries its slot's weight."""
+        """The output projection, summed over each token's slots, with its bias added once.
+
+        `h` (slots, ff) already carries its slot's weight.
+        """
         name = self.structure.output
         if name not in self.experts:
             return self._project(name, slots.sum_slots(h, num_tokens))
@@ -288,13 +231,20 @@ class MixtureOfLoraExperts(nn.Module):
                 h.new_zeros(h.shape[0], update.lora_B.shape[1]), low, update.lora_B, update.scaling
             )
             return self._project(name, slots.sum_slots(h, num_tokens)) + slots.sum_slots(added, num_tokens)
-        # g * (c * (W h + s B A h) + b): the weights sum to one, so the bias is left out of every slot and added once.
+        # g * (c * (W h + s B A h) + b): the bias is left out of every slot and added once.
         layer = self.base_block.get_submodule(name)
         bias = getattr(layer, "bias", None)
         out = self._project(name, h)
         out = slots.add_projected_up(out if bias is None else out - bias, low, update.lora_B, update.scaling)
         out = slots.sum_slots(self._scaled(name, out, slots, with_bias=False), num_tokens)
         return out if bias is None else out + bias
+
+    def _weigh_bias(self, out, weights):
+        """From the output bias added once to sum_k g_k times, where the weights do not sum to one."""
+        bias = getattr(self.base_block.get_submodule(self.structure.output), "bias", None)
+        if bias is None:
+            return out
+        return out + ((weights.sum(dim=-1, keepdim=True) - 1) * bias).to(out.dtype)
 
     def _scaled(self, name, out, slots, with_bias=True):
         """DoRA's c per slot; nothing for plain LoRA."""

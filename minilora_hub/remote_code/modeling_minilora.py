@@ -1,15 +1,17 @@
 """The public models: MixLoRA and DoRA adapters in a base with and without its language-model head."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
 from .adapted_model import AdaptedModel
 from .configuration_minilora import DoraConfig, MixLoraConfig
-from .mixture import load_balancing_loss, record_routing
+from .routing import checkpoint_contexts, record_routing, router_loss_weights, routing_of
 
 
 @dataclass
@@ -18,24 +20,29 @@ class MixLoraModelOutput(MoeModelOutputWithPast):
 
     Attributes:
         aux_loss: the load-balance loss, not yet multiplied by its coefficient.
-        router_logits: per layer, (batch, seq, experts), fp32.
-        selected_experts: per layer, (batch, seq, experts per token).
-        routing_weights: per layer, (batch, seq, experts per token), fp32.
+        router_logits: per mixture, (batch, seq, experts), fp32.
+        selected_experts: per mixture, (batch, seq, K), the most probable first. K is `num_experts_per_tok`, and the
+            number of experts under ``routing_strategy="top_p"``, with -1 in the slots a token does not need. Under
+            ``"switch"`` -1 is a token over its expert's capacity (in training only).
+        routing_weights: per mixture, (batch, seq, K), fp32; 0 where the index is -1.
+        z_loss: the router's z-loss, not yet multiplied by its coefficient; under ``"switch"`` only.
     """
 
     aux_loss: torch.FloatTensor | None = None
     selected_experts: tuple | None = None
     routing_weights: tuple | None = None
+    z_loss: torch.FloatTensor | None = None
 
 
 @dataclass
 class MixLoraCausalLMOutput(MoeCausalLMOutputWithPast):
-    """`MoeCausalLMOutputWithPast` with, for `output_routing=True`, who served which token (see
+    """`MoeCausalLMOutputWithPast` with the z-loss and, for `output_routing=True`, who served which token (see
     `MixLoraModelOutput`).
     """
 
     selected_experts: tuple | None = None
     routing_weights: tuple | None = None
+    z_loss: torch.FloatTensor | None = None
 
 
 def share_of_items(labels, num_items_in_batch):
@@ -54,43 +61,50 @@ class MixtureForward:
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         labels = kwargs.get("labels")
-        train_balance = self.training and labels is not None and self.config.router_aux_loss_coef > 0
-        if not (output_router_logits or output_routing or train_balance):
+        weights = router_loss_weights(self.config) if self.training and labels is not None else {}
+        tell_padding = self.training and routing_of(self.config).needs_token_mask
+        if not (output_router_logits or output_routing or weights or tell_padding):
             outputs, routing = (
                 self.base(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs),
                 {},
             )
         else:
-            with record_routing() as record:
+            is_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
+            with record_routing(attention_mask if is_mask else None) as record:
                 outputs = self.base(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
-            routing = {}
-            if output_router_logits or train_balance:
-                routing["aux_loss"] = self._balance_loss(record, attention_mask)
+            routing = self._router_losses(record) if output_router_logits or weights else {}
             if output_router_logits:
                 routing["router_logits"] = tuple(record.logits)
             if output_routing:
                 routing["selected_experts"] = tuple(record.selected)
                 routing["routing_weights"] = tuple(record.weights)
         fields = {**outputs, **routing}
-        if train_balance:
+        if weights:
             share = share_of_items(labels, kwargs.get("num_items_in_batch"))
-            penalty = self.config.router_aux_loss_coef * routing["aux_loss"] * share
+            penalty = sum(weight * routing[name] for name, weight in weights.items()) * share
             fields["loss"] = fields["loss"] + penalty.to(fields["loss"].device)
         known = {name: fields[name] for name in fields if name in output_class.__dataclass_fields__}
         result = output_class(**known)
         return result if return_dict is not False else result.to_tuple()
 
-    def _balance_loss(self, record, attention_mask):
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+        """What is padding goes along with a checkpointed layer, where the routing depends on it."""
+        given = getattr(gradient_checkpointing_func, "keywords", {})
+        if routing_of(self.config).needs_token_mask and not given.get("use_reentrant") and "context_fn" not in given:
+            gradient_checkpointing_func = partial(gradient_checkpointing_func, context_fn=checkpoint_contexts)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+    def _router_losses(self, record):
         router = next(p for name, p in self.adapter_parameters().items() if name.endswith(".router"))
         if self.training and torch.is_grad_enabled() and router.requires_grad and not record.logits[0].requires_grad:
             raise ValueError(
                 "gradient checkpointing with use_reentrant=True hides the router from the balance loss: "
                 'pass gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
-        mask = None
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            mask = attention_mask[:, -record.logits[0].shape[1] :]  # with a cache the mask also covers the past
-        return load_balancing_loss(record.logits, self.config.num_experts_per_tok, mask)
+        mask = record.token_mask
+        if mask is not None:
+            mask = mask[:, -record.logits[0].shape[1] :]  # with a cache the mask also covers the past
+        return routing_of(self.config).losses(record.logits, mask)
 
 
 class GenerateOnBase:

@@ -11,7 +11,8 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from minilora_hub import MixLoraForCausalLM
 from minilora_hub.remote_code import mixture
-from minilora_hub.remote_code.mixture import MixtureOfLoraExperts, load_balancing_loss, route_top_k
+from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
+from minilora_hub.remote_code.routing import load_balancing_loss, route_top_k
 
 REFERENCE_FAMILIES = ("llama", "mistral", "qwen2", "gemma2", "phi", "phi3")
 
@@ -51,7 +52,7 @@ def plain_mixture(module, x, masks=None):
     result = torch.zeros_like(x)
     for t, row in enumerate(x):
         probabilities = F.softmax(module.router @ row, dim=-1)
-        weights, chosen = probabilities.topk(module.num_experts_per_tok)
+        weights, chosen = probabilities.topk(module.routing.k)
         weights = weights / weights.sum()
         for k, (g, e) in enumerate(zip(weights, chosen, strict=True)):
             slot = (t, k)
