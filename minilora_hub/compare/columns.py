@@ -167,7 +167,9 @@ def load_adapter(adapter: FoundAdapter, base: nn.Module) -> Column:
     config = model.config
     detail = f"r {config.r}"
     if found == "mixlora":
-        detail += f", {config.num_experts} experts, {config.num_experts_per_tok} active"
+        top_p = config.routing_strategy == "top_p"
+        active = f"top-p {config.router_top_p:g}" if top_p else f"{config.num_experts_per_tok} active"
+        detail += f", {config.num_experts} experts, {active}"
     kind: Kind = "MixLoRA" if found == "mixlora" else "DoRA"
     return Column(adapter.name, kind, model, model.num_adapter_parameters(), detail)
 

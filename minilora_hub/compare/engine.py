@@ -335,5 +335,7 @@ def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozens
 
 
 def _last_experts(output) -> tuple[tuple[int, ...], ...] | None:
-    selected = getattr(output, "selected_experts", None)  # per layer (1, seq, top_k)
-    return None if selected is None else tuple(tuple(layer[0, -1].tolist()) for layer in selected)
+    selected = getattr(output, "selected_experts", None)  # per layer (1, seq, K), -1 where a slot has no expert
+    if selected is None:
+        return None
+    return tuple(tuple(expert for expert in layer[0, -1].tolist() if expert >= 0) for layer in selected)

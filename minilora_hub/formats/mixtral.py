@@ -64,6 +64,11 @@ def mixtral_config(model: Any) -> Any:
     text, ours = model.base.config, model.config
     if ours.model_type != "mixlora":
         raise AdapterError(f"model_type={ours.model_type!r}: only a MixLoRA is a Mixtral; a DoRA merges into its base")
+    if ours.routing_strategy != "top_k":
+        raise AdapterError(
+            f"routing_strategy={ours.routing_strategy!r}: a Mixtral takes the k best experts of each token and divides "
+            'their weights by their sum, which is "top_k" only'
+        )
     if text.model_type not in BASES:
         raise AdapterError(
             f"base of type {text.model_type!r}: a Mixtral is a {' or '.join(BASES)} in every other layer"

@@ -84,6 +84,7 @@ def render_card(
         commands=list(dict.fromkeys(row.command for row in results.evaluation if row.command)),
         notes=list(dict.fromkeys(row.note for row in results.evaluation if row.note)),
         adapter_rows=adapter_rows(results, config),
+        as_mixtral=config.get("routing_strategy") == "top_k",
         training_rows=training_rows(training) if training else [],
         load_picture=EXPERT_LOAD if EXPERT_LOAD in wanted else None,
         loss_picture=LOSS if LOSS in wanted else None,

@@ -26,8 +26,8 @@ def summary(results: Results, config: dict[str, Any]) -> str:
     """The first sentences of the card."""
     method = results.method
     kind = {
-        "mixlora": f"a mixture of {inline(config.get('num_experts'))} LoRA experts in each feed-forward block, "
-        f"{inline(config.get('num_experts_per_tok'))} of them active for each token",
+        "mixlora": f"a mixture of {inline(config.get('num_experts'))} LoRA experts in {_mixtures(config)}, "
+        f"{_active_experts(config)}",
         "dora": "weight-decomposed low-rank adaptation",
         "lora": "low-rank adaptation",
     }[method]
@@ -35,6 +35,38 @@ def summary(results: Results, config: dict[str, Any]) -> str:
         f"A [{METHOD_NAMES[method]}](https://arxiv.org/abs/{PAPERS[method]}) adapter ({kind}) for "
         f"{base_link(results.base)}: {_size(results)}."
     )
+
+
+def _mixtures(config: dict[str, Any]) -> str:
+    step = config.get("router_sparse_step") or 1
+    return "each feed-forward block" if step == 1 else f"one feed-forward block in {inline(step)}"
+
+
+def _active_experts(config: dict[str, Any]) -> str:
+    """How many experts serve a token, as the routing strategy has it."""
+    if config.get("routing_strategy") == "top_p":
+        return (
+            f"each token served by its most probable ones until their probabilities exceed "
+            f"{inline(config.get('router_top_p'))}"
+        )
+    return f"{inline(config.get('num_experts_per_tok'))} of them active for each token"
+
+
+def _routing_rows(config: dict[str, Any]) -> Rows:
+    """The strategy, and what only it has."""
+    rows = [("Routing", inline(config.get("routing_strategy")))]
+    if config.get("routing_strategy") == "top_p":
+        rows += [
+            ("Probability that a token's experts exceed", inline(config.get("router_top_p"))),
+            ("Router temperature", inline(config.get("router_temperature") or "none")),
+        ]
+    if config.get("routing_strategy") == "switch":
+        rows += [
+            ("Expert capacity in training", f"{inline(config.get('expert_capacity'))} tokens of a sequence"),
+            ("z-loss coefficient", inline(config.get("router_z_loss_coef"))),
+            ("Layers with a mixture", f"1 in {inline(config.get('router_sparse_step') or 1)}"),
+        ]
+    return rows
 
 
 def _size(results: Results) -> str:
@@ -56,10 +88,13 @@ def adapter_rows(results: Results, config: dict[str, Any]) -> Rows:
         alpha = config.get("expert_alpha")
         if alpha is None:  # the configuration's own rule
             alpha = config.get("lora_alpha") if config.get("expert_r") is None else 2 * config["expert_r"]
+        experts = inline(config.get("num_experts"))
+        top_p = config.get("routing_strategy") == "top_p"
+        active = f"1 to {experts}" if top_p else inline(config.get("num_experts_per_tok"))
         rows += [
-            ("Experts", f"{inline(config.get('num_experts'))}, {inline(config.get('num_experts_per_tok'))} per token"),
+            ("Experts", f"{experts}, {active} per token"),
             ("Rank, alpha of an expert", f"{inline(rank)}, {inline(alpha)}"),
-            ("Routing", inline(config.get("routing_strategy"))),
+            *_routing_rows(config),
             ("Load-balance coefficient", inline(config.get("router_aux_loss_coef"))),
         ]
     targets = config.get("target_modules")

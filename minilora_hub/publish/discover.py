@@ -28,6 +28,11 @@ SHOWN_SETTINGS = (
     "use_dora",
     "num_experts",
     "num_experts_per_tok",
+    "routing_strategy",
+    "router_top_p",
+    "router_temperature",
+    "expert_capacity",
+    "router_sparse_step",
     "expert_r",
     "expert_alpha",
 )

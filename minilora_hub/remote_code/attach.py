@@ -49,7 +49,8 @@ def attach(base, config, sites, tensors=None, seed=0, dtype=None):
         base: the plain base.
         config: the adapter's configuration.
         sites: where it goes, from `plan_sites`.
-        tensors: {canonical name: tensor}, already checked. None: fresh ones, whose output equals the base's.
+        tensors: {canonical name: tensor}, already checked. None: fresh ones, with which an expert computes what the
+            base does, since B is zero.
         seed: seed of fresh tensors; torch's global random state is left alone.
         dtype: dtype of the adapter's tensors. Default: as they are (fresh ones float32). Magnitudes are always float32.
     """

@@ -87,12 +87,12 @@ class MixtureForward:
         result = output_class(**known)
         return result if return_dict is not False else result.to_tuple()
 
-    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, *args, **kwargs):
         """What is padding goes along with a checkpointed layer, where the routing depends on it."""
         given = getattr(gradient_checkpointing_func, "keywords", {})
         if routing_of(self.config).needs_token_mask and not given.get("use_reentrant") and "context_fn" not in given:
             gradient_checkpointing_func = partial(gradient_checkpointing_func, context_fn=checkpoint_contexts)
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, *args, **kwargs)
 
     def _router_losses(self, record):
         router = next(p for name, p in self.adapter_parameters().items() if name.endswith(".router"))

@@ -49,8 +49,8 @@ def expert_load(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[tuple[f
         with torch.inference_mode():
             selected = torch.stack(model(**inputs, output_routing=True).selected_experts)  # (layers, batch, seq, K)
         real = inputs["attention_mask"].bool()  # (batch, seq): padding does not count
-        chosen = selected[:, real].flatten(1)  # (layers, tokens * K)
-        counts = counts + torch.nn.functional.one_hot(chosen, model.config.num_experts).sum(dim=1)
+        chosen = selected[:, real].flatten(1)  # (layers, tokens * K), -1 where a slot has no expert
+        counts = counts + torch.nn.functional.one_hot(chosen + 1, model.config.num_experts + 1).sum(dim=1)[:, 1:]
     shares = counts.double() / counts.sum(dim=1, keepdim=True)
     return tuple(tuple(round(share, 4) for share in layer) for layer in shares.tolist())
 
