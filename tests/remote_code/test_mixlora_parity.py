@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from reference import reference_mixlora
+from reference import plain_mixture, reference_mixlora
 from tiny import fill_adapter, logits, tiny_base, tiny_config, tiny_model, token_ids
 from torch.nn import functional as F
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -29,43 +29,6 @@ def test_logits_equal_the_reference_packages(family, experts_per_tok, tmp_path):
     torch.testing.assert_close(logits(model), logits(twin), rtol=0, atol=1e-4)
     one = token_ids(1, 1)  # few slots take the gathered path
     torch.testing.assert_close(logits(model, one), logits(twin, one), rtol=0, atol=1e-4)
-
-
-def plain_mixture(module, x, masks=None):
-    """The block of the paper, one token and one expert at a time, with materialised weights W + s B A (or DoRA's)."""
-    block, structure = module.base_block, module.structure
-
-    def expert(name, e, rows, slot):
-        layer = block.get_submodule(name)
-        out = layer(rows)
-        if name not in module.experts:
-            return out
-        update = module.experts[name]
-        dropped = rows if masks is None else rows * masks[name][slot]
-        product = update.scaling * update.lora_B[e] @ update.lora_A[e]
-        bias = 0 if layer.bias is None else layer.bias
-        out = rows @ layer.weight.T + dropped @ product.T
-        if update.magnitude is not None:
-            out = out * (update.magnitude[e] / (layer.weight + product).norm(dim=1))
-        return out + bias
-
-    result = torch.zeros_like(x)
-    for t, row in enumerate(x):
-        probabilities = F.softmax(module.router @ row, dim=-1)
-        weights, chosen = probabilities.topk(module.routing.k)
-        weights = weights / weights.sum()
-        for k, (g, e) in enumerate(zip(weights, chosen, strict=True)):
-            slot = (t, k)
-            projected = [expert(name, e, row[None], slot) for name in structure.inputs]
-            if len(projected) == 2:
-                h = structure.activation(projected[0]) * projected[1]
-            elif structure.gate_first is not None:
-                gate, up = projected[0].chunk(2, dim=-1)
-                h = structure.activation(gate) * up
-            else:
-                h = structure.activation(projected[0])
-            result[t] += (g * expert(structure.output, e, h, slot))[0]
-    return result
 
 
 @pytest.mark.parametrize("method", ["mixlora", "mixdora"])
