@@ -7,6 +7,7 @@ import torch
 from reference import plain_balance, plain_mixture, plain_switch, plain_top_p
 from tiny import FAMILIES, OTHER_FAMILIES, fill_adapter, logits, tiny_base, tiny_config, tiny_model, token_ids
 from torch.nn import functional as F
+from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 
 from minilora_hub import MixLoraForCausalLM
 from minilora_hub.remote_code import mixture
@@ -416,6 +417,25 @@ def test_train_save_load_in_bf16(strategy, method, tmp_path):
     loaded = MixLoraForCausalLM.from_pretrained(tmp_path, base_model=copy.deepcopy(base).bfloat16())
     assert torch.equal(logits(loaded), logits(model))
     assert loaded.config.routing_strategy == strategy["routing_strategy"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_trains_saves_and_loads_on_an_nf4_base(strategy, tmp_path):
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    tiny_base(hidden_size=64, intermediate_size=128, attention_bias=True, mlp_bias=True).save_pretrained(tmp_path / "b")
+    quantised = {"quantization_config": BitsAndBytesConfig(**settings)}
+    model = MixLoraForCausalLM.from_base(str(tmp_path / "b"), tiny_config("mixdora", **strategy), **quantised)
+    fill_adapter(model)
+    rows = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in token_ids(8, 10)]
+    arguments = {"max_steps": 4, "learning_rate": 2e-2, "logging_steps": 1, "report_to": [], "save_strategy": "no"}
+    settings = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, seed=0, **arguments)
+    trainer = Trainer(model=model, args=settings, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    model.eval().save_pretrained(tmp_path / "out")
+    loaded = MixLoraForCausalLM.from_pretrained(tmp_path / "out", **quantised)
+    assert torch.equal(logits(loaded), logits(model))
 
 
 @pytest.mark.filterwarnings("ignore")  # inductor's own
