@@ -8,6 +8,7 @@ import pytest
 import tiny_stand_ins as tiny
 import torch
 
+from minilora_hub import MixLoraConfig, MixLoraForCausalLM
 from minilora_hub.compare import columns
 from minilora_hub.compare.engine import Column, CompareEngine, Sampling, Update, shared_copy
 from minilora_hub.compare.text_stream import TextStream
@@ -210,7 +211,9 @@ def test_experts_come_with_the_update_when_asked_for():
             out = super().forward(input_ids, past_key_values)
             chosen = torch.zeros(1, input_ids.shape[1], 2, dtype=torch.long)
             chosen[0, -1] = torch.tensor([3, 1])
-            return SimpleNamespace(**vars(out), selected_experts=(chosen, chosen + 1) if output_routing else None)
+            unused = torch.full_like(chosen[..., :1], -1)  # a slot that top-p did not need
+            layers = (chosen, torch.cat((chosen + 1, unused), dim=-1))
+            return SimpleNamespace(**vars(out), selected_experts=layers if output_routing else None)
 
     def first(routing):
         column = Column("r", "MixLoRA", Routed())
@@ -221,6 +224,20 @@ def test_experts_come_with_the_update_when_asked_for():
 
     assert first(True) == ((3, 1), (4, 2))
     assert first(False) is None
+
+
+@pytest.mark.parametrize(
+    ("strategy", "detail"),
+    [
+        ({"num_experts_per_tok": 3}, "r 4, 4 experts, 3 active"),
+        ({"routing_strategy": "top_p", "router_top_p": 0.7}, "r 4, 4 experts, top-p 0.7"),
+        ({"routing_strategy": "switch"}, "r 4, 4 experts, 1 active"),
+    ],
+)
+def test_a_column_says_how_many_experts_serve_a_token(strategy, detail, tmp_path):
+    config = MixLoraConfig(r=4, num_experts=4, **strategy)
+    MixLoraForCausalLM.from_base(tiny.tiny_llama(), config).save_pretrained(tmp_path / "mix")
+    assert columns.load_adapter(columns.find_adapter(tmp_path / "mix"), tiny.tiny_llama()).detail == detail
 
 
 def test_shared_copy_shares_every_tensor_and_nothing_else():

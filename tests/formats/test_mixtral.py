@@ -47,6 +47,14 @@ def test_experts_on_some_projections_only(tmp_path):
             lambda: MixLoraForCausalLM.from_base(tiny_base("llama", biases=True), tiny_config("mixlora")),
             "attention_bias=True",
         ),
+        (
+            lambda: MixLoraForCausalLM.from_base(tiny_base(), tiny_config("mixlora", routing_strategy="top_p")),
+            "routing_strategy='top_p'.*\"top_k\" only",
+        ),
+        (
+            lambda: MixLoraForCausalLM.from_base(tiny_base(), tiny_config("mixlora", routing_strategy="switch")),
+            "routing_strategy='switch'.*\"top_k\" only",
+        ),
     ],
 )
 def test_what_is_no_mixtral_is_refused_and_nothing_is_written(model, message, tmp_path):

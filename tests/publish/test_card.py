@@ -56,6 +56,31 @@ def page(card: str) -> str:
     return MarkdownIt("commonmark").enable("table").render(card.split("\n---\n", 1)[1])
 
 
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        (
+            {"routing_strategy": "top_p", "router_top_p": 0.7, "router_temperature": 0.0},
+            ["| Experts | 4, 1 to 4 per token |", "until their probabilities exceed 0.7", "| Routing | top\\_p |"],
+        ),
+        (
+            {"routing_strategy": "switch", "num_experts_per_tok": 1, "expert_capacity": 9, "router_sparse_step": 2},
+            ["| Experts | 4, 1 per token |", "in one feed-forward block in 2, 1 of them", "| 9 tokens of a sequence |"],
+        ),
+    ],
+)
+def test_a_card_says_how_many_experts_serve_a_token(tmp_path, changes, facts):
+    """And names no export that would be refused."""
+    config = {name: value for name, value in CONFIG.items() if name != "num_experts_per_tok"} | changes
+    card = render_card(card_folder(tmp_path / "card", full_results(), config), repo_id=None)
+    for fact in facts:
+        assert fact in card, fact
+    assert "mixtral" not in card
+    assert "None" not in card
+    limits = card[card.index("It cannot be merged into the base") :]
+    assert limits.splitlines()[1].startswith("- "), "the next limit follows on the next line"
+
+
 def test_a_full_card_states_the_facts(full):
     card = render_card(full, repo_id="ana/dates", revision="v1", space="ana/compare")
     for fact in (

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from tiny_stand_ins import tiny_llama
 
 from minilora_hub import push
 from minilora_hub.errors import AdapterError, PublishError
@@ -23,6 +24,26 @@ def test_info_of_a_folder(good, method, layout):
     assert found.code == ("this version" if layout == "auto" else None)
     assert found.bytes == sum(path.stat().st_size for path in good[method].rglob("*") if path.is_file())
     assert (found.steps, found.license, found.evaluation[0].value) == (200, "apache-2.0", 0.9)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "shown"),
+    [
+        ({"routing_strategy": "top_p"}, {"routing_strategy": "top_p", "router_top_p": 0.8}),
+        (
+            {"routing_strategy": "switch", "expert_capacity": 5, "router_sparse_step": 2},
+            {"routing_strategy": "switch", "num_experts_per_tok": 1, "expert_capacity": 5, "router_sparse_step": 2},
+        ),
+    ],
+)
+def test_info_says_how_experts_are_chosen(strategy, shown, tmp_path):
+    from minilora_hub import MixLoraConfig, MixLoraForCausalLM
+
+    config = MixLoraConfig(r=4, num_experts=4, base_model_name_or_path="org/base", **strategy)
+    MixLoraForCausalLM.from_base(tiny_llama(), config).save_pretrained(tmp_path)
+    settings = info(tmp_path).settings
+    routing = settings.keys() & {"num_experts_per_tok", "routing_strategy", "router_top_p", "router_temperature"}
+    assert {name: settings[name] for name in routing | settings.keys() & shown.keys()} == shown
 
 
 def test_info_counts_what_a_model_counts(good, base_folder):

@@ -110,6 +110,12 @@ def test_merging_a_mixture_is_refused_and_changes_nothing(method):
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize("strategy", ["top_p", "switch"])
+def test_merging_is_refused_without_naming_an_export_that_is_refused_too(strategy):
+    with pytest.raises(ValueError, match=r"cannot be merged: every token takes its own experts\.$"):
+        tiny_model("llama", "mixlora", routing_strategy=strategy).merge()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_unload_restores_requires_grad(method):
     base = tiny_base()
