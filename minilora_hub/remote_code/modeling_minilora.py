@@ -95,6 +95,10 @@ class MixtureForward:
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, *args, **kwargs)
 
     def _router_losses(self, record):
+        if not record.logits:
+            raise ValueError(
+                "torch.compile and gradient checkpointing together hide the router from its losses: use one of them"
+            )
         router = next(p for name, p in self.adapter_parameters().items() if name.endswith(".router"))
         if self.training and torch.is_grad_enabled() and router.requires_grad and not record.logits[0].requires_grad:
             raise ValueError(

@@ -208,6 +208,15 @@ def test_padding_takes_no_capacity_in_training(side):
     assert differs == (side == "left")  # padding behind takes nothing that was wanted before
 
 
+def test_slots_that_are_not_kept_cost_nothing():
+    module = mixtures(tiny_model("llama", "mixlora", **TOP_P))[0]
+    rows, x = [], torch.randn(1, 30, 32)
+    module.structure.activation.register_forward_hook(lambda _, args, __: rows.append(args[0].shape[0]))
+    module(x)
+    assert rows == [int(module.route(x[0], (1, 30)).kept.sum())]
+    assert 30 < rows[0] < 30 * 4
+
+
 def test_a_token_over_capacity_passes_with_its_probability():
     model = tiny_model("llama", "mixlora", **SWITCH)
     module = mixtures(model)[0].train()

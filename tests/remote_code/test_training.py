@@ -64,6 +64,17 @@ def test_reentrant_checkpointing_would_lose_the_balance_loss_and_is_refused():
         model(ids, labels=ids)
 
 
+@pytest.mark.filterwarnings("ignore")  # dynamo's own
+def test_compiled_checkpointing_would_lose_the_balance_loss_and_is_refused():
+    model, ids = tiny_model("llama", "mixlora").train(), token_ids()
+    model.base.config.use_cache = False
+    enable_checkpointing(model)
+    torch._dynamo.reset()
+    with pytest.raises(ValueError, match=r"torch\.compile and gradient checkpointing together"):
+        torch.compile(model, backend="eager")(ids, labels=ids)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_autocast_trains_close_to_fp32(method):
     model, ids = tiny_model("llama", method), token_ids()
