@@ -18,6 +18,7 @@ CODE_FILES = (
     "adapter_files.py",
     "attach.py",
     "base_structure.py",
+    "configuration_adapter.py",
     "configuration_minilora.py",
     "mixture.py",
     "modeling_minilora.py",
