@@ -13,6 +13,12 @@ from hub.server import HubServer
 from tiny import METHODS, tiny_base
 from tiny_stand_ins import byte_tokenizer
 
+ADAPTERS = {method: (method, {}) for method in METHODS} | {
+    "top_p": ("mixlora", {"routing_strategy": "top_p"}),
+    "switch": ("mixlora", {"routing_strategy": "switch", "router_sparse_step": 2}),
+}
+"""Name of the repo -> method and what its configuration says besides."""
+
 STRANGER = """
 import sys
 sys.modules["minilora_hub"] = None  # importing it fails, as where it is not installed
@@ -25,14 +31,15 @@ AUTHOR = """
 import json, sys, torch
 from transformers import AutoTokenizer
 from tiny import CAUSAL_LM, fill_adapter, tiny_config
-method, seed, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-model = CAUSAL_LM[method].from_base("org/base", tiny_config(method))
+name, seed, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+method, changes = json.loads(sys.argv[4])
+model = CAUSAL_LM[method].from_base("org/base", tiny_config(method, **changes))
 fill_adapter(model, seed=seed)
 model.eval()
 ids = AutoTokenizer.from_pretrained("org/base")("Hello Hub", return_tensors="pt").input_ids
 with torch.no_grad():
     torch.save({"ids": ids, "logits": model(ids).logits}, out)
-model.push_to_hub(f"author/{method}")
+model.push_to_hub(f"author/{name}")
 print(json.dumps({"revision": model.config.base_model_revision, "fingerprint": model.config.base_fingerprint}))
 """
 
@@ -86,11 +93,12 @@ def published(tmp_path_factory):
         token = hub.add_user("author")
         environment = hub.environment(token=token, cache_dir=folder / "author")
         facts = {}
-        for method in METHODS:
+        for name, adapter in ADAPTERS.items():
             environment["PYTHONPATH"] = str(Path(__file__).parent)
-            code, out, err = run(AUTHOR, method, 1, folder / f"{method}.pt", environment=environment, folder=folder)
+            arguments = (name, 1, folder / f"{name}.pt", json.dumps(adapter))
+            code, out, err = run(AUTHOR, *arguments, environment=environment, folder=folder)
             assert code == 0, err[-3000:]
-            facts[method] = json.loads(out.splitlines()[-1])
+            facts[name] = json.loads(out.splitlines()[-1])
         yield hub, token, folder, facts
 
 
@@ -107,7 +115,7 @@ def load(published, method, arguments=None, *, token=True, expected=None, folder
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ADAPTERS)
 def test_a_stranger_loads_it_with_one_line(published, method):
     hub, _, _, facts = published
     code, out, err = load(published, method)
