@@ -6,6 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from minilora_hub import DoraConfig, DoraForCausalLM, DoraModel, MixLoraConfig, MixLoraForCausalLM, MixLoraModel
+from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "phi")
 OTHER_FAMILIES = ("gpt_neox", "gpt2", "olmo2", "granite")
@@ -13,6 +14,8 @@ METHODS = ("dora", "mixlora", "mixdora")
 CAUSAL_LM = {"dora": DoraForCausalLM, "mixlora": MixLoraForCausalLM, "mixdora": MixLoraForCausalLM}
 HEADLESS = {"dora": DoraModel, "mixlora": MixLoraModel, "mixdora": MixLoraModel}
 VOCABULARY = 128
+TOP_P = {"routing_strategy": "top_p"}
+SWITCH = {"routing_strategy": "switch", "expert_capacity": 3, "router_jitter_noise": 0.0}
 
 
 def tiny_base(
@@ -84,3 +87,15 @@ def token_ids(batch: int = 2, length: int = 9, seed: int = 5) -> torch.Tensor:
 def logits(model, ids: torch.Tensor | None = None, **arguments) -> torch.Tensor:
     outputs = model(token_ids() if ids is None else ids, **arguments)
     return outputs.logits if "logits" in outputs else outputs.last_hidden_state
+
+
+def mixtures(model) -> list[MixtureOfLoraExperts]:
+    return [module for module in model.modules() if isinstance(module, MixtureOfLoraExperts)]
+
+
+def padded(ids: torch.Tensor, side: str, amount: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask) with `amount` padding tokens on one side."""
+    padding = torch.zeros(ids.shape[0], amount, dtype=torch.long)
+    parts = (padding, ids) if side == "left" else (ids, padding)
+    masks = (padding, torch.ones_like(ids)) if side == "left" else (torch.ones_like(ids), padding)
+    return torch.cat(parts, dim=1), torch.cat(masks, dim=1)
