@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from minilora_hub.bases import EMBEDDED, ResolvedBase, resolve_base
@@ -38,24 +39,58 @@ def published_base(source: Source, base_id: str | None) -> tuple[str, str | None
     return named, source.base_revision if named == source.base else None
 
 
-def load_base(
-    source: Source, base_id: str, base_model: str | None, token: str | None, progress: bool
-) -> tuple[Any, ResolvedBase, str, str]:
-    """Load the base that the adapter was trained on, on the processor.
+@dataclass(frozen=True)
+class BaseOfRecord:
+    """The base of an adapter that is published.
+
+    Attributes:
+        id: its id on the Hub, as the published configuration names it.
+        revision: its commit there; None where it is not known.
+        found: where it lies on this machine.
+    """
+
+    id: str
+    revision: str | None
+    found: ResolvedBase
+
+    @property
+    def elsewhere(self) -> str | None:
+        """Where it is loaded from, where that is not `id` on the Hub."""
+        from_hub = self.found.hub_id == self.id and not self.found.embedded
+        return None if from_hub else str(self.found.path)
+
+
+def find_base(
+    source: Source, base_id: str | None, base_model: str | None, token: str | None, progress: bool
+) -> BaseOfRecord:
+    """Find the base that the adapter was trained on, and fetch it if it is not on this machine yet.
 
     Args:
         source: the adapter.
-        base_id: the base's id on the Hub.
+        base_id: the id to publish; default: the one the adapter names.
         base_model: another place to load it from: ``"embedded"``, a folder or an id.
         token: for private and gated bases.
         progress: show bars while it is fetched.
 
+    Raises:
+        AdapterError: the adapter names no base, or a folder, which nobody else has.
+        BaseModelError: it cannot be found.
+    """
+    published, revision = published_base(source, base_id)
+    name = base_model or source.base or published
+    at = source.base_revision if name == source.base else None
+    return BaseOfRecord(published, revision, resolve_base(name, revision=at, token=token, progress=progress))
+
+
+def load_base(source: Source, base: BaseOfRecord) -> tuple[Any, str, str]:
+    """Load the base on the processor.
+
     Returns:
-        The model, where it came from, its fingerprint, and the dtype it is computed in.
+        The model, its fingerprint, and the dtype it is computed in.
 
     Raises:
         AdapterError: its weights are not those the adapter was trained on.
-        BaseModelError: it cannot be found or loaded.
+        BaseModelError: it cannot be loaded.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -63,26 +98,24 @@ def load_base(
 
     from minilora_hub.remote_code.adapter_files import UNKNOWN, base_fingerprint
 
-    name = base_model or source.base or base_id
-    revision = source.base_revision if name == source.base else None
-    resolved = resolve_base(name, revision=revision, token=token, progress=progress)
-    fingerprint = base_fingerprint(str(resolved.path))
+    found = base.found
+    fingerprint = base_fingerprint(str(found.path))
     trained_on = source.base_fingerprint
     if UNKNOWN not in (trained_on, fingerprint) and trained_on != fingerprint:
-        hint = f', e.g. "{EMBEDDED}"' if base_id == HUB_ID and not resolved.embedded else ""
+        hint = f', e.g. "{EMBEDDED}"' if base.id == HUB_ID and not found.embedded else ""
         raise AdapterError(
-            f"base {name!r} has fingerprint {fingerprint}, but the adapter was trained on {trained_on}: "
+            f"base {found.name!r} has fingerprint {fingerprint}, but the adapter was trained on {trained_on}: "
             f"pass the base it was trained on, base_model= (--base){hint}"
         )
-    size = sum(path.stat().st_size for path in resolved.path.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in found.path.glob("*.safetensors"))
     dtype: Any = torch.float32 if size <= LARGE else "auto"
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a push shows its own
     try:
-        model = AutoModelForCausalLM.from_pretrained(resolved.path, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(found.path, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise BaseModelError(f"base {name!r} cannot be loaded: {error}") from error
+        raise BaseModelError(f"base {found.name!r} cannot be loaded: {error}") from error
     finally:
         if bar:
             logging.enable_progress_bar()
-    return model.eval(), resolved, fingerprint, str(model.dtype).removeprefix("torch.")
+    return model.eval(), fingerprint, str(model.dtype).removeprefix("torch.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import math
 import re
 from collections.abc import Iterator
@@ -67,9 +66,8 @@ def check_verification(folder: Folder) -> Iterator[Problem]:
         if path is None:
             yield Problem("hash", name, f"is named in {VERIFICATION_FILE}, but is not there", rebuild)
             continue
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                yield Problem("hash", name, f"is not the file that {VERIFICATION_FILE} was recorded with", rebuild)
+        if folder.hashes.of(path) != digest:
+            yield Problem("hash", name, f"is not the file that {VERIFICATION_FILE} was recorded with", rebuild)
     if WEIGHTS not in recorded.sha256:
         yield Problem("hash", VERIFICATION_FILE, f"sha256 does not name {WEIGHTS}", rebuild)
 

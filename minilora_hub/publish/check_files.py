@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from io import BytesIO
 from pathlib import Path
 
+from minilora_hub.publish.hashes import Hashes
 from minilora_hub.publish.island import island_files
 from minilora_hub.publish.problems import PEFT_CONFIG, WEIGHTS, Folder, Problem
 
@@ -41,7 +42,7 @@ COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"7z\xb
 PNG_HEAD, PNG_TAIL = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
-def read_folder(path: Path) -> tuple[Folder, list[Problem]]:
+def read_folder(path: Path, hashes: Hashes) -> tuple[Folder, list[Problem]]:
     """List a folder's regular files; what else lies there is a problem."""
     files: dict[str, Path] = {}
     problems = []
@@ -63,7 +64,7 @@ def read_folder(path: Path) -> tuple[Folder, list[Problem]]:
             for f in (".git", ".hg", ".svn")
             if Path(place, f).is_dir()
         ]
-    return Folder(path, dict(sorted(files.items()))), problems
+    return Folder(path, dict(sorted(files.items())), hashes), problems
 
 
 def check_layout(folder: Folder) -> Iterator[Problem]:

@@ -17,6 +17,7 @@ from minilora_hub.publish.problems import PEFT_CONFIG, WEIGHTS, Folder, Problem
 from minilora_hub.tensor_names import from_peft
 
 SHOWN = 3
+LENGTH = 65_537  # a prime, so that no two rows of a matrix are alike
 LARGE_BLOCK = 2**28  # parameters from which a block is called in half the bytes
 RETRAIN = "save the adapter again from the model it was trained in; damaged weights cannot be repaired"
 PEFT_TENSOR = re.compile(r"base_model\.model\..+\.(lora_[AB]\.weight|lora_magnitude_vector(\.weight)?)")
@@ -97,7 +98,8 @@ def _make_blocks_real(layers: Any) -> None:
 
     from minilora_hub.remote_code.adapted_linear import linear_shape
 
-    generator = torch.Generator().manual_seed(0)
+    # Repeated rather than drawn anew: a block of a large base has hundreds of millions of weights.
+    some = torch.randn(LENGTH, generator=torch.Generator().manual_seed(0)) * 0.02
     seen = set()
     for layer in layers:
         for module in layer.modules():
@@ -110,15 +112,16 @@ def _make_blocks_real(layers: Any) -> None:
             size = sum(parameter.numel() for parameter in module.parameters())
             module.to(torch.bfloat16 if size > LARGE_BLOCK else torch.float32).to_empty(device="cpu")
             with torch.no_grad():
-                for parameter in module.parameters():
-                    parameter.normal_(0, 0.02, generator=generator)
+                for number, parameter in enumerate(module.parameters()):
+                    start = 1009 * number  # two linears of one shape must differ, or they cannot be told apart
+                    values = some.repeat(-(-(start + parameter.numel()) // LENGTH))[start:]
+                    parameter.copy_(values[: parameter.numel()].view_as(parameter))
             for buffer in module.buffers():
                 buffer.zero_()
 
 
 def _check_values(folder: Folder, name: str, expected: dict[str, tuple[int, ...]] | None = None) -> Iterator[Problem]:
     """The file is readable, its tensors are floating-point and finite, and fit `expected` where that is known."""
-    import torch
     from safetensors import SafetensorError, safe_open
 
     path = folder.files.get(name)
@@ -142,7 +145,7 @@ def _check_values(folder: Folder, name: str, expected: dict[str, tuple[int, ...]
                     wrong.setdefault(f"has dtype {tensor.dtype}, a floating-point one is needed", []).append(
                         tensor_name
                     )
-                elif not torch.isfinite(tensor).all():
+                elif not _is_finite(tensor):
                     wrong.setdefault("holds values that are not finite", []).append(tensor_name)
                 trained = trained or ("lora_B" in tensor_name and bool(tensor.any()))
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -158,6 +161,13 @@ def _check_values(folder: Folder, name: str, expected: dict[str, tuple[int, ...]
     elif not trained and not any(wrong.values()):
         message = "every lora_B is zero: the adapter answers as the base does"
         yield Problem("untrained", name, message, "train it first", blocking=False)
+
+
+def _is_finite(tensor: Any) -> bool:
+    """Whether no value is infinite or no number: both show in the extremes, which are found in one pass."""
+    import torch
+
+    return tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
 
 
 def _check_peft(folder: Folder, prefix: str) -> Iterator[Problem]:

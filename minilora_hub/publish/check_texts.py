@@ -26,6 +26,10 @@ MACHINE_PATH = re.compile(
           | /private/var/folders/ | [A-Za-z]:(?:\\{1,2}|/)Users(?:\\{1,2}|/)[\w.-]+ )""",
     re.VERBOSE,
 )
+IN_EVERY_MACHINE_PATH = (
+    "/home/", "/root/", "/mnt/", "/content/drive/", "/kaggle/working", "/private/var/folders/", "Users",
+)  # fmt: skip
+"""One of these is in whatever `MACHINE_PATH` matches: a text without them, as most are, need not be searched slowly."""
 REVOKE = "remove it, and revoke it where it was issued: it may have been copied already"
 ANONYMOUS = "write the Hub id instead, or remove it: the path means nothing elsewhere and tells about this machine"
 
@@ -68,6 +72,7 @@ def _contents(folder: Folder) -> Iterator[tuple[str, bytes]]:
 def check_machine_paths(folder: Folder) -> Iterator[Problem]:
     """Absolute paths of somebody's home, and those of this process, in any text and in the weights' metadata."""
     own = _own_places(folder.path)
+    pattern = _pattern_of(own)
     seen: set[str] = set()
     for name, text in folder.texts():
         if name in VOCABULARIES or name in seen:
@@ -76,7 +81,9 @@ def check_machine_paths(folder: Folder) -> Iterator[Problem]:
         if name == "tokenizer.json":  # its escapes are resolved right here
             searched = _without_vocabulary(text)
             seen.add(name)
-        found = MACHINE_PATH.search(searched) or (own.search(searched) if own else None)
+        found = MACHINE_PATH.search(searched) if any(part in searched for part in IN_EVERY_MACHINE_PATH) else None
+        if not found and any(place in searched for place in own):
+            found = pattern.search(searched)
         if found:
             seen.add(name)
             line = searched.count("\n", 0, found.start()) + 1
@@ -84,13 +91,15 @@ def check_machine_paths(folder: Folder) -> Iterator[Problem]:
             yield Problem("machine-path", name, f"{where} a place on a machine: {found[0][:80]!r}", ANONYMOUS)
 
 
-def _own_places(folder: Path) -> re.Pattern[str] | None:
-    """Matches this user's home, the folder this process is in, the one that is checked, and the temporary one."""
+def _own_places(folder: Path) -> set[str]:
+    """This user's home, the folder this process is in, the one that is checked, and the temporary one."""
     places = {str(Path.home()), os.getcwd(), str(folder.absolute()), str(folder.resolve()), tempfile.gettempdir()}
     places = {place for place in places if len(place) > 3}  # "/" and "C:\" are in every text
-    places |= {place.replace("\\", "\\\\") for place in places}
-    if not places:
-        return None
+    return places | {place.replace("\\", "\\\\") for place in places}
+
+
+def _pattern_of(places: set[str]) -> re.Pattern[str]:
+    """Matches one of the places as a whole path or the start of one."""
     longest_first = sorted(places, key=len, reverse=True)
     return re.compile(
         rf"(?<![\w.:/~-])(?:{'|'.join(map(re.escape, longest_first))})(?=[/\\\s\"'`)\],;]|$)", re.MULTILINE

@@ -13,7 +13,7 @@ check that cannot be made says so in a problem of its own. Nothing of the folder
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from minilora_hub.errors import AdapterError
@@ -24,9 +24,15 @@ from minilora_hub.publish.check_files import check_layout, check_pickles, read_f
 from minilora_hub.publish.check_tensors import check_adapter
 from minilora_hub.publish.check_texts import check_json, check_machine_paths, check_secrets
 from minilora_hub.publish.check_tokenizer import check_tokenizer
+from minilora_hub.publish.hashes import Hashes
 from minilora_hub.publish.problems import Folder, Problem
 
-__all__ = ["Problem", "check_folder"]
+__all__ = ["Problem", "check_folder", "check_model"]
+
+
+def check_model(folder: Path) -> list[Problem]:
+    """Check the configuration and the tensors alone: the long part of `check_folder`, which takes its result."""
+    return list(check_adapter(read_folder(folder, Hashes())[0]))
 
 
 def check_folder(
@@ -34,6 +40,8 @@ def check_folder(
     *,
     base_exists: BaseExists | None = None,
     base_license: BaseLicense | None = None,
+    hashes: Hashes | None = None,
+    model_problems: Sequence[Problem] | None = None,
 ) -> list[Problem]:
     """Check a folder that is about to be published.
 
@@ -42,6 +50,8 @@ def check_folder(
         base_exists: tells whether a base (id, revision) is on the Hub; default: asks it. If it raises, the answer is
             unknown, which is reported.
         base_license: tells a base's licence (id, revision), None if it has none; default: asks the Hub.
+        hashes: of the folder's files, where somebody has read them already.
+        model_problems: what `check_model` has found of this folder; default: it is asked.
 
     Returns:
         The problems, the blocking ones first; empty if there are none.
@@ -54,7 +64,7 @@ def check_folder(
     if not folder.is_dir():
         raise AdapterError(f"folder={str(folder)!r}: no such folder")
     hub = HubBase()
-    found, problems = read_folder(folder)
+    found, problems = read_folder(folder, hashes or Hashes())
     checks: list[Callable[[Folder], Iterator[Problem]]] = [
         check_layout,
         check_pickles,
@@ -65,7 +75,7 @@ def check_folder(
         check_auto_map,
         lambda f: check_base(f, base_exists or hub.exists),
         lambda f: check_license(f, base_license or hub.license),
-        check_adapter,
+        check_adapter if model_problems is None else lambda _: iter(model_problems),
         check_tokenizer,
         check_results,
         check_verification,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.json_documents import strict_json
+from minilora_hub.publish.hashes import Hashes
 
 WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
@@ -43,10 +44,12 @@ class Folder:
     Attributes:
         path: the folder.
         files: ``{path in the folder: file}``, without links, sockets and the like.
+        hashes: what is known of the files' hashes.
     """
 
     path: Path
     files: dict[str, Path] = field(default_factory=dict)
+    hashes: Hashes = field(default_factory=Hashes, repr=False, compare=False)
 
     @property
     def peft_layout(self) -> bool:

@@ -20,6 +20,7 @@ from huggingface_hub import HfApi, get_token
 from minilora_hub.errors import AdapterError, PublishError
 from minilora_hub.publish import remote as hub
 from minilora_hub.publish.build import Built, build
+from minilora_hub.publish.checks import Problem, check_folder, check_model
 from minilora_hub.publish.documents import CARD
 from minilora_hub.publish.hub_errors import ATTEMPTS, FAILURES, explain, patiently
 from minilora_hub.publish.plan import PushPlan, plan_files, pushed_by_us
@@ -125,6 +126,7 @@ def push(
         state = _look(api, repo_id, revision, dry_run)
         _refuse_early(state, repo_id, branch, private, create_pr, tag)
         stages.start("Building")
+        early: list[Problem] = []
         built = build(
             Path(folder),
             Path(scratch, "repo"),
@@ -135,9 +137,10 @@ def push(
             license=license,
             base_model=base_model,
             token=secret,
+            meanwhile=lambda unfinished: early.extend(check_model(unfinished)),
         )
         stages.start("Checking")
-        notes = check(built, api, 1 if dry_run else ATTEMPTS)
+        notes = check(built, api, 1 if dry_run else ATTEMPTS, early)
         read = _reader(api, repo_id, state.head)
         files = plan_files(built, state, pushed_by_us(read, state))
         plan = PushPlan(
@@ -171,8 +174,16 @@ def push(
     return PushResult(plan, dry_run=False, commit=commit, url=url, verification=report)
 
 
-def check(built: Built, api: HfApi, attempts: int = ATTEMPTS) -> tuple[str, ...]:
+def check(
+    built: Built, api: HfApi, attempts: int = ATTEMPTS, model_problems: list[Problem] | None = None
+) -> tuple[str, ...]:
     """Refuse a built folder that must not be published.
+
+    Args:
+        built: the folder.
+        api: what asks the Hub about the base.
+        attempts: how often it asks at most.
+        model_problems: what `check_model` has found of the folder; default: it is asked.
 
     Returns:
         What may be published but should be known, a line each.
@@ -180,10 +191,14 @@ def check(built: Built, api: HfApi, attempts: int = ATTEMPTS) -> tuple[str, ...]
     Raises:
         AdapterError: there are problems; the message lists them and what to do about each.
     """
-    from minilora_hub.publish.checks import check_folder
-
     base = hub.BaseOnHub(api, attempts)
-    problems = check_folder(built.folder, base_exists=base.exists, base_license=base.license)
+    problems = check_folder(
+        built.folder,
+        base_exists=base.exists,
+        base_license=base.license,
+        hashes=built.hashes,
+        model_problems=model_problems,
+    )
     lines = [f"{problem.file or 'the folder'}: {problem.message}; {problem.remedy}" for problem in problems]
     blocking = [line for line, problem in zip(lines, problems, strict=True) if problem.blocking]
     if blocking:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -110,6 +111,7 @@ def difference(
     return worst
 
 
+@cache
 def libraries() -> dict[str, str]:
     """Return the versions of the libraries that compute logits."""
     found = {}

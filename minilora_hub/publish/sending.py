@@ -57,9 +57,7 @@ def send(api: HfApi, plan: PushPlan, folder: Path, state: hub.RemoteState, messa
 
 def _commit(api: HfApi, plan: PushPlan, folder: Path, parent: str | None, message: str) -> tuple[str, str]:
     operations = [
-        CommitOperationDelete(file.path)
-        if file.action == "delete"
-        else CommitOperationAdd(file.path, folder / file.path)
+        CommitOperationDelete(file.path) if file.sha256 is None else _addition(file.path, file.sha256, folder)
         for file in plan.sends
     ]
     made = api.create_commit(
@@ -71,6 +69,13 @@ def _commit(api: HfApi, plan: PushPlan, folder: Path, parent: str | None, messag
         parent_commit=parent,
     )
     return made.oid, made.pr_url or made.commit_url
+
+
+def _addition(path: str, sha256: str, folder: Path) -> CommitOperationAdd:
+    """Add a file whose hash is known: the client need not read it for that, and the Hub refuses other bytes."""
+    addition = CommitOperationAdd(path, folder / path)
+    addition.upload_info.sha256 = bytes.fromhex(sha256)
+    return addition
 
 
 def _made_after_all(

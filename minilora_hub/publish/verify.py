@@ -19,6 +19,7 @@ from minilora_hub.bases import resolve_base
 from minilora_hub.errors import AdapterError
 from minilora_hub.publish.clean_process import CleanProcess
 from minilora_hub.publish.damage import damaged_copies, write_copies
+from minilora_hub.publish.hashes import file_sha256
 from minilora_hub.publish.island import code_files, code_hash, release_of
 from minilora_hub.publish.recording import TOLERANCES, difference
 from minilora_hub.publish.remote import fetch
@@ -27,7 +28,6 @@ from minilora_hub.publish.sources import (
     TOKENIZER_FILES,
     WEIGHTS,
     Source,
-    file_sha256,
     read_source,
 )
 from minilora_hub.results import VERIFICATION_FILE, Verification
