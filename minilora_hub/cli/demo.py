@@ -34,14 +34,18 @@ def demo(
     port = _free_port(host, port)
     say("Starting: the first time takes a while …")
 
+    from minilora_hub.bases import resolve_base
     from minilora_hub.compare.columns import shipped_adapters
     from minilora_hub.compare.engine import CompareEngine
+    from minilora_hub.demo.linked import Limits, LinkedAdapters
     from minilora_hub.demo.ui import build_demo, launch
 
+    limits = Limits.from_environment()
     engine = CompareEngine(base, adapters or shipped_adapters(), progress=say)
     shown = "localhost" if host in ("0.0.0.0", "::") else host  # noqa: S104
     typer.echo(f"Open http://{shown}:{port} (Ctrl-C ends it)")
-    launch(build_demo(engine), host=host, port=port, open_browser=_has_screen() if browser is None else browser)
+    page = build_demo(engine, links=LinkedAdapters(engine, resolve_base(base), limits))
+    launch(page, host=host, port=port, open_browser=_has_screen() if browser is None else browser)
 
 
 def _free_port(host: str, wanted: int | None) -> int:

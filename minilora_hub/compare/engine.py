@@ -117,6 +117,10 @@ class CompareEngine:
     def _count(self, module: nn.Module, args: tuple) -> None:
         self._forwards += 1
 
+    def __deepcopy__(self, memo: dict) -> CompareEngine:
+        """Return the engine itself: a copy of a column's model takes the counting hook along, which belongs to it."""
+        return self
+
     @property
     def forwards(self) -> int:
         """Count of forwards through the base's layers since loading, in all columns, from a hook on the models."""

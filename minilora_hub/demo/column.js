@@ -5,12 +5,16 @@ const words = {
   idle: "ready", waiting: "waiting", writing: "writing", eos: "finished",
   length: "length limit", stopped: "stopped", error: "failed",
 };
-const about = props.column;
-card.dataset.kind = about.kind;
-card.setAttribute("aria-label", about.name + ", " + about.kind);
-find("badge").textContent = about.badge;
-find("name").textContent = about.name;
-find("facts").textContent = about.facts;
+
+function introduce() {
+  const about = props.column;
+  if (!about || !about.kind) return;
+  card.dataset.kind = about.kind;
+  card.setAttribute("aria-label", about.name + ", " + about.kind);
+  find("badge").textContent = about.badge;
+  find("name").textContent = about.name;
+  find("facts").textContent = about.facts;
+}
 
 const text = find("text").appendChild(document.createTextNode(""));
 const number = (value, digits) => (value === null || value === undefined ? "–" : value.toFixed(digits));
@@ -34,5 +38,7 @@ function paint() {
   find("tokens").textContent = now.tokens || "–";
 }
 
+watch("column", introduce);
 watch("value", paint);
+introduce();
 paint();

@@ -13,8 +13,11 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 
 from minilora_hub.compare.engine import CompareEngine, Sampling, Update
+from minilora_hub.demo.linked import LinkedAdapters, temporary_folder
+from minilora_hub.errors import AdapterError
 
 FRAME_SECONDS = 0.04
 """A fast machine makes more tokens than a screen can show; they are gathered for this long before the page is told."""
@@ -25,14 +28,16 @@ class Frame:
     """One picture of a running comparison.
 
     Attributes:
-        columns: what each column shows, or None where it has not changed.
+        columns: what each column of the run's engine shows, or None where it has not changed.
         status: what the status line shows.
         finished: this is the last frame.
+        linked: whether the run is of an adapter that a link named, beside the base, and not of the page's own.
     """
 
     columns: list[dict | None]
     status: dict
     finished: bool = False
+    linked: bool = False
 
 
 class LiveRuns:
@@ -40,15 +45,49 @@ class LiveRuns:
 
     Args:
         engine: the models.
+        links: the adapters that visitors' links name; None where links are not followed.
     """
 
-    def __init__(self, engine: CompareEngine) -> None:
+    def __init__(self, engine: CompareEngine, links: LinkedAdapters | None = None) -> None:
         """Start without visitors; see the class."""
-        self.engine = engine
+        self.engine, self.links = engine, links
+        self._opened: dict[str, str] = {}
+        self._opening = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="minilora-compute")
         self._runs: dict[str, tuple[int, threading.Event]] = {}
         self._numbers = count(1)
         self._busy = 0
+
+    async def open(self, visitor: str, name: str) -> CompareEngine:
+        """Show a visitor the adapter that a link named, beside the base. One link is followed at a time.
+
+        Raises:
+            AdapterError: it cannot be; the message says why.
+        """
+        if self.links is None:
+            raise AdapterError("this page shows its own adapters only")
+        loop = asyncio.get_running_loop()
+        async with self._opening:
+            engine = self.links.get(name)
+            if engine is None:
+                with temporary_folder() as folder:
+                    await asyncio.to_thread(self.links.fetch, name, Path(folder))
+                    engine = await loop.run_in_executor(self._thread, self.links.load, name, Path(folder))
+        self.stop(visitor)
+        self._opened[visitor] = name
+        return engine
+
+    def engine_of(self, visitor: str) -> CompareEngine:
+        """Return the engine a visitor sees.
+
+        Raises:
+            AdapterError: the adapter was put away, since other visitors opened others.
+        """
+        name = self._opened.get(visitor)
+        engine = self.links.get(name) if self.links and name else self.engine
+        if engine is None:
+            raise AdapterError(f"{name} was put away, as other visitors have opened others: reload the page")
+        return engine
 
     def begin(self, visitor: str) -> Frame:
         """Take a place for a visitor's next comparison, and end the one that may still run."""
@@ -56,7 +95,9 @@ class LiveRuns:
         number = next(self._numbers)
         self._runs[visitor] = (number, threading.Event())
         words = "Waiting for another visitor's comparison to end…" if self._busy else "Reading the prompt…"
-        return Frame([_blank(number, "waiting") for _ in self.engine.columns], _status("busy", words))
+        linked = visitor in self._opened
+        amount = 2 if linked else len(self.engine.columns)
+        return Frame([_blank(number, "waiting") for _ in range(amount)], _status("busy", words), linked=linked)
 
     def stop(self, visitor: str) -> None:
         """End a visitor's comparison within one step, whether it waits or runs; nothing happens if there is none."""
@@ -67,6 +108,7 @@ class LiveRuns:
         """Forget a visitor who closed the page."""
         self.stop(visitor)
         self._runs.pop(visitor, None)
+        self._opened.pop(visitor, None)
 
     async def run(self, visitor: str, prompt: str, sampling: Sampling) -> AsyncIterator[Frame]:
         """Answer a prompt in the place taken by `begin`.
@@ -74,13 +116,16 @@ class LiveRuns:
         Leaving the iterator early, by closing or cancelling it, ends the computation within one step.
         """
         number, stop = self._runs.get(visitor) or (next(self._numbers), threading.Event())
-        pictures = [_blank(number, "waiting") for _ in self.engine.columns]
+        linked = visitor in self._opened
+        pictures = [_blank(number, "waiting") for _ in range(2 if linked else len(self.engine.columns))]
         try:
-            updates = self.engine.stream(prompt, sampling, stop)
-        except ValueError as error:
-            yield Frame([_blank(number, "idle") for _ in pictures], _status("error", f"{error}"), finished=True)
+            engine = self.engine_of(visitor)
+            updates = engine.stream(prompt, sampling, stop)
+        except (ValueError, AdapterError) as error:
+            status = _status("error", f"{error}")
+            yield Frame([_blank(number, "idle") for _ in pictures], status, finished=True, linked=linked)
             return
-        forwards, started = self.engine.forwards, time.perf_counter()
+        forwards, started = engine.forwards, time.perf_counter()
         loop = asyncio.get_running_loop()
         self._busy += 1
         try:
@@ -89,11 +134,11 @@ class LiveRuns:
                 changed, finished = await loop.run_in_executor(self._thread, _advance, updates)
                 for update in changed:
                     _paint(pictures[update.column], update)
-                done = self.engine.forwards - forwards
+                done = engine.forwards - forwards
                 status = _summary(pictures, done, time.perf_counter() - started, finished, stop.is_set())
                 touched = {update.column for update in changed}
                 columns = [dict(picture) if index in touched else None for index, picture in enumerate(pictures)]
-                yield Frame(columns, status, finished)
+                yield Frame(columns, status, finished, linked)
         finally:
             self._busy -= 1
             stop.set()

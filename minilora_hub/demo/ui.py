@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import threading
@@ -20,7 +21,9 @@ except ImportError as error:
     raise MissingExtraError("gradio", "demo") from error
 
 from minilora_hub.compare.engine import CompareEngine, Sampling
+from minilora_hub.demo.linked import LinkedAdapters
 from minilora_hub.demo.live import Frame, LiveRuns
+from minilora_hub.errors import MiniLoraError
 
 HERE = Path(__file__).parent
 NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
@@ -37,12 +40,19 @@ SYSTEM_MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace
 
 
 def build_demo(
-    engine: CompareEngine, *, title: str | None = None, examples: Sequence[str] = EXAMPLES, max_new_tokens: int = 96
+    engine: CompareEngine,
+    *,
+    links: LinkedAdapters | None = None,
+    title: str | None = None,
+    examples: Sequence[str] = EXAMPLES,
+    max_new_tokens: int = 96,
 ) -> gr.Blocks:
     """Build the page for the models of an engine.
 
     Args:
         engine: the models.
+        links: what follows ``?adapter=owner/name`` in the page's address: that adapter is shown beside the base, in
+            place of the engine's own. None: such a link is answered with a notice.
         title: the headline. Default: how many answers there are.
         examples: prompts to start from; choosing one runs it.
         max_new_tokens: where the length setting starts.
@@ -50,19 +60,10 @@ def build_demo(
     Returns:
         The page, to be handed to `launch`.
     """
-    runs = LiveRuns(engine)
-    amount = len(engine.columns)
-    title = title or f"Same prompt. {NUMBERS[amount] if amount < len(NUMBERS) else amount} answers. One base."
+    runs = LiveRuns(engine, links)
     with gr.Blocks(title="minilora · compare", analytics_enabled=False, fill_width=True) as demo:
-        gr.HTML(
-            value={"title": title, "facts": _memory_line(engine)},
-            html_template='<div class="ml-head"><h1></h1><p></p></div>',
-            js_on_load=(
-                'element.querySelector("h1").textContent = props.value.title;'
-                'element.querySelector("p").textContent = props.value.facts;'
-            ),
-            apply_default_css=False,
-        )
+        head = _html("head", value=_head(engine, title))
+        notice = _html("notice", value={"phase": "none", "words": ""}, elem_id="ml-notice")
         with gr.Row(elem_id="ml-ask"):
             prompt = gr.Textbox(
                 show_label=False,
@@ -90,8 +91,11 @@ def build_demo(
             ]
         status = _html("status", value={"phase": "idle", "words": "Ready.", "count": ""}, elem_id="ml-status")
         with gr.Row(elem_id="ml-columns"):
-            columns = [_column(about) for about in _about(engine)]
-        _wire(demo, runs, prompt, run, stop, chips, settings, status, columns)
+            base, *adapters = _about(engine)
+            columns = [_column(base), _column({}, visible=False), *(_column(about) for about in adapters)]
+        pictures = [picture for _, picture in columns]
+        _wire(demo, runs, prompt, run, stop, chips, settings, status, pictures)
+        _wire_link(demo, runs, head, notice, columns)
     return demo
 
 
@@ -99,7 +103,10 @@ def _wire(demo, runs, prompt, run, stop, chips, settings, status, columns) -> No
     """Connect the page's parts: a run takes its place at once, then waits in the queue for its turn."""
 
     def show(frame: Frame, running: bool) -> list:
-        pictures = [gr.skip() if picture is None else picture for picture in frame.columns]
+        base, *adapters = [gr.skip() if picture is None else picture for picture in frame.columns]
+        # On the page the column of a linked adapter follows the base's; what is not of this run stays as it is.
+        rest = [gr.skip()] * (len(columns) - 2)
+        pictures = [base, *adapters, *rest] if frame.linked else [base, gr.skip(), *adapters]
         return [gr.Button(interactive=running), frame.status, *pictures]
 
     def begin(request: gr.Request) -> list:
@@ -110,7 +117,8 @@ def _wire(demo, runs, prompt, run, stop, chips, settings, status, columns) -> No
             sampling = Sampling(int(tokens), float(temperature), float(top_p), seed=int(seed or 0))
         except ValueError as error:
             idle = runs.begin(request.session_hash)
-            yield show(Frame(idle.columns, {"phase": "error", "words": str(error), "count": ""}), running=False)
+            status = {"phase": "error", "words": str(error), "count": ""}
+            yield show(dataclasses.replace(idle, status=status), running=False)
             return
         async for frame in runs.run(request.session_hash, text, sampling):
             yield show(frame, running=not frame.finished)
@@ -141,6 +149,31 @@ def _wire(demo, runs, prompt, run, stop, chips, settings, status, columns) -> No
     demo.unload(leave)
 
 
+def _wire_link(demo, runs, head, notice, columns) -> None:
+    """When the page opens: follow ``?adapter=`` in its address, and say what became of it."""
+    boxes, pictures = zip(*columns, strict=True)
+    outputs = [notice, head, *boxes, pictures[1]]
+    unchanged = [gr.skip()] * (len(outputs) - 1)
+
+    async def follow(request: gr.Request) -> AsyncIterator[list]:
+        name = request.query_params.get("adapter")
+        if name is None:
+            yield [gr.skip(), *unchanged]
+            return
+        yield [{"phase": "busy", "words": f"Fetching {name[:100]} from the Hub…"}, *unchanged]
+        try:
+            engine = await runs.open(request.session_hash, name)
+        except MiniLoraError as error:
+            yield [{"phase": "error", "words": f"The adapter of this link is not shown. {error}."}, *unchanged]
+            return
+        about = _about(engine)[1]
+        words = f"{name} beside its base, as your link asked."
+        shown = [gr.Column(visible=index < 2) for index in range(len(boxes))]
+        yield [{"phase": "shown", "words": words}, _head(engine), *shown, gr.HTML(value={}, column=about)]
+
+    demo.load(follow, None, outputs, concurrency_id="link", show_progress="hidden", api_visibility="private")
+
+
 def _html(name: str, **arguments) -> gr.HTML:
     """Build a component out of ``<name>.html`` and ``<name>.js``; values reach it as text only."""
     return gr.HTML(
@@ -148,9 +181,15 @@ def _html(name: str, **arguments) -> gr.HTML:
     )
 
 
-def _column(about: dict) -> gr.HTML:
-    with gr.Column(min_width=300, elem_classes="ml-column"):
-        return _html("column", value={}, column=about)
+def _column(about: dict, *, visible: bool = True) -> tuple[gr.Column, gr.HTML]:
+    with gr.Column(min_width=300, elem_classes="ml-column", visible=visible) as box:
+        return box, _html("column", value={}, column=about)
+
+
+def _head(engine: CompareEngine, title: str | None = None) -> dict:
+    amount = len(engine.columns)
+    answers = NUMBERS[amount] if amount < len(NUMBERS) else amount
+    return {"title": title or f"Same prompt. {answers} answers. One base.", "facts": _memory_line(engine)}
 
 
 def _about(engine: CompareEngine) -> list[dict]:

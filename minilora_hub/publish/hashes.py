@@ -38,7 +38,7 @@ class Hashes:
         self._known[path] = _background().submit(_stamped_hash, path)
 
     def copy(self, source: Path, out: Path) -> Future[tuple[Stamp, Stamp]]:
-        """Begin to copy a file in the background, and to hash the copy; where the hash of `source` is known, it is that.
+        """Begin to copy a file in the background, and to hash the copy, unless the hash of `source` is known.
 
         Returns:
             What tells when the copy is there, and raises OSError if it cannot be made.

@@ -9,7 +9,7 @@ Both send the same bytes to the same HTTP Hub, whose work is part of both times.
     whole      `trained`, with the reference logits recorded anew
 
 Verifying is left out everywhere (verify=False). Its first half, recording what the model computes on its base, happens
-while a push builds: it is left out of the first two by handing them a recording that was made before, and is in `whole`.
+while a push builds: the first two are handed a recording that was made before, and `whole` makes it.
 Everything else is in all of them: copying, hashing, every check, card, plan, credentials, every request. Rounds are
 interleaved; a ratio is one push over the bare commit of its own round. Imports and first calls are not timed.
 """

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -12,21 +11,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-CHROMIUM = shutil.which("chromium")
 TESTS = Path(__file__).parents[1]
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-    "--disable-quic",
-]
 HTML = "<img src=x onerror=\"document.title='hacked'\"><b>bold</b> & ${props} {{value}} `x`"
-
-if CHROMIUM is None and "CI" not in os.environ:
-    pytest.skip("no chromium: apt-get install chromium fonts-noto-color-emoji", allow_module_level=True)
 
 
 class Server:
@@ -61,18 +47,6 @@ def server():
     server.process.terminate()
     server.process.wait(timeout=30)
     server.process.stdout.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """One chromium for all tests."""
-    assert CHROMIUM, "CI needs chromium: apt-get install chromium fonts-noto-color-emoji"
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -140,8 +114,8 @@ def luminance(color):
     return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
-def contrasts(page):
-    """Contrast ratios of the visible texts against what lies behind them."""
+def contrasts(page, *more):
+    """Contrast ratios of the visible texts, and of `more` selectors, against what lies behind them."""
     names = (
         ".ml-head h1, .ml-head p, .ml-words, .ml-name, .ml-facts, .ml-answer, .ml-state, .ml-numbers dt, .ml-numbers dd"
     )
@@ -152,7 +126,7 @@ def contrasts(page):
             while (/, 0\\)$/.test(getComputedStyle(behind).backgroundColor)) behind = behind.parentElement;
             return [name, getComputedStyle(element).color, getComputedStyle(behind).backgroundColor];
         })""",
-        names + ", .ml-badge, #ml-prompt textarea, .ml-chip, #ml-run, #ml-stop",
+        ", ".join((names, ".ml-badge, #ml-prompt textarea, .ml-chip, #ml-run, #ml-stop", *more)),
     )
     for name, front, back in pairs:
         light, dark = sorted((luminance(front), luminance(back)), reverse=True)

@@ -1,0 +1,224 @@
+"""Adapters that a link names, ``?adapter=owner/name``: fetched, put onto the page's base, forgotten again. No Gradio.
+
+Whoever writes such a link decides what this server fetches, so everything about it is bounded: only a public repo on
+the Hub, only small files that hold no code, only an adapter for this base, loaded by our installed classes; a few are
+kept.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from minilora_hub.bases import ResolvedBase
+from minilora_hub.compare.columns import FoundAdapter, load_adapter, shared_copy
+from minilora_hub.compare.engine import CompareEngine
+from minilora_hub.errors import AdapterError, MiniLoraError
+from minilora_hub.publish.hub_errors import FAILURES, explain, patiently
+from minilora_hub.publish.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, read_source
+
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+FETCHED = (OUR_CONFIG, PEFT_CONFIG, WEIGHTS, "generation_config.json")
+"""No Python file among them: what is not there cannot run."""
+LARGEST_CONFIG = 2**20
+PLAIN_NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)
+
+# What a LoRA in PEFT's format may set. Other settings import modules, copy layers or rewrite the base's own weights.
+PEFT_SETTINGS = {
+    "peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r",
+    "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias",
+    "use_rslora", "use_dora", "init_lora_weights",
+}  # fmt: skip
+PEFT_INERT = {"megatron_core", "qalora_group_size"}
+"""Set in every file, and without effect while the setting that they belong to is not."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What links may cost: bytes of one adapter's weights, and how many adapters are kept in memory."""
+
+    weight_bytes: int = 200 * 10**6
+    kept: int = 4
+
+    @classmethod
+    def from_environment(cls) -> Limits:
+        """Read MINILORA_LINK_MEGABYTES and MINILORA_LINK_ADAPTERS.
+
+        Raises:
+            ValueError: one of them is no whole number of at least 1.
+        """
+        return cls(
+            _number("MINILORA_LINK_MEGABYTES", cls.weight_bytes // 10**6) * 10**6,
+            _number("MINILORA_LINK_ADAPTERS", cls.kept),
+        )
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable) or str(default)
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise ValueError(f"{variable}={text!r}: must be a whole number of at least 1")
+    return int(text)
+
+
+class LinkedAdapters:
+    """The adapters that links have named: each with an engine of its own over the page's base.
+
+    Args:
+        engine: the page's engine, whose base is shared.
+        base: which base that is.
+        limits: what they may cost.
+    """
+
+    def __init__(self, engine: CompareEngine, base: ResolvedBase, limits: Limits | None = None) -> None:
+        """Start without any; see the class."""
+        self._engine, self._base, self.limits = engine, base, limits or Limits()
+        self._kept: OrderedDict[str, CompareEngine] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, name: str) -> CompareEngine | None:
+        """Return the engine of an adapter that is kept; it is then the one used last."""
+        with self._lock:
+            if name in self._kept:
+                self._kept.move_to_end(name)
+            return self._kept.get(name)
+
+    def fetch(self, name: str, folder: Path) -> None:
+        """Fetch an adapter into a folder. It may take long, and computes nothing.
+
+        Raises:
+            AdapterError: the name is no id, there is no such public repo, it is no adapter for this base, or too large.
+        """
+        from huggingface_hub import errors
+
+        check_name(name)
+        try:
+            _download(name, folder, self.limits.weight_bytes)
+        except (errors.RepositoryNotFoundError, errors.GatedRepoError):
+            raise AdapterError(f"the Hub has no public repo {name}") from None
+        except FAILURES as error:
+            raise AdapterError(explain(error, name, f"fetching {name}")) from None
+        source = read_source(folder)
+        check_settings(source.config, peft=source.layout == "peft")
+        self._check_base(name, source.base, source.base_fingerprint)
+
+    def load(self, name: str, folder: Path) -> CompareEngine:
+        """Put a fetched adapter onto the base with our own classes, and keep it; the least recently used one goes.
+
+        Raises:
+            AdapterError: it is damaged or does not fit.
+        """
+        base = self._engine.columns[0]
+        with warnings.catch_warnings():
+            # PEFT only warns of a missing tensor, and would go on with a random one.
+            warnings.filterwarnings("error", message=".*missing adapter keys.*")
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            try:
+                column = load_adapter(FoundAdapter(name, folder), shared_copy(base.model))
+            except MiniLoraError:
+                raise
+            except Exception as error:  # a stranger's files: whatever is wrong with them, the page goes on
+                message = " ".join(str(error).replace(f"{folder}/", "").split())[:300]
+                raise AdapterError(f"{name} cannot be loaded: {message}") from None
+        engine = CompareEngine(base.model, [column], tokenizer=self._engine.tokenizer)
+        with self._lock:
+            self._kept[name] = engine
+            self._kept.move_to_end(name)
+            while len(self._kept) > self.limits.kept:
+                self._kept.popitem(last=False)
+        return engine
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        from minilora_hub.remote_code.adapter_files import base_fingerprint
+
+        return base_fingerprint(str(self._base.path))
+
+    def _check_base(self, name: str, named: str | None, fingerprint: str) -> None:
+        from minilora_hub.remote_code.adapter_files import UNKNOWN
+
+        ours, found = self._base, self._fingerprint
+        known = UNKNOWN not in (fingerprint, found)
+        if known and fingerprint == found:
+            return
+        if named not in (ours.hub_id, ours.name):
+            shown = repr(str(named)[:100]) if named else "a base that it does not name"
+            raise AdapterError(f"{name} is for {shown}, but this page runs {ours.hub_id or ours.path.name!r}")
+        if known:
+            raise AdapterError(
+                f"{name} was trained on other weights of {named} than this page runs: its answers would be wrong"
+            )
+
+
+def check_name(name: str) -> None:
+    """Refuse what is no id on the Hub, above all a path on this server.
+
+    Raises:
+        AdapterError: it is none.
+    """
+    if not REPO_ID.fullmatch(name) or ".." in name or "--" in name or name.endswith((".git", ".", "-")):
+        raise AdapterError(f"?adapter={name[:60]!r} is no id on the Hub: it must read owner/name")
+
+
+def check_settings(config: dict[str, Any], *, peft: bool) -> None:
+    """Refuse settings that cost more than they say, or reach beyond the adapter's own tensors.
+
+    Raises:
+        AdapterError: one of them does.
+    """
+    for field in ("rank_pattern", "alpha_pattern"):
+        # They are regular expressions, and one can be written that is never done.
+        patterns = config.get(field) or {}
+        if not isinstance(patterns, dict) or not all(PLAIN_NAME.fullmatch(str(key)) for key in patterns):
+            raise AdapterError(f"{field}: a page reads plain names of modules only")
+    if not peft:
+        return
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or not all(PLAIN_NAME.fullmatch(str(target)) for target in targets):
+        raise AdapterError("target_modules: a page reads a list of plain names of modules only")
+    start, bias = config.get("init_lora_weights"), config.get("bias")
+    if start not in (None, True, False, "gaussian") or bias not in (None, "none"):
+        raise AdapterError("init_lora_weights or bias changes the base's own weights: a page does not load that")
+    for name, value in config.items():
+        if value and name not in PEFT_SETTINGS | PEFT_INERT:
+            raise AdapterError(f"{name[:60]} is set in adapter_config.json: a page loads plain LoRA and DoRA only")
+
+
+def _download(name: str, folder: Path, largest: int) -> None:
+    """Fetch the files that are needed, at one commit, once their sizes are known. Without a token: what is public."""
+    from huggingface_hub import HfApi
+
+    from minilora_hub.publish.remote import quiet
+
+    api = HfApi(token=False)
+    info = patiently(lambda: api.model_info(name, files_metadata=True), attempts=2)
+    sizes = {file.rfilename: file.size for file in info.siblings or [] if file.rfilename in FETCHED}
+    if WEIGHTS not in sizes:
+        raise AdapterError(f"{name} has no {WEIGHTS}: it is no adapter that can be shown here")
+    for file, size in sizes.items():
+        limit = largest if file == WEIGHTS else LARGEST_CONFIG
+        if size is None or size > limit:
+            told = "of unknown size" if size is None else f"{size / 1e6:,.1f} MB"
+            raise AdapterError(
+                f"{file} of {name} is {told}; through a link this page fetches at most {limit / 1e6:g} MB"
+            )
+    with quiet(True):
+        for file in sizes:
+            patiently(_fetching(api, name, file, info.sha, folder), attempts=2)
+
+
+def _fetching(api: Any, name: str, file: str, commit: str | None, folder: Path) -> Callable[[], object]:
+    return lambda: api.hf_hub_download(name, file, revision=commit, local_dir=folder)
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """Return a folder for one adapter's files, which are copied into memory and then removed."""
+    return tempfile.TemporaryDirectory(prefix="minilora-linked-")

@@ -1,0 +1,31 @@
+"""A real browser for the tests of the page."""
+
+import os
+import shutil
+
+import pytest
+
+CHROMIUM = shutil.which("chromium")
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--disable-quic",
+]
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """One chromium for all tests."""
+    if CHROMIUM is None and "CI" not in os.environ:
+        pytest.skip("no chromium: apt-get install chromium fonts-noto-color-emoji")
+    assert CHROMIUM, "CI needs chromium: apt-get install chromium fonts-noto-color-emoji"
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()

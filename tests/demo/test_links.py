@@ -1,0 +1,263 @@
+"""The page opened by a card's "try it" link: ?adapter=owner/name, against the HTTP Hub, in a real browser."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from demo.test_page import ask, contrasts, texts, wait_for_states
+from hub.server import HubServer
+from tiny_stand_ins import save_base_and_adapters
+
+TESTS = Path(__file__).parents[1]
+MARKER = "minilora_stranger_code_ran"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A tiny base and an adapter of each kind, all naming org/base."""
+    folder = tmp_path_factory.mktemp("models")
+    base, adapters = save_base_and_adapters(folder)
+    for path in (*folder.glob("*/config.json"), *folder.glob("*/adapter_config.json")):
+        config = json.loads(path.read_text())
+        if "base_model_name_or_path" in config:
+            path.write_text(json.dumps(config | {"base_model_name_or_path": "org/base"}))
+    return base, {path.name: path for path in adapters}
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def published(hub, models):
+    """The adapters in public repos, and repos that must not be shown."""
+    _, folders = models
+
+    def files(name):
+        return {path.name: path.read_bytes() for path in folders[name].iterdir() if path.is_file()}
+
+    def changed(name, file, **fields):
+        before = files(name)
+        return before | {file: json.dumps(json.loads(before[file]) | fields).encode()}
+
+    code = f"import os\nopen(os.environ['{MARKER}'], 'w').write('ran')\n".encode()
+    evil = {name: code + data if name.endswith(".py") else data for name, data in files("mix").items()}
+    pickled = {name: data for name, data in files("dora").items() if not name.endswith(".safetensors")}
+    repos = {
+        "dora": files("dora"),
+        "mixlora": files("mix"),
+        "evil": evil | {"__init__.py": code, "sitecustomize.py": code},
+        "pickle": pickled | {"adapter_model.bin": b"\x80\x04cos\nsystem\n(S'true'\ntR."},
+        "large": files("dora") | {"adapter_model.safetensors": bytes(123_456)},
+        "damaged": files("dora") | {"adapter_model.safetensors": files("dora")["adapter_model.safetensors"][:-9]},
+        "other-base": changed("dora", "config.json", base_model_name_or_path="org/other", base_fingerprint="unknown"),
+        "other-weights": changed("dora", "config.json", base_fingerprint="sha256:" + "0" * 64),
+        "slow-regex": changed("dora", "config.json", rank_pattern={"(a+)+$": 4}),
+        "lora": files("lora"),
+        "pissa": changed("lora", "adapter_config.json", init_lora_weights="pissa"),
+        "imports": changed("lora", "adapter_config.json", megatron_config={"a": 1}, megatron_core="antigravity"),
+        "no-adapter": {"README.md": b"nothing"},
+    }
+    for name, content in repos.items():
+        hub.add_repo(f"ana/{name}", files=content)
+    hub.add_repo("ana/private", files=files("dora"), private=True)
+    return repos
+
+
+class Page:
+    """tests/demo/linked_page.py in a process of its own, in a folder where ana/dora is a folder, too."""
+
+    def __init__(self, hub, models, scratch):
+        base, folders = models
+        shutil.copytree(folders["dora"], scratch / "local" / "dora")
+        self.marker = scratch / "ran"
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        environment = os.environ | hub.environment(hub.add_user("ana"), scratch / "cache")
+        environment |= {"PYTHONPATH": str(TESTS.parent), MARKER: str(self.marker), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(TESTS / "demo" / "linked_page.py"), str(port), str(base), str(folders["dora"])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=scratch,
+        )
+        self.address = self.process.stdout.readline().strip()
+        assert self.address.startswith("http"), "the page did not start; see its traceback above"
+
+    def tell(self, what):
+        """Ask the running page."""
+        self.process.stdin.write(f"{what}\n")
+        self.process.stdin.flush()
+        return [name for name in self.process.stdout.readline().strip().split(",") if name]
+
+    def close(self):
+        """End it."""
+        self.process.stdin.close()
+        self.process.terminate()
+        self.process.wait(timeout=30)
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def page_server(hub, models, published, tmp_path_factory):
+    server = Page(hub, models, tmp_path_factory.mktemp("page"))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def visit(page_server, browser):
+    """Open the page by a link; nothing may go wrong in the browser."""
+    contexts, troubles = [], []
+
+    def open_page(adapter, phase, width=1280, height=800, **settings):
+        context = browser.new_context(viewport={"width": width, "height": height}, **settings)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(15_000)
+        page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        assert page.goto(f"{page_server.address}?adapter={quote(adapter, safe='')}").ok
+        page.wait_for_selector(f".ml-notice[data-phase={phase}]")
+        page.wait_for_selector("#ml-prompt textarea")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert troubles == []
+
+
+def names(page):
+    return page.locator(".ml-name").all_inner_texts()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("dora", "DoRA"), ("mixlora", "MixLoRA"), ("lora", "LoRA")])
+def test_a_link_shows_that_adapter_beside_the_base(visit, models, name, kind):
+    """In place of the page's own adapters, answering as it does elsewhere, and not as the base."""
+    page = visit(f"ana/{name}", "shown")
+    page.wait_for_function("document.querySelectorAll('.ml-card[data-kind]').length === 2")
+    assert names(page) == ["base", f"ana/{name}"]
+    assert page.locator(".ml-facts").nth(1).inner_text().startswith(kind)
+    assert page.locator("h1").inner_text() == "Same prompt. Two answers. One base."
+    assert page.locator(".ml-notice-words").inner_text() == f"ana/{name} beside its base, as your link asked."
+    ask(page, "Hello")
+    wait_for_states(page, "length", "length")
+    from minilora_hub.compare.engine import CompareEngine, Sampling
+
+    base, folders = models
+    engine = CompareEngine(base, [folders["mix" if name == "mixlora" else name]], device="cpu")
+    expected = ["", ""]
+    for update in engine.stream("Hello", Sampling(96)):
+        expected[update.column] += update.text
+    assert texts(page) == expected
+    assert expected[0] != expected[1]
+    page.click(".ml-notice-back")
+    page.wait_for_function("document.querySelectorAll('.ml-card[data-kind]').length === 2")
+    page.wait_for_selector(".ml-notice", state="hidden")
+    assert names(page) == ["base", "dora"]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "told"),
+    [
+        ("ana/gone", "the Hub has no public repo ana/gone"),
+        ("ana/private", "the Hub has no public repo ana/private"),
+        ("ana/pickle", "has no adapter_model.safetensors"),
+        ("ana/no-adapter", "has no adapter_model.safetensors"),
+        (
+            "ana/large",
+            "adapter_model.safetensors of ana/large is 0.1 MB; through a link this page fetches at most 0.1 MB",
+        ),
+        ("ana/damaged", "not a readable safetensors file"),
+        ("ana/other-base", "ana/other-base is for 'org/other', but this page runs"),
+        ("ana/other-weights", "but this page runs"),
+        ("ana/slow-regex", "rank_pattern: a page reads plain names of modules only"),
+        ("ana/pissa", "changes the base's own weights"),
+        ("ana/imports", "megatron_config is set"),
+        ("local/dora", "the Hub has no public repo local/dora"),
+        ("../local/dora", "is no id on the Hub"),
+        ("/etc", "is no id on the Hub"),
+        ("embedded", "is no id on the Hub"),
+        ("", "is no id on the Hub"),
+        ("ana/../dora", "is no id on the Hub"),
+        ("https://example.org/a", "is no id on the Hub"),
+        ("a/" + "b" * 5000, "is no id on the Hub"),
+        ("<img src=x onerror=\"document.title='hacked'\">", "is no id on the Hub"),
+    ],
+)
+def test_a_link_that_cannot_be_followed_is_told_and_the_page_works(visit, adapter, told):
+    """One message, as text; the page's own adapters are there and answer."""
+    page = visit(adapter, "error")
+    words = page.locator(".ml-notice-words").inner_text()
+    assert words.startswith("The adapter of this link is not shown. ")
+    assert told in words
+    assert len(words) < 500
+    assert page.title() == "minilora · compare"
+    page.wait_for_function("document.querySelectorAll('.ml-card[data-kind]').length === 2")
+    assert names(page) == ["base", "dora"]
+    if adapter in ("ana/damaged", "/etc"):
+        ask(page, "Hello")
+        wait_for_states(page, "length", "length")
+
+
+def test_a_strangers_code_never_runs(visit, page_server):
+    """The repo's Python files are not even fetched; the answer is that of our own classes."""
+    page = visit("ana/evil", "shown")
+    ask(page, "Hello")
+    wait_for_states(page, "length", "length")
+    assert not page_server.marker.exists()
+    assert page_server.tell("modules") == []
+
+
+def test_code_is_not_fetched(hub, visit):
+    """Only what is read crosses the network, and no token goes along."""
+    start = len(hub.requests)
+    visit("ana/mixlora", "shown")
+    visit("ana/dora", "shown")
+    visit("ana/evil", "shown")
+    asked = [record for record in hub.requests[start:] if "/resolve/" in record.path]
+    assert asked
+    assert not [record.path for record in asked if record.path.endswith((".py", ".bin"))]
+    assert {record.user for record in hub.requests} == {None}
+
+
+def test_few_adapters_are_kept_and_the_least_recently_used_goes(hub, visit, page_server):
+    """The limit here is two; whoever still has the third open is told to reload."""
+    first = visit("ana/dora", "shown")
+    visit("ana/mixlora", "shown")
+    first.reload()
+    first.wait_for_selector(".ml-notice[data-phase=shown]")
+    visit("ana/evil", "shown")
+    assert set(page_server.tell("kept")) == {"ana/dora", "ana/evil"}
+    start = len(hub.requests)
+    visit("ana/dora", "shown")
+    assert len(hub.requests) == start
+    second = visit("ana/mixlora", "shown")
+    visit("ana/evil", "shown")
+    assert set(page_server.tell("kept")) == {"ana/mixlora", "ana/evil"}
+    ask(first, "Hello")
+    first.wait_for_selector(".ml-status[data-phase=error]")
+    assert "ana/dora was put away" in first.locator(".ml-words").inner_text()
+    ask(second, "Hello")
+    wait_for_states(second, "length", "length")
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_notice_can_be_read(visit, width, height, scheme):
+    """On a desktop and on a phone, in light and in dark: nothing to scroll sideways, contrast of at least 4.5."""
+    for adapter, phase in (("ana/dora", "shown"), ("a/" + "b" * 300, "error")):
+        page = visit(adapter, phase, width, height, color_scheme=scheme)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert {name: ratio for name, ratio in contrasts(page, ".ml-notice-words") if ratio < 4.5} == {}
