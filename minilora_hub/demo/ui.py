@@ -164,12 +164,13 @@ def _wire_link(demo, runs, head, notice, columns) -> None:
         try:
             engine = await runs.open(request.session_hash, name)
         except MiniLoraError as error:
-            yield [{"phase": "error", "words": f"The adapter of this link is not shown. {error}."}, *unchanged]
+            yield [{"phase": "error", "words": f"The adapter of this link is not shown: {error}."}, *unchanged]
             return
         about = _about(engine)[1]
         words = f"{name} beside its base, as your link asked."
         shown = [gr.Column(visible=index < 2) for index in range(len(boxes))]
-        yield [{"phase": "shown", "words": words}, _head(engine), *shown, gr.HTML(value={}, column=about)]
+        head_line = _head(engine, name=runs.engine.columns[0].name)
+        yield [{"phase": "shown", "words": words}, head_line, *shown, gr.HTML(value={}, column=about)]
 
     demo.load(follow, None, outputs, concurrency_id="link", show_progress="hidden", api_visibility="private")
 
@@ -186,10 +187,10 @@ def _column(about: dict, *, visible: bool = True) -> tuple[gr.Column, gr.HTML]:
         return box, _html("column", value={}, column=about)
 
 
-def _head(engine: CompareEngine, title: str | None = None) -> dict:
+def _head(engine: CompareEngine, title: str | None = None, *, name: str | None = None) -> dict:
     amount = len(engine.columns)
     answers = NUMBERS[amount] if amount < len(NUMBERS) else amount
-    return {"title": title or f"Same prompt. {answers} answers. One base.", "facts": _memory_line(engine)}
+    return {"title": title or f"Same prompt. {answers} answers. One base.", "facts": _memory_line(engine, name)}
 
 
 def _about(engine: CompareEngine) -> list[dict]:
@@ -210,10 +211,10 @@ def _about(engine: CompareEngine) -> list[dict]:
     return described
 
 
-def _memory_line(engine: CompareEngine) -> str:
+def _memory_line(engine: CompareEngine, name: str | None = None) -> str:
     base, everything = engine.memory()
     adapters = f"; its adapters add {_bytes(everything - base)}" if everything > base else ""
-    return f"{engine.columns[0].name} is in memory once: {_bytes(base)}{adapters}."
+    return f"{name or engine.columns[0].name} is in memory once: {_bytes(base)}{adapters}."
 
 
 def _count(value: int) -> str:

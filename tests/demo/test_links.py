@@ -39,7 +39,8 @@ def hub():
 @pytest.fixture(scope="module")
 def published(hub, models):
     """The adapters in public repos, and repos that must not be shown."""
-    _, folders = models
+    base, folders = models
+    hub.add_repo("org/base", files={path.name: path.read_bytes() for path in base.iterdir()})
 
     def files(name):
         return {path.name: path.read_bytes() for path in folders[name].iterdir() if path.is_file()}
@@ -76,7 +77,7 @@ class Page:
     """tests/demo/linked_page.py in a process of its own, in a folder where ana/dora is a folder, too."""
 
     def __init__(self, hub, models, scratch):
-        base, folders = models
+        _, folders = models
         shutil.copytree(folders["dora"], scratch / "local" / "dora")
         self.marker = scratch / "ran"
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -84,7 +85,7 @@ class Page:
         environment = os.environ | hub.environment(hub.add_user("ana"), scratch / "cache")
         environment |= {"PYTHONPATH": str(TESTS.parent), MARKER: str(self.marker), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, str(TESTS / "demo" / "linked_page.py"), str(port), str(base), str(folders["dora"])],
+            [sys.executable, str(TESTS / "demo" / "linked_page.py"), str(port), "org/base", str(folders["dora"])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -150,6 +151,7 @@ def test_a_link_shows_that_adapter_beside_the_base(visit, models, name, kind):
     assert names(page) == ["base", f"ana/{name}"]
     assert page.locator(".ml-facts").nth(1).inner_text().startswith(kind)
     assert page.locator("h1").inner_text() == "Same prompt. Two answers. One base."
+    assert page.locator(".ml-head p").inner_text().startswith("base is in memory once: ")
     assert page.locator(".ml-notice-words").inner_text() == f"ana/{name} beside its base, as your link asked."
     ask(page, "Hello")
     wait_for_states(page, "length", "length")
@@ -177,11 +179,11 @@ def test_a_link_shows_that_adapter_beside_the_base(visit, models, name, kind):
         ("ana/no-adapter", "has no adapter_model.safetensors"),
         (
             "ana/large",
-            "adapter_model.safetensors of ana/large is 0.1 MB; through a link this page fetches at most 0.1 MB",
+            "of ana/large is 0.1 MB; through a link this page fetches at most 0.1 MB",
         ),
         ("ana/damaged", "not a readable safetensors file"),
-        ("ana/other-base", "ana/other-base is for 'org/other', but this page runs"),
-        ("ana/other-weights", "but this page runs"),
+        ("ana/other-base", "ana/other-base is for 'org/other', but this page runs 'org/base'"),
+        ("ana/other-weights", "was trained on other weights of org/base than this page runs"),
         ("ana/slow-regex", "rank_pattern: a page reads plain names of modules only"),
         ("ana/pissa", "changes the base's own weights"),
         ("ana/imports", "megatron_config is set"),
@@ -200,7 +202,7 @@ def test_a_link_that_cannot_be_followed_is_told_and_the_page_works(visit, adapte
     """One message, as text; the page's own adapters are there and answer."""
     page = visit(adapter, "error")
     words = page.locator(".ml-notice-words").inner_text()
-    assert words.startswith("The adapter of this link is not shown. ")
+    assert words.startswith("The adapter of this link is not shown: ")
     assert told in words
     assert len(words) < 500
     assert page.title() == "minilora · compare"
@@ -229,7 +231,8 @@ def test_code_is_not_fetched(hub, visit):
     asked = [record for record in hub.requests[start:] if "/resolve/" in record.path]
     assert asked
     assert not [record.path for record in asked if record.path.endswith((".py", ".bin"))]
-    assert {record.user for record in hub.requests} == {None}
+    assert {record.user for record in hub.requests if "ana/" in record.path} == {None}
+    assert {record.user for record in hub.requests if "org/base" in record.path} == {"ana"}
 
 
 def test_few_adapters_are_kept_and_the_least_recently_used_goes(hub, visit, page_server):
