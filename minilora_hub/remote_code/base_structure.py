@@ -130,8 +130,11 @@ def plan_sites(base, config):
     for index, layer in enumerate(layers):
         where, name = f"{prefix}.{index}", f"layers.{index}"
         shapes = linears_in(layer)
-        with_mixture = config.model_type == "mixlora" and config.has_mixture(index)
-        block_path, structure = _find_feed_forward(layer, where, known) if with_mixture else (None, None)
+        block_path = structure = None
+        if config.model_type == "mixlora":
+            # In every layer: a block is called once per kind, and a skeleton of a base has only its first one filled.
+            found = _find_feed_forward(layer, where, known)
+            block_path, structure = found if config.has_mixture(index) else (None, None)
         for path, shape in shapes.items():
             in_block = block_path is not None and path.startswith(block_path + ".")
             if not in_block and matches_target(path, config.target_modules):

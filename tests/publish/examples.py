@@ -94,8 +94,8 @@ def write_verification(folder: Path) -> None:
     ).save(folder)
 
 
-def clean_folder(folder: Path, method: str = "mixlora", family: str = "llama") -> Path:
-    """A folder as it is published, that no check has anything to say about; tiny."""
+def clean_folder(folder: Path, method: str = "mixlora", family: str = "llama", **changes) -> Path:
+    """A folder as it is published, that no check has anything to say about; tiny. `changes` go to the configuration."""
     import torch
     from tiny import CAUSAL_LM, fill_adapter, tiny_base, tiny_config
     from tiny_stand_ins import byte_tokenizer
@@ -104,7 +104,7 @@ def clean_folder(folder: Path, method: str = "mixlora", family: str = "llama") -
 
     base = tiny_base(family, vocab_size=259, eos_token_id=None, bos_token_id=None)
     size = sum(parameter.numel() for parameter in base.parameters())
-    config = tiny_config(method, base_model_name_or_path=BASE.id, base_model_revision="0" * 40)
+    config = tiny_config(method, base_model_name_or_path=BASE.id, base_model_revision="0" * 40, **changes)
     model = CAUSAL_LM[method].from_base(base, config)
     fill_adapter(model)
     for parameter in model.adapter_parameters().values():

@@ -27,10 +27,12 @@ from publish.spoilt_folders import (
     remove,
 )
 from safetensors.torch import load_file, save_file
+from tiny import SWITCH, TOP_P, tiny_model
 
 from minilora_hub.errors import AdapterError
 from minilora_hub.publish.card import write_card
 from minilora_hub.publish.check_files import looks_like_pickle
+from minilora_hub.publish.check_tensors import expected_shapes
 from minilora_hub.publish.checks import Problem, check_folder
 
 RIGHT_BASE = {"base_exists": lambda base, revision: True, "base_license": lambda base, revision: "apache-2.0"}
@@ -99,6 +101,19 @@ def test_a_vocabulary_may_hold_anything(folder):
     (folder / "tokenizer.json").write_text(json.dumps(content))
     write_verification(folder)
     assert found(folder) == []
+
+
+@pytest.mark.parametrize("strategy", [TOP_P, SWITCH, SWITCH | {"router_sparse_step": 2}])
+def test_other_routers_have_no_false_alarms(strategy, tmp_path):
+    assert found(clean_folder(tmp_path / "adapter", **strategy)) == []
+
+
+def test_the_tensors_of_a_sparse_mixture_are_known():
+    """Its first mixture is not in the first layer, the one whose block is filled to be looked at."""
+    model = tiny_model("llama", "mixlora", router_sparse_step=2, **SWITCH)
+    shapes, _, why_not = expected_shapes(model.config)
+    assert not why_not
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in model.adapter_parameters().items()}
 
 
 def test_free_text_may_say_anything_but_secrets(folder):
