@@ -17,16 +17,17 @@ from transformers import (
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of one comparison; every column gets the same.
+    """How one row's tokens are chosen, and when its answer ends.
 
     Args:
-        max_new_tokens: the most tokens a column may generate, at least 1.
+        max_new_tokens: the most tokens a row may generate, at least 1.
         temperature: 0 takes the most probable token (greedy); above 0 samples.
         top_p: when sampling, keep the most probable tokens that together reach this probability, in (0, 1].
         top_k: when sampling, keep this many of the most probable tokens; 0 keeps all.
         repetition_penalty: divides the positive scores of tokens already in the text, and multiplies the negative ones;
             1 leaves them alone.
-        seed: seed of each column's own random generator, at least 0.
+        seed: seed of each row's own random generator, at least 0.
+        stop: an answer ends before the first of these texts that it would contain; none of it is shown.
 
     Raises:
         ValueError: a setting is out of range; the message names it, the value received and what is required.
@@ -38,6 +39,7 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int = 0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what no processor could honour."""
@@ -52,6 +54,8 @@ class Sampling:
             "a number above 0 (1 changes nothing)",
         )
         _require(_is_int(self.seed, 0) and self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
+        texts = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
+        _require(texts, "stop", self.stop, "a tuple of texts that are not empty")
 
 
 def _require(ok: bool, argument: str, value: object, need: str) -> None:
@@ -68,7 +72,7 @@ def _is_number(value: object) -> bool:
 
 
 class TokenPicker:
-    """Chooses one column's next token, in the order of `generate`: penalty, temperature, top-k, top-p."""
+    """Chooses one row's next token, in the order of `generate`: penalty, temperature, top-k, top-p."""
 
     def __init__(self, sampling: Sampling) -> None:
         """Build the processors that `sampling` asks for, and a random generator seeded with its seed."""

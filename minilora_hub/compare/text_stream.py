@@ -1,7 +1,8 @@
 """Tokens to text, one at a time, without ever showing half a character.
 
 A token may end inside a UTF-8 sequence; decoders turn the torn bytes into U+FFFD, one for the sequence or one a byte.
-Such a tail is held back until its rest arrives, and so is the first half of a flag, two characters in one glyph.
+Such a tail is held back until its rest arrives, and so is the first half of a flag, two characters in one glyph, and
+what may be the beginning of a text that stops the answer.
 """
 
 from __future__ import annotations
@@ -14,19 +15,33 @@ FLAG_HALVES = "".join(map(chr, range(0x1F1E6, 0x1F200)))
 
 
 class TextStream:
-    """Turns one column's growing list of token ids into pieces of text that only ever append."""
+    """Turns one row's growing list of token ids into pieces of text that only ever append.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Start with no tokens; `tokenizer` is shared and not changed."""
+    Args:
+        tokenizer: shared, and not changed.
+        stop: texts that end the answer; nothing from the first of them on is ever shown.
+
+    Attributes:
+        stopped: one of the stop texts has come.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = ()) -> None:
+        """Start with no tokens."""
         self._tokenizer = tokenizer
+        self._stop = stop
         self._ids: list[int] = []
         self._shown = 0
+        self.stopped = False
 
     def push(self, token_id: int) -> str:
         """Add a token and return the text that is now certain, often a word, sometimes nothing."""
         self._ids.append(token_id)
         text = self._decode()
-        return self._show(text, len(text) - _uncertain_tail(text))
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            return self._show(text, min(found))
+        return self._show(text, len(text) - max(_uncertain_tail(text), self._begun_stop(text)))
 
     def finish(self, complete: bool) -> str:
         """Return what was held back.
@@ -35,6 +50,8 @@ class TextStream:
             complete: the model ended its answer itself, so a torn tail is what it wrote. Otherwise the answer was cut
                 off, perhaps inside a character, and the torn bytes are dropped.
         """
+        if self.stopped:
+            return ""
         text = self._decode()
         return self._show(text, len(text) if complete else len(text) - _torn_tail(text))
 
@@ -42,6 +59,14 @@ class TextStream:
         # The whole answer each time: a window over the last tokens is quicker, and wrong for tokenizers that treat the
         # first token, or a run of byte tokens, differently. 500 tokens decode in well under a millisecond.
         return str(self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _begun_stop(self, text: str) -> int:
+        """Count the characters at the end of `text` with which a stop text may have begun."""
+        longest = 0
+        for stop in self._stop:
+            starts = (n for n in range(min(len(stop) - 1, len(text)), longest, -1) if text.endswith(stop[:n]))
+            longest = max(longest, next(starts, 0))
+        return longest
 
     def _show(self, text: str, end: int) -> str:
         piece = text[self._shown : end]

@@ -45,6 +45,15 @@ def expected_tensors(config, sites):
 def attach(base, config, sites, tensors=None, seed=0, dtype=None):
     """Put an adapter into `base`, in place. Everything is built first: a failure leaves the base as it was.
 
+    Args: see `build_modules`.
+    """
+    for path, module in build_modules(base, config, sites, tensors, seed, dtype).items():
+        _replace(base, path, module)
+
+
+def build_modules(base, config, sites, tensors=None, seed=0, dtype=None):
+    """The modules of an adapter, {path in the base: module}, over the base's own, which stay where they are.
+
     Args:
         base: the plain base.
         config: the adapter's configuration.
@@ -59,8 +68,7 @@ def attach(base, config, sites, tensors=None, seed=0, dtype=None):
     for site in sites:
         build = _linear if isinstance(site, LinearSite) else _mixture
         modules[site.path] = build(base.get_submodule(site.path), site, config, tensors, generator, dtype)
-    for path, module in modules.items():
-        _replace(base, path, module)
+    return modules
 
 
 def detach(base, sites):

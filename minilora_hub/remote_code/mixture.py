@@ -17,12 +17,15 @@ each expert multiplies one contiguous block; few slots gather the experts' stack
 kept with weight 0.
 """
 
+from itertools import groupby
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .adapted_linear import apply_dora_scale
-from .routing import current_record
+from .routing import Routes, current_record
 
 
 class _SlotsByExpert:
@@ -33,26 +36,35 @@ class _SlotsByExpert:
         expert: the expert of each slot, (slots).
     """
 
+    FEW = 64
+    """Slots that Python sorts sooner than the kernels of sorting, counting and copying start."""
+
     def __init__(self, selected, kept=None):
-        flat, order = selected.flatten(), None
-        if kept is not None:
-            order = kept.flatten().nonzero().squeeze(-1)
-            flat = flat[order]
-        if selected.shape[0] == 1:  # one token: its experts are all different, nothing to sort
-            self.order, self.expert = order, flat
-            self.token = torch.zeros_like(flat)
-            self.experts, self.counts = flat.tolist(), [1] * flat.shape[0]
+        per_token, flat = selected.shape[1], selected.flatten()
+        if flat.numel() <= self.FEW and flat.device.type == "cpu":
+            experts = flat.tolist()
+            order = range(len(experts)) if kept is None else [i for i, keep in enumerate(kept.flatten().tolist()) if keep]
+            order = sorted(order, key=experts.__getitem__)
+            experts = [experts[slot] for slot in order]
+            counted = [(expert, len(list(block))) for expert, block in groupby(experts)]
+            self.experts, self.counts = [expert for expert, _ in counted], [count for _, count in counted]
+            self.order, self.expert = torch.tensor(order, dtype=torch.long), torch.tensor(experts, dtype=torch.long)
+            self.token = self.order // per_token
             return
-        self.expert, by_expert = flat.sort(stable=True)
+        order = None if kept is None else kept.flatten().nonzero().squeeze(-1)
+        self.expert, by_expert = (flat if order is None else flat[order]).sort(stable=True)
         self.order = by_expert if order is None else order[by_expert]
-        self.token = self.order // selected.shape[1]
+        self.token = self.order // per_token
         served, counts = torch.unique_consecutive(self.expert, return_counts=True)
         self.experts, self.counts = served.tolist(), counts.tolist()
 
+    def of_tokens(self, per_token):
+        """Each slot's token: (tokens, n) -> (slots, n), a copy."""
+        return per_token.index_select(0, self.token)
+
     def slots(self, per_slot):
         """(tokens, K) -> (slots, 1) in this order."""
-        flat = per_slot.flatten()
-        return (flat if self.order is None else flat[self.order]).unsqueeze(-1)
+        return per_slot.flatten()[self.order].unsqueeze(-1)
 
     def _blocks(self, *tensors):
         return zip(*(tensor.split(self.counts) for tensor in tensors), strict=True)
@@ -84,6 +96,15 @@ class _SlotsByExpert:
             return per_slot.sum(dim=0, keepdim=True)
         return per_slot.new_zeros(num_tokens, per_slot.shape[-1]).index_add(0, self.token, per_slot)
 
+    def add_to_tokens(self, out, hidden, lora_b, scaling):
+        """out + the sum over each token's slots of s B_e hidden: (slots, r) -> (tokens, out)."""
+        if out.shape[0] == 1 and not torch.is_grad_enabled() and out.dtype == hidden.dtype == lora_b.dtype:
+            for (h,), b in zip(self._blocks(hidden), self._weights(lora_b), strict=True):
+                out.addmm_(h, b.mT, alpha=scaling)  # every slot is of the one token
+            return out
+        added = out.new_zeros(hidden.shape[0], out.shape[-1])
+        return out.index_add(0, self.token, self.add_projected_up(added, hidden, lora_b, scaling))
+
 
 class _SlotsGathered:
     """Slots in token order, each with its own expert's weights gathered, so that nothing waits for the device.
@@ -95,6 +116,9 @@ class _SlotsGathered:
         self.expert = selected.flatten()  # (slots)
         self.per_token = selected.shape[1]
         self.token = torch.arange(selected.shape[0], device=selected.device).repeat_interleave(self.per_token)
+
+    def of_tokens(self, per_token):
+        return per_token[self.token]
 
     def slots(self, per_slot):
         return per_slot.flatten().unsqueeze(-1)
@@ -108,6 +132,28 @@ class _SlotsGathered:
 
     def sum_slots(self, per_slot, num_tokens):
         return per_slot.view(num_tokens, self.per_token, -1).sum(dim=1)
+
+    def add_to_tokens(self, out, hidden, lora_b, scaling):
+        added = torch.bmm(lora_b[self.expert], hidden.unsqueeze(-1)).squeeze(-1)
+        return torch.add(out, self.sum_slots(added, out.shape[0]).to(out.dtype), alpha=scaling)
+
+
+class Routed(NamedTuple):
+    """Tokens between the input and the output projections of a mixture.
+
+    Attributes:
+        hidden: what the output projection is called with: (tokens, ff), or (slots, ff) where DoRA scales each slot.
+        x: the block's input, (tokens, d).
+        routes: `Routes` of the tokens.
+        slots: how the slots are arranged.
+        low: A of the output projection applied to each slot, (slots, r); None where no expert is on it.
+    """
+
+    hidden: torch.Tensor
+    x: torch.Tensor
+    routes: Routes
+    slots: _SlotsByExpert | _SlotsGathered
+    low: torch.Tensor | None
 
 
 class MixtureOfLoraExperts(nn.Module):
@@ -136,20 +182,57 @@ class MixtureOfLoraExperts(nn.Module):
 
     def forward(self, hidden_states):
         x = hidden_states.flatten(0, -2)  # (tokens, d)
-        routes = self.route(x, hidden_states.shape[:-1])
-        slots = self._group(routes)
-        # One base GEMM per input projection, whatever the number of experts.
-        shared = [self._project(name, x)[slots.token] for name in self.structure.inputs]  # each (slots, out)
-        h = self.structure.activate(*self._expert_inputs(shared, x[slots.token], slots))  # (slots, ff)
-        g = slots.slots(routes.weights).to(x.dtype)
-        h = h * g if torch.is_grad_enabled() else h.mul_(g)  # g_k h_k
-        out = self._expert_output(h, slots, x.shape[0])  # (tokens, d)
-        if not self.routing.weights_sum_to_one:
-            out = self._weigh_bias(out, routes.weights)
-        if routes.passed is not None:
-            out = out + (routes.passed * x).to(out.dtype)
+        # One base GEMM per projection, whatever the number of experts.
+        shared = [self._project(name, x) for name in self.structure.inputs]  # each (tokens, out)
+        routed = self.expand(x, shared, hidden_states.shape[:-1])
+        out = self.combine(self._project(self.structure.output, routed.hidden), routed)  # (tokens, d)
         out = self.dropout(out) if self.training else out
         return self.structure.dropout(out).view_as(hidden_states)
+
+    def expand(self, x, shared, leading_shape):
+        """Everything before the output projection, which the caller runs on `hidden` and hands to `combine`.
+
+        Args:
+            x: the block's input, (tokens, d).
+            shared: what the base's input projections make of it, each (tokens, out).
+            leading_shape: how the tokens lie in the call: (batch, seq), or any shape that ends with the sequence.
+
+        Returns:
+            A `Routed`.
+        """
+        routes = self.route(x, leading_shape)
+        slots = self._group(routes)
+        h = self.structure.activate(*self._expert_inputs(shared, x, slots))  # (slots, ff)
+        g = slots.slots(routes.weights).to(x.dtype)
+        h = h * g if torch.is_grad_enabled() else h.mul_(g)  # g_k h_k
+        update = self._update_of(self.structure.output)
+        low = None if update is None else self._project_down(update, h, slots)  # (slots, r)
+        slotwise = update is not None and update.magnitude is not None
+        hidden = h if slotwise else slots.sum_slots(h, x.shape[0])
+        return Routed(hidden, x, routes, slots, low)
+
+    def combine(self, projected, routed):
+        """The block's output, (tokens, d), from the output projection of `routed.hidden`, with its bias added once.
+
+        Where no gradient needs it, `projected` is written to.
+        """
+        slots, num_tokens = routed.slots, routed.x.shape[0]
+        update = self._update_of(self.structure.output)
+        if update is None:
+            out = projected
+        elif update.magnitude is None:
+            out = slots.add_to_tokens(projected, routed.low, update.lora_B, update.scaling)
+        else:  # g * (c * (W h + s B A h) + b): the bias is left out of every slot and added once
+            bias = self._output_bias()
+            out = projected if bias is None else projected - bias
+            out = slots.add_projected_up(out, routed.low, update.lora_B, update.scaling)
+            out = slots.sum_slots(self._scaled(self.structure.output, out, slots, with_bias=False), num_tokens)
+            out = out if bias is None else out + bias
+        if not self.routing.weights_sum_to_one:
+            out = self._weigh_bias(out, routed.routes.weights)
+        if routed.routes.passed is not None:
+            out = out + (routed.routes.passed * routed.x).to(out.dtype)
+        return out
 
     def _group(self, routes):
         """A CPU reads indices for free; elsewhere that waits for the device, which few tokens are spared."""
@@ -195,8 +278,8 @@ class MixtureOfLoraExperts(nn.Module):
 
     def _expert_inputs(self, shared, x, slots):
         """The input projections of every slot: shared W x + b, and the slot's expert. Lists of (slots, out)."""
-        experts = dict(self.experts.items())
-        updates = [experts.get(name) for name in self.structure.inputs]
+        updates = [self._update_of(name) for name in self.structure.inputs]
+        x = slots.of_tokens(x)  # (slots, d)
         many = x.shape[0] > self.router.shape[0]
         if many and None not in updates and not (self.training and updates[0].dropout.p > 0):
             # The same input for all, so their A are one matrix, wide enough for the matrix library to be good at.
@@ -207,6 +290,7 @@ class MixtureOfLoraExperts(nn.Module):
             hidden = [None if update is None else self._project_down(update, x, slots) for update in updates]
         projected = []
         for name, out, update, low in zip(self.structure.inputs, shared, updates, hidden, strict=True):
+            out = slots.of_tokens(out)  # a copy, so that it may be written to
             if update is not None:
                 out = self._scaled(name, slots.add_projected_up(out, low, update.lora_B, update.scaling), slots)
             projected.append(out)
@@ -216,32 +300,15 @@ class MixtureOfLoraExperts(nn.Module):
         x = update.dropout(x) if self.training else x
         return slots.project_down(x.to(update.lora_A.dtype), update.lora_A)
 
-    def _expert_output(self, h, slots, num_tokens):
-        """The output projection, summed over each token's slots, with its bias added once.
+    def _update_of(self, name):
+        return self.experts[name] if name in self.experts else None
 
-        `h` (slots, ff) already carries its slot's weight.
-        """
-        name = self.structure.output
-        if name not in self.experts:
-            return self._project(name, slots.sum_slots(h, num_tokens))
-        update = self.experts[name]
-        low = self._project_down(update, h, slots)
-        if update.magnitude is None:
-            added = slots.add_projected_up(
-                h.new_zeros(h.shape[0], update.lora_B.shape[1]), low, update.lora_B, update.scaling
-            )
-            return self._project(name, slots.sum_slots(h, num_tokens)) + slots.sum_slots(added, num_tokens)
-        # g * (c * (W h + s B A h) + b): the bias is left out of every slot and added once.
-        layer = self.base_block.get_submodule(name)
-        bias = getattr(layer, "bias", None)
-        out = self._project(name, h)
-        out = slots.add_projected_up(out if bias is None else out - bias, low, update.lora_B, update.scaling)
-        out = slots.sum_slots(self._scaled(name, out, slots, with_bias=False), num_tokens)
-        return out if bias is None else out + bias
+    def _output_bias(self):
+        return getattr(self.base_block.get_submodule(self.structure.output), "bias", None)
 
     def _weigh_bias(self, out, weights):
         """From the output bias added once to sum_k g_k times, where the weights do not sum to one."""
-        bias = getattr(self.base_block.get_submodule(self.structure.output), "bias", None)
+        bias = self._output_bias()
         if bias is None:
             return out
         return out + ((weights.sum(dim=-1, keepdim=True) - 1) * bias).to(out.dtype)

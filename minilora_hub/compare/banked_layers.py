@@ -1,0 +1,199 @@
+"""Layers of a base that serve many adapters at once: one call of the base layer for all rows, then each row's own part.
+
+A batch holds rows of several adapters in contiguous groups. `BankedLinear` calls its base layer once over the whole
+batch and adds to each group's rows what that group's adapter adds. `BankedBlock` does the same for a feed-forward block
+where some groups have a MixLoRA there: their tokens become slots between the block's projections, which are still
+called once. What a step costs depends on the adapters whose rows are in the batch, not on how many are loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from minilora_hub.remote_code.adapted_linear import AdaptedLinear, add_low_rank, apply_dora_scale
+from minilora_hub.remote_code.base_structure import FeedForwardStructure
+from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
+from minilora_hub.remote_code.routing import Routes
+
+
+class Group(NamedTuple):
+    """Rows `start` to `stop` of the batch belong to the adapter `key`."""
+
+    start: int
+    stop: int
+    key: str
+
+
+@dataclass
+class BatchRows:
+    """Which rows of the batch belong to which adapter; shared by every banked layer of a model.
+
+    Attributes:
+        count: rows in the batch.
+        groups: the groups that have an adapter; rows of the bare base are in none.
+        routing: for each group with a MixLoRA, what its routers decided in the last forward: `Routes` of the group's
+            rows * seq tokens, one a mixture.
+    """
+
+    count: int = 0
+    groups: tuple[Group, ...] = ()
+    routing: dict[str, list[Routes]] = field(default_factory=dict)
+
+    def arrange(self, keys: list[str | None]) -> None:
+        """Set the adapter of each row; neighbours with the same one form a group."""
+        groups, start = [], 0
+        for stop in range(1, len(keys) + 1):
+            if stop == len(keys) or keys[stop] != keys[start]:
+                key = keys[start]
+                if key is not None:
+                    groups.append(Group(start, stop, key))
+                start = stop
+        self.count, self.groups = len(keys), tuple(groups)
+
+
+class LinearUpdate(NamedTuple):
+    """What one adapter adds to one linear: A [r, in], B [out, r], s, and DoRA's c [out] or None."""
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    scaling: float
+    scale: torch.Tensor | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, adapted: AdaptedLinear) -> LinearUpdate:
+        """Take the tensors out of an adapted linear; c is computed here, once, since nothing is trained here."""
+        update = adapted.update
+        scale = None if update.magnitude is None else update.scale(adapted.base_layer).detach()
+        return cls(update.lora_A.detach(), update.lora_B.detach(), update.scaling, scale)
+
+
+class BankedLinear(nn.Module):
+    """A linear of the base, and the updates of the adapters that are loaded: (rows, ..., in) -> (rows, ..., out).
+
+    Args:
+        base_layer: any linear the base brings. It is called, never unpacked.
+        rows: the model's `BatchRows`.
+
+    Attributes:
+        updates: adapter -> its `LinearUpdate` here. Not parameters: adapters come and go.
+    """
+
+    def __init__(self, base_layer: nn.Module, rows: BatchRows) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.rows = rows
+        self.updates: dict[str, LinearUpdate] = {}
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base layer's weight: some models look at its dtype."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base layer's bias, if it has one."""
+        return getattr(self.base_layer, "bias", None)
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """Call the base layer once, then add each group's update in place."""
+        out = self.base_layer(x, *args, **kwargs)
+        groups = self.rows.groups
+        if groups and self.updates:
+            per_row = x.shape[0] // self.rows.count  # 1, or the positions of a row where a model flattens them
+            self.add_updates(out, x, [(g.start * per_row, g.stop * per_row, g.key) for g in groups])
+        return out
+
+    def add_updates(self, out: torch.Tensor, x: torch.Tensor, groups: list[tuple[int, int, str]]) -> None:
+        """Write the updates of the groups that have one here into their rows of `out`."""
+        for start, stop, key in groups:
+            update = self.updates.get(key)
+            if update is None:
+                continue
+            mine = out[start:stop]
+            result = add_low_rank(mine, x[start:stop], update.lora_a, update.lora_b, update.scaling, in_place=True)
+            if update.scale is not None:
+                result = apply_dora_scale(result, update.scale, self.bias, in_place=True)
+            if result is not mine:
+                mine.copy_(result)
+
+
+class BankedBlock(nn.Module):
+    """A feed-forward block of the base, and the mixtures of the MixLoRA adapters that are loaded: as the block's shape.
+
+    Args:
+        base_block: the base's block, whose projections are `BankedLinear`.
+        structure: which projections it has, and what happens between them.
+        rows: the model's `BatchRows`.
+
+    Attributes:
+        mixtures: adapter -> its mixture here.
+    """
+
+    def __init__(self, base_block: nn.Module, structure: FeedForwardStructure, rows: BatchRows) -> None:
+        super().__init__()
+        self.base_block = base_block
+        self.structure = structure
+        self.rows = rows
+        self.mixtures: dict[str, MixtureOfLoraExperts] = {}
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Run the block once over all rows; the groups with a mixture go through their experts in between."""
+        if not any(group.key in self.mixtures for group in self.rows.groups):
+            return self.base_block(hidden_states)
+        x = hidden_states.flatten(0, -2)  # (tokens, d)
+        per_row = x.shape[0] // self.rows.count
+        shared = [self._call(name, x) for name in self.structure.inputs]  # each (tokens, out)
+
+        parts, plan, linear_groups, at = [], [], [], 0
+        for start, stop, key in self._all_groups():
+            rows = slice(start * per_row, stop * per_row)
+            mixture = None if key is None else self.mixtures.get(key)
+            inputs = [out[rows] for out in shared]
+            if mixture is None:
+                routed, part = None, self.structure.activate(*inputs)  # (group's tokens, ff)
+                if key is not None:
+                    linear_groups.append((at, at + part.shape[0], key))
+            else:
+                routed = mixture.expand(x[rows], inputs, (stop - start, per_row))
+                part = routed.hidden  # (group's tokens, ff), or (group's slots, ff) where DoRA scales each slot
+                self.rows.routing.setdefault(key, []).append(routed.routes)
+            parts.append(part)
+            plan.append((rows, at, at + part.shape[0], mixture, routed))
+            at += part.shape[0]
+
+        down = self.base_block.get_submodule(self.structure.output)
+        hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
+        projected = down.base_layer(hidden)  # type: ignore[operator]  # the one call of the output projection
+        down.add_updates(projected, hidden, linear_groups)  # type: ignore[operator]
+        if all(routed is None or stop - start == rows.stop - rows.start for rows, start, stop, _, routed in plan):
+            out = projected
+        else:
+            out = projected.new_empty(x.shape[0], projected.shape[-1])
+        for rows, start, stop, mixture, routed in plan:
+            part = projected[start:stop]
+            result = part if mixture is None else mixture.combine(part, routed)
+            mine = out[rows]
+            if result.data_ptr() != mine.data_ptr():
+                mine.copy_(result)
+        return self.structure.dropout(out).view_as(hidden_states)
+
+    def _call(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return self.base_block.get_submodule(name)(x)
+
+    def _all_groups(self) -> list[tuple[int, int, str | None]]:
+        """Cover every row, in order: the groups of `rows`, and the rows of the bare base between them."""
+        groups: list[tuple[int, int, str | None]] = []
+        at = 0
+        for start, stop, key in self.rows.groups:
+            if at < start:
+                groups.append((at, start, None))
+            groups.append((start, stop, key))
+            at = stop
+        if at < self.rows.count:
+            groups.append((at, self.rows.count, None))
+        return groups
