@@ -26,6 +26,7 @@ from minilora_hub.compare.banked_layers import BankedBlock, BankedLinear, BatchR
 from minilora_hub.compare.columns import shared_copy
 from minilora_hub.compare.reading import AdapterFacts, adapter_facts, read_adapter_folder
 from minilora_hub.errors import AdapterError
+from minilora_hub.remote_code.adapted_linear import plain_weight
 from minilora_hub.remote_code.attach import build_modules
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
 
@@ -87,6 +88,9 @@ class AdapterBank:
         self._in_use: Counter[str] = Counter()
         self._base_bytes = _tensor_bytes(self.model)
         self._wrapped: dict[str, BankedLinear | BankedBlock] = {}
+        for path, module in self._modules.items():
+            if plain_weight(module) is not None:  # the bare base's rows gain too
+                self._linear(path)
 
     # ---- which adapters there are ----
 
