@@ -84,7 +84,9 @@ class AdapterBank:
         self._rows = BatchRows()
         self._limit = limit
         self._entries: dict[str, BankEntry] = {}
-        self._loaded: OrderedDict[str, list[BankedLinear | BankedBlock]] = OrderedDict()  # the least recently used first
+        self._loaded: OrderedDict[str, list[BankedLinear | BankedBlock]] = (
+            OrderedDict()
+        )  # the least recently used first
         self._in_use: Counter[str] = Counter()
         self._base_bytes = _tensor_bytes(self.model)
         self._wrapped: dict[str, BankedLinear | BankedBlock] = {}

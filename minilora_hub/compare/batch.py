@@ -70,7 +70,9 @@ class Batch:
         except Exception as error:  # nothing tells whose fault it is
             return self.end("error", f"{type(error).__name__}: {error}")
         seconds = time.perf_counter() - began
-        updates = [answer.take(logits[line], seconds, **experts.get(line, {})) for line, answer in enumerate(self._live)]
+        updates = [
+            answer.take(logits[line], seconds, **experts.get(line, {})) for line, answer in enumerate(self._live)
+        ]
         self._drop_finished()
         if self._live:
             self._unread = torch.stack([answer.ids[0, -1:] for answer in self._live])
@@ -118,6 +120,7 @@ def _experts_of_last_position(rows: BatchRows) -> dict[int, dict[str, Any]]:
         layers = rows.routing.get(key)
         if not layers:
             continue
+
         # Each (rows * seq, K) -> the last position of each row, (rows, K); all layers in one transfer.
         def last(part: torch.Tensor, lines: int = stop - start) -> torch.Tensor:
             return part.view(lines, -1, part.shape[-1])[:, -1]

@@ -76,7 +76,9 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{str(path)!r}: peft_type={settings.get('peft_type')!r}, must be 'LORA'")
     for name in NOT_PLAIN_LORA:
         if settings.get(name):
-            raise AdapterError(f"{str(path)!r}: {name}={settings[name]!r}: only plain LoRA, rsLoRA and DoRA can be read")
+            raise AdapterError(
+                f"{str(path)!r}: {name}={settings[name]!r}: only plain LoRA, rsLoRA and DoRA can be read"
+            )
     init = settings.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         raise AdapterError(

@@ -43,7 +43,9 @@ class _SlotsByExpert:
         per_token, flat = selected.shape[1], selected.flatten()
         if flat.numel() <= self.FEW and flat.device.type == "cpu":
             experts = flat.tolist()
-            order = range(len(experts)) if kept is None else [i for i, keep in enumerate(kept.flatten().tolist()) if keep]
+            order = (
+                range(len(experts)) if kept is None else [i for i, keep in enumerate(kept.flatten().tolist()) if keep]
+            )
             order = sorted(order, key=experts.__getitem__)
             experts = [experts[slot] for slot in order]
             counted = [(expert, len(list(block))) for expert, block in groupby(experts)]
@@ -301,7 +303,7 @@ class MixtureOfLoraExperts(nn.Module):
         return slots.project_down(x.to(update.lora_A.dtype), update.lora_A)
 
     def _update_of(self, name):
-        return self.experts[name] if name in self.experts else None
+        return self.experts[name] if name in self.experts else None  # noqa: SIM401  (a ModuleDict has no get)
 
     def _output_bias(self):
         return getattr(self.base_block.get_submodule(self.structure.output), "bias", None)
