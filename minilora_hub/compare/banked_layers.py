@@ -8,16 +8,18 @@ called once. What a step costs depends on the adapters whose rows are in the bat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from minilora_hub.remote_code.adapted_linear import (
     AdaptedLinear,
-    add_low_rank,
-    apply_dora_scale,
+    add_low_rank_,
+    apply_dora_scale_,
     plain_weight,
 )
 from minilora_hub.remote_code.base_structure import FeedForwardStructure
@@ -106,6 +108,8 @@ class BankedLinear(nn.Module):
         self.rows = rows
         self.updates: dict[str, LinearUpdate] = {}
         self._few_rows = _most_few_rows(base_layer)
+        # Past the module's attribute look-ups and hooks, which cost more than the product of a small layer.
+        self.__dict__["_open"] = (base_layer.weight, base_layer.bias) if self._few_rows else None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -123,31 +127,40 @@ class BankedLinear(nn.Module):
         groups = self.rows.groups
         if groups and self.updates:
             per_row = x.shape[0] // self.rows.count  # 1, or the positions of a row where a model flattens them
-            self.add_updates(out, x, [(g.start * per_row, g.stop * per_row, g.key) for g in groups])
+            per_row *= x.numel() // (x.shape[0] * x.shape[-1])
+            self.add_updates(out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]), groups, per_row)
         return out
 
     def call_base(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """Call the base layer; where that is quicker, as W x^T transposed."""
+        if self._open is None:
+            return self.base_layer(x, *args, **kwargs).contiguous()
+        weight, bias = self._open
         if not 2 <= x.numel() // x.shape[-1] <= self._few_rows:
-            return self.base_layer(x, *args, **kwargs)
-        layer = self.base_layer
-        out = torch.mm(layer.weight, x.reshape(-1, x.shape[-1]).t()).t().contiguous()  # type: ignore[arg-type]
-        if layer.bias is not None:
-            out += layer.bias
+            return F.linear(x, weight, bias)
+        out = torch.mm(weight, x.reshape(-1, x.shape[-1]).t()).t().contiguous()
+        if bias is not None:
+            out += bias
         return out.view(*x.shape[:-1], -1)
 
-    def add_updates(self, out: torch.Tensor, x: torch.Tensor, groups: list[tuple[int, int, str]]) -> None:
-        """Write the updates of the groups that have one here into their rows of `out`."""
+    def add_updates(self, out: torch.Tensor, x: torch.Tensor, groups: Sequence[Group], per_row: int) -> None:
+        """Write the updates of the groups that have one here into their rows.
+
+        Args:
+            out: (tokens, out).
+            x: (tokens, in).
+            groups: in rows of `per_row` tokens each.
+            per_row: tokens a row.
+        """
         for start, stop, key in groups:
             update = self.updates.get(key)
-            if update is None:
-                continue
-            mine = out[start:stop]
-            result = add_low_rank(mine, x[start:stop], update.lora_a, update.lora_b, update.scaling, in_place=True)
-            if update.scale is not None:
-                result = apply_dora_scale(result, update.scale, self.bias, in_place=True)
-            if result is not mine:
-                mine.copy_(result)
+            if update is not None:
+                whole = (stop - start) * per_row == len(out)
+                mine = out if whole else out[start * per_row : stop * per_row]
+                theirs = x if whole else x[start * per_row : stop * per_row]
+                add_low_rank_(mine, theirs, update.lora_a, update.lora_b, update.scaling)
+                if update.scale is not None:
+                    apply_dora_scale_(mine, update.scale, self.bias)
 
 
 class BankedBlock(nn.Module):
@@ -185,7 +198,7 @@ class BankedBlock(nn.Module):
             if mixture is None:
                 routed, part = None, self.structure.activate(*inputs)  # (group's tokens, ff)
                 if key is not None:
-                    linear_groups.append((at, at + part.shape[0], key))
+                    linear_groups.append(Group(at, at + part.shape[0], key))
             else:
                 routed = mixture.expand(x[rows], inputs, (stop - start, per_row))
                 part = routed.hidden  # (group's tokens, ff), or (group's slots, ff) where DoRA scales each slot
@@ -197,7 +210,7 @@ class BankedBlock(nn.Module):
         down = self.base_block.get_submodule(self.structure.output)
         hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
         projected = down.call_base(hidden)  # type: ignore[operator]  # the one call of the output projection
-        down.add_updates(projected, hidden, linear_groups)  # type: ignore[operator]
+        down.add_updates(projected, hidden, linear_groups, 1)  # type: ignore[operator]
         if all(routed is None or stop - start == rows.stop - rows.start for rows, start, stop, _, routed in plan):
             out = projected
         else:

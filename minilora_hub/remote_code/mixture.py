@@ -17,7 +17,8 @@ each expert multiplies one contiguous block; few slots gather the experts' stack
 kept with weight 0.
 """
 
-from itertools import groupby
+from collections import Counter
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -28,48 +29,56 @@ from .adapted_linear import apply_dora_scale
 from .routing import Routes, current_record
 
 
+def _without_autocast(device_type):
+    """Entering autocast, also to switch it off, costs as much as a small product: only where it is on."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
 class _SlotsByExpert:
     """Slots sorted by expert: each expert that serves any multiplies one contiguous block, with its own weights.
 
-    Attributes:
-        token: the token of each slot, (slots).
-        expert: the expert of each slot, (slots).
+    What is projected down is kept as a list of blocks, one an expert.
     """
 
     FEW = 64
     """Slots that Python sorts sooner than the kernels of sorting, counting and copying start."""
 
     def __init__(self, selected, kept=None):
-        per_token, flat = selected.shape[1], selected.flatten()
-        if flat.numel() <= self.FEW and flat.device.type == "cpu":
-            experts = flat.tolist()
-            order = (
-                range(len(experts)) if kept is None else [i for i, keep in enumerate(kept.flatten().tolist()) if keep]
-            )
-            order = sorted(order, key=experts.__getitem__)
-            experts = [experts[slot] for slot in order]
-            counted = [(expert, len(list(block))) for expert, block in groupby(experts)]
-            self.experts, self.counts = [expert for expert, _ in counted], [count for _, count in counted]
-            self.order, self.expert = torch.tensor(order, dtype=torch.long), torch.tensor(experts, dtype=torch.long)
-            self.token = self.order // per_token
-            return
+        self.num_tokens, self.per_token = selected.shape
+        flat = selected.flatten()
         order = None if kept is None else kept.flatten().nonzero().squeeze(-1)
-        self.expert, by_expert = (flat if order is None else flat[order]).sort(stable=True)
-        self.order = by_expert if order is None else order[by_expert]
-        self.token = self.order // per_token
-        served, counts = torch.unique_consecutive(self.expert, return_counts=True)
-        self.experts, self.counts = served.tolist(), counts.tolist()
+        flat = flat if order is None else flat[order]  # expert of each slot
+        if self.num_tokens == 1:  # its experts are all different: nothing to sort
+            self.expert, self.order, self.token = flat, order, None
+            self.experts = flat.tolist()
+            self.counts = [1] * len(self.experts)
+        elif flat.numel() <= self.FEW and flat.device.type == "cpu":
+            experts = flat.tolist()
+            by_expert = sorted(range(len(experts)), key=experts.__getitem__)
+            served = Counter(experts[slot] for slot in by_expert)
+            self.experts, self.counts = list(served), list(served.values())
+            self._arrange(flat, order, torch.tensor(by_expert, dtype=torch.long))
+        else:
+            expert, by_expert = flat.sort(stable=True)
+            served, counts = torch.unique_consecutive(expert, return_counts=True)
+            self.experts, self.counts = served.tolist(), counts.tolist()
+            self._arrange(flat, order, by_expert)
+
+    def _arrange(self, flat, order, by_expert):
+        self.expert = flat[by_expert]
+        self.order = by_expert if order is None else order[by_expert]  # place among (tokens * K) of each slot
+        self.token = self.order // self.per_token  # token of each slot
 
     def of_tokens(self, per_token):
         """Each slot's token: (tokens, n) -> (slots, n), a copy."""
+        if self.token is None:
+            return per_token.repeat(len(self.experts), 1)
         return per_token.index_select(0, self.token)
 
-    def slots(self, per_slot):
+    def of_slots(self, per_slot):
         """(tokens, K) -> (slots, 1) in this order."""
-        return per_slot.flatten()[self.order].unsqueeze(-1)
-
-    def _blocks(self, *tensors):
-        return zip(*(tensor.split(self.counts) for tensor in tensors), strict=True)
+        flat = per_slot.flatten()
+        return (flat if self.order is None else flat[self.order]).unsqueeze(-1)
 
     def _weights(self, stacked):
         # With gradients unbind, not indexing: its backward is one stack, and an expert without tokens gets zeros.
@@ -77,67 +86,86 @@ class _SlotsByExpert:
         return [parts[expert] for expert in self.experts]
 
     def project_down(self, x, lora_a):
-        """A_e x: (slots, in) -> (slots, r)."""
-        parts = [F.linear(rows, a) for (rows,), a in zip(self._blocks(x), self._weights(lora_a), strict=True)]
-        return torch.cat(parts)
+        """A_e x: (slots, in) -> (slots, r), in blocks."""
+        blocks = x.split_with_sizes(self.counts)
+        return [F.linear(rows, a) for rows, a in zip(blocks, self._weights(lora_a), strict=True)]
+
+    def split_ranks(self, hidden, ranks):
+        """(slots, sum of ranks) -> a (slots, r) for each of `ranks`; all in blocks."""
+        return list(zip(*(rows.split_with_sizes(ranks, dim=-1) for rows in hidden), strict=True))
 
     def add_projected_up(self, out, hidden, lora_b, scaling):
         """out + s B_e hidden: (slots, r) -> (slots, out). Without gradients `out` itself is written to."""
-        blocks = zip(self._blocks(out, hidden), self._weights(lora_b), strict=True)
-        if not out.dtype == hidden.dtype == lora_b.dtype:
-            return torch.cat([o + (F.linear(h, b) * scaling).to(o.dtype) for (o, h), b in blocks])
+        blocks = list(zip(out.split_with_sizes(self.counts), hidden, self._weights(lora_b), strict=True))
+        if not out.dtype == hidden[0].dtype == lora_b.dtype:
+            return torch.cat([o + (F.linear(h, b) * scaling).to(o.dtype) for o, h, b in blocks])
         if torch.is_grad_enabled():
-            return torch.cat([torch.addmm(o, h, b.mT, alpha=scaling) for (o, h), b in blocks])
-        for (o, h), b in blocks:
+            return torch.cat([torch.addmm(o, h, b.mT, alpha=scaling) for o, h, b in blocks])
+        for o, h, b in blocks:
             o.addmm_(h, b.mT, alpha=scaling)
         return out
 
-    def sum_slots(self, per_slot, num_tokens):
+    def sum_slots(self, per_slot):
         """Sum each token's slots: (slots, n) -> (tokens, n)."""
-        if num_tokens == 1:
+        if self.token is None:
             return per_slot.sum(dim=0, keepdim=True)
-        return per_slot.new_zeros(num_tokens, per_slot.shape[-1]).index_add(0, self.token, per_slot)
+        return per_slot.new_zeros(self.num_tokens, per_slot.shape[-1]).index_add_(0, self.token, per_slot)
 
     def add_to_tokens(self, out, hidden, lora_b, scaling):
-        """out + the sum over each token's slots of s B_e hidden: (slots, r) -> (tokens, out)."""
-        if out.shape[0] == 1 and not torch.is_grad_enabled() and out.dtype == hidden.dtype == lora_b.dtype:
-            for (h,), b in zip(self._blocks(hidden), self._weights(lora_b), strict=True):
+        """out + the sum over each token's slots of s B_e hidden: (slots, r) -> (tokens, out).
+
+        Without gradients `out` itself may be written to.
+        """
+        if not out.dtype == hidden[0].dtype == lora_b.dtype:
+            parts = [
+                (F.linear(h, b) * scaling).to(out.dtype) for h, b in zip(hidden, self._weights(lora_b), strict=True)
+            ]
+            return out + self.sum_slots(torch.cat(parts))
+        if self.token is None and not torch.is_grad_enabled():
+            for h, b in zip(hidden, self._weights(lora_b), strict=True):
                 out.addmm_(h, b.mT, alpha=scaling)  # every slot is of the one token
             return out
-        added = out.new_zeros(hidden.shape[0], out.shape[-1])
-        return out.index_add(0, self.token, self.add_projected_up(added, hidden, lora_b, scaling))
+        added = torch.cat([F.linear(h, b) for h, b in zip(hidden, self._weights(lora_b), strict=True)])
+        if self.token is None:
+            return torch.add(out, added.sum(dim=0, keepdim=True), alpha=scaling)
+        return torch.index_add(out, 0, self.token, added, alpha=scaling)
 
 
 class _SlotsGathered:
     """Slots in token order, each with its own expert's weights gathered, so that nothing waits for the device.
 
-    Those that are not kept are computed as well: their weight is 0.
+    Those that are not kept are computed as well: their weight is 0. Methods as in `_SlotsByExpert`.
     """
 
     def __init__(self, selected, kept=None):
         self.expert = selected.flatten()  # (slots)
-        self.per_token = selected.shape[1]
-        self.token = torch.arange(selected.shape[0], device=selected.device).repeat_interleave(self.per_token)
+        self.num_tokens, self.per_token = selected.shape
+        self.token = torch.arange(self.num_tokens, device=selected.device).repeat_interleave(self.per_token)
 
     def of_tokens(self, per_token):
         return per_token[self.token]
 
-    def slots(self, per_slot):
+    def of_slots(self, per_slot):
         return per_slot.flatten().unsqueeze(-1)
 
     def project_down(self, x, lora_a):
         return torch.bmm(lora_a[self.expert], x.unsqueeze(-1)).squeeze(-1)
 
-    def add_projected_up(self, out, hidden, lora_b, scaling):
-        update = torch.bmm(lora_b[self.expert], hidden.unsqueeze(-1)).squeeze(-1)
-        return torch.add(out, update.to(out.dtype), alpha=scaling)
+    def split_ranks(self, hidden, ranks):
+        return hidden.split(ranks, dim=-1)
 
-    def sum_slots(self, per_slot, num_tokens):
-        return per_slot.view(num_tokens, self.per_token, -1).sum(dim=1)
+    def add_projected_up(self, out, hidden, lora_b, scaling):
+        return torch.add(out, self._project_up(hidden, lora_b).to(out.dtype), alpha=scaling)
+
+    def sum_slots(self, per_slot):
+        return per_slot.view(self.num_tokens, self.per_token, -1).sum(dim=1)
 
     def add_to_tokens(self, out, hidden, lora_b, scaling):
-        added = torch.bmm(lora_b[self.expert], hidden.unsqueeze(-1)).squeeze(-1)
-        return torch.add(out, self.sum_slots(added, out.shape[0]).to(out.dtype), alpha=scaling)
+        added = self.sum_slots(self._project_up(hidden, lora_b))
+        return torch.add(out, added.to(out.dtype), alpha=scaling)
+
+    def _project_up(self, hidden, lora_b):
+        return torch.bmm(lora_b[self.expert], hidden.unsqueeze(-1)).squeeze(-1)
 
 
 class Routed(NamedTuple):
@@ -148,14 +176,15 @@ class Routed(NamedTuple):
         x: the block's input, (tokens, d).
         routes: `Routes` of the tokens.
         slots: how the slots are arranged.
-        low: A of the output projection applied to each slot, (slots, r); None where no expert is on it.
+        low: A of the output projection applied to each slot, (slots, r), as `slots` keeps it; None where no expert is
+            on it.
     """
 
     hidden: torch.Tensor
     x: torch.Tensor
     routes: Routes
     slots: _SlotsByExpert | _SlotsGathered
-    low: torch.Tensor | None
+    low: torch.Tensor | list | None
 
 
 class MixtureOfLoraExperts(nn.Module):
@@ -188,8 +217,9 @@ class MixtureOfLoraExperts(nn.Module):
         shared = [self._project(name, x) for name in self.structure.inputs]  # each (tokens, out)
         routed = self.expand(x, shared, hidden_states.shape[:-1])
         out = self.combine(self._project(self.structure.output, routed.hidden), routed)  # (tokens, d)
-        out = self.dropout(out) if self.training else out
-        return self.structure.dropout(out).view_as(hidden_states)
+        if self.training:
+            out = self.structure.dropout(self.dropout(out))
+        return out.view_as(hidden_states)
 
     def expand(self, x, shared, leading_shape):
         """Everything before the output projection, which the caller runs on `hidden` and hands to `combine`.
@@ -205,12 +235,12 @@ class MixtureOfLoraExperts(nn.Module):
         routes = self.route(x, leading_shape)
         slots = self._group(routes)
         h = self.structure.activate(*self._expert_inputs(shared, x, slots))  # (slots, ff)
-        g = slots.slots(routes.weights).to(x.dtype)
+        g = slots.of_slots(routes.weights).to(x.dtype)
         h = h * g if torch.is_grad_enabled() else h.mul_(g)  # g_k h_k
         update = self._update_of(self.structure.output)
         low = None if update is None else self._project_down(update, h, slots)  # (slots, r)
         slotwise = update is not None and update.magnitude is not None
-        hidden = h if slotwise else slots.sum_slots(h, x.shape[0])
+        hidden = h if slotwise else slots.sum_slots(h)
         return Routed(hidden, x, routes, slots, low)
 
     def combine(self, projected, routed):
@@ -218,7 +248,7 @@ class MixtureOfLoraExperts(nn.Module):
 
         Where no gradient needs it, `projected` is written to.
         """
-        slots, num_tokens = routed.slots, routed.x.shape[0]
+        slots = routed.slots
         update = self._update_of(self.structure.output)
         if update is None:
             out = projected
@@ -228,7 +258,7 @@ class MixtureOfLoraExperts(nn.Module):
             bias = self._output_bias()
             out = projected if bias is None else projected - bias
             out = slots.add_projected_up(out, routed.low, update.lora_B, update.scaling)
-            out = slots.sum_slots(self._scaled(self.structure.output, out, slots, with_bias=False), num_tokens)
+            out = slots.sum_slots(self._scaled(self.structure.output, out, slots, with_bias=False))
             out = out if bias is None else out + bias
         if not self.routing.weights_sum_to_one:
             out = self._weigh_bias(out, routed.routes.weights)
@@ -249,7 +279,7 @@ class MixtureOfLoraExperts(nn.Module):
         if self.training and self.jitter_noise > 0:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
         token_mask = self._token_mask(record, leading_shape, x.device)
-        with torch.autocast(x.device.type, enabled=False):  # routing in fp32, as the reference does
+        with _without_autocast(x.device.type):  # routing in fp32, as the reference does
             logits = F.linear(x, self.router.float())  # (tokens, experts)
             routes = self.routing.route(logits, leading_shape, self.training, token_mask)
         if record is not None:
@@ -287,7 +317,7 @@ class MixtureOfLoraExperts(nn.Module):
             # The same input for all, so their A are one matrix, wide enough for the matrix library to be good at.
             stacked = torch.cat([update.lora_A for update in updates], dim=1)  # (experts, sum of r, d)
             hidden = slots.project_down(x.to(stacked.dtype), stacked)
-            hidden = hidden.split([update.lora_A.shape[1] for update in updates], dim=-1)
+            hidden = slots.split_ranks(hidden, [update.lora_A.shape[1] for update in updates])
         else:
             hidden = [None if update is None else self._project_down(update, x, slots) for update in updates]
         projected = []
@@ -303,7 +333,7 @@ class MixtureOfLoraExperts(nn.Module):
         return slots.project_down(x.to(update.lora_A.dtype), update.lora_A)
 
     def _update_of(self, name):
-        return self.experts[name] if name in self.experts else None  # noqa: SIM401  (a ModuleDict has no get)
+        return self.experts._modules.get(name)
 
     def _output_bias(self):
         return getattr(self.base_block.get_submodule(self.structure.output), "bias", None)
