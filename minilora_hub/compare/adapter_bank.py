@@ -198,6 +198,10 @@ class AdapterBank:
         finally:
             self._rows.arrange([])
 
+    def order(self, name: str | None) -> tuple[bool, str]:
+        """Key to sort rows by, so that few runs of rows are computed apart: bare base, linears only, mixtures."""
+        return name is not None and self._entry(name).facts.kind == "MixLoRA", name or ""
+
     # ---- inside ----
 
     def _entry(self, name: str) -> BankEntry:

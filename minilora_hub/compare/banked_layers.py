@@ -155,12 +155,21 @@ class BankedLinear(nn.Module):
         for start, stop, key in groups:
             update = self.updates.get(key)
             if update is not None:
-                whole = (stop - start) * per_row == len(out)
+                whole = (stop - start) * per_row == out.shape[0]
                 mine = out if whole else out[start * per_row : stop * per_row]
                 theirs = x if whole else x[start * per_row : stop * per_row]
                 add_low_rank_(mine, theirs, update.lora_a, update.lora_b, update.scaling)
                 if update.scale is not None:
                     apply_dora_scale_(mine, update.scale, self.bias)
+
+
+class _Run(NamedTuple):
+    """Neighbouring rows of a block: of one adapter with a `mixture` there, or of any `groups` without."""
+
+    start: int
+    stop: int
+    groups: tuple[Group, ...]
+    mixture: MixtureOfLoraExperts | None = None
 
 
 class BankedBlock(nn.Module):
@@ -188,53 +197,50 @@ class BankedBlock(nn.Module):
             return self.base_block(hidden_states)
         x = hidden_states.flatten(0, -2)  # (tokens, d)
         per_row = x.shape[0] // self.rows.count
-        shared = [self._call(name, x) for name in self.structure.inputs]  # each (tokens, out)
-
-        parts, plan, linear_groups, at = [], [], [], 0
-        for start, stop, key in self._all_groups():
-            rows = slice(start * per_row, stop * per_row)
-            mixture = None if key is None else self.mixtures.get(key)
-            inputs = [out[rows] for out in shared]
-            if mixture is None:
-                routed, part = None, self.structure.activate(*inputs)  # (group's tokens, ff)
-                if key is not None:
-                    linear_groups.append(Group(at, at + part.shape[0], key))
+        shared = [self.base_block.get_submodule(name)(x) for name in self.structure.inputs]  # each (tokens, out)
+        parts, places, linear_groups, at = [], [], [], 0
+        for rows in self._runs():
+            tokens = slice(rows.start * per_row, rows.stop * per_row)
+            inputs = [out[tokens] for out in shared]
+            if rows.mixture is None:
+                routed, part = None, self.structure.activate(*inputs)  # (run's tokens, ff)
+                linear_groups += [
+                    Group(at + (start - rows.start) * per_row, at + (stop - rows.start) * per_row, key)
+                    for start, stop, key in rows.groups
+                ]
             else:
-                routed = mixture.expand(x[rows], inputs, (stop - start, per_row))
-                part = routed.hidden  # (group's tokens, ff), or (group's slots, ff) where DoRA scales each slot
-                self.rows.routing.setdefault(key, []).append(routed.routes)
+                routed = rows.mixture.expand(x[tokens], inputs, (rows.stop - rows.start, per_row))
+                part = routed.hidden  # (run's tokens, ff), or (run's slots, ff) where DoRA scales each slot
+                self.rows.routing.setdefault(rows.groups[0].key, []).append(routed.routes)
             parts.append(part)
-            plan.append((rows, at, at + part.shape[0], mixture, routed))
+            places.append((tokens, slice(at, at + part.shape[0]), rows.mixture, routed))
             at += part.shape[0]
 
         down = self.base_block.get_submodule(self.structure.output)
         hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
         projected = down.call_base(hidden)  # type: ignore[operator]  # the one call of the output projection
         down.add_updates(projected, hidden, linear_groups, 1)  # type: ignore[operator]
-        if all(routed is None or stop - start == rows.stop - rows.start for rows, start, stop, _, routed in plan):
-            out = projected
-        else:
-            out = projected.new_empty(x.shape[0], projected.shape[-1])
-        for rows, start, stop, mixture, routed in plan:
-            part = projected[start:stop]
+        out = projected if at == x.shape[0] else projected.new_empty(x.shape[0], projected.shape[-1])
+        for tokens, place, mixture, routed in places:
+            part = projected[place]
             result = part if mixture is None else mixture.combine(part, routed)
-            mine = out[rows]
-            if result.data_ptr() != mine.data_ptr():
-                mine.copy_(result)
-        return self.structure.dropout(out).view_as(hidden_states)
+            if out is not projected or result is not part:
+                out[tokens] = result
+        return out.view_as(hidden_states)
 
-    def _call(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return self.base_block.get_submodule(name)(x)
-
-    def _all_groups(self) -> list[tuple[int, int, str | None]]:
-        """Cover every row, in order: the groups of `rows`, and the rows of the bare base between them."""
-        groups: list[tuple[int, int, str | None]] = []
+    def _runs(self) -> list[_Run]:
+        """Cut the rows into runs that are computed together: those of one mixture, and those without one."""
+        runs: list[_Run] = []
         at = 0
-        for start, stop, key in self.rows.groups:
-            if at < start:
-                groups.append((at, start, None))
-            groups.append((start, stop, key))
-            at = stop
+        for group in self.rows.groups:
+            mixture = self.mixtures.get(group.key)
+            if mixture is not None:
+                if at < group.start:
+                    runs.append(
+                        _Run(at, group.start, tuple(g for g in self.rows.groups if at <= g.start < group.start))
+                    )
+                runs.append(_Run(group.start, group.stop, (group,), mixture))
+                at = group.stop
         if at < self.rows.count:
-            groups.append((at, self.rows.count, None))
-        return groups
+            runs.append(_Run(at, self.rows.count, tuple(g for g in self.rows.groups if g.start >= at)))
+        return runs

@@ -28,8 +28,7 @@ class Batch:
     def __init__(self, bank: AdapterBank, answers: Sequence[Answer]) -> None:
         """Arrange the rows; nothing is computed yet."""
         self._bank = bank
-        # Neighbours share an adapter; the bare base comes first.
-        self._live = sorted(answers, key=lambda answer: answer.row.adapter or "")
+        self._live = sorted(answers, key=lambda answer: bank.order(answer.row.adapter))
         longest = max(answer.ids.shape[1] for answer in answers)
         self._unread = torch.zeros(len(answers), longest, dtype=torch.long)
         self._mask = torch.zeros_like(self._unread)
