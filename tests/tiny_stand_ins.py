@@ -8,12 +8,14 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 SPECIALS = ("<|end|>", "<|user|>", "<|assistant|>")
 CHAT = (
@@ -87,40 +89,81 @@ def save_base_and_adapters(folder: Path) -> tuple[Path, list[Path]]:
     return base, [folder / name for name in fresh]
 
 
-class Parrot(nn.Module):
-    """Says the visitor's words back and ends; raises after a few tokens of a prompt that starts with "explode"."""
+class ScriptedBase(nn.Module):
+    """Rows of the bare base babble and never end; a row with an adapter says the visitor's words back and ends.
+
+    What a row does is decided by its adapter's own output, so that the adapters are real ones. A row whose prompt
+    starts with "explode" computes NaN after five tokens, if it has an adapter.
+    """
 
     def __init__(self, delay: float = 0.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
+        self.config = LlamaConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=1, max_position_embeddings=512)
+        layer = nn.Module()
+        layer.speak = nn.Linear(8, 8, bias=False)
+        layer.mlp = LlamaMLP(LlamaConfig(hidden_size=8, intermediate_size=16, num_attention_heads=1))
+        self.layers = nn.ModuleList([layer])
+        nn.init.zeros_(layer.speak.weight)
         self.delay = delay
-        self.config = SimpleNamespace(max_position_embeddings=512)
+        self.explosion = byte_tokenizer()("explode")["input_ids"]
 
-    def forward(self, input_ids, past_key_values=None, use_cache=None, return_dict=None):
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None, return_dict=None):
         time.sleep(self.delay)
-        seen = [*(past_key_values or []), *input_ids[0].tolist()]
-        logits = torch.zeros(1, input_ids.shape[1], 259)
-        if 258 not in seen:  # a piece of a long prompt
-            return SimpleNamespace(logits=logits, past_key_values=seen)
-        start, end = seen.index(257) + 1, seen.index(256)
-        said = len(seen) - seen.index(258) - 1
-        if said == 5 and seen[start : start + 7] == byte_tokenizer()("explode")["input_ids"]:
-            raise RuntimeError("<b>boom</b>")
-        logits[0, -1, seen[min(start + said, end)]] = 1.0
-        return SimpleNamespace(logits=logits, past_key_values=seen)
+        count = len(input_ids)
+        cache = past_key_values or ScriptedCache([[] for _ in range(count)])
+        masks = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+        parrots = self.layers[0].speak(torch.ones(count, 1, 8)).abs().sum(dim=(1, 2)) > 0
+        logits = torch.zeros(count, input_ids.shape[1], 259)
+        for row, seen in enumerate(cache.rows):
+            seen += input_ids[row][masks[row].bool()].tolist()
+            if 258 not in seen:  # a piece of a long prompt
+                continue
+            start, end = seen.index(257) + 1, seen.index(256)
+            said = len(seen) - seen.index(258) - 1
+            if not parrots[row]:
+                logits[row, -1, 65 + (7 * said + len(seen)) % 26] = 1.0
+            elif said == 5 and seen[start : start + 7] == self.explosion:
+                logits[row] = float("nan")
+            else:
+                logits[row, -1, seen[min(start + said, end)]] = 1.0
+        return SimpleNamespace(logits=logits, past_key_values=cache)
+
+
+class ScriptedCache:
+    """The tokens each row has seen."""
+
+    def __init__(self, rows: list[list[int]]) -> None:
+        self.rows = rows
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.rows = [self.rows[index] for index in indices.tolist()]
+
+
+def save_parrots(folder: Path, names: dict[str, str]) -> list[Path]:
+    """Adapters for a `ScriptedBase`: {name: "dora" or "mixlora"}, each of which makes its rows parrots."""
+    from minilora_hub.remote_code.adapter_files import write_adapter
+    from minilora_hub.remote_code.attach import expected_tensors
+    from minilora_hub.remote_code.base_structure import plan_sites
+    from minilora_hub.remote_code.configuration_minilora import DoraConfig, MixLoraConfig
+
+    for name, method in names.items():
+        config = DoraConfig(r=2) if method == "dora" else MixLoraConfig(r=2, num_experts=2)
+        (folder / name).mkdir(parents=True)
+        config.save_pretrained(folder / name)
+        shapes = expected_tensors(config, plan_sites(ScriptedBase(), config))
+        tensors = {tensor: torch.ones(shape) for tensor, shape in shapes.items()}
+        write_adapter(folder / name / "adapter_model.safetensors", tensors)
+    return [folder / name for name in names]
 
 
 def main() -> None:
-    """Serve a page: a slow random base that never ends, and two parrots."""
-    from minilora_hub.compare.engine import Column, CompareEngine
+    """Serve a page: a base that never ends, and two parrots."""
+    from minilora_hub.compare.engine import CompareEngine
     from minilora_hub.demo.ui import build_demo, launch
 
-    columns = [
-        Column("parrot-dora", "DoRA", Parrot(0.01), 12_345, "r 4"),
-        Column("parrot-mix", "MixLoRA", Parrot(0.01), 4_900_000, "r 16, 8 experts, 2 active"),
-    ]
-    engine = CompareEngine(tiny_llama(), columns, tokenizer=byte_tokenizer())
-    engine.columns[0].model.register_forward_pre_hook(lambda module, args: time.sleep(0.02))
+    with TemporaryDirectory() as folder:
+        parrots = save_parrots(Path(folder), {"parrot-dora": "dora", "parrot-mix": "mixlora"})
+        engine = CompareEngine(ScriptedBase(delay=0.03), parrots, tokenizer=byte_tokenizer())
     demo = build_demo(engine, title="Same prompt, three answers", examples=["Hello 👋 there", "Ünïcödé"])
     address = launch(demo, host="127.0.0.1", port=int(sys.argv[1]), block=False)
     print(address, flush=True)

@@ -218,7 +218,8 @@ class AdapterBank:
         # An adapter stored in bf16 is computed in the base's dtype: quicker on a CPU than changing dtype per layer.
         dtype = next((p.dtype for p in self._plain.parameters() if p.is_floating_point()), None)
         modules = build_modules(self._plain, config, sites, tensors, dtype=dtype)
-        size, where = 0, []
+        size = 0
+        where: list[BankedLinear | BankedBlock] = []
         for site in sites:
             module = modules.pop(site.path)
             if isinstance(module, MixtureOfLoraExperts):

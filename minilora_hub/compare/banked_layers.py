@@ -133,9 +133,10 @@ class BankedLinear(nn.Module):
 
     def call_base(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """Call the base layer; where that is quicker, as W x^T transposed."""
-        if self._open is None:
+        opened = self.__dict__["_open"]
+        if opened is None:
             return self.base_layer(x, *args, **kwargs).contiguous()
-        weight, bias = self._open
+        weight, bias = opened
         if not 2 <= x.numel() // x.shape[-1] <= self._few_rows:
             return F.linear(x, weight, bias)
         out = torch.mm(weight, x.reshape(-1, x.shape[-1]).t()).t().contiguous()

@@ -16,6 +16,9 @@ from minilora_hub.compare.banked_layers import BatchRows
 PREFILL_TOKENS = 512
 """Prompt tokens of all rows in one forward: long prompts are read in pieces, so that Stop works while they are read."""
 
+PREFILL_LEAST = 16
+"""The shortest piece of each prompt."""
+
 
 class Batch:
     """Rows with a common key/value cache. Shorter prompts are padded on the left; a row that ends leaves the batch.
@@ -30,8 +33,8 @@ class Batch:
         self._bank = bank
         self._live = sorted(answers, key=lambda answer: bank.order(answer.row.adapter))
         longest = max(answer.ids.shape[1] for answer in answers)
-        self._unread = torch.zeros(len(answers), longest, dtype=torch.long)
-        self._mask = torch.zeros_like(self._unread)
+        self._unread = torch.zeros(len(answers), longest, dtype=torch.long)  # (rows, tokens the model has not seen)
+        self._mask = torch.zeros_like(self._unread)  # (rows, all tokens), 0 on padding
         for line, answer in enumerate(self._live):
             length = answer.ids.shape[1]
             self._unread[line, longest - length :] = answer.ids[0]
@@ -80,10 +83,10 @@ class Batch:
 
     @torch.inference_mode()
     def _forward(self) -> torch.Tensor:
-        width = max(16, PREFILL_TOKENS // len(self._live))
+        width = max(PREFILL_LEAST, PREFILL_TOKENS // len(self._live))
         chunk, self._unread = self._unread[:, :width], self._unread[:, width:]
         seen = self._read + chunk.shape[1]
-        options = dict(self._options)
+        options: dict[str, Any] = dict(self._options)
         if not self._mask.all():
             mask = self._mask[:, :seen].to(self._device)
             options["attention_mask"] = mask
