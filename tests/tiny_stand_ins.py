@@ -98,7 +98,9 @@ class ScriptedBase(nn.Module):
 
     def __init__(self, delay: float = 0.0) -> None:
         super().__init__()
-        self.config = LlamaConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=1, max_position_embeddings=512)
+        self.config = LlamaConfig(
+            num_hidden_layers=1, hidden_size=8, num_attention_heads=1, max_position_embeddings=512
+        )
         layer = nn.Module()
         layer.speak = nn.Linear(8, 8, bias=False)
         layer.mlp = LlamaMLP(LlamaConfig(hidden_size=8, intermediate_size=16, num_attention_heads=1))

@@ -26,7 +26,7 @@ from minilora_hub.compare.banked_layers import BankedBlock, BankedLinear, BatchR
 from minilora_hub.compare.columns import shared_copy
 from minilora_hub.compare.reading import AdapterFacts, adapter_facts, read_adapter_folder
 from minilora_hub.errors import AdapterError
-from minilora_hub.remote_code.adapted_linear import plain_weight
+from minilora_hub.remote_code.adapted_linear import keep_4bit_weights_exact, plain_weight
 from minilora_hub.remote_code.attach import build_modules
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
 
@@ -80,6 +80,8 @@ class AdapterBank:
             raise ValueError(f"limit={limit!r}: must be a number of bytes of at least 1, or None")
         self.model = shared_copy(base).eval()
         self._plain = shared_copy(base).eval()  # never adapted: what adapters are planned and checked against
+        for model in (self.model, self._plain):
+            keep_4bit_weights_exact(model)
         self._modules = dict(self.model.named_modules())  # by path, also after wrappers took their places
         self._rows = BatchRows()
         self._limit = limit
@@ -225,6 +227,7 @@ class AdapterBank:
             if isinstance(module, MixtureOfLoraExperts):
                 block = self._block(site.path, module)
                 block.mixtures[name] = module.eval()
+                module.prepare()
                 own = [module.router, *module.experts.parameters()]  # not the base's, which are shared
                 size += sum(p.numel() * p.element_size() for p in own)
                 where.append(block)

@@ -266,6 +266,13 @@ class MixtureOfLoraExperts(nn.Module):
             out = out + (routed.routes.passed * routed.x).to(out.dtype)
         return out
 
+    @torch.no_grad()
+    def prepare(self):
+        """Compute what inference keeps (DoRA's c, which calls the base's layers), so that the first token need not."""
+        for name, update in self.experts.items():
+            if update.magnitude is not None:
+                update.scale(self.base_block.get_submodule(name))
+
     def _group(self, routes):
         """A CPU reads indices for free; elsewhere that waits for the device, which few tokens are spared."""
         few = routes.selected.numel() <= self.router.shape[0]
