@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from minilora_hub.cli.compare import compare
 from minilora_hub.cli.converting import export
 from minilora_hub.cli.demo import demo
 from minilora_hub.cli.finding import info, list_, pull
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     ("demo", demo, "minilora demo ./my-adapter --base embedded --port 7860"),
+    ("compare", compare, 'minilora compare ./my-adapter --base embedded --prompt "Why is the sky blue?"'),
     ("push", push, "minilora push ./my-adapter me/my-adapter --license apache-2.0 --dry-run"),
     ("verify", verify, "minilora verify me/my-adapter --revision v1"),
     ("card", card, "minilora card ./my-adapter --repo me/my-adapter"),

@@ -1,0 +1,180 @@
+"""`minilora compare`: one prompt, the base and adapters on it, side by side in the terminal, live."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from minilora_hub.cli.shared import AsJson, Debug, print_json, say
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from minilora_hub.compare.engine import Column, CompareEngine, Sampling, Update
+
+NARROWEST = 28
+"""Characters a column needs; on a narrower terminal the answers stand one below the other."""
+
+
+def compare(
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="ADAPTER", help="Folders, or ids on the Hub. Default: the adapters shipped here."),
+    ] = None,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help='What to answer; "-" reads it from standard input.')
+    ] = "-",
+    base: Annotated[str, typer.Option(help='The base: "embedded", a folder, or an id on the Hub.')] = "embedded",
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token; above 0 samples.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the tokens that reach this probability together.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample among this many tokens; 0 for all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1, words that were said are less likely.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End an answer before this text. May be repeated.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Answer one prompt with the base and with adapters on it, all in one batch, side by side."""
+    if prompt == "-":
+        if sys.stdin.isatty():
+            say("Type the prompt, then Ctrl-D:")
+        prompt = sys.stdin.read()
+
+    from minilora_hub.compare.columns import shipped_adapters
+    from minilora_hub.compare.engine import CompareEngine, Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, tuple(stop or ()))
+    if not prompt.strip():
+        raise ValueError("--prompt '': must hold some text")
+    engine = CompareEngine(base, adapters or shipped_adapters(), progress=say)
+    answers = [_Shown(column) for column in engine.columns]
+    if as_json:
+        _run(engine, prompt, sampling, answers)
+        print_json(_report(engine, prompt, answers))
+    else:
+        _show(engine, prompt, sampling, answers)
+    if any(answer.last is not None and answer.last.reason == "error" for answer in answers):
+        raise typer.Exit(1)
+
+
+@dataclass
+class _Shown:
+    """One column: what it has said so far."""
+
+    column: Column
+    text: str = ""
+    updates: list[Update] = field(default_factory=list)
+
+    @property
+    def last(self) -> Update | None:
+        return self.updates[-1] if self.updates else None
+
+
+def _run(engine: CompareEngine, prompt: str, sampling: Sampling, answers: list[_Shown], after=lambda: None) -> None:
+    for update in engine.stream(prompt, sampling):
+        answers[update.row].text += update.text
+        answers[update.row].updates.append(update)
+        after()
+
+
+def _show(engine: CompareEngine, prompt: str, sampling: Sampling, answers: list[_Shown]) -> None:
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe gets the end result
+        _run(engine, prompt, sampling, answers)
+        console.print(_picture(console.width, answers))
+        return
+    # While it runs, what does not fit the terminal is cut off; at the end all of it is printed.
+    with Live(console=console, refresh_per_second=12, transient=True) as live:
+        live.update(_picture(console.width, answers))
+        _run(engine, prompt, sampling, answers, lambda: live.update(_picture(console.width, answers)))
+    console.print(_picture(console.width, answers))
+
+
+def _picture(width: int, answers: list[_Shown]) -> RenderableType:
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {"base": "white", "LoRA": "green", "DoRA": "blue", "MixLoRA": "magenta"}
+    panels = []
+    for answer in answers:
+        # As text, not as rich's markup: what a model writes is not ours to interpret.
+        body = Text(_printable(answer.text))
+        if answer.last is not None and answer.last.error:
+            body.append(f"\n{_printable(answer.last.error)}", style="red")
+        title = Text.assemble((answer.column.name, "bold"), f"  {answer.column.kind}")
+        panels.append(
+            Panel(
+                body,
+                title=title,
+                subtitle=Text(_figures(answer)),
+                border_style=colours[answer.column.kind],
+                padding=(0, 1),
+            )
+        )
+    if width < NARROWEST * len(panels):
+        return Group(*panels)
+    grid = Table.grid(expand=True, padding=0)
+    for _ in panels:
+        grid.add_column(ratio=1)
+    grid.add_row(*panels)
+    return grid
+
+
+def _figures(answer: _Shown) -> str:
+    last = answer.last
+    if last is None:
+        return "…"
+    parts = [f"{last.tokens} tokens"]
+    if last.tokens_per_second is not None:
+        parts.append(f"{last.tokens_per_second:.1f}/s")
+    if last.finished:
+        parts.append(
+            {"eos": "finished", "length": "length limit", "stop": "stop text"}.get(last.reason or "", "failed")
+        )
+    return " · ".join(parts)
+
+
+def _printable(text: str) -> str:
+    """Without control characters, which could move the cursor or change the terminal's state."""
+    return "".join(character for character in text if character.isprintable() or character in "\n\t")
+
+
+def _report(engine: CompareEngine, prompt: str, answers: list[_Shown]) -> dict[str, Any]:
+    """Everything that was measured, for a script."""
+    columns = []
+    for answer in answers:
+        last = answer.last
+        columns.append(
+            {
+                "name": answer.column.name,
+                "kind": answer.column.kind,
+                "parameters_added": answer.column.parameters_added,
+                "text": answer.text,
+                "reason": last.reason if last else None,
+                "error": last.error if last else None,
+                "tokens": [
+                    {
+                        "id": update.token_id,
+                        "text": engine.tokenizer.decode([update.token_id]),
+                        "logprob": update.logprob,
+                        "alternatives": [{"id": token, "logprob": share} for token, share in update.alternatives],
+                        **({} if update.experts is None else {"experts": update.experts}),
+                        **({} if update.expert_weights is None else {"expert_weights": update.expert_weights}),
+                    }
+                    for update in answer.updates
+                    if update.token_id is not None
+                ],
+                "seconds_to_first_token": last.seconds_to_first_token if last else None,
+                "tokens_per_second": last.tokens_per_second if last else None,
+            }
+        )
+    return {"prompt": prompt, "forwards": engine.forwards, "columns": columns}
