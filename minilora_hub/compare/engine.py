@@ -105,11 +105,15 @@ class CompareEngine:
         size = sum(parameter.numel() for parameter in self.bank.model.parameters())
         self.columns: tuple[Column, ...] = (Column(name, "base", detail=f"{size / 1e6:.1f} M parameters"),)
         for adapter in found:
-            column = self.add(adapter.name, adapter.folder)
+            column = self.load(adapter.name, adapter.folder)
+            self.columns = (*self.columns, column)
             progress(f"  + {column.name}: {column.kind}, {column.detail}")
 
-    def add(self, name: str, folder: str | Path) -> Column:
-        """Load an adapter and show it as a column behind the others.
+    def load(self, name: str, folder: str | Path) -> Column:
+        """Load an adapter into the bank, also while others are answering.
+
+        Returns:
+            A column for `stream`; it is not added to `columns`.
 
         Raises:
             AdapterError: the folder holds no adapter of a known kind.
@@ -117,12 +121,10 @@ class CompareEngine:
         """
         with self._lock:
             facts = self.bank.load(name, folder).facts
-        column = Column(name, facts.kind, facts.parameters, facts.detail)
-        self.columns = (*self.columns, column)
-        return column
+        return Column(name, facts.kind, facts.parameters, facts.detail)
 
-    def remove(self, name: str) -> None:
-        """Take an adapter's column away and free its memory.
+    def unload(self, name: str) -> None:
+        """Take an adapter out of the bank, and its column away if it has one.
 
         Raises:
             AdapterError: there is none of this name.
@@ -168,9 +170,23 @@ class CompareEngine:
             )
         return ids
 
-    def stream(self, prompt: str, sampling: Sampling, stop: threading.Event | None = None) -> Generator[Update]:
-        """Answer `prompt` with every column: row i is column i. Otherwise like `stream_rows`."""
-        return self.stream_rows([Row(prompt, column.adapter, sampling) for column in self.columns], stop)
+    def stream(
+        self,
+        prompt: str,
+        sampling: Sampling,
+        stop: threading.Event | None = None,
+        columns: Sequence[Column] | None = None,
+    ) -> Generator[Update]:
+        """Answer `prompt` with every column: row i is column i. Otherwise like `stream_rows`.
+
+        Args:
+            prompt: what the visitor typed.
+            sampling: the same for every column.
+            stop: set it from any thread, and the stream ends within one step.
+            columns: which ones. Default: the engine's `columns`.
+        """
+        columns = self.columns if columns is None else columns
+        return self.stream_rows([Row(prompt, column.adapter, sampling) for column in columns], stop)
 
     def stream_rows(self, rows: Sequence[Row], stop: threading.Event | None = None) -> Generator[Update]:
         """Answer every row, one token a row and step.

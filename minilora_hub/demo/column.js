@@ -3,7 +3,7 @@ const card = element.querySelector(".ml-card");
 const find = (name) => card.querySelector(".ml-" + name);
 const words = {
   idle: "ready", waiting: "waiting", writing: "writing", eos: "finished",
-  length: "length limit", stopped: "stopped", error: "failed",
+  length: "length limit", stop: "stop text", stopped: "stopped", error: "failed",
 };
 
 function introduce() {
@@ -34,7 +34,7 @@ function paint() {
   find("error").textContent = now.error || "";
   find("rate").textContent = number(now.rate, now.rate >= 100 ? 0 : 1);
   find("first").textContent = now.first === null ? "–" : number(now.first, 2) + " s";
-  find("own").textContent = number(now.own, now.own >= 100 ? 0 : 1);
+  find("step").textContent = number(now.step, now.step >= 100 ? 0 : 1);
   find("tokens").textContent = now.tokens || "–";
 }
 

@@ -11,17 +11,16 @@ import os
 import re
 import tempfile
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from minilora_hub.bases import ResolvedBase
-from minilora_hub.compare.columns import FoundAdapter, load_adapter, shared_copy
-from minilora_hub.compare.engine import CompareEngine
+from minilora_hub.compare.engine import Column, CompareEngine
 from minilora_hub.errors import AdapterError, MiniLoraError
 from minilora_hub.publish.hub_errors import FAILURES, explain, patiently
 from minilora_hub.publish.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, read_source
@@ -70,10 +69,10 @@ def _number(variable: str, default: int) -> int:
 
 
 class LinkedAdapters:
-    """The adapters that links have named: each with an engine of its own over the page's base.
+    """The adapters that links have named, in the bank of the page's engine, under their ids.
 
     Args:
-        engine: the page's engine, whose base is shared.
+        engine: the page's engine.
         base: which base that is.
         limits: what they may cost.
     """
@@ -81,11 +80,11 @@ class LinkedAdapters:
     def __init__(self, engine: CompareEngine, base: ResolvedBase, limits: Limits | None = None) -> None:
         """Start without any; see the class."""
         self._engine, self._base, self.limits = engine, base, limits or Limits()
-        self._kept: OrderedDict[str, CompareEngine] = OrderedDict()
+        self._kept: OrderedDict[str, Column] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, name: str) -> CompareEngine | None:
-        """Return the engine of an adapter that is kept; it is then the one used last."""
+    def get(self, name: str) -> Column | None:
+        """Return the column of an adapter that is kept; it is then the one used last."""
         with self._lock:
             if name in self._kept:
                 self._kept.move_to_end(name)
@@ -110,31 +109,26 @@ class LinkedAdapters:
         check_settings(source.config, peft=source.layout == "peft")
         self._check_base(name, source.base, source.base_fingerprint)
 
-    def load(self, name: str, folder: Path) -> CompareEngine:
-        """Put a fetched adapter onto the base with our own classes, and keep it; the least recently used one goes.
+    def load(self, name: str, folder: Path) -> Column:
+        """Put a fetched adapter into the bank, and keep it; the least recently used one goes.
 
         Raises:
             AdapterError: it is damaged or does not fit.
         """
-        base = self._engine.columns[0]
-        with warnings.catch_warnings():
-            # PEFT only warns of a missing tensor, and would go on with a random one.
-            warnings.filterwarnings("error", message=".*missing adapter keys.*")
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            try:
-                column = load_adapter(FoundAdapter(name, folder), shared_copy(base.model))
-            except MiniLoraError:
-                raise
-            except Exception as error:  # a stranger's files: whatever is wrong with them, the page goes on
-                message = " ".join(str(error).replace(f"{folder}/", "").split())[:300]
-                raise AdapterError(f"{name} cannot be loaded: {message}") from None
-        engine = CompareEngine(base.model, [column], tokenizer=self._engine.tokenizer)
+        try:
+            column = self._engine.load(name, folder)
+        except MiniLoraError:
+            raise
+        except Exception as error:  # a stranger's files: whatever is wrong with them, the page goes on
+            message = " ".join(str(error).replace(f"{folder}/", "").split())[:300]
+            raise AdapterError(f"{name} cannot be loaded: {message}") from None
         with self._lock:
-            self._kept[name] = engine
-            self._kept.move_to_end(name)
-            while len(self._kept) > self.limits.kept:
-                self._kept.popitem(last=False)
-        return engine
+            self._kept[name] = column
+            for oldest in list(self._kept)[: -self.limits.kept]:
+                with suppress(ValueError):  # one that is answering somebody goes next time
+                    self._engine.unload(oldest)
+                    del self._kept[oldest]
+        return column
 
     @cached_property
     def _fingerprint(self) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from minilora_hub.compare.engine import CompareEngine, Sampling, Update
+from minilora_hub.compare.engine import Column, CompareEngine, Sampling, Update
 from minilora_hub.demo.linked import LinkedAdapters, temporary_folder
 from minilora_hub.errors import AdapterError
 
@@ -28,7 +28,7 @@ class Frame:
     """One picture of a running comparison.
 
     Attributes:
-        columns: what each column of the run's engine shows, or None where it has not changed.
+        columns: what each column of the run shows, or None where it has not changed.
         status: what the status line shows.
         finished: this is the last frame.
         linked: whether the run is of an adapter that a link named, beside the base, and not of the page's own.
@@ -58,7 +58,7 @@ class LiveRuns:
         self._numbers = count(1)
         self._busy = 0
 
-    async def open(self, visitor: str, name: str) -> CompareEngine:
+    async def open(self, visitor: str, name: str) -> Column:
         """Show a visitor the adapter that a link named, beside the base. One link is followed at a time.
 
         Raises:
@@ -68,26 +68,28 @@ class LiveRuns:
             raise AdapterError("this page shows its own adapters only")
         loop = asyncio.get_running_loop()
         async with self._opening:
-            engine = self.links.get(name)
-            if engine is None:
+            column = self.links.get(name)
+            if column is None:
                 with temporary_folder() as folder:
                     await asyncio.to_thread(self.links.fetch, name, Path(folder))
-                    engine = await loop.run_in_executor(self._thread, self.links.load, name, Path(folder))
+                    column = await loop.run_in_executor(self._thread, self.links.load, name, Path(folder))
         self.stop(visitor)
         self._opened[visitor] = name
-        return engine
+        return column
 
-    def engine_of(self, visitor: str) -> CompareEngine:
-        """Return the engine a visitor sees.
+    def columns_of(self, visitor: str) -> tuple[Column, ...]:
+        """Return the columns a visitor sees.
 
         Raises:
             AdapterError: the adapter was put away, since other visitors opened others.
         """
         name = self._opened.get(visitor)
-        engine = self.links.get(name) if self.links and name else self.engine
-        if engine is None:
+        if self.links is None or name is None:
+            return self.engine.columns
+        linked = self.links.get(name)
+        if linked is None:
             raise AdapterError(f"{name} was put away, as other visitors have opened others: reload the page")
-        return engine
+        return self.engine.columns[0], linked
 
     def begin(self, visitor: str) -> Frame:
         """Take a place for a visitor's next comparison, and end the one that may still run."""
@@ -119,13 +121,12 @@ class LiveRuns:
         linked = visitor in self._opened
         pictures = [_blank(number, "waiting") for _ in range(2 if linked else len(self.engine.columns))]
         try:
-            engine = self.engine_of(visitor)
-            updates = engine.stream(prompt, sampling, stop)
+            updates = self.engine.stream(prompt, sampling, stop, self.columns_of(visitor))
         except (ValueError, AdapterError) as error:
             status = _status("error", f"{error}")
             yield Frame([_blank(number, "idle") for _ in pictures], status, finished=True, linked=linked)
             return
-        forwards, started = engine.forwards, time.perf_counter()
+        forwards, started = self.engine.forwards, time.perf_counter()
         loop = asyncio.get_running_loop()
         self._busy += 1
         try:
@@ -133,10 +134,10 @@ class LiveRuns:
             while not finished:
                 changed, finished = await loop.run_in_executor(self._thread, _advance, updates)
                 for update in changed:
-                    _paint(pictures[update.column], update)
-                done = engine.forwards - forwards
+                    _paint(pictures[update.row], update)
+                done = self.engine.forwards - forwards
                 status = _summary(pictures, done, time.perf_counter() - started, finished, stop.is_set())
-                touched = {update.column for update in changed}
+                touched = {update.row for update in changed}
                 columns = [dict(picture) if index in touched else None for index, picture in enumerate(pictures)]
                 yield Frame(columns, status, finished, linked)
         finally:
@@ -163,7 +164,7 @@ def _blank(number: int, state: str) -> dict:
         "tokens": 0,
         "first": None,
         "rate": None,
-        "own": None,
+        "step": None,
         "error": None,
     }
 
@@ -174,7 +175,7 @@ def _paint(picture: dict, update: Update) -> None:
     picture["tokens"] = update.tokens
     picture["first"] = update.seconds_to_first_token
     picture["rate"] = update.tokens_per_second
-    picture["own"] = update.milliseconds_per_token
+    picture["step"] = update.milliseconds_per_step
     picture["error"] = update.error
 
 

@@ -20,7 +20,7 @@ except ImportError as error:
 
     raise MissingExtraError("gradio", "demo") from error
 
-from minilora_hub.compare.engine import CompareEngine, Sampling
+from minilora_hub.compare.engine import Column, CompareEngine, Sampling
 from minilora_hub.demo.linked import LinkedAdapters
 from minilora_hub.demo.live import Frame, LiveRuns
 from minilora_hub.errors import MiniLoraError
@@ -91,7 +91,7 @@ def build_demo(
             ]
         status = _html("status", value={"phase": "idle", "words": "Ready.", "count": ""}, elem_id="ml-status")
         with gr.Row(elem_id="ml-columns"):
-            base, *adapters = _about(engine)
+            base, *adapters = _about(engine, engine.columns)
             columns = [_column(base), _column({}, visible=False), *(_column(about) for about in adapters)]
         pictures = [picture for _, picture in columns]
         _wire(demo, runs, prompt, run, stop, chips, settings, status, pictures)
@@ -162,14 +162,15 @@ def _wire_link(demo, runs, head, notice, columns) -> None:
             return
         yield [{"phase": "busy", "words": f"Fetching {name[:100]} from the Hub…"}, *unchanged]
         try:
-            engine = await runs.open(request.session_hash, name)
+            column = await runs.open(request.session_hash, name)
         except MiniLoraError as error:
             yield [{"phase": "error", "words": f"The adapter of this link is not shown: {error}."}, *unchanged]
             return
-        about = _about(engine)[1]
+        columns = (runs.engine.columns[0], column)
+        about = _about(runs.engine, columns)[1]
         words = f"{name} beside its base, as your link asked."
         shown = [gr.Column(visible=index < 2) for index in range(len(boxes))]
-        head_line = _head(engine, name=runs.engine.columns[0].name)
+        head_line = _head(runs.engine, columns=columns)
         yield [{"phase": "shown", "words": words}, head_line, *shown, gr.HTML(value={}, column=about)]
 
     demo.load(follow, None, outputs, concurrency_id="link", show_progress="hidden", api_visibility="private")
@@ -187,18 +188,18 @@ def _column(about: dict, *, visible: bool = True) -> tuple[gr.Column, gr.HTML]:
         return box, _html("column", value={}, column=about)
 
 
-def _head(engine: CompareEngine, title: str | None = None, *, name: str | None = None) -> dict:
-    amount = len(engine.columns)
+def _head(engine: CompareEngine, title: str | None = None, *, columns: Sequence[Column] | None = None) -> dict:
+    amount = len(engine.columns if columns is None else columns)
     answers = NUMBERS[amount] if amount < len(NUMBERS) else amount
-    return {"title": title or f"Same prompt. {answers} answers. One base.", "facts": _memory_line(engine, name)}
+    return {"title": title or f"Same prompt. {answers} answers. One base.", "facts": _memory_line(engine)}
 
 
-def _about(engine: CompareEngine) -> list[dict]:
+def _about(engine: CompareEngine, columns: Sequence[Column]) -> list[dict]:
     """Describe each column in one line, and give it a letter."""
-    base_size = sum(parameter.numel() for parameter in engine.columns[0].model.parameters())
+    base_size = sum(parameter.numel() for parameter in engine.bank.model.parameters())
     seen: Counter[str] = Counter()
     described = []
-    for column in engine.columns:
+    for column in columns:
         seen[column.kind] += 1
         facts: list[str] = [column.kind]
         if column.parameters_added:
@@ -211,10 +212,10 @@ def _about(engine: CompareEngine) -> list[dict]:
     return described
 
 
-def _memory_line(engine: CompareEngine, name: str | None = None) -> str:
-    base, everything = engine.memory()
-    adapters = f"; its adapters add {_bytes(everything - base)}" if everything > base else ""
-    return f"{name or engine.columns[0].name} is in memory once: {_bytes(base)}{adapters}."
+def _memory_line(engine: CompareEngine) -> str:
+    memory = engine.memory()
+    adapters = f"; its adapters add {_bytes(memory.adapters)}" if memory.adapters else ""
+    return f"{engine.columns[0].name} is in memory once: {_bytes(memory.base)}{adapters}."
 
 
 def _count(value: int) -> str:

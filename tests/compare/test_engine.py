@@ -251,7 +251,7 @@ def test_closing_the_stream_ends_the_work_and_frees_the_engine(engine):
     stream.close()
     assert engine.forwards == 1
     assert len(list(engine.stream(PROMPT, Sampling(2)))) == 8
-    engine.remove("mix")
+    engine.unload("mix")
     assert [column.name for column in engine.columns] == ["base", "dora", "lora"]
 
 
@@ -385,7 +385,7 @@ def test_adapters_from_folders(saved):
     assert memory.base == sum(p.numel() * p.element_size() for p in tiny.tiny_llama().parameters()) + 2 * 4 * 4
     assert 0 < memory.adapters < memory.base
     with pytest.raises(ValueError, match="name='mix'"):
-        engine.add("mix", adapters[0])
+        engine.load("mix", adapters[0])
 
 
 def test_without_a_chat_template_the_prompt_is_continued():

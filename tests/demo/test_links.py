@@ -161,7 +161,7 @@ def test_a_link_shows_that_adapter_beside_the_base(visit, models, name, kind):
     engine = CompareEngine(base, [folders["mix" if name == "mixlora" else name]], device="cpu")
     expected = ["", ""]
     for update in engine.stream("Hello", Sampling(96)):
-        expected[update.column] += update.text
+        expected[update.row] += update.text
     assert texts(page) == expected
     assert expected[0] != expected[1]
     page.click(".ml-notice-back")

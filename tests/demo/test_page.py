@@ -148,7 +148,7 @@ def test_columns_fill_and_tell_their_numbers(server, visit):
     wait_for_states(page, "length", "eos", "eos")
     assert texts(page)[1:] == ["Hi 👩‍👩‍👧 naïve 🇩🇪"] * 2
     assert page.locator(".ml-tokens").all_inner_texts()[0] == "96"
-    for name in (".ml-rate", ".ml-own"):
+    for name in (".ml-rate", ".ml-step"):
         assert all(float(value) > 0 for value in page.locator(name).all_inner_texts())
     assert all(float(value.removesuffix(" s")) > 0 for value in page.locator(".ml-first").all_inner_texts())
     done = server.forwards() - before
