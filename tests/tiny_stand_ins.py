@@ -93,7 +93,8 @@ class ScriptedBase(nn.Module):
     """Rows of the bare base babble and never end; a row with an adapter says the visitor's words back and ends.
 
     What a row does is decided by its adapter's own output, so that the adapters are real ones. A row whose prompt
-    starts with "explode" computes NaN after five tokens, if it has an adapter.
+    starts with "explode" computes NaN after five tokens, if it has an adapter; one that starts with "destroy" breaks
+    the forward of all rows.
     """
 
     def __init__(self, delay: float = 0.0) -> None:
@@ -107,7 +108,7 @@ class ScriptedBase(nn.Module):
         self.layers = nn.ModuleList([layer])
         nn.init.zeros_(layer.speak.weight)
         self.delay = delay
-        self.explosion = byte_tokenizer()("explode")["input_ids"]
+        self.explosion, self.destruction = byte_tokenizer()(["explode", "destroy"])["input_ids"]
 
     def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None, return_dict=None):
         time.sleep(self.delay)
@@ -124,6 +125,8 @@ class ScriptedBase(nn.Module):
             said = len(seen) - seen.index(258) - 1
             if not parrots[row]:
                 logits[row, -1, 65 + (7 * said + len(seen)) % 26] = 1.0
+            elif said == 5 and seen[start : start + 7] == self.destruction:
+                raise RuntimeError("<b>boom</b>")
             elif said == 5 and seen[start : start + 7] == self.explosion:
                 logits[row] = float("nan")
             else:
