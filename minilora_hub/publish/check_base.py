@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from minilora_hub.bases import EMBEDDED
 from minilora_hub.errors import AdapterError
 from minilora_hub.publish.problems import PEFT_CONFIG, Folder, Problem
-from minilora_hub.results import RESULTS_FILE, Results
+from minilora_hub.results import RESULTS_FILE
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -107,9 +107,8 @@ def check_base(folder: Folder, exists: BaseExists) -> Iterator[Problem]:
 
 def check_license(folder: Folder, license_of: BaseLicense) -> Iterator[Problem]:
     """The adapter has a licence, and one that the base's allows."""
-    try:
-        results = Results.load(folder.path)
-    except AdapterError:
+    results = folder.results
+    if isinstance(results, AdapterError):
         return  # found by another check
     own = results.license_name if results.license == "other" and results.license_name else results.license
     if not own:

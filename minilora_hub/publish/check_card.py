@@ -14,7 +14,7 @@ from minilora_hub.publish import free_text
 from minilora_hub.publish.card import README, numbers_in, render_card, settings_of
 from minilora_hub.publish.check_base import base_of
 from minilora_hub.publish.problems import WEIGHTS, Folder, Problem
-from minilora_hub.results import RESULTS_FILE, VERIFICATION_FILE, Results, Verification
+from minilora_hub.results import RESULTS_FILE, VERIFICATION_FILE, Verification
 
 RENDER = "render it again: minilora card DIR; words of your own go between its free-text marks"
 SHOWN = 3
@@ -24,10 +24,9 @@ def check_results(folder: Folder) -> Iterator[Problem]:
     """results.json follows its schema and is about this adapter."""
     if RESULTS_FILE not in folder.files:
         return
-    try:
-        results = Results.load(folder.path)
-    except AdapterError as error:
-        yield Problem("results", RESULTS_FILE, str(error), "measure again: minilora eval DIR")
+    results = folder.results
+    if isinstance(results, AdapterError):
+        yield Problem("results", RESULTS_FILE, str(results), "measure again: minilora eval DIR")
         return
     facts: list[tuple[str, Any, Any]] = [("base.id", results.base.id, base_of(folder)[0])]
     if not folder.peft_layout:

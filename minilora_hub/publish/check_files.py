@@ -38,7 +38,18 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*|\.gitattributes|\.eval_results")
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*\.", re.IGNORECASE)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".npy", ".npz", ".mar", ".nemo")
 CALLS = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "REDUCE", "BUILD", "NEWOBJ", "NEWOBJ_EX"}
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!", b"\x04\x22\x4d\x18")
+COMPRESSED = (
+    b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x5d\0\0", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!", b"\x04\x22\x4d\x18",
+)  # fmt: skip
+    b"\x1f\x8b",
+    b"BZh",
+    b"\xfd7zXZ\x00",
+    b"\x28\xb5\x2f\xfd",
+    b"7z\xbc\xaf",
+    b"Rar!",
+    b"\x04\x22\x4d\x18",
+    b"\x5d\0\0",
+)
 PNG_HEAD, PNG_TAIL = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
@@ -131,7 +142,7 @@ def check_pickles(folder: Folder) -> Iterator[Problem]:
             continue
         with path.open("rb") as file:
             head = file.read(MEBI)
-        if zipfile.is_zipfile(path) or head.startswith(COMPRESSED) or tarfile.is_tarfile(path):
+        if zipfile.is_zipfile(path) or head.startswith(COMPRESSED) or _is_tar(path):
             pickled = [member for member in _members(path) if member.lower().endswith((*PICKLES, "data.pkl"))]
             if pickled:
                 yield Problem("pickle", name, f"is an archive with a pickle in it ({pickled[0]})", remedy)
@@ -142,6 +153,15 @@ def check_pickles(folder: Folder) -> Iterator[Problem]:
             yield Problem("pickle", name, "is a pickle, by its content", remedy)
         elif name.endswith(".png") and not _is_png(path, head):
             yield Problem("picture", name, "is no PNG, or more than one", "render the card again: minilora card DIR")
+
+
+def _is_tar(path: Path) -> bool:
+    """Whether it is a tar archive that is not compressed; the others are known by their first bytes."""
+    try:
+        with tarfile.open(path, "r:"):
+            return True
+    except tarfile.TarError:
+        return False
 
 
 def _members(path: Path) -> list[str]:

@@ -9,8 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from minilora_hub.errors import AdapterError
 from minilora_hub.json_documents import strict_json
 from minilora_hub.publish.hashes import Hashes
+from minilora_hub.results import Results
 
 WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
@@ -102,6 +104,14 @@ class Folder:
                 except ValueError:
                     continue
         return found
+
+    @cached_property
+    def results(self) -> Results | AdapterError:
+        """What results.json says, or why it cannot be read."""
+        try:
+            return Results.load(self.path)
+        except AdapterError as error:
+            return error
 
     @property
     def config(self) -> dict[str, Any]:

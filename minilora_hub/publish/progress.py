@@ -19,7 +19,8 @@ class Stages:
 
     def __init__(self, shown: bool) -> None:
         """Prepare; nothing is printed where `shown` is False."""
-        self._console = Console(stderr=True, quiet=not shown, highlight=False)
+        # Not a quiet console: its spinner would still turn, in a thread of its own.
+        self._console = Console(stderr=True, highlight=False) if shown else None
         self._status: Status | None = None
         self._name = ""
 
@@ -38,6 +39,8 @@ class Stages:
 
     def start(self, name: str, *, spinner: bool = True) -> None:
         """Begin a stage, and end the one before. Without a spinner where something else draws bars."""
+        if self._console is None:
+            return
         self.end()
         self._name, self._started = name, time.perf_counter()
         self._status = self._console.status(f"{name} …")
@@ -46,7 +49,7 @@ class Stages:
 
     def end(self) -> None:
         """End the stage that runs, if one does."""
-        if self._status is not None:
+        if self._console is not None and self._status is not None:
             self._status.stop()
             self._console.print(f"✓ {self._name} ({time.perf_counter() - self._started:.1f} s)")
             self._status = None
