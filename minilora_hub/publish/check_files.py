@@ -41,15 +41,6 @@ CALLS = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "REDUCE", "BUILD", "NEWOBJ", "
 COMPRESSED = (
     b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x5d\0\0", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!", b"\x04\x22\x4d\x18",
 )  # fmt: skip
-    b"\x1f\x8b",
-    b"BZh",
-    b"\xfd7zXZ\x00",
-    b"\x28\xb5\x2f\xfd",
-    b"7z\xbc\xaf",
-    b"Rar!",
-    b"\x04\x22\x4d\x18",
-    b"\x5d\0\0",
-)
 PNG_HEAD, PNG_TAIL = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
