@@ -167,6 +167,8 @@ def _is_finite(tensor: Any) -> bool:
     """Whether no value is infinite or no number: both show in the extremes, which are found in one pass."""
     import torch
 
+    if tensor.element_size() < 2:  # torch finds no extremes in 8 bits
+        tensor = tensor.float()
     return tensor.numel() == 0 or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
 
 

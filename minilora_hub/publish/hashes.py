@@ -64,8 +64,8 @@ class Hashes:
 
 @cache
 def _background() -> ThreadPoolExecutor:
-    # One thread: what is begun is done in that order, so a copy is there when its hash is begun.
-    return ThreadPoolExecutor(1, thread_name_prefix="minilora-hash")
+    # What waits for another task was handed in after it, so it never keeps that one from running.
+    return ThreadPoolExecutor(2, thread_name_prefix="minilora-hash")
 
 
 def _copy(source: Path, out: Path) -> tuple[Stamp, Stamp]:
@@ -77,9 +77,10 @@ def _copy(source: Path, out: Path) -> tuple[Stamp, Stamp]:
 def _hash_of_copy(
     copied: Future[tuple[Stamp, Stamp]], of_source: Future[tuple[Stamp, str]] | None, out: Path
 ) -> tuple[Stamp, str]:
+    stamps = copied.result()
     if of_source is not None and of_source.exception() is None:
         stamp, digest = of_source.result()
-        if copied.result() == (stamp, stamp):
+        if stamps == (stamp, stamp):
             return _stamp(out), digest
     return _stamped_hash(out)
 
