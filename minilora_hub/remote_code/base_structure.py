@@ -35,13 +35,17 @@ class FeedForwardStructure:
         self.block_class = type(block).__name__
 
     def activate(self, *projected):
-        """(…, out) per input projection -> (…, ff)."""
+        """(…, out) per input projection -> (…, ff). Without gradients what is handed in may be written to."""
         if self.gate_first is not None:
             first, second = projected[0].chunk(2, dim=-1)
             gate, up = (first, second) if self.gate_first else (second, first)
-            return self.activation(gate) * up
-        gate, *up = projected
-        return self.activation(gate) * up[0] if up else self.activation(gate)
+        else:
+            gate, up = projected if len(projected) == 2 else (projected[0], None)
+        hidden = self.activation(gate)
+        if up is None:
+            return hidden
+        # In place where possible: a fresh tensor of this size costs more than the product.
+        return hidden * up if torch.is_grad_enabled() else hidden.mul_(up)
 
     def __call__(self, block, x):
         """The whole block, from its parts."""
