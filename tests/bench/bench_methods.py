@@ -36,12 +36,17 @@ from minilora_hub.remote_code.base_structure import plan_sites
 PREFILL, CONTEXT = 512, 64
 
 
+def lora_of(base, r: int) -> torch.nn.Module:
+    """Our LoRA path: a DoRA without its magnitude."""
+    config = DoraConfig(r=r)
+    config.use_dora = False
+    model = shared_copy(base)
+    attach(model, config, plan_sites(model, config))
+    return model
+
+
 def variants(base, r: int, experts: int, active: int) -> dict[str, torch.nn.Module]:
     """Every model that is compared, all over one set of base weights."""
-    lora_config = DoraConfig(r=r)
-    lora_config.use_dora = False
-    lora = shared_copy(base)
-    attach(lora, lora_config, plan_sites(lora, lora_config))
     mixlora_config = MixLoraConfig(r=r, num_experts=experts, num_experts_per_tok=active)
     dora = DoraForCausalLM.from_base(shared_copy(base), DoraConfig(r=r))
     mixlora = MixLoraForCausalLM.from_base(shared_copy(base), mixlora_config)
@@ -52,7 +57,7 @@ def variants(base, r: int, experts: int, active: int) -> dict[str, torch.nn.Modu
         reference = reference_mixlora(shared_copy(base), mixlora, Path(folder))
     return {
         "base": shared_copy(base),
-        "LoRA": lora,
+        "LoRA": lora_of(base, r),
         "DoRA": dora,
         "MixLoRA": mixlora,
         "PEFT LoRA": get_peft_model(shared_copy(base), LoraConfig(**peft_config)),
@@ -62,17 +67,17 @@ def variants(base, r: int, experts: int, active: int) -> dict[str, torch.nn.Modu
 
 
 @torch.no_grad()
-def prefill(model, state) -> float:
-    ids = torch.arange(PREFILL)[None] + 100
+def prefill(model, state, tokens: int = PREFILL) -> float:
+    ids = torch.arange(tokens)[None] + 100
     started = time.perf_counter()
     model(input_ids=ids, use_cache=False)
     return time.perf_counter() - started
 
 
 @torch.no_grad()
-def decode(model, state, tokens: int = 4) -> float:
+def decode(model, state, tokens: int = 4, context: int = CONTEXT) -> float:
     if "cache" not in state:
-        state["cache"] = model(input_ids=torch.arange(CONTEXT)[None] + 100, use_cache=True).past_key_values
+        state["cache"] = model(input_ids=torch.arange(context)[None] + 100, use_cache=True).past_key_values
     token = torch.tensor([[42]])
     started = time.perf_counter()
     for _ in range(tokens):
