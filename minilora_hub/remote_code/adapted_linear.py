@@ -193,6 +193,7 @@ class LowRankUpdate(nn.Module):
         self.scaling = scaling
         self.dropout = nn.Dropout(dropout)
         self._scale_cache = (None, None)
+        self._experts_cache = (None, None, None)
 
     def scale(self, layer):
         """c = m / ||W + s B A||: [..., out], fp32. At inference it is kept until a weight changes."""
@@ -203,6 +204,17 @@ class LowRankUpdate(nn.Module):
         if key is None or key != self._scale_cache[0]:
             self._scale_cache = (key, self.magnitude / self._norms(layer))
         return self._scale_cache[1]
+
+    def experts(self):
+        """(A, B) of each expert of a stack: two lists of views, [r, in] and [out, r]. At inference they are kept."""
+        a, b = self._parameters["lora_A"], self._parameters["lora_B"]
+        # With gradients unbind, not indexing: its backward is one stack, and an expert without tokens gets zeros.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return a.unbind(), b.unbind()
+        key = (a.data_ptr(), b.data_ptr())
+        if self._experts_cache[0] != key:
+            self._experts_cache = (key, a.unbind(), b.unbind())
+        return self._experts_cache[1:]
 
     def _norms(self, layer):
         return dora_norms(layer, self.weight_norms_squared, self.lora_A, self.lora_B, self.scaling)
@@ -225,6 +237,7 @@ class LowRankUpdate(nn.Module):
             if moved.dtype != torch.float32:
                 moved.data = tensor.to(moved.device)
         self._scale_cache = (None, None)
+        self._experts_cache = (None, None, None)
         return self
 
 

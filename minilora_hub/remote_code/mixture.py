@@ -80,24 +80,32 @@ class _SlotsByExpert:
         flat = per_slot.flatten()
         return (flat if self.order is None else flat[self.order]).unsqueeze(-1)
 
-    def _weights(self, stacked):
-        # With gradients unbind, not indexing: its backward is one stack, and an expert without tokens gets zeros.
-        parts = stacked.unbind() if torch.is_grad_enabled() else stacked
-        return [parts[expert] for expert in self.experts]
+    def _served(self, experts):
+        return [experts[expert] for expert in self.experts]
 
-    def project_down(self, x, lora_a):
+    def project_down(self, x, update):
         """A_e x: (slots, in) -> (slots, r), in blocks."""
-        blocks = x.split_with_sizes(self.counts)
-        return [F.linear(rows, a) for rows, a in zip(blocks, self._weights(lora_a), strict=True)]
+        blocks, experts = x.split_with_sizes(self.counts), self._served(update.experts()[0])
+        return [F.linear(rows, a) for rows, a in zip(blocks, experts, strict=True)]
 
-    def split_ranks(self, hidden, ranks):
-        """(slots, sum of ranks) -> a (slots, r) for each of `ranks`; all in blocks."""
+    def project_tokens_down(self, x, updates):
+        """A_e x of each slot's token, for several updates of one input: (tokens, in) -> a (slots, r) for each."""
+        experts = [self._served(update.experts()[0]) for update in updates]
+        if self.token is None:
+            return [[F.linear(x, a) for a in served] for served in experts]
+        blocks = x.index_select(0, self.token).split_with_sizes(self.counts)
+        if len(updates) == 1 or len(self.token) <= self.FEW:
+            return [[F.linear(rows, a) for rows, a in zip(blocks, served, strict=True)] for served in experts]
+        # Side by side the A are one matrix, wide enough for the matrix library to be good at.
+        hidden = [F.linear(rows, torch.cat(a)) for rows, a in zip(blocks, zip(*experts, strict=True), strict=True)]
+        ranks = [served[0].shape[0] for served in experts]
         return list(zip(*(rows.split_with_sizes(ranks, dim=-1) for rows in hidden), strict=True))
 
-    def add_projected_up(self, out, hidden, lora_b, scaling):
+    def add_projected_up(self, out, hidden, update):
         """out + s B_e hidden: (slots, r) -> (slots, out). Without gradients `out` itself is written to."""
-        blocks = list(zip(out.split_with_sizes(self.counts), hidden, self._weights(lora_b), strict=True))
-        if not out.dtype == hidden[0].dtype == lora_b.dtype:
+        experts, scaling = self._served(update.experts()[1]), update.scaling
+        blocks = zip(out.split_with_sizes(self.counts), hidden, experts, strict=True)
+        if not out.dtype == hidden[0].dtype == experts[0].dtype:
             return torch.cat([o + (F.linear(h, b) * scaling).to(o.dtype) for o, h, b in blocks])
         if torch.is_grad_enabled():
             return torch.cat([torch.addmm(o, h, b.mT, alpha=scaling) for o, h, b in blocks])
@@ -111,24 +119,21 @@ class _SlotsByExpert:
             return per_slot.sum(dim=0, keepdim=True)
         return per_slot.new_zeros(self.num_tokens, per_slot.shape[-1]).index_add_(0, self.token, per_slot)
 
-    def add_to_tokens(self, out, hidden, lora_b, scaling):
+    def add_to_tokens(self, out, hidden, update):
         """out + the sum over each token's slots of s B_e hidden: (slots, r) -> (tokens, out).
 
         Without gradients `out` itself may be written to.
         """
-        if not out.dtype == hidden[0].dtype == lora_b.dtype:
-            parts = [
-                (F.linear(h, b) * scaling).to(out.dtype) for h, b in zip(hidden, self._weights(lora_b), strict=True)
-            ]
-            return out + self.sum_slots(torch.cat(parts))
-        if self.token is None and not torch.is_grad_enabled():
-            for h, b in zip(hidden, self._weights(lora_b), strict=True):
-                out.addmm_(h, b.mT, alpha=scaling)  # every slot is of the one token
+        blocks = list(zip(hidden, self._served(update.experts()[1]), strict=True))
+        same_dtype = out.dtype == hidden[0].dtype == blocks[0][1].dtype
+        if self.token is None and same_dtype and not torch.is_grad_enabled():
+            for h, b in blocks:  # every slot is of the one token
+                out.addmm_(h, b.mT, alpha=update.scaling)
             return out
-        added = torch.cat([F.linear(h, b) for h, b in zip(hidden, self._weights(lora_b), strict=True)])
-        if self.token is None:
-            return torch.add(out, added.sum(dim=0, keepdim=True), alpha=scaling)
-        return torch.index_add(out, 0, self.token, added, alpha=scaling)
+        added = torch.cat([F.linear(h, b) for h, b in blocks])
+        if self.token is None or not same_dtype:
+            return out + (self.sum_slots(added) * update.scaling).to(out.dtype)
+        return torch.index_add(out, 0, self.token, added, alpha=update.scaling)
 
 
 class _SlotsGathered:
@@ -148,24 +153,25 @@ class _SlotsGathered:
     def of_slots(self, per_slot):
         return per_slot.flatten().unsqueeze(-1)
 
-    def project_down(self, x, lora_a):
-        return torch.bmm(lora_a[self.expert], x.unsqueeze(-1)).squeeze(-1)
+    def project_down(self, x, update):
+        return torch.bmm(update.lora_A[self.expert], x.unsqueeze(-1)).squeeze(-1)
 
-    def split_ranks(self, hidden, ranks):
-        return hidden.split(ranks, dim=-1)
+    def project_tokens_down(self, x, updates):
+        x = x[self.token]
+        return [self.project_down(x, update) for update in updates]
 
-    def add_projected_up(self, out, hidden, lora_b, scaling):
-        return torch.add(out, self._project_up(hidden, lora_b).to(out.dtype), alpha=scaling)
+    def add_projected_up(self, out, hidden, update):
+        return torch.add(out, self._project_up(hidden, update).to(out.dtype), alpha=update.scaling)
 
     def sum_slots(self, per_slot):
         return per_slot.view(self.num_tokens, self.per_token, -1).sum(dim=1)
 
-    def add_to_tokens(self, out, hidden, lora_b, scaling):
-        added = self.sum_slots(self._project_up(hidden, lora_b))
-        return torch.add(out, added.to(out.dtype), alpha=scaling)
+    def add_to_tokens(self, out, hidden, update):
+        added = self.sum_slots(self._project_up(hidden, update))
+        return torch.add(out, added.to(out.dtype), alpha=update.scaling)
 
-    def _project_up(self, hidden, lora_b):
-        return torch.bmm(lora_b[self.expert], hidden.unsqueeze(-1)).squeeze(-1)
+    def _project_up(self, hidden, update):
+        return torch.bmm(update.lora_B[self.expert], hidden.unsqueeze(-1)).squeeze(-1)
 
 
 class Routed(NamedTuple):
@@ -253,11 +259,11 @@ class MixtureOfLoraExperts(nn.Module):
         if update is None:
             out = projected
         elif update.magnitude is None:
-            out = slots.add_to_tokens(projected, routed.low, update.lora_B, update.scaling)
+            out = slots.add_to_tokens(projected, routed.low, update)
         else:  # g * (c * (W h + s B A h) + b): the bias is left out of every slot and added once
             bias = self._output_bias()
             out = projected if bias is None else projected - bias
-            out = slots.add_projected_up(out, routed.low, update.lora_B, update.scaling)
+            out = slots.add_projected_up(out, routed.low, update)
             out = slots.sum_slots(self._scaled(self.structure.output, out, slots, with_bias=False))
             out = out if bias is None else out + bias
         if not self.routing.weights_sum_to_one:
@@ -317,27 +323,25 @@ class MixtureOfLoraExperts(nn.Module):
 
     def _expert_inputs(self, shared, x, slots):
         """The input projections of every slot: shared W x + b, and the slot's expert. Lists of (slots, out)."""
-        updates = [self._update_of(name) for name in self.structure.inputs]
-        x = slots.of_tokens(x)  # (slots, d)
-        many = x.shape[0] > self.router.shape[0]
-        if many and None not in updates and not (self.training and updates[0].dropout.p > 0):
-            # The same input for all, so their A are one matrix, wide enough for the matrix library to be good at.
-            stacked = torch.cat([update.lora_A for update in updates], dim=1)  # (experts, sum of r, d)
-            hidden = slots.project_down(x.to(stacked.dtype), stacked)
-            hidden = slots.split_ranks(hidden, [update.lora_A.shape[1] for update in updates])
-        else:
-            hidden = [None if update is None else self._project_down(update, x, slots) for update in updates]
+        updates = {name: self._update_of(name) for name in self.structure.inputs}
+        given = {name: update for name, update in updates.items() if update is not None}
+        if self.training and any(update.dropout.p > 0 for update in given.values()):  # each drops its own input
+            x = slots.of_tokens(x)
+            hidden = {name: self._project_down(update, x, slots) for name, update in given.items()}
+        elif given:
+            x = x.to(next(iter(given.values())).lora_A.dtype)
+            hidden = dict(zip(given, slots.project_tokens_down(x, list(given.values())), strict=True))
         projected = []
-        for name, out, update, low in zip(self.structure.inputs, shared, updates, hidden, strict=True):
+        for (name, update), out in zip(updates.items(), shared, strict=True):
             out = slots.of_tokens(out)  # a copy, so that it may be written to
             if update is not None:
-                out = self._scaled(name, slots.add_projected_up(out, low, update.lora_B, update.scaling), slots)
+                out = self._scaled(name, slots.add_projected_up(out, hidden[name], update), slots)
             projected.append(out)
         return projected
 
     def _project_down(self, update, x, slots):
         x = update.dropout(x) if self.training else x
-        return slots.project_down(x.to(update.lora_A.dtype), update.lora_A)
+        return slots.project_down(x.to(update.lora_A.dtype), update)
 
     def _update_of(self, name):
         return self.experts._modules.get(name)
