@@ -65,6 +65,29 @@ def test_decoding_never_waits_for_the_device(saved, method):
                 torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("method", ["mixlora", "mixdora"])
+def test_many_tokens_in_bf16_never_wait_either(method):
+    """One grouped product serves all experts; it agrees with the blocks that a CPU multiplies."""
+    base = tiny_base(hidden_size=64, intermediate_size=128).to(torch.bfloat16)
+    model = CAUSAL_LM[method].from_base(base, tiny_config(method, r=8), adapter_dtype=torch.bfloat16)
+    fill_adapter(model)
+    block = next(m for m in model.modules() if isinstance(m, mixture.MixtureOfLoraExperts))
+    x = torch.randn(1, 64, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = block(x).float()
+        block.to(DEVICE)
+        x = x.to(DEVICE)
+        block(x)  # fills DoRA's caches
+        if DEVICE == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            got = block(x).float().cpu()
+        finally:
+            if DEVICE == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    assert (got - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_trains(saved, method, dtype):

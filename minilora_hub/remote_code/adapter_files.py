@@ -20,6 +20,7 @@ CODE_FILES = (
     "base_structure.py",
     "configuration_adapter.py",
     "configuration_minilora.py",
+    "expert_slots.py",
     "mixture.py",
     "modeling_minilora.py",
     "routing.py",

@@ -12,12 +12,9 @@ and every base matrix multiplication runs once per token, as in the dense model;
 With DoRA experts (`use_dora`) the per-expert output scale keeps W_down from being combined: there it runs once per
 slot.
 
-A slot is one (token, chosen expert) pair: N tokens have up to N * K slots. Many slots are sorted by expert, so that
-each expert multiplies one contiguous block; few slots gather the experts' stacked weights instead, those that are not
-kept with weight 0.
+A slot is one (token, chosen expert) pair; `expert_slots.py` arranges them.
 """
 
-from collections import Counter
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -26,152 +23,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from .adapted_linear import apply_dora_scale
+from .expert_slots import SlotsByExpert, SlotsGathered, SlotsGrouped
 from .routing import Routes, current_record
 
 
 def _without_autocast(device_type):
     """Entering autocast, also to switch it off, costs as much as a small product: only where it is on."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
-
-
-class _SlotsByExpert:
-    """Slots sorted by expert: each expert that serves any multiplies one contiguous block, with its own weights.
-
-    What is projected down is kept as a list of blocks, one an expert.
-    """
-
-    FEW = 64
-    """Slots that Python sorts sooner than the kernels of sorting, counting and copying start."""
-
-    def __init__(self, selected, kept=None):
-        self.num_tokens, self.per_token = selected.shape
-        flat = selected.flatten()
-        order = None if kept is None else kept.flatten().nonzero().squeeze(-1)
-        flat = flat if order is None else flat[order]  # expert of each slot
-        if self.num_tokens == 1:  # its experts are all different: nothing to sort
-            self.expert, self.order, self.token = flat, order, None
-            self.experts = flat.tolist()
-            self.counts = [1] * len(self.experts)
-        elif flat.numel() <= self.FEW and flat.device.type == "cpu":
-            experts = flat.tolist()
-            by_expert = sorted(range(len(experts)), key=experts.__getitem__)
-            served = Counter(experts[slot] for slot in by_expert)
-            self.experts, self.counts = list(served), list(served.values())
-            self._arrange(flat, order, torch.tensor(by_expert, dtype=torch.long))
-        else:
-            expert, by_expert = flat.sort(stable=True)
-            served, counts = torch.unique_consecutive(expert, return_counts=True)
-            self.experts, self.counts = served.tolist(), counts.tolist()
-            self._arrange(flat, order, by_expert)
-
-    def _arrange(self, flat, order, by_expert):
-        self.expert = flat[by_expert]
-        self.order = by_expert if order is None else order[by_expert]  # place among (tokens * K) of each slot
-        self.token = self.order // self.per_token  # token of each slot
-
-    def of_tokens(self, per_token):
-        """Each slot's token: (tokens, n) -> (slots, n), a copy."""
-        if self.token is None:
-            return per_token.repeat(len(self.experts), 1)
-        return per_token.index_select(0, self.token)
-
-    def of_slots(self, per_slot):
-        """(tokens, K) -> (slots, 1) in this order."""
-        flat = per_slot.flatten()
-        return (flat if self.order is None else flat[self.order]).unsqueeze(-1)
-
-    def _served(self, experts):
-        return [experts[expert] for expert in self.experts]
-
-    def project_down(self, x, update):
-        """A_e x: (slots, in) -> (slots, r), in blocks."""
-        blocks, experts = x.split_with_sizes(self.counts), self._served(update.experts()[0])
-        return [F.linear(rows, a) for rows, a in zip(blocks, experts, strict=True)]
-
-    def project_tokens_down(self, x, updates):
-        """A_e x of each slot's token, for several updates of one input: (tokens, in) -> a (slots, r) for each."""
-        experts = [self._served(update.experts()[0]) for update in updates]
-        if self.token is None:
-            return [[F.linear(x, a) for a in served] for served in experts]
-        blocks = x.index_select(0, self.token).split_with_sizes(self.counts)
-        if len(updates) == 1 or len(self.token) <= self.FEW:
-            return [[F.linear(rows, a) for rows, a in zip(blocks, served, strict=True)] for served in experts]
-        # Side by side the A are one matrix, wide enough for the matrix library to be good at.
-        hidden = [F.linear(rows, torch.cat(a)) for rows, a in zip(blocks, zip(*experts, strict=True), strict=True)]
-        ranks = [served[0].shape[0] for served in experts]
-        return list(zip(*(rows.split_with_sizes(ranks, dim=-1) for rows in hidden), strict=True))
-
-    def add_projected_up(self, out, hidden, update):
-        """out + s B_e hidden: (slots, r) -> (slots, out). Without gradients `out` itself is written to."""
-        experts, scaling = self._served(update.experts()[1]), update.scaling
-        blocks = zip(out.split_with_sizes(self.counts), hidden, experts, strict=True)
-        if not out.dtype == hidden[0].dtype == experts[0].dtype:
-            return torch.cat([o + (F.linear(h, b) * scaling).to(o.dtype) for o, h, b in blocks])
-        if torch.is_grad_enabled():
-            return torch.cat([torch.addmm(o, h, b.mT, alpha=scaling) for o, h, b in blocks])
-        for o, h, b in blocks:
-            o.addmm_(h, b.mT, alpha=scaling)
-        return out
-
-    def sum_slots(self, per_slot):
-        """Sum each token's slots: (slots, n) -> (tokens, n)."""
-        if self.token is None:
-            return per_slot.sum(dim=0, keepdim=True)
-        return per_slot.new_zeros(self.num_tokens, per_slot.shape[-1]).index_add_(0, self.token, per_slot)
-
-    def add_to_tokens(self, out, hidden, update):
-        """out + the sum over each token's slots of s B_e hidden: (slots, r) -> (tokens, out).
-
-        Without gradients `out` itself may be written to.
-        """
-        blocks = list(zip(hidden, self._served(update.experts()[1]), strict=True))
-        same_dtype = out.dtype == hidden[0].dtype == blocks[0][1].dtype
-        if self.token is None and same_dtype and not torch.is_grad_enabled():
-            for h, b in blocks:  # every slot is of the one token
-                out.addmm_(h, b.mT, alpha=update.scaling)
-            return out
-        added = torch.cat([F.linear(h, b) for h, b in blocks])
-        if self.token is None or not same_dtype:
-            return out + (self.sum_slots(added) * update.scaling).to(out.dtype)
-        return torch.index_add(out, 0, self.token, added, alpha=update.scaling)
-
-
-class _SlotsGathered:
-    """Slots in token order, each with its own expert's weights gathered, so that nothing waits for the device.
-
-    Those that are not kept are computed as well: their weight is 0. Methods as in `_SlotsByExpert`.
-    """
-
-    def __init__(self, selected, kept=None):
-        self.expert = selected.flatten()  # (slots)
-        self.num_tokens, self.per_token = selected.shape
-        self.token = torch.arange(self.num_tokens, device=selected.device).repeat_interleave(self.per_token)
-
-    def of_tokens(self, per_token):
-        return per_token[self.token]
-
-    def of_slots(self, per_slot):
-        return per_slot.flatten().unsqueeze(-1)
-
-    def project_down(self, x, update):
-        return torch.bmm(update.lora_A[self.expert], x.unsqueeze(-1)).squeeze(-1)
-
-    def project_tokens_down(self, x, updates):
-        x = x[self.token]
-        return [self.project_down(x, update) for update in updates]
-
-    def add_projected_up(self, out, hidden, update):
-        return torch.add(out, self._project_up(hidden, update).to(out.dtype), alpha=update.scaling)
-
-    def sum_slots(self, per_slot):
-        return per_slot.view(self.num_tokens, self.per_token, -1).sum(dim=1)
-
-    def add_to_tokens(self, out, hidden, update):
-        added = self.sum_slots(self._project_up(hidden, update))
-        return torch.add(out, added.to(out.dtype), alpha=update.scaling)
-
-    def _project_up(self, hidden, update):
-        return torch.bmm(update.lora_B[self.expert], hidden.unsqueeze(-1)).squeeze(-1)
 
 
 class Routed(NamedTuple):
@@ -189,7 +47,7 @@ class Routed(NamedTuple):
     hidden: torch.Tensor
     x: torch.Tensor
     routes: Routes
-    slots: _SlotsByExpert | _SlotsGathered
+    slots: SlotsByExpert | SlotsGrouped | SlotsGathered
     low: torch.Tensor | list | None
 
 
@@ -280,11 +138,17 @@ class MixtureOfLoraExperts(nn.Module):
                 update.scale(self.base_block.get_submodule(name))
 
     def _group(self, routes):
-        """A CPU reads indices for free; elsewhere that waits for the device, which few tokens are spared."""
-        few = routes.selected.numel() <= self.router.shape[0]
-        if torch.compiler.is_compiling() or (few and routes.selected.device.type != "cpu"):
-            return _SlotsGathered(routes.selected, routes.kept)
-        return _SlotsByExpert(routes.selected, routes.kept)
+        """The arrangement of the slots: see `expert_slots.py`."""
+        selected = routes.selected
+        if selected.device.type == "cpu" and not torch.compiler.is_compiling():
+            return SlotsByExpert(selected, routes.kept)
+        num_experts = self.router.shape[0]
+        many = selected.numel() > num_experts
+        if many and selected.device.type != "cpu" and SlotsGrouped.can(self.experts.values()):
+            return SlotsGrouped(selected, num_experts)
+        if many and not torch.compiler.is_compiling():
+            return SlotsByExpert(selected, routes.kept)
+        return SlotsGathered(selected)
 
     def route(self, x, leading_shape):
         """`Routes` of x, (tokens, d); recorded where someone asked."""

@@ -103,7 +103,7 @@ def test_block_equals_the_equations(strategy, targets, family, method, training,
     fill_adapter(model)
     module = mixtures(model)[0].train(training)
     if gathered:
-        monkeypatch.setattr(mixture, "_SlotsByExpert", mixture._SlotsGathered)
+        monkeypatch.setattr(mixture, "SlotsByExpert", lambda selected, kept: mixture.SlotsGathered(selected))
     parameters = [*module.experts.parameters(), module.router]
     for tokens in (1, 20):
         x = torch.randn(2, tokens, 32, generator=torch.Generator().manual_seed(3))
