@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from minilora_hub.compare.engine import CompareEngine as CompareEngine
     from minilora_hub.integrations.auto_classes import register as register
+    from minilora_hub.integrations.peft_method import MixLoraPeftConfig as MixLoraPeftConfig
     from minilora_hub.publish.push import push as push
     from minilora_hub.remote_code.configuration_minilora import DoraConfig as DoraConfig
     from minilora_hub.remote_code.configuration_minilora import MixLoraConfig as MixLoraConfig
@@ -33,6 +34,7 @@ _HOMES = {
     "MixLoraConfig": "minilora_hub.remote_code.configuration_minilora",
     "MixLoraForCausalLM": "minilora_hub.remote_code.modeling_minilora",
     "MixLoraModel": "minilora_hub.remote_code.modeling_minilora",
+    "MixLoraPeftConfig": "minilora_hub.integrations.peft_method",
     "push": "minilora_hub.publish.push",
     "register": "minilora_hub.integrations.auto_classes",
 }

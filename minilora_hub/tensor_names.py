@@ -3,6 +3,10 @@
     canonical   layers.3.self_attn.q_proj.lora_A                                   our files
     PEFT        base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight     PEFT's files; the base's own path
                                                                                    to its layers is in the middle
+    PEFT, a MixLoRA    base_model.model.model.layers.3.mlp.moe_lora.router            MixLoRA as a PEFT method:
+                       …layers.3.mlp.moe_lora.experts.up_proj.lora_A             the experts stacked, as in
+                       …layers.3.self_attn.q_proj.moe_lora.update.lora_A         our files
+
 A DoRA magnitude is ``magnitude`` here and ``lora_magnitude_vector`` there. PEFT writes that name as it is and reads it
 with ``.weight`` behind it, too; transformers' own loading of PEFT's format (5.23) finds it only with ``.weight``, and
 otherwise puts a fresh magnitude in its place, with a report that is easily overlooked. So ``.weight`` is what we write.
@@ -55,3 +59,64 @@ def from_peft(name: str, layers_path: str) -> str:
             path = name.removeprefix(start).removesuffix(f".{leaf}")
             return f"{CANONICAL_LAYERS}.{path}.{canonical}"
     raise ValueError(f"name={name!r}: not a LoRA or DoRA tensor under {start!r} in PEFT's format")
+
+
+# ---- a MixLoRA as a PEFT method ----
+
+MIXLORA_ATTRIBUTE = "moe_lora"
+"""Under this name a module of the base holds its adapter in a PEFT model; PEFT puts the adapter's name behind it."""
+
+PEFT_MIXLORA_MAGNITUDE = "lora_magnitude_vector"
+LINEAR_UPDATE = "update"
+
+
+def to_peft_mixlora(name: str, layers_path: str) -> str:
+    """Translate a canonical name of a MixLoRA to the one in its PEFT layout.
+
+    Args:
+        name: e.g. ``"layers.0.mlp.experts.up_proj.lora_A"``.
+        layers_path: where the base keeps its decoder layers, e.g. ``"model.layers"``.
+
+    Raises:
+        ValueError: the name is not canonical.
+    """
+    layers, _, path = name.partition(".")
+    leaf = path.rpartition(".")[2]
+    if layers != CANONICAL_LAYERS or leaf not in (*PEFT_LEAVES, "router"):
+        raise ValueError(f"name={name!r}: not a canonical tensor name of a MixLoRA")
+    if leaf == "router":
+        module, inner = path.removesuffix(".router"), "router"
+    elif ".experts." in path:
+        module, _, inner = path.partition(".experts.")
+        inner = f"experts.{inner}"
+    else:
+        module, inner = path.removesuffix(f".{leaf}"), f"{LINEAR_UPDATE}.{leaf}"
+    if leaf == "magnitude":
+        inner = inner.removesuffix(leaf) + PEFT_MIXLORA_MAGNITUDE
+    return f"{PEFT_PREFIX}{layers_path}.{module}.{MIXLORA_ATTRIBUTE}.{inner}"
+
+
+def canonical_of_peft_mixlora(name: str) -> str:
+    """Translate a name of a MixLoRA's PEFT layout to the canonical one: the inverse of `to_peft_mixlora`.
+
+    Args:
+        name: e.g. ``"base_model.model.model.layers.0.mlp.moe_lora.router"``; the prefix may be missing.
+
+    Raises:
+        ValueError: the name is not of that layout.
+    """
+    module, attribute, inner = name.removeprefix(PEFT_PREFIX).partition(f".{MIXLORA_ATTRIBUTE}.")
+    parts = module.split(".")
+    index = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    if not attribute or index is None:
+        raise ValueError(f"name={name!r}: not a tensor of a MixLoRA in PEFT's layout")
+    inner = inner.removeprefix(f"{LINEAR_UPDATE}.")
+    if inner.endswith(PEFT_MIXLORA_MAGNITUDE):
+        inner = inner.removesuffix(PEFT_MIXLORA_MAGNITUDE) + "magnitude"
+    return ".".join([CANONICAL_LAYERS, *parts[index:], inner])
+
+
+def lora_name_of_peft_mixlora(name: str) -> str:
+    """The name in PEFT's LoRA format of a tensor of a LoRA that lives beside MixLoRAs in a PEFT model."""
+    module, _, leaf = name.partition(f".{MIXLORA_ATTRIBUTE}.{LINEAR_UPDATE}.")
+    return f"{module}.{leaf}.weight"

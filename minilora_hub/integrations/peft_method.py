@@ -1,0 +1,236 @@
+"""MixLoRA as a PEFT method, over the island's modules: the one file that touches PEFT's internals.
+
+`MixLoraModel` puts `MixLoraLayer`s (peft_layer.py) where a configuration says (peft_sites.py). It computes nothing.
+
+PEFT (0.21) has no entry point for methods: its `PeftType` is a closed Enum, which is extended here, and a `PeftModel`
+refuses an adapter of another type, which is lifted here for a LoRA beside MixLoRAs.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar, NoReturn
+
+import peft
+import torch
+from peft import PeftModel, PeftType
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.utils import register_peft_method
+from peft.utils.integrations import init_empty_weights
+from torch import nn
+
+from minilora_hub.errors import MiniLoraError
+from minilora_hub.integrations.peft_config import MIXLORA, MixLoraPeftConfig, PeerLoraConfig, as_peer
+from minilora_hub.integrations.peft_files import remap_for_load, saved_name
+from minilora_hub.integrations.peft_layer import CANNOT_MERGE, MixLoraLayer, build_module, refuse_several
+from minilora_hub.integrations.peft_sites import holder_of, plain_base, plan_adapter
+from minilora_hub.tensor_names import MIXLORA_ATTRIBUTE
+
+
+class MixLoraModel(BaseTuner):
+    """PEFT's tuner for `MixLoraPeftConfig`: puts `MixLoraLayer`s into a model and takes them out."""
+
+    prefix = "moe_"  # PEFT warns of an adapter whose name is part of it, as "mixlora", "mix" and "lora" should not be
+    tuner_layer_cls = MixLoraLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]
+
+    # ---- putting in ----
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        return peft_config  # no targets means all linears; `plan_adapter` decides
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Plan and build everything first, so that a failure leaves the model as it was; then PEFT's own injection."""
+        config: Any = as_peer(self.peft_config[adapter_name])
+        self.peft_config[adapter_name] = config
+        first = not any(isinstance(module, MixLoraLayer) for module in model.modules())
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad] if first else []
+        with plain_base(model, MixLoraLayer), init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            plan = plan_adapter(model, config, adapter_name, check_target_module_exists)
+            built = {site.path: build_module(model, site, plan, config) for site in plan.sites}
+        self._plan, self._built = plan.as_seen_in(model, MixLoraLayer), built
+        patterns = config.rank_pattern, config.alpha_pattern
+        config.rank_pattern, config.alpha_pattern = {}, {}  # checked by the plan; PEFT would look for blocks only
+        targets, config.target_modules = config.target_modules, plan.target_modules
+        seen = list(self.targeted_module_names)
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, None)
+        finally:
+            config.rank_pattern, config.alpha_pattern = patterns
+            if targets is not None and targets != "all-linear":
+                config.target_modules = targets
+            del self._plan, self._built
+        self.targeted_module_names = list(dict.fromkeys([*seen, *plan.linears]))
+        if first:
+            self._trainable_before = trainable
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        return self._plan.decision(key)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        for path in self._plan.paths_at[current_key]:
+            holder, name = holder_of(self.model, path, MixLoraLayer)
+            layer: Any = getattr(holder, name)
+            if not isinstance(layer, MixLoraLayer):
+                layer = MixLoraLayer(layer)
+                setattr(holder, name, layer)
+            layer.add(adapter_name, self._built[path])
+
+    # ---- using ----
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        refuse_several(adapter_name)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        if names is not None:
+            raise ValueError(
+                f"adapter_names={names!r}: a MixLoRA serves one adapter per call: set_adapter(…) and call once per "
+                "adapter, or let minilora_hub.CompareEngine answer a batch with several"
+            )
+        yield
+
+    # ---- taking out ----
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        # Layers choose a successor among their own adapters; here all take the same one.
+        if was_active and self.peft_config:
+            self.set_adapter(sorted(self.peft_config)[0])
+        elif not was_active:
+            self.set_adapter(self.active_adapters)
+
+    def _check_merge_allowed(self) -> NoReturn:
+        raise ValueError(CANNOT_MERGE)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if merge:
+            self._check_merge_allowed()
+        # PEFT does not look inside a wrapped block, where the linears of another adapter may be.
+        for layer in [module for module in self.model.modules() if isinstance(module, MixLoraLayer)]:
+            for inner in layer.base_layer.modules():
+                for name, child in list(inner.named_children()):
+                    if isinstance(child, MixLoraLayer):
+                        setattr(inner, name, child.base_layer)
+        super()._unload_and_optionally_merge(False, *args, **kwargs)
+        for parameter in self._trainable_before:
+            parameter.requires_grad_(True)
+        return self.model
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)
+
+    # ---- files ----
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        marker = f".{MIXLORA_ATTRIBUTE}.{adapter_name}."
+        as_lora = isinstance(config, PeerLoraConfig)
+        return {
+            saved_name(key, adapter_name, as_lora=as_lora): value for key, value in state_dict.items() if marker in key
+        }
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        as_lora = isinstance(config, PeerLoraConfig)
+        try:
+            return remap_for_load(model, adapter_name, state_dict, as_lora=as_lora)
+        except ValueError:
+            cls._forget(model, adapter_name)
+            raise
+
+    @classmethod
+    def _forget(cls, model: Any, adapter_name: str) -> None:
+        """Take an adapter out whose file does not fit, so that no half-loaded one stays."""
+        for layer in [module for module in model.modules() if isinstance(module, MixLoraLayer)]:
+            layer.delete_adapter(adapter_name)
+
+
+# ---- registration ----
+
+HOOKS = (
+    "_check_merge_allowed",
+    "_check_target_module_exists",
+    "_create_and_replace",
+    "_get_adapter_state_dict",
+    "_prepare_adapter_config",
+    "_remap_adapter_state_dict_for_load",
+    "_remove_adapter_name_from_key",
+    "_replace_module",
+    "_unload_and_optionally_merge",
+)
+"""What this file overrides in PEFT's BaseTuner: a version without one of them would ignore it in silence."""
+
+
+def register() -> None:
+    """Make PEFT know MIXLORA. Calling it again changes nothing.
+
+    Raises:
+        MiniLoraError: this version of PEFT is built differently; the message says which are known.
+    """
+    if MIXLORA in PeftType.__members__:
+        return
+    missing = [name for name in HOOKS if not hasattr(BaseTuner, name)]
+    enum_tables = all(hasattr(PeftType, name) for name in ("_member_map_", "_value2member_map_", "_member_names_"))
+    if missing or not enum_tables or "peft_config" not in inspect.signature(PeftModel.add_adapter).parameters:
+        raise MiniLoraError(
+            f"peft {peft.__version__}: MixLoRA cannot be registered, its internals are not those of peft 0.21 "
+            f"({', '.join(missing) or 'PeftType or PeftModel.add_adapter'}); install peft>=0.21,<0.22"
+        )
+    member = str.__new__(PeftType, MIXLORA)
+    member._name_, member._value_ = MIXLORA, MIXLORA
+    type.__setattr__(PeftType, MIXLORA, member)
+    PeftType._member_map_[MIXLORA] = member
+    PeftType._value2member_map_[MIXLORA] = member
+    PeftType._member_names_.append(MIXLORA)
+    register_peft_method(
+        name=MIXLORA.lower(), config_cls=MixLoraPeftConfig, model_cls=MixLoraModel, prefix=MixLoraModel.prefix
+    )
+    _accept_lora_beside()
+
+
+def _accept_lora_beside() -> None:
+    """A LoraConfig added to a PeftModel of MixLoRAs becomes one that lives beside them; all else stays as it was."""
+    original = PeftModel.add_adapter
+
+    @functools.wraps(original)
+    def add_adapter(self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        if self.peft_type == MIXLORA:
+            peft_config = as_peer(peft_config)
+        return original(self, adapter_name, peft_config, *args, **kwargs)
+
+    PeftModel.add_adapter = add_adapter  # type: ignore[method-assign]
+
+
+register()
