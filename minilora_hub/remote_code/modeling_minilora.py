@@ -11,7 +11,14 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 
 from .adapted_model import AdaptedModel
 from .configuration_minilora import DoraConfig, MixLoraConfig
-from .routing import checkpoint_contexts, record_routing, router_loss_weights, routing_of
+from .routing import (
+    checkpoint_contexts,
+    is_being_trained,
+    record_routing,
+    router_loss_weights,
+    router_losses,
+    routing_of,
+)
 
 
 @dataclass
@@ -100,15 +107,7 @@ class MixtureForward:
                 "torch.compile and gradient checkpointing together hide the router from its losses: use one of them"
             )
         router = next(p for name, p in self.adapter_parameters().items() if name.endswith(".router"))
-        if self.training and torch.is_grad_enabled() and router.requires_grad and not record.logits[0].requires_grad:
-            raise ValueError(
-                "gradient checkpointing with use_reentrant=True hides the router from the balance loss: "
-                'pass gradient_checkpointing_kwargs={"use_reentrant": False}'
-            )
-        mask = record.token_mask
-        if mask is not None:
-            mask = mask[:, -record.logits[0].shape[1] :]  # with a cache the mask also covers the past
-        return routing_of(self.config).losses(record.logits, mask)
+        return router_losses(record, routing_of(self.config), is_being_trained(self, router))
 
 
 class GenerateOnBase:

@@ -340,3 +340,30 @@ def router_loss_weights(config):
     """{name of a loss as in `TopKRouting.losses`: its weight in training}, without those whose weight is 0."""
     weights = {"aux_loss": config.router_aux_loss_coef, "z_loss": config.router_z_loss_coef}
     return {name: weight for name, weight in weights.items() if weight}
+
+
+def router_losses(record, routing, trained):
+    """The losses of everything that was recorded, as in `TopKRouting.losses`; padding does not count.
+
+    Args:
+        record: the `RoutingRecord` of a forward that has ended.
+        routing: `TopKRouting`, `TopPRouting` or `SwitchRouting`.
+        trained: whether a router is being trained, so that the losses must have a gradient.
+
+    Raises:
+        ValueError: the routers' logits have no gradient: reentrant checkpointing has run the layers without.
+    """
+    if trained and not record.logits[0].requires_grad:
+        raise ValueError(
+            "gradient checkpointing with use_reentrant=True hides the router from the balance loss: "
+            'pass gradient_checkpointing_kwargs={"use_reentrant": False}'
+        )
+    mask = record.token_mask
+    if mask is not None:
+        mask = mask[:, -record.logits[0].shape[1] :]  # with a cache the mask also covers the past
+    return routing.losses(record.logits, mask)
+
+
+def is_being_trained(module, router):
+    """Whether a forward of `module` that runs now trains this router weight."""
+    return module.training and torch.is_grad_enabled() and router.requires_grad
