@@ -16,6 +16,7 @@ from minilora_hub.integrations.peft_sites import Plan
 from minilora_hub.remote_code.adapted_linear import LowRankUpdate, layer_device
 from minilora_hub.remote_code.attach import _linear, _mixture
 from minilora_hub.remote_code.base_structure import LinearSite
+from minilora_hub.remote_code.routing import router_loss_weights
 
 CANNOT_MERGE = (
     "a MixLoRA cannot be merged into its base: every token takes its own experts. It can be exported as a Mixtral "
@@ -132,5 +133,7 @@ def build_module(model: nn.Module, site: Any, plan: Plan, config: Any) -> nn.Mod
         if update.magnitude is not None:
             update._parameters["lora_magnitude_vector"] = update._parameters.pop("magnitude")
             update.__class__ = PeftUpdate
+    if not isinstance(site, LinearSite):
+        module.loss_weights = router_loss_weights(plan.config)
     module.to(plan.dtype_of(base))
     return module.train(base.training)

@@ -27,6 +27,7 @@ from minilora_hub.integrations.peft_config import MIXLORA, MixLoraPeftConfig, Pe
 from minilora_hub.integrations.peft_files import remap_for_load, saved_name
 from minilora_hub.integrations.peft_layer import CANNOT_MERGE, MixLoraLayer, build_module, refuse_several
 from minilora_hub.integrations.peft_sites import holder_of, plain_base, plan_adapter
+from minilora_hub.integrations.router_loss import ATTRIBUTE, RouterLoss
 from minilora_hub.tensor_names import MIXLORA_ATTRIBUTE
 
 
@@ -73,6 +74,7 @@ class MixLoraModel(BaseTuner):
         self.targeted_module_names = list(dict.fromkeys([*seen, *plan.linears]))
         if first:
             self._trainable_before = trainable
+        RouterLoss.on(model, MixLoraLayer).refresh()
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         return self._plan.decision(key)
@@ -100,6 +102,8 @@ class MixLoraModel(BaseTuner):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         refuse_several(adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+        if ATTRIBUTE in self.model.__dict__:
+            RouterLoss.on(self.model, MixLoraLayer).refresh()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -134,6 +138,7 @@ class MixLoraModel(BaseTuner):
                 for name, child in list(inner.named_children()):
                     if isinstance(child, MixLoraLayer):
                         setattr(inner, name, child.base_layer)
+        RouterLoss.on(self.model, MixLoraLayer).remove()
         super()._unload_and_optionally_merge(False, *args, **kwargs)
         for parameter in self._trainable_before:
             parameter.requires_grad_(True)

@@ -1,0 +1,197 @@
+"""The router losses of a MixLoRA in a PEFT model, added to the loss wherever a trainer takes it from.
+
+Hooks on the base causal language model see every call of it, whoever calls and whatever its `forward` has been replaced
+by (TRL puts in one that calls the decoder and the head apart, and computes the loss from log-probabilities):
+
+- a call with labels, in training: the penalty is added to the loss that comes out;
+- a call of TRL's fused head: what comes out has `aux_loss`, with which TRL's trainers treat the model as one of
+  transformers' mixtures: they add it times `router_aux_loss_coef` to their loss, log it, and have a setting for it.
+  They know a mixture by two fields of its configuration, which the base's has while a MixLoRA is active on it;
+- a call with `output_router_logits=True`: the outputs of `MixLoraForCausalLM`.
+
+The penalty is the sum of the weighted router losses, over the tokens that are no padding; for an accumulated batch each
+micro-batch has the weight of its share of labels (in TRL's trainers: the same weight).
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
+from minilora_hub.remote_code.modeling_minilora import MixLoraCausalLMOutput, share_of_items
+from minilora_hub.remote_code.routing import (
+    checkpoint_contexts,
+    is_being_trained,
+    record_routing,
+    router_losses,
+)
+
+ATTRIBUTE = "_minilora_router_loss"
+TRL_HEAD = "fused_lm_head"
+
+_OPEN: ContextVar[tuple[OpenCall, ...]] = ContextVar("minilora_open_calls", default=())
+
+
+@dataclass(frozen=True)
+class OpenCall:
+    """A forward that is running.
+
+    Attributes:
+        model: the model that was called.
+        mixture: one of the active mixtures; None where no MixLoRA is active.
+        record: what its routers decide, and the context it is collected in.
+        context: the context manager to leave.
+        asked: whether the caller wants the router's outputs.
+    """
+
+    model: Any
+    mixture: Any
+    record: Any
+    context: Any
+    asked: bool
+
+
+class RouterLoss:
+    """The hooks on one model, and the fields on its configuration by which TRL knows a mixture.
+
+    Args:
+        model: the base, a model of transformers.
+        layer_class: the class of layers whose `current` is the active adapter's module.
+    """
+
+    def __init__(self, model: Any, layer_class: type) -> None:
+        self.model, self.layer_class = model, layer_class
+        self.layers: list[Any] = []
+        self.marked: float | None = None  # the coefficient that was written into the configuration
+        self.handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+
+    @classmethod
+    def on(cls, model: Any, layer_class: type) -> RouterLoss:
+        """The hooks of this model, put there if they are not."""
+        hooks = model.__dict__.get(ATTRIBUTE)
+        if hooks is None:
+            hooks = model.__dict__[ATTRIBUTE] = cls(model, layer_class)
+        return hooks
+
+    def refresh(self) -> None:
+        """Look again at which adapter is active. To be called when adapters come, go or change places."""
+        self.layers = [module for module in self.model.modules() if isinstance(module, self.layer_class)]
+        self._unmark()
+        mixture = self._active_mixture()
+        config = self.model.config.get_text_config()
+        if mixture is not None and mixture.loss_weights and not hasattr(config, "output_router_logits"):
+            self.marked = mixture.loss_weights.get("aux_loss", 1.0)
+            config.output_router_logits, config.router_aux_loss_coef = False, self.marked
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        self._unmark()
+        for handle in self.handles:
+            handle.remove()
+        del self.model.__dict__[ATTRIBUTE]
+
+    def _unmark(self) -> None:
+        if self.marked is not None:
+            config = self.model.config.get_text_config()
+            del config.output_router_logits, config.router_aux_loss_coef
+            self.marked = None
+
+    def _active_mixture(self) -> Any:
+        return next((layer.current for layer in self.layers if isinstance(layer.current, MixtureOfLoraExperts)), None)
+
+    def _scale(self) -> float:
+        """How much a trainer has changed the coefficient in the configuration (TRL's `router_aux_loss_coef`)."""
+        return self.model.config.get_text_config().router_aux_loss_coef / self.marked if self.marked else 1.0
+
+    # ---- the hooks ----
+
+    def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        asked = kwargs.get("output_router_logits")
+        if asked is None:
+            asked = self.marked is not None and model.config.get_text_config().output_router_logits
+        if not asked and not model.training:
+            return None
+        kwargs = {name: value for name, value in kwargs.items() if name != "output_router_logits"}
+        if kwargs.get(TRL_HEAD):
+            kwargs["output_router_logits"] = False  # else it would look for them in the decoder's outputs
+        mixture = self._active_mixture()
+        trained = mixture is not None and model.training and (mixture.loss_weights or mixture.routing.needs_token_mask)
+        if asked or trained:
+            self._open(model, mixture, _token_mask(args, kwargs), bool(asked))
+        return args, kwargs
+
+    def _open(self, model: Any, mixture: Any, mask: Any, asked: bool) -> None:
+        if model.training and mask is not None and mixture is not None and mixture.routing.needs_token_mask:
+            _tell_checkpoints(model)
+        context = record_routing(mask)
+        call = OpenCall(model, mixture, context.__enter__(), context, asked)
+        _OPEN.set((*_OPEN.get(), call))
+
+    def _after(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+        calls = _OPEN.get()
+        if not calls or calls[-1].model is not model:
+            return None
+        _OPEN.set(calls[:-1])
+        call = calls[-1]
+        call.context.__exit__(None, None, None)
+        if outputs is None:  # the call has failed
+            return None
+        return self._complete(call, kwargs, outputs)
+
+    def _complete(self, call: OpenCall, kwargs: dict[str, Any], outputs: Any) -> Any:
+        losses, penalty = {}, None
+        if call.mixture is not None and call.record.logits:
+            trained = is_being_trained(call.model, call.mixture.router)
+            losses = router_losses(call.record, call.mixture.routing, trained)
+            penalty = sum(weight * losses[name] for name, weight in call.mixture.loss_weights.items())
+        if kwargs.get(TRL_HEAD):
+            return self._with_aux_loss(outputs, penalty)
+        labels = kwargs.get("labels")
+        if penalty is not None and call.model.training and labels is not None:
+            share = share_of_items(labels, kwargs.get("num_items_in_batch"))
+            outputs = _add_to_loss(outputs, penalty * self._scale() * share)
+        return _with_routing(outputs, losses, call.record) if call.asked else outputs
+
+    def _with_aux_loss(self, outputs: Any, penalty: Any) -> Any:
+        """What TRL multiplies by the coefficient in the configuration: the penalty less its own coefficient."""
+        aux_loss = outputs.log_probs.new_zeros(()) if penalty is None else penalty / (self.marked or 1.0)
+        outputs["aux_loss"] = aux_loss.to(outputs.log_probs.device)
+        return outputs if penalty is None else _add_to_loss(outputs, penalty * self._scale())
+
+
+def _token_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+
+
+def _add_to_loss(outputs: Any, penalty: Any) -> Any:
+    if isinstance(outputs, tuple):
+        return (outputs[0] + penalty.to(outputs[0].device), *outputs[1:])
+    outputs["loss"] = outputs["loss"] + penalty.to(outputs["loss"].device)
+    return outputs
+
+
+def _with_routing(outputs: Any, losses: dict[str, Any], record: Any) -> Any:
+    if isinstance(outputs, tuple):
+        return outputs
+    fields = {**outputs, **losses, "router_logits": tuple(record.logits)}
+    fields.setdefault("aux_loss", torch.zeros(()))
+    known = {name: value for name, value in fields.items() if name in MixLoraCausalLMOutput.__dataclass_fields__}
+    return MixLoraCausalLMOutput(**known)
+
+
+def _tell_checkpoints(model: Any) -> None:
+    """Switch routing must know again in backward what is padding, where a layer is run a second time."""
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        given = getattr(function, "keywords", {})
+        if function is not None and not given.get("use_reentrant") and "context_fn" not in given:
+            module._gradient_checkpointing_func = partial(function, context_fn=checkpoint_contexts)
