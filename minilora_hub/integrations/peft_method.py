@@ -191,7 +191,6 @@ HOOKS = (
     "_get_adapter_state_dict",
     "_prepare_adapter_config",
     "_remap_adapter_state_dict_for_load",
-    "_remove_adapter_name_from_key",
     "_replace_module",
     "_unload_and_optionally_merge",
 )

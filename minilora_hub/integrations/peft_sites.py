@@ -16,10 +16,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from minilora_hub.remote_code.adapted_linear import compute_dtype
+from minilora_hub.remote_code.adapted_linear import compute_dtype, linear_shape
 from minilora_hub.remote_code.base_structure import LinearSite, MixtureSite, find_decoder_layers, linears_in, plan_sites
 
-OWN_NAMES = {"base_layer", "experts", "lora_A", "lora_B", "lora_magnitude_vector", "moe_lora", "router", "update"}
+OWN_NAMES = {
+    "base_layer",
+    "experts",
+    "lora_A",
+    "lora_B",
+    "lora_magnitude_vector",
+    "moe_lora",
+    "router",
+    "update",
+    "weight",
+}
 
 
 @dataclass
@@ -67,7 +77,7 @@ class Plan:
 
     def dtype_of(self, base: nn.Module) -> torch.dtype:
         """The dtype that `base`, a linear or a block of them, computes in."""
-        return compute_dtype(next(module for module in base.modules() if hasattr(module, "in_features")))
+        return compute_dtype(next(module for module in base.modules() if linear_shape(module)))
 
 
 @contextmanager
