@@ -69,5 +69,5 @@ def remap_for_load(
     for name, tensor in found.items():
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
             raise ValueError(f"adapter {adapter_name!r}: {name} holds values that are not finite numbers")
-    # Copied: PEFT may put the file's mapped memory into the model, whose alignment changes the matrix library's results.
+    # Copied: PEFT may put the file's mapped memory into the model, whose alignment changes what is computed.
     return others | {keys[name]: tensor.clone() for name, tensor in found.items()}

@@ -168,18 +168,38 @@ class MixLoraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        as_lora = isinstance(config, PeerLoraConfig)
-        try:
-            return remap_for_load(model, adapter_name, state_dict, as_lora=as_lora)
-        except ValueError:
-            cls._forget(model, adapter_name)
-            raise
+        return remap_for_load(model, adapter_name, state_dict, as_lora=isinstance(config, PeerLoraConfig))
 
-    @classmethod
-    def _forget(cls, model: Any, adapter_name: str) -> None:
-        """Take an adapter out whose file does not fit, so that no half-loaded one stays."""
-        for layer in [module for module in model.modules() if isinstance(module, MixLoraLayer)]:
-            layer.delete_adapter(adapter_name)
+
+@contextmanager
+def undone_on_failure(model: Any, adapter_name: str) -> Iterator[None]:
+    """If what is inside fails, take an adapter out that was not there before, so that no half-loaded one stays."""
+    before = [module for module in model.modules() if isinstance(module, MixLoraLayer)]
+    known = any(adapter_name in layer.moe_lora for layer in before)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        yield
+    except BaseException:
+        if not known and any(isinstance(module, MixLoraLayer) for module in model.modules()):
+            _take_out(model, adapter_name, before)
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+        raise
+
+
+def _take_out(model: Any, adapter_name: str, before: list[MixLoraLayer]) -> None:
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, MixLoraLayer):
+                if adapter_name in child.moe_lora:
+                    child.delete_adapter(adapter_name)
+                if child not in before:
+                    setattr(module, name, child.base_layer)
+    for module in list(model.modules()):
+        module.__dict__.get("peft_config", {}).pop(adapter_name, None)
+        if not before and ATTRIBUTE in module.__dict__:
+            module.__dict__[ATTRIBUTE].remove()
+            module.__dict__.pop("peft_config", None)
 
 
 # ---- registration ----
@@ -221,20 +241,36 @@ def register() -> None:
     register_peft_method(
         name=MIXLORA.lower(), config_cls=MixLoraPeftConfig, model_cls=MixLoraModel, prefix=MixLoraModel.prefix
     )
-    _accept_lora_beside()
+    _adapt_peft_model()
 
 
-def _accept_lora_beside() -> None:
-    """A LoraConfig added to a PeftModel of MixLoRAs becomes one that lives beside them; all else stays as it was."""
-    original = PeftModel.add_adapter
+def _adapt_peft_model() -> None:
+    """Change two things for models of MixLoRAs, and for those only.
 
-    @functools.wraps(original)
-    def add_adapter(self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+    A LoraConfig that is added becomes one that lives beside them; and a file that does not fit leaves the model as it
+    was.
+    """
+    add_adapter, load_adapter = PeftModel.add_adapter, PeftModel.load_adapter
+    from_pretrained = PeftModel.from_pretrained.__func__  # type: ignore[attr-defined]
+
+    @functools.wraps(add_adapter)
+    def add(self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         if self.peft_type == MIXLORA:
             peft_config = as_peer(peft_config)
-        return original(self, adapter_name, peft_config, *args, **kwargs)
+        return add_adapter(self, adapter_name, peft_config, *args, **kwargs)
 
-    PeftModel.add_adapter = add_adapter  # type: ignore[method-assign]
+    @functools.wraps(load_adapter)
+    def load(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        with undone_on_failure(self, adapter_name) if self.peft_type == MIXLORA else nullcontext():
+            return load_adapter(self, model_id, adapter_name, *args, **kwargs)
+
+    @functools.wraps(from_pretrained)
+    def from_file(cls: Any, model: Any, model_id: Any, adapter_name: str = "default", *args: Any, **kwargs: Any) -> Any:
+        with undone_on_failure(model, adapter_name):
+            return from_pretrained(cls, model, model_id, adapter_name, *args, **kwargs)
+
+    PeftModel.add_adapter, PeftModel.load_adapter = add, load  # type: ignore[method-assign]
+    PeftModel.from_pretrained = classmethod(from_file)  # type: ignore[method-assign,assignment]
 
 
 register()

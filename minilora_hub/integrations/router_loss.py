@@ -26,6 +26,7 @@ from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
 from minilora_hub.remote_code.modeling_minilora import MixLoraCausalLMOutput, share_of_items
 from minilora_hub.remote_code.routing import (
     checkpoint_contexts,
+    current_record,
     is_being_trained,
     record_routing,
     router_losses,
@@ -123,8 +124,11 @@ class RouterLoss:
         if kwargs.get(TRL_HEAD):
             kwargs["output_router_logits"] = False  # else it would look for them in the decoder's outputs
         mixture = self._active_mixture()
-        trained = mixture is not None and model.training and (mixture.loss_weights or mixture.routing.needs_token_mask)
-        if asked or trained:
+        pays = (
+            mixture is not None and model.training and bool(mixture.loss_weights) and kwargs.get("labels") is not None
+        )
+        tells = mixture is not None and model.training and mixture.routing.needs_token_mask
+        if asked or pays or tells:
             self._open(model, mixture, _token_mask(args, kwargs), bool(asked))
         return args, kwargs
 
@@ -144,6 +148,7 @@ class RouterLoss:
         call.context.__exit__(None, None, None)
         if outputs is None:  # the call has failed
             return None
+        _pass_on(call.record)
         return self._complete(call, kwargs, outputs)
 
     def _complete(self, call: OpenCall, kwargs: dict[str, Any], outputs: Any) -> Any:
@@ -165,6 +170,14 @@ class RouterLoss:
         aux_loss = outputs.log_probs.new_zeros(()) if penalty is None else penalty / (self.marked or 1.0)
         outputs["aux_loss"] = aux_loss.to(outputs.log_probs.device)
         return outputs if penalty is None else _add_to_loss(outputs, penalty * self._scale())
+
+
+def _pass_on(record: Any) -> None:
+    """Whoever records around the call gets its routing, too."""
+    around = current_record()
+    if around is not None:
+        for name in ("logits", "selected", "weights"):
+            getattr(around, name).extend(getattr(record, name))
 
 
 def _token_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
