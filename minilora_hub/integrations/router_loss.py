@@ -153,7 +153,7 @@ class RouterLoss:
 
     def _complete(self, call: OpenCall, kwargs: dict[str, Any], outputs: Any) -> Any:
         losses, penalty = {}, None
-        if call.mixture is not None and call.record.logits:
+        if call.mixture is not None:
             trained = is_being_trained(call.model, call.mixture.router)
             losses = router_losses(call.record, call.mixture.routing, trained)
             penalty = sum(weight * losses[name] for name, weight in call.mixture.loss_weights.items())

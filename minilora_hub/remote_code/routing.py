@@ -351,8 +351,12 @@ def router_losses(record, routing, trained):
         trained: whether a router is being trained, so that the losses must have a gradient.
 
     Raises:
-        ValueError: the routers' logits have no gradient: reentrant checkpointing has run the layers without.
+        ValueError: nothing was recorded, or the routers' logits have no gradient: checkpointing has hidden them.
     """
+    if not record.logits:
+        raise ValueError(
+            "torch.compile and gradient checkpointing together hide the router from its losses: use one of them"
+        )
     if trained and not record.logits[0].requires_grad:
         raise ValueError(
             "gradient checkpointing with use_reentrant=True hides the router from the balance loss: "
