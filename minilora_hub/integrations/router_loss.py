@@ -25,6 +25,7 @@ import torch
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
 from minilora_hub.remote_code.modeling_minilora import MixLoraCausalLMOutput, share_of_items
 from minilora_hub.remote_code.routing import (
+    _COMPILED_RECORD,
     checkpoint_contexts,
     current_record,
     is_being_trained,
@@ -38,7 +39,7 @@ TRL_HEAD = "fused_lm_head"
 _OPEN: ContextVar[tuple[OpenCall, ...]] = ContextVar("minilora_open_calls", default=())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OpenCall:
     """A forward that is running.
 
@@ -69,6 +70,7 @@ class RouterLoss:
         self.model, self.layer_class = model, layer_class
         self.layers: list[Any] = []
         self.marked: float | None = None  # the coefficient that was written into the configuration
+        self.running: list[OpenCall] = []  # in any thread
         self.handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -132,19 +134,29 @@ class RouterLoss:
             self._open(model, mixture, _token_mask(args, kwargs), bool(asked))
         return args, kwargs
 
+    @torch.compiler.disable
     def _open(self, model: Any, mixture: Any, mask: Any, asked: bool) -> None:
+        """Outside of compiled code, which a thread's context cannot be part of."""
         if model.training and mask is not None and mixture is not None and mixture.routing.needs_token_mask:
             _tell_checkpoints(model)
         context = record_routing(mask)
         call = OpenCall(model, mixture, context.__enter__(), context, asked)
         _OPEN.set((*_OPEN.get(), call))
+        self.running.append(call)
+        _COMPILED_RECORD[0] = call.record  # where compiled layers look
 
     def _after(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+        return self._close(model, kwargs, outputs) if self.running else None
+
+    @torch.compiler.disable
+    def _close(self, model: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
         calls = _OPEN.get()
         if not calls or calls[-1].model is not model:
             return None
-        _OPEN.set(calls[:-1])
         call = calls[-1]
+        _OPEN.set(calls[:-1])
+        self.running.remove(call)
+        _COMPILED_RECORD[0] = calls[-2].record if len(calls) > 1 else None
         call.context.__exit__(None, None, None)
         if outputs is None:  # the call has failed
             return None
