@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
-from minilora_hub.remote_code.modeling_minilora import MixLoraCausalLMOutput, share_of_items
+from minilora_hub.remote_code.modeling_minilora import AnnouncedMixture, MixLoraCausalLMOutput, share_of_items
 from minilora_hub.remote_code.routing import (
     _COMPILED_RECORD,
     checkpoint_contexts,
@@ -34,7 +34,6 @@ from minilora_hub.remote_code.routing import (
 )
 
 ATTRIBUTE = "_minilora_router_loss"
-TRL_HEAD = "fused_lm_head"
 
 _OPEN: ContextVar[tuple[OpenCall, ...]] = ContextVar("minilora_open_calls", default=())
 
@@ -69,7 +68,7 @@ class RouterLoss:
     def __init__(self, model: Any, layer_class: type) -> None:
         self.model, self.layer_class = model, layer_class
         self.layers: list[Any] = []
-        self.marked: float | None = None  # the coefficient that was written into the configuration
+        self.announced = AnnouncedMixture(model.config.get_text_config(), {})
         self.running: list[OpenCall] = []  # in any thread
         self.handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -87,43 +86,31 @@ class RouterLoss:
     def refresh(self) -> None:
         """Look again at which adapter is active. To be called when adapters come, go or change places."""
         self.layers = [module for module in self.model.modules() if isinstance(module, self.layer_class)]
-        self._unmark()
+        self.announced.withdraw()
         mixture = self._active_mixture()
-        config = self.model.config.get_text_config()
-        if mixture is not None and mixture.loss_weights and not hasattr(config, "output_router_logits"):
-            self.marked = mixture.loss_weights.get("aux_loss", 1.0)
-            config.output_router_logits, config.router_aux_loss_coef = False, self.marked
+        weights = {} if mixture is None else mixture.loss_weights
+        self.announced = AnnouncedMixture(self.model.config.get_text_config(), weights)
 
     def remove(self) -> None:
         """Leave the model as it was."""
-        self._unmark()
+        self.announced.withdraw()
         for handle in self.handles:
             handle.remove()
         del self.model.__dict__[ATTRIBUTE]
 
-    def _unmark(self) -> None:
-        if self.marked is not None:
-            config = self.model.config.get_text_config()
-            del config.output_router_logits, config.router_aux_loss_coef
-            self.marked = None
-
     def _active_mixture(self) -> Any:
         return next((layer.current for layer in self.layers if isinstance(layer.current, MixtureOfLoraExperts)), None)
-
-    def _scale(self) -> float:
-        """How much a trainer has changed the coefficient in the configuration (TRL's `router_aux_loss_coef`)."""
-        return self.model.config.get_text_config().router_aux_loss_coef / self.marked if self.marked else 1.0
 
     # ---- the hooks ----
 
     def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         asked = kwargs.get("output_router_logits")
         if asked is None:
-            asked = self.marked is not None and model.config.get_text_config().output_router_logits
+            asked = self.announced.coefficient is not None and self.announced.text_config.output_router_logits
         if not asked and not model.training:
             return None
         kwargs = {name: value for name, value in kwargs.items() if name != "output_router_logits"}
-        if kwargs.get(TRL_HEAD):
+        if kwargs.get(AnnouncedMixture.HEAD):
             kwargs["output_router_logits"] = False  # else it would look for them in the decoder's outputs
         mixture = self._active_mixture()
         pays = (
@@ -169,19 +156,13 @@ class RouterLoss:
             trained = is_being_trained(call.model, call.mixture.router)
             losses = router_losses(call.record, call.mixture.routing, trained)
             penalty = sum(weight * losses[name] for name, weight in call.mixture.loss_weights.items())
-        if kwargs.get(TRL_HEAD):
-            return self._with_aux_loss(outputs, penalty)
+        if kwargs.get(AnnouncedMixture.HEAD):
+            return self.announced.put_out(outputs, penalty)
         labels = kwargs.get("labels")
         if penalty is not None and call.model.training and labels is not None:
             share = share_of_items(labels, kwargs.get("num_items_in_batch"))
-            outputs = _add_to_loss(outputs, penalty * self._scale() * share)
+            outputs = _add_to_loss(outputs, penalty * self.announced.scale() * share)
         return _with_routing(outputs, losses, call.record) if call.asked else outputs
-
-    def _with_aux_loss(self, outputs: Any, penalty: Any) -> Any:
-        """What TRL multiplies by the coefficient in the configuration: the penalty less its own coefficient."""
-        aux_loss = outputs.log_probs.new_zeros(()) if penalty is None else penalty / (self.marked or 1.0)
-        outputs["aux_loss"] = aux_loss.to(outputs.log_probs.device)
-        return outputs if penalty is None else _add_to_loss(outputs, penalty * self._scale())
 
 
 def _pass_on(record: Any) -> None:

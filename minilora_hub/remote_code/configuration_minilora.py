@@ -150,6 +150,9 @@ class MixLoraConfig(AdapterConfig):
     def to_diff_dict(self):
         """Fields that the strategy does not have are left out: a top-k adapter's file is one that older code reads."""
         fields, defaults = super().to_diff_dict(), STRATEGY_DEFAULTS[self.routing_strategy]
+        for announced in ("output_router_logits", "router_aux_loss_coef"):  # by the model, for trainers
+            if not hasattr(type(self.text_config), announced):
+                fields.get("text_config", {}).pop(announced, None)
         return {name: value for name, value in fields.items() if name in defaults or name not in STRATEGY_FIELDS}
 
     def _check(self):

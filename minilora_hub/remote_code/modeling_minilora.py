@@ -59,8 +59,76 @@ def share_of_items(labels, num_items_in_batch):
     return (labels[..., 1:] != -100).sum() / num_items_in_batch
 
 
+class AnnouncedMixture:
+    """What TRL's trainers must see to add our router losses to the loss they compute, and to log them.
+
+    They put a forward of their own in place of the model's, which calls decoder and head apart, and compute the loss
+    from log-probabilities. Where the base's configuration has the two fields that are set here, as those of
+    transformers' mixtures have, they add ``router_aux_loss_coef * outputs.aux_loss``.
+
+    Args:
+        text_config: the base's configuration. It is changed.
+        weights: weights of the router losses, from `router_loss_weights`.
+
+    Attributes:
+        coefficient: what was written into the configuration; None where nothing was.
+    """
+
+    FIELDS = ("output_router_logits", "router_aux_loss_coef")
+    HEAD = "fused_lm_head"
+
+    def __init__(self, text_config, weights):
+        self.text_config, self.coefficient = text_config, None
+        if weights and not any(hasattr(text_config, field) for field in self.FIELDS):
+            self.coefficient = weights.get("aux_loss", 1.0)
+            text_config.output_router_logits, text_config.router_aux_loss_coef = False, self.coefficient
+
+    def withdraw(self):
+        """Leave the configuration as it was."""
+        if self.coefficient is not None:
+            for field in self.FIELDS:
+                delattr(self.text_config, field)
+        self.coefficient = None
+
+    def scale(self):
+        """How much the trainer's own setting has changed the coefficient."""
+        return self.text_config.router_aux_loss_coef / self.coefficient if self.coefficient else 1.0
+
+    def put_out(self, outputs, penalty):
+        """The outputs of TRL's forward with `aux_loss`: the weighted losses, less the coefficient it will put to it."""
+        if penalty is None:
+            outputs["aux_loss"] = outputs.log_probs.new_zeros(())
+            return outputs
+        penalty = penalty.to(outputs.log_probs.device)
+        outputs["aux_loss"] = penalty / (self.coefficient or 1.0)
+        outputs["loss"] = outputs["loss"] + penalty * self.scale()
+        return outputs
+
+
 class MixtureForward:
     """The part of forward that MixLoRA adds: routing outputs and the balance loss."""
+
+    def __init__(self, config, **kwargs):
+        super().__init__(config, **kwargs)
+        self.announced = AnnouncedMixture(self.base.config.get_text_config(), router_loss_weights(config))
+
+    def __call__(self, *args, **kwargs):
+        """Forward, or what a trainer has put in its place (see `AnnouncedMixture`)."""
+        if not kwargs.get(AnnouncedMixture.HEAD):
+            return super().__call__(*args, **kwargs)
+        kwargs["output_router_logits"] = False  # or it would look for them in the decoder's outputs
+        mask = kwargs.get("attention_mask")
+        with record_routing(mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None) as record:
+            outputs = super().__call__(*args, **kwargs)
+        losses = self._router_losses(record)
+        weights = router_loss_weights(self.config)
+        return self.announced.put_out(
+            outputs, sum(weight * losses[name] for name, weight in weights.items()) if weights else None
+        )
+
+    def unload(self):
+        self.announced.withdraw()
+        return super().unload()
 
     def _forward(
         self, output_class, input_ids, attention_mask, output_router_logits, output_routing, return_dict, kwargs

@@ -72,7 +72,10 @@ def train(recipe: Recipe, out: Path, base: str = "embedded") -> Results:
     from minilora_hub.bases import resolve_base
 
     resolved = resolve_base(base)
-    classes = {"dora": (DoraConfig, DoraForCausalLM), "mixlora": (MixLoraConfig, MixLoraForCausalLM)}
+    classes: dict[str, tuple[Any, Any]] = {
+        "dora": (DoraConfig, DoraForCausalLM),
+        "mixlora": (MixLoraConfig, MixLoraForCausalLM),
+    }
     config_class, model_class = classes[recipe.method]
     tokenizer = AutoTokenizer.from_pretrained(resolved.path)
     model = model_class.from_base(base, config_class(**recipe.adapter), seed=recipe.seed)
