@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
-from peft import get_peft_model
-from tiny import tiny_base, token_ids
+from peft import PeftModel, get_peft_model
+from tiny import fill_adapter, tiny_base, token_ids
 from tiny_peft import STRATEGIES, fill, lora, mixlora, peft_model
 from tiny_stand_ins import byte_tokenizer
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from minilora_hub import register
+from minilora_hub import MixLoraForCausalLM, register
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
 from minilora_hub.remote_code.routing import record_routing
 
@@ -61,10 +63,15 @@ def written_out(logits, mask, strategy):
     return balance, z_loss / tokens
 
 
+def causal_lm(model):
+    """Transformers' own model, with the adapter's modules in it and nothing of ours around it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model.base
+
+
 def expected_loss(model, ids, mask, labels, strategy, items=None):
     """Cross-entropy and penalty, written out; differentiable."""
     with record_routing(mask) as record:
-        logits = model.base_model.model(input_ids=ids, attention_mask=mask).logits
+        logits = causal_lm(model)(input_ids=ids, attention_mask=mask).logits
     targets = labels[:, 1:]
     entropy = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
     count = (targets != -100).sum()
@@ -267,6 +274,30 @@ def test_sft_trainer(strategy, steps, tmp_path):
     expected = expected_of(trainer, batches.seen, strategy, steps, equal_weights=True)
     torch.testing.assert_close(logged(trainer), expected, atol=1e-4, rtol=1e-4)
     assert all(entry["aux_loss"] > 0 for entry in trainer.state.log_history if "aux_loss" in entry)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_sft_trainer_on_our_own_model(strategy, tmp_path):
+    """Given to SFTTrainer as it is, without PEFT: its forward is replaced there, too."""
+    base = tiny_base(vocab_size=259, eos_token_id=None, bos_token_id=None)
+    model = MixLoraForCausalLM.from_base(base, sft_config(strategy).island_config())
+    fill_adapter(model)
+    model.save_pretrained(tmp_path / "before", tokenizer=tokenizer())
+    trainer = SFTTrainer(
+        model,
+        args=settings(SFTConfig, tmp_path, bf16=False, gradient_accumulation_steps=2),
+        train_dataset=Dataset.from_list([{"text": text} for text in TEXTS * 2]),
+        processing_class=tokenizer(),
+    )
+    batches = Batches(trainer.model)
+    trainer.train()
+    expected = expected_of(trainer, batches.seen, strategy, 2, equal_weights=True)
+    torch.testing.assert_close(logged(trainer), expected, atol=1e-4, rtol=1e-4)
+    assert all(entry["aux_loss"] > 0 for entry in trainer.state.log_history if "aux_loss" in entry)
+    trainer.model.save_pretrained(tmp_path / "after", tokenizer=tokenizer())
+    fields = json.loads((tmp_path / "after" / "config.json").read_text())["text_config"]
+    assert not {"output_router_logits", "router_aux_loss_coef"} & fields.keys()
+    assert not hasattr(trainer.model.unload().config, "output_router_logits")
 
 
 def test_sft_trains_the_routers(tmp_path):
