@@ -18,7 +18,7 @@ import peft
 import torch
 from peft import PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
-from peft.utils import register_peft_method
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
 from peft.utils.integrations import init_empty_weights
 from torch import nn
 
@@ -52,8 +52,12 @@ class MixLoraModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """Plan and build everything first, so that a failure leaves the model as it was; then PEFT's own injection."""
+        if state_dict is not None:
+            raise ValueError("state_dict: where a MixLoRA goes is said by its configuration, not by a file's tensors")
         config: Any = as_peer(self.peft_config[adapter_name])
         self.peft_config[adapter_name] = config
+        if isinstance(config, PeerLoraConfig) and config.target_modules is None:
+            config.target_modules = self._default_lora_targets(model)
         first = not any(isinstance(module, MixLoraLayer) for module in model.modules())
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad] if first else []
         with plain_base(model, MixLoraLayer), init_empty_weights() if low_cpu_mem_usage else nullcontext():
@@ -65,7 +69,8 @@ class MixLoraModel(BaseTuner):
         targets, config.target_modules = config.target_modules, plan.target_modules
         seen = list(self.targeted_module_names)
         try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, None)
+            with undone_on_failure(model, adapter_name):
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, None)
         finally:
             config.rank_pattern, config.alpha_pattern = patterns
             if targets is not None and targets != "all-linear":
@@ -75,6 +80,13 @@ class MixLoraModel(BaseTuner):
         if first:
             self._trainable_before = trainable
         RouterLoss.on(model, MixLoraLayer).refresh()
+
+    @staticmethod
+    def _default_lora_targets(model: Any) -> Any:
+        kind = model.config.model_type
+        if kind not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+            raise ValueError(f"target_modules=None: PEFT has no default for a base of type {kind!r}; name them")
+        return set(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[kind])
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         return self._plan.decision(key)
@@ -123,8 +135,6 @@ class MixLoraModel(BaseTuner):
         # Layers choose a successor among their own adapters; here all take the same one.
         if was_active and self.peft_config:
             self.set_adapter(sorted(self.peft_config)[0])
-        elif not was_active:
-            self.set_adapter(self.active_adapters)
 
     def _check_merge_allowed(self) -> NoReturn:
         raise ValueError(CANNOT_MERGE)

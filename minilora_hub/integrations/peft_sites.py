@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import nn
 
 from minilora_hub.remote_code.adapted_linear import compute_dtype, linear_shape
@@ -188,7 +189,9 @@ def _check_targets(config: Any, answers: dict[str, Any], linears: set[str], bloc
                 f"target_modules={config.target_modules!r} names {path} ({kind}), which is neither a linear of a "
                 "decoder layer nor a feed-forward block; name it in modules_to_save to train it whole"
             )
-    if isinstance(config.target_modules, str):
+    if isinstance(config.target_modules, str) or isinstance(
+        config, LoraConfig
+    ):  # PEFT's LoRA lets a name match nothing
         return
     known = linears | blocks
     for target in config.target_modules:

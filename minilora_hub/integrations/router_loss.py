@@ -160,7 +160,8 @@ class RouterLoss:
             return self.announced.put_out(outputs, penalty)
         labels = kwargs.get("labels")
         if penalty is not None and call.model.training and labels is not None:
-            share = share_of_items(labels, kwargs.get("num_items_in_batch"))
+            items = labels if labels.dim() > 1 else labels.unsqueeze(-1).expand(-1, 2)  # a label a sequence: all count
+            share = share_of_items(items, kwargs.get("num_items_in_batch"))
             outputs = _add_to_loss(outputs, penalty * self.announced.scale() * share)
         return _with_routing(outputs, losses, call.record) if call.asked else outputs
 

@@ -220,6 +220,11 @@ def test_a_target_that_cannot_be_is_named_and_nothing_is_changed(fields, message
     assert torch.equal(logits(get_peft_model(base, mixlora()).unload()), want)
 
 
+def test_targets_do_not_come_from_a_files_tensors():
+    with pytest.raises(ValueError, match="state_dict: where a MixLoRA goes is said by its configuration"):
+        peft.inject_adapter_in_model(mixlora(), tiny_base(), state_dict={"layers.0.mlp.router": torch.zeros(4, 32)})
+
+
 def test_a_block_of_an_unknown_form_is_named():
     with pytest.raises(ValueError, match=r"model\.layers\.0 \(MixtralDecoderLayer\): no feed-forward block"):
         get_peft_model(tiny_base("mixtral", num_local_experts=4), mixlora())

@@ -125,6 +125,32 @@ def test_what_a_lora_beside_cannot_be_is_named(fields, message):
     assert list(model.peft_config) == ["default"]
 
 
+def test_a_lora_has_pefts_own_targets():
+    model = peft_model()
+    model.add_adapter("plain", peft.LoraConfig(task_type="CAUSAL_LM"))
+    assert model.peft_config["plain"].target_modules == {"q_proj", "v_proj"}
+    model.add_adapter("many", lora(target_modules=["q_proj", "c_attn", "query_key_value"]))
+    assert {name.split(".moe_lora")[0].rpartition(".")[2] for name in adapter_tensors(model, "many")} == {"q_proj"}
+
+
+def test_what_peft_refuses_late_leaves_the_model_as_it_was():
+    model = peft_model()
+    want, names = logits(model), set(model.state_dict())
+    with pytest.raises(TypeError, match="modules_to_save cannot be applied to modules of type"):
+        model.add_adapter("other", mixlora(target_modules=["mlp"], modules_to_save=["q_proj"]))
+    assert list(model.peft_config) == ["default"]
+    assert set(model.state_dict()) == names
+    assert torch.equal(logits(model), want)
+    assert all((".default." in name) == p.requires_grad for name, p in model.named_parameters())
+
+
+def test_a_frozen_adapter_stays_frozen_when_another_goes():
+    model = together(["one", "two"])
+    model.set_adapter("one", inference_mode=True)
+    model.delete_adapter("two")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_a_model_of_loras_stays_pefts():
     model = get_peft_model(tiny_base(), lora())
     with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
