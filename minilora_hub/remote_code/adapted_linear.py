@@ -207,7 +207,7 @@ class LowRankUpdate(nn.Module):
 
     def experts(self):
         """(A, B) of each expert of a stack: two lists of views, [r, in] and [out, r]. At inference they are kept."""
-        a, b = self._parameters["lora_A"], self._parameters["lora_B"]
+        a, b = self.lora_A, self.lora_B
         # With gradients unbind, not indexing: its backward is one stack, and an expert without tokens gets zeros.
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return a.unbind(), b.unbind()
@@ -221,8 +221,7 @@ class LowRankUpdate(nn.Module):
 
     def _weights_key(self):
         """Changes whenever a weight is replaced or written to; None where torch does not count writes."""
-        parameters = self._parameters
-        a, b, m = parameters["lora_A"], parameters["lora_B"], parameters["magnitude"]
+        a, b, m = self.lora_A, self.lora_B, self.magnitude
         if a.is_inference() or b.is_inference() or m.is_inference():
             return None
         return a.data_ptr(), b.data_ptr(), m.data_ptr(), a._version, b._version, m._version
@@ -272,12 +271,10 @@ class AdaptedLinear(nn.Module):
         return linear_shape(self.base_layer)[0]
 
     def forward(self, x, *args, **kwargs):
-        # Not by attribute: that costs half a microsecond each, in a call where one token takes ten.
-        layer, update = self._modules["base_layer"], self._modules["update"]
+        layer, update = self.base_layer, self.update
         out = layer(x, *args, **kwargs)
         x = update.dropout(x) if self.training else x
-        parameters = update._parameters
-        lora_a, lora_b, magnitude = parameters["lora_A"], parameters["lora_B"], parameters["magnitude"]
+        lora_a, lora_b, magnitude = update.lora_A, update.lora_B, update.magnitude
         if may_write_to_output_of(layer) and out.is_contiguous():
             rows = out.view(-1, out.shape[-1])
             add_low_rank_(rows, x.reshape(-1, x.shape[-1]), lora_a, lora_b, update.scaling)
