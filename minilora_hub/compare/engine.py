@@ -223,12 +223,16 @@ class CompareEngine:
             for answer in answers:
                 try:
                     with self._lock:
-                        if not stop.is_set():
+                        stopped = stop.is_set()
+                        if not stopped:
                             held.enter_context(self.bank.use([answer.row.adapter]))
                 except Exception as error:  # an adapter that is damaged or gone is its own rows' trouble
                     yield answer.end("error", f"{type(error).__name__}: {error}")
                 else:
-                    ready.append(answer)
+                    if stopped:
+                        yield answer.end("stopped")
+                    else:
+                        ready.append(answer)
             if not ready:
                 return
             batch = Batch(self.bank, ready)

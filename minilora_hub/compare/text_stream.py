@@ -41,7 +41,8 @@ class TextStream:
         if found:
             self.stopped = True
             return self._show(text, min(found))
-        return self._show(text, len(text) - max(_uncertain_tail(text), self._begun_stop(text)))
+        certain = text[: len(text) - _uncertain_tail(text)]  # a stop text may go on in what is still torn
+        return self._show(text, len(certain) - self._begun_stop(certain))
 
     def finish(self, complete: bool) -> str:
         """Return what was held back.

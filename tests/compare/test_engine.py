@@ -502,3 +502,25 @@ def test_shipped_adapters_are_found_in_a_wheel_and_in_a_checkout(tmp_path, monke
 def test_an_update_is_small_and_plain():
     """Defaults for everything but the row."""
     assert Update(2) == Update(row=2, text="", tokens=0, finished=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "shown"), [("foo😀bar", "foo😀", ""), ("x a🇩🇪b", "a🇩🇪", "x "), ("x😀😀y", "😀😀", "x")]
+)
+def test_a_stop_text_that_ends_in_a_torn_character(text, stop, shown):
+    """Its beginning is held back also while its last character is only half there."""
+    tokenizer = tiny.byte_tokenizer()
+    stream, pieces = TextStream(tokenizer, (stop,)), ""
+    for token in tokenizer(text)["input_ids"]:
+        pieces += stream.push(token)
+        if stream.stopped:
+            break
+    assert stream.stopped
+    assert pieces + stream.finish(complete=False) == shown
+
+
+def test_stop_before_the_start_of_an_adapter_that_is_gone(engine):
+    """Put away while its visitor waited and gave up: stopped, and no error."""
+    stop = threading.Event()
+    stop.set()
+    assert [u.reason for u in engine.stream_rows([Row(PROMPT, "nobody"), Row(PROMPT, "mix")], stop)] == ["stopped"] * 2
