@@ -211,6 +211,7 @@ class AdapterBank:
             raise AdapterError(f"adapter {name!r}: not registered; there are {sorted(self._entries)[:10]}")
         return self._entries[name]
 
+    @torch.inference_mode(False)  # kept beyond the caller's inference mode, whose tensors no gradient may pass
     def _bring(self, name: str) -> None:
         entry = self._entry(name)
         if name in self._loaded:
@@ -221,23 +222,30 @@ class AdapterBank:
         dtype = next((p.dtype for p in self._plain.parameters() if p.is_floating_point()), None)
         modules = build_modules(self._plain, config, sites, tensors, dtype=dtype)
         size = 0
-        where: list[BankedLinear | BankedBlock] = []
+        parts: dict[str, LinearUpdate | MixtureOfLoraExperts] = {}
         for site in sites:
             module = modules.pop(site.path)
             if isinstance(module, MixtureOfLoraExperts):
-                block = self._block(site.path, module)
-                block.mixtures[name] = module.eval()
-                module.prepare()
+                module.eval().prepare()
+                parts[site.path] = module
                 own = [module.router, *module.experts.parameters()]  # not the base's, which are shared
-                size += sum(p.numel() * p.element_size() for p in own)
-                where.append(block)
             else:
-                linear, update = self._linear(site.path), LinearUpdate.of(module)
-                linear.updates[name] = update
-                size += sum(t.numel() * t.element_size() for t in update if isinstance(t, torch.Tensor))
+                parts[site.path] = update = LinearUpdate.of(module)
+                own = [tensor for tensor in update if isinstance(tensor, torch.Tensor)]
+            size += sum(tensor.numel() * tensor.element_size() for tensor in own)
+        # All is computed: from here on nothing fails, so no layer is left with half an adapter.
+        where: list[BankedLinear | BankedBlock] = []
+        for path, part in parts.items():
+            if isinstance(part, LinearUpdate):
+                linear = self._linear(path)
+                linear.updates[name] = part
                 where.append(linear)
+            else:
+                block = self._block(path, part)
+                block.mixtures[name] = part
+                where.append(block)
         self._loaded[name] = where
-        self._entries[name] = BankEntry(name, entry.folder, entry.facts, size)
+        self._entries[name] = BankEntry(name, entry.folder, adapter_facts(entry.folder), size)  # as it is by now
         self._make_room()
 
     def _make_room(self) -> None:

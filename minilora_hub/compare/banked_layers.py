@@ -86,9 +86,16 @@ def _most_few_rows(layer: nn.Module) -> int:
     SmolLM2-135M, and for its head of 49,152 rows 2.7 times (`python tests/bench/bench_few_rows.py`).
     """
     weight = plain_weight(layer)
-    if weight is None or weight.device.type != "cpu" or weight.dtype != torch.float32 or layer._forward_hooks:
+    if weight is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return 0
+    # A forward of its own (a subclass, or one put in from outside) and hooks do what the weight does not tell.
+    if getattr(layer.forward, "__func__", None) is not nn.Linear.forward or _hooked(layer):
         return 0
     return 8 if weight.shape[0] > 16 * weight.shape[1] else 4
+
+
+def _hooked(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
 class BankedLinear(nn.Module):
@@ -135,7 +142,8 @@ class BankedLinear(nn.Module):
         """Call the base layer; where that is quicker, as W x^T transposed."""
         opened = self.__dict__["_open"]
         if opened is None:
-            return self.base_layer(x, *args, **kwargs).contiguous()
+            out = self.base_layer(x, *args, **kwargs).contiguous()
+            return out.clone() if _hooked(self.base_layer) else out  # a hook may keep what it saw
         weight, bias = opened
         if not 2 <= x.numel() // x.shape[-1] <= self._few_rows:
             return F.linear(x, weight, bias)

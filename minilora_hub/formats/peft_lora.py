@@ -20,6 +20,7 @@ from minilora_hub.remote_code.adapted_linear import linear_shape
 from minilora_hub.remote_code.adapter_files import ADAPTER_FILE, check_tensors, read_adapter
 from minilora_hub.remote_code.attach import expected_tensors
 from minilora_hub.remote_code.base_structure import LinearSite, find_decoder_layers
+from minilora_hub.remote_code.configuration_adapter import is_int, is_number, require, require_pattern
 from minilora_hub.remote_code.configuration_minilora import DoraConfig
 from minilora_hub.tensor_names import from_peft
 
@@ -85,7 +86,25 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
             f"{str(path)!r}: init_lora_weights={init!r} changes the base's weights: convert the adapter to plain LoRA "
             "(save_pretrained with path_initial_model_for_weight_conversion)"
         )
+    try:
+        _check_numbers(settings)
+    except ValueError as error:
+        raise AdapterError(f"{str(path)!r}: {error}") from None
     return settings
+
+
+def _check_numbers(settings: dict[str, Any]) -> None:
+    ranks, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
+    require_pattern(ranks, "rank_pattern")
+    require_pattern(alphas, "alpha_pattern")
+    for name, rank in (("r", settings.get("r")), *((f"rank_pattern[{key!r}]", rank) for key, rank in ranks.items())):
+        require(is_int(rank, 1), name, rank, "must be an integer of at least 1")
+    every_alpha = (
+        ("lora_alpha", settings.get("lora_alpha")),
+        *((f"alpha_pattern[{k!r}]", v) for k, v in alphas.items()),
+    )
+    for name, alpha in every_alpha:
+        require(is_number(alpha), name, alpha, "must be a finite number of at least 0")
 
 
 def read_peft_lora(folder: Path, base: nn.Module) -> tuple[PeftLoraConfig, list[LinearSite], dict[str, Any]]:

@@ -8,6 +8,7 @@ import difflib
 import inspect
 import math
 import re
+import sys
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -21,13 +22,23 @@ def require(ok, argument, value, need):
         raise ValueError(f"{argument}={value!r}: {need}")
 
 
+def require_pattern(pattern, argument):
+    """Raise a ValueError unless `pattern` is a mapping whose keys are regular expressions."""
+    require(isinstance(pattern, dict), argument, pattern, "must be a mapping from names of modules")
+    for key in pattern:
+        try:
+            re.compile(key)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"{argument}: the key {key!r} must be a regular expression ({error})") from None
+
+
 def is_int(value, minimum):
     """Whether `value` is an integer of at least `minimum`; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
-def is_number(value, minimum=0.0, maximum=math.inf):
-    """Whether `value` is a number from `minimum` to `maximum`."""
+def is_number(value, minimum=0.0, maximum=sys.float_info.max):
+    """Whether `value` is a number from `minimum` to `maximum`; infinity is none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and minimum <= value <= maximum
 
 
@@ -86,6 +97,8 @@ class AdapterConfig(PreTrainedConfig):
         self.use_rslora = use_rslora
         self.use_dora = use_dora
         self.target_modules = sorted(target_modules) if isinstance(target_modules, (set, tuple)) else target_modules
+        for name, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+            require_pattern(pattern or {}, name)
         self.rank_pattern = dict(rank_pattern or {})
         self.alpha_pattern = dict(alpha_pattern or {})
         self.base_model_name_or_path = base_model_name_or_path

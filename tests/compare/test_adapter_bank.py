@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
 from minilora_hub.compare.adapter_bank import AdapterBank
+from minilora_hub.compare.banked_layers import LinearUpdate
 from minilora_hub.errors import AdapterError
 
 PEFT_SETTINGS = {
@@ -416,3 +417,141 @@ def test_peft_settings_that_are_no_plain_lora_are_refused(folders, tmp_path, fie
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     with pytest.raises(AdapterError, match=f"{field}="):
         AdapterBank(tiny.tiny_base()).load("adapter", tmp_path / "adapter")
+
+
+# ---- what others hold, and what fails halfway ----
+
+
+class HalvedLinear(torch.nn.Linear):
+    """A linear whose weight does not tell what it computes."""
+
+    def forward(self, x):
+        return 0.5 * super().forward(x)
+
+
+def halve_by_class(layer):
+    layer.__class__ = HalvedLinear
+
+
+def halve_by_hook(layer):
+    layer.register_forward_pre_hook(lambda module, arguments: (0.5 * arguments[0],))
+
+
+@pytest.mark.parametrize("change", [halve_by_class, halve_by_hook])
+def test_a_base_layer_with_a_forward_of_its_own_is_called(change, folders):
+    """Few rows or many: never computed from its weight alone."""
+    base = tiny.tiny_base()
+    change(base.model.layers[0].mlp.up_proj)
+    for count in (1, 3):
+        ids = different_prompts(count, 1)
+        assert (run(AdapterBank(base), [None] * count, ids) - tiny.logits(base, ids)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "mix", "mixdora"])
+@pytest.mark.parametrize("layer", ["up_proj", "down_proj"])
+def test_what_a_hook_keeps_is_not_written_to(folders, name, layer):
+    """A hook on a layer of the base keeps that layer's output, which an adapter's update must not change."""
+    base, kept = tiny.tiny_base(), []
+    hooked = getattr(base.model.layers[0].mlp, layer)
+    hooked.register_forward_hook(lambda module, arguments, output: kept.append((output, output.clone())))
+    bank = AdapterBank(base)
+    bank.load(name, folders[name])
+    kept.clear()
+    run(bank, [None, name, name], different_prompts(3))
+    assert len(kept) == 1
+    assert torch.equal(*kept[0])
+
+
+def test_a_load_that_fails_halfway_leaves_no_layer_with_a_part(folders, models, monkeypatch):
+    """Out of memory at the fourth layer: another adapter of that name has none of it."""
+    bank, of, calls = AdapterBank(tiny.tiny_base()), LinearUpdate.of, []
+
+    def out_of_memory_at_the_fourth(module):
+        calls.append(module)
+        if len(calls) == 4:
+            raise MemoryError("no room")
+        return of(module)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LinearUpdate, "of", out_of_memory_at_the_fourth)
+        with pytest.raises(MemoryError):
+            bank.load("a", folders["dora"])
+    assert bank.list() == []
+    bank.load("a", folders["one-layer"])
+    ids = different_prompts(1)
+    assert (run(bank, ["a"], ids) - tiny.logits(models["one-layer"], ids)).abs().max() < 1e-5
+
+
+def test_loaded_in_inference_mode_used_with_gradients(folders, models):
+    """What is kept in memory outlives the mode it was read in."""
+    bank = AdapterBank(tiny.tiny_base())
+    with torch.inference_mode():
+        bank.load("mixdora", folders["mixdora"])
+    ids = different_prompts(2)
+    with torch.enable_grad(), bank.use(["mixdora"]), bank.rows([None, "mixdora"]):
+        logits = bank.model(ids).logits
+    logits.sum().backward()
+    assert (logits[1] - tiny.logits(models["mixdora"], ids[1:])[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_alpha": None},
+        {"lora_alpha": "8"},
+        {"lora_alpha": float("inf")},
+        {"lora_alpha": 10**400},
+        {"rank_pattern": [1]},
+        {"rank_pattern": {"(": 3}},
+        {"alpha_pattern": {"q_proj": "x"}},
+        {"alpha_pattern": "q"},
+        {"r": None, "rank_pattern": {".*": 4}},
+        "r",
+        "lora_alpha",
+    ],
+    ids=str,
+)
+def test_peft_settings_that_are_no_numbers_are_named(folders, tmp_path, changes):
+    """One line with the field, and not whatever the arithmetic says."""
+    shutil.copytree(folders["lora"], tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    if isinstance(changes, str):
+        field = changes
+        del settings[changes]
+    else:
+        field = list(changes)[-1] if "r" not in changes else "r"
+        settings |= changes
+    path.write_text(json.dumps(settings))
+    with pytest.raises((AdapterError, ValueError), match=rf"\b{field}\b.*must be"):
+        AdapterBank(tiny.tiny_base()).load("adapter", tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rank_pattern": [1]}, {"rank_pattern": {"(": 3}}, {"alpha_pattern": {"(": 3.0}}, {"lora_alpha": float("inf")}],
+    ids=str,
+)
+def test_settings_of_ours_that_make_no_sense_are_named(folders, tmp_path, changes):
+    """As for PEFT's."""
+    shutil.copytree(folders["dora"], tmp_path / "adapter")
+    path = tmp_path / "adapter" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises((AdapterError, ValueError), match=rf"\b{next(iter(changes))}\b.*must be"):
+        AdapterBank(tiny.tiny_base()).load("adapter", tmp_path / "adapter")
+
+
+def test_an_adapter_that_changes_on_disk_between_two_readings(folders, models, tmp_path):
+    """What is read again is what is there: of another kind, or damaged, which only its own rows feel."""
+    shutil.copytree(folders["lora"], tmp_path / "adapter")
+    bank = AdapterBank(tiny.tiny_base(), limit=1)
+    bank.load("changing", tmp_path / "adapter")
+    bank.load("dora", folders["dora"])  # the pool holds one
+    shutil.rmtree(tmp_path / "adapter")
+    shutil.copytree(folders["mix"], tmp_path / "adapter")
+    ids = different_prompts(3)
+    names = [None, "dora", "changing"]
+    together = run(bank, names, ids)
+    for row, name in enumerate([None, "dora", "mix"]):
+        assert (together[row] - tiny.logits(models[name], ids[row : row + 1])[0]).abs().max() < 1e-4
+    assert next(entry for entry in bank.list() if entry.name == "changing").facts.kind == "MixLoRA"
