@@ -13,7 +13,7 @@ as S-LoRA does on a GPU (arXiv 2311.03285).
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ class AdapterBank:
         self._loaded: OrderedDict[str, list[BankedLinear | BankedBlock]] = (
             OrderedDict()
         )  # the least recently used first
-        self._in_use: Counter[str] = Counter()
+        self._in_use: list[str] = []  # once a holder; threads may let go at any time, which a list does in one piece
         self._base_bytes = _tensor_bytes(self.model)
         self._wrapped: dict[str, BankedLinear | BankedBlock] = {}
         for path, module in self._modules.items():
@@ -141,18 +141,18 @@ class AdapterBank:
             ValueError: rows are using it.
         """
         self._entry(name)
-        if self._in_use[name]:
+        if name in self._in_use:
             raise ValueError(f"name={name!r}: rows are using this adapter; end them first")
         self._drop(name)
         del self._entries[name]
 
     def list(self) -> list[BankEntry]:
-        """Every registered adapter, in the order of registration."""
+        """Every registered adapter, in the order of registration; any thread may ask while another loads."""
         return [*self._entries.values()]
 
     def memory(self) -> BankMemory:
         """Report what is held in memory."""
-        return BankMemory(self._base_bytes, sum(entry.bytes for entry in self._entries.values()), self._limit)
+        return BankMemory(self._base_bytes, sum(entry.bytes for entry in self.list()), self._limit)
 
     # ---- running rows ----
 
@@ -169,11 +169,12 @@ class AdapterBank:
             for name in names:
                 if name is not None:
                     self._bring(name)
-                    self._in_use[name] += 1
+                    self._in_use.append(name)
                     held.append(name)
             yield
         finally:
-            self._in_use.subtract(held)
+            for name in held:
+                self._in_use.remove(name)
 
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[BatchRows]:
@@ -254,7 +255,7 @@ class AdapterBank:
         for name in [*self._loaded]:
             if self.memory().adapters <= self._limit:
                 return
-            if not self._in_use[name] and name != next(reversed(self._loaded)):
+            if name not in self._in_use and name != next(reversed(self._loaded)):
                 self._drop(name)
 
     def _drop(self, name: str) -> None:

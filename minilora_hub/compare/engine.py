@@ -251,7 +251,8 @@ def _decoder(model: Any) -> nn.Module:
 def _context(model: nn.Module) -> int:
     config = getattr(model, "config", None)
     config = getattr(config, "text_config", None) or config
-    return getattr(config, "max_position_embeddings", None) or 2**31
+    # MPT has its own name for it.
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 2**31
 
 
 def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -555,3 +555,32 @@ def test_an_adapter_that_changes_on_disk_between_two_readings(folders, models, t
     for row, name in enumerate([None, "dora", "mix"]):
         assert (together[row] - tiny.logits(models[name], ids[row : row + 1])[0]).abs().max() < 1e-4
     assert next(entry for entry in bank.list() if entry.name == "changing").facts.kind == "MixLoRA"
+
+
+def test_the_memory_report_while_another_thread_loads(folders):
+    """A page reports memory whenever somebody opens it; the other thread's turn comes in the middle of it."""
+    bank = AdapterBank(tiny.tiny_base())
+
+    class LoadsMeanwhile:
+        @property
+        def bytes(self):
+            bank.load("coming", folders["one-layer"])
+            return 0
+
+    bank._entries["first"] = LoadsMeanwhile()
+    assert bank.memory().adapters == 0
+    assert bank.list()[-1].name == "coming"
+
+
+def test_many_holders_of_one_adapter(folders):
+    """It goes when the last one lets go, in whatever order they do."""
+    bank = AdapterBank(tiny.tiny_base())
+    bank.load("lora", folders["lora"])
+    first, second = bank.use(["lora", None, "lora"]), bank.use(["lora"])
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with pytest.raises(ValueError, match="rows are using"):
+        bank.unload("lora")
+    second.__exit__(None, None, None)
+    bank.unload("lora")

@@ -10,6 +10,7 @@ import tiny_stand_ins as tiny
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import MptConfig, MptForCausalLM
 
 from minilora_hub import DoraForCausalLM, MixLoraForCausalLM
 from minilora_hub.compare import columns
@@ -524,3 +525,12 @@ def test_stop_before_the_start_of_an_adapter_that_is_gone(engine):
     stop = threading.Event()
     stop.set()
     assert [u.reason for u in engine.stream_rows([Row(PROMPT, "nobody"), Row(PROMPT, "mix")], stop)] == ["stopped"] * 2
+
+
+def test_the_context_of_a_family_with_a_name_of_its_own_for_it():
+    """MPT says max_seq_len, and fails beyond it."""
+    torch.manual_seed(0)
+    config = MptConfig(d_model=32, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=40, vocab_size=259)
+    engine = CompareEngine(MptForCausalLM(config).eval(), tokenizer=tiny.byte_tokenizer(chat=False))
+    last = list(engine.stream_rows([Row("x" * 30, None, Sampling(50))]))[-1]
+    assert (last.reason, last.tokens) == ("length", 10)
