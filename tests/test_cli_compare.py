@@ -165,3 +165,12 @@ def test_greedy_is_the_default(saved, capsys):
     torch.manual_seed(1)
     second = json.loads(main(capsys, *arguments)[1].out)
     assert [c["text"] for c in first["columns"]] == [c["text"] for c in second["columns"]]
+
+
+def test_spaces_and_joiners_are_text_and_control_characters_are_not():
+    """Words stay apart and emojis whole; nothing moves the cursor."""
+    assert (
+        _printable("«\u00a0oui\u202f», 日\u3000本, 👩\u200d👧\n\tok")
+        == "«\u00a0oui\u202f», 日\u3000本, 👩\u200d👧\n\tok"
+    )
+    assert _printable("\x1b[31ma\rb\u202ec\x9b") == "[31mabc"

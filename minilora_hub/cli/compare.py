@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -144,8 +145,11 @@ def _figures(answer: _Shown) -> str:
 
 
 def _printable(text: str) -> str:
-    """Without control characters, which could move the cursor or change the terminal's state."""
-    return "".join(character for character in text if character.isprintable() or character in "\n\t")
+    """Without control characters, which could move the cursor or change the terminal's state.
+
+    Spaces of every kind are text, and so are the joiners inside an emoji or a word.
+    """
+    return "".join(c for c in text if c in "\n\t\u200c\u200d" or unicodedata.category(c) == "Zs" or c.isprintable())
 
 
 def _report(engine: CompareEngine, prompt: str, answers: list[_Shown]) -> dict[str, Any]:
