@@ -1,7 +1,9 @@
 """The public models: MixLoRA and DoRA adapters in a base with and without its language-model head."""
 
+import re
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -59,12 +61,22 @@ def share_of_items(labels, num_items_in_batch):
     return (labels[..., 1:] != -100).sum() / num_items_in_batch
 
 
+def _trl_adds_losses():
+    """Whether a TRL is installed whose trainers add `outputs.aux_loss` themselves."""
+    try:
+        numbers = re.findall(r"\d+", version("trl"))
+    except PackageNotFoundError:
+        return False
+    return [int(number) for number in numbers[:2]] >= [1, 16]
+
+
 class AnnouncedMixture:
     """What TRL's trainers must see to add our router losses to the loss they compute, and to log them.
 
-    They put a forward of their own in place of the model's, which calls decoder and head apart, and compute the loss
-    from log-probabilities. Where the base's configuration has the two fields that are set here, as those of
-    transformers' mixtures have, they add ``router_aux_loss_coef * outputs.aux_loss``.
+    They put a forward of their own in place of the model's, which calls decoder and head apart. From TRL 1.16 on they
+    compute the loss from its log-probabilities, and where the base's configuration has the two fields that are set
+    here, as those of transformers' mixtures have, they add ``router_aux_loss_coef * outputs.aux_loss``. (Before, they
+    took the loss that comes out, so there is nothing to announce, and they would look for more than these fields.)
 
     Args:
         text_config: the base's configuration. It is changed.
@@ -79,7 +91,7 @@ class AnnouncedMixture:
 
     def __init__(self, text_config, weights):
         self.text_config, self.coefficient = text_config, None
-        if weights and not any(hasattr(text_config, field) for field in self.FIELDS):
+        if weights and _trl_adds_losses() and not any(hasattr(text_config, field) for field in self.FIELDS):
             self.coefficient = weights.get("aux_loss", 1.0)
             text_config.output_router_logits, text_config.router_aux_loss_coef = False, self.coefficient
 
@@ -114,17 +126,25 @@ class MixtureForward:
 
     def __call__(self, *args, **kwargs):
         """Forward, or what a trainer has put in its place (see `AnnouncedMixture`)."""
-        if not kwargs.get(AnnouncedMixture.HEAD):
+        if "forward" not in self.__dict__:
             return super().__call__(*args, **kwargs)
-        kwargs["output_router_logits"] = False  # or it would look for them in the decoder's outputs
+        fused = kwargs.get(AnnouncedMixture.HEAD)
+        if fused:
+            kwargs["output_router_logits"] = False  # or it would look for them in the decoder's outputs
         mask = kwargs.get("attention_mask")
         with record_routing(mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None) as record:
             outputs = super().__call__(*args, **kwargs)
+        weights, labels = router_loss_weights(self.config), kwargs.get("labels")
+        if isinstance(outputs, (MixLoraCausalLMOutput, MixLoraModelOutput, tuple)):  # our own, in somebody's wrapper
+            return outputs
+        if not (weights and (fused or (self.training and labels is not None))):
+            return self.announced.put_out(outputs, None) if fused else outputs
         losses = self._router_losses(record)
-        weights = router_loss_weights(self.config)
-        return self.announced.put_out(
-            outputs, sum(weight * losses[name] for name, weight in weights.items()) if weights else None
-        )
+        penalty = sum(weight * losses[name] for name, weight in weights.items())
+        if fused:
+            return self.announced.put_out(outputs, penalty)
+        outputs["loss"] = outputs["loss"] + penalty * share_of_items(labels, kwargs.get("num_items_in_batch"))
+        return outputs
 
     def unload(self):
         self.announced.withdraw()

@@ -156,7 +156,7 @@ def test_reentrant_checkpointing_is_refused():
 
 def test_a_failed_call_leaves_nothing_behind():
     model = training_model()
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, AttributeError)):
         model(input_ids=token_ids(), labels=LABELS, position_ids="none")
     expected, _ = expected_loss(model, token_ids(), MASK, LABELS, "mixlora")
     loss = model(input_ids=token_ids(), attention_mask=MASK, labels=LABELS).loss
