@@ -19,9 +19,9 @@ from minilora_hub.remote_code.base_structure import LinearSite
 from minilora_hub.remote_code.routing import router_loss_weights
 
 CANNOT_MERGE = (
-    "a MixLoRA cannot be merged into its base: every token takes its own experts. One with top-k routing can be exported "
-    "as a Mixtral checkpoint (minilora export --to mixtral); unload() gives the base back; a LoRA beside it merges in a "
-    "PeftModel of its own"
+    "a MixLoRA cannot be merged into its base: every token takes its own experts. One with top-k routing can be "
+    "exported as a Mixtral checkpoint (minilora export --to mixtral); unload() gives the base back; a LoRA beside it "
+    "merges in a PeftModel of its own"
 )
 
 
