@@ -6,14 +6,22 @@
     PEFT, a MixLoRA    base_model.model.model.layers.3.mlp.moe_lora.router            MixLoRA as a PEFT method:
                        …layers.3.mlp.moe_lora.experts.up_proj.lora_A             the experts stacked, as in
                        …layers.3.self_attn.q_proj.moe_lora.update.lora_A         our files
+    reference   mixlora.layers.3.self_attn.q_proj.lora_A.weight                    files of `mixlora` and MoE-PEFT
+                mixlora.layers.3.mlp.up_proj.experts.0.lora_A.weight               one tensor an expert; here stacked
+                mixlora.layers.3.mlp.moe_gate.weight                               the router
+    legacy      mixlora.layers.3.experts.0.w3_proj.lora_A.weight                   the same in the reference's older
+                mixlora.layers.3.gate.weight                                       files (w1 gate, w2 down, w3 up)
 
 A DoRA magnitude is ``magnitude`` here and ``lora_magnitude_vector`` there. PEFT writes that name as it is and reads it
 with ``.weight`` behind it, too; transformers' own loading of PEFT's format (5.23) finds it only with ``.weight``, and
 otherwise puts a fresh magnitude in its place, with a report that is easily overlooked. So ``.weight`` is what we write.
-Shapes and values are the same in both dialects: renaming is all there is to do. Nothing here loads torch.
+Shapes and values are the same in PEFT's dialect: renaming is all there is to do. The reference has a tensor for every
+expert where we have one stack; it knows no other block than ``mlp``. Nothing here loads torch.
 """
 
 from __future__ import annotations
+
+import re
 
 PEFT_PREFIX = "base_model.model."
 CANONICAL_LAYERS = "layers"
@@ -120,3 +128,88 @@ def lora_name_of_peft_mixlora(name: str) -> str:
     """The name in PEFT's LoRA format of a tensor of a LoRA that lives beside MixLoRAs in a PEFT model."""
     module, _, leaf = name.partition(f".{MIXLORA_ATTRIBUTE}.{LINEAR_UPDATE}.")
     return f"{module}.{leaf}.weight"
+
+
+def split_peft(name: str) -> tuple[str, str]:
+    """Split a PEFT name into the path of the linear in the base, and ``lora_A``, ``lora_B`` or ``magnitude``.
+
+    Raises:
+        ValueError: the name is not that of a LoRA or DoRA tensor on a linear.
+    """
+    for leaf, canonical in CANONICAL_LEAVES.items():
+        if name.startswith(PEFT_PREFIX) and name.endswith(f".{leaf}"):
+            return name.removeprefix(PEFT_PREFIX).removesuffix(f".{leaf}"), canonical
+    raise ValueError(f"name={name!r}: not a LoRA or DoRA tensor on a linear in PEFT's format")
+
+
+def join_peft(path: str, leaf: str) -> str:
+    """Return PEFT's name of a tensor: the inverse of `split_peft`."""
+    return f"{PEFT_PREFIX}{path}.{PEFT_LEAVES[leaf]}"
+
+
+REFERENCE_PREFIX = "mixlora.layers"
+LEGACY_PROJECTIONS = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}
+_REFERENCE = tuple(
+    re.compile(rf"(?:mixlora\.)?layers\.(?P<layer>0|[1-9]\d{{0,5}})\.{rest}")
+    for rest in (
+        r"mlp\.(?P<router>moe_gate)\.weight",
+        r"(?P<router>gate)\.weight",
+        r"mlp\.(?P<projection>\w+)\.experts\.(?P<expert>0|[1-9]\d{0,5})\.(?P<leaf>lora_[AB])\.weight",
+        r"experts\.(?P<expert>0|[1-9]\d{0,5})\.(?P<projection>\w+)\.(?P<leaf>lora_[AB])\.weight",
+        r"self_attn\.(?P<attention>\w+)\.(?P<leaf>lora_[AB])\.weight",
+    )
+)
+
+
+def from_reference(name: str) -> tuple[str, int | None]:
+    """Translate a name of the reference format, current or legacy.
+
+    Args:
+        name: e.g. ``"mixlora.layers.0.mlp.up_proj.experts.3.lora_A.weight"``.
+
+    Returns:
+        The canonical name, and which expert of the stack the tensor is; None where there is no stack.
+
+    Raises:
+        ValueError: the name is not the reference's.
+    """
+    found = next((match for pattern in _REFERENCE if (match := pattern.fullmatch(name))), None)
+    if found is None:
+        raise ValueError(f"name={name!r}: not a router, expert or attention tensor of the reference format")
+    parts = found.groupdict()
+    layer = f"{CANONICAL_LAYERS}.{parts['layer']}"
+    if parts.get("router"):
+        return f"{layer}.mlp.router", None
+    if parts.get("attention"):
+        return f"{layer}.self_attn.{parts['attention']}.{parts['leaf']}", None
+    projection = reference_projection(parts["projection"])
+    return f"{layer}.mlp.experts.{projection}.{parts['leaf']}", int(parts["expert"])
+
+
+def reference_projection(name: str) -> str:
+    """Return the present name of a projection, which old files of the reference call ``w1_proj`` to ``w3_proj``."""
+    return LEGACY_PROJECTIONS.get(name, name)
+
+
+def to_reference(name: str, expert: int | None = None) -> str:
+    """Translate a canonical name to the reference's current one.
+
+    Args:
+        name: e.g. ``"layers.0.mlp.experts.up_proj.lora_A"``.
+        expert: which expert of the stack; None where there is no stack.
+
+    Raises:
+        ValueError: the reference has no such tensor.
+    """
+    found = re.fullmatch(
+        r"layers\.(\d+)\.(?:mlp\.(router)|mlp\.experts\.(\w+)\.(lora_[AB])|self_attn\.(\w+)\.(lora_[AB]))", name
+    )
+    stacked = found is not None and found[3] is not None
+    if found is None or stacked != (expert is not None):
+        raise ValueError(f"name={name!r}: the reference format has no tensor for it")
+    layer = f"{REFERENCE_PREFIX}.{found[1]}"
+    if found[2]:
+        return f"{layer}.mlp.moe_gate.weight"
+    if stacked:
+        return f"{layer}.mlp.{found[3]}.experts.{expert}.{found[4]}.weight"
+    return f"{layer}.self_attn.{found[5]}.{found[6]}.weight"

@@ -13,9 +13,7 @@ the model computes. The folder appears whole or not at all.
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -23,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.errors import AdapterError
+from minilora_hub.formats.output import require_free, whole_folder
+from minilora_hub.formats.peft import copy_peft_weights, write_peft_config
 from minilora_hub.publish.bases_of_record import BaseOfRecord, find_base
 from minilora_hub.publish.documents import CARD, Measured, previous_card, write_card, write_card_pictures, write_results
 from minilora_hub.publish.hashes import Hashes
 from minilora_hub.publish.island import island_files
-from minilora_hub.publish.peft_layout import copy_peft_weights, write_peft_config
 from minilora_hub.publish.recording import TOLERANCES, libraries
 from minilora_hub.publish.reference import Reference, published_config
 from minilora_hub.publish.sources import (
@@ -123,15 +122,11 @@ def build(
     if layout == "peft" and trained.method == "mixlora":
         raise AdapterError("layout='peft': PEFT has no MixLoRA; publish it with the layout 'auto'")
     layout = "peft" if trained.layout == "peft" else layout
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise AdapterError(f"out={str(out)!r}: must be a folder that is empty, or not there yet")
+    require_free(out)
     before = recorded_before(trained.folder, hashes)
     previous = previous_card(trained.folder)
     base = find_base(trained, base_id, base_model, token, progress)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=out.parent) as scratch:
-        folder = Path(scratch, "repo")
-        folder.mkdir()
+    with whole_folder(out) as folder:
         copied = _copy_model(trained, folder, base, hashes)
         found = Reference(trained, folder, layout, base, before)
         copied.result()
@@ -150,10 +145,7 @@ def build(
         write_card_pictures(trained.folder, folder, results, notes, keep=before is not None)
         _write_verification(folder, found, before, hashes)
         write_card(folder, repo_id, revision, previous, notes)
-        if out.exists():
-            out.rmdir()
-        os.replace(folder, out)
-        hashes = hashes.moved(folder, out)
+    hashes = hashes.moved(folder, out)
     return Built(out, layout, trained.method, base.id, base.elsewhere, list_files(out, hashes), hashes, tuple(notes))
 
 

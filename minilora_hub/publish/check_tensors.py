@@ -17,8 +17,6 @@ from minilora_hub.publish.problems import PEFT_CONFIG, WEIGHTS, Folder, Problem
 from minilora_hub.tensor_names import from_peft
 
 SHOWN = 3
-LENGTH = 65_537  # a prime, so that no two rows of a matrix are alike
-LARGE_BLOCK = 2**28  # parameters from which a block is called in half the bytes
 RETRAIN = "save the adapter again from the model it was trained in; damaged weights cannot be repaired"
 PEFT_TENSOR = re.compile(r"base_model\.model\..+\.(lora_[AB]\.weight|lora_magnitude_vector(\.weight)?)")
 
@@ -75,49 +73,15 @@ def load_config(folder: Folder) -> tuple[Any, list[Problem]]:
 
 def expected_shapes(config: Any) -> tuple[dict[str, tuple[int, ...]] | None, str, str]:
     """``{name: shape}`` of every tensor, the path of the base's layers, and why not where it cannot be known."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
+    from minilora_hub.formats.base_source import skeleton
     from minilora_hub.remote_code.attach import expected_tensors
     from minilora_hub.remote_code.base_structure import find_decoder_layers, plan_sites
 
     try:
-        with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(config.text_config)
-        layers_path, layers = find_decoder_layers(base)
-        if config.model_type == "mixlora":
-            _make_blocks_real(layers)
-        return dict(expected_tensors(config, plan_sites(base, config))), layers_path, ""
+        base = skeleton(config.text_config, blocks=config.model_type == "mixlora")
+        return dict(expected_tensors(config, plan_sites(base, config))), find_decoder_layers(base)[0], ""
     except Exception as error:  # another library's code over settings from outside: anything can happen
         return None, "", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _make_blocks_real(layers: Any) -> None:
-    """Give random weights on the CPU to one block of each kind, which `plan_sites` will call."""
-    import torch
-
-    from minilora_hub.remote_code.adapted_linear import linear_shape
-
-    # Repeated rather than drawn anew: a block of a large base has hundreds of millions of weights.
-    some = torch.randn(LENGTH, generator=torch.Generator().manual_seed(0)) * 0.02
-    seen = set()
-    for layer in layers:
-        for module in layer.modules():
-            shapes = tuple(
-                (name, linear_shape(child)) for name, child in module.named_children() if linear_shape(child)
-            )
-            if len(shapes) not in (2, 3) or (type(module), shapes) in seen:
-                continue
-            seen.add((type(module), shapes))
-            size = sum(parameter.numel() for parameter in module.parameters())
-            module.to(torch.bfloat16 if size > LARGE_BLOCK else torch.float32).to_empty(device="cpu")
-            with torch.no_grad():
-                for number, parameter in enumerate(module.parameters()):
-                    start = 1009 * number  # two linears of one shape must differ, or they cannot be told apart
-                    values = some.repeat(-(-(start + parameter.numel()) // LENGTH))[start:]
-                    parameter.copy_(values[: parameter.numel()].view_as(parameter))
-            for buffer in module.buffers():
-                buffer.zero_()
 
 
 def _check_values(folder: Folder, name: str, expected: dict[str, tuple[int, ...]] | None = None) -> Iterator[Problem]:

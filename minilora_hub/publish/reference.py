@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.errors import AdapterError
+from minilora_hub.formats.peft import with_peft, write_peft_folder
 from minilora_hub.publish.bases_of_record import BaseOfRecord, load_base
-from minilora_hub.publish.peft_layout import with_peft, write_peft_folder
 from minilora_hub.publish.recording import TOLERANCES, Recording, difference, logits_of, prompt_ids, record
 from minilora_hub.publish.sources import PEFT_FOLDER, TOKENIZER_FILES, WEIGHTS, Layout, Source
 from minilora_hub.results import Verification

@@ -11,7 +11,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from minilora_hub.errors import AdapterError
-from minilora_hub.publish.sources import PEFT_CONFIG, WEIGHTS
+from minilora_hub.formats.folders import ADAPTER_CONFIG
+from minilora_hub.formats.tensor_files import SAFETENSORS
 from minilora_hub.tensor_names import as_stock_transformers_reads, to_peft
 
 
@@ -27,7 +28,7 @@ def write_peft_config(folder: Path, config: dict[str, Any], base_id: str, base_r
     if isinstance(ordered.get("target_modules"), list):
         ordered["target_modules"] = sorted(ordered["target_modules"])
     text = json.dumps(ordered, indent=2, sort_keys=True, ensure_ascii=False)
-    (folder / PEFT_CONFIG).write_text(text + "\n", encoding="utf-8")
+    (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 def write_peft_folder(
@@ -50,15 +51,12 @@ def write_peft_folder(
         base_id: the base's id on the Hub.
         base_revision: its commit.
     """
-    from peft import LoraConfig, TaskType
-
     from minilora_hub.remote_code.adapter_files import write_adapter
     from minilora_hub.remote_code.base_structure import find_decoder_layers
 
     folder.mkdir(exist_ok=True)
     layers_path, _ = find_decoder_layers(base)
-    settings = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+    fields = lora_settings(
         r=config.r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
@@ -69,10 +67,17 @@ def write_peft_folder(
         alpha_pattern=config.alpha_pattern,
         fan_in_fan_out=any(type(base.get_submodule(site.path)).__name__ == "Conv1D" for site in sites),
     )
-    fields = {name: getattr(value, "value", value) for name, value in settings.to_dict().items()}
     write_peft_config(folder, fields, base_id, base_revision)
     renamed = {to_peft(name, layers_path): tensor.cpu() for name, tensor in tensors.items()}
-    write_adapter(folder / WEIGHTS, renamed)
+    write_adapter(folder / SAFETENSORS, renamed)
+
+
+def lora_settings(**settings: Any) -> dict[str, Any]:
+    """Return the fields of PEFT's LoraConfig with these settings, as its adapter_config.json has them."""
+    from peft import LoraConfig, TaskType
+
+    fields = LoraConfig(task_type=TaskType.CAUSAL_LM, **settings).to_dict()
+    return {name: getattr(value, "value", value) for name, value in fields.items()}
 
 
 def copy_peft_weights(source: Path, out: Path) -> None:
@@ -82,15 +87,15 @@ def copy_peft_weights(source: Path, out: Path) -> None:
     from minilora_hub.remote_code.adapter_files import read_adapter, write_adapter
 
     try:
-        with safe_open(source / WEIGHTS, framework="pt") as file:
+        with safe_open(source / SAFETENSORS, framework="pt") as file:
             names = list(file.keys())
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{WEIGHTS} is not a readable safetensors file ({error})") from error
+        raise AdapterError(f"{SAFETENSORS} is not a readable safetensors file ({error})") from error
     if all(as_stock_transformers_reads(name) == name for name in names):
-        shutil.copyfile(source / WEIGHTS, out / WEIGHTS)
+        shutil.copyfile(source / SAFETENSORS, out / SAFETENSORS)
         return
-    tensors = read_adapter(source / WEIGHTS)
-    write_adapter(out / WEIGHTS, {as_stock_transformers_reads(name): tensor for name, tensor in tensors.items()})
+    tensors = read_adapter(source / SAFETENSORS)
+    write_adapter(out / SAFETENSORS, {as_stock_transformers_reads(name): tensor for name, tensor in tensors.items()})
 
 
 def target_names(paths: list[str], base: Any) -> list[str]:
@@ -119,4 +124,4 @@ def with_peft(base: Any, folder: Path) -> Any:
         try:
             return PeftModel.from_pretrained(base, str(folder)).eval()
         except Warning as warning:
-            raise ValueError(f"{WEIGHTS}: {warning}") from warning
+            raise ValueError(f"{SAFETENSORS}: {warning}") from warning

@@ -1,0 +1,173 @@
+"""The base that an adapter is converted for: its configuration, its structure without weights, its tokenizer."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from minilora_hub.bases import EMBEDDED, resolve_base
+from minilora_hub.errors import AdapterError, BaseModelError
+
+LARGE_BLOCK = 2**28  # parameters from which a block is called in half the bytes
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """A base, of which only small files are read until its weights are asked for.
+
+    Attributes:
+        name: what configurations of ours call it: a Hub id, a folder, or ``"embedded"``.
+        hub_id: its id on the Hub; None for a folder.
+        location: the folder or id that transformers loads.
+        revision: the revision on the Hub.
+    """
+
+    name: str
+    hub_id: str | None
+    location: str
+    revision: str | None = None
+
+    @cached_property
+    def config(self) -> Any:
+        """Its configuration.
+
+        Raises:
+            BaseModelError: it cannot be found or read.
+        """
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.location, revision=self.revision, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise BaseModelError(f"the configuration of the base {self.name!r} cannot be read: {reason}") from error
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The hash of its weights, ``"unknown"`` where they are not on this machine."""
+        from minilora_hub.remote_code.adapter_files import base_fingerprint
+
+        return base_fingerprint(self.location, self.revision)
+
+    @cached_property
+    def commit(self) -> str | None:
+        """The commit that was read, for a base from the Hub."""
+        from minilora_hub.remote_code.adapter_files import cached_commit
+
+        return None if os.path.isdir(self.location) else cached_commit(self.location, self.revision) or self.revision
+
+    @cached_property
+    def skeleton(self) -> Any:
+        """The base without weights; see `skeleton`."""
+        return skeleton(self.config)
+
+    @cached_property
+    def layers_path(self) -> str:
+        """Where it keeps its decoder layers, e.g. ``"model.layers"``."""
+        from minilora_hub.remote_code.base_structure import find_decoder_layers
+
+        return str(find_decoder_layers(self.skeleton)[0])
+
+    def load(self, dtype: Any = "auto") -> Any:
+        """Load it, on the processor, in eval mode."""
+        from transformers import AutoModelForCausalLM
+
+        folder = resolve_base(self.name, revision=self.revision).path
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
+
+    def save_companions(self, folder: Path) -> bool:
+        """Save its tokenizer and generation settings; return whether it has a tokenizer that can be read."""
+        from transformers import AutoTokenizer, GenerationConfig
+
+        try:
+            settings = GenerationConfig.from_pretrained(self.location, revision=self.revision or "main")
+        except (OSError, ValueError):
+            settings = GenerationConfig.from_model_config(self.config)
+        settings.save_pretrained(folder)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.location, revision=self.revision, config=self.config, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, TypeError, ImportError):
+            return False
+        tokenizer.save_pretrained(folder)
+        return True
+
+
+def find_base(named: str | None, given: str | None, revision: str | None = None) -> BaseSource:
+    """Find the base of an adapter.
+
+    Args:
+        named: the base that the adapter names.
+        given: the one that the user names, which wins.
+        revision: its revision on the Hub.
+
+    Raises:
+        AdapterError: nobody names one.
+        BaseModelError: the one that is named cannot be found.
+    """
+    name = given or named
+    if not name:
+        raise AdapterError("the adapter names no base (base_model_name_or_path): pass base= (--base)")
+    if name == EMBEDDED or os.path.isdir(name):
+        found = resolve_base(name)
+        return BaseSource(str(name), found.hub_id, str(found.path))
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        raise BaseModelError(f"base {name!r} is not on this machine: pass base= (--base), an id on the Hub or a folder")
+    return BaseSource(name, name, name, revision)
+
+
+def skeleton(config: Any, blocks: bool = True) -> Any:
+    """Build a model from its configuration on the meta device, where its weights take no memory.
+
+    Args:
+        config: the base's configuration.
+        blocks: whether one feed-forward block of each kind gets random weights on the processor. Telling its parts
+            apart, as a MixLoRA needs it, means calling it.
+
+    Raises:
+        AdapterError: transformers cannot build it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from minilora_hub.remote_code.base_structure import find_decoder_layers
+
+    try:
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config)
+        layers = find_decoder_layers(base)[1]
+        if blocks:
+            _make_blocks_real(layers)
+    except Exception as error:  # another library's code over settings from outside: anything can happen
+        reason = " ".join(str(error).split())[:200]
+        reason = f"{type(error).__name__}: {reason}"
+        raise AdapterError(f"the base cannot be built from its configuration ({reason})") from error
+    return base.eval()
+
+
+def _make_blocks_real(layers: Any) -> None:
+    import torch
+
+    from minilora_hub.remote_code.adapted_linear import linear_shape
+
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for layer in layers:
+        for module in layer.modules():
+            shapes = tuple(
+                (name, linear_shape(child)) for name, child in module.named_children() if linear_shape(child)
+            )
+            if len(shapes) not in (2, 3) or (type(module), shapes) in seen:
+                continue
+            seen.add((type(module), shapes))
+            size = sum(parameter.numel() for parameter in module.parameters())
+            module.to(torch.bfloat16 if size > LARGE_BLOCK else torch.float32).to_empty(device="cpu")
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.normal_(0, 0.02, generator=generator)
+            for buffer in module.buffers():
+                buffer.zero_()

@@ -1,0 +1,111 @@
+"""From an adapter in anybody's format to a folder that minilora_hub publishes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minilora_hub.errors import AdapterError
+from minilora_hub.formats.base_source import find_base
+from minilora_hub.formats.combine import read_loras
+from minilora_hub.formats.experts_from_loras import OnAttention, experts_from_loras
+from minilora_hub.formats.folders import AdapterFolder, read_folder
+from minilora_hub.formats.mixlora import ReferenceDora, read_reference
+from minilora_hub.formats.ours import write_ours
+from minilora_hub.formats.output import require_free, whole_folder
+from minilora_hub.formats.peft_reading import as_dora, read_peft, write_normalised
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import made.
+
+    Attributes:
+        folder: the folder.
+        method: ``"lora"``, ``"dora"`` or ``"mixlora"``.
+        source: the dialect it came from.
+        notes: what the user should know, a line each.
+    """
+
+    folder: Path
+    method: str
+    source: str
+    notes: tuple[str, ...] = ()
+
+
+def import_adapter(
+    source: str | Path,
+    out: str | Path,
+    *,
+    base: str | None = None,
+    base_revision: str | None = None,
+    reference_dora: ReferenceDora = "loaded",
+) -> Imported:
+    """Import one adapter: the reference MixLoRA format, or LoRA, rsLoRA and DoRA in PEFT's.
+
+    A MixLoRA or DoRA becomes a folder in our format; plain LoRA stays in PEFT's, which stock transformers loads,
+    checked and written anew. Either is ready for a push.
+
+    Args:
+        source: the adapter's folder.
+        out: a folder that is empty, or not there yet. It appears whole or not at all.
+        base: the base: an id on the Hub, a folder, or ``"embedded"``. Default: the one that the adapter names.
+        base_revision: its revision on the Hub.
+        reference_dora: ``"loaded"`` or ``"trained"``: see `minilora_hub.formats.mixlora`.
+
+    Raises:
+        AdapterError: the adapter is damaged, or asks for what cannot be honoured; the message names it.
+        BaseModelError: the base cannot be read.
+    """
+    require_free(out)
+    found = read_folder(source)
+    if found.dialect == "minilora":
+        raise AdapterError(f"adapter {found.folder.name!r} is in minilora_hub's own format already: push it as it is")
+    if found.dialect == "checkpoint":
+        raise AdapterError(f"{found.folder.name!r} is a whole model ({found.method}), not an adapter")
+    if found.dialect == "peft-mixlora":
+        return _from_peft_mixlora(found, Path(out))
+    located = find_base(found.base, base, base_revision)
+    notes: list[str] = []
+    with whole_folder(out) as folder:
+        if found.dialect == "reference":
+            config, tensors, notes = read_reference(found, located, reference_dora)
+            notes += write_ours(folder, config, tensors, located)
+        else:
+            adapter = read_peft(found, located)
+            if found.method == "dora":
+                notes += write_ours(folder, *as_dora(adapter), located)
+            else:
+                write_normalised(folder, adapter)
+    return Imported(Path(out), found.method, found.dialect, tuple(notes))
+
+
+def import_as_experts(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    *,
+    base: str | None = None,
+    base_revision: str | None = None,
+    num_experts_per_tok: int = 2,
+    attention: OnAttention = "same",
+    seed: int = 0,
+) -> Imported:
+    """Make one MixLoRA of several LoRA adapters; see `minilora_hub.formats.experts_from_loras`.
+
+    Raises:
+        AdapterError: an adapter is no plain LoRA, or they do not fit together.
+        BaseModelError: the base cannot be read.
+    """
+    require_free(out)
+    adapters = read_loras(sources, base, base_revision)
+    with whole_folder(out) as folder:
+        config, tensors, notes = experts_from_loras(
+            adapters, num_experts_per_tok=num_experts_per_tok, attention=attention, seed=seed
+        )
+        notes += write_ours(folder, config, tensors, adapters[0].base)
+    return Imported(Path(out), "mixlora", "peft", tuple(notes))
+
+
+def _from_peft_mixlora(found: AdapterFolder, out: Path) -> Imported:
+    raise AdapterError(f"adapter {found.folder.name!r} is a MixLoRA as a PEFT method: it cannot be imported yet")

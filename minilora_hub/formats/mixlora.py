@@ -1,0 +1,329 @@
+"""The reference format of MixLoRA: what the packages `mixlora` and MoE-PEFT read and write.
+
+    adapter_config.json   peft_type MIXLORA, r, lora_alpha, …, num_experts, routing_strategy, and its own fields
+    adapter_model.bin     a pickle of named tensors, one for every expert, the names in `tensor_names`
+
+What differs from what one would expect, found by running `mixlora` 0.2.3:
+
+- The magnitudes of a MixDoRA (`use_dora`) are not in the file. The package computes m = ||W + s B A|| when it loads,
+  so that c = m / ||W + s B A|| is one: what it computes is plain LoRA, and that is what is imported. In training its
+  magnitudes stood still at ||W||; `dora="trained"` writes those, from the base's weights.
+- `expert_lora` (a rank and alpha for the experts) is read and then ignored by `mixlora`; MoE-PEFT, which trains,
+  uses it, and so does the import.
+- It keeps dropout on at inference, and refuses a dropout of 0: an adapter without dropout is written with 1e-12.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from minilora_hub.errors import AdapterError
+from minilora_hub.formats.base_source import BaseSource
+from minilora_hub.formats.folders import ADAPTER_CONFIG, AdapterFolder, Settings, write_json
+from minilora_hub.formats.ours import check_against_base
+from minilora_hub.formats.tensor_files import PICKLE, read_tensors
+from minilora_hub.tensor_names import from_reference, reference_projection, to_reference
+
+if TYPE_CHECKING:
+    import torch
+
+ReferenceDora = Literal["loaded", "trained"]
+
+STRATEGIES = {
+    "mixlora": "top_k",
+    "mixtral": "top_k",
+    "mixlora-dynamic": "top_p",
+    "dynamic": "top_p",
+    "mixlora-switch": "switch",
+    "switch": "switch",
+}
+"""The reference's names of the routing strategies, those of older files among them, and ours."""
+WRITTEN = {"top_k": "mixlora", "top_p": "mixlora-dynamic", "switch": "mixlora-switch"}
+FAMILIES = ("llama", "gemma", "gemma2", "qwen2", "mistral", "phi", "phi3")
+"""The bases that the reference runs on."""
+NO_DROPOUT = 1e-12
+NUMBER = (int, float)
+
+
+def read_reference(
+    source: AdapterFolder, base: BaseSource, dora: ReferenceDora = "loaded"
+) -> tuple[Any, dict[str, torch.Tensor], list[str]]:
+    """Read an adapter in the reference format.
+
+    Args:
+        source: its folder.
+        base: its base.
+        dora: what becomes of a `use_dora`, whose magnitudes the format lacks: see the head of this file.
+
+    Returns:
+        A MixLoraConfig, ``{canonical name: tensor}``, and what the user should know, a line each.
+
+    Raises:
+        AdapterError: a field or a tensor is missing, of the wrong kind, or asks for what cannot be honoured.
+    """
+    from minilora_hub.remote_code.configuration_minilora import MixLoraConfig
+
+    settings = Settings(source.config)
+    notes: list[str] = []
+    _refuse_other_tasks(settings)
+    fields = _common_fields(settings) | _expert_fields(settings) | _routing_fields(settings)
+    fields["target_modules"] = _targets(settings, base, notes)
+    _check_activation(settings, base)
+    use_dora = fields.pop("use_dora")
+    try:
+        config = MixLoraConfig(**fields)
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{ADAPTER_CONFIG}: {error}") from error
+    tensors = _stack(read_tensors(source.folder), config.num_experts)
+    if use_dora and dora == "trained":
+        config.use_dora = True
+        tensors |= _magnitudes(config, base)
+        notes.append("magnitudes are not in the file: they are the row norms of the base, which training left them at")
+    elif use_dora:
+        notes.append(
+            "use_dora: the file has no magnitudes, and the mixlora package then computes plain LoRA; so does this "
+            "import (--reference-dora trained takes the base's row norms instead)"
+        )
+    check_against_base(config, tensors, base, "the adapter")
+    return config, tensors, notes
+
+
+def write_reference(folder: Path, config: Any, tensors: dict[str, torch.Tensor], base: BaseSource) -> list[str]:
+    """Write a MixLoRA in the reference format.
+
+    Args:
+        folder: an existing, empty folder.
+        config: its MixLoraConfig.
+        tensors: ``{canonical name: tensor}``.
+        base: its base.
+
+    Returns:
+        What the user should know, a line each.
+
+    Raises:
+        AdapterError: the reference has no place for something; the message says for what.
+    """
+    import torch
+
+    fields, notes = _reference_fields(config, tensors, base)
+    renamed = {}
+    for name, tensor in tensors.items():
+        try:
+            if ".experts." in name:
+                for expert, value in enumerate(tensor):
+                    renamed[to_reference(name, expert)] = value.clone()
+            else:
+                renamed[to_reference(name)] = tensor
+        except ValueError as error:
+            raise AdapterError(str(error)) from error
+    write_json(folder / ADAPTER_CONFIG, fields)
+    torch.save(renamed, folder / PICKLE)
+    return notes
+
+
+def _refuse_other_tasks(settings: Settings) -> None:
+    if settings.get("task_type", str, "CAUSAL_LM") != "CAUSAL_LM":
+        raise settings.error("task_type", "only CAUSAL_LM can be imported")
+    if settings.get("bias", str, "none") != "none":
+        raise settings.error("bias", "adapters with biases cannot be honoured")
+
+
+def _common_fields(settings: Settings) -> dict[str, Any]:
+    dropout = settings.get("lora_dropout", NUMBER, 0.0)
+    return {
+        "r": settings.require("r", int),
+        "lora_alpha": settings.require("lora_alpha", NUMBER),
+        "lora_dropout": 0.0 if dropout == NO_DROPOUT else dropout,
+        "use_dora": settings.get("use_dora", bool, False),
+        "use_rslora": settings.get("use_rslora", bool, False),
+        "num_experts": settings.require("num_experts", int),
+    }
+
+
+def _expert_fields(settings: Settings) -> dict[str, Any]:
+    """`expert_lora` overrides the common settings for the experts."""
+    if settings.get("expert_lora", dict) is None:
+        return {}
+    own = settings.content["expert_lora"]
+    experts = Settings(settings.content | own, f"{ADAPTER_CONFIG}: expert_lora")
+    for name in ("use_dora", "use_rslora"):
+        if experts.get(name, bool, False) != settings.get(name, bool, False):
+            raise experts.error(name, "experts that differ from attention in this cannot be honoured")
+    dropout = experts.get("lora_dropout", NUMBER, 0.0)
+    if dropout != settings.get("lora_dropout", NUMBER, 0.0):
+        raise experts.error("lora_dropout", "a dropout of the experts' own cannot be honoured")
+    return {"expert_r": experts.require("r", int), "expert_alpha": experts.require("lora_alpha", NUMBER)}
+
+
+def _routing_fields(settings: Settings) -> dict[str, Any]:
+    """The strategy and its settings; defaults are the reference's."""
+    named = settings.require("routing_strategy", str)
+    if named not in STRATEGIES:
+        raise settings.error("routing_strategy", f"must be one of {sorted(STRATEGIES)}")
+    strategy = STRATEGIES[named]
+    fields: dict[str, Any] = {
+        "routing_strategy": strategy,
+        "router_aux_loss_coef": settings.get("router_aux_loss_coef", NUMBER, 0.001),
+        "router_init_range": settings.get("router_init_range", NUMBER, 1.0 if strategy == "switch" else 0.02),
+        "router_jitter_noise": settings.get("jitter_noise", NUMBER, 0.01 if strategy == "switch" else 0.0),
+    }
+    if not settings.get("router_loss", bool, True):
+        fields["router_aux_loss_coef"] = 0.0
+    if strategy == "top_k":
+        fields["num_experts_per_tok"] = settings.get("top_k", int, 2)
+    elif strategy == "top_p":
+        fields["router_top_p"] = settings.get("top_p", NUMBER, 0.8)
+        fields["router_temperature"] = settings.get("temperature", NUMBER, 0.0)
+    else:
+        fields["expert_capacity"] = settings.get("expert_capacity", int, 32)
+        fields["router_z_loss_coef"] = settings.get("router_z_loss_coef", NUMBER, 0.001)
+        fields["expert_dropout"] = settings.get("ffn_dropout", NUMBER, 0.0)
+        fields["router_sparse_step"] = settings.get("sparse_step", int)
+    if strategy != "top_k":
+        fields["num_experts_per_tok"] = 1
+    return fields
+
+
+def _targets(settings: Settings, base: BaseSource, notes: list[str]) -> list[str]:
+    """The targets that the base has: the reference passes over the others, since it lists those of every family."""
+    from minilora_hub.remote_code.base_structure import find_decoder_layers, linears_in
+
+    content = settings.require("target_modules", (list, dict))
+    named = [name for name, on in content.items() if on is True] if isinstance(content, dict) else content
+    if not named or not all(isinstance(name, str) for name in named):
+        raise settings.error("target_modules", "must name at least one projection")
+    wanted = {reference_projection(name) for name in named}
+    leaves = {path.rpartition(".")[2] for path in linears_in(find_decoder_layers(base.skeleton)[1][0])}
+    if wanted - leaves:
+        notes.append(
+            f"target_modules {sorted(wanted - leaves)}: the base has none; the reference passes over them, too"
+        )
+    if not wanted & leaves:
+        raise settings.error("target_modules", f"the base {base.name!r} has none of them; it has {sorted(leaves)}")
+    return sorted(wanted & leaves)
+
+
+def _check_activation(settings: Settings, base: BaseSource) -> None:
+    """The reference may use another activation than the base's own; here it is always the base's."""
+    import torch
+    from transformers.activations import ACT2FN
+
+    named, own = settings.get("act_fn", str), _activation(base)
+    if named is None or named == own:
+        return
+    x = torch.linspace(-8, 8, 257)
+    if named not in ACT2FN or own is None or not torch.allclose(ACT2FN[named](x), ACT2FN[own](x), rtol=0, atol=1e-6):
+        raise settings.error("act_fn", f"the base computes {own!r}; an activation of the experts' own is not honoured")
+
+
+def _activation(base: BaseSource) -> str | None:
+    text = base.config.get_text_config(decoder=True)
+    name = getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", None)
+    return name if isinstance(name, str) else None
+
+
+def _stack(found: dict[str, torch.Tensor], num_experts: int) -> dict[str, torch.Tensor]:
+    """Stack the experts' tensors under canonical names."""
+    import torch
+
+    tensors: dict[str, torch.Tensor] = {}
+    stacks: dict[str, dict[int, torch.Tensor]] = {}
+    for name, tensor in found.items():
+        try:
+            canonical, expert = from_reference(name)
+        except ValueError as error:
+            raise AdapterError(str(error)) from error
+        place: dict[Any, torch.Tensor] = tensors if expert is None else stacks.setdefault(canonical, {})
+        key = canonical if expert is None else expert
+        if key in place:
+            raise AdapterError(f"{name}: this tensor is in the file twice, under its current and its legacy name")
+        place[key] = tensor
+    for canonical, experts in stacks.items():
+        if sorted(experts) != list(range(num_experts)):
+            have = f"experts {sorted(experts)[:8]}"
+            raise AdapterError(f"{canonical}: {have} are in the file, num_experts={num_experts} asks for all below it")
+        first = experts[0]
+        for expert, tensor in experts.items():
+            if tensor.shape != first.shape or tensor.dtype != first.dtype:
+                raise AdapterError(
+                    f"{canonical}: expert {expert} is {tensor.dtype} of shape {tuple(tensor.shape)}, "
+                    f"expert 0 is {first.dtype} of shape {tuple(first.shape)}"
+                )
+        tensors[canonical] = torch.stack([experts[expert] for expert in range(num_experts)])
+    return tensors
+
+
+def _magnitudes(config: Any, base: BaseSource) -> dict[str, torch.Tensor]:
+    """The row norms of the base's own weights, for every update."""
+    import torch
+
+    from minilora_hub.remote_code.adapted_linear import row_norms_squared
+    from minilora_hub.remote_code.attach import updates_at
+    from minilora_hub.remote_code.base_structure import plan_sites
+
+    model = base.load(torch.float32)
+    magnitudes = {}
+    for site in plan_sites(model, config):
+        for name, projection, _, _, _, shape_b in updates_at(site, config):
+            module = model.get_submodule(f"{site.path}.{projection}" if projection else site.path)
+            magnitudes[f"{name}.magnitude"] = row_norms_squared(module).sqrt().expand(shape_b[:-1]).clone()
+    return magnitudes
+
+
+def _reference_fields(
+    config: Any, tensors: dict[str, torch.Tensor], base: BaseSource
+) -> tuple[dict[str, Any], list[str]]:
+    """adapter_config.json of the reference; an AdapterError where it has no field for something."""
+    notes = []
+    family = base.config.model_type
+    if family not in FAMILIES:
+        raise AdapterError(f"base of type {family!r}: the reference runs on {', '.join(FAMILIES)}")
+    if config.use_dora:
+        raise AdapterError("use_dora=True: the reference format has no place for magnitudes, and would compute LoRA")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if getattr(config, name):
+            raise AdapterError(f"{name}={getattr(config, name)}: the reference has one rank and alpha for all")
+    alpha, expert_alpha = config.lora_alpha, config.expert_alpha
+    if expert_alpha is None:
+        expert_alpha = alpha if config.expert_r is None else 2 * config.expert_r
+    for name, value in (("lora_alpha", alpha), ("expert_alpha", expert_alpha)):
+        if int(value) != value:
+            raise AdapterError(f"{name}={value}: the reference takes whole numbers")
+    fields: dict[str, Any] = {
+        "bias": "none",
+        "peft_type": "MIXLORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.hub_id or base.name,
+        "r": config.r,
+        "lora_alpha": int(alpha),
+        "lora_dropout": float(config.lora_dropout or NO_DROPOUT),
+        "target_modules": sorted({name.split(".")[-2] for name in tensors if name.endswith(".lora_A")}),
+        "num_experts": config.num_experts,
+        "routing_strategy": WRITTEN[config.routing_strategy],
+        "act_fn": _activation(base),  # without it the package fails
+        "router_aux_loss_coef": float(config.router_aux_loss_coef),
+        "router_init_range": float(config.router_init_range),
+        "jitter_noise": float(config.router_jitter_noise),
+    }
+    if config.use_rslora:
+        fields["use_rslora"] = True
+    if (config.expert_r or config.r, expert_alpha) != (config.r, alpha):
+        dropout = fields["lora_dropout"]
+        rank = config.expert_r or config.r
+        fields["expert_lora"] = {"r": rank, "lora_alpha": int(expert_alpha), "lora_dropout": dropout}
+        notes.append("expert_lora: MoE-PEFT honours the experts' own rank and alpha, mixlora 0.2.3 does not")
+    if config.routing_strategy == "top_k":
+        fields["top_k"] = config.num_experts_per_tok
+    elif config.routing_strategy == "top_p":
+        fields |= {"top_p": float(config.router_top_p), "temperature": float(config.router_temperature)}
+    else:
+        fields |= {
+            "expert_capacity": config.expert_capacity,
+            "router_z_loss_coef": float(config.router_z_loss_coef),
+            "ffn_dropout": float(config.expert_dropout),
+            "sparse_step": config.router_sparse_step,
+        }
+    if config.routing_strategy != "top_k":
+        notes.append(f"routing_strategy {fields['routing_strategy']}: MoE-PEFT has it, mixlora 0.2.3 has not")
+    return fields, notes

@@ -1,0 +1,311 @@
+"""LoRA, rsLoRA and DoRA adapters in PEFT's format, read strictly: what cannot be honoured is refused by name.
+
+PEFT passes over settings that it does not know, and starts anew where a tensor is missing. Both change what the adapter
+computes, so here both are errors.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minilora_hub.errors import AdapterError
+from minilora_hub.formats.base_source import BaseSource
+from minilora_hub.formats.folders import ADAPTER_CONFIG, AdapterFolder, Settings
+from minilora_hub.formats.ours import check_against_base
+from minilora_hub.formats.peft import lora_settings, target_names, write_peft_config
+from minilora_hub.formats.tensor_files import SAFETENSORS, read_tensors
+from minilora_hub.tensor_names import from_peft, split_peft
+
+if TYPE_CHECKING:
+    import torch
+
+NUMBER = (int, float)
+REFUSED = {
+    "alora_invocation_tokens": "an adapter that is on for a part of the text only",
+    "arrow_config": "routing between adapters",
+    "ensure_weight_tying": "tied adapters",
+    "kasa_config": "KaSA",
+    "layer_replication": "layers that the base has not",
+    "lora_bias": "biases on lora_B",
+    "megatron_config": "Megatron's parallel linears",
+    "modules_to_save": "whole modules trained beside the adapter",
+    "monteclora_config": "MonteCLoRA",
+    "target_parameters": "updates of bare parameters",
+    "trainable_token_indices": "trained token embeddings",
+    "use_bdlora": "block-diagonal LoRA",
+    "use_qalora": "QA-LoRA, which pools its input",
+    "velora_config": "VeLoRA",
+}
+"""What changes the result and has no place in our format or in the base alone: setting -> what it is."""
+PASSED_OVER = {
+    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core",
+    "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type", "unsloth_fixed",
+}  # fmt: skip
+"""Settings of training and bookkeeping, and those whose effect the tensors' names already tell."""
+INITIALISED = ("gaussian", "orthogonal", "eva")
+"""Ways to start training that leave the base as it is. PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ do not."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """One low-rank update: y = W x + s B A x.
+
+    Attributes:
+        lora_a: A, [r, in].
+        lora_b: B, [out, r].
+        scaling: s.
+        magnitude: DoRA's m, [out]; None for LoRA.
+    """
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    scaling: float
+    magnitude: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """An adapter in PEFT's format, checked against its base.
+
+    Attributes:
+        config: the settings that PEFT's LoraConfig takes, without those that are defaults or bookkeeping.
+        updates: {path of the linear in the base: update}.
+        base: the base.
+    """
+
+    config: dict[str, Any]
+    updates: dict[str, Update]
+    base: BaseSource
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors under PEFT's names."""
+        from minilora_hub.tensor_names import join_peft
+
+        found = {}
+        for path, update in self.updates.items():
+            found[join_peft(path, "lora_A")] = update.lora_a
+            found[join_peft(path, "lora_B")] = update.lora_b
+            if update.magnitude is not None:
+                found[join_peft(path, "magnitude")] = update.magnitude
+        return found
+
+
+def read_peft(source: AdapterFolder, base: BaseSource) -> PeftAdapter:
+    """Read a LoRA or DoRA in PEFT's format.
+
+    Raises:
+        AdapterError: a setting cannot be honoured, or a tensor is missing, surplus or misshapen.
+    """
+    from minilora_hub.remote_code.adapted_linear import linear_shape
+
+    config = _read_config(source)
+    modules = dict(base.skeleton.named_modules())
+    parts = _parts(read_tensors(source.folder), config["use_dora"])
+    _check_targets(source, modules, set(parts))
+    updates = {}
+    for path, tensors in sorted(parts.items()):
+        shape = linear_shape(modules[path]) if path in modules else None
+        if shape is None:
+            raise AdapterError(f"{path}: the base {base.name!r} ({base.config.model_type}) has no such linear")
+        if config["fan_in_fan_out"] != (type(modules[path]).__name__ == "Conv1D"):
+            raise AdapterError(
+                f"{ADAPTER_CONFIG}: fan_in_fan_out={config['fan_in_fan_out']}: the base's {path} is a "
+                f"{type(modules[path]).__name__}; it is True for Conv1D and False for Linear"
+            )
+        r, scaling = _rank_and_scaling(config, path)
+        expected = {"lora_A": (r, shape[1]), "lora_B": (shape[0], r), "magnitude": (shape[0],)}
+        for leaf, tensor in tensors.items():
+            if tuple(tensor.shape) != expected[leaf]:
+                raise AdapterError(
+                    f"{path}.{leaf} has shape {tuple(tensor.shape)}, rank {r} on the base {base.name!r} needs "
+                    f"{expected[leaf]}"
+                )
+        updates[path] = Update(tensors["lora_A"], tensors["lora_B"], scaling, tensors.get("magnitude"))
+    return PeftAdapter(config, updates, base)
+
+
+def write_normalised(folder: Path, adapter: PeftAdapter) -> None:
+    """Write an adapter in PEFT's format as PEFT of this version writes it, as safetensors."""
+    from minilora_hub.remote_code.adapter_files import write_adapter
+
+    targets = target_names(sorted(adapter.updates), adapter.base.skeleton)
+    fields = lora_settings(**adapter.config, target_modules=targets)
+    base = adapter.base
+    write_peft_config(folder, fields, base.hub_id or base.name, base.commit)
+    write_adapter(folder / SAFETENSORS, adapter.tensors())
+
+
+def as_dora(adapter: PeftAdapter) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return a DoRA of PEFT's format as a DoraConfig and ``{canonical name: tensor}``.
+
+    Raises:
+        AdapterError: it sits where our format has no place: outside the decoder layers, or in some of them only.
+    """
+    from minilora_hub.remote_code.configuration_minilora import DoraConfig
+
+    layers_path = adapter.base.layers_path
+    try:
+        tensors = {from_peft(name, layers_path): tensor for name, tensor in adapter.tensors().items()}
+    except ValueError as error:
+        raise AdapterError(f"{error}: a DoRA outside the decoder layers cannot be honoured") from error
+    in_layers: dict[str, set[str]] = {}
+    ranks: dict[str, tuple[int, float]] = {}
+    for path, update in adapter.updates.items():
+        index, _, inner = path.removeprefix(f"{layers_path}.").partition(".")
+        in_layers.setdefault(inner, set()).add(index)
+        ranks[f"layers.{index}.{inner}"] = (update.lora_a.shape[0], update.scaling)
+    count = adapter.base.config.get_text_config(decoder=True).num_hidden_layers
+    for inner, layers in in_layers.items():
+        if len(layers) != count:
+            raise AdapterError(
+                f"{inner} is adapted in {len(layers)} of {count} layers (layers_to_transform or a pattern): "
+                "a DoRA of ours has the same targets in every layer"
+            )
+    settings = {name: adapter.config[name] for name in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
+    settings["target_modules"] = _short_targets(sorted(in_layers), adapter.base)
+    patterns = {name: adapter.config[name] for name in ("rank_pattern", "alpha_pattern")}
+    try:
+        config = DoraConfig(**settings, **patterns)
+        same = all(config.rank_and_scaling(name, config.r, config.lora_alpha) == both for name, both in ranks.items())
+        if same:
+            check_against_base(config, tensors, adapter.base)
+            return config, tensors
+    except (AdapterError, ValueError):
+        pass  # a pattern that speaks of the base's own paths: written out below
+    config = DoraConfig(**settings, **_explicit_patterns(adapter, ranks))
+    return config, tensors
+
+
+def _explicit_patterns(adapter: PeftAdapter, ranks: dict[str, tuple[int, float]]) -> dict[str, dict[str, Any]]:
+    """rank_pattern and alpha_pattern with one entry a linear, for those that differ from the common settings."""
+    config, rank_pattern, alpha_pattern = adapter.config, {}, {}
+    for name, (r, scaling) in ranks.items():
+        alpha = scaling * (math.sqrt(r) if config["use_rslora"] else r)
+        key = re.escape(name)
+        if r != config["r"]:
+            rank_pattern[key] = r
+        if alpha != config["lora_alpha"]:
+            alpha_pattern[key] = alpha
+    return {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+
+
+def _short_targets(paths: list[str], base: BaseSource) -> list[str] | str:
+    """Targets of our format: last names where they are unambiguous, else whole paths in the layer."""
+    from minilora_hub.remote_code.base_structure import find_decoder_layers, linears_in, matches_target
+
+    available = set(linears_in(find_decoder_layers(base.skeleton)[1][0]))
+    if available == set(paths):
+        return "all-linear"
+    leaves = sorted({path.rpartition(".")[2] for path in paths})
+    matched = {path for path in available if matches_target(path, leaves)}
+    return leaves if matched == set(paths) else paths
+
+
+def _read_config(source: AdapterFolder) -> dict[str, Any]:
+    settings = Settings(source.config)
+    for name, what in REFUSED.items():
+        settings.asked.add(name)
+        if source.config.get(name) not in (None, False, [], {}):
+            raise settings.error(name, f"{what} cannot be honoured")
+    if settings.get("task_type", str, "CAUSAL_LM") != "CAUSAL_LM":
+        raise settings.error("task_type", "only CAUSAL_LM can be imported")
+    if settings.get("bias", str, "none") != "none":
+        raise settings.error("bias", "trained biases of the base cannot be honoured")
+    start = settings.get("init_lora_weights", (bool, str), True)
+    if isinstance(start, str) and start not in INITIALISED:
+        raise settings.error(
+            "init_lora_weights",
+            "training has changed the base (PiSSA and its like): save it with "
+            "path_initial_model_for_weight_conversion, which makes it a plain LoRA",
+        )
+    config = {
+        "r": settings.require("r", int),
+        "lora_alpha": settings.require("lora_alpha", NUMBER),
+        "lora_dropout": settings.get("lora_dropout", NUMBER, 0.0),
+        "use_rslora": settings.get("use_rslora", bool, False),
+        "use_dora": settings.get("use_dora", bool, False),
+        "fan_in_fan_out": settings.get("fan_in_fan_out", bool, False),
+        "rank_pattern": settings.get("rank_pattern", dict, {}),
+        "alpha_pattern": settings.get("alpha_pattern", dict, {}),
+    }
+    if config["r"] < 1 or not 0 < config["lora_alpha"] < 1e9:
+        raise settings.error("r" if config["r"] < 1 else "lora_alpha", "must be above 0")
+    if not 0 <= config["lora_dropout"] < 1:
+        raise settings.error("lora_dropout", "must be a probability in [0, 1)")
+    for name, kinds in (("rank_pattern", int), ("alpha_pattern", NUMBER)):
+        for key, value in config[name].items():
+            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 1e9 or not _is_pattern(key):
+                raise settings.error(name, f"{key!r} must be a path or a regular expression with a number above 0")
+    settings.require("target_modules", (str, list))
+    known = settings.asked | PASSED_OVER
+    for name, value in source.config.items():
+        if name not in known and value not in (None, False, [], {}):
+            raise settings.error(name, "this setting is not known here, so it cannot be honoured")
+    return config
+
+
+def _is_pattern(key: str) -> bool:
+    try:
+        re.compile(rf"(.*\.)?({key})$")
+    except re.error:
+        return False
+    return len(key) <= 300
+
+
+def _parts(tensors: dict[str, torch.Tensor], use_dora: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """{path of the linear: {"lora_A", "lora_B" and for DoRA "magnitude": tensor}}, each of them complete."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        try:
+            path, leaf = split_peft(name)
+        except ValueError as error:
+            raise AdapterError(str(error)) from error
+        if leaf in parts.setdefault(path, {}):
+            raise AdapterError(f"{name}: this tensor is in the file twice, under two spellings of its name")
+        parts[path][leaf] = tensor
+    needed = {"lora_A", "lora_B"} | ({"magnitude"} if use_dora else set())
+    for path, found in parts.items():
+        if found.keys() != needed:
+            what = "is missing" if needed - found.keys() else f"does not belong to use_dora={use_dora}"
+            raise AdapterError(f"{path}: {sorted(needed ^ found.keys())[0]} {what}")
+    return parts
+
+
+def _rank_and_scaling(config: dict[str, Any], path: str) -> tuple[int, float]:
+    """Rank and scaling of a linear, with PEFT's own reading of the patterns."""
+    from peft.utils.other import get_pattern_key
+
+    ranks, alphas = config["rank_pattern"], config["alpha_pattern"]
+    r = ranks.get(get_pattern_key(ranks, path), config["r"])
+    alpha = alphas.get(get_pattern_key(alphas, path), config["lora_alpha"])
+    return r, alpha / (math.sqrt(r) if config["use_rslora"] else r)
+
+
+def _check_targets(source: AdapterFolder, modules: dict[str, Any], adapted: set[str]) -> None:
+    """The linears that the settings name are those that have tensors."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    from minilora_hub.remote_code.adapted_linear import linear_shape
+
+    names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    targets = source.config["target_modules"]
+    try:
+        chosen: dict[str, Any] = {name: source.config.get(name) for name in names}
+        config = LoraConfig(**chosen)
+        linears = [path for path, module in modules.items() if linear_shape(module)]
+        if targets == "all-linear":
+            return
+        wanted = {path for path in linears if check_target_module_exists(config, path)}
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise AdapterError(f"{ADAPTER_CONFIG}: target_modules={targets!r}: {error}") from error
+    for path in sorted(wanted - adapted):
+        raise AdapterError(f"{path}: target_modules names it, but there are no tensors for it")
+    for path in sorted(adapted - wanted):
+        if path in modules:
+            raise AdapterError(f"{path}: there are tensors for it, but target_modules={targets!r} does not name it")
