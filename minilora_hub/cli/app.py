@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from minilora_hub.cli.compare import compare
-from minilora_hub.cli.converting import export
+from minilora_hub.cli.converting import export, import_
 from minilora_hub.cli.demo import demo
 from minilora_hub.cli.finding import info, list_, pull
 from minilora_hub.cli.publishing import card, push, verify
@@ -35,6 +35,7 @@ COMMANDS = (
     ("info", info, "minilora info me/my-adapter --json"),
     ("list", list_, "minilora list --base HuggingFaceTB/SmolLM2-135M-Instruct --method mixlora"),
     ("pull", pull, "minilora pull me/my-adapter --out ./my-adapter"),
+    ("import", import_, "minilora import ./their-adapter --base embedded --out ./my-adapter"),
     ("export", export, "minilora export ./my-mixlora --to mixtral --out ./my-mixtral"),
 )
 for name, command, example in COMMANDS:

@@ -120,6 +120,16 @@ def find_base(named: str | None, given: str | None, revision: str | None = None)
     return BaseSource(name, name, name, revision)
 
 
+def hub_name(name: str | None) -> str | None:
+    """Return the id on the Hub that a base's name stands for; None for a folder, whose path says nothing to others."""
+    from minilora_hub.embedded import HUB_ID
+
+    if name == EMBEDDED:
+        return HUB_ID
+    is_path = not name or os.path.isdir(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return None if is_path else name
+
+
 def skeleton(config: Any, blocks: bool = True) -> Any:
     """Build a model from its configuration on the meta device, where its weights take no memory.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +14,20 @@ from minilora_hub.json_documents import strict_json
 Dialect = Literal["minilora", "peft", "peft-mixlora", "reference", "checkpoint"]
 
 OUR_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-REFERENCE_ONLY = ("routing_strategy", "num_experts")
-"""Settings that adapter_config.json of the reference always has."""
+# What transformers reads beside the weights. Everything else in the folder of a training run stays at home.
+COMPANIONS = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -95,6 +108,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON for people, the same bytes on every system."""
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def copy_companions(source: Path, folder: Path) -> bool:
+    """Copy an adapter's tokenizer and generation settings; return whether it has a tokenizer of its own."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    return any((source / name).is_file() for name in TOKENIZER_FILES)
 
 
 class Settings:

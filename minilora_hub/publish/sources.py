@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minilora_hub.errors import AdapterError
-from minilora_hub.json_documents import strict_json
+from minilora_hub.formats.folders import COMPANIONS as COMPANIONS
+from minilora_hub.formats.folders import TOKENIZER_FILES as TOKENIZER_FILES
+from minilora_hub.formats.folders import read_json as read_json
 from minilora_hub.publish.hashes import Hashes
 from minilora_hub.results import VERIFICATION_FILE, Verification
 
@@ -18,20 +20,6 @@ WEIGHTS = "adapter_model.safetensors"
 OUR_CONFIG, PEFT_CONFIG = "config.json", "adapter_config.json"
 PEFT_FOLDER = "peft"
 METHODS = {"mixlora": "MixLoRA", "dora": "DoRA", "lora": "LoRA"}
-# What transformers reads beside the weights. Everything else in the folder of a training run stays at home.
-COMPANIONS = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -93,23 +81,6 @@ def read_source(folder: str | Path) -> Source:
     if not (folder / WEIGHTS).is_file():
         raise AdapterError(f"adapter {folder.name!r}: no {WEIGHTS}; save it with save_pretrained, not as a pickle")
     return source
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        AdapterError: it is missing or is not one.
-    """
-    try:
-        content = strict_json(path.read_bytes())
-    except FileNotFoundError:
-        raise AdapterError(f"adapter {path.parent.name!r}: no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path.name} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise AdapterError(f"{path.name} must hold a JSON object, got a {type(content).__name__}")
-    return content
 
 
 def recorded_before(folder: Path, hashes: Hashes) -> Verification | None:

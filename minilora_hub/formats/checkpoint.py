@@ -1,0 +1,67 @@
+"""Ordinary transformers checkpoints, written a part at a time: no more than one part is in memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minilora_hub.errors import AdapterError
+from minilora_hub.formats.folders import write_json
+from minilora_hub.formats.tensor_files import write_safetensors
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+ROOM = 2**20  # bytes for everything that is not a tensor
+
+
+def write_shards(folder: Path, parts: Iterable[dict[str, torch.Tensor]], count: int) -> None:
+    """Write each part as one shard, and the index.
+
+    Args:
+        folder: an existing folder.
+        parts: ``{name: tensor}``, `count` of them; each is let go before the next is asked for.
+        count: how many, which the files' names tell.
+    """
+    places: dict[str, str] = {}
+    size = 0
+    iterator: Iterator[dict[str, torch.Tensor]] = iter(parts)
+    for number in range(1, count + 1):
+        tensors = next(iterator)
+        name = f"model-{number:05d}-of-{count:05d}.safetensors"
+        write_safetensors(folder / name, tensors)
+        places.update(dict.fromkeys(tensors, name))
+        size += sum(tensor.nbytes for tensor in tensors.values())
+        del tensors
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+
+
+def require_space(out: str | Path, size: int) -> None:
+    """Raise an AdapterError where the disk that `out` is on has less than `size` bytes free."""
+    place = Path(out).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < size + ROOM:
+        raise AdapterError(f"out={str(out)!r}: {size / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free there")
+
+
+def write_card(folder: Path, title: str, facts: dict[str, Any], lines: list[str], snippet: str) -> None:
+    """Write a model card that says what the checkpoint is made of.
+
+    Args:
+        folder: where to.
+        title: its heading.
+        facts: the card's metadata; None and empty values are left out.
+        lines: paragraphs.
+        snippet: Python code that loads it.
+    """
+    from huggingface_hub import ModelCardData
+
+    known = {name: value for name, value in facts.items() if value}
+    metadata = ModelCardData(**known).to_yaml()
+    body = "\n\n".join([f"# {title}", *lines, f"```python\n{snippet}\n```"])
+    (folder / "README.md").write_text(f"---\n{metadata}\n---\n\n{body}\n", encoding="utf-8", newline="\n")

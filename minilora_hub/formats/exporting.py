@@ -1,0 +1,122 @@
+"""From an adapter of ours to the formats that other engines read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from minilora_hub.errors import AdapterError
+from minilora_hub.formats.base_source import find_base
+from minilora_hub.formats.dense import DType, export_dense
+from minilora_hub.formats.folders import AdapterFolder, read_folder
+from minilora_hub.formats.mixlora import write_reference
+from minilora_hub.formats.moe import MoePlan, export_moe, plan_moe
+from minilora_hub.formats.ours import read_ours
+from minilora_hub.formats.output import require_free, whole_folder
+from minilora_hub.formats.peft import write_peft_folder
+
+Target = Literal["peft", "dense", "mixtral", "moe", "mixlora"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export made.
+
+    Attributes:
+        folder: the folder.
+        to: the format.
+        notes: what the user should know, a line each.
+    """
+
+    folder: Path
+    to: str
+    notes: tuple[str, ...] = ()
+
+
+def export_adapter(
+    source: str | Path,
+    out: str | Path,
+    to: Target,
+    *,
+    base: str | None = None,
+    dtype: DType = "auto",
+    dequantize: bool = False,
+    announce: Callable[[MoePlan], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Exported:
+    """Write an adapter in another format.
+
+    Args:
+        source: the adapter's folder.
+        out: a folder that is empty, or not there yet. It appears whole or not at all.
+        to: ``"peft"``, ``"dense"``, ``"mixtral"``, ``"moe"`` (the mixture of experts of the base's family) or
+            ``"mixlora"`` (the reference format).
+        base: load the base from there. Default: what the adapter names.
+        dtype: of the checkpoint, for ``"dense"``, ``"mixtral"`` and ``"moe"``.
+        dequantize: for ``"dense"``: whether a quantised base may be dequantised.
+        announce: told what will be written, before it is, for ``"mixtral"`` and ``"moe"``.
+        progress: told (parts written, parts in all), for the same.
+
+    Raises:
+        AdapterError: the adapter has no place in that format; the message says why. Nothing is written then.
+    """
+    require_free(out)
+    if to == "dense":
+        return Exported(export_dense(source, out, base=base, dtype=dtype, dequantize=dequantize), to)
+    found = read_folder(source)
+    if found.dialect != "minilora":
+        what = {"peft": "in PEFT's format", "reference": "in the reference format", "checkpoint": "a whole model"}
+        raise AdapterError(
+            f"{found.folder.name!r} is {what.get(found.dialect, found.dialect)}: --to {to} takes an adapter in our "
+            "format, which `minilora import` makes"
+        )
+    if to in ("mixtral", "moe"):
+        return _to_moe(found, Path(out), to, base, dtype, announce, progress)
+    located = find_base(found.base, base, found.config.get("base_model_revision"))
+    config, tensors, sites = read_ours(found, located)
+    notes: list[str] = []
+    if to == "mixlora" and found.method != "mixlora":
+        raise AdapterError(
+            f"adapter {found.folder.name!r} is a {found.method}: the reference format holds MixLoRA only"
+        )
+    if to == "peft" and found.method == "mixlora":
+        return _to_peft_mixlora(found, Path(out))
+    with whole_folder(out) as folder:
+        if to == "peft":
+            named = located.hub_id or located.name
+            write_peft_folder(folder, config, tensors, sites, located.skeleton, named, located.commit)
+        else:
+            notes = write_reference(folder, config, tensors, located)
+    return Exported(Path(out), to, tuple(notes))
+
+
+def _to_moe(
+    found: AdapterFolder,
+    out: Path,
+    to: str,
+    base: str | None,
+    dtype: DType,
+    announce: Callable[[MoePlan], None] | None,
+    progress: Callable[[int, int], None] | None,
+) -> Exported:
+    import torch
+
+    from minilora_hub import MixLoraForCausalLM
+
+    if found.method != "mixlora":
+        raise AdapterError(f"adapter {found.folder.name!r} is a {found.method}: it merges into its base, --to dense")
+    wanted: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
+    model = MixLoraForCausalLM.from_pretrained(str(found.folder), base_model=base, dtype=wanted)
+    only = "MixtralForCausalLM" if to == "mixtral" else None
+    if announce is not None:
+        announce(plan_moe(model, only))
+    export_moe(model, out, companions=found.folder, only=only, progress=progress)
+    return Exported(out, to)
+
+
+def _to_peft_mixlora(found: AdapterFolder, out: Path) -> Exported:
+    raise AdapterError(
+        f"adapter {found.folder.name!r} is a MixLoRA, which stock PEFT has no method for: --to moe or --to mixlora"
+    )
