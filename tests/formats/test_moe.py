@@ -160,6 +160,8 @@ from minilora_hub import MixLoraForCausalLM
 from minilora_hub.formats.moe import export_moe, plan_moe
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 model = MixLoraForCausalLM.from_pretrained(sys.argv[1], base_model="embedded", dtype=torch.float32)
+for tensor in model.parameters():
+    tensor.sum()  # weights are mapped until they are read
 plan, loaded = plan_moe(model), peak()
 export_moe(model, sys.argv[2])
 print(json.dumps([loaded, peak(), plan.bytes_of_model, plan.bytes_of_largest_shard, plan.bytes_on_disk]))
