@@ -148,6 +148,7 @@ def join_peft(path: str, leaf: str) -> str:
 
 
 REFERENCE_PREFIX = "mixlora.layers"
+REFERENCE_FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "fc1", "fc2", "gate_up_proj"}
 LEGACY_PROJECTIONS = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}
 _REFERENCE = tuple(
     re.compile(rf"(?:mixlora\.)?layers\.(?P<layer>0|[1-9]\d{{0,5}})\.{rest}")
@@ -180,6 +181,9 @@ def from_reference(name: str) -> tuple[str, int | None]:
     layer = f"{CANONICAL_LAYERS}.{parts['layer']}"
     if parts.get("router"):
         return f"{layer}.mlp.router", None
+    if parts.get("attention") and reference_projection(parts["attention"]) in REFERENCE_FEED_FORWARD:
+        # Old files with a sparse_step: plain LoRA on the block of a layer without a mixture, under attention's name.
+        return f"{layer}.mlp.{reference_projection(parts['attention'])}.{parts['leaf']}", None
     if parts.get("attention"):
         return f"{layer}.self_attn.{parts['attention']}.{parts['leaf']}", None
     projection = reference_projection(parts["projection"])

@@ -160,24 +160,27 @@ def skeleton(config: Any, blocks: bool = True) -> Any:
 
 
 def _make_blocks_real(layers: Any) -> None:
+    """Give the blocks of one kind random weights on the processor, the same ones to all of them."""
     import torch
 
     from minilora_hub.remote_code.adapted_linear import linear_shape
 
     generator = torch.Generator().manual_seed(0)
-    seen = set()
-    for layer in layers:
-        for module in layer.modules():
-            shapes = tuple(
-                (name, linear_shape(child)) for name, child in module.named_children() if linear_shape(child)
-            )
-            if len(shapes) not in (2, 3) or (type(module), shapes) in seen:
-                continue
-            seen.add((type(module), shapes))
-            size = sum(parameter.numel() for parameter in module.parameters())
-            module.to(torch.bfloat16 if size > LARGE_BLOCK else torch.float32).to_empty(device="cpu")
-            with torch.no_grad():
-                for parameter in module.parameters():
-                    parameter.normal_(0, 0.02, generator=generator)
-            for buffer in module.buffers():
-                buffer.zero_()
+    seen: dict[Any, Any] = {}
+    for module in (module for layer in layers for module in layer.modules()):
+        shapes = tuple((name, linear_shape(child)) for name, child in module.named_children() if linear_shape(child))
+        if len(shapes) not in (2, 3):
+            continue
+        first = seen.setdefault((type(module), shapes), module)
+        if first is not module:
+            for ours, its in zip(module.modules(), first.modules(), strict=True):
+                ours._parameters.update(its._parameters)
+                ours._buffers.update(its._buffers)
+            continue
+        size = sum(parameter.numel() for parameter in module.parameters())
+        module.to(torch.bfloat16 if size > LARGE_BLOCK else torch.float32).to_empty(device="cpu")
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.normal_(0, 0.02, generator=generator)
+        for buffer in module.buffers():
+            buffer.zero_()

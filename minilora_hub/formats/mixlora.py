@@ -71,11 +71,14 @@ def read_reference(
     fields["target_modules"] = _targets(settings, base, notes)
     _check_activation(settings, base)
     use_dora = fields.pop("use_dora")
+    tensors = _stack(read_tensors(source.folder), fields["num_experts"])
+    if fields.get("router_sparse_step", 1) > 1 and "layers.0.mlp.router" in tensors:
+        fields["router_sparse_step"] = 1  # MoE-PEFT reads the setting and gives every layer a mixture all the same
+        notes.append("sparse_step: every layer has a router in the file, so every layer is a mixture")
     try:
         config = MixLoraConfig(**fields)
     except (ValueError, TypeError) as error:
         raise AdapterError(f"{ADAPTER_CONFIG}: {error}") from error
-    tensors = _stack(read_tensors(source.folder), config.num_experts)
     if use_dora and dora == "trained":
         config.use_dora = True
         tensors |= _magnitudes(config, base)
@@ -179,9 +182,7 @@ def _routing_fields(settings: Settings) -> dict[str, Any]:
         fields["expert_capacity"] = settings.get("expert_capacity", int, 32)
         fields["router_z_loss_coef"] = settings.get("router_z_loss_coef", NUMBER, 0.001)
         fields["expert_dropout"] = settings.get("ffn_dropout", NUMBER, 0.0)
-        fields["router_sparse_step"] = settings.get("sparse_step", int)
-    if strategy != "top_k":
-        fields["num_experts_per_tok"] = 1
+        fields["router_sparse_step"] = settings.get("sparse_step", int, 1)
     return fields
 
 
@@ -308,6 +309,13 @@ def _reference_fields(
     }
     if config.use_rslora:
         fields["use_rslora"] = True
+    if (config.router_sparse_step or 1) > 1:
+        raise AdapterError(
+            f"router_sparse_step={config.router_sparse_step}: the reference gives every layer a mixture, whatever its "
+            "sparse_step says"
+        )
+    if config.expert_dropout and config.routing_strategy != "switch":
+        notes.append("expert_dropout: the reference has it for mixlora-switch only; it matters in training alone")
     if (config.expert_r or config.r, expert_alpha) != (config.r, alpha):
         dropout = fields["lora_dropout"]
         rank = config.expert_r or config.r
@@ -322,7 +330,6 @@ def _reference_fields(
             "expert_capacity": config.expert_capacity,
             "router_z_loss_coef": float(config.router_z_loss_coef),
             "ffn_dropout": float(config.expert_dropout),
-            "sparse_step": config.router_sparse_step,
         }
     if config.routing_strategy != "top_k":
         notes.append(f"routing_strategy {fields['routing_strategy']}: MoE-PEFT has it, mixlora 0.2.3 has not")

@@ -12,6 +12,7 @@ from formats.helpers import (
     mixlora,
     peft_folder,
     reference_folder,
+    reference_tensors,
 )
 from peft import PeftModel
 from reference import reference_mixlora
@@ -27,6 +28,7 @@ from minilora_hub.formats.importing import import_adapter, import_as_experts
 from minilora_hub.formats.mixlora import write_reference
 from minilora_hub.formats.ours import read_ours
 from minilora_hub.publish.sources import read_source
+from minilora_hub.remote_code.routing import Routes
 
 FAMILIES = ("llama", "mistral", "qwen2", "gemma2", "phi", "phi3")
 
@@ -105,6 +107,50 @@ def test_expert_lora_gives_the_experts_a_rank_of_their_own(bases, tmp_path):
     model = mixlora(tiny_base(), r=4, lora_alpha=6, expert_r=2, expert_alpha=10)
     expert_lora = {"r": 2, "lora_alpha": 10, "lora_dropout": 0.05}
     source = reference_folder(tmp_path / "source", model, expert_lora=expert_lora)
+    import_adapter(source, tmp_path / "out", base=str(bases()))
+    assert torch.equal(logits(MixLoraForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+
+
+STRATEGIES = {
+    "mixlora": ({"router_jitter_noise": 0.1}, {"top_k": 2, "jitter_noise": 0.1}),
+    "mixlora-dynamic": (
+        {"routing_strategy": "top_p", "router_top_p": 0.6, "router_temperature": 0.5},
+        {"top_p": 0.6, "temperature": 0.5, "top_k": None},
+    ),
+    "mixlora-switch": (
+        {"routing_strategy": "switch", "expert_capacity": 16, "router_z_loss_coef": 0.01, "expert_dropout": 0.1},
+        {"expert_capacity": 16, "router_z_loss_coef": 0.01, "ffn_dropout": 0.1, "top_k": None, "sparse_step": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_three_routing_strategies(strategy, bases, tmp_path):
+    ours, theirs = STRATEGIES[strategy]
+    model = mixlora(tiny_base(), **ours)
+    source = reference_folder(tmp_path / "source", model, routing_strategy=strategy, **theirs)
+    imported = import_adapter(source, tmp_path / "out", base=str(bases()))
+    assert any("sparse_step" in note for note in imported.notes) == (strategy == "mixlora-switch")
+    loaded = MixLoraForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(loaded), logits(model))
+    for name, value in ours.items():
+        assert getattr(loaded.config, name) == value
+    base = find_base(None, str(bases()))
+    config, tensors, _ = read_ours(read_folder(tmp_path / "out"), base)
+    (tmp_path / "back").mkdir()
+    write_reference(tmp_path / "back", config, tensors, base)
+    back = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
+    wanted = {"routing_strategy": strategy} | {k: v for k, v in theirs.items() if v is not None and k != "sparse_step"}
+    assert {name: back[name] for name in wanted} == wanted
+
+
+def test_old_files_with_a_sparse_step(bases, tmp_path):
+    """Layers without a mixture have plain LoRA on their block, which those files call attention."""
+    model = mixlora(tiny_base(), routing_strategy="switch", router_sparse_step=2)
+    source = reference_folder(tmp_path / "source", model, routing_strategy="switch", top_k=None, sparse_step=2)
+    weights = {k.replace(".0.mlp.", ".0.self_attn."): v for k, v in reference_tensors(model).items()}
+    assert any(".0.self_attn.up_proj." in name for name in weights)
+    torch.save(weights, source / "adapter_model.bin")
     import_adapter(source, tmp_path / "out", base=str(bases()))
     assert torch.equal(logits(MixLoraForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
 
@@ -306,16 +352,12 @@ MLP = ["up_proj", "down_proj"]
 
 
 def forced_to(model, expert):
-    """The router sends every token to one expert: its row is the sum of many, the others are its negative."""
-    for name, parameter in model.adapter_parameters().items():
-        if name.endswith("router"):
-            parameter.data.zero_()
+    """The model, with a router that sends every token to one expert."""
     for module in model.modules():
         if hasattr(module, "route"):
 
             def route(x, leading, module=module):
-                chosen = torch.full((x.shape[0], 1), expert)
-                return torch.ones(x.shape[0], 1), chosen
+                return Routes(torch.ones(x.shape[0], 1), torch.full((x.shape[0], 1), expert))
 
             module.route = route
     return model

@@ -102,6 +102,14 @@ def test_experts_on_some_projections_only(tmp_path):
         (lambda: MixLoraForCausalLM.from_base(tiny_base("phi3"), tiny_config("mixlora")), "base of type 'phi3'"),
         (lambda: MixLoraForCausalLM.from_base(tiny_base("gemma2"), tiny_config("mixlora")), "four norms"),
         (lambda: MixLoraForCausalLM.from_base(tiny_base("gpt2"), tiny_config("mixlora")), "has no gate"),
+        (
+            lambda: MixLoraForCausalLM.from_base(tiny_base(), tiny_config("mixlora", routing_strategy="top_p")),
+            "routing_strategy='top_p'.*only top_k",
+        ),
+        (
+            lambda: MixLoraForCausalLM.from_base(tiny_base(), tiny_config("mixlora", routing_strategy="switch")),
+            "routing_strategy='switch'.*only top_k",
+        ),
         (lambda: DoraForCausalLM.from_base(tiny_base(), tiny_config("dora")), "only a MixLoRA is a mixture"),
         (
             lambda: MixLoraForCausalLM.from_base(tiny_base("llama", biases=True), tiny_config("mixlora")),
