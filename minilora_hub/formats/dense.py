@@ -60,7 +60,9 @@ def export_dense(
     merged = _merged(found, model).to(wanted)
     merged.config.dtype = wanted
     with whole_folder(out) as folder:
-        merged.save_pretrained(folder, max_shard_size=max_shard_size)
+        # A dequantised model still remembers how its checkpoint was packed, and cannot pack it again.
+        quantised = getattr(located.config, "quantization_config", None) is not None
+        merged.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=not quantised)
         if not copy_companions(found.folder, folder):
             located.save_companions(folder)
         _write_card(folder, found, located, str(wanted).removeprefix("torch."))
