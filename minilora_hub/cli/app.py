@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from minilora_hub.cli.changing import combine, experts
 from minilora_hub.cli.compare import compare
 from minilora_hub.cli.converting import export, import_
 from minilora_hub.cli.demo import demo
@@ -36,10 +37,12 @@ COMMANDS = (
     ("list", list_, "minilora list --base HuggingFaceTB/SmolLM2-135M-Instruct --method mixlora"),
     ("pull", pull, "minilora pull me/my-adapter --out ./my-adapter"),
     ("import", import_, "minilora import ./their-adapter --base embedded --out ./my-adapter"),
+    ("combine", combine, "minilora combine ./lora-a ./lora-b --method ties --weight 0.7 --weight 0.3 --out ./both"),
     ("export", export, "minilora export ./my-mixlora --to mixtral --out ./my-mixtral"),
 )
 for name, command, example in COMMANDS:
     app.command(name, epilog=f"Example: {example}")(command)
+app.add_typer(experts, name="experts")
 
 
 def _print_version(wanted: bool) -> None:

@@ -61,7 +61,7 @@ def import_(
         )
     for note in made.notes:
         say(f"Note: {note}")
-    _tell(made.folder, {"method": made.method, "from": made.source, "notes": list(made.notes)}, as_json)
+    tell(made.folder, {"method": made.method, "from": made.source, "notes": list(made.notes)}, as_json)
 
 
 def export(
@@ -114,7 +114,7 @@ def export(
         )
     for note in made.notes:
         say(f"Note: {note}")
-    _tell(made.folder, {"to": made.to, "notes": list(made.notes)}, as_json)
+    tell(made.folder, {"to": made.to, "notes": list(made.notes)}, as_json)
 
 
 def local_folder(source: str, revision: str | None = None) -> Path:
@@ -126,7 +126,8 @@ def local_folder(source: str, revision: str | None = None) -> Path:
     return fetch(source, revision=revision, token=None, progress=True)[0]
 
 
-def _tell(folder: Path, facts: dict[str, Any], as_json: bool) -> None:
+def tell(folder: Path, facts: dict[str, Any], as_json: bool) -> None:
+    """Print which folder was written, and its size."""
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if as_json:
         print_json({"folder": str(folder), "bytes": size} | facts)

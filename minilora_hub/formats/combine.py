@@ -39,7 +39,7 @@ class Combination:
     Attributes:
         method: one of `METHODS`.
         weights: a factor for each adapter.
-        density: the share of values that pruning keeps, above 0 and at most 1.
+        density: the share of values that pruning keeps, above 0 and below 1.
         rank: of the result, for the methods with an SVD; None for the largest rank among the adapters.
         seed: of DARE's random pruning.
     """
@@ -58,8 +58,8 @@ class Combination:
             raise AdapterError(f"{count} adapter: at least 2 can be combined")
         if len(self.weights) != count or not all(math.isfinite(weight) for weight in self.weights):
             raise AdapterError(f"weights={list(self.weights)}: must be one finite number for each of {count} adapters")
-        if not 0 < self.density <= 1:
-            raise AdapterError(f"density={self.density}: must be above 0 and at most 1")
+        if not 0 < self.density < 1:
+            raise AdapterError(f"density={self.density}: must be above 0 and below 1")
         if self.rank is not None and (self.rank < 1 or not self.method.endswith("svd")):
             raise AdapterError(f"rank={self.rank}: must be at least 1, and only methods with svd take it")
 
