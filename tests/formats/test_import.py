@@ -194,6 +194,8 @@ def test_dora_without_magnitudes_computes_what_the_package_does(bases, tmp_path)
         ({"act_fn": "relu"}, "act_fn='relu': the base computes 'silu'"),
         ({"act_fn": "sleek"}, "act_fn='sleek'"),
         ({"num_experts": 5}, r"experts \[0, 1, 2, 3\] are in the file, num_experts=5"),
+        ({"num_experts": 10**12}, "num_experts=1000000000000 asks for all"),
+        ({"num_experts": 0}, "num_experts=0 asks for all"),
         ({"num_experts": "4"}, "num_experts='4': must be of type int"),
         ({"num_experts": None}, "num_experts is missing"),
         ({"r": 8}, r"has shape \(4, 32\), this configuration and base require \(8, 32\)"),
