@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from minilora_hub.errors import AdapterError
+from minilora_hub.formats.peft_reading import INITIALISED, REFUSED
 from minilora_hub.remote_code.adapted_linear import linear_shape
 from minilora_hub.remote_code.adapter_files import ADAPTER_FILE, check_tensors, read_adapter
 from minilora_hub.remote_code.attach import expected_tensors
@@ -25,23 +26,6 @@ from minilora_hub.remote_code.configuration_minilora import DoraConfig
 from minilora_hub.tensor_names import from_peft
 
 PEFT_CONFIG_FILE = "adapter_config.json"
-
-# Fields of PEFT's LoraConfig (0.21) whose use changes what the adapter computes, or the base it computes on.
-NOT_PLAIN_LORA = (
-    "modules_to_save",
-    "trainable_token_indices",
-    "layer_replication",
-    "lora_bias",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "use_qalora",
-    "use_bdlora",
-    "monteclora_config",
-    "megatron_config",
-)
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "mica", "lora_ga")
 
 
 class PeftLoraConfig(DoraConfig):
@@ -75,13 +59,13 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{str(path)!r}: must hold a JSON object")
     if settings.get("peft_type") != "LORA":
         raise AdapterError(f"{str(path)!r}: peft_type={settings.get('peft_type')!r}, must be 'LORA'")
-    for name in NOT_PLAIN_LORA:
+    for name in REFUSED:
         if settings.get(name):
             raise AdapterError(
                 f"{str(path)!r}: {name}={settings[name]!r}: only plain LoRA, rsLoRA and DoRA can be read"
             )
     init = settings.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+    if isinstance(init, str) and init not in INITIALISED:
         raise AdapterError(
             f"{str(path)!r}: init_lora_weights={init!r} changes the base's weights: convert the adapter to plain LoRA "
             "(save_pretrained with path_initial_model_for_weight_conversion)"
