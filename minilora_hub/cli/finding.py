@@ -14,6 +14,15 @@ Sort = Literal["downloads", "likes", "last_modified", "created_at"]
 Method = Literal["mixlora", "dora", "lora"]
 
 
+LAYOUTS = {
+    "auto": "AutoModel with its own code",
+    "peft": "PEFT format",
+    "peft-mixlora": "PEFT format, a method of minilora_hub",
+    "reference": "format of the mixlora package: minilora import makes it loadable",
+    "checkpoint": "a whole model, no adapter",
+}
+
+
 def info(
     adapter: Annotated[str, typer.Argument(metavar="REPO_OR_DIR", help="An id on the Hub, or a folder.")],
     revision: Revision = None,
@@ -30,10 +39,13 @@ def info(
     unknown = "unknown"
     rows = [
         ("adapter", f"{found.name}{f' at {found.revision}' if found.revision else ''}"),
-        ("method", f"{found.method}, {'PEFT format' if found.layout == 'peft' else 'AutoModel with its own code'}"),
+        ("method", f"{found.method}, {LAYOUTS[found.layout]}"),
         ("base", f"{found.base or unknown} at {found.base_revision or 'no fixed revision'}"),
         *((name, str(value)) for name, value in found.settings.items()),
-        ("parameters", f"{found.parameters:,}"),
+        (
+            "parameters",
+            f"{found.parameters:,}" if found.parameters is not None else "unknown: the weights are a pickle",
+        ),
         ("size", f"{size_text(found.bytes)} in {len(found.files)} files"),
         ("code", "none" if found.code is None else f"minilora_hub, {found.code}" if found.code != unknown else unknown),
         ("license", found.license or unknown),

@@ -13,6 +13,7 @@ from typing import Any
 from minilora_hub.bases import EMBEDDED
 from minilora_hub.embedded import HUB_ID
 from minilora_hub.errors import AdapterError
+from minilora_hub.formats.folders import AdapterFolder, read_folder
 from minilora_hub.publish.damage import read_header
 from minilora_hub.publish.island import code_files, code_hash, release_of
 from minilora_hub.publish.sources import METHODS, WEIGHTS, read_source
@@ -36,6 +37,16 @@ SHOWN_SETTINGS = (
     "expert_r",
     "expert_alpha",
 )
+SHOWN_REFERENCE = ("top_k", "top_p", "temperature", "sparse_step", "act_fn", "expert_lora")
+SHOWN_CHECKPOINT = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "dtype",
+    "quantization_config",
+)
 
 
 @dataclass(frozen=True)
@@ -45,12 +56,14 @@ class AdapterInfo:
     Attributes:
         name: the folder or the repo.
         revision: the commit; None for a folder.
-        method: ``"MixLoRA"``, ``"DoRA"`` or ``"LoRA"``.
-        layout: ``"auto"`` (AutoModel with code of its own) or ``"peft"``.
+        method: ``"MixLoRA"``, ``"DoRA"`` or ``"LoRA"``; for a whole model its architecture.
+        layout: ``"auto"`` (AutoModel with code of its own) or ``"peft"``, which can be published; ``"peft-mixlora"``
+            (MixLoRA as a PEFT method), ``"reference"`` (the format of the `mixlora` package) or ``"checkpoint"`` (a
+            whole model, such as an export).
         base: the base it names.
         base_revision: the base's commit; None where it names none.
         settings: rank, alpha, experts and the like, as its configuration has them.
-        parameters: values in its weights.
+        parameters: values in its weights; None where they are a pickle, which is not opened for this.
         bytes: size of all its files.
         files: path -> bytes.
         code: the version of minilora_hub whose code it carries, ``"unknown"`` for other code, None without code.
@@ -68,7 +81,7 @@ class AdapterInfo:
     base: str | None
     base_revision: str | None
     settings: dict[str, Any]
-    parameters: int
+    parameters: int | None
     bytes: int
     files: dict[str, int]
     code: str | None = None
@@ -116,14 +129,13 @@ def info(
         from minilora_hub.publish.remote import fetch
 
         folder, commit = fetch(os.fspath(repo_or_dir), revision=revision, token=token, progress=progress)
+    found = read_folder(folder)
+    if found.dialect not in ("minilora", "peft") or not (folder / WEIGHTS).is_file():
+        return _in_another_format(found, os.fspath(repo_or_dir), commit)
     source = read_source(folder)
     results = Results.load(folder) if (folder / RESULTS_FILE).is_file() else None
     training = results.training if results else None
-    files = {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder).parts[0] != ".cache"
-    }
+    files = _files(folder)
     code = code_files(folder)
     return AdapterInfo(
         name=os.fspath(repo_or_dir),
@@ -142,6 +154,36 @@ def info(
         seconds=training.seconds if training else None,
         data=tuple(source.name for source in training.data) if training else (),
         evaluation=results.evaluation if results else (),
+    )
+
+
+def _files(folder: Path) -> dict[str, int]:
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).parts[0] != ".cache"
+    }
+
+
+def _in_another_format(found: AdapterFolder, name: str, commit: str | None) -> AdapterInfo:
+    """What is known of an adapter that is to be imported, or of an export."""
+    files = _files(found.folder)
+    weights = sorted(found.folder.glob("*.safetensors"))
+    if not weights and not any(found.folder.glob("*.bin")):
+        raise AdapterError(f"{name!r}: there are no weights in it")
+    revision = found.config.get("revision")
+    shown = SHOWN_CHECKPOINT if found.dialect == "checkpoint" else (*SHOWN_SETTINGS, *SHOWN_REFERENCE)
+    return AdapterInfo(
+        name=name,
+        revision=commit,
+        method=METHODS.get(found.method, found.method),
+        layout=found.dialect,
+        base=found.base,
+        base_revision=revision if isinstance(revision, str) else None,
+        settings={key: found.config[key] for key in shown if found.config.get(key) not in (None, False)},
+        parameters=sum(count_values(path) for path in weights) if weights else None,
+        bytes=sum(files.values()),
+        files=files,
     )
 
 
