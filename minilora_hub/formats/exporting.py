@@ -117,6 +117,10 @@ def _to_moe(
 
 
 def _to_peft_mixlora(found: AdapterFolder, out: Path) -> Exported:
-    raise AdapterError(
-        f"adapter {found.folder.name!r} is a MixLoRA, which stock PEFT has no method for: --to moe or --to mixlora"
-    )
+    """A MixLoRA as the PEFT method of minilora_hub."""
+    from minilora_hub.formats.peft_mixlora import to_peft_layout
+
+    with whole_folder(out) as folder:
+        to_peft_layout(found.folder, folder)
+    note = "PEFT reads it where minilora_hub is installed and minilora_hub.register() was called; stock PEFT does not"
+    return Exported(out, "peft", (note,))

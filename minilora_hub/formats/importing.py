@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from minilora_hub.formats.mixlora import ReferenceDora, read_reference
 from minilora_hub.formats.ours import write_ours
 from minilora_hub.formats.output import require_free, whole_folder
 from minilora_hub.formats.peft_reading import as_dora, read_peft, write_normalised
+from minilora_hub.formats.tensor_files import read_tensors
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def import_adapter(
     if found.dialect == "checkpoint":
         raise AdapterError(f"{found.folder.name!r} is a whole model ({found.method}), not an adapter")
     if found.dialect == "peft-mixlora":
-        return _from_peft_mixlora(found, Path(out))
+        return _from_peft_mixlora(found, Path(out), base)
     located = find_base(found.base, base, base_revision)
     notes: list[str] = []
     with whole_folder(out) as folder:
@@ -107,5 +109,16 @@ def import_as_experts(
     return Imported(Path(out), "mixlora", "peft", tuple(notes))
 
 
-def _from_peft_mixlora(found: AdapterFolder, out: Path) -> Imported:
-    raise AdapterError(f"adapter {found.folder.name!r} is a MixLoRA as a PEFT method: it cannot be imported yet")
+def _from_peft_mixlora(found: AdapterFolder, out: Path, base: str | None) -> Imported:
+    """A MixLoRA that was saved by the PEFT method of minilora_hub."""
+    from minilora_hub.formats.peft_mixlora import from_peft_layout
+
+    read_tensors(found.folder)  # strictly, before anything else looks at them
+    try:
+        with whole_folder(out) as folder, warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # PEFT passes over settings that it does not know
+            from_peft_layout(found.folder, folder, base)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, UserWarning) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise AdapterError(f"adapter {found.folder.name!r} cannot be read as a MixLoRA of PEFT's: {reason}") from error
+    return Imported(out, "mixlora", found.dialect)

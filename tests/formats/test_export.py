@@ -15,6 +15,8 @@ from minilora_hub import DoraForCausalLM, MixLoraForCausalLM, cli
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.dense import export_dense
 from minilora_hub.formats.exporting import export_adapter
+from minilora_hub.formats.importing import import_adapter
+from minilora_hub.publish.discover import info
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +137,28 @@ def test_what_has_no_place_there_is_refused(to, make, message, bases, tmp_path):
     with pytest.raises(AdapterError, match=message):
         export_adapter(source, tmp_path / "out", to)
     assert listing(tmp_path) == before
+
+
+def test_a_mixlora_as_the_peft_method_and_back(bases, tmp_path):
+    from minilora_hub import register
+
+    register()
+    model = MixLoraForCausalLM.from_base(str(bases()), tiny_config("mixlora"))
+    fill_adapter(model)
+    model.save_pretrained(tmp_path / "ours")
+    exported = export_adapter(tmp_path / "ours", tmp_path / "peft", "peft")
+    assert "register()" in exported.notes[0]
+    PeftModel.from_pretrained(tiny_base(), tmp_path / "peft")  # its logits: test_peft_mixlora.py
+    assert info(tmp_path / "peft").layout == "peft-mixlora"
+    import_adapter(tmp_path / "peft", tmp_path / "back", base=str(bases()))
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    (tmp_path / "peft" / "adapter_model.safetensors").write_bytes(b"x" * 40)
+    for place in ("again", "peft/again"):
+        with pytest.raises(AdapterError, match="its header claims"):
+            import_adapter(tmp_path / "peft", tmp_path / place, base=str(bases()))
+    assert not (tmp_path / "again").exists()
 
 
 # ---- from the shell ----

@@ -21,7 +21,7 @@ import pytest
 import torch
 from formats.helpers import base_folder, edit_json, legacy_tensors, listing, mixlora, peft_folder, reference_folder
 from safetensors.torch import load_file, save_file
-from tiny import tiny_base
+from tiny import fill_adapter, tiny_base
 
 from minilora_hub import MixLoraForCausalLM
 from minilora_hub.errors import AdapterError, MiniLoraError
@@ -29,6 +29,7 @@ from minilora_hub.formats.combine import Combination, combine
 from minilora_hub.formats.folders import read_folder
 from minilora_hub.formats.importing import import_adapter, import_as_experts
 from minilora_hub.formats.ours import read_ours
+from minilora_hub.formats.peft_mixlora import to_peft_layout
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,10 @@ def good(tmp_path_factory, base):
         "peft dora": peft_folder(folder / "dora", tiny_base(), use_dora=True, rank_pattern={"q_proj": 2}),
         "shards": peft_folder(folder / "shards", tiny_base()),
     }
+    saved = MixLoraForCausalLM.from_base(str(base), model.config)
+    fill_adapter(saved)
+    saved.save_pretrained(folder / "ours")
+    found["peft mixlora"] = to_peft_layout(folder / "ours", folder / "peft mixlora")
     (found["legacy"] / "adapter_model.bin").unlink()
     save_file(legacy_tensors(model), found["legacy"] / "adapter_model.safetensors")
     shard(found["shards"])
@@ -416,7 +421,7 @@ def check_result(imported, base):
     read(found, find_base(None, str(base)))
 
 
-KINDS = ("reference", "legacy", "peft lora", "peft dora", "shards")
+KINDS = ("reference", "legacy", "peft lora", "peft dora", "shards", "peft mixlora")
 
 
 @pytest.mark.parametrize("kind", KINDS)
