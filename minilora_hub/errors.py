@@ -4,6 +4,9 @@
     ├── BaseModelError      a base model cannot be found, fetched or read
     ├── AdapterError        an adapter folder or repo is incomplete, damaged or of another kind
     ├── PublishError        a push, or a look at the Hub, failed; the message says what the repo is like now
+    ├── TrainingError       a training run cannot start, or had to stop; the message says what is kept
+    │   ├── DataError             training data cannot be used; the message names file and line
+    │   └── TrainingInterrupted   a signal stopped it, after a checkpoint was saved
     └── MissingExtraError   an optional package is not installed; the message names the extra
 
 The files under `remote_code/` are copied into published repos and must not import this package: they raise plain
@@ -27,6 +30,27 @@ class AdapterError(MiniLoraError):
 
 class PublishError(MiniLoraError):
     """A push or a look at the Hub failed. The message says what the repo is like now, and what to do."""
+
+
+class TrainingError(MiniLoraError):
+    """A training run cannot start, or had to stop. The message says why, and what is kept."""
+
+
+class DataError(TrainingError):
+    """Training data cannot be used. The message names file and line."""
+
+
+class TrainingInterrupted(TrainingError):  # noqa: N818  it is no mistake
+    """A signal stopped a training run, which saved a checkpoint first.
+
+    Args:
+        message: what was saved and how to go on.
+        signal_number: the signal, e.g. 2 for Ctrl-C.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
 
 
 class MissingExtraError(MiniLoraError):

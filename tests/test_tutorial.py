@@ -26,7 +26,6 @@ def done(tmp_path_factory):
     """Every command of the tutorial, run in a shell in an empty folder: the Hub, and each command's output."""
     folder = tmp_path_factory.mktemp("tutorial")
     (folder / "data.jsonl").write_text(block("jsonl"), encoding="utf-8")
-    (folder / "train.py").write_text(block("python"), encoding="utf-8")
     with HubServer() as hub:
         hub.add_repo(BASE, files={"config.json": b"{}", "README.md": b"---\nlicense: apache-2.0\n---\n"})
         environment = hub.environment(token=hub.add_user("me"), cache_dir=folder / "cache")
@@ -52,6 +51,12 @@ def test_the_repo_is_there_complete_private_and_tagged(done):
     card = repo.files("v1")["README.md"].decode()
     assert f"base_model: {BASE}" in card
     assert "Colours of things, written by hand." in card
+    assert not [name for name in repo.files("v1") if "checkpoint" in name or name in ("training.yaml", "loss.csv")]
+
+
+def test_training_tells_the_plan_first_and_the_folder_last(done):
+    _, outputs = done
+    assert outputs["train"].startswith("colours: 6 steps")
 
 
 def test_the_dry_run_sends_nothing_and_shows_everything(done):

@@ -5,6 +5,7 @@
     demo.py        demo
     publishing.py  push, verify, card
     finding.py     info, list, pull
+    training.py    train, sweep
 
 Heavy imports happen inside the commands, so that `--help` is instant.
 """

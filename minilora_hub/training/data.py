@@ -1,0 +1,254 @@
+"""Rows of training data, each with the place it came from: JSONL, CSV and Parquet files, and data sets on the Hub.
+
+Three kinds of row are known by their fields, the first that fits:
+
+    messages             [{"role": "user", "content": …}, …]; the assistant's turns are what is learned
+    prompt, completion   texts, or lists of messages
+    text                 plain text
+
+Other fields are ignored, but for `tools`, which the chat template gets. A row that cannot be used is a `BadRow`, which
+says where it is and what is wrong. Nothing here loads torch.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minilora_hub.errors import DataError
+
+KINDS = {"messages": ("messages",), "prompt and completion": ("prompt", "completion"), "text": ("text",)}
+SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A usable row: where it is (``"data.jsonl:3"``), which kind, and its fields."""
+
+    place: str
+    kind: str
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used: where it is, and why."""
+
+    place: str
+    reason: str
+
+
+def read_rows(sources: tuple[str, ...], *, split: str = "train", revision: str | None = None) -> Iterator[Row | BadRow]:
+    """Read every row of files, or of one data set on the Hub.
+
+    Args:
+        sources: paths of files, or an id on the Hub.
+        split: the split of a Hub data set.
+        revision: its branch, tag or commit.
+
+    Raises:
+        DataError: a file is missing, empty, of an unknown kind or cannot be read at all.
+    """
+    for source in sources:
+        count = 0
+        for place, value in _values(source, split, revision):
+            count += 1
+            yield value if isinstance(value, BadRow) else checked(place, value)
+        if not count:
+            raise DataError(f"{source}: has no rows")
+
+
+def _values(source: str, split: str, revision: str | None) -> Iterator[tuple[str, Any]]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise DataError(f"data {source!r} is a folder: pass files ({', '.join(SUFFIXES)}) or the id of a data set")
+    if path.suffix.lower() in SUFFIXES or path.exists():
+        if not path.is_file():
+            raise DataError(f"data {source!r}: no such file")
+        if not path.stat().st_size:
+            raise DataError(f"{path.name}: is empty (0 bytes)")
+        readers = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+        reader = readers.get(path.suffix.lower())
+        if reader is None:
+            raise DataError(f"data {source!r}: must end with one of {', '.join(SUFFIXES)}")
+        try:
+            yield from reader(path)
+        except OSError as error:
+            raise DataError(f"{path.name} cannot be read: {error.strerror or error}") from error
+        return
+    yield from _read_hub(source, split, revision)
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            place = f"{path.name}:{number}"
+            text = _decoded(raw, number, place)
+            if isinstance(text, BadRow):
+                yield place, text
+                continue
+            if not text.strip():
+                continue
+            try:
+                yield place, json.loads(text)
+            except (ValueError, RecursionError) as error:
+                yield place, BadRow(place, f"is no JSON ({_json_problem(error, text)})")
+
+
+def _decoded(raw: bytes, number: int, place: str) -> str | BadRow:
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{place}: is UTF-16, not UTF-8: save the file as UTF-8")
+    try:
+        return raw.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        return BadRow(place, f"is not UTF-8 (byte {error.start + 1} is 0x{raw[error.start]:02x}): save it as UTF-8")
+
+
+def _json_problem(error: Exception, text: str) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        if text.strip() in ("[", "[{") and error.pos >= len(text.rstrip()):
+            return "this looks like one JSON array: write one object a line"
+        return f"{error.msg} at column {error.colno}"
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+    def lines() -> Iterator[str]:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                text = _decoded(raw, number, f"{path.name}:{number}")
+                if isinstance(text, BadRow):  # a cell may span lines, so the rows around it are lost, too
+                    raise DataError(f"{text.place}: {text.reason}")
+                yield text
+
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(lines(), strict=True)
+    heads = next(reader, None)
+    if heads is None:
+        return
+    start = reader.line_num + 1
+    try:
+        for cells in reader:
+            place, start = f"{path.name}:{start}", reader.line_num + 1
+            if not cells:
+                continue
+            if len(cells) != len(heads):
+                yield place, BadRow(place, f"has {len(cells)} cells, the header has {len(heads)}")
+                continue
+            yield place, _parsed_cells(dict(zip(heads, cells, strict=True)))
+    except csv.Error as error:
+        raise DataError(f"{path.name}:{reader.line_num}: is no CSV ({error})") from error
+
+
+def _parsed_cells(fields: dict[str, str]) -> dict[str, Any]:
+    """Lists of messages are JSON inside their cell; every other cell is text."""
+    parsed: dict[str, Any] = dict(fields)
+    for name in ("messages", "prompt", "completion", "tools"):
+        if fields.get(name, "").lstrip().startswith("[{"):
+            try:
+                parsed[name] = json.loads(fields[name])
+            except ValueError:
+                continue  # a text that happens to start so, or a broken list: the check of its kind says which
+    return parsed
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        number = 0
+        for batch in file.iter_batches():
+            for fields in batch.to_pylist():
+                number += 1
+                yield f"{path.name}, row {number}", fields
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path.name}: is no readable Parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _read_hub(name: str, split: str, revision: str | None) -> Iterator[tuple[str, Any]]:
+    from datasets import DatasetNotFoundError, load_dataset
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise DataError(f"data {name!r}: neither a file nor a valid id of a data set (owner/name)") from error
+    disable_progress_bar()
+    try:
+        rows = load_dataset(name, split=split, revision=revision)
+    except DatasetNotFoundError as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise DataError(
+            f"data {name!r}{at}: no such file, and no such data set on the Hub, or it is private or gated: check the "
+            "name, or log in with `hf auth login`"
+        ) from error
+    except Exception as error:  # one of many libraries read it, each with errors of its own
+        raise DataError(f"data {name!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        enable_progress_bar()
+    for number, fields in enumerate(rows, 1):
+        yield f"{name} ({split}), row {number}", fields
+
+
+def checked(place: str, value: Any) -> Row | BadRow:
+    """A parsed value as a row of a known kind, or what is wrong with it."""
+    if not isinstance(value, dict):
+        return BadRow(place, f"is a {type(value).__name__}: each row must be an object with named fields")
+    present = {name for name, content in value.items() if content is not None}
+    kind = next((kind for kind, names in KINDS.items() if present.issuperset(names)), None)
+    if kind is None:
+        for names in KINDS.values():
+            missing = set(names) - present
+            if missing < set(names):
+                return BadRow(place, f"has no {' and no '.join(sorted(missing))} beside {sorted(set(names) & present)}")
+        return BadRow(place, f"has the fields {sorted(present)}; needed are messages, prompt and completion, or text")
+    problem = _problem(kind, value)
+    if problem:
+        return BadRow(place, problem)
+    kept = {name: value[name] for name in (*KINDS[kind], "tools") if value.get(name) is not None}
+    return Row(place, kind, kept)
+
+
+def _problem(kind: str, fields: dict[str, Any]) -> str | None:
+    if kind == "messages":
+        problem = _messages_problem("messages", fields["messages"])
+        if problem is None and not any(turn["role"] == "assistant" for turn in fields["messages"]):
+            problem = "messages: has no turn of the assistant, so there is nothing to learn"
+        return problem
+    for name in KINDS[kind]:
+        value = fields[name]
+        if isinstance(value, str):
+            if not value.strip() and name != "prompt":
+                return f"{name} is empty"
+        elif kind == "text":
+            return f"text is a {type(value).__name__}, not a text"
+        else:
+            problem = _messages_problem(name, value)
+            if problem:
+                return problem
+    if kind != "text" and isinstance(fields["prompt"], str) != isinstance(fields["completion"], str):
+        return "prompt and completion must both be texts, or both be lists of messages"
+    if kind != "text" and not isinstance(fields["completion"], str):
+        roles = {turn["role"] for turn in fields["completion"]}
+        if roles != {"assistant"}:
+            return f"completion: has turns of {sorted(roles)}; they must be the assistant's"
+    return None
+
+
+def _messages_problem(name: str, value: Any) -> str | None:
+    if not isinstance(value, list) or not value:
+        return f"{name} must be a list of messages, got {type(value).__name__}{'' if value else ' without any'}"
+    for number, turn in enumerate(value, 1):
+        if not isinstance(turn, dict) or turn.get("role") not in ROLES:
+            return f"{name}, turn {number}: must have a role, one of {', '.join(ROLES)}"
+        if not isinstance(turn.get("content"), str) and not turn.get("tool_calls"):
+            return f"{name}, turn {number}: must have a content, a text"
+    return None

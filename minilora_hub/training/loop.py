@@ -1,0 +1,165 @@
+"""The trainer of a run: settings, examples and a model, as TRL takes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from minilora_hub.errors import TrainingError
+from minilora_hub.training.dataset import TrainingData
+from minilora_hub.training.models import Trainee, compute_dtype
+from minilora_hub.training.plan import Shape, shape_of
+from minilora_hub.training.settings import TrainingSettings
+from minilora_hub.training.tokens import Example
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and notes off the screen: one bar is enough."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it tells of a kernel it does not need
+
+
+def build_trainer(
+    settings: TrainingSettings, trainee: Trainee, data: TrainingData, tokenizer: Any, out: Path, processes: int
+) -> tuple[Any, Shape]:
+    """The trainer, ready to run, and how the rows become steps.
+
+    Raises:
+        TrainingError: packed rows would see each other on this base.
+        ValueError: the batch cannot be shared out.
+    """
+    from transformers import EarlyStoppingCallback, PrinterCallback
+
+    from minilora_hub.training.callbacks import GradientsChecked
+    from minilora_hub.training.trainer import AdapterTrainer
+
+    recipe = settings.recipe
+    packed = recipe.batching == "packed"
+    rows = _rows(data.train)
+    if packed:
+        from trl.data_utils import pack_dataset
+
+        rows = pack_dataset(rows, recipe.max_length or max(len(row) for row in rows["input_ids"]), "bfd")
+    shape = shape_of(settings, len(rows), processes)
+    checked = GradientsChecked()
+    trainer = AdapterTrainer(
+        recipe=recipe,
+        places={tuple(example.input_ids): example.place for example in (*data.train, *data.validation)},
+        model=trainee.model,
+        args=_arguments(settings, shape, out, validated=bool(data.validation)),
+        train_dataset=rows,
+        eval_dataset=_rows(data.validation) if data.validation else None,
+        processing_class=tokenizer,
+        callbacks=[checked, *_peft_callbacks(settings, trainee, shape)],
+    )
+    checked.trainer = trainer
+    trainer.remove_callback(PrinterCallback)
+    if recipe.early_stopping:
+        trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping))
+    if packed:
+        _require_rows_kept_apart(trainee.model, data.train)
+    return trainer, shape
+
+
+def _rows(examples: list[Example]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_dict(
+        {"input_ids": [example.input_ids for example in examples], "labels": [example.labels for example in examples]}
+    )
+
+
+def _peft_callbacks(settings: TrainingSettings, trainee: Trainee, shape: Shape) -> list[Any]:
+    from minilora_hub.training.recipes import OURS
+
+    if settings.method in OURS:
+        return []
+    from minilora_hub.training.passthrough import method_callbacks
+
+    return method_callbacks(trainee.model, shape.steps)
+
+
+def _arguments(settings: TrainingSettings, shape: Shape, out: Path, validated: bool) -> Any:
+    import torch
+    from trl import SFTConfig
+
+    from minilora_hub.training.trainer import CHECKPOINTS
+
+    recipe = settings.recipe
+    on_gpu = torch.cuda.is_available()
+    packed = recipe.batching == "packed"
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    arguments: dict[str, Any] = {
+        "output_dir": str(out / CHECKPOINTS),
+        "max_steps": shape.steps,
+        "per_device_train_batch_size": shape.micro_batch,
+        "per_device_eval_batch_size": shape.micro_batch,
+        "gradient_accumulation_steps": shape.accumulation,
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler_type": recipe.schedule,
+        "warmup_steps": shape.warmup_steps,
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm,
+        "optim": recipe.optimizer,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": shape.save_every,
+        "eval_strategy": "steps" if validated else "no",
+        "eval_steps": shape.save_every if validated else None,
+        "load_best_model_at_end": validated,
+        "metric_for_best_model": "eval_loss" if validated else None,
+        "greater_is_better": False if validated else None,
+        "prediction_loss_only": True,
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "use_cpu": not (on_gpu or torch.backends.mps.is_available()),
+        "bf16": on_gpu and compute_dtype(settings) == torch.bfloat16,
+        "fp16": False,
+        "packing": packed,
+        "eval_packing": False,
+        "max_length": None,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "report_to": list(recipe.report_to) or "none",
+        "disable_tqdm": True,
+        "include_num_input_tokens_seen": "non_padding",
+        "dataloader_pin_memory": on_gpu,
+        # Every adapter tensor is used in every step: a mixture's experts are slices of one.
+        "ddp_find_unused_parameters": False,
+    }
+    return SFTConfig(**arguments | {checkpointing: recipe.gradient_checkpointing})
+
+
+def _require_rows_kept_apart(model: Any, examples: list[Example]) -> None:
+    """Two rows laid end to end must give the logits that each gives alone, on this base with this attention."""
+    import torch
+
+    rows = [example.input_ids[:24] for example in examples[:2]]
+    if len(rows) < 2:
+        return
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        alone = [model(torch.tensor([row], device=device), use_cache=False).logits[0] for row in rows]
+        together = model(
+            torch.tensor([rows[0] + rows[1]], device=device),
+            position_ids=torch.tensor([[*range(len(rows[0])), *range(len(rows[1]))]], device=device),
+            use_cache=False,
+        ).logits[0]
+    model.train(training)
+    gap = (together - torch.cat(alone)).abs().max().item()
+    limit = 1e-3 if together.dtype == torch.float32 else 0.25
+    if not gap < limit * max(1.0, together.abs().max().item()):
+        raise TrainingError(
+            f"batching='packed': on this base rows laid end to end see each other (logits differ by {gap:.2g}): "
+            "pass --batching length-grouped"
+        )

@@ -1,0 +1,97 @@
+"""Plain LoRA for training: the same modules as DoRA's without a magnitude, saved in PEFT's format.
+
+Trained through our own modules and not PEFT's, so that every method of `OURS` runs the same lines: the same initial
+weights for a seed, the same checkpoints, the same treatment of quantised bases. Published it needs no code of ours:
+stock transformers reads PEFT's format, which is why there is no such class among the files that travel.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM
+from transformers.generation import GenerationMixin
+
+from minilora_hub.remote_code.adapted_model import AdaptedModel
+from minilora_hub.remote_code.adapter_files import ADAPTER_FILE, write_adapter
+from minilora_hub.remote_code.base_structure import find_decoder_layers
+from minilora_hub.remote_code.configuration_minilora import AdapterConfig
+from minilora_hub.remote_code.modeling_minilora import GenerateOnBase
+from minilora_hub.tensor_names import to_peft
+
+
+class LoraConfig(AdapterConfig):
+    """Configuration of a LoRA that is being trained; it is saved as PEFT's LoraConfig."""
+
+    model_type = "minilora_lora"
+
+
+class LoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
+    """A causal language model with a LoRA adapter (arXiv 2106.09685) in it."""
+
+    config_class = LoraConfig
+    auto_class = AutoModelForCausalLM
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        """The base's forward, with the adapter in it: same arguments, same outputs."""
+        return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+
+    def save_pretrained(  # type: ignore[override]  # as on `AdaptedModel`
+        self,
+        save_directory: Any,
+        state_dict: Any = None,
+        push_to_hub: Any = False,
+        tokenizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write adapter_config.json and the tensors under PEFT's names, and the tokenizer.
+
+        Args:
+            save_directory: the folder, made if missing.
+            state_dict: not used: the current weights are written.
+            push_to_hub: not used: `minilora push` publishes.
+            tokenizer: saved beside it, where given.
+            **kwargs: what transformers passes has nothing to act on here.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        layers_path, _ = find_decoder_layers(self.base)
+        tensors = {to_peft(name, layers_path): value.cpu() for name, value in self.adapter_parameters().items()}
+        write_adapter(folder / ADAPTER_FILE, tensors)
+        (folder / "adapter_config.json").write_text(self._peft_config(), encoding="utf-8")
+        self.generation_config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    def _peft_config(self) -> str:
+        from peft import LoraConfig as PeftLoraConfig
+        from peft import TaskType
+
+        ours = self.config
+        paths = [site.path for site in self.sites]
+        names = sorted({path.rpartition(".")[2] for path in paths})
+        # Last parts of the paths, unless a linear elsewhere has the same.
+        others = {path for path, _ in self.base.named_modules() if path.rpartition(".")[2] in names}
+        plain = {path.removesuffix(".base_layer") for path in others} == set(paths)
+        settings = PeftLoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=ours.r,
+            lora_alpha=ours.lora_alpha,
+            lora_dropout=ours.lora_dropout,
+            use_rslora=ours.use_rslora,
+            target_modules=names if plain else sorted(paths),
+            rank_pattern=ours.rank_pattern,
+            alpha_pattern=ours.alpha_pattern,
+            fan_in_fan_out=any(type(self._base_layer(path)).__name__ == "Conv1D" for path in paths),
+            base_model_name_or_path=ours.base_model_name_or_path,
+            revision=ours.base_model_revision,
+            inference_mode=True,
+        )
+        fields = {name: getattr(value, "value", value) for name, value in settings.to_dict().items()}
+        ordered = {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
+        return json.dumps(ordered | {"auto_mapping": None}, indent=2, sort_keys=True) + "\n"
+
+    def _base_layer(self, path: str) -> Any:
+        return self.base.get_submodule(path).base_layer

@@ -1,0 +1,150 @@
+"""From settings to the model that is trained: the base, quantised or not, with a fresh adapter of the method in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from minilora_hub.bases import ResolvedBase, resolve_base
+from minilora_hub.errors import BaseModelError, TrainingError
+from minilora_hub.training.recipes import OURS
+from minilora_hub.training.settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model ready to be trained.
+
+    Attributes:
+        model: the base with the adapter in it; only the adapter requires gradients.
+        base_parameters: how many the base has.
+        fingerprint: hash of the base's weights.
+        revision: the base's commit; None for a folder and for "embedded".
+    """
+
+    model: Any
+    base_parameters: int
+    fingerprint: str
+    revision: str | None
+
+
+def load_tokenizer(resolved: ResolvedBase) -> Any:
+    """The base's tokenizer, with a padding token, which training needs and some bases lack."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolved.path)
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"base {resolved.name!r}: its tokenizer cannot be loaded: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def find_base(settings: TrainingSettings, progress: bool) -> ResolvedBase:
+    """The base on this machine's disk, fetched where needed."""
+    return resolve_base(settings.base, revision=settings.base_revision, progress=progress)
+
+
+def base_context(resolved: ResolvedBase) -> int:
+    """How many tokens the base takes at once, from its configuration."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(resolved.path).get_text_config(decoder=True)
+    length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return int(length or 2048)
+
+
+def compute_dtype(settings: TrainingSettings) -> Any:
+    """The dtype of the base's weights and of the computation: see `Recipe.dtype`."""
+    import torch
+
+    if settings.recipe.dtype != "auto":
+        return getattr(torch, settings.recipe.dtype)
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def build_trainee(settings: TrainingSettings, resolved: ResolvedBase) -> Trainee:
+    """Load the base and put a fresh adapter into it.
+
+    Raises:
+        BaseModelError: the base cannot be loaded.
+        TrainingError, ValueError: the adapter's configuration does not fit it.
+    """
+    arguments = base_arguments(settings)
+    if settings.method in OURS:
+        model = _ours(settings, resolved, arguments)
+        adapter = sum(parameter.numel() for parameter in model.adapter_parameters().values())
+        fingerprint = model.config.base_fingerprint
+    else:
+        from minilora_hub.remote_code.adapter_files import base_fingerprint
+        from minilora_hub.training.passthrough import build_peft_model
+
+        model = build_peft_model(settings, resolved, arguments)
+        adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        fingerprint = base_fingerprint(str(resolved.path))
+    return Trainee(model, _logical_size(model) - adapter, fingerprint, resolved.revision)
+
+
+def base_arguments(settings: TrainingSettings) -> dict[str, Any]:
+    """What the base's from_pretrained is called with: dtype, quantisation, placement."""
+    import torch
+
+    dtype = compute_dtype(settings)
+    arguments: dict[str, Any] = {"dtype": dtype}
+    quantize = settings.recipe.quantize
+    if quantize:
+        from transformers import BitsAndBytesConfig
+
+        arguments["quantization_config"] = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if quantize == "int8"
+            else BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=settings.recipe.double_quant,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        )
+        if torch.cuda.is_available():
+            from accelerate import PartialState
+
+            arguments["device_map"] = {"": PartialState().local_process_index}
+    return arguments
+
+
+def _ours(settings: TrainingSettings, resolved: ResolvedBase, arguments: dict[str, Any]) -> Any:
+    from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraConfig, MixLoraForCausalLM
+    from minilora_hub.training.lora_model import LoraConfig, LoraForCausalLM
+
+    configs = {"lora": LoraConfig, "dora": DoraConfig}
+    models = {"lora": LoraForCausalLM, "dora": DoraForCausalLM}
+    config = configs.get(settings.method, MixLoraConfig)(**settings.recipe.adapter)
+    model_class: Any = models.get(settings.method, MixLoraForCausalLM)
+    if resolved.revision:
+        arguments = arguments | {"revision": resolved.revision}
+    try:
+        return model_class.from_base(settings.base, config, seed=settings.recipe.seed, **arguments)
+    except OSError as error:
+        raise BaseModelError(" ".join(str(error).split())) from error
+
+
+def _logical_size(model: Any) -> int:
+    """Parameters, counting those of a 4-bit weight that holds two in a byte."""
+    total = 0
+    for parameter in model.parameters():
+        shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+        total += shape.numel() if shape is not None else parameter.numel()
+    return total
+
+
+def trainable_parameters(model: Any) -> dict[str, Any]:
+    """{name: parameter} of everything that learns.
+
+    Raises:
+        TrainingError: nothing does.
+    """
+    found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not found:
+        raise TrainingError("the model has no trainable parameter: check the adapter's targets")
+    return found

@@ -1,0 +1,195 @@
+"""The folder a run leaves: adapter, tokenizer, settings, loss curve, and the training facts that the card tells."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+from minilora_hub.bases import ResolvedBase
+from minilora_hub.results import Base, DataSource, Results, Training
+from minilora_hub.training.dataset import TrainingData
+from minilora_hub.training.measuring import hardware, library_versions
+from minilora_hub.training.models import Trainee, trainable_parameters
+from minilora_hub.training.recipes import OURS
+from minilora_hub.training.settings import TrainingSettings
+
+LOSS_FILE = "loss.csv"
+POINTS = 200
+"""How many points of the loss curve go into results.json; loss.csv has all of them."""
+
+METHODS = {"mixdora": "mixlora"} | {name: name for name in ("mixlora", "dora", "lora")}
+EMBEDDED_NOTE = (
+    'trained on a Q4_1 rounding of these weights, expanded to float32 (what minilora_hub calls the base "embedded")'
+)
+QUANTIZED_NOTE = "trained on this base loaded in {kind} by bitsandbytes: load it in the same way"
+
+
+def write_result(
+    out: Path,
+    settings: TrainingSettings,
+    resolved: ResolvedBase,
+    trainee: Trainee,
+    data: TrainingData,
+    tokenizer: Any,
+    history: list[dict[str, float]],
+    seconds: float,
+) -> Results | None:
+    """Write the adapter and what is told about it.
+
+    Args:
+        out: the folder.
+        settings: what was asked for.
+        resolved: the base.
+        trainee: the trained model.
+        data: what it learned from.
+        tokenizer: saved beside the adapter.
+        history: the trainer's log.
+        seconds: wall time of the training, resumed parts included.
+
+    Returns:
+        What is in results.json; None for a method whose format cannot be published, which has none.
+    """
+    if settings.method in OURS:
+        trainee.model.save_pretrained(out, tokenizer=tokenizer)
+    else:
+        from minilora_hub.training.passthrough import save_peft_adapter
+
+        save_peft_adapter(trainee.model, out, settings, resolved)
+        tokenizer.save_pretrained(out)
+    write_loss(out / LOSS_FILE, history)
+    settings.save(out)
+    if published_method(settings) is None:
+        return None
+    results = describe(settings, resolved, trainee, data, history, seconds)
+    results.save(out)
+    return results
+
+
+def published_method(settings: TrainingSettings) -> str | None:
+    """What `results.json` calls the method; None for a PEFT method that is not of the LoRA family."""
+    if settings.method in METHODS:
+        return METHODS[settings.method]
+    adapter = settings.recipe.adapter
+    if str(adapter.get("peft_type")).upper() != "LORA":
+        return None
+    return "dora" if adapter.get("use_dora") else "lora"
+
+
+def describe(
+    settings: TrainingSettings,
+    resolved: ResolvedBase,
+    trainee: Trainee,
+    data: TrainingData,
+    history: list[dict[str, float]],
+    seconds: float,
+) -> Results:
+    """The facts of a run, as results.json has them."""
+    parameters = saved_parameters(settings, trainee)
+    files = [Path(source).name for source in settings.data]
+    from_hub = not any(Path(source).suffix or Path(source).exists() for source in settings.data)
+    tokens, items = data.tokens, len(data.train)
+    sources = tuple(
+        DataSource(
+            name,
+            description=settings.about_data,
+            # What a file of several holds on its own is not kept.
+            items=items if len(files) == 1 else None,
+            tokens=tokens if len(files) == 1 else None,
+        )
+        for name in (settings.data if from_hub else files)
+    )
+    method = published_method(settings)
+    assert method is not None
+    return Results(
+        method=method,
+        base=Base(
+            id=resolved.hub_id or resolved.path.name,
+            revision=trainee.revision,
+            fingerprint=trainee.fingerprint if trainee.fingerprint != "unknown" else None,
+            parameters=trainee.base_parameters,
+            license="apache-2.0" if resolved.embedded else None,
+            note=_base_note(settings, resolved),
+        ),
+        parameters=parameters,
+        share=round(parameters / trainee.base_parameters, 6),
+        license=settings.license,
+        language=settings.language,
+        datasets=settings.data if from_hub else (),
+        training=Training(
+            data=sources,
+            hyperparameters=hyperparameters(settings),
+            steps=int(max((entry["step"] for entry in history), default=0)),
+            seconds=round(seconds, 1),
+            hardware=hardware(),
+            libraries=library_versions(),
+            loss=loss_points(history),
+        ),
+    )
+
+
+def saved_parameters(settings: TrainingSettings, trainee: Trainee) -> int:
+    """How many values the saved adapter has: PiSSA's is saved at twice the rank it was trained at."""
+    trained = sum(parameter.numel() for parameter in trainable_parameters(trainee.model).values())
+    return 2 * trained if settings.method == "pissa" else trained
+
+
+def _base_note(settings: TrainingSettings, resolved: ResolvedBase) -> str | None:
+    notes = [EMBEDDED_NOTE] if resolved.embedded else []
+    if settings.recipe.quantize:
+        double = settings.recipe.quantize == "nf4" and settings.recipe.double_quant
+        kind = settings.recipe.quantize.upper() + (" with double quantisation" if double else "")
+        notes.append(QUANTIZED_NOTE.format(kind=kind))
+    return "; ".join(notes) or None
+
+
+def hyperparameters(settings: TrainingSettings) -> dict[str, Any]:
+    """What the card's table of hyper-parameters says; settings that were left out of the run are left out of it."""
+    recipe = settings.recipe
+    rows: dict[str, Any] = {
+        "method": settings.method,
+        "optimizer": recipe.optimizer,
+        "learning rate": recipe.learning_rate,
+        "schedule": recipe.schedule,
+        "warm-up share": recipe.warmup,
+        "epochs": None if recipe.max_steps else recipe.epochs,
+        "batch size": recipe.batch_size,
+        "batches": recipe.batching,
+        "LoRA+ ratio": recipe.loraplus_ratio,
+        "weight decay": recipe.weight_decay,
+        "gradient norm at most": recipe.max_grad_norm or None,
+        "seed": recipe.seed,
+        "base quantised": recipe.quantize,
+        "loss on": recipe.loss_on,
+        "validation share": recipe.validation or None,
+    }
+    return {name: value for name, value in rows.items() if value is not None}
+
+
+def loss_points(history: list[dict[str, float]]) -> tuple[tuple[int, float], ...]:
+    """(step, training loss), thinned evenly to `POINTS`; the last one is kept."""
+    points = [(int(entry["step"]), round(entry["loss"], 5)) for entry in history if "loss" in entry]
+    every = max(1, -(-len(points) // POINTS))
+    return tuple(point for index, point in enumerate(points) if (len(points) - 1 - index) % every == 0)
+
+
+def write_loss(path: Path, history: list[dict[str, float]]) -> None:
+    """Write every logged step: training loss, validation loss where there is one, learning rate, gradient norm."""
+    columns = {
+        "loss": "loss",
+        "eval_loss": "validation_loss",
+        "learning_rate": "learning_rate",
+        "grad_norm": "grad_norm",
+    }
+    rows: dict[int, dict[str, float]] = {}
+    for entry in history:
+        found = {column: entry[key] for key, column in columns.items() if key in entry}
+        if found:
+            rows.setdefault(int(entry["step"]), {}).update(found)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["step", *columns.values()])
+        writer.writeheader()
+        writer.writerows({"step": step, **rows[step]} for step in sorted(rows))
+    os.replace(temporary, path)

@@ -1,0 +1,199 @@
+"""PEFT's own methods, trained by the same loop and saved in PEFT's format.
+
+Each needs something done around PEFT, which is here:
+
+    PiSSA     changes the base's weights, so what is saved is the difference to the start: a LoRA of twice the rank
+    LoftQ     is computed on whatever device there is, and for any alpha (PEFT 0.21 asks for CUDA, and for alpha = r)
+    AdaLoRA   is told the number of steps, and after each step its gradients; its importance scores are checkpointed
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minilora_hub.bases import ResolvedBase
+from minilora_hub.errors import BaseModelError, TrainingError
+from minilora_hub.training.settings import TrainingSettings
+
+UNSCHEDULED = 10**9
+"""AdaLoRA's configuration asks for the number of steps before there are any; `method_callbacks` replaces this."""
+
+
+def _config_class(chosen: Mapping[str, Any]) -> Any:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    known = {str(getattr(kind, "value", kind)): kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+    name = str(chosen.get("peft_type", "")).upper()
+    if name not in known:
+        raise TrainingError(f"peft_type={chosen.get('peft_type')!r}: must be one of {', '.join(sorted(known))}")
+    return PEFT_TYPE_TO_CONFIG_MAPPING[known[name]]
+
+
+def config_fields(chosen: Mapping[str, Any]) -> set[str]:
+    """Names of the fields of the PEFT configuration that `chosen` asks for with its ``peft_type``."""
+    ours = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "total_step"}
+    return {field.name for field in dataclasses.fields(_config_class(chosen))} - ours
+
+
+def build_peft_model(settings: TrainingSettings, resolved: ResolvedBase, arguments: dict[str, Any]) -> Any:
+    """The base with a fresh PEFT adapter; the initial weights follow from the seed.
+
+    Raises:
+        BaseModelError: the base cannot be loaded.
+        ValueError: PEFT refuses the configuration or the base.
+    """
+    from peft import TaskType, get_peft_model
+    from transformers import AutoModelForCausalLM, set_seed
+
+    from minilora_hub.remote_code.base_structure import keep_4bit_weights_exact
+
+    try:
+        base = AutoModelForCausalLM.from_pretrained(resolved.path, **arguments)
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"base {resolved.name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    keep_4bit_weights_exact(base)
+    chosen = dict(settings.recipe.adapter)
+    config_class = _config_class(chosen)
+    fields = {name: value for name, value in chosen.items() if name != "peft_type"}
+    if "total_step" in {field.name for field in dataclasses.fields(config_class)}:
+        fields["total_step"] = UNSCHEDULED
+    set_seed(settings.recipe.seed)
+    model = get_peft_model(base, config_class(task_type=TaskType.CAUSAL_LM, **fields))
+    if settings.method == "loftq":
+        make_up_for_rounding(model, resolved)
+    if _is_pissa(settings):
+        # What the adapter is at the start, of which the saved one is the difference.
+        model.initial_weights = {name: value.detach().clone() for name, value in _adapter_state(model).items()}
+    return model
+
+
+def _is_pissa(settings: TrainingSettings) -> bool:
+    return str(settings.recipe.adapter.get("init_lora_weights", "")).startswith("pissa")
+
+
+def _adapter_state(model: Any) -> dict[str, Any]:
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model)  # type: ignore[no-any-return]
+
+
+def make_up_for_rounding(model: Any, resolved: ResolvedBase) -> None:
+    """LoftQ's start (arXiv 2310.08659, one iteration): s B A is the best rank-r part of W - Q, on every 4-bit linear.
+
+    Args:
+        model: a PEFT LoRA model on an NF4 base.
+        resolved: the base, whose weights are read once more as they are.
+
+    Raises:
+        TrainingError: the base has no 4-bit linear.
+    """
+    import bitsandbytes as bnb
+    import torch
+    from peft.tuners.lora import Linear4bit
+    from transformers import AutoModelForCausalLM
+
+    exact: Any = AutoModelForCausalLM.from_pretrained(resolved.path, dtype="auto")
+    layers = {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, Linear4bit)}
+    if not layers:
+        raise TrainingError(f"LoftQ: base {resolved.name!r} has no 4-bit linear once it is quantised")
+    for name, layer in layers.items():
+        (adapter,) = layer.lora_A.keys()
+        quantized = layer.base_layer.weight
+        rounded = bnb.functional.dequantize_4bit(quantized.data, quantized.quant_state).float()
+        residual = exact.get_submodule(name).weight.to(rounded.device).float() - rounded  # (out, in)
+        left, values, right = torch.linalg.svd(residual, full_matrices=False)
+        rank = layer.r[adapter]
+        root = (values[:rank] / layer.scaling[adapter]).sqrt()
+        with torch.no_grad():
+            layer.lora_A[adapter].weight.copy_(root[:, None] * right[:rank])
+            layer.lora_B[adapter].weight.copy_(left[:, :rank] * root)
+
+
+def save_peft_adapter(model: Any, out: Path, settings: TrainingSettings, resolved: ResolvedBase) -> None:
+    """Write the adapter in PEFT's format, naming the base by its name and commit."""
+    from safetensors.torch import save_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    config = model.peft_config["default"]
+    config.base_model_name_or_path, config.revision = settings.base, resolved.revision
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        conversion = {}
+        if _is_pissa(settings):
+            initial = Path(scratch, "initial")
+            initial.mkdir()
+            values = {name: value.contiguous() for name, value in model.initial_weights.items()}
+            save_file(values, initial / "adapter_model.safetensors")
+            conversion["path_initial_model_for_weight_conversion"] = str(initial)
+        saved = Path(scratch, "saved")
+        model.save_pretrained(str(saved), **conversion)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (saved / name).replace(out / name)  # and not the card that PEFT writes: a push writes its own
+    model.get_base_model().generation_config.save_pretrained(out)
+
+
+def method_callbacks(model: Any, steps: int) -> list[Any]:
+    """What a method needs between steps.
+
+    Raises:
+        TrainingError: AdaLoRA's schedule does not fit the number of steps.
+    """
+    config = model.peft_config["default"]
+    if not hasattr(config, "total_step"):
+        return []
+    if not (config.tinit or config.tfinal):
+        config.tinit, config.tfinal = steps // 10, steps // 3
+    if config.tinit >= steps - config.tfinal:
+        raise TrainingError(
+            f"tinit={config.tinit} and tfinal={config.tfinal} leave none of the {steps} steps to reduce ranks in: "
+            "lower them, or train longer"
+        )
+    config.total_step = steps
+    return [_ranks_allocated()]
+
+
+def _ranks_allocated() -> Any:
+    from transformers import TrainerCallback
+
+    class RanksAllocated(TrainerCallback):
+        """Lets AdaLoRA see the gradients of each step before they are gone."""
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            model.base_model.update_and_allocate(state.global_step)
+
+    return RanksAllocated()
+
+
+SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+
+def scores_to_keep(model: Any) -> dict[str, Any]:
+    """AdaLoRA's importance scores and ranks so far, which a checkpoint needs beside the weights; else nothing."""
+    import torch
+
+    allocator = getattr(getattr(model, "base_model", None), "rankallocator", None)
+    if allocator is None:
+        return {}
+    kept = {f"{kind}/{name}": value for kind in SCORES for name, value in getattr(allocator, kind).items()}
+    ranks = allocator.peft_config.rank_pattern or {}
+    return kept | {f"ranks/{name}": torch.tensor(mask, dtype=torch.float32) for name, mask in ranks.items()}
+
+
+def restore_scores(model: Any, tensors: dict[str, Any]) -> None:
+    """The way back of `scores_to_keep`."""
+    allocator = getattr(getattr(model, "base_model", None), "rankallocator", None)
+    if allocator is None:
+        return
+    found: dict[str, dict[str, Any]] = {kind: {} for kind in (*SCORES, "ranks")}
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        if kind in found:
+            found[kind][name] = value
+    for kind in SCORES:
+        setattr(allocator, kind, found[kind])
+    if found["ranks"]:
+        masks = {name: mask.bool().tolist() for name, mask in found["ranks"].items()}
+        allocator.peft_config.rank_pattern = masks

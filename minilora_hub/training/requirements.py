@@ -1,0 +1,58 @@
+"""What a run needs from this machine, asked before anything is loaded: packages, CUDA."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from minilora_hub.errors import MissingExtraError, TrainingError
+from minilora_hub.training.settings import TrainingSettings
+
+# Their states live in bitsandbytes' kernels, which exist for CUDA.
+CUDA_OPTIMIZERS = ("8bit", "paged", "bnb")
+FUSED = ("adamw_torch_fused",)
+
+
+def check_requirements(settings: TrainingSettings) -> None:
+    """Raise if a package is missing, or if a setting needs CUDA and there is none.
+
+    Raises:
+        MissingExtraError: a package is missing; the message names the extra.
+        TrainingError: a setting cannot work here; the message says which, and what to pass instead.
+    """
+    recipe = settings.recipe
+    for package in ("trl", "datasets"):
+        _need(package, "train")
+    for name in recipe.report_to:
+        if name == "tensorboard" and find_spec("tensorboardX"):
+            continue
+        _need(name, "report")
+    on_cuda_only = any(mark in recipe.optimizer for mark in CUDA_OPTIMIZERS)
+    if recipe.quantize or on_cuda_only:
+        _need("bitsandbytes", "quant")
+    if on_cuda_only and not _has_cuda():
+        raise TrainingError(
+            f"optimizer={recipe.optimizer!r} needs a CUDA device, and there is none: pass --optimizer adamw_torch"
+        )
+    _check_optimizer_name(recipe.optimizer)
+
+
+def _need(package: str, extra: str) -> None:
+    if find_spec(package) is None:
+        raise MissingExtraError(package, extra)
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _check_optimizer_name(name: str) -> None:
+    import difflib
+
+    from transformers.training_args import OptimizerNames
+
+    known = [member.value for member in OptimizerNames]
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        raise TrainingError(f"optimizer={name!r}: transformers has none of that name; close are {', '.join(close)}")

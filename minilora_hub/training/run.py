@@ -1,0 +1,213 @@
+"""`train`: one run from settings to a folder that is ready to publish."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minilora_hub.errors import TrainingError, TrainingInterrupted
+from minilora_hub.training.plan import Plan, Shape, make_plan
+from minilora_hub.training.requirements import check_requirements
+from minilora_hub.training.run_state import RunState, read_state
+from minilora_hub.training.settings import SETTINGS_FILE, TrainingSettings, make_settings, read_yaml
+
+if TYPE_CHECKING:
+    from minilora_hub.training.dataset import TrainingData
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        out: the folder, ready for ``minilora push``.
+        steps: optimizer steps.
+        loss: the last training loss; None after a dry run.
+        validation_loss: the best one, whose weights were kept; None without validation.
+        best_step: the step it was reached at.
+        seconds: training time, resumed parts included.
+        plan: what was planned.
+        skipped: a line for each row that was left out.
+        main: whether this process is the one that writes and reports, of several.
+    """
+
+    out: Path
+    steps: int
+    loss: float | None
+    validation_loss: float | None
+    best_step: int | None
+    seconds: float
+    plan: Plan
+    skipped: tuple[str, ...] = ()
+    main: bool = True
+
+
+def train(
+    out: str | Path,
+    *,
+    method: str | None = None,
+    base: str | None = None,
+    data: str | tuple[str, ...] | list[str] | None = None,
+    config: str | Path | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    progress: bool = False,
+    on_plan: Callable[[Plan, TrainingSettings], None] | None = None,
+    **overrides: Any,
+) -> TrainResult:
+    """Train an adapter, and write the folder that `minilora push` publishes.
+
+    Args:
+        out: the folder: new or empty, unless a run in it is resumed.
+        method: ``"lora"``, ``"dora"``, ``"mixlora"``, ``"mixdora"``, or another name in `recipes.RECIPES`.
+        base: ``"embedded"``, a folder or a Hub id.
+        data: files (``.jsonl``, ``.csv``, ``.parquet``), or the id of a data set on the Hub.
+        config: a YAML file of overrides.
+        resume: go on from the last checkpoint in `out`; the settings are those the run began with.
+        dry_run: make the plan, train nothing, write nothing.
+        progress: show a bar on stderr.
+        on_plan: called with the plan before training starts.
+        **overrides: any field of `settings.TrainingSettings`, `recipes.Recipe` or the method's own configuration.
+
+    Raises:
+        TrainingError: settings or data are wrong, or the training had to stop; the message says what is kept.
+        TrainingInterrupted: a signal stopped it, after a checkpoint was saved.
+    """
+    out = Path(out)
+    said = overrides | {"method": method, "base": base, "data": data}
+    settings = _resumed_settings(out, said, config) if resume else None
+    if settings is None:
+        settings = make_settings(read_yaml(Path(config)) if config else {}, said)
+    check_requirements(settings)
+    if not resume and not dry_run:
+        _require_empty(out)
+    return _Run(out, settings, resume, progress).execute(dry_run, on_plan)
+
+
+def _resumed_settings(out: Path, said: dict[str, Any], config: str | Path | None) -> TrainingSettings | None:
+    """The settings a run began with; None where it never began. What is said again must be the same."""
+    if not (out / SETTINGS_FILE).is_file():
+        if said.get("method"):
+            return None
+        raise TrainingError(f"--resume: {str(out)!r} holds no {SETTINGS_FILE}, so no run to resume")
+    before = read_yaml(out / SETTINGS_FILE)
+    settings = make_settings(before)
+    asked = make_settings(before, read_yaml(Path(config)) if config else {}, said).to_dict()
+    for name, value in settings.to_dict().items():
+        if asked[name] != value:
+            raise TrainingError(
+                f"--resume: the run began with {name}={value!r}, now it is {asked[name]!r}: leave it out"
+            )
+    return settings
+
+
+def _require_empty(out: Path) -> None:
+    if out.is_file():
+        raise TrainingError(f"out={str(out)!r}: is a file")
+    if out.is_dir() and any(out.iterdir()):
+        known = (out / SETTINGS_FILE).is_file()
+        hint = (
+            "it holds a run: pass --resume to go on with it, or another --out" if known else "it must be empty or new"
+        )
+        raise TrainingError(f"out={str(out)!r}: {hint}")
+
+
+class _Run:
+    """The steps of a run; they share the base, which is large."""
+
+    def __init__(self, out: Path, settings: TrainingSettings, resume: bool, progress: bool) -> None:
+        from accelerate import PartialState
+
+        self.out, self.settings, self.resume = out, settings, resume
+        place = PartialState(cpu=not _has_accelerator())
+        self.main, self.processes = place.is_main_process, place.num_processes
+        self.progress = progress and self.main
+
+    def execute(self, dry_run: bool, on_plan: Callable[[Plan, TrainingSettings], None] | None) -> TrainResult:
+        from minilora_hub.training.dataset import prepare_data
+        from minilora_hub.training.loop import build_trainer, quiet_libraries
+        from minilora_hub.training.models import base_context, build_trainee, find_base, load_tokenizer
+
+        quiet_libraries()
+        resolved = find_base(self.settings, self.progress)
+        tokenizer = load_tokenizer(resolved)
+        data = prepare_data(self.settings, tokenizer, base_context(resolved))
+        state = self._state(data)
+        trainee = build_trainee(self.settings, resolved)
+        trainer, shape = build_trainer(self.settings, trainee, data, tokenizer, self.out, self.processes)
+        plan = make_plan(self.settings, data, trainee, shape, tokenizer.pad_token_id, trainer.args.device)
+        if on_plan is not None and self.main:
+            on_plan(plan, self.settings)
+        skipped = tuple(f"{row.place}: {row.reason}" for row in data.skipped)
+        if dry_run:
+            return TrainResult(self.out, 0, None, None, None, 0.0, plan, skipped, self.main)
+        if self.main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.settings.save(self.out)
+            state.save(self.out)
+        seconds = self._train(trainer, shape, state)
+        history = trainer.state.log_history
+        if self.main:
+            from minilora_hub.training.outputs import write_result
+
+            write_result(self.out, self.settings, resolved, trainee, data, tokenizer, history, state.seconds + seconds)
+            state.after(seconds, finished=True).save(self.out)
+        trainer.accelerator.wait_for_everyone()
+        losses = [entry["loss"] for entry in history if "loss" in entry]
+        return TrainResult(
+            out=self.out,
+            steps=trainer.state.global_step,
+            loss=losses[-1] if losses else None,
+            validation_loss=trainer.state.best_metric,
+            best_step=trainer.state.best_global_step,
+            seconds=round(state.seconds + seconds, 1),
+            plan=plan,
+            skipped=skipped,
+            main=self.main,
+        )
+
+    def _state(self, data: TrainingData) -> RunState:
+        before = read_state(self.out) if self.resume else None
+        if before is None:
+            return RunState(data.sha256)
+        if before.finished:
+            raise TrainingError(f"--resume: the run in {str(self.out)!r} is finished: pass another --out for a new one")
+        if before.data_sha256 != data.sha256:
+            raise TrainingError("--resume: the data is not what the run began with: restore it, or begin anew")
+        return before
+
+    def _train(self, trainer: Any, shape: Shape, state: RunState) -> float:
+        """Train, and return the seconds it took."""
+        from minilora_hub.training.callbacks import ProgressShown, StoppedBySignal
+        from minilora_hub.training.trainer import last_checkpoint
+
+        checkpoint = last_checkpoint(self.out) if self.resume else None
+        shown, started = ProgressShown(self.progress), time.perf_counter()
+
+        def elapsed() -> float:
+            return time.perf_counter() - started
+
+        trainer.on_saved = lambda: state.after(elapsed()).save(self.out)
+        trainer.add_callback(shown)
+        try:
+            with StoppedBySignal() as stop:
+                trainer.add_callback(stop)
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            shown.close()
+        if stop.number is not None and trainer.state.global_step < shape.steps:
+            raise TrainingInterrupted(
+                f"stopped after step {trainer.state.global_step} of {shape.steps}, which is saved: "
+                f"minilora train --resume --out {self.out} goes on",
+                stop.number,
+            )
+        return elapsed()
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.cuda.is_available() or torch.backends.mps.is_available()

@@ -1,0 +1,235 @@
+"""TRL's SFTTrainer for adapters: the model's own loss, checkpoints that are whole or absent, a stop at the first NaN.
+
+How it differs from SFTTrainer (1.16), each found by running it:
+
+- SFTTrainer replaces the model's forward by a fused head that calls the decoder and computes the loss itself, so what
+  a model adds to its loss is lost: MixLoRA's balance loss, AdaLoRA's orthogonality. Here the fused head is put on the
+  base inside the adapter, and the loss is the one the outer model returns.
+- It casts the adapters of a quantised base to bfloat16, DoRA magnitudes of ours included. Here they stay float32.
+- A length-grouped order is drawn from torch's global state, so that a resumed run would see another one. Here it
+  follows from seed and epoch.
+- A checkpoint is written in place. Here it is written beside and then renamed, with the adapter's tensors only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch.utils.data import Sampler
+from transformers import Trainer
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from trl import SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+from minilora_hub.errors import TrainingError
+from minilora_hub.remote_code.adapter_files import check_tensors, read_adapter, write_adapter
+from minilora_hub.training.models import trainable_parameters
+from minilora_hub.training.passthrough import restore_scores, scores_to_keep
+from minilora_hub.training.recipes import Recipe
+
+CHECKPOINTS = "checkpoints"
+WEIGHTS, SCORES = "trainable.safetensors", "scores.safetensors"
+SAVING = ".saving"
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The last whole checkpoint of a run, None where there is none."""
+    found = [path for path in (out / CHECKPOINTS).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    return max(found, key=lambda path: int(path.name.partition("-")[2]), default=None)
+
+
+class LengthGrouped(Sampler[int]):
+    """An order of rows in which a batch holds rows of similar length; it follows from seed and epoch."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader as an epoch starts."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Any:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer for a model whose adapter learns; see the head of this file.
+
+    Args:
+        recipe: how it is trained.
+        places: token ids of a row -> where the row is, to say which batch a NaN came from.
+        **kwargs: SFTTrainer's own.
+    """
+
+    def __init__(self, *, recipe: Recipe, places: dict[tuple[int, ...], str], **kwargs: Any) -> None:
+        model = kwargs["model"]
+        self.recipe, self.places = recipe, places
+        self.run_dir = Path(str(kwargs["args"].output_dir))
+        self.on_saved: Callable[[], None] = lambda: None
+        self._last_inputs: dict[str, Any] | None = None
+        exact = {name: parameter.data for name, parameter in trainable_parameters(model).items()}
+        super().__init__(**kwargs)
+        for name, parameter in trainable_parameters(model).items():
+            parameter.data = exact[name]
+        inner = fused_part(model)
+        if inner is not model:
+            vars(model).pop("forward", None)
+            vars(inner).pop("forward", None)
+            add_fused_lm_head(inner, outputs=("log_probs",))
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss the model itself returns, all its parts included."""
+        self._last_inputs = inputs
+        inputs = inputs | {"use_cache": False, "fused_lm_head": True}
+        loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
+        if model.training and not torch.isfinite(loss):
+            raise TrainingError(self._not_finite("loss", float(loss), inputs))
+        return (loss, outputs) if return_outputs else loss
+
+    def _not_finite(self, what: str, value: float, inputs: dict[str, Any] | None) -> str:
+        saved = last_checkpoint(self.run_dir.parent)
+        kept = f"{saved.name} is whole" if saved else "no checkpoint was saved yet"
+        rows = f" on {', '.join(self._rows_in(inputs))}" if inputs else ""
+        rate = self._get_learning_rate() if self.lr_scheduler is not None else self.args.learning_rate
+        return (
+            f"the {what} became {value} in step {self.state.global_step + 1}{rows}, at learning rate {rate:.2g}: "
+            f"nothing was updated, {kept}. Try a lower --learning-rate, a longer --set warmup=, "
+            "--set dtype=float32, or look at those rows"
+        )
+
+    def not_finite_gradients(self) -> str:
+        """What to say of gradients that are not finite, before they are used."""
+        return self._not_finite("gradient", float("nan"), self._last_inputs)
+
+    def _rows_in(self, inputs: dict[str, Any]) -> list[str]:
+        found = []
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        if mask is None:  # packed: a row starts where its position is 0
+            starts = [*(inputs["position_ids"][0] == 0).nonzero().flatten().tolist(), ids.shape[1]]
+            rows = [ids[0, start:end] for start, end in itertools.pairwise(starts)]
+        else:
+            rows = [row[keep.bool()] for row, keep in zip(ids, mask, strict=True)]
+        for row in rows:
+            found.append(self.places.get(tuple(row.tolist()), "a part of a row"))
+        return found
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.recipe.batching != "length-grouped":
+            return super()._get_train_sampler(train_dataset)
+        dataset: Any = train_dataset or self.train_dataset
+        lengths = [len(row) for row in dataset["input_ids"]]
+        return LengthGrouped(lengths, self.recipe.batch_size, self.args.seed)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The recipe's optimizer; with `loraplus_ratio` PEFT's grouping of A and B."""
+        if self.optimizer is None and self.recipe.loraplus_ratio:
+            from peft.optimizers import create_loraplus_optimizer
+
+            target: Any = model if model is not None else self.model
+            kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, target)
+            rate = arguments.pop("lr")
+            self.optimizer = create_loraplus_optimizer(
+                target,
+                kind,
+                lr=rate,
+                loraplus_lr_ratio=self.recipe.loraplus_ratio,
+                loraplus_weight_decay=self.recipe.weight_decay,
+                **arguments,
+            )
+        return super().create_optimizer(model)
+
+    # ---- checkpoints ----
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        run = self.run_dir
+        return str(run / SAVING if getattr(self, "_saving", False) else run)
+
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """Write a checkpoint beside the others, and move it among them once it is whole."""
+        run, step = self.run_dir, self.state.global_step
+        target = run / f"checkpoint-{step}"
+        if self.args.should_save:
+            shutil.rmtree(run / SAVING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            Trainer._save_checkpoint(self, model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(run / SAVING, ignore_errors=True)
+            saved = last_checkpoint(run.parent)
+            kept = f"{saved.name} is whole: make room, then --resume" if saved else "none was saved before"
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+            raise TrainingError(f"the checkpoint of step {step} could not be written ({reason}); {kept}") from error
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(run / SAVING / target.name, target)
+            shutil.rmtree(run / SAVING, ignore_errors=True)
+            self._drop_old_checkpoints(run)
+            self.on_saved()
+        self.accelerator.wait_for_everyone()
+
+    def _drop_old_checkpoints(self, run: Path) -> None:
+        by_step = {int(path.name.partition("-")[2]): path for path in run.glob("checkpoint-*")}
+        kept = sorted(by_step)[-self.recipe.keep_checkpoints :]
+        for step, path in by_step.items():
+            if step not in kept and step != self.state.best_global_step:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_adapter(folder / WEIGHTS, self._learned(state_dict))
+        scores = scores_to_keep(self.accelerator.unwrap_model(self.model))
+        if scores:
+            write_adapter(folder / SCORES, scores)
+
+    def _learned(self, state_dict: dict[str, Any] | None = None) -> dict[str, Any]:
+        model = self.accelerator.unwrap_model(self.model)
+        if state_dict is not None:
+            names = trainable_parameters(model)
+            return {name: value.cpu() for name, value in state_dict.items() if name in names}
+        return {name: parameter.detach().cpu() for name, parameter in trainable_parameters(model).items()}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.load_learned(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        self.load_learned(self.run_dir / f"checkpoint-{self.state.best_global_step}")
+
+    def load_learned(self, checkpoint: Path) -> None:
+        """Put a checkpoint's tensors into the model.
+
+        Raises:
+            ValueError: they do not fit the model; the message names the tensor.
+        """
+        parameters = trainable_parameters(self.accelerator.unwrap_model(self.model))
+        tensors = read_adapter(checkpoint / WEIGHTS)
+        check_tensors(checkpoint / WEIGHTS, tensors, {name: value.shape for name, value in parameters.items()})
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[name])
+        if (checkpoint / SCORES).is_file():
+            restore_scores(self.accelerator.unwrap_model(self.model), read_adapter(checkpoint / SCORES))
+
+
+def fused_part(model: Any) -> Any:
+    """The plain causal LM inside an adapted model: what the fused head belongs on."""
+    from minilora_hub.remote_code.adapted_model import AdaptedModel
+
+    return model.base if isinstance(model, AdaptedModel) else model
