@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,20 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it tells of a kernel it does not need
+
+
+@contextmanager
+def known_warnings_ignored() -> Iterator[None]:
+    """Warnings of the libraries about each other, and about what is taken care of here."""
+    with warnings.catch_warnings():
+        for start in (
+            "`is_gradient_checkpointing` is deprecated",  # PEFT reads transformers' old name
+            "PiSSA changes the base weights",  # which is why it is converted
+            "Adapter 'default': .* LoRA tensor.* have invalid shape",  # AdaLoRA's ranks of 0
+            "MatMul8bitLt",
+        ):
+            warnings.filterwarnings("ignore", message=start)
+        yield
 
 
 def build_trainer(

@@ -27,6 +27,9 @@ class LoraConfig(AdapterConfig):
 
     model_type = "minilora_lora"
 
+    def __init__(self, r: int = 16, **kwargs: Any) -> None:
+        super().__init__(r=r, **kwargs)  # type: ignore[no-untyped-call]
+
 
 class LoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
     """A causal language model with a LoRA adapter (arXiv 2106.09685) in it."""

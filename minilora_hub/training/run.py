@@ -84,7 +84,10 @@ def train(
     check_requirements(settings)
     if not resume and not dry_run:
         _require_empty(out)
-    return _Run(out, settings, resume, progress).execute(dry_run, on_plan)
+    from minilora_hub.training.loop import known_warnings_ignored
+
+    with known_warnings_ignored():
+        return _Run(out, settings, resume, progress).execute(dry_run, on_plan)
 
 
 def _resumed_settings(out: Path, said: dict[str, Any], config: str | Path | None) -> TrainingSettings | None:

@@ -1,0 +1,39 @@
+"""A tiny base on disk, with a tokenizer whose chat template is exact, and rows to train on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tiny_stand_ins import byte_tokenizer, tiny_llama
+
+CHAT = (
+    "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+COLOURS = ("red", "green", "blue", "black", "white", "grey", "pink", "brown")
+
+
+def write_base(folder: Path, seed: int = 0, **fields) -> Path:
+    """A Llama of two layers, wide enough for NF4's blocks of 64, and its tokenizer."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.1, "eos_token_id": 256}
+    tiny_llama(seed, **(sizes | fields)).save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    tokenizer.pad_token = "<|end|>"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def colour_rows(count: int = 24) -> list[dict]:
+    return [{"prompt": f"Item {i}?", "completion": COLOURS[i % len(COLOURS)] + " " * (i % 3) + str(i)} for i in range(count)]
+
+
+def write_rows(path: Path, rows: list[dict] | None = None) -> Path:
+    lines = [json.dumps(row) for row in (colour_rows() if rows is None else rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+SHORT = {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-2, "r": 4, "save_every": 2}
+"""Overrides of a run that takes a second."""

@@ -1,0 +1,16 @@
+"""A tiny base on disk and rows beside it, made once."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_training import write_base, write_rows
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    return str(write_base(tmp_path_factory.mktemp("base")))
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return str(write_rows(tmp_path / "rows.jsonl"))

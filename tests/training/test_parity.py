@@ -1,0 +1,143 @@
+"""What is trained, against independent loops: PEFT's modules under plain torch, and losses added up by hand."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from tiny_training import SHORT
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from minilora_hub.tensor_names import to_peft
+from minilora_hub.training.dataset import prepare_data
+from minilora_hub.training.loop import build_trainer, known_warnings_ignored
+from minilora_hub.training.models import build_trainee, find_base, load_tokenizer
+from minilora_hub.training.run import train
+from minilora_hub.training.settings import make_settings
+
+PLAIN = {"schedule": "constant", "warmup": 0.0, "learning_rate": 3e-3, "max_grad_norm": 1.0}
+
+
+def parts(out: Path, **said):
+    """The model and the batches of a run, as the run itself builds them."""
+    settings = make_settings(said)
+    resolved = find_base(settings, progress=False)
+    tokenizer = load_tokenizer(resolved)
+    data = prepare_data(settings, tokenizer, 512)
+    trainee = build_trainee(settings, resolved)
+    trainer, shape = build_trainer(settings, trainee, data, tokenizer, out, processes=1)
+    return trainer, shape
+
+
+def batches(trainer, count: int) -> list[dict]:
+    loader, found, epoch = trainer.get_train_dataloader(), [], 0
+    while len(found) < count:
+        loader.set_epoch(epoch)
+        found += list(loader)
+        epoch += 1
+    return found[:count]
+
+
+def curve(out: Path) -> list[float]:
+    with (out / "loss.csv").open() as file:
+        return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_50_steps_follow_pefts_loss_curve(method, base, rows, tmp_path):
+    said = SHORT | PLAIN | {"method": method, "base": base, "data": rows, "max_steps": 50}
+    train(tmp_path / "ours", **said)
+    ours = curve(tmp_path / "ours")
+
+    trainer, _ = parts(tmp_path / "again", **said)
+    config = LoraConfig(r=4, lora_alpha=8, use_dora=method == "dora", target_modules="all-linear")
+    reference = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    initial = {to_peft(name, "model.layers"): value for name, value in trainer.model.adapter_parameters().items()}
+    loaded = set_peft_model_state_dict(
+        reference, {name.replace("vector.weight", "vector"): value.detach() for name, value in initial.items()}
+    )
+    assert not loaded.unexpected_keys
+    learned = [parameter for parameter in reference.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=3e-3, weight_decay=0.0)
+    theirs = []
+    for batch in batches(trainer, 50):
+        loss = reference(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        theirs.append(loss.item())
+    assert theirs[-1] < theirs[0] - 1.5  # it learns, so that the curves could part
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("micro_batch_size", [4, 2])
+def test_the_logged_loss_of_a_mixture_holds_its_balance_loss(micro_batch_size, base, rows, tmp_path):
+    """Over an accumulated batch each micro-batch counts by its share of the learned tokens."""
+    said = SHORT | {"method": "mixlora", "base": base, "data": rows, "max_steps": 1, "num_experts": 4}
+    said |= {"router_aux_loss_coef": 0.5, "micro_batch_size": micro_batch_size}
+    train(tmp_path / "run", **said)
+    trainer, _ = parts(tmp_path / "again", **said)
+    model = trainer.model.eval()
+    chosen = batches(trainer, 4 // micro_batch_size)
+    items = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in chosen)
+    language, balance = 0.0, 0.0
+    for batch in chosen:
+        with torch.no_grad():
+            outputs = model(batch["input_ids"], batch["attention_mask"], output_router_logits=True)
+        labels = batch["labels"][:, 1:]
+        losses = F.cross_entropy(outputs.logits[:, :-1].transpose(1, 2), labels, reduction="sum", ignore_index=-100)
+        language += losses.item() / items
+        balance += 0.5 * outputs.aux_loss.item() * int((labels != -100).sum()) / items
+    assert balance > 0.9  # 0.5 times at least the number of active experts: far from rounding
+    assert curve(tmp_path / "run")[0] == pytest.approx(language + balance, abs=1e-4)
+
+
+def test_adaloras_orthogonality_is_in_the_loss(base, rows, tmp_path):
+    said = SHORT | {"method": "adalora", "base": base, "data": rows, "max_steps": 9, "r": None, "init_r": 6}
+    said |= {"target_r": 3}
+    losses = []
+    for weight in (0.0, 0.5):
+        train(tmp_path / str(weight), **said, orth_reg_weight=weight)
+        losses.append(curve(tmp_path / str(weight))[0])
+    with known_warnings_ignored():
+        trainer, _ = parts(tmp_path / "again", **said)
+    named = [(name, p) for name, p in trainer.model.named_parameters() if "lora_A" in name or "lora_B" in name]
+    grams = [p @ p.T if "lora_A" in name else p.T @ p for name, p in named]
+    expected = torch.stack([(gram - torch.eye(len(gram))).norm() for gram in grams]).mean().item()
+    assert losses[1] - losses[0] == pytest.approx(0.5 * expected, abs=1e-4)
+
+
+def test_packed_rows_learn_what_they_learn_alone(base, rows, tmp_path):
+    """One step over all rows, packed and padded: the same loss and, up to rounding, the same gradients."""
+    said = {"method": "dora", "base": base, "data": rows, "r": 4, "max_steps": 1, "warmup": 0.0}
+    gradients, losses = [], []
+    for batching, size in (("shuffled", 24), ("packed", None)):
+        extra = {"batching": batching, "batch_size": size or 1, "max_length": 512 if size is None else None}
+        trainer, _ = parts(tmp_path / batching, **said, **extra)
+        (batch,) = batches(trainer, 1)
+        count = (batch["labels"][:, 1:] != -100).sum()
+        trainer.model.train()
+        loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=count)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: p.grad for name, p in trainer.model.adapter_parameters().items()})
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_loraplus_lets_b_learn_faster(base, rows, tmp_path):
+    said = SHORT | {"method": "dora", "base": base, "data": rows, "max_steps": 1, "warmup": 0.0}
+    trainer, _ = parts(tmp_path / "run", **said, loraplus_ratio=16.0)
+    optimizer = trainer.create_optimizer()
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(trainer.model.adapter_parameters())
+    assert {rate for name, rate in rates.items() if name.endswith("lora_B")} == {16e-2}
+    assert {rate for name, rate in rates.items() if name.endswith("lora_A")} == {1e-2}
