@@ -26,7 +26,9 @@ def write_base(folder: Path, seed: int = 0, **fields) -> Path:
 
 
 def colour_rows(count: int = 24) -> list[dict]:
-    return [{"prompt": f"Item {i}?", "completion": COLOURS[i % len(COLOURS)] + " " * (i % 3) + str(i)} for i in range(count)]
+    return [
+        {"prompt": f"Item {i}?", "completion": COLOURS[i % len(COLOURS)] + " " * (i % 3) + str(i)} for i in range(count)
+    ]
 
 
 def write_rows(path: Path, rows: list[dict] | None = None) -> Path:

@@ -173,7 +173,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_hub(name: str, split: str, revision: str | None) -> Iterator[tuple[str, Any]]:
-    from datasets import DatasetNotFoundError, load_dataset
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 

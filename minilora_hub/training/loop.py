@@ -107,15 +107,13 @@ def _arguments(settings: TrainingSettings, shape: Shape, out: Path, validated: b
     import torch
     from trl import SFTConfig
 
-    from minilora_hub.training.trainer import CHECKPOINTS
-
     recipe = settings.recipe
     on_gpu = torch.cuda.is_available()
     packed = recipe.batching == "packed"
     known = {field.name for field in dataclasses.fields(SFTConfig)}
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     arguments: dict[str, Any] = {
-        "output_dir": str(out / CHECKPOINTS),
+        "output_dir": str(out),
         "max_steps": shape.steps,
         "per_device_train_batch_size": shape.micro_batch,
         "per_device_eval_batch_size": shape.micro_batch,

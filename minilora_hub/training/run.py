@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from minilora_hub.errors import TrainingError, TrainingInterrupted
@@ -133,6 +134,7 @@ class _Run:
         from minilora_hub.training.dataset import prepare_data
         from minilora_hub.training.loop import build_trainer, quiet_libraries
         from minilora_hub.training.models import base_context, build_trainee, find_base, load_tokenizer
+        from minilora_hub.training.trainer import CHECKPOINTS
 
         quiet_libraries()
         resolved = find_base(self.settings, self.progress)
@@ -140,7 +142,8 @@ class _Run:
         data = prepare_data(self.settings, tokenizer, base_context(resolved))
         state = self._state(data)
         trainee = build_trainee(self.settings, resolved)
-        trainer, shape = build_trainer(self.settings, trainee, data, tokenizer, self.out, self.processes)
+        with TemporaryDirectory() as scratch:  # a trainer makes its folder at once, and a plan must leave none
+            trainer, shape = build_trainer(self.settings, trainee, data, tokenizer, Path(scratch), self.processes)
         plan = make_plan(self.settings, data, trainee, shape, tokenizer.pad_token_id, trainer.args.device)
         if on_plan is not None and self.main:
             on_plan(plan, self.settings)
@@ -151,6 +154,7 @@ class _Run:
             self.out.mkdir(parents=True, exist_ok=True)
             self.settings.save(self.out)
             state.save(self.out)
+        trainer.args.output_dir = str(self.out / CHECKPOINTS)
         seconds = self._train(trainer, shape, state)
         history = trainer.state.log_history
         if self.main:

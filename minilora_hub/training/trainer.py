@@ -75,7 +75,6 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
     def __init__(self, *, recipe: Recipe, places: dict[tuple[int, ...], str], **kwargs: Any) -> None:
         model = kwargs["model"]
         self.recipe, self.places = recipe, places
-        self.run_dir = Path(str(kwargs["args"].output_dir))
         self.on_saved: Callable[[], None] = lambda: None
         self._last_inputs: dict[str, Any] | None = None
         exact = {name: parameter.data for name, parameter in trainable_parameters(model).items()}
@@ -88,6 +87,11 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
             vars(inner).pop("forward", None)
             add_fused_lm_head(inner, outputs=("log_probs",))
 
+    @property
+    def run_dir(self) -> Path:
+        """Where the checkpoints go."""
+        return Path(str(self.args.output_dir))
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -96,7 +100,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         inputs = inputs | {"use_cache": False, "fused_lm_head": True}
         loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
         if model.training and not torch.isfinite(loss):
-            raise TrainingError(self._not_finite("loss", float(loss), inputs))
+            raise TrainingError(self._not_finite("loss", loss.detach().item(), inputs))
         return (loss, outputs) if return_outputs else loss
 
     def _not_finite(self, what: str, value: float, inputs: dict[str, Any] | None) -> str:

@@ -1,0 +1,212 @@
+"""What holds when a run is killed, interrupted, out of space, or meets a NaN; and that seeds reproduce."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_training import SHORT, write_rows
+
+from minilora_hub.errors import TrainingError
+from minilora_hub.training import trainer as trainer_module
+from minilora_hub.training.run import train
+from minilora_hub.training.trainer import last_checkpoint
+
+WEIGHTS = "adapter_model.safetensors"
+RUN = SHORT | {"method": "mixlora", "num_experts": 4, "max_steps": 9, "save_every": 3, "lora_dropout": 0.1}
+PLACES = ("step:1", "step:5", "step:8", "weights", "optimizer")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return str(write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def whole(base, data, tmp_path_factory):
+    """The weights of a run that nothing happened to."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(out, base=base, data=data, **RUN)
+    return (out / WEIGHTS).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def killed(base, data, tmp_path_factory):
+    """Runs that SIGKILL has ended, each at another place."""
+    folder, script = tmp_path_factory.mktemp("killed"), str(Path(__file__).with_name("killed_run.py"))
+    said = json.dumps(RUN | {"base": base, "data": data})
+    started = {
+        place: subprocess.Popen([sys.executable, script, place, str(folder / place), said], stderr=subprocess.PIPE)
+        for place in PLACES
+    }
+    for place, process in started.items():
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == -signal.SIGKILL, f"{place}: {errors.decode()[-2000:]}"
+    return folder
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_killed_run_resumes_to_the_same_bytes(place, killed, whole):
+    out = killed / place
+    saved = last_checkpoint(out)
+    assert (saved.name if saved else None) == {"step:1": None, "step:8": "checkpoint-6"}.get(place, "checkpoint-3")
+    assert not (out / WEIGHTS).exists()
+    result = train(out, resume=True)
+    assert result.steps == 9
+    assert (out / WEIGHTS).read_bytes() == whole
+    assert not list((out / "checkpoints").glob(".saving*"))
+    with pytest.raises(TrainingError, match="is finished"):
+        train(out, resume=True)
+
+
+def test_two_runs_write_the_same_bytes_and_another_seed_does_not(base, data, whole, tmp_path):
+    train(tmp_path / "again", base=base, data=data, **RUN)
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == whole
+    train(tmp_path / "other", base=base, data=data, **RUN, seed=1)
+    assert (tmp_path / "other" / WEIGHTS).read_bytes() != whole
+
+
+@pytest.mark.parametrize("changed", [{"batching": "length-grouped"}, {"method": "adalora"}], ids=["grouped", "adalora"])
+def test_other_orders_and_states_resume_alike(changed, base, data, tmp_path, monkeypatch):
+    """A length-grouped order that starts a second epoch; AdaLoRA's scores and ranks."""
+    said = RUN | {"base": base, "data": data} | changed
+    if said["method"] == "adalora":
+        said = {name: value for name, value in said.items() if name not in ("r", "num_experts")}
+        said |= {"init_r": 6, "target_r": 3}
+    train(tmp_path / "whole", **said)
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step >= 8:
+            raise RuntimeError("stopped here")
+        return original(self, *args, **kwargs)
+
+    original = trainer_module.AdapterTrainer.compute_loss
+    monkeypatch.setattr(trainer_module.AdapterTrainer, "compute_loss", stop)
+    with pytest.raises(RuntimeError, match="stopped here"):
+        train(tmp_path / "cut", **said)
+    monkeypatch.undo()
+    train(tmp_path / "cut", resume=True)
+    assert (tmp_path / "cut" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+
+
+def test_resuming_refuses_other_data_and_other_settings(killed, base, data, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(TrainingError, match=r"holds no training.yaml"):
+        train(out, resume=True)
+    train(tmp_path / "first", base=base, data=data, **RUN | {"max_steps": 1})
+    settings = (tmp_path / "first" / "training.yaml").read_text()
+    out.mkdir()
+    (out / "training.yaml").write_text(settings)
+    (out / "run.json").write_text('{"data_sha256": "0"}')
+    with pytest.raises(TrainingError, match="the data is not what the run began with"):
+        train(out, resume=True)
+    with pytest.raises(TrainingError, match=r"began with learning_rate=0.01, now it is 0.5"):
+        train(out, resume=True, learning_rate=0.5)
+    with pytest.raises(TrainingError, match="it holds a run: pass --resume"):
+        train(out, base=base, data=data, **RUN)
+
+
+def test_ctrl_c_saves_and_stops_and_the_rest_follows(base, data, tmp_path):
+    said = {**RUN, "max_steps": 150, "save_every": 150}
+    train(tmp_path / "whole", base=base, data=data, **said)
+    sets = [part for name, value in said.items() if name != "method" for part in ("--set", f"{name}={value}")]
+    command = [sys.executable, "-m", "minilora_hub.cli", "train", "--out", str(tmp_path / "cut")]
+    arguments = ["--method", "mixlora", "--base", base, "--data", data, *sets]
+    told = ""
+    with subprocess.Popen(command + arguments, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            told += line
+            if line.startswith("step 14/"):
+                process.send_signal(signal.SIGINT)
+                break
+        told += process.stderr.read()
+    assert process.returncode == 130, told
+    saved = last_checkpoint(tmp_path / "cut")
+    step = int(saved.name.partition("-")[2])
+    assert 14 <= step < 150
+    assert f"stopped after step {step} of 150, which is saved" in told
+    assert "Traceback" not in told
+    train(tmp_path / "cut", resume=True)
+    assert (tmp_path / "cut" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(base, data, whole, tmp_path, monkeypatch):
+    """No file may grow beyond a limit from the second checkpoint on, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, calls = trainer_module.AdapterTrainer._save_checkpoint, []
+
+    def limited(self, *args):
+        calls.append(self.state.global_step)
+        if len(calls) == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        save(self, *args)
+
+    monkeypatch.setattr(trainer_module.AdapterTrainer, "_save_checkpoint", limited)
+    out = tmp_path / "run"
+    try:
+        with pytest.raises(TrainingError, match=r"checkpoint of step 6 could not be written .*checkpoint-3 is whole"):
+            train(out, base=base, data=data, **RUN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    monkeypatch.undo()
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["checkpoint-3"]
+    train(out, resume=True)
+    assert (out / WEIGHTS).read_bytes() == whole
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_nan_stops_with_step_rows_and_advice_before_weights_change(what, base, data, tmp_path, monkeypatch):
+    compute = trainer_module.AdapterTrainer.compute_loss
+
+    def poisoned(self, model, inputs, *args, **kwargs):
+        if self.state.global_step == 4:
+            factor = float("nan") if what == "loss" else 1.0
+            inputs = inputs | {"labels": inputs["labels"]}
+            router = next(p for name, p in model.named_parameters() if name.endswith("router"))
+            if what == "loss":
+                router.data[0, 0] = factor
+            else:
+                router.register_hook(lambda gradient: gradient * float("inf"))
+        return compute(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module.AdapterTrainer, "compute_loss", poisoned)
+    out = tmp_path / "run"
+    with pytest.raises(TrainingError) as raised:
+        train(out, base=base, data=data, **RUN)
+    message = str(raised.value)
+    assert f"the {what} became nan in step 5 on rows.jsonl:" in message
+    assert message.count("rows.jsonl:") == 4
+    assert "checkpoint-3 is whole" in message
+    assert "--learning-rate" in message
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["checkpoint-3"]
+    tensors = trainer_module.read_adapter(out / "checkpoints" / "checkpoint-3" / trainer_module.WEIGHTS)
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+
+
+def test_the_best_weights_are_kept_and_training_stops_early(base, tmp_path):
+    """Held-out rows that say something else get worse while the others are learned by heart."""
+    learned = write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "yes"}] * 8)
+    other = write_rows(tmp_path / "b.jsonl", [{"prompt": "a", "completion": "no!"}] * 4)
+    said = SHORT | {"method": "dora", "base": base, "data": str(learned), "validation_data": str(other)}
+    said |= {"max_steps": 200, "save_every": 3, "early_stopping": 2, "schedule": "constant", "warmup": 0.0}
+    started = time.perf_counter()
+    result = train(tmp_path / "run", **said)
+    assert result.steps < 100, time.perf_counter() - started
+    rows = [line.split(",") for line in (tmp_path / "run" / "loss.csv").read_text().splitlines()[1:]]
+    validated = {int(row[0]): float(row[2]) for row in rows if row[2]}
+    assert result.best_step == min(validated, key=validated.get)
+    assert result.best_step < max(validated)
+    from safetensors.torch import load_file
+
+    kept = load_file(tmp_path / "run" / "checkpoints" / f"checkpoint-{result.best_step}" / trainer_module.WEIGHTS)
+    saved = load_file(tmp_path / "run" / WEIGHTS)
+    for name, tensor in kept.items():
+        ours = name.removeprefix("base.model.").replace(".update.", ".")
+        assert torch.equal(saved[ours], tensor)
