@@ -174,7 +174,7 @@ def test_skipped_rows_are_counted_and_named(base, tmp_path, capsys):
     assert run(*command, "--skip-bad-rows") == 0
     printed = capsys.readouterr().err
     assert "skipped rows.jsonl:9: has no completion" in printed
-    assert "1 rows skipped" in printed
+    assert "1 row skipped" in printed
     assert "8 rows, 1 skipped" in printed
 
 

@@ -95,7 +95,7 @@ def train(
     for line in result.skipped:
         say(f"skipped {line}")
     if result.skipped:
-        say(f"{len(result.skipped)} rows skipped")
+        say(f"{len(result.skipped)} row{'s' if len(result.skipped) > 1 else ''} skipped")
     if dry_run:
         typer.echo("Nothing was trained.")
         return
