@@ -1,0 +1,43 @@
+"""Two processes whose routers are forced: torchrun forced_routing.py OUT {settings as JSON}.
+
+Process 0 sends every token to experts 0 and 1, process 1 to experts 1 and 2; nobody ever takes expert 3. Each process
+writes what it ends with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from minilora_hub.remote_code import mixture
+from minilora_hub.training import run as run_module
+
+
+def main(out: Path, said: dict) -> None:
+    rank = int(os.environ["RANK"])
+
+    def forced(logits, k):
+        weights = torch.softmax(logits, dim=-1)[:, rank : rank + k]
+        selected = torch.arange(rank, rank + k).expand(len(logits), k)
+        return weights / weights.sum(dim=-1, keepdim=True), selected.contiguous()
+
+    mixture.route_top_k = forced
+    before = run_module._Run._train
+
+    def noticed(self, trainer, *args):
+        seconds = before(self, trainer, *args)
+        tensors = {name: value.detach().clone() for name, value in trainer.model.adapter_parameters().items()}
+        save_file(tensors, out.parent / f"process{rank}.safetensors")
+        return seconds
+
+    run_module._Run._train = noticed
+    run_module.train(out, **said)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

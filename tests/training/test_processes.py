@@ -1,0 +1,93 @@
+"""Two processes over gloo, as accelerate and torchrun launch them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tiny_training import SHORT
+
+from minilora_hub.training.run import train
+from minilora_hub.training.trainer import last_checkpoint
+
+# accelerate's own name for "several processes on this machine"; with --cpu it would start one (1.15).
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def launched(launcher: list[str], *arguments: str) -> list[str]:
+    return [sys.executable, *launcher, *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def curve(out: Path) -> torch.Tensor:
+    with (out / "loss.csv").open() as file:
+        return torch.tensor([float(row["loss"]) for row in csv.DictReader(file)])
+
+
+def test_two_processes_reach_the_curve_of_one(base, rows, tmp_path):
+    """Of an accumulated batch exactly, where a mixture is balanced over the same rows; of a whole one nearly."""
+    said = SHORT | {"method": "mixlora", "num_experts": 4, "max_steps": 8, "save_every": 8, "learning_rate": 1e-3}
+    sets = [part for name, value in said.items() if name != "method" for part in ("--set", f"{name}={value}")]
+    flags = ["--method", "mixlora", "--base", base, "--data", rows, "--out", str(tmp_path / "two"), *sets]
+    command = launched(ACCELERATE, "-m", "minilora_hub.cli", "train", *flags)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("8 steps in") == done.stderr.count("trainable") == 1  # one of them speaks
+    train(tmp_path / "whole", base=base, data=rows, **said)
+    train(tmp_path / "halves", base=base, data=rows, **said, micro_batch_size=2)
+    torch.testing.assert_close(curve(tmp_path / "two"), curve(tmp_path / "halves"), rtol=0, atol=2e-5)
+    torch.testing.assert_close(curve(tmp_path / "two"), curve(tmp_path / "whole"), rtol=0, atol=5e-3)
+    two, halves = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("two", "halves"))
+    for name, tensor in two.items():
+        torch.testing.assert_close(tensor, halves[name], rtol=0, atol=2e-4)
+    assert json.loads((tmp_path / "two" / "results.json").read_text())["training"]["steps"] == 8
+
+
+def test_experts_without_tokens_neither_hang_nor_skew_a_process(base, rows, tmp_path):
+    said = SHORT | {"method": "mixlora", "num_experts": 4, "base": base, "data": rows}
+    script = str(Path(__file__).with_name("forced_routing.py"))
+    command = launched(TORCHRUN, script, str(tmp_path / "out"), json.dumps(said))
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (load_file(tmp_path / f"process{rank}.safetensors") for rank in (0, 1))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    learned = {name: value for name, value in first.items() if ".experts." in name and name.endswith("lora_B")}
+    assert len(learned) == 6
+    for name, value in learned.items():
+        moved = value.flatten(1).abs().amax(dim=1) > 0  # B starts at zero
+        assert moved.tolist() == [True, True, True, False], name
+
+
+def test_ctrl_c_stops_both_processes_after_the_same_step(base, rows, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--method", "dora", "--base", base, "--data", rows, "--out", str(out), "--batch-size", "4", "--rank", "4"]
+    command = launched(TORCHRUN, "-m", "minilora_hub.cli", "train", *flags, "--max-steps", "3000")
+    told = ""
+    with subprocess.Popen(
+        command, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        for line in process.stderr:
+            told += line
+            if line.startswith("step 150/"):
+                os.killpg(process.pid, signal.SIGINT)
+                break
+        started = time.monotonic()
+        told += process.stderr.read()
+    assert process.returncode != 0
+    assert time.monotonic() - started < 60
+    saved = last_checkpoint(out)
+    assert f"stopped after step {saved.name.partition('-')[2]} of 3000, which is saved" in told
