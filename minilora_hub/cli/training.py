@@ -122,3 +122,65 @@ def _said(given: dict[str, Any]) -> dict[str, Any]:
 def _print_plan(plan: Plan, settings: TrainingSettings) -> None:
     for name, value in [("method", f"{settings.method} on {settings.base}"), *plan.lines()]:
         say(f"{name:<10} {value}")
+
+
+def sweep(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder: new, or with a sweep to go on with.")],
+    vary: Annotated[
+        list[str],
+        typer.Option("--vary", metavar="NAME=VALUES", help="learning_rate=1e-4,1e-3 or, for tpe, 1e-5..1e-3. Again."),
+    ],
+    method: Method = None,
+    base: TrainedBase = None,
+    data: Data = None,
+    config: Config = None,
+    set_: Set = None,
+    search: Annotated[str, typer.Option(metavar="HOW", help="grid, or tpe by optuna.")] = "grid",
+    trials: Annotated[int | None, typer.Option(metavar="N", min=1, help="At most so many trials.")] = None,
+    minutes: Annotated[float | None, typer.Option(metavar="M", help="Training time at most, in minutes.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train with varied settings; the best on validation wins. The same command goes on where it was stopped."""
+    from minilora_hub.training.settings import parse_assignment
+    from minilora_hub.training.sweep import TABLE_FILE, Trial, parse_values
+    from minilora_hub.training.sweep import sweep as run
+
+    said: dict[str, Any] = {"method": method, "base": base, "data": data}
+    said |= dict(parse_assignment(text) for text in set_ or [])
+
+    def tell(number: int, trial: Trial) -> None:
+        values = ", ".join(f"{name} {value}" for name, value in trial.values.items())
+        ends = {"running": "", "failed": f": {trial.reason}", "finished": f": {trial.validation_loss or 0:.4f}"}
+        say(f"trial {number}: {values}{ends[trial.state]}")
+
+    result = run(
+        out,
+        dict(parse_values(text) for text in vary),
+        search=search,  # type: ignore[arg-type]  # checked there
+        trials=trials,
+        minutes=minutes,
+        progress=not as_json,
+        on_trial=None if as_json else tell,
+        config=config,
+        **said,
+    )
+    if as_json:
+        print_json(asdict(result) | {"out": str(out)})
+        return
+    names = list(result.trials[0].values) if result.trials else []
+    table = [[*names, "validation loss", "step", "seconds"]]
+    for trial in result.trials:
+        loss = f"{trial.validation_loss:.4f}" if trial.validation_loss is not None else trial.state
+        step = "" if trial.step is None else str(trial.step)
+        table.append([*(str(trial.values[name]) for name in names), loss, step, f"{trial.seconds:.0f}"])
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    for line in table:
+        typer.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
+    for note in result.notes:
+        say(f"note: {note}")
+    if result.left:
+        say(f"{result.left} trials were not made")
+    typer.echo(f"table and plot: {out / TABLE_FILE}, {out}")
+    if result.best:
+        typer.echo(f"best: {out / 'trials' / result.best.folder}")

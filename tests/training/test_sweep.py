@@ -1,0 +1,116 @@
+"""Sweeps: every combination, a library's search, a budget, going on after a kill, and one table with the best."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+from tiny_training import SHORT
+
+from minilora_hub.cli import main
+from minilora_hub.errors import TrainingError
+from minilora_hub.training import sweep as module
+from minilora_hub.training.sweep import Range, parse_values, sweep
+
+FIXED = {name: value for name, value in SHORT.items() if name not in ("r", "learning_rate")} | {"validation": 0.25}
+
+
+def test_a_grid_on_the_command_line(base, rows, tmp_path, capsys):
+    out = tmp_path / "sweep"
+    sets = [part for name, value in FIXED.items() for part in ("--set", f"{name}={value}")]
+    vary = ["--vary", "learning_rate=1e-4,2e-2", "--vary", "r=2,4"]
+    command = ["sweep", "--method", "dora", "--base", base, "--data", rows, "--out", str(out), *sets, *vary]
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    with (out / "sweep.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert {(row["learning_rate"], row["r"]) for row in table} == {
+        ("0.0001", "2"),
+        ("0.0001", "4"),
+        ("0.02", "2"),
+        ("0.02", "4"),
+    }
+    losses = [float(row["validation_loss"]) for row in table]
+    assert losses == sorted(losses)
+    assert table[0]["learning_rate"] == "0.02"  # a rate of 1e-4 learns nothing in four steps
+    assert f"best: {out / table[0]['folder']}" in printed
+    assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    best = json.loads((out / table[0]["folder"] / "results.json").read_text())
+    assert best["training"]["hyperparameters"]["learning rate"] == 0.02
+    rows_in_loss = (out / table[0]["folder"] / "loss.csv").read_text().splitlines()[1:]
+    validated = [float(line.split(",")[2]) for line in rows_in_loss if line.split(",")[2]]
+    assert min(validated) == losses[0]
+
+
+def test_a_stopped_sweep_goes_on_and_repeats_nothing(base, rows, tmp_path, monkeypatch):
+    said = FIXED | {"method": "dora", "base": base, "data": rows}
+    vary = {"learning_rate": [1e-3, 1e-2, 2e-2]}
+    whole = sweep(tmp_path / "whole", vary, **said)
+    train, calls = module.train, []
+
+    def cut(folder, **settings):
+        calls.append(folder.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train(folder, **settings)
+
+    monkeypatch.setattr(module, "train", cut)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(tmp_path / "cut", vary, **said)
+    result = sweep(tmp_path / "cut", vary, **said)
+    assert calls == ["learning_rate=0.001", "learning_rate=0.01", "learning_rate=0.01", "learning_rate=0.02"]
+    assert [(t.values, t.validation_loss) for t in result.trials] == [
+        (t.values, t.validation_loss) for t in whole.trials
+    ]
+    with pytest.raises(TrainingError, match=r"holds a sweep with other settings \(vary\)"):
+        sweep(tmp_path / "cut", {"learning_rate": [1.0]}, **said)
+
+
+def test_a_trial_that_fails_is_told_and_the_others_count(base, rows, tmp_path):
+    said = FIXED | {"method": "dora", "base": base, "data": rows}
+    result = sweep(tmp_path / "sweep", {"r": [4, 0]}, **said)
+    assert [trial.state for trial in result.trials] == ["finished", "failed"]
+    assert result.best.values == {"r": 4}
+    assert "r=0 failed: r=0: the rank must be an integer of at least 1" in result.notes[0]
+
+
+def test_a_search_stays_in_its_ranges_and_can_go_on(base, rows, tmp_path):
+    said = FIXED | {"method": "dora", "base": base, "data": rows, "max_steps": 1}
+    vary = {"learning_rate": Range(1e-4, 1e-1), "r": Range(2, 8), "use_rslora": [True, False]}
+    first = sweep(tmp_path / "sweep", vary, search="tpe", trials=2, **said)
+    result = sweep(tmp_path / "sweep", vary, search="tpe", trials=4, **said)
+    assert len(result.trials) == 4
+    assert {trial.folder for trial in first.trials} <= {trial.folder for trial in result.trials}
+    for trial in result.trials:
+        assert 1e-4 <= trial.values["learning_rate"] <= 1e-1
+        assert trial.values["r"] in range(2, 9)
+    assert len({trial.values["learning_rate"] for trial in result.trials}) == 4
+
+
+def test_a_budget_ends_it(base, rows, tmp_path):
+    said = FIXED | {"method": "dora", "base": base, "data": rows}
+    result = sweep(tmp_path / "sweep", {"r": [2, 3, 4, 5]}, minutes=1e-6, **said)
+    assert len(result.trials) == 1
+    assert result.left == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("learning-rate=1e-4,1e-3", ("learning_rate", [1e-4, 1e-3])),
+        ("r=4..32", ("r", Range(4, 32))),
+        ("learning_rate=1e-5..1e-3", ("learning_rate", Range(1e-5, 1e-3))),
+        ("batching=packed,shuffled", ("batching", ["packed", "shuffled"])),
+    ],
+)
+def test_values_are_read(text, expected):
+    assert parse_values(text) == expected
+
+
+@pytest.mark.parametrize("text", ["r", "r=", "=4", "r=8..4", "r=a..b"])
+def test_values_that_cannot_be_read_are_refused(text):
+    with pytest.raises(TrainingError, match="must be NAME=VALUE"):
+        parse_values(text)
