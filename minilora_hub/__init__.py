@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from minilora_hub.remote_code.modeling_minilora import DoraModel as DoraModel
     from minilora_hub.remote_code.modeling_minilora import MixLoraForCausalLM as MixLoraForCausalLM
     from minilora_hub.remote_code.modeling_minilora import MixLoraModel as MixLoraModel
+    from minilora_hub.training.run import train as train
 
 _HOMES = {
     "CompareEngine": "minilora_hub.compare.engine",
@@ -37,6 +38,7 @@ _HOMES = {
     "MixLoraPeftConfig": "minilora_hub.integrations.peft_method",
     "push": "minilora_hub.publish.push",
     "register": "minilora_hub.integrations.auto_classes",
+    "train": "minilora_hub.training.run",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

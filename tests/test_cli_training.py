@@ -155,6 +155,28 @@ def test_a_missing_package_is_said_before_anything_is_loaded(
     )
 
 
+def test_a_launcher_that_asks_for_shards_is_refused(rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    command = ["--method", "dora", "--base", "no/such-base", "--data", rows, "--out", str(tmp_path / "out")]
+    assert run(*command) == 1
+    assert one_line(capsys).startswith("minilora: FSDP: a base in shards is not supported")
+
+
+def test_it_logs_where_it_is_told_to(base, rows, tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "out"
+    command = ["--method", "dora", "--base", base, "--data", rows, "--out", str(out), "--max-steps", "3"]
+    assert run(*command, "--report-to", "tensorboard") == 0
+    (file,) = out.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    logged = [event.value for event in events.Scalars("train/loss")]
+    losses = [float(line.split(",")[1]) for line in (out / "loss.csv").read_text().splitlines()[1:]]
+    assert logged == pytest.approx(losses, abs=1e-5)
+
+
 def test_skipped_rows_are_counted_and_named(base, tmp_path, capsys):
     file = write_rows(tmp_path / "rows.jsonl", [*colour_rows(8), {"prompt": "no answer"}])
     command = [

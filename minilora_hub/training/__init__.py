@@ -1,1 +1,1 @@
-"""Training adapters."""
+"""Training adapters: `run.train` is one run, `sweep.sweep` many."""

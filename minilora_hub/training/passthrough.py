@@ -11,32 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from minilora_hub.bases import ResolvedBase
 from minilora_hub.errors import BaseModelError, TrainingError
+from minilora_hub.training.peft_configs import config_class_of
 from minilora_hub.training.settings import TrainingSettings
 
 UNSCHEDULED = 10**9
 """AdaLoRA's configuration asks for the number of steps before there are any; `method_callbacks` replaces this."""
-
-
-def _config_class(chosen: Mapping[str, Any]) -> Any:
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    known = {str(getattr(kind, "value", kind)): kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
-    name = str(chosen.get("peft_type", "")).upper()
-    if name not in known:
-        raise TrainingError(f"peft_type={chosen.get('peft_type')!r}: must be one of {', '.join(sorted(known))}")
-    return PEFT_TYPE_TO_CONFIG_MAPPING[known[name]]
-
-
-def config_fields(chosen: Mapping[str, Any]) -> set[str]:
-    """Names of the fields of the PEFT configuration that `chosen` asks for with its ``peft_type``."""
-    ours = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "total_step"}
-    return {field.name for field in dataclasses.fields(_config_class(chosen))} - ours
 
 
 def build_peft_model(settings: TrainingSettings, resolved: ResolvedBase, arguments: dict[str, Any]) -> Any:
@@ -57,7 +41,7 @@ def build_peft_model(settings: TrainingSettings, resolved: ResolvedBase, argumen
         raise BaseModelError(f"base {resolved.name!r} cannot be loaded: {' '.join(str(error).split())}") from error
     keep_4bit_weights_exact(base)
     chosen = dict(settings.recipe.adapter)
-    config_class = _config_class(chosen)
+    config_class = config_class_of(chosen)
     fields = {name: value for name, value in chosen.items() if name != "peft_type"}
     if "total_step" in {field.name for field in dataclasses.fields(config_class)}:
         fields["total_step"] = UNSCHEDULED

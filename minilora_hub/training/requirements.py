@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
 from minilora_hub.errors import MissingExtraError, TrainingError
@@ -9,7 +10,9 @@ from minilora_hub.training.settings import TrainingSettings
 
 # Their states live in bitsandbytes' kernels, which exist for CUDA.
 CUDA_OPTIMIZERS = ("8bit", "paged", "bnb")
-FUSED = ("adamw_torch_fused",)
+
+SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+"""What accelerate's launcher says in the environment. On CPUs it would then quietly train whole copies (1.15)."""
 
 
 def check_requirements(settings: TrainingSettings) -> None:
@@ -20,6 +23,12 @@ def check_requirements(settings: TrainingSettings) -> None:
         TrainingError: a setting cannot work here; the message says which, and what to pass instead.
     """
     recipe = settings.recipe
+    for variable, name in SHARDED.items():
+        if os.environ.get(variable, "").lower() == "true":
+            raise TrainingError(
+                f"{name}: a base in shards is not supported, each process holds all of it: launch without it, and "
+                "pass --quantize nf4 where the base is too large"
+            )
     for package in ("trl", "datasets"):
         _need(package, "train")
     for name in recipe.report_to:

@@ -196,7 +196,7 @@ def adapter_field_names(method: str, chosen: Mapping[str, Any]) -> set[str]:
         config: Any = {"dora": DoraConfig, "lora": AdapterConfig}.get(method, MixLoraConfig)
         given = {"base_model_name_or_path", "base_model_revision", "base_fingerprint", "text_config", "format_version"}
         return set(config._own_fields()) - given - (set() if method in ("mixlora", "mixdora") else {"use_dora"})
-    from minilora_hub.training.passthrough import config_fields
+    from minilora_hub.training.peft_configs import config_fields
 
     return config_fields(chosen)
 
