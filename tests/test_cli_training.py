@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hub.server import HubServer
@@ -163,7 +165,6 @@ def test_a_launcher_that_asks_for_shards_is_refused(rows, tmp_path, capsys, monk
 
 
 def test_it_logs_where_it_is_told_to(base, rows, tmp_path, capsys):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out = tmp_path / "out"
@@ -208,11 +209,12 @@ def test_a_folder_that_is_in_use_is_left_alone(base, rows, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
-def test_rows_come_from_a_data_set_on_the_hub(base, tmp_path):
+def test_base_and_rows_come_from_the_hub_and_the_commit_is_kept(base, tmp_path):
     lines = "".join(json.dumps(row) + "\n" for row in colour_rows(10)).encode()
-    command = [sys.executable, "-m", "minilora_hub.cli", "train", "--method", "dora", "--base", base]
+    command = [sys.executable, "-m", "minilora_hub.cli", "train", "--method", "dora", "--base", "me/tiny"]
     with HubServer() as hub:
         token = hub.add_user("me")
+        hub.add_repo("me/tiny", files={path.name: path.read_bytes() for path in Path(base).iterdir()})
         hub.add_repo("me/colours", "dataset", files={"train.jsonl": lines}, private=True)
         environment = hub.environment(token=token, cache_dir=tmp_path / "cache")
 
@@ -225,6 +227,10 @@ def test_rows_come_from_a_data_set_on_the_hub(base, tmp_path):
         assert "10 rows" in done.stderr
         results = json.loads((tmp_path / "out" / "results.json").read_text())
         assert results["datasets"] == ["me/colours"]
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert config["base_model_name_or_path"] == results["base"]["id"] == "me/tiny"
+        assert re.fullmatch("[0-9a-f]{40}", results["base"]["revision"])
+        assert config["base_model_revision"] == results["base"]["revision"]
         assert results["training"]["data"][0]["name"] == "me/colours"
         missing = said("--data", "me/none", "--resume")
         assert missing.returncode == 1

@@ -22,12 +22,9 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.results import RESULTS_FILE, Base, DataSource, Results, Sample, Training
 from minilora_hub.training import measuring
 from minilora_hub.training.first_tasks import DATA, TASKS, make_items
+from minilora_hub.training.outputs import EMBEDDED_NOTE as ROUNDED
 
 MEASURE_COMMAND = "python -m minilora_hub.training.first_adapters --measure DIR"
-ROUNDED = (
-    "trained and measured on a Q4_1 rounding of these weights, expanded to float32 "
-    '(what minilora_hub calls the base "embedded")'
-)
 FACTS_FILE = "training.json"
 """What an earlier version of this file wrote instead of results.json."""
 

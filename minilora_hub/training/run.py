@@ -192,6 +192,9 @@ class _Run:
         from minilora_hub.training.trainer import last_checkpoint
 
         checkpoint = last_checkpoint(self.out) if self.resume else None
+        if checkpoint and checkpoint.name == f"checkpoint-{shape.steps}":
+            trainer.take_over(checkpoint)  # it was killed after its last step
+            return 0.0
         shown, started = ProgressShown(self.progress), time.perf_counter()
 
         def elapsed() -> float:

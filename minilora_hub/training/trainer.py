@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
@@ -215,6 +216,13 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         self.load_learned(self.run_dir / f"checkpoint-{self.state.best_global_step}")
+
+    def take_over(self, checkpoint: Path) -> None:
+        """End up where the run that wrote its last checkpoint would have: with the best weights, and its history."""
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self.load_learned(checkpoint)
+        if self.args.load_best_model_at_end:
+            self._load_best_model()
 
     def load_learned(self, checkpoint: Path) -> None:
         """Put a checkpoint's tensors into the model.

@@ -30,6 +30,10 @@ def main(where: str, out: str, said: dict) -> None:
         import minilora_hub.training.callbacks
 
         minilora_hub.training.callbacks.GradientsChecked = Killed
+    elif kind == "result":
+        from minilora_hub.training import outputs
+
+        outputs.write_loss = lambda *_: die()
     else:
         # In the middle of the second checkpoint: of its weights, or of its optimizer's state.
         seen = []

@@ -141,3 +141,24 @@ def test_loraplus_lets_b_learn_faster(base, rows, tmp_path):
     assert len(rates) == len(trainer.model.adapter_parameters())
     assert {rate for name, rate in rates.items() if name.endswith("lora_B")} == {16e-2}
     assert {rate for name, rate in rates.items() if name.endswith("lora_A")} == {1e-2}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("method", ["dora", "mixlora", "rslora"])
+def test_recomputed_activations_change_nothing(method, base, rows, tmp_path):
+    said = SHORT | {"method": method, "base": base, "data": rows}
+    train(tmp_path / "kept", **said)
+    train(tmp_path / "recomputed", **said, gradient_checkpointing=True)
+    assert curve(tmp_path / "recomputed") == pytest.approx(curve(tmp_path / "kept"), abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "mixlora"])
+def test_a_bfloat16_base_learns_with_adapters_in_float32(method, base, rows, tmp_path):
+    said = SHORT | {"method": method, "base": base, "data": rows, "max_steps": 8}
+    train(tmp_path / "half", **said, dtype="bfloat16")
+    train(tmp_path / "exact", **said)
+    assert curve(tmp_path / "half") == pytest.approx(curve(tmp_path / "exact"), rel=3e-2)
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "half" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
