@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,6 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it tells of a kernel it does not need
 
 
 @contextmanager

@@ -47,6 +47,7 @@ class Plan:
         learning_bytes: adapter, its gradients and the optimizer's state.
         activation_bytes: what a forward pass of the longest rows keeps for the backward pass.
         seconds: expected time; None where nothing was measured.
+        packed: whether a step's rows are packed ones.
     """
 
     trainable: int
@@ -63,6 +64,7 @@ class Plan:
     learning_bytes: int
     activation_bytes: int | None
     seconds: float | None
+    packed: bool = False
 
     def lines(self) -> list[tuple[str, str]]:
         """The plan for people: (what, how much)."""
@@ -76,7 +78,7 @@ class Plan:
             ("trainable", f"{self.trainable:,} parameters, {self.share:.2%} of the base"),
             ("data", f"{self.rows:,} rows{held}{skipped}"),
             ("tokens", f"{self.tokens:,} in an epoch, {self.learned_tokens:,} learned; longest row {self.longest:,}"),
-            ("steps", f"{self.steps:,} of {self.batch} rows"),
+            ("steps", f"{self.steps:,} of {self.batch} {'packed ' * self.packed}row{'s' * (self.batch > 1)}"),
             ("memory", f"about {size(memory)}: {parts}"),
             ("time", "unknown" if self.seconds is None else f"about {duration(self.seconds)}"),
         ]
@@ -135,10 +137,12 @@ def make_plan(
     frozen = [parameter for parameter in trainee.model.parameters() if not parameter.requires_grad]
     base_bytes = sum(parameter.numel() * parameter.element_size() for parameter in frozen)
     lengths = sorted((len(example.input_ids) for example in data.train), reverse=True)
-    seconds, per_token = _probe(trainee.model, data, shape.micro_batch, pad, device)
+    seconds, kept, tokens = _probe(trainee.model, data, shape.micro_batch, pad, device)
     longest_batch = lengths[0] * min(shape.micro_batch, len(lengths))
-    if settings.recipe.batching == "packed":
+    packed = settings.recipe.batching == "packed"
+    if packed:
         longest_batch = shape.micro_batch * (settings.recipe.max_length or lengths[0])
+        seconds *= longest_batch / tokens
     return Plan(
         trainable=trainable,
         share=trainable / trainee.base_parameters,
@@ -152,13 +156,14 @@ def make_plan(
         batch=settings.recipe.batch_size,
         base_bytes=base_bytes,
         learning_bytes=trainable * 4 * 4,  # weight, gradient and Adam's two moments, float32
-        activation_bytes=round(per_token * longest_batch),
+        activation_bytes=round(kept / tokens * longest_batch),
         seconds=seconds * shape.accumulation * shape.steps,
+        packed=packed,
     )
 
 
-def _probe(model: Any, data: TrainingData, rows: int, pad: int, device: Any) -> tuple[float, float]:
-    """(seconds of a micro-batch, bytes kept for the backward pass per token), on rows around the median length."""
+def _probe(model: Any, data: TrainingData, rows: int, pad: int, device: Any) -> tuple[float, int, int]:
+    """(seconds, bytes kept for the backward pass, tokens) of a micro-batch of rows around the median length."""
     import torch
 
     by_length = sorted(data.train, key=lambda example: len(example.input_ids))
@@ -197,4 +202,4 @@ def _probe(model: Any, data: TrainingData, rows: int, pad: int, device: Any) -> 
     for parameter in model.parameters():
         parameter.grad = None
     model.train(training)
-    return seconds, sum(kept.values()) / ids.numel()
+    return seconds, sum(kept.values()), ids.numel()

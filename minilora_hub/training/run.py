@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,6 +78,8 @@ def train(
         TrainingError: settings or data are wrong, or the training had to stop; the message says what is kept.
         TrainingInterrupted: a signal stopped it, after a checkpoint was saved.
     """
+    # On a CPU it tells, when it is first imported, of a kernel that is not needed here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     out = Path(out)
     said = overrides | {"method": method, "base": base, "data": data}
     settings = _resumed_settings(out, said, config) if resume else None
