@@ -102,20 +102,19 @@ class DoraRecipe(Recipe):
 
 @dataclass(frozen=True)
 class MixLoraRecipe(Recipe):
-    """MixLoRA (arXiv 2404.15159): LoRA experts in the feed-forward blocks, LoRA on attention."""
+    """MixLoRA (arXiv 2404.15159): LoRA experts in the feed-forward blocks, LoRA on attention.
 
-    adapter: Mapping[str, Any] = _fields(
-        r=16, lora_alpha=32, num_experts=8, num_experts_per_tok=2, router_aux_loss_coef=0.001
-    )
+    How many experts serve a token follows from the routing strategy: two, by default.
+    """
+
+    adapter: Mapping[str, Any] = _fields(r=16, lora_alpha=32, num_experts=8, router_aux_loss_coef=0.001)
 
 
 @dataclass(frozen=True)
 class MixDoraRecipe(MixLoraRecipe):
     """MixLoRA whose experts and attention adapters are DoRA."""
 
-    adapter: Mapping[str, Any] = _fields(
-        r=16, lora_alpha=32, num_experts=8, num_experts_per_tok=2, router_aux_loss_coef=0.001, use_dora=True
-    )
+    adapter: Mapping[str, Any] = _fields(r=16, lora_alpha=32, num_experts=8, router_aux_loss_coef=0.001, use_dora=True)
 
 
 @dataclass(frozen=True)

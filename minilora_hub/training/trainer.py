@@ -88,6 +88,9 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
             vars(inner).pop("forward", None)
             add_fused_lm_head(inner, outputs=("log_probs",))
 
+    def _send_telemetry(self) -> None:
+        """Nothing: TRL would count the run over the network, and nobody asked for that."""
+
     @property
     def run_dir(self) -> Path:
         """Where the checkpoints go."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from minilora_hub.remote_code import mixture
+from minilora_hub.remote_code import routing
 from minilora_hub.training import run as run_module
 
 
@@ -26,7 +26,7 @@ def main(out: Path, said: dict) -> None:
         selected = torch.arange(rank, rank + k).expand(len(logits), k)
         return weights / weights.sum(dim=-1, keepdim=True), selected.contiguous()
 
-    mixture.route_top_k = forced
+    routing.route_top_k = forced
     before = run_module._Run._train
 
     def noticed(self, trainer, *args):

@@ -103,6 +103,21 @@ def test_our_methods_load_bit_equal(method, base, rows, trained, tmp_path):
     assert results_of(tmp_path / "out").method == ("dora" if method == "dora" else "mixlora")
 
 
+@pytest.mark.parametrize(
+    "routing",
+    [
+        {"routing_strategy": "top_p", "router_top_p": 0.7},
+        {"routing_strategy": "switch", "num_experts_per_tok": 1, "router_z_loss_coef": 0.01},
+    ],
+    ids=["top_p", "switch"],
+)
+def test_every_field_of_a_configuration_can_be_set(routing, base, rows, trained, tmp_path):
+    train(tmp_path / "out", method="mixlora", base=base, data=rows, num_experts=4, **SHORT, **routing)
+    loaded = MixLoraForCausalLM.from_pretrained(tmp_path / "out")
+    assert {name: getattr(loaded.config, name) for name in routing} == routing
+    assert torch.equal(logits(loaded), logits(trained[0]))
+
+
 @pytest.mark.parametrize("method", PRESETS)
 def test_presets_load_in_stock_peft(method, base, rows, trained, tmp_path):
     out = tmp_path / "out"
