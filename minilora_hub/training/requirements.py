@@ -8,9 +8,23 @@ from importlib.util import find_spec
 from minilora_hub.errors import MissingExtraError, TrainingError
 from minilora_hub.training.settings import TrainingSettings
 
-# Their states live in bitsandbytes' kernels, which exist for CUDA.
-CUDA_OPTIMIZERS = ("8bit", "paged", "bnb")
-
+# What an optimizer's name says about the package it comes from, the first that fits.
+OPTIMIZER_PACKAGES = {
+    "galore": "galore_torch",
+    "apollo": "apollo_torch",
+    "lomo": "lomo_optim",
+    "grokadamw": "grokadamw",
+    "schedule_free": "schedulefree",
+    "stable_adamw": "optimi",
+    "anyprecision": "torchdistx",
+    "torch_4bit": "torchao",
+    "torch_8bit": "torchao",
+    "bnb": "bitsandbytes",
+    "8bit": "bitsandbytes",
+    "paged": "bitsandbytes",
+    "ademamix": "bitsandbytes",
+    "lion": "bitsandbytes",
+}
 SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 """What accelerate's launcher says in the environment. On CPUs it would then quietly train whole copies (1.15)."""
 
@@ -35,14 +49,9 @@ def check_requirements(settings: TrainingSettings) -> None:
         if name == "tensorboard" and find_spec("tensorboardX"):
             continue
         _need(name, "report")
-    on_cuda_only = any(mark in recipe.optimizer for mark in CUDA_OPTIMIZERS)
-    if recipe.quantize or on_cuda_only:
+    if recipe.quantize:
         _need("bitsandbytes", "quant")
-    if on_cuda_only and not _has_cuda():
-        raise TrainingError(
-            f"optimizer={recipe.optimizer!r} needs a CUDA device, and there is none: pass --optimizer adamw_torch"
-        )
-    _check_optimizer_name(recipe.optimizer)
+    _check_optimizer(recipe.optimizer)
 
 
 def _need(package: str, extra: str) -> None:
@@ -56,7 +65,7 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _check_optimizer_name(name: str) -> None:
+def _check_optimizer(name: str) -> None:
     import difflib
 
     from transformers.training_args import OptimizerNames
@@ -65,3 +74,14 @@ def _check_optimizer_name(name: str) -> None:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3)
         raise TrainingError(f"optimizer={name!r}: transformers has none of that name; close are {', '.join(close)}")
+    package = next((package for mark, package in OPTIMIZER_PACKAGES.items() if mark in name), None)
+    if package == "bitsandbytes":
+        _need(package, "quant")
+    elif package is not None and find_spec(package) is None:
+        raise TrainingError(f"optimizer={name!r} needs the package {package}, which is not installed")
+    # bitsandbytes 0.50 has 8-bit states on CPUs; in place of paged ones it would take ordinary ones, with a warning.
+    if "paged" in name and not _has_cuda():
+        raise TrainingError(
+            f"optimizer={name!r} needs a CUDA device, and there is none: pass {name.removeprefix('paged_')!r} "
+            "or adamw_torch"
+        )

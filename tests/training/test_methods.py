@@ -210,6 +210,38 @@ def test_quantised_bases_train_adapters_in_float32(method, kind, base, rows, tra
     torch.testing.assert_close(logits(loaded), logits(trained[0]), rtol=0, atol=1e-4)
 
 
+def dtypes_in(state) -> set[torch.dtype]:
+    if isinstance(state, dict):
+        return set().union(*map(dtypes_in, state.values()))
+    return {state.dtype} if torch.is_tensor(state) else set()
+
+
+def test_an_8bit_optimizer_learns_and_resumes_on_a_cpu(base, rows, tmp_path, monkeypatch):
+    """Its states are 8-bit for tensors of 4096 values or more: rank 32 here."""
+    said = SHORT | {"method": "dora", "base": base, "data": rows, "optimizer": "adamw_8bit", "r": 32, "max_steps": 6}
+    train(tmp_path / "whole", **said)
+    losses = [float(line.split(",")[1]) for line in (tmp_path / "whole" / "loss.csv").read_text().splitlines()[1:]]
+    assert losses[-1] < losses[0] - 0.5
+    state = torch.load(tmp_path / "whole" / "checkpoints" / "checkpoint-4" / "optimizer.pt", weights_only=True)
+    assert torch.uint8 in dtypes_in(state["state"])
+    from minilora_hub.training.trainer import AdapterTrainer
+
+    checkpoint = AdapterTrainer._save_checkpoint
+
+    def cut(self, *args):
+        checkpoint(self, *args)
+        if self.state.global_step == 4:
+            raise RuntimeError("stopped here")
+
+    monkeypatch.setattr(AdapterTrainer, "_save_checkpoint", cut)
+    with pytest.raises(RuntimeError, match="stopped here"):
+        train(tmp_path / "cut", **said)
+    monkeypatch.undo()
+    train(tmp_path / "cut", resume=True)
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [
