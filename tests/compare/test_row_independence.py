@@ -3,7 +3,9 @@
 In fp32 the logits of a row differ by rounding only, since the matrix library sums in another order for other numbers of
 rows. Two tokens whose scores lie closer than `TIE` may therefore change places, after which the answers part; what
 comes before must be equal. In bf16 the rounding is 2^-8 of a logit instead of 2^-24, and near-ties are common:
-`python tests/compare/test_row_independence.py` measures how far logits move and how soon greedy answers part.
+in batches of six on the tiny base 108 of 120 greedy rows were equal, log-probabilities moved by up to 0.15, and the
+widest margin at which two answers parted was 0.031 (fp32: 120 of 120, 2.2e-5). To measure it again:
+`PYTHONPATH=tests:. python tests/compare/test_row_independence.py`.
 """
 
 import random
@@ -17,7 +19,7 @@ import torch
 from minilora_hub.compare.engine import CompareEngine, Row, Sampling
 
 TIE = 1e-4
-"""Of log-probabilities, fp32. Between a row alone and in a batch they were seen to move by at most 1.4e-5."""
+"""Of log-probabilities, fp32. Between a row alone and in a batch they were seen to move by at most 2.2e-5."""
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def test_random_mixes(engine, seed, monkeypatch):
             assert one.logprob == pytest.approx(other.logprob, abs=TIE)
 
 
-def measure(dtype: torch.dtype, batches: int = 40) -> str:
+def measure(dtype: torch.dtype, batches: int = 20) -> str:
     """How rows in random batches differ from the same rows alone, as one line."""
     with tempfile.TemporaryDirectory() as folder:
         base, adapters = tiny.save_base_and_adapters(Path(folder))
