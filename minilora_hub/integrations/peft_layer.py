@@ -14,7 +14,7 @@ from torch import nn
 
 from minilora_hub.integrations.peft_sites import Plan
 from minilora_hub.remote_code.adapted_linear import LowRankUpdate, layer_device
-from minilora_hub.remote_code.attach import _linear, _mixture
+from minilora_hub.remote_code.attach import build_modules
 from minilora_hub.remote_code.base_structure import LinearSite
 from minilora_hub.remote_code.routing import router_loss_weights
 
@@ -120,9 +120,8 @@ def build_module(model: nn.Module, site: Any, plan: Plan, config: Any) -> nn.Mod
     """Return the island's module for one site, with fresh weights, over the base module that is there."""
     base = model.get_submodule(site.path)
     seed = int(torch.randint(2**62, ()))  # from torch's global state, as PEFT's own initialisation
-    generator = torch.Generator().manual_seed(seed)
-    build = _linear if isinstance(site, LinearSite) else _mixture
-    module = build(base, site, plan.config, None, generator, None)
+    (module,) = build_modules(model, plan.config, [site], seed=seed).values()
+    generator = torch.Generator().manual_seed(seed + 1)
     for update in [part for part in module.modules() if isinstance(part, LowRankUpdate)]:
         if not config.init_lora_weights:
             with torch.no_grad():
