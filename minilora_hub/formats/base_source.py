@@ -31,6 +31,13 @@ class BaseSource:
     location: str
     revision: str | None = None
 
+    @classmethod
+    def of_model(cls, model: Any) -> BaseSource:
+        """Describe a base that is loaded, and stands for its own skeleton."""
+        source = cls(name=str(getattr(model.config, "name_or_path", "") or "base"), hub_id=None, location="")
+        source.__dict__.update(config=model.config, skeleton=model)
+        return source
+
     @cached_property
     def config(self) -> Any:
         """Its configuration.

@@ -152,7 +152,7 @@ class MixLoraConfig(AdapterConfig):
         fields, defaults = super().to_diff_dict(), STRATEGY_DEFAULTS[self.routing_strategy]
         for announced in ("output_router_logits", "router_aux_loss_coef"):  # by the model, for trainers
             if not hasattr(type(self.text_config), announced):
-                fields.get("text_config", {}).pop(announced, None)
+                (fields.get("text_config") or {}).pop(announced, None)
         return {name: value for name, value in fields.items() if name in defaults or name not in STRATEGY_FIELDS}
 
     def _check(self):

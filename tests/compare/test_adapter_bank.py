@@ -383,7 +383,8 @@ def test_a_damaged_adapter_leaves_the_bank_as_it_was(bank, folders, models, tmp_
             tensors = load_file(folder / "adapter_model.safetensors")
             spoil(tensors)
             save_file(tensors, folder / "adapter_model.safetensors")
-            with pytest.raises(ValueError, match=r"missing|has shape|not finite|surplus|not a LoRA|lora_A has"):
+            named = r"missing|has shape|not finite|surplus|lora_C"
+            with pytest.raises((ValueError, AdapterError), match=named):
                 bank.load("damaged", folder)
     assert [entry.name for entry in bank.list()] == before
     ids = different_prompts(1)
@@ -394,7 +395,7 @@ def test_an_adapter_of_another_base_is_refused(folders):
     """By the tensor that does not fit."""
     bank = AdapterBank(tiny.tiny_base(hidden_size=48))
     for name in ("lora", "mix", "dora"):
-        with pytest.raises(ValueError, match="has shape"):
+        with pytest.raises((ValueError, AdapterError), match="has shape"):
             bank.load(name, folders[name])
     assert bank.list() == []
 
@@ -523,7 +524,7 @@ def test_peft_settings_that_are_no_numbers_are_named(folders, tmp_path, changes)
         field = list(changes)[-1] if "r" not in changes else "r"
         settings |= changes
     path.write_text(json.dumps(settings))
-    with pytest.raises((AdapterError, ValueError), match=rf"\b{field}\b.*must be"):
+    with pytest.raises((AdapterError, ValueError), match=rf"\b{field}\b.*(must be|is missing)|Infinity"):
         AdapterBank(tiny.tiny_base()).load("adapter", tmp_path / "adapter")
 
 
