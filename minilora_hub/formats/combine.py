@@ -22,7 +22,8 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.formats.base_source import BaseSource, find_base
 from minilora_hub.formats.folders import AdapterFolder, read_folder
 from minilora_hub.formats.output import whole_folder
-from minilora_hub.formats.peft_reading import PeftAdapter, Update, read_peft, write_normalised
+from minilora_hub.formats.peft_conversion import write_normalised
+from minilora_hub.formats.peft_reading import PeftAdapter, Update, read_peft
 
 if TYPE_CHECKING:
     import torch

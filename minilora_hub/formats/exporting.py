@@ -11,7 +11,7 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.formats.base_source import find_base
 from minilora_hub.formats.dense import DType, export_dense
 from minilora_hub.formats.folders import AdapterFolder, read_folder
-from minilora_hub.formats.mixlora import write_reference
+from minilora_hub.formats.mixlora_writing import write_reference
 from minilora_hub.formats.moe import MoePlan, export_moe, plan_moe
 from minilora_hub.formats.ours import read_ours
 from minilora_hub.formats.output import require_free, whole_folder

@@ -15,7 +15,8 @@ from minilora_hub.formats.folders import AdapterFolder, read_folder
 from minilora_hub.formats.mixlora import ReferenceDora, read_reference
 from minilora_hub.formats.ours import write_ours
 from minilora_hub.formats.output import require_free, whole_folder
-from minilora_hub.formats.peft_reading import as_dora, read_peft, write_normalised
+from minilora_hub.formats.peft_conversion import as_dora, write_normalised
+from minilora_hub.formats.peft_reading import read_peft
 from minilora_hub.formats.tensor_files import read_tensors
 
 

@@ -15,15 +15,14 @@ What differs from what one would expect, found by running `mixlora` 0.2.3:
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.base_source import BaseSource
-from minilora_hub.formats.folders import ADAPTER_CONFIG, AdapterFolder, Settings, write_json
+from minilora_hub.formats.folders import ADAPTER_CONFIG, AdapterFolder, Settings
 from minilora_hub.formats.ours import check_against_base
-from minilora_hub.formats.tensor_files import PICKLE, read_tensors
-from minilora_hub.tensor_names import from_reference, reference_projection, to_reference
+from minilora_hub.formats.tensor_files import read_tensors
+from minilora_hub.tensor_names import from_reference, reference_projection
 
 if TYPE_CHECKING:
     import torch
@@ -39,9 +38,6 @@ STRATEGIES = {
     "switch": "switch",
 }
 """The reference's names of the routing strategies, those of older files among them, and ours."""
-WRITTEN = {"top_k": "mixlora", "top_p": "mixlora-dynamic", "switch": "mixlora-switch"}
-FAMILIES = ("llama", "gemma", "gemma2", "qwen2", "mistral", "phi", "phi3")
-"""The bases that the reference runs on."""
 NO_DROPOUT = 1e-12
 NUMBER = (int, float)
 
@@ -90,39 +86,6 @@ def read_reference(
         )
     check_against_base(config, tensors, base, "the adapter")
     return config, tensors, notes
-
-
-def write_reference(folder: Path, config: Any, tensors: dict[str, torch.Tensor], base: BaseSource) -> list[str]:
-    """Write a MixLoRA in the reference format.
-
-    Args:
-        folder: an existing, empty folder.
-        config: its MixLoraConfig.
-        tensors: ``{canonical name: tensor}``.
-        base: its base.
-
-    Returns:
-        What the user should know, a line each.
-
-    Raises:
-        AdapterError: the reference has no place for something; the message says for what.
-    """
-    import torch
-
-    fields, notes = _reference_fields(config, tensors, base)
-    renamed = {}
-    for name, tensor in tensors.items():
-        try:
-            if ".experts." in name:
-                for expert, value in enumerate(tensor):
-                    renamed[to_reference(name, expert)] = value.clone()
-            else:
-                renamed[to_reference(name)] = tensor
-        except ValueError as error:
-            raise AdapterError(str(error)) from error
-    write_json(folder / ADAPTER_CONFIG, fields)
-    torch.save(renamed, folder / PICKLE)
-    return notes
 
 
 def _refuse_other_tasks(settings: Settings) -> None:
@@ -210,7 +173,7 @@ def _check_activation(settings: Settings, base: BaseSource) -> None:
     import torch
     from transformers.activations import ACT2FN
 
-    named, own = settings.get("act_fn", str), _activation(base)
+    named, own = settings.get("act_fn", str), activation_of(base)
     if named is None or named == own:
         return
     x = torch.linspace(-8, 8, 257)
@@ -218,7 +181,8 @@ def _check_activation(settings: Settings, base: BaseSource) -> None:
         raise settings.error("act_fn", f"the base computes {own!r}; an activation of the experts' own is not honoured")
 
 
-def _activation(base: BaseSource) -> str | None:
+def activation_of(base: BaseSource) -> str | None:
+    """Return the name of the base's activation, as its configuration has it."""
     text = base.config.get_text_config(decoder=True)
     name = getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", None)
     return name if isinstance(name, str) else None
@@ -270,67 +234,3 @@ def _magnitudes(config: Any, base: BaseSource) -> dict[str, torch.Tensor]:
             module = model.get_submodule(f"{site.path}.{projection}" if projection else site.path)
             magnitudes[f"{name}.magnitude"] = row_norms_squared(module).sqrt().expand(shape_b[:-1]).clone()
     return magnitudes
-
-
-def _reference_fields(
-    config: Any, tensors: dict[str, torch.Tensor], base: BaseSource
-) -> tuple[dict[str, Any], list[str]]:
-    """adapter_config.json of the reference; an AdapterError where it has no field for something."""
-    notes = []
-    family = base.config.model_type
-    if family not in FAMILIES:
-        raise AdapterError(f"base of type {family!r}: the reference runs on {', '.join(FAMILIES)}")
-    if config.use_dora:
-        raise AdapterError("use_dora=True: the reference format has no place for magnitudes, and would compute LoRA")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if getattr(config, name):
-            raise AdapterError(f"{name}={getattr(config, name)}: the reference has one rank and alpha for all")
-    alpha, expert_alpha = config.lora_alpha, config.expert_alpha
-    if expert_alpha is None:
-        expert_alpha = alpha if config.expert_r is None else 2 * config.expert_r
-    for name, value in (("lora_alpha", alpha), ("expert_alpha", expert_alpha)):
-        if int(value) != value:
-            raise AdapterError(f"{name}={value}: the reference takes whole numbers")
-    fields: dict[str, Any] = {
-        "bias": "none",
-        "peft_type": "MIXLORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.hub_id or base.name,
-        "r": config.r,
-        "lora_alpha": int(alpha),
-        "lora_dropout": float(config.lora_dropout or NO_DROPOUT),
-        "target_modules": sorted({name.split(".")[-2] for name in tensors if name.endswith(".lora_A")}),
-        "num_experts": config.num_experts,
-        "routing_strategy": WRITTEN[config.routing_strategy],
-        "act_fn": _activation(base),  # without it the package fails
-        "router_aux_loss_coef": float(config.router_aux_loss_coef),
-        "router_init_range": float(config.router_init_range),
-        "jitter_noise": float(config.router_jitter_noise),
-    }
-    if config.use_rslora:
-        fields["use_rslora"] = True
-    if (config.router_sparse_step or 1) > 1:
-        raise AdapterError(
-            f"router_sparse_step={config.router_sparse_step}: the reference gives every layer a mixture, whatever its "
-            "sparse_step says"
-        )
-    if config.expert_dropout and config.routing_strategy != "switch":
-        notes.append("expert_dropout: the reference has it for mixlora-switch only; it matters in training alone")
-    if (config.expert_r or config.r, expert_alpha) != (config.r, alpha):
-        dropout = fields["lora_dropout"]
-        rank = config.expert_r or config.r
-        fields["expert_lora"] = {"r": rank, "lora_alpha": int(expert_alpha), "lora_dropout": dropout}
-        notes.append("expert_lora: MoE-PEFT honours the experts' own rank and alpha, mixlora 0.2.3 does not")
-    if config.routing_strategy == "top_k":
-        fields["top_k"] = config.num_experts_per_tok
-    elif config.routing_strategy == "top_p":
-        fields |= {"top_p": float(config.router_top_p), "temperature": float(config.router_temperature)}
-    else:
-        fields |= {
-            "expert_capacity": config.expert_capacity,
-            "router_z_loss_coef": float(config.router_z_loss_coef),
-            "ffn_dropout": float(config.expert_dropout),
-        }
-    if config.routing_strategy != "top_k":
-        notes.append(f"routing_strategy {fields['routing_strategy']}: MoE-PEFT has it, mixlora 0.2.3 has not")
-    return fields, notes

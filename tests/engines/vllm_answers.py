@@ -125,7 +125,7 @@ def random_lora(base, folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.copy_(0.01 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(0.03 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(folder)
     model.unload()
 

@@ -25,7 +25,7 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.formats.base_source import find_base
 from minilora_hub.formats.folders import read_folder
 from minilora_hub.formats.importing import import_adapter, import_as_experts
-from minilora_hub.formats.mixlora import write_reference
+from minilora_hub.formats.mixlora_writing import write_reference
 from minilora_hub.formats.ours import read_ours
 from minilora_hub.publish.sources import read_source
 from minilora_hub.remote_code.routing import Routes

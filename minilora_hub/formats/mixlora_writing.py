@@ -1,0 +1,117 @@
+"""Writing a MixLoRA in the reference format; see `minilora_hub.formats.mixlora` for what that is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minilora_hub.errors import AdapterError
+from minilora_hub.formats.base_source import BaseSource
+from minilora_hub.formats.folders import ADAPTER_CONFIG, write_json
+from minilora_hub.formats.mixlora import NO_DROPOUT, activation_of
+from minilora_hub.formats.tensor_files import PICKLE
+from minilora_hub.tensor_names import to_reference
+
+if TYPE_CHECKING:
+    import torch
+
+WRITTEN = {"top_k": "mixlora", "top_p": "mixlora-dynamic", "switch": "mixlora-switch"}
+FAMILIES = ("llama", "gemma", "gemma2", "qwen2", "mistral", "phi", "phi3")
+"""The bases that the reference runs on."""
+
+
+def write_reference(folder: Path, config: Any, tensors: dict[str, torch.Tensor], base: BaseSource) -> list[str]:
+    """Write a MixLoRA in the reference format.
+
+    Args:
+        folder: an existing, empty folder.
+        config: its MixLoraConfig.
+        tensors: ``{canonical name: tensor}``.
+        base: its base.
+
+    Returns:
+        What the user should know, a line each.
+
+    Raises:
+        AdapterError: the reference has no place for something; the message says for what.
+    """
+    import torch
+
+    fields, notes = _reference_fields(config, tensors, base)
+    renamed = {}
+    for name, tensor in tensors.items():
+        try:
+            if ".experts." in name:
+                for expert, value in enumerate(tensor):
+                    renamed[to_reference(name, expert)] = value.clone()
+            else:
+                renamed[to_reference(name)] = tensor
+        except ValueError as error:
+            raise AdapterError(str(error)) from error
+    write_json(folder / ADAPTER_CONFIG, fields)
+    torch.save(renamed, folder / PICKLE)
+    return notes
+
+
+def _reference_fields(
+    config: Any, tensors: dict[str, torch.Tensor], base: BaseSource
+) -> tuple[dict[str, Any], list[str]]:
+    """adapter_config.json of the reference; an AdapterError where it has no field for something."""
+    notes = []
+    family = base.config.model_type
+    if family not in FAMILIES:
+        raise AdapterError(f"base of type {family!r}: the reference runs on {', '.join(FAMILIES)}")
+    if config.use_dora:
+        raise AdapterError("use_dora=True: the reference format has no place for magnitudes, and would compute LoRA")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if getattr(config, name):
+            raise AdapterError(f"{name}={getattr(config, name)}: the reference has one rank and alpha for all")
+    alpha, expert_alpha = config.lora_alpha, config.expert_alpha
+    if expert_alpha is None:
+        expert_alpha = alpha if config.expert_r is None else 2 * config.expert_r
+    for name, value in (("lora_alpha", alpha), ("expert_alpha", expert_alpha)):
+        if int(value) != value:
+            raise AdapterError(f"{name}={value}: the reference takes whole numbers")
+    fields: dict[str, Any] = {
+        "bias": "none",
+        "peft_type": "MIXLORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.hub_id or base.name,
+        "r": config.r,
+        "lora_alpha": int(alpha),
+        "lora_dropout": float(config.lora_dropout or NO_DROPOUT),
+        "target_modules": sorted({name.split(".")[-2] for name in tensors if name.endswith(".lora_A")}),
+        "num_experts": config.num_experts,
+        "routing_strategy": WRITTEN[config.routing_strategy],
+        "act_fn": activation_of(base),  # without it the package fails
+        "router_aux_loss_coef": float(config.router_aux_loss_coef),
+        "router_init_range": float(config.router_init_range),
+        "jitter_noise": float(config.router_jitter_noise),
+    }
+    if config.use_rslora:
+        fields["use_rslora"] = True
+    if (config.router_sparse_step or 1) > 1:
+        raise AdapterError(
+            f"router_sparse_step={config.router_sparse_step}: the reference gives every layer a mixture, whatever its "
+            "sparse_step says"
+        )
+    if config.expert_dropout and config.routing_strategy != "switch":
+        notes.append("expert_dropout: the reference has it for mixlora-switch only; it matters in training alone")
+    if (config.expert_r or config.r, expert_alpha) != (config.r, alpha):
+        dropout = fields["lora_dropout"]
+        rank = config.expert_r or config.r
+        fields["expert_lora"] = {"r": rank, "lora_alpha": int(expert_alpha), "lora_dropout": dropout}
+        notes.append("expert_lora: MoE-PEFT honours the experts' own rank and alpha, mixlora 0.2.3 does not")
+    if config.routing_strategy == "top_k":
+        fields["top_k"] = config.num_experts_per_tok
+    elif config.routing_strategy == "top_p":
+        fields |= {"top_p": float(config.router_top_p), "temperature": float(config.router_temperature)}
+    else:
+        fields |= {
+            "expert_capacity": config.expert_capacity,
+            "router_z_loss_coef": float(config.router_z_loss_coef),
+            "ffn_dropout": float(config.expert_dropout),
+        }
+    if config.routing_strategy != "top_k":
+        notes.append(f"routing_strategy {fields['routing_strategy']}: MoE-PEFT has it, mixlora 0.2.3 has not")
+    return fields, notes
