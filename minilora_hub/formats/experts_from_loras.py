@@ -65,7 +65,8 @@ def experts_from_loras(
         outside = sorted(set(adapter.updates) - known)
         if outside:
             raise AdapterError(f"adapter {number}: {outside[0]} is outside the decoder layers: a MixLoRA has no place")
-    rank = max(update.lora_a.shape[0] for adapter in adapters for update in adapter.updates.values())
+    in_blocks = [update for adapter in adapters for path, update in adapter.updates.items() if path not in linears]
+    rank = max((update.lora_a.shape[0] for update in in_blocks), default=1)
     tensors = _experts(adapters, blocks, rank)
     targets = {site.path.rpartition(".")[2] + f".{name}" for site in blocks for name in _targets(adapters, site)}
     if not targets:

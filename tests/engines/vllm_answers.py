@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -90,8 +91,8 @@ def answers_in_vllm(
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=scratch)
     line = next((line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")), None)
     if line is None:
-        said = [line for line in (done.stdout + done.stderr).splitlines() if "Error" in line]
-        return "\n".join(said[-3:]) or f"exit code {done.returncode}"
+        said = re.search(r"\w+Error: .+", done.stdout + done.stderr)  # the first one is the cause of the others
+        return said[0] if said else f"exit code {done.returncode}"
     architecture, answers = json.loads(line.removeprefix("ANSWERS "))
     return architecture, answers
 

@@ -148,7 +148,8 @@ def test_a_mixlora_as_the_peft_method_and_back(bases, tmp_path):
     model.save_pretrained(tmp_path / "ours")
     exported = export_adapter(tmp_path / "ours", tmp_path / "peft", "peft")
     assert "register()" in exported.notes[0]
-    PeftModel.from_pretrained(tiny_base(), tmp_path / "peft")  # its logits: test_peft_mixlora.py
+    twin = PeftModel.from_pretrained(tiny_base(), tmp_path / "peft")
+    torch.testing.assert_close(logits(twin), logits(model.eval()), rtol=0, atol=1e-4)
     assert info(tmp_path / "peft").layout == "peft-mixlora"
     import_adapter(tmp_path / "peft", tmp_path / "back", base=str(bases()))
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "back"))

@@ -411,11 +411,11 @@ def test_attention_is_the_callers_decision(bases, tmp_path):
         name = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight"
         deltas.append(scaling * tensors[name.format("B")] @ tensors[name.format("A")])
     mean = sum(deltas) / 2
-    for choice, rank in (("mean", 5), ("svd", 3)):
+    for choice, rank in (("mean", 5), ("svd", 3)):  # the experts keep the rank of their own
         import_as_experts(folders, tmp_path / choice, base=str(bases()), attention=choice)
         model = MixLoraForCausalLM.from_pretrained(tmp_path / choice)
         update = model.base.model.layers[1].self_attn.q_proj.update
-        assert update.lora_A.shape[0] == rank
+        assert (update.lora_A.shape[0], model.config.expert_r) == (rank, 3)
         got = update.scaling * update.lora_B @ update.lora_A
         if choice == "mean":
             torch.testing.assert_close(got, mean, rtol=0, atol=1e-5)
