@@ -16,6 +16,8 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.formats.dense import export_dense
 from minilora_hub.formats.exporting import export_adapter
 from minilora_hub.formats.importing import import_adapter
+from minilora_hub.publish.build import build
+from minilora_hub.publish.checks import check_folder
 from minilora_hub.publish.discover import info
 
 
@@ -217,3 +219,26 @@ def test_a_dense_export_generates_the_same(bases, tmp_path, capsys):
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     assert torch.equal(loaded.generate(token_ids(), **settings), model.generate(token_ids(), **settings))
     assert not load_file(next((tmp_path / "out").glob("*.safetensors"))).keys() & {"lora_A"}
+
+
+def test_what_is_imported_can_be_published(bases, tmp_path):
+    """The checks of a push pass on what it builds from an imported adapter of each kind."""
+    base = bases(vocab_size=259)  # as many as the tokenizer has
+    sources = {
+        "mixlora": reference_folder(tmp_path / "reference", mixlora(tiny_base(vocab_size=259))),
+        "dora": peft_folder(tmp_path / "dora", tiny_base(vocab_size=259), use_dora=True),
+        "lora": peft_folder(tmp_path / "lora", tiny_base(vocab_size=259)),
+    }
+    for method, source in sources.items():
+        import_adapter(source, tmp_path / f"ours-{method}", base=str(base))
+        built = build(
+            tmp_path / f"ours-{method}",
+            tmp_path / f"built-{method}",
+            repo_id=f"ana/{method}",
+            base_id="org/base",
+            base_model=str(base),
+            license="apache-2.0",
+        )
+        assert built.method == method
+        problems = check_folder(built.folder, base_exists=lambda *_: True, base_license=lambda *_: "apache-2.0")
+        assert [problem for problem in problems if problem.blocking] == []
