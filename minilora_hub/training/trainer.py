@@ -2,9 +2,9 @@
 
 How it differs from SFTTrainer (1.16), each found by running it:
 
-- SFTTrainer replaces the model's forward by a fused head that calls the decoder and computes the loss itself, so what
-  a model adds to its loss is lost: MixLoRA's balance loss, AdaLoRA's orthogonality. Here the fused head is put on the
-  base inside the adapter, and the loss is the one the outer model returns.
+- SFTTrainer computes the loss itself from the log-probabilities of a fused head, so what a model of PEFT adds to its
+  loss is lost: AdaLoRA's orthogonality. Here the loss is the one that the model returns, from the same fused head.
+  MixLoRA's router losses are told to TRL by the model, and TRL adds them.
 - It casts the adapters of a quantised base to bfloat16, DoRA magnitudes of ours included. Here they stay float32.
 - A length-grouped order is drawn from torch's global state, so that a resumed run would see another one. Here it
   follows from seed and epoch.
@@ -27,7 +27,6 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTTrainer
-from trl.trainer.utils import add_fused_lm_head
 
 from minilora_hub.errors import TrainingError
 from minilora_hub.remote_code.adapter_files import check_tensors, read_adapter, write_adapter
@@ -82,11 +81,6 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         super().__init__(**kwargs)
         for name, parameter in trainable_parameters(model).items():
             parameter.data = exact[name]
-        inner = fused_part(model)
-        if inner is not model:
-            vars(model).pop("forward", None)
-            vars(inner).pop("forward", None)
-            add_fused_lm_head(inner, outputs=("log_probs",))
 
     def _send_telemetry(self) -> None:
         """Nothing: TRL would count the run over the network, and nobody asked for that."""
@@ -99,10 +93,13 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss the model itself returns, all its parts included."""
+        """The loss with all its parts: router losses, and what a method of PEFT adds."""
         self._last_inputs = inputs
-        inputs = inputs | {"use_cache": False, "fused_lm_head": True}
-        loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
+        if self.aux_loss_enabled:  # a mixture: TRL adds its router losses, and averages them over an accumulated batch
+            loss, outputs = super().compute_loss(model, dict(inputs), False, num_items_in_batch), None
+        else:
+            inputs = inputs | {"use_cache": False, "fused_lm_head": True}
+            loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
         if model.training and not torch.isfinite(loss):
             raise TrainingError(self._not_finite("loss", loss.detach().item(), inputs))
         return (loss, outputs) if return_outputs else loss
@@ -241,10 +238,3 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
                 parameter.copy_(tensors[name])
         if (checkpoint / SCORES).is_file():
             restore_scores(self.accelerator.unwrap_model(self.model), read_adapter(checkpoint / SCORES))
-
-
-def fused_part(model: Any) -> Any:
-    """The plain causal LM inside an adapted model: what the fused head belongs on."""
-    from minilora_hub.remote_code.adapted_model import AdaptedModel
-
-    return model.base if isinstance(model, AdaptedModel) else model
