@@ -11,6 +11,7 @@ import torch
 from .adapted_linear import AdaptedLinear, LowRankUpdate, init_lora_a, layer_device, row_norms_squared
 from .base_structure import LinearSite
 from .mixture import MixtureOfLoraExperts
+from .routing import routing_of
 
 STACKED = "experts"
 
@@ -44,11 +45,21 @@ def expected_tensors(config, sites):
 def attach(base, config, sites, tensors=None, seed=0, dtype=None):
     """Put an adapter into `base`, in place. Everything is built first: a failure leaves the base as it was.
 
+    Args: see `build_modules`.
+    """
+    for path, module in build_modules(base, config, sites, tensors, seed, dtype).items():
+        _replace(base, path, module)
+
+
+def build_modules(base, config, sites, tensors=None, seed=0, dtype=None):
+    """The modules of an adapter, {path in the base: module}, over the base's own, which stay where they are.
+
     Args:
         base: the plain base.
         config: the adapter's configuration.
         sites: where it goes, from `plan_sites`.
-        tensors: {canonical name: tensor}, already checked. None: fresh ones, whose output equals the base's.
+        tensors: {canonical name: tensor}, already checked. None: fresh ones, with which an expert computes what the
+            base does, since B is zero.
         seed: seed of fresh tensors; torch's global random state is left alone.
         dtype: dtype of the adapter's tensors. Default: as they are (fresh ones float32). Magnitudes are always float32.
     """
@@ -57,8 +68,7 @@ def attach(base, config, sites, tensors=None, seed=0, dtype=None):
     for site in sites:
         build = _linear if isinstance(site, LinearSite) else _mixture
         modules[site.path] = build(base.get_submodule(site.path), site, config, tensors, generator, dtype)
-    for path, module in modules.items():
-        _replace(base, path, module)
+    return modules
 
 
 def detach(base, sites):
@@ -105,8 +115,8 @@ def _mixture(block, site, config, tensors, generator, dtype):
         router = tensors[f"{site.name}.router"]
     device = layer_device(block.get_submodule(site.structure.inputs[0]))
     router = router.to(device=device, dtype=dtype or router.dtype)
-    jitter = config.router_jitter_noise
-    return MixtureOfLoraExperts(block, site.structure, router, experts, config.num_experts_per_tok, jitter)
+    noise, dropout = config.router_jitter_noise, config.expert_dropout
+    return MixtureOfLoraExperts(block, site.structure, router, experts, routing_of(config), noise, dropout)
 
 
 def _update(layer, update, config, tensors, generator, dtype):

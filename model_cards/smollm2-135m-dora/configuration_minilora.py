@@ -1,204 +1,6 @@
-"""Configurations of MixLoRA and DoRA adapters: hyper-parameters, and which base they belong to.
+"""The configurations of MixLoRA and DoRA adapters. What they share is in `configuration_adapter.py`."""
 
-A configuration names its base (id, revision, fingerprint) and carries the base's own configuration as `text_config`,
-the name under which transformers and TRL look for the language model inside a wrapper.
-"""
-
-import difflib
-import inspect
-import math
-import re
-
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
-
-FORMAT_VERSION = 1
-"""Version of the published layout (tensor names and configuration fields). A newer one is refused by name."""
-
-
-def _require(ok, argument, value, need):
-    if not ok:
-        raise ValueError(f"{argument}={value!r}: {need}")
-
-
-def _is_int(value, minimum):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-
-
-def _is_number(value, minimum=0.0, maximum=math.inf):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and minimum <= value <= maximum
-
-
-class AdapterConfig(PreTrainedConfig):
-    """Fields that MixLoRA and DoRA share.
-
-    Args:
-        r: rank of the low-rank update, at least 1.
-        lora_alpha: the update is scaled by ``lora_alpha / r`` (``lora_alpha / sqrt(r)`` with `use_rslora`).
-            Default: ``2 * r``.
-        lora_dropout: dropout probability on the input of the low-rank path, in training only.
-        use_rslora: rank-stabilised scaling (arXiv 2312.03732).
-        target_modules: ``"all-linear"`` (every linear in the decoder layers), or a list of module names or path
-            endings such as ``["q_proj", "mlp.down_proj"]``.
-        rank_pattern: ranks that differ from `r`: path ending or regular expression -> rank.
-        alpha_pattern: the same for `lora_alpha`.
-        base_model_name_or_path: Hub id, folder or registered alias of the base.
-        base_model_revision: revision of the base on the Hub. The adapter's own `revision=` never applies to the base.
-        base_fingerprint: hash of the base's checkpoint files the adapter was trained on, or ``"unknown"``.
-        text_config: the base's configuration.
-        format_version: version of the published layout.
-
-    Raises:
-        ValueError: a field is out of range; the message names it, the value received and what is required.
-    """
-
-    sub_configs = {"text_config": AutoConfig}
-
-    def __init__(
-        self,
-        r=16,
-        lora_alpha=None,
-        lora_dropout=0.0,
-        use_rslora=False,
-        use_dora=False,
-        target_modules="all-linear",
-        rank_pattern=None,
-        alpha_pattern=None,
-        base_model_name_or_path=None,
-        base_model_revision=None,
-        base_fingerprint="unknown",
-        text_config=None,
-        format_version=FORMAT_VERSION,
-        **kwargs,
-    ):
-        _require(
-            _is_int(format_version, 1) and format_version <= FORMAT_VERSION,
-            "format_version",
-            format_version,
-            f"this code reads format versions 1 to {FORMAT_VERSION}; update minilora_hub or use the repo's own code",
-        )
-        self.format_version = format_version
-        self.r = r
-        self.lora_alpha = 2 * r if lora_alpha is None and _is_int(r, 1) else lora_alpha
-        self.lora_dropout = lora_dropout
-        self.use_rslora = use_rslora
-        self.use_dora = use_dora
-        self.target_modules = sorted(target_modules) if isinstance(target_modules, (set, tuple)) else target_modules
-        self.rank_pattern = dict(rank_pattern or {})
-        self.alpha_pattern = dict(alpha_pattern or {})
-        self.base_model_name_or_path = base_model_name_or_path
-        self.base_model_revision = base_model_revision
-        self.base_fingerprint = base_fingerprint
-        self.text_config = _base_config(text_config) if isinstance(text_config, dict) else text_config
-        self._refuse_misspelt(kwargs)
-        self._check()
-        # The word embeddings belong to the base, which ties them itself.
-        kwargs.pop("tie_word_embeddings", None)
-        super().__init__(tie_word_embeddings=False, **kwargs)
-
-    def _refuse_misspelt(self, kwargs):
-        """PreTrainedConfig keeps unknown keys as attributes, so a misspelt field would be ignored in silence."""
-        for key in kwargs:
-            close = difflib.get_close_matches(key, self._own_fields(), n=1, cutoff=0.8)
-            if close:
-                raise ValueError(
-                    f"{key}={kwargs[key]!r}: {type(self).__name__} has no such field; did you mean {close[0]!r}?"
-                )
-
-    # What scripts written for plain models read from `model.config`; everything else is under `text_config`.
-    @property
-    def vocab_size(self):
-        return self.text_config.vocab_size
-
-    @property
-    def hidden_size(self):
-        return self.text_config.hidden_size
-
-    @property
-    def num_hidden_layers(self):
-        return self.text_config.num_hidden_layers
-
-    @property
-    def num_attention_heads(self):
-        return self.text_config.num_attention_heads
-
-    @property
-    def max_position_embeddings(self):
-        return self.text_config.max_position_embeddings
-
-    def to_diff_dict(self):
-        """What config.json holds: every field of the adapter, defaults included, and nothing about this machine."""
-        fields, values = super().to_diff_dict(), self.to_dict()
-        fields.update((name, values[name]) for name in self._own_fields() if name in values)
-        fields.pop("use_cache", None)  # Trainer sets it on any model; the base's own counts
-        if self.text_config is not None:
-            fields["text_config"] = self.text_config.to_diff_dict()
-            # How this process holds the base is its own choice, and `_name_or_path` may be a local folder.
-            for runtime_only in ("_name_or_path", "quantization_config", "transformers_version"):
-                fields["text_config"].pop(runtime_only, None)
-        return fields
-
-    @classmethod
-    def _own_fields(cls):
-        """Names of the constructor arguments that are the adapter's, not PreTrainedConfig's."""
-        own = set()
-        for ancestor in cls.__mro__[: cls.__mro__.index(PreTrainedConfig)]:
-            if "__init__" in vars(ancestor):
-                own.update(inspect.signature(ancestor.__init__).parameters)
-        return own - {"self", "kwargs"}
-
-    def _check(self):
-        _require(_is_int(self.r, 1), "r", self.r, "the rank must be an integer of at least 1")
-        _require(
-            _is_number(self.lora_alpha) and self.lora_alpha > 0,
-            "lora_alpha",
-            self.lora_alpha,
-            "must be a number above 0",
-        )
-        _require(
-            _is_number(self.lora_dropout) and self.lora_dropout < 1,
-            "lora_dropout",
-            self.lora_dropout,
-            "must be a probability in [0, 1)",
-        )
-        for flag in ("use_rslora", "use_dora"):
-            _require(isinstance(getattr(self, flag), bool), flag, getattr(self, flag), "must be True or False")
-        targets = self.target_modules
-        _require(
-            targets == "all-linear"
-            or (isinstance(targets, list) and targets and all(isinstance(t, str) and t for t in targets)),
-            "target_modules",
-            targets,
-            'must be "all-linear" or a non-empty list of module names',
-        )
-        for key, rank in self.rank_pattern.items():
-            _require(_is_int(rank, 1), f"rank_pattern[{key!r}]", rank, "the rank must be an integer of at least 1")
-        for key, alpha in self.alpha_pattern.items():
-            _require(_is_number(alpha) and alpha > 0, f"alpha_pattern[{key!r}]", alpha, "must be a number above 0")
-
-    def rank_and_scaling(self, path, r, alpha):
-        """Rank and scaling of the linear at `path`, after `rank_pattern` and `alpha_pattern`.
-
-        A key matches a path that it equals, or that ends with ``"." + key``; keys are regular expressions, as in PEFT.
-        """
-        r = _match_pattern(self.rank_pattern, path, r)
-        alpha = _match_pattern(self.alpha_pattern, path, alpha)
-        return r, alpha / (math.sqrt(r) if self.use_rslora else r)
-
-
-def _base_config(fields):
-    """The base's configuration from its dict; a plain one where transformers does not know the type (remote code)."""
-    fields = dict(fields)
-    model_type = fields.pop("model_type", None)
-    if model_type in CONFIG_MAPPING:
-        return CONFIG_MAPPING[model_type].from_dict(fields)
-    return PreTrainedConfig.from_dict(fields)
-
-
-def _match_pattern(pattern, path, default):
-    for key, value in pattern.items():
-        if re.fullmatch(rf"(.*\.)?({key})", path):
-            return value
-    return default
+from .configuration_adapter import AdapterConfig, is_int, is_number, require
 
 
 class DoraConfig(AdapterConfig):
@@ -211,23 +13,77 @@ class DoraConfig(AdapterConfig):
 
     def _check(self):
         super()._check()
-        _require(self.use_dora, "use_dora", self.use_dora, "a DoRA adapter has it on; plain LoRA is PEFT's LoraConfig")
+        require(self.use_dora, "use_dora", self.use_dora, "a DoRA adapter has it on; plain LoRA is PEFT's LoraConfig")
+
+
+STRATEGY_DEFAULTS = {
+    "top_k": {"num_experts_per_tok": 2, "router_init_range": 0.02, "router_jitter_noise": 0.0},
+    "top_p": {
+        "router_top_p": 0.8,
+        "router_temperature": 0.0,
+        "router_init_range": 0.02,
+        "router_jitter_noise": 0.0,
+    },
+    "switch": {
+        "num_experts_per_tok": 1,
+        "expert_capacity": 32,
+        "router_z_loss_coef": 0.001,
+        "router_sparse_step": 1,
+        "router_init_range": 1.0,
+        "router_jitter_noise": 0.01,
+    },
+}
+"""Routing strategy -> the fields it has, with its defaults, which are those of the reference (`moe_peft` 2.0.2)."""
+
+STRATEGY_FIELDS = tuple(dict.fromkeys(name for fields in STRATEGY_DEFAULTS.values() for name in fields))
+
+REFERENCE_NAMES = {
+    "top_k": "num_experts_per_tok",
+    "top_p": "router_top_p",
+    "temperature": "router_temperature",
+    "jitter_noise": "router_jitter_noise",
+    "sparse_step": "router_sparse_step",
+    "ffn_dropout": "expert_dropout",
+}
+"""Names that the reference's configuration has for our fields. transformers would keep them as attributes, unread, and
+copy the first three into the generation settings."""
+
+
+def _listed_strategies():
+    return ", ".join(f'"{strategy}"' for strategy in STRATEGY_DEFAULTS)
 
 
 class MixLoraConfig(AdapterConfig):
     """Configuration of a MixLoRA adapter (a mixture of LoRA experts in the feed-forward block, arXiv 2404.15159).
 
+    A field that only some routing strategies have is None under the others, and refused there when it is given.
+
     Args:
         num_experts: LoRA experts per feed-forward block, at least 1.
-        num_experts_per_tok: experts that serve each token, 1 to `num_experts`. (The field is not called ``top_k``,
-            because transformers copies a field of that name into the generation settings, where it changes sampling.)
+        num_experts_per_tok: experts that serve each token, 1 to `num_experts`. Default: 2; 1 for ``"switch"``, which
+            allows nothing else. ``"top_p"`` does not have it: there the number differs from token to token. (The field
+            is not called ``top_k``, because transformers copies a field of that name into the generation settings,
+            where it changes sampling.)
         expert_r: rank of the experts. Default: `r`, which is then the rank on attention.
         expert_alpha: alpha of the experts. Default: `lora_alpha` if `expert_r` is not given either, else ``2 *
             expert_r``.
-        routing_strategy: ``"top_k"``: softmax, the k largest, divided by their sum.
+        routing_strategy: ``"top_k"``: softmax, the k largest, divided by their sum. ``"top_p"``: the most probable
+            experts until their probabilities exceed `router_top_p`, not divided by their sum. ``"switch"``: the most
+            probable expert, weighted with its probability; in training each expert takes `expert_capacity` tokens of a
+            sequence. See `routing.py`.
+        router_top_p: ``"top_p"`` only: above 0, at most 1. Default: 0.8.
+        router_temperature: ``"top_p"`` only: the probabilities are divided by it before they are compared with
+            `router_top_p` and used as weights. 0, the default: they are not.
+        expert_capacity: ``"switch"`` only: tokens of one sequence that one expert serves in training. Default: 32.
+        router_z_loss_coef: ``"switch"`` only: weight of the router's z-loss in training. Default: 0.001.
+        router_sparse_step: ``"switch"`` only: one layer in this many is a mixture (layers 1, 1 + n, 1 + 2n, …); the
+            others get plain LoRA on their feed-forward block. Default: 1, every layer.
         router_aux_loss_coef: weight of the load-balance loss in training.
-        router_init_range: standard deviation of a fresh router.
-        router_jitter_noise: in training, the router's input is multiplied by U(1 - noise, 1 + noise).
+        router_init_range: standard deviation of a fresh router. Default: 0.02; 1.0 for ``"switch"``.
+        router_jitter_noise: in training, the router's input is multiplied by U(1 - noise, 1 + noise). Default: 0; 0.01
+            for ``"switch"``.
+        expert_dropout: dropout probability on what the mixture puts out, in training only. (`lora_dropout` is the one
+            inside the experts, on their low-rank path.)
         output_router_logits: whether forward returns router logits and the balance loss when not told.
         use_dora: DoRA on attention and experts alike ("MixDoRA"). Default: plain LoRA on both.
         **kwargs: see `AdapterConfig`.
@@ -240,72 +96,111 @@ class MixLoraConfig(AdapterConfig):
         r=16,
         lora_alpha=None,
         num_experts=8,
-        num_experts_per_tok=2,
+        num_experts_per_tok=None,
         expert_r=None,
         expert_alpha=None,
         routing_strategy="top_k",
+        router_top_p=None,
+        router_temperature=None,
+        expert_capacity=None,
+        router_z_loss_coef=None,
+        router_sparse_step=None,
         router_aux_loss_coef=0.001,
-        router_init_range=0.02,
-        router_jitter_noise=0.0,
+        router_init_range=None,
+        router_jitter_noise=None,
+        expert_dropout=0.0,
         output_router_logits=False,
         **kwargs,
     ):
+        # First, so that code which does not know a strategy says so, and not something about the strategy's fields.
+        known = isinstance(routing_strategy, str) and routing_strategy in STRATEGY_DEFAULTS
+        require(known, "routing_strategy", routing_strategy, f"this version of the code knows {_listed_strategies()}")
+        for name in sorted(kwargs.keys() & REFERENCE_NAMES.keys()):
+            raise ValueError(f"{name}={kwargs[name]!r}: this field is called {REFERENCE_NAMES[name]!r} here")
         self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.expert_r = expert_r
         self.expert_alpha = expert_alpha
         self.routing_strategy = routing_strategy
+        self.router_top_p = router_top_p
+        self.router_temperature = router_temperature
+        self.expert_capacity = expert_capacity
+        self.router_z_loss_coef = router_z_loss_coef
+        self.router_sparse_step = router_sparse_step
         self.router_aux_loss_coef = router_aux_loss_coef
         self.router_init_range = router_init_range
         self.router_jitter_noise = router_jitter_noise
+        self.expert_dropout = expert_dropout
         self.output_router_logits = output_router_logits
+        self._fill_in_strategy()
         super().__init__(r=r, lora_alpha=lora_alpha, **kwargs)
+
+    def _fill_in_strategy(self):
+        """The strategy's own defaults where nothing is given; what it does not have must not be given."""
+        defaults = STRATEGY_DEFAULTS[self.routing_strategy]
+        for name in STRATEGY_FIELDS:
+            value = getattr(self, name)
+            if value is None:
+                setattr(self, name, defaults.get(name))
+            else:
+                having = [f'"{strategy}"' for strategy, fields in STRATEGY_DEFAULTS.items() if name in fields]
+                need = f'only routing_strategy {" and ".join(having)} has it, this is "{self.routing_strategy}"'
+                require(name in defaults, name, value, need)
+
+    def to_diff_dict(self):
+        """Fields that the strategy does not have are left out: a top-k adapter's file is one that older code reads."""
+        fields, defaults = super().to_diff_dict(), STRATEGY_DEFAULTS[self.routing_strategy]
+        for announced in ("output_router_logits", "router_aux_loss_coef"):  # by the model, for trainers
+            if not hasattr(type(self.text_config), announced):
+                (fields.get("text_config") or {}).pop(announced, None)
+        return {name: value for name, value in fields.items() if name in defaults or name not in STRATEGY_FIELDS}
 
     def _check(self):
         super()._check()
-        _require(_is_int(self.num_experts, 1), "num_experts", self.num_experts, "must be an integer of at least 1")
-        _require(
-            _is_int(self.num_experts_per_tok, 1) and self.num_experts_per_tok <= self.num_experts,
-            "num_experts_per_tok",
-            self.num_experts_per_tok,
-            f"must be an integer from 1 to num_experts={self.num_experts}",
-        )
-        _require(
-            self.expert_r is None or _is_int(self.expert_r, 1),
+        require(is_int(self.num_experts, 1), "num_experts", self.num_experts, "must be an integer of at least 1")
+        self._check_strategy()
+        for name in ("router_aux_loss_coef", "router_init_range"):
+            require(is_number(getattr(self, name)), name, getattr(self, name), "must be a number of at least 0")
+        for name in ("router_jitter_noise", "expert_dropout"):
+            value = getattr(self, name)
+            require(is_number(value) and value < 1, name, value, "must be in [0, 1)")
+        require(
+            self.expert_r is None or is_int(self.expert_r, 1),
             "expert_r",
             self.expert_r,
             "must be an integer of at least 1",
         )
-        _require(
-            self.expert_alpha is None or (_is_number(self.expert_alpha) and self.expert_alpha > 0),
+        require(
+            self.expert_alpha is None or (is_number(self.expert_alpha) and self.expert_alpha > 0),
             "expert_alpha",
             self.expert_alpha,
             "must be a number above 0",
         )
-        _require(
-            self.routing_strategy == "top_k",
-            "routing_strategy",
-            self.routing_strategy,
-            'this version of the code knows "top_k"',
-        )
-        _require(
-            _is_number(self.router_aux_loss_coef),
-            "router_aux_loss_coef",
-            self.router_aux_loss_coef,
-            "must be a number of at least 0",
-        )
-        _require(
-            _is_number(self.router_init_range),
-            "router_init_range",
-            self.router_init_range,
-            "must be a number of at least 0",
-        )
-        _require(
-            _is_number(self.router_jitter_noise) and self.router_jitter_noise < 1,
-            "router_jitter_noise",
-            self.router_jitter_noise,
-            "must be in [0, 1)",
-        )
+
+    def _check_strategy(self):
+        """The ranges of what `routing_strategy` has."""
+        most = 1 if self.routing_strategy == "switch" else self.num_experts
+        limits = {
+            "num_experts_per_tok": (
+                lambda k: is_int(k, 1) and k <= most,
+                f"must be an integer from 1 to num_experts={self.num_experts}"
+                if self.routing_strategy == "top_k"
+                else 'must be 1 under routing_strategy "switch"',
+            ),
+            "router_top_p": (lambda p: is_number(p, maximum=1) and p > 0, "must be a number above 0, at most 1"),
+            "router_temperature": (is_number, "must be a number of at least 0; 0 means none"),
+            "expert_capacity": (lambda n: is_int(n, 1), "must be an integer of at least 1"),
+            "router_z_loss_coef": (is_number, "must be a number of at least 0"),
+            "router_sparse_step": (lambda n: is_int(n, 1), "must be an integer of at least 1"),
+        }
+        for name in limits.keys() & STRATEGY_DEFAULTS[self.routing_strategy].keys():
+            fits, need = limits[name]
+            require(fits(getattr(self, name)), name, getattr(self, name), need)
+
+    def has_mixture(self, layer):
+        """Whether the feed-forward block of the layer with this index is a mixture, as in Switch Transformers."""
+        step = self.router_sparse_step or 1
+        return step == 1 or layer % step == 1
 
     def expert_rank_and_scaling(self, path):
         """Rank and scaling of the experts on the projection at `path`."""

@@ -130,31 +130,40 @@ def dora_norms(layer, weight_norms_squared, lora_a, lora_b, scaling):
         return adapted_row_norms(weight_norms_squared, weight_a, lora_a, lora_b, scaling)
 
 
-def add_low_rank(out, x, lora_a, lora_b, scaling, in_place=False):
-    """out + s B A x, in the dtype of `out`, which is (..., out); `x` is (..., in).
-
-    With `in_place`, `out` itself is written to where that is possible: it must then be a tensor nobody else holds.
-    """
+def add_low_rank(out, x, lora_a, lora_b, scaling):
+    """out + s B A x, in the dtype of `out`, which is (..., out); `x` is (..., in)."""
     hidden = F.linear(x.to(lora_a.dtype), lora_a)  # (..., r)
     if not out.dtype == hidden.dtype == lora_b.dtype:
         return out + (F.linear(hidden, lora_b) * scaling).to(out.dtype)
-    if in_place and out.is_contiguous():
-        out.view(-1, out.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), lora_b.mT, alpha=scaling)
-        return out
     return torch.addmm(out.flatten(0, -2), hidden.flatten(0, -2), lora_b.mT, alpha=scaling).view_as(out)
 
 
-def apply_dora_scale(out, scale, bias, in_place=False):
+def add_low_rank_(out, x, lora_a, lora_b, scaling):
+    """The same in place: `out` (rows, out), which nobody else holds and no gradient needs, and `x` (rows, in)."""
+    hidden = F.linear(x if x.dtype == lora_a.dtype else x.to(lora_a.dtype), lora_a)  # (rows, r)
+    if out.dtype == hidden.dtype == lora_b.dtype:
+        out.addmm_(hidden, lora_b.mT, alpha=scaling)
+    else:
+        out.add_(F.linear(hidden, lora_b), alpha=scaling)
+
+
+def apply_dora_scale(out, scale, bias):
     """c * (out - b) + b: the base's bias is left out of the decomposition. `scale` is c, broadcast over (..., out)."""
     scale = scale.to(out.dtype)
+    return out * scale if bias is None else torch.addcmul(bias, out - bias, scale)
+
+
+def apply_dora_scale_(out, scale, bias):
+    """The same in place."""
     if bias is None:
-        return out.mul_(scale) if in_place else out * scale
-    return torch.addcmul(bias, out - bias, scale)
+        out.mul_(scale)
+    else:
+        out.sub_(bias).mul_(scale).add_(bias)
 
 
 def may_write_to_output_of(layer):
     """Whether a result of `layer` may be overwritten: no gradient needs it, and no hook on the layer keeps it."""
-    return not torch.is_grad_enabled() and not layer._forward_hooks
+    return not (torch.is_grad_enabled() or layer._forward_hooks)
 
 
 def init_lora_a(shape, generator):
@@ -184,6 +193,7 @@ class LowRankUpdate(nn.Module):
         self.scaling = scaling
         self.dropout = nn.Dropout(dropout)
         self._scale_cache = (None, None)
+        self._experts_cache = (None, None, None)
 
     def scale(self, layer):
         """c = m / ||W + s B A||: [..., out], fp32. At inference it is kept until a weight changes."""
@@ -195,15 +205,26 @@ class LowRankUpdate(nn.Module):
             self._scale_cache = (key, self.magnitude / self._norms(layer))
         return self._scale_cache[1]
 
+    def experts(self):
+        """(A, B) of each expert of a stack: two lists of views, [r, in] and [out, r]. At inference they are kept."""
+        a, b = self.lora_A, self.lora_B
+        # With gradients unbind, not indexing: its backward is one stack, and an expert without tokens gets zeros.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return a.unbind(), b.unbind()
+        key = (a.data_ptr(), b.data_ptr())
+        if self._experts_cache[0] != key:
+            self._experts_cache = (key, a.unbind(), b.unbind())
+        return self._experts_cache[1:]
+
     def _norms(self, layer):
         return dora_norms(layer, self.weight_norms_squared, self.lora_A, self.lora_B, self.scaling)
 
     def _weights_key(self):
         """Changes whenever a weight is replaced or written to; None where torch does not count writes."""
-        weights = (self.lora_A, self.lora_B, self.magnitude)
-        if any(weight.is_inference() for weight in weights):
+        a, b, m = self.lora_A, self.lora_B, self.magnitude
+        if a.is_inference() or b.is_inference() or m.is_inference():
             return None
-        return tuple((weight.data_ptr(), weight._version) for weight in weights)
+        return a.data_ptr(), b.data_ptr(), m.data_ptr(), a._version, b._version, m._version
 
     def _apply(self, fn, recurse=True):
         """Move and cast as usual, but keep what DoRA divides by in fp32: in bf16 the magnitude is off by 0.4%."""
@@ -215,6 +236,7 @@ class LowRankUpdate(nn.Module):
             if moved.dtype != torch.float32:
                 moved.data = tensor.to(moved.device)
         self._scale_cache = (None, None)
+        self._experts_cache = (None, None, None)
         return self
 
 
@@ -249,14 +271,18 @@ class AdaptedLinear(nn.Module):
         return linear_shape(self.base_layer)[0]
 
     def forward(self, x, *args, **kwargs):
-        update, layer = self.update, self.base_layer
+        layer, update = self.base_layer, self.update
         out = layer(x, *args, **kwargs)
-        in_place = may_write_to_output_of(layer)
-        dropped = update.dropout(x) if self.training else x
-        out = add_low_rank(out, dropped, update.lora_A, update.lora_B, update.scaling, in_place)
-        if update.magnitude is None:
+        x = update.dropout(x) if self.training else x
+        lora_a, lora_b, magnitude = update.lora_A, update.lora_B, update.magnitude
+        if may_write_to_output_of(layer) and out.is_contiguous():
+            rows = out.view(-1, out.shape[-1])
+            add_low_rank_(rows, x.reshape(-1, x.shape[-1]), lora_a, lora_b, update.scaling)
+            if magnitude is not None:
+                apply_dora_scale_(rows, update.scale(layer), getattr(layer, "bias", None))
             return out
-        return apply_dora_scale(out, update.scale(layer), self.bias, in_place)
+        out = add_low_rank(out, x, lora_a, lora_b, update.scaling)
+        return out if magnitude is None else apply_dora_scale(out, update.scale(layer), self.bias)
 
     @torch.no_grad()
     def merged_weight(self):

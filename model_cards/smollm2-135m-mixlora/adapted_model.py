@@ -98,6 +98,8 @@ class AdaptedModel(PreTrainedModel):
     def from_base(cls, base, config, *, seed=0, adapter_dtype=None, base_trust_remote_code=False, **base_arguments):
         """A fresh adapter on a base; the output equals the base's until the adapter is trained.
 
+        (Not so under the routing strategies ``"top_p"`` and ``"switch"``, whose weights do not sum to one.)
+
         Takes ownership of a model that is handed in: its modules are replaced in place. `unload` gives it back.
 
         Args:
@@ -323,9 +325,10 @@ class AdaptedModel(PreTrainedModel):
             ValueError: this is a mixture, or a base weight is quantised or offloaded. Nothing is changed then.
         """
         if not all(isinstance(site, LinearSite) for site in self.sites):
+            top_k = self.config.routing_strategy == "top_k"
             raise ValueError(
-                "a MixLoRA cannot be merged: every token takes its own experts. It can be exported as a Mixtral "
-                "checkpoint: minilora export --to mixtral"
+                "a MixLoRA cannot be merged: every token takes its own experts."
+                + " It can be exported as a Mixtral checkpoint: minilora export --to mixtral" * top_k
             )
         layers = [self.base.get_submodule(site.path) for site in self.sites]
         merged = [layer.merged_weight() for layer in layers]

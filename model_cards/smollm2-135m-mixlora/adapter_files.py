@@ -18,9 +18,12 @@ CODE_FILES = (
     "adapter_files.py",
     "attach.py",
     "base_structure.py",
+    "configuration_adapter.py",
     "configuration_minilora.py",
+    "expert_slots.py",
     "mixture.py",
     "modeling_minilora.py",
+    "routing.py",
 )
 CHECKPOINT_FILES = (
     "model.safetensors",

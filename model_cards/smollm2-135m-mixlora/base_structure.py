@@ -35,13 +35,17 @@ class FeedForwardStructure:
         self.block_class = type(block).__name__
 
     def activate(self, *projected):
-        """(…, out) per input projection -> (…, ff)."""
+        """(…, out) per input projection -> (…, ff). Without gradients what is handed in may be written to."""
         if self.gate_first is not None:
             first, second = projected[0].chunk(2, dim=-1)
             gate, up = (first, second) if self.gate_first else (second, first)
-            return self.activation(gate) * up
-        gate, *up = projected
-        return self.activation(gate) * up[0] if up else self.activation(gate)
+        else:
+            gate, up = projected if len(projected) == 2 else (projected[0], None)
+        hidden = self.activation(gate)
+        if up is None:
+            return hidden
+        # In place where possible: a fresh tensor of this size costs more than the product.
+        return hidden * up if torch.is_grad_enabled() else hidden.mul_(up)
 
     def __call__(self, block, x):
         """The whole block, from its parts."""
@@ -125,13 +129,16 @@ def plan_sites(base, config):
     refuse_adapted(base)
     keep_4bit_weights_exact(base)  # before a block is called below
     prefix, layers = find_decoder_layers(base)
-    with_mixture = config.model_type == "mixlora"
     known = {}
     sites = []
     for index, layer in enumerate(layers):
         where, name = f"{prefix}.{index}", f"layers.{index}"
         shapes = linears_in(layer)
-        block_path, structure = _find_feed_forward(layer, where, known) if with_mixture else (None, None)
+        block_path = structure = None
+        if config.model_type == "mixlora":
+            # In every layer: a block is called once per kind, and a skeleton of a base has only its first one filled.
+            found = _find_feed_forward(layer, where, known)
+            block_path, structure = found if config.has_mixture(index) else (None, None)
         for path, shape in shapes.items():
             in_block = block_path is not None and path.startswith(block_path + ".")
             if not in_block and matches_target(path, config.target_modules):
@@ -160,6 +167,11 @@ def _check_targets(config, layers, sites):
             if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names):
                 raise ValueError(f"{field}[{key!r}]: matches no linear in the base's layers; it has {available}")
     if config.model_type == "mixlora" and not any(isinstance(site, MixtureSite) for site in sites):
+        if not any(config.has_mixture(index) for index in range(len(layers))):
+            raise ValueError(
+                f"router_sparse_step={config.router_sparse_step}: layer 1 would be the first mixture; the base has "
+                f"{len(layers)}"
+            )
         raise ValueError(
             f"target_modules={config.target_modules}: a MixLoRA needs at least one projection of the feed-forward "
             f"block; the base has {available}"
