@@ -14,6 +14,7 @@ import os
 import re
 import types
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
@@ -130,7 +131,7 @@ def _decode(kind: Any, value: Any, file: str, path: str) -> Any:
 
     if dataclasses.is_dataclass(kind):
         return _decode_fields(kind, value, file, path, fail)
-    origin, arguments = get_origin(kind), get_args(kind)
+    origin, arguments = _origin_and_arguments(kind)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
@@ -159,6 +160,16 @@ def _decode(kind: Any, value: Any, file: str, path: str) -> Any:
     return value
 
 
+@cache
+def _origin_and_arguments(kind: Any) -> tuple[Any, tuple[Any, ...]]:
+    return get_origin(kind), get_args(kind)
+
+
+@cache
+def _types_of(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
 def _decode_fields(kind: Any, value: Any, file: str, path: str, fail: Callable[[str], AdapterError]) -> Any:
     if not isinstance(value, dict):
         raise fail("must be an object")
@@ -172,7 +183,7 @@ def _decode_fields(kind: Any, value: Any, file: str, path: str, fail: Callable[[
     required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
     for name in sorted((required | ({"schema_version"} & fields.keys())) - value.keys()):
         raise AdapterError(f"{file}: {prefix}{name} is missing")
-    hints = get_type_hints(kind)
+    hints = _types_of(kind)
     decoded = kind(**{name: _decode(hints[name], item, file, prefix + name) for name, item in value.items()})
 
     def require(holds: bool, name: str, need: str) -> None:

@@ -13,6 +13,7 @@ the model computes. The folder appears whole or not at all.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -29,6 +30,7 @@ from minilora_hub.publish.hashes import Hashes
 from minilora_hub.publish.island import island_files
 from minilora_hub.publish.recording import TOLERANCES, libraries
 from minilora_hub.publish.reference import Reference, published_config
+from minilora_hub.publish.shapes import Shapes
 from minilora_hub.publish.sources import (
     COMPANIONS,
     OUR_CONFIG,
@@ -94,7 +96,7 @@ def build(
     base_model: str | None = None,
     token: str | None = None,
     progress: bool = False,
-    meanwhile: Callable[[Path], object] | None = None,
+    meanwhile: Callable[[Path, Shapes | None], object] | None = None,
 ) -> Built:
     """Build the folder that is published.
 
@@ -109,7 +111,8 @@ def build(
         base_model: load the base from there: ``"embedded"``, a folder or an id. Default: what the adapter names.
         token: for a private or gated base.
         progress: show bars while the base is fetched.
-        meanwhile: called with the unfinished folder once the model is in it, while its large files are hashed.
+        meanwhile: called with the unfinished folder once the model is in it, while its large files are hashed, and with
+            the tensors that the loaded model has.
 
     Raises:
         AdapterError: the folder is damaged, incomplete, or cannot be published like this.
@@ -134,11 +137,12 @@ def build(
         if (folder / PEFT_FOLDER).is_dir():
             hashes.start(folder / PEFT_FOLDER / WEIGHTS)
         if layout == "auto":
-            published_config(trained, base.id, found.base_revision).to_json_file(folder / OUR_CONFIG)
+            config = json.dumps(published_config(trained, base.id, found.base_revision), indent=2, sort_keys=True)
+            (folder / OUR_CONFIG).write_text(config + "\n", encoding="utf-8", newline="\n")
             for name, path in island_files().items():
                 shutil.copyfile(path, folder / name)
         if meanwhile:
-            meanwhile(folder)
+            meanwhile(folder, found.shapes)
         if before:
             require_recorded(trained.folder, before, hashes)
         results = write_results(trained, folder, _measured(base, found), license)

@@ -1,19 +1,17 @@
 """Checks of the configuration and the tensors: they load, are finite, and are exactly those the configuration implies.
 
-Which tensors an adapter has follows from its configuration and the structure of its base, and the island's own plan
-says it. The base's weights are not needed for that: the base is built from `text_config` on the meta device, where it
-takes no memory. Only telling the parts of a feed-forward block apart means calling one, so one block of each kind gets
-random weights on the CPU.
+Which tensors those are, `shapes` says: from the model that was just loaded, where somebody has it, or else anew.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from minilora_hub.publish.check_base import base_of
 from minilora_hub.publish.problems import PEFT_CONFIG, WEIGHTS, Folder, Problem
+from minilora_hub.publish.shapes import Shapes, expected_shapes
 from minilora_hub.tensor_names import from_peft
 
 SHOWN = 3
@@ -21,24 +19,33 @@ RETRAIN = "save the adapter again from the model it was trained in; damaged weig
 PEFT_TENSOR = re.compile(r"base_model\.model\..+\.(lora_[AB]\.weight|lora_magnitude_vector(\.weight)?)")
 
 
-def check_adapter(folder: Folder) -> Iterator[Problem]:
-    """The configuration loads, and the tensors are exactly those it implies."""
+def check_adapter(folder: Folder, loaded: Shapes | None = None) -> Iterator[Problem]:
+    """The configuration loads, and the tensors are exactly those it implies.
+
+    `loaded` is what a model had that was loaded from this configuration: one that is another now is looked at anew.
+    """
     if folder.peft_layout:
         yield from _check_peft(folder, "")
         return
     if not folder.config:
         return  # missing, or no JSON: found by other checks
-    config, problems = load_config(folder)
-    yield from problems
-    if config is None:
-        yield from _check_values(folder, WEIGHTS)
-        return
-    expected, layers_path, why_not = expected_shapes(config)
-    if expected is None:
-        message = (
-            f"whether its tensors are the right ones is unknown: the base cannot be built from text_config ({why_not})"
-        )
-        yield Problem("tensors-unknown", WEIGHTS, message, "minilora verify loads it on the real base", blocking=False)
+    yield from _check_architectures(folder)
+    expected: Mapping[str, tuple[int, ...]] | None
+    if loaded is not None and loaded.follow_from(folder.config):
+        expected, layers_path = loaded.tensors, loaded.layers_path
+    else:
+        config, problems = load_config(folder)
+        yield from problems
+        if config is None:
+            yield from _check_values(folder, WEIGHTS)
+            return
+        expected, layers_path, why_not = expected_shapes(config)
+        if expected is None:
+            message = (
+                f"whether its tensors are the right ones is unknown: no base can be built from text_config ({why_not})"
+            )
+            remedy = "minilora verify loads it on the real base"
+            yield Problem("tensors-unknown", WEIGHTS, message, remedy, blocking=False)
     yield from _check_values(folder, WEIGHTS, expected)
     if f"peft/{WEIGHTS}" in folder.files or f"peft/{PEFT_CONFIG}" in folder.files:
         yield from _check_peft(folder, "peft/")
@@ -63,28 +70,20 @@ def load_config(folder: Folder) -> tuple[Any, list[Problem]]:
         return None, [Problem(newer, file, f"does not load: {error}", "save the adapter again with this version")]
     if config.text_config is None:
         problems.append(Problem("config", file, "text_config is missing", "save the adapter again"))
+    return config, problems
+
+
+def _check_architectures(folder: Folder) -> Iterator[Problem]:
     known = {f"{prefix}{kind}" for prefix in ("MixLora", "Dora") for kind in ("ForCausalLM", "Model")}
     architectures = folder.config.get("architectures")
     if not (isinstance(architectures, list) and len(architectures) == 1 and architectures[0] in known):
         message = f"architectures={architectures!r}: must be a list with one of {sorted(known)}"
-        problems.append(Problem("config", file, message, "save the adapter again"))
-    return config, problems
+        yield Problem("config", "config.json", message, "save the adapter again")
 
 
-def expected_shapes(config: Any) -> tuple[dict[str, tuple[int, ...]] | None, str, str]:
-    """``{name: shape}`` of every tensor, the path of the base's layers, and why not where it cannot be known."""
-    from minilora_hub.formats.base_source import skeleton
-    from minilora_hub.remote_code.attach import expected_tensors
-    from minilora_hub.remote_code.base_structure import find_decoder_layers, plan_sites
-
-    try:
-        base = skeleton(config.text_config, blocks=config.model_type == "mixlora")
-        return dict(expected_tensors(config, plan_sites(base, config))), find_decoder_layers(base)[0], ""
-    except Exception as error:  # another library's code over settings from outside: anything can happen
-        return None, "", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _check_values(folder: Folder, name: str, expected: dict[str, tuple[int, ...]] | None = None) -> Iterator[Problem]:
+def _check_values(
+    folder: Folder, name: str, expected: Mapping[str, tuple[int, ...]] | None = None
+) -> Iterator[Problem]:
     """The file is readable, its tensors are floating-point and finite, and fit `expected` where that is known."""
     from safetensors import SafetensorError, safe_open
 

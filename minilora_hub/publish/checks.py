@@ -26,13 +26,19 @@ from minilora_hub.publish.check_texts import check_json, check_machine_paths, ch
 from minilora_hub.publish.check_tokenizer import check_tokenizer
 from minilora_hub.publish.hashes import Hashes
 from minilora_hub.publish.problems import Folder, Problem
+from minilora_hub.publish.shapes import Shapes
 
 __all__ = ["Problem", "check_folder", "check_model"]
 
 
-def check_model(folder: Path) -> list[Problem]:
-    """Check the configuration and the tensors alone: the long part of `check_folder`, which takes its result."""
-    return list(check_adapter(read_folder(folder, Hashes())[0]))
+def check_model(folder: Path, loaded: Shapes | None) -> list[Problem]:
+    """Check the configuration and the tensors alone: the long part of `check_folder`, which takes its result.
+
+    Args:
+        folder: the folder; it may be unfinished.
+        loaded: which tensors a model had that was loaded from this configuration; None where none was.
+    """
+    return list(check_adapter(read_folder(folder, Hashes())[0], loaded))
 
 
 def check_folder(

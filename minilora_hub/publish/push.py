@@ -137,7 +137,7 @@ def push(
             license=license,
             base_model=base_model,
             token=secret,
-            meanwhile=lambda unfinished: early.extend(check_model(unfinished)),
+            meanwhile=lambda unfinished, loaded: early.extend(check_model(unfinished, loaded)),
         )
         stages.start("Checking")
         notes = check(built, api, 1 if dry_run else ATTEMPTS, early)

@@ -14,6 +14,7 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.formats.peft import with_peft, write_peft_folder
 from minilora_hub.publish.bases_of_record import BaseOfRecord, load_base
 from minilora_hub.publish.recording import TOLERANCES, Recording, difference, logits_of, prompt_ids, record
+from minilora_hub.publish.shapes import Shapes, shapes_of_model
 from minilora_hub.publish.sources import PEFT_FOLDER, TOKENIZER_FILES, WEIGHTS, Layout, Source
 from minilora_hub.results import Verification
 
@@ -34,6 +35,7 @@ class Reference:
         base_parameters: how many the base has.
         base_revision: the base's commit on the Hub; None where it is not known.
         parameters: how many the adapter has.
+        shapes: which tensors it must have; None where that is not ours to say, or its configuration is of another base.
         recording: what it computes.
         gap: how far that is from the earlier recording; None where there is none of this base and dtype.
         notes: what the author should know, a line each.
@@ -48,6 +50,7 @@ class Reference:
     ) -> None:
         """Load both, and record; see the class."""
         self.notes: list[str] = []
+        self.shapes: Shapes | None = None
         self._source, self._folder, self._base_id = source, folder, base.id
         self._base, self.fingerprint, self.dtype = load_base(source, base)
         self.base_parameters = sum(parameter.numel() for parameter in self._base.parameters())
@@ -72,6 +75,7 @@ class Reference:
         dtype = getattr(torch, self.dtype)
         model = model_class(source).from_pretrained(str(source.folder), base_model=self._base, dtype=dtype)
         self.parameters, sites = model.num_adapter_parameters(), list(model.sites)
+        self.shapes, config = shapes_of_model(model, source.config), model.config
         self._record(model, prompts, before)
         self._base = model.unload()
         if source.method != "dora":
@@ -79,7 +83,6 @@ class Reference:
         peft = folder if layout == "peft" else folder / PEFT_FOLDER
         # From the file, in the dtype they were saved in; the model's may be wider.
         tensors = read_adapter(source.folder / WEIGHTS)
-        config = published_config(source, self._base_id, self.base_revision)
         write_peft_folder(peft, config, tensors, sites, self._base, self._base_id, self.base_revision)
         reason = self._difference_of(peft)
         if reason and layout == "peft":
@@ -110,16 +113,17 @@ class Reference:
         return None if gap <= TOLERANCES[self.dtype] else f"PEFT computes other logits from this adapter (by {gap:.2g})"
 
 
-def published_config(source: Source, base_id: str, base_revision: str | None) -> Any:
-    """Return the configuration as it is published: the source's, naming the real base."""
+def published_config(source: Source, base_id: str, base_revision: str | None) -> dict[str, Any]:
+    """Return the configuration as it is published: the source's, naming the real base and our classes."""
     from minilora_hub.remote_code.adapted_model import auto_map
 
     of = model_class(source)
-    config = of.config_class(**source.config)
-    config.base_model_name_or_path, config.base_model_revision = base_id, base_revision
-    config.architectures = [of.__name__]
-    config.auto_map = auto_map(config)
-    return config
+    return source.config | {
+        "architectures": [of.__name__],
+        "auto_map": auto_map(of.config_class()),
+        "base_model_name_or_path": base_id,
+        "base_model_revision": base_revision,
+    }
 
 
 def model_class(source: Source) -> Any:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from minilora_hub import push
-from minilora_hub.publish.check_tensors import _is_finite, _make_blocks_real
+from minilora_hub.formats.base_source import _make_blocks_real
+from minilora_hub.publish.check_tensors import _is_finite
 from minilora_hub.publish.check_texts import IN_EVERY_MACHINE_PATH, MACHINE_PATH
 from minilora_hub.publish.hashes import LARGE, Hashes, file_sha256
 
