@@ -68,9 +68,12 @@ class Document:
 
     def validate(self) -> None:
         """Raise AdapterError if a field has a wrong type or value."""
+        self._validate(self.to_dict())
+
+    def _validate(self, content: dict[str, Any]) -> None:
         # Through JSON, where tuples are lists, and where what no file can hold (NaN) is refused.
         try:
-            self.from_dict(json.loads(json.dumps(self.to_dict(), allow_nan=False)))
+            self.from_dict(json.loads(json.dumps(content, allow_nan=False)))
         except (TypeError, ValueError) as error:
             raise AdapterError(f"{self.FILE} cannot be written: {error}") from error
 
@@ -80,11 +83,12 @@ class Document:
         Raises:
             AdapterError: a field has a wrong type or value; nothing is written then.
         """
-        self.validate()
+        content = self.to_dict()
+        self._validate(content)
         path = Path(folder) / self.FILE
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+            text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
             temporary.write_text(_pack_number_lists(text) + "\n", encoding="utf-8", newline="\n")
             os.replace(temporary, path)
         finally:

@@ -69,6 +69,7 @@ class Built:
         method: ``"mixlora"``, ``"dora"`` or ``"lora"``.
         base_id: the base's id on the Hub, as the configuration names it.
         base_elsewhere: where the base was loaded from, where that is not `base_id` on the Hub.
+        card: the text of its README.md.
         files: every file in it, sorted by path.
         hashes: of these files, for whoever needs one again.
         notes: what the author should know, a line each.
@@ -79,6 +80,7 @@ class Built:
     method: str
     base_id: str
     base_elsewhere: str | None
+    card: str
     files: tuple[PublishedFile, ...]
     hashes: Hashes = field(repr=False, compare=False)
     notes: tuple[str, ...] = ()
@@ -148,9 +150,10 @@ def build(
         results = write_results(trained, folder, _measured(base, found), license)
         write_card_pictures(trained.folder, folder, results, notes, keep=before is not None)
         _write_verification(folder, found, before, hashes)
-        write_card(folder, repo_id, revision, previous, notes)
+        card = write_card(folder, repo_id, revision, previous, notes)
     hashes = hashes.moved(folder, out)
-    return Built(out, layout, trained.method, base.id, base.elsewhere, list_files(out, hashes), hashes, tuple(notes))
+    files = list_files(out, hashes)
+    return Built(out, layout, trained.method, base.id, base.elsewhere, card, files, hashes, tuple(notes))
 
 
 def list_files(folder: Path, hashes: Hashes | None = None) -> tuple[PublishedFile, ...]:

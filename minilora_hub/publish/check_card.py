@@ -71,13 +71,24 @@ def check_verification(folder: Folder) -> Iterator[Problem]:
         yield Problem("hash", VERIFICATION_FILE, f"sha256 does not name {WEIGHTS}", rebuild)
 
 
-def check_card(folder: Folder) -> Iterator[Problem]:
-    """Every number on the card, and its metadata, come from results.json and the configuration."""
+def check_card(folder: Folder, rendered: str | None = None) -> Iterator[Problem]:
+    """Every number on the card, and its metadata, come from results.json and the configuration.
+
+    `rendered` is the card as it was rendered from these files, where somebody has just done that.
+    """
     card = folder.text(README)
     if card is None:
         if README in folder.files:
             yield Problem("card", README, "is no text in UTF-8", RENDER)
         return
+    if card != rendered:
+        yield from _check_against_a_rendering(folder, card)
+    for name in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", card):
+        if "://" not in name and name not in folder.files:
+            yield Problem("card", README, f"shows {name}, which is not there", RENDER)
+
+
+def _check_against_a_rendering(folder: Folder, card: str) -> Iterator[Problem]:
     settings = settings_of(card)
     try:
         free_text.sections_of(card)
@@ -90,9 +101,6 @@ def check_card(folder: Folder) -> Iterator[Problem]:
         yield from _check_foreign(card, rendered)
     else:
         yield from _check_ours(card, rendered)
-    for name in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", card):
-        if "://" not in name and name not in folder.files:
-            yield Problem("card", README, f"shows {name}, which is not there", RENDER)
 
 
 def _check_ours(card: str, rendered: str) -> Iterator[Problem]:

@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,8 @@ def _contents(folder: Folder) -> Iterator[tuple[str, bytes]]:
         data = folder.data(name)
         if data is not None:
             yield name, data
-    for name, text in folder.texts():
-        if name.endswith((".json", ".safetensors")):
-            yield name, text.encode("utf-8", "replace")
+    for name, text in folder.unescaped.items():
+        yield name, text.encode("utf-8", "replace")
 
 
 def check_machine_paths(folder: Folder) -> Iterator[Problem]:
@@ -74,7 +74,7 @@ def check_machine_paths(folder: Folder) -> Iterator[Problem]:
     own = _own_places(folder.path)
     pattern = _pattern_of(own)
     seen: set[str] = set()
-    for name, text in folder.texts():
+    for name, text in chain(folder.texts.items(), folder.unescaped.items()):
         if name in VOCABULARIES or name in seen:
             continue
         searched = text

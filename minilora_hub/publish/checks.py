@@ -48,6 +48,7 @@ def check_folder(
     base_license: BaseLicense | None = None,
     hashes: Hashes | None = None,
     model_problems: Sequence[Problem] | None = None,
+    rendered: str | None = None,
 ) -> list[Problem]:
     """Check a folder that is about to be published.
 
@@ -58,6 +59,8 @@ def check_folder(
         base_license: tells a base's licence (id, revision), None if it has none; default: asks the Hub.
         hashes: of the folder's files, where somebody has read them already.
         model_problems: what `check_model` has found of this folder; default: it is asked.
+        rendered: the card that was rendered from the files of which verification.json holds the hashes; default: it is
+            rendered from what lies in the folder.
 
     Returns:
         The problems, the blocking ones first; empty if there are none.
@@ -85,7 +88,7 @@ def check_folder(
         check_tokenizer,
         check_results,
         check_verification,
-        check_card,
+        lambda f: check_card(f, rendered),
     ]
     for check in checks:
         problems += check(found)

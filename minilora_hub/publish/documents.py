@@ -73,8 +73,8 @@ def write_card_pictures(source: Path, folder: Path, results: Results, notes: lis
         notes.append(f"no pictures on the card: {error}")
 
 
-def write_card(folder: Path, repo_id: str, revision: str | None, previous: str | None, notes: list[str]) -> None:
-    """Write the card and what goes with it. It comes last: it tells of all other files."""
+def write_card(folder: Path, repo_id: str, revision: str | None, previous: str | None, notes: list[str]) -> str:
+    """Write the card and what goes with it, and return it. It comes last: it tells of all other files."""
     from minilora_hub.publish.card import render_card, settings_of
     from minilora_hub.publish.card_metadata import eval_results_files
 
@@ -89,3 +89,4 @@ def write_card(folder: Path, repo_id: str, revision: str | None, previous: str |
     space = before["space"] if before else None
     card = render_card(folder, repo_id=repo_id, revision=revision, space=space, previous=previous)
     (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
+    return card

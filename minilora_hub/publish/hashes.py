@@ -38,13 +38,17 @@ class Hashes:
         self._known[path] = _background().submit(_stamped_hash, path)
 
     def copy(self, source: Path, out: Path) -> Future[tuple[Stamp, Stamp]]:
-        """Begin to copy a file in the background, and to hash the copy, unless the hash of `source` is known.
+        """Begin to copy a file in the background. Its hash is that of `source`, which is read meanwhile.
+
+        Where `source` does not stay the same from before it is hashed until it is copied, the copy itself is hashed.
 
         Returns:
             What tells when the copy is there, and raises OSError if it cannot be made.
         """
+        if source not in self._known:
+            self.start(source)
         copied = _background().submit(_copy, source, out)
-        self._known[out] = _background().submit(_hash_of_copy, copied, self._known.get(source), out)
+        self._known[out] = _background().submit(_hash_of_copy, copied, self._known[source], out)
         return copied
 
     def moved(self, source: Path, out: Path) -> Hashes:
@@ -75,10 +79,10 @@ def _copy(source: Path, out: Path) -> tuple[Stamp, Stamp]:
 
 
 def _hash_of_copy(
-    copied: Future[tuple[Stamp, Stamp]], of_source: Future[tuple[Stamp, str]] | None, out: Path
+    copied: Future[tuple[Stamp, Stamp]], of_source: Future[tuple[Stamp, str]], out: Path
 ) -> tuple[Stamp, str]:
     stamps = copied.result()
-    if of_source is not None and of_source.exception() is None:
+    if of_source.exception() is None:
         stamp, digest = of_source.result()
         if stamps == (stamp, stamp):
             return _stamp(out), digest

@@ -77,21 +77,23 @@ class Folder:
         except UnicodeDecodeError:
             return None
 
-    def texts(self) -> Iterator[tuple[str, str]]:
-        """(name, text) of every file that is text, and of the headers of safetensors files.
+    @cached_property
+    def texts(self) -> dict[str, str]:
+        """{name: text} of every file that is text, and of the headers of safetensors files."""
+        found = ((name, self.text(name)) for name in self.files)
+        return {name: text for name, text in found if text is not None}
 
-        JSON comes a second time with its escapes resolved, since those hide what it says.
-        """
-        for name in self.files:
-            text = self.text(name)
-            if text is None:
-                continue
-            yield name, text
+    @cached_property
+    def unescaped(self) -> dict[str, str]:
+        """{name: what its texts say} of JSON with escapes, which hide what it says."""
+        found = {}
+        for name, text in self.texts.items():
             if "\\" in text and name.endswith((".json", ".safetensors")):
                 try:
-                    yield name, "\n".join(strings_in(json.loads(text)))
+                    found[name] = "\n".join(strings_in(json.loads(text)))
                 except (ValueError, RecursionError):
                     continue
+        return found
 
     @cached_property
     def json_files(self) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from minilora_hub.errors import AdapterError, PublishError
 from minilora_hub.publish import remote as hub
 from minilora_hub.publish.build import Built, build
 from minilora_hub.publish.checks import Problem, check_folder, check_model
-from minilora_hub.publish.documents import CARD
 from minilora_hub.publish.hub_errors import ATTEMPTS, FAILURES, explain, patiently
 from minilora_hub.publish.plan import PushPlan, plan_files, pushed_by_us
 from minilora_hub.publish.progress import Stages
@@ -124,6 +123,7 @@ def push(
     with Stages(progress) as stages, tempfile.TemporaryDirectory(prefix="minilora-push-") as scratch:
         stages.start("Looking at the repo")
         state = _look(api, repo_id, revision, dry_run)
+        tagged = _tagged(api, repo_id, tag, dry_run) if tag and state.exists else None
         _refuse_early(state, repo_id, branch, private, create_pr, tag)
         stages.start("Building")
         early: list[Problem] = []
@@ -151,10 +151,10 @@ def push(
             tag,
             branch,
             files,
-            (built.folder / CARD).read_text(encoding="utf-8"),
+            built.card,
             built.notes + notes,
         )
-        _refuse_moving_tag(plan, state)
+        _refuse_moving_tag(plan, tagged, state)
         stages.end()
         if dry_run or (confirm is not None and not confirm(plan)):
             return PushResult(plan, dry_run=True)
@@ -198,6 +198,7 @@ def check(
         base_license=base.license,
         hashes=built.hashes,
         model_problems=model_problems,
+        rendered=built.card,
     )
     lines = [f"{problem.file or 'the folder'}: {problem.message}; {problem.remedy}" for problem in problems]
     blocking = [line for line, problem in zip(lines, problems, strict=True) if problem.blocking]
@@ -234,8 +235,17 @@ def _refuse_early(
         raise PublishError(f"tag={tag!r} with create_pr: tag it when the pull request is merged")
 
 
-def _refuse_moving_tag(plan: PushPlan, state: hub.RemoteState) -> None:
-    at = (state.tags or {}).get(plan.tag or "")
+def _tagged(api: HfApi, repo_id: str, tag: str, dry_run: bool) -> str | None:
+    """Look at which commit a tag is; a dry run does without where it cannot."""
+    try:
+        return hub.tags_of(api, repo_id, 1 if dry_run else ATTEMPTS).get(tag)
+    except FAILURES as error:
+        if dry_run:
+            return None
+        raise PublishError(explain(error, repo_id, "looking at the tags")) from None
+
+
+def _refuse_moving_tag(plan: PushPlan, at: str | None, state: hub.RemoteState) -> None:
     if at and (plan.sends or at != state.head):
         raise PublishError(f"the tag {plan.tag!r} is on {at[:12]} already: choose another one, or delete it first")
 

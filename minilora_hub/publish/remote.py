@@ -37,14 +37,12 @@ class RemoteState:
         private: whether only its owner sees it.
         head: the newest commit of the branch; None where the repo or the branch is not there.
         files: what is in it.
-        tags: tag -> commit.
     """
 
     exists: bool
     private: bool = True
     head: str | None = None
     files: dict[str, RemoteFile] | None = None
-    tags: dict[str, str] | None = None
 
 
 def writer(token: str | None, repo_id: str, create_pr: bool) -> tuple[HfApi, str]:
@@ -100,19 +98,23 @@ def look(api: HfApi, repo_id: str, revision: str | None, attempts: int = ATTEMPT
             found, here = info(revision), True
         except errors.RevisionNotFoundError:
             found, here = info(None), False
-        refs = patiently(lambda: api.list_repo_refs(repo_id), attempts)
     except errors.RepositoryNotFoundError:
         return RemoteState(False)
     except FAILURES as error:
         raise PublishError(explain(error, repo_id, "looking at the repo")) from None
-    tags = {tag.name: tag.target_commit for tag in refs.tags}
     if not here:
-        return RemoteState(True, bool(found.private), None, {}, tags)
+        return RemoteState(True, bool(found.private), None, {})
     files = {
         file.rfilename: RemoteFile(file.size or 0, file.blob_id or "", file.lfs.sha256 if file.lfs else None)
         for file in found.siblings or []
     }
-    return RemoteState(True, bool(found.private), found.sha, files, tags)
+    return RemoteState(True, bool(found.private), found.sha, files)
+
+
+def tags_of(api: HfApi, repo_id: str, attempts: int = ATTEMPTS) -> dict[str, str]:
+    """Return the tags of a repo: tag -> commit. May raise one of `FAILURES`."""
+    refs = patiently(lambda: api.list_repo_refs(repo_id), attempts)
+    return {tag.name: tag.target_commit for tag in refs.tags}
 
 
 def fetch(repo_id: str, *, revision: str | None, token: str | None, progress: bool) -> tuple[Path, str]:

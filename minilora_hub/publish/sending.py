@@ -128,11 +128,11 @@ def set_tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
     """Set a tag; one that is there on the same commit is as good."""
     try:
         patiently(lambda: api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True))
-        at = patiently(lambda: api.list_repo_refs(repo_id)).tags
+        at = hub.tags_of(api, repo_id).get(tag)
     except FAILURES as error:
         told = explain(error, repo_id, f"setting the tag {tag!r}")
         raise PublishError(f"{told}; the files are in the repo, at {commit[:12]}: push again to set the tag") from None
-    if {found.name: found.target_commit for found in at}.get(tag) != commit:
+    if at != commit:
         raise PublishError(
             f"the tag {tag!r} was set on another commit meanwhile; the files are there, at {commit[:12]}"
         )
