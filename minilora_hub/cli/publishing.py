@@ -36,6 +36,9 @@ def push(
         str | None, typer.Option(metavar="ID", help="The base's id on the Hub, where the adapter names a folder.")
     ] = None,
     license: Annotated[str | None, typer.Option(metavar="ID", help="The adapter's licence, e.g. apache-2.0.")] = None,
+    space: Annotated[
+        str | None, typer.Option(metavar="ID", help='The Space that "try it" on the card opens. Default: as before.')
+    ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not load it again afterwards.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -62,6 +65,7 @@ def push(
         base_model=base,
         base_id=base_id,
         license=license,
+        space=space,
         verify=not no_verify,
         progress=not as_json,
         confirm=_ask if asks else None,

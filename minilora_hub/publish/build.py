@@ -25,7 +25,15 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.formats.output import require_free, whole_folder
 from minilora_hub.formats.peft import copy_peft_weights, write_peft_config
 from minilora_hub.publish.bases_of_record import BaseOfRecord, find_base
-from minilora_hub.publish.documents import CARD, Measured, previous_card, write_card, write_card_pictures, write_results
+from minilora_hub.publish.documents import (
+    CARD,
+    Measured,
+    card_to_keep,
+    previous_card,
+    write_card,
+    write_card_pictures,
+    write_results,
+)
 from minilora_hub.publish.hashes import Hashes
 from minilora_hub.publish.island import island_files
 from minilora_hub.publish.recording import TOLERANCES, libraries
@@ -96,6 +104,8 @@ def build(
     base_id: str | None = None,
     license: str | None = None,
     base_model: str | None = None,
+    space: str | None = None,
+    published_card: str | None = None,
     token: str | None = None,
     progress: bool = False,
     meanwhile: Callable[[Path, Shapes | None], object] | None = None,
@@ -111,6 +121,8 @@ def build(
         base_id: the base's id on the Hub, where the adapter names a folder.
         license: the adapter's licence; default: the one in results.json.
         base_model: load the base from there: ``"embedded"``, a folder or an id. Default: what the adapter names.
+        space: id of the Space that the card's "try it" opens. Default: the one that the earlier card names.
+        published_card: the earlier card, where the folder has none of its own; its free text is kept.
         token: for a private or gated base.
         progress: show bars while the base is fetched.
         meanwhile: called with the unfinished folder once the model is in it, while its large files are hashed, and with
@@ -150,7 +162,7 @@ def build(
         results = write_results(trained, folder, _measured(base, found), license)
         write_card_pictures(trained.folder, folder, results, notes, keep=before is not None)
         _write_verification(folder, found, before, hashes)
-        card = write_card(folder, repo_id, revision, previous, notes)
+        card = write_card(folder, repo_id, revision, space, card_to_keep(previous, published_card, notes))
     hashes = hashes.moved(folder, out)
     files = list_files(out, hashes)
     return Built(out, layout, trained.method, base.id, base.elsewhere, card, files, hashes, tuple(notes))

@@ -57,9 +57,9 @@ def render_card(
         AdapterError: results.json or the configuration is missing or damaged, or a free-text section is not closed.
         ValueError: `repo_id` or `space` is no valid id.
     """
-    for name in (repo_id, space):
-        if name is not None:
-            validate_repo_id(name)
+    if repo_id is not None:
+        validate_repo_id(repo_id)
+    require_space(space)
     results = Results.load(folder)
     config = read_config(folder)
     kept = free_text.sections_of(previous) if previous else {}
@@ -118,6 +118,14 @@ def write_card(folder: Path, *, repo_id: str | None, revision: str | None = None
     write_pictures(Results.load(folder), folder)
     path.write_text(text, encoding="utf-8", newline="\n")
     return path
+
+
+def require_space(space: str | None) -> None:
+    """Raise ValueError unless this can be the id of a Space, or is None."""
+    if space is not None:
+        if space.count("/") != 1:
+            raise ValueError(f"space={space!r}: must be the id of a Space, owner/name")
+        validate_repo_id(space)
 
 
 def settings_of(card: str) -> dict[str, str | None] | None:

@@ -73,20 +73,37 @@ def write_card_pictures(source: Path, folder: Path, results: Results, notes: lis
         notes.append(f"no pictures on the card: {error}")
 
 
-def write_card(folder: Path, repo_id: str, revision: str | None, previous: str | None, notes: list[str]) -> str:
-    """Write the card and what goes with it, and return it. It comes last: it tells of all other files."""
+def card_to_keep(own: str | None, published: str | None, notes: list[str]) -> str | None:
+    """Return the earlier card whose free text and Space are kept: the folder's own, or else the published one."""
+    from minilora_hub.publish.card import settings_of
+
+    if own and settings_of(own) is None:
+        notes.append(f"the folder's own {CARD} was not written by minilora: a new one is published in its place")
+        own = None
+    elif not own and published and settings_of(published) is None:
+        notes.append(f"the {CARD} in the repo was not written by minilora: a new one takes its place")
+    kept = own or published
+    return kept if kept and settings_of(kept) else None
+
+
+def write_card(folder: Path, repo_id: str, revision: str | None, space: str | None, previous: str | None) -> str:
+    """Write the card and what goes with it, and return it. It comes last: it tells of all other files.
+
+    Args:
+        folder: the folder, with everything else in it.
+        repo_id: see `render_card`.
+        revision: see `render_card`.
+        space: see `render_card`; default: the one that `previous` names.
+        previous: an earlier card of ours, whose free text is kept.
+    """
     from minilora_hub.publish.card import render_card, settings_of
     from minilora_hub.publish.card_metadata import eval_results_files
 
     before = settings_of(previous) if previous else None
-    if previous and before is None:
-        notes.append(f"the folder's own {CARD} was not written by minilora: a new one is published in its place")
-        previous = None
-
     for name, text in eval_results_files(folder).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
-    space = before["space"] if before else None
+    space = space or (before["space"] if before else None)
     card = render_card(folder, repo_id=repo_id, revision=revision, space=space, previous=previous)
     (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
     return card

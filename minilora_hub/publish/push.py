@@ -18,9 +18,12 @@ from typing import Any
 from huggingface_hub import HfApi, get_token
 
 from minilora_hub.errors import AdapterError, PublishError
+from minilora_hub.publish import free_text
 from minilora_hub.publish import remote as hub
 from minilora_hub.publish.build import Built, build
+from minilora_hub.publish.card import require_space
 from minilora_hub.publish.checks import Problem, check_folder, check_model
+from minilora_hub.publish.documents import CARD
 from minilora_hub.publish.hub_errors import ATTEMPTS, FAILURES, explain, patiently
 from minilora_hub.publish.plan import PushPlan, plan_files, pushed_by_us
 from minilora_hub.publish.progress import Stages
@@ -80,6 +83,7 @@ def push(
     base_model: str | None = None,
     base_id: str | None = None,
     license: str | None = None,
+    space: str | None = None,
     layout: Layout = "auto",
     verify: bool = True,
     progress: bool = True,
@@ -100,6 +104,8 @@ def push(
         base_model: load the base from there: ``"embedded"``, a folder or an id. Default: what the adapter names.
         base_id: the base's id on the Hub, where the adapter names a folder.
         license: the adapter's licence, e.g. ``"apache-2.0"``. Default: the one in results.json.
+        space: ``"owner/name"`` of the Space that the card's "try it" opens on this adapter. Default: the one that the card
+            names already, in the folder or else in the repo; without one the card has the local command alone.
         layout: ``"peft"`` publishes a DoRA in PEFT's layout, without code.
         verify: load it again from the new commit, in a clean process.
         progress: show what is being done, on stderr.
@@ -113,8 +119,9 @@ def push(
             unless the message says otherwise.
         AdapterError: the folder has problems; the message lists them.
         BaseModelError: the base cannot be loaded.
-        ValueError: the weights do not fit the configuration and the base.
+        ValueError: the weights do not fit the configuration and the base; or `space` is no id of a Space.
     """
+    require_space(space)
     if dry_run:
         api = HfApi(token=token or get_token() or False)
     else:
@@ -125,6 +132,8 @@ def push(
         state = _look(api, repo_id, revision, dry_run)
         tagged = _tagged(api, repo_id, tag, dry_run) if tag and state.exists else None
         _refuse_early(state, repo_id, branch, private, create_pr, tag)
+        read = _reader(api, repo_id, state.head)
+        published_card = _published_card(read, state, repo_id)
         stages.start("Building")
         early: list[Problem] = []
         built = build(
@@ -136,12 +145,13 @@ def push(
             base_id=base_id,
             license=license,
             base_model=base_model,
+            space=space,
+            published_card=published_card,
             token=secret,
             meanwhile=lambda unfinished, loaded: early.extend(check_model(unfinished, loaded)),
         )
         stages.start("Checking")
         notes = check(built, api, 1 if dry_run else ATTEMPTS, early)
-        read = _reader(api, repo_id, state.head)
         files = plan_files(built, state, pushed_by_us(read, state))
         plan = PushPlan(
             repo_id,
@@ -259,6 +269,18 @@ def _reader(api: HfApi, repo_id: str, commit: str | None) -> Callable[[str], byt
                 raise PublishError(explain(error, repo_id, f"reading {path} of the repo")) from None
 
     return read
+
+
+def _published_card(read: Callable[[str], bytes], state: hub.RemoteState, repo_id: str) -> str | None:
+    """Return the card that the repo has: people write on it on the Hub's page."""
+    if CARD not in (state.files or {}):
+        return None
+    try:
+        card = read(CARD).decode("utf-8")
+        free_text.sections_of(card)
+    except (UnicodeDecodeError, AdapterError) as error:
+        raise PublishError(f"{CARD} in {repo_id} cannot be kept ({error}): repair it there, and push again") from None
+    return card
 
 
 def _message(built: Built) -> str:
