@@ -100,11 +100,12 @@ def test_as_hf_runs_it_from_folder_to_verified_repo(shell, hub, adapter, tmp_pat
 
 
 def test_dry_run_shows_files_hashes_and_card(shell, hub, adapter):
-    done = shell("push", adapter / "mine", "ana/mine", "--dry-run")
+    done = shell("push", adapter / "mine", "ana/mine", "--space", "ana/compare", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "ana/mine (a new repo, private: only its owner sees it), main" in done.stdout
     assert "+ adapter_model.safetensors" in done.stdout
     assert "base_model: org/base" in done.stdout
+    assert "(https://huggingface.co/spaces/ana/compare?adapter=ana%2Fmine)" in done.stdout
     assert done.stdout.endswith("Nothing was sent.\n")
     assert ("model", "ana/mine") not in hub.repos
 

@@ -104,8 +104,8 @@ def push(
         base_model: load the base from there: ``"embedded"``, a folder or an id. Default: what the adapter names.
         base_id: the base's id on the Hub, where the adapter names a folder.
         license: the adapter's licence, e.g. ``"apache-2.0"``. Default: the one in results.json.
-        space: ``"owner/name"`` of the Space that the card's "try it" opens on this adapter. Default: the one that the card
-            names already, in the folder or else in the repo; without one the card has the local command alone.
+        space: ``"owner/name"`` of the Space that the card's "try it" opens on this adapter. Default: the one that the
+            card names already, in the folder or else in the repo; without one the card has the local command alone.
         layout: ``"peft"`` publishes a DoRA in PEFT's layout, without code.
         verify: load it again from the new commit, in a clean process.
         progress: show what is being done, on stderr.

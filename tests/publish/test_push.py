@@ -140,6 +140,39 @@ def test_tag_branch_and_pull_request(hub, ana, trained, copy_of):
     assert repo.commit("main").oid == first.commit
 
 
+def test_the_space_that_a_card_opens_is_kept(hub, ana, trained):
+    first = quick(trained["dora"], space="ana/compare")
+    link = b"https://huggingface.co/spaces/ana/compare?adapter=ana%2Fadapter"
+    assert link in tree(hub)["README.md"]
+    assert quick(trained["dora"]).commit == first.commit
+    quick(trained["dora"], space="team/other")
+    card = tree(hub)["README.md"]
+    assert b"/spaces/team/other?adapter=ana%2Fadapter" in card
+    assert link not in card
+    with pytest.raises(ValueError, match="space='compare': must be the id of a Space, owner/name"):
+        quick(trained["dora"], space="compare")
+    assert tree(hub)["README.md"] == card
+
+
+def test_words_written_on_the_hub_survive_a_push(hub, ana, trained):
+    quick(trained["dora"])
+    repo = hub.repo("ana/adapter")
+    mark = b"<!-- minilora:free-text intro -->\n"
+    card = tree(hub)["README.md"]
+    assert mark in card
+    repo.push({"README.md": card.replace(mark, mark + b"Made for the fair.\n")})
+    assert quick(trained["dora"]).plan.sends == ()
+    assert {file.path for file in quick(trained["dora"], space="ana/compare").plan.sends} == {"README.md"}
+    assert b"Made for the fair." in tree(hub)["README.md"]
+    repo.push({"README.md": card.replace(b"<!-- /minilora:free-text -->", b"")})
+    with pytest.raises(PublishError, match=r"README.md in ana/adapter cannot be kept .*is not closed"):
+        quick(trained["dora"])
+    repo.push({"README.md": b"# Mine\n"})
+    result = quick(trained["dora"])
+    assert any("the README.md in the repo was not written by minilora" in note for note in result.plan.notes)
+    assert tree(hub)["README.md"] == card
+
+
 def test_public_only_when_it_is_said(hub, ana, trained):
     quick(trained["dora"], private=False)
     assert not hub.repo("ana/adapter").private
