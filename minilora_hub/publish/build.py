@@ -54,8 +54,8 @@ from minilora_hub.publish.sources import (
 from minilora_hub.results import VERIFICATION_FILE, Verification
 
 GENERATION = "generation_config.json"
-NOT_HASHED = (CARD, VERIFICATION_FILE)
-"""People edit the card on the Hub's page, and a file cannot hold its own hash."""
+NOT_HASHED = (CARD, ".eval_results/", VERIFICATION_FILE)
+"""People edit the card on the Hub's page, which has measured results beside it; a file cannot hold its own hash."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def build(
     published_card: str | None = None,
     token: str | None = None,
     progress: bool = False,
-    meanwhile: Callable[[Path, Shapes | None], object] | None = None,
+    meanwhile: Callable[[Path, Shapes | None, str], object] | None = None,
 ) -> Built:
     """Build the folder that is published.
 
@@ -125,8 +125,8 @@ def build(
         published_card: the earlier card, where the folder has none of its own; its free text is kept.
         token: for a private or gated base.
         progress: show bars while the base is fetched.
-        meanwhile: called with the unfinished folder once the model is in it, while its large files are hashed, and with
-            the tensors that the loaded model has.
+        meanwhile: called while large files are hashed, with the folder, in which only verification.json is missing, the
+            tensors that the loaded model has, and the text of the card.
 
     Raises:
         AdapterError: the folder is damaged, incomplete, or cannot be published like this.
@@ -146,7 +146,6 @@ def build(
     with whole_folder(out) as folder:
         copied = _copy_model(trained, folder, base, hashes)
         found = Reference(trained, folder, layout, base, before)
-        copied.result()
         notes = list(found.notes)
         if (folder / PEFT_FOLDER).is_dir():
             hashes.start(folder / PEFT_FOLDER / WEIGHTS)
@@ -155,14 +154,15 @@ def build(
             (folder / OUR_CONFIG).write_text(config + "\n", encoding="utf-8", newline="\n")
             for name, path in island_files().items():
                 shutil.copyfile(path, folder / name)
-        if meanwhile:
-            meanwhile(folder, found.shapes)
-        if before:
-            require_recorded(trained.folder, before, hashes)
         results = write_results(trained, folder, _measured(base, found), license)
         write_card_pictures(trained.folder, folder, results, notes, keep=before is not None)
-        _write_verification(folder, found, before, hashes)
         card = write_card(folder, repo_id, revision, space, card_to_keep(previous, published_card, notes))
+        copied.result()
+        if meanwhile:
+            meanwhile(folder, found.shapes, card)
+        if before:
+            require_recorded(trained.folder, before, hashes)
+        _write_verification(folder, found, before, hashes)
     hashes = hashes.moved(folder, out)
     files = list_files(out, hashes)
     return Built(out, layout, trained.method, base.id, base.elsewhere, card, files, hashes, tuple(notes))
@@ -207,7 +207,8 @@ def _measured(base: BaseOfRecord, found: Reference) -> Measured:
 
 def _write_verification(folder: Path, found: Reference, before: Verification | None, hashes: Hashes) -> None:
     """Write verification.json, or keep what an earlier build recorded where it still holds."""
-    sha256 = {file.path: file.sha256 for file in list_files(folder, hashes) if file.path not in NOT_HASHED}
+    files = [file for file in list_files(folder, hashes) if not file.path.startswith(NOT_HASHED)]
+    sha256 = {file.path: file.sha256 for file in files}
     recording, limit = found.recording, TOLERANCES[found.dtype]
     if before is not None and found.gap is not None:
         if not found.gap <= limit:

@@ -13,7 +13,8 @@ check that cannot be made says so in a problem of its own. Nothing of the folder
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from minilora_hub.errors import AdapterError
@@ -24,21 +25,72 @@ from minilora_hub.publish.check_files import check_layout, check_pickles, read_f
 from minilora_hub.publish.check_tensors import check_adapter
 from minilora_hub.publish.check_texts import check_json, check_machine_paths, check_secrets
 from minilora_hub.publish.check_tokenizer import check_tokenizer
-from minilora_hub.publish.hashes import Hashes
+from minilora_hub.publish.hashes import Hashes, Stamp, stamp
 from minilora_hub.publish.problems import Folder, Problem
 from minilora_hub.publish.shapes import Shapes
 
-__all__ = ["Problem", "check_folder", "check_model"]
+__all__ = ["Checked", "Problem", "check_folder", "check_unfinished"]
 
 
-def check_model(folder: Path, loaded: Shapes | None) -> list[Problem]:
-    """Check the configuration and the tensors alone: the long part of `check_folder`, which takes its result.
+# Each looks at files one by one.
+OF_FILES = (check_pickles, check_json, check_secrets, check_machine_paths, check_island, check_auto_map)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check_unfinished` has found.
+
+    Attributes:
+        problems: what is wrong.
+        stamps: the files it looked at, and how they were.
+    """
+
+    problems: tuple[Problem, ...]
+    stamps: dict[str, Stamp]
+
+    def holds(self, folder: Folder) -> bool:
+        """Whether all of these files are still as they were."""
+        return all(name in folder.files and stamp(folder.files[name]) == was for name, was in self.stamps.items())
+
+
+def check_unfinished(
+    folder: Path,
+    *,
+    base_exists: BaseExists | None = None,
+    base_license: BaseLicense | None = None,
+    loaded: Shapes | None = None,
+    rendered: str | None = None,
+) -> Checked:
+    """Check what is in a folder that only lacks verification.json: most of `check_folder`, which takes the result.
 
     Args:
-        folder: the folder; it may be unfinished.
-        loaded: which tensors a model had that was loaded from this configuration; None where none was.
+        folder: the folder.
+        base_exists: see `check_folder`.
+        base_license: see `check_folder`.
+        loaded: which tensors a model had that was loaded from this configuration; default: it is worked out.
+        rendered: the card as it was just rendered from these files; default: it is rendered.
     """
-    return list(check_adapter(read_folder(folder, Hashes())[0], loaded))
+    found, _ = read_folder(folder, Hashes())
+    stamps = {name: stamp(path) for name, path in found.files.items()}
+    return Checked(tuple(_check_contents(found, base_exists, base_license, loaded, rendered)), stamps)
+
+
+def _check_contents(
+    folder: Folder,
+    base_exists: BaseExists | None,
+    base_license: BaseLicense | None,
+    loaded: Shapes | None = None,
+    rendered: str | None = None,
+) -> Iterator[Problem]:
+    hub = HubBase()
+    for check in OF_FILES:
+        yield from check(folder)
+    yield from check_base(folder, base_exists or hub.exists)
+    yield from check_license(folder, base_license or hub.license)
+    yield from check_adapter(folder, loaded)
+    yield from check_tokenizer(folder)
+    yield from check_results(folder)
+    yield from check_card(folder, rendered)
 
 
 def check_folder(
@@ -47,8 +99,7 @@ def check_folder(
     base_exists: BaseExists | None = None,
     base_license: BaseLicense | None = None,
     hashes: Hashes | None = None,
-    model_problems: Sequence[Problem] | None = None,
-    rendered: str | None = None,
+    earlier: Checked | None = None,
 ) -> list[Problem]:
     """Check a folder that is about to be published.
 
@@ -58,9 +109,7 @@ def check_folder(
             unknown, which is reported.
         base_license: tells a base's licence (id, revision), None if it has none; default: asks the Hub.
         hashes: of the folder's files, where somebody has read them already.
-        model_problems: what `check_model` has found of this folder; default: it is asked.
-        rendered: the card that was rendered from the files of which verification.json holds the hashes; default: it is
-            rendered from what lies in the folder.
+        earlier: what `check_unfinished` found here; it counts where no file is another one since.
 
     Returns:
         The problems, the blocking ones first; empty if there are none.
@@ -72,25 +121,14 @@ def check_folder(
     folder = Path(folder)
     if not folder.is_dir():
         raise AdapterError(f"folder={str(folder)!r}: no such folder")
-    hub = HubBase()
     found, problems = read_folder(folder, hashes or Hashes())
-    checks: list[Callable[[Folder], Iterator[Problem]]] = [
-        check_layout,
-        check_pickles,
-        check_json,
-        check_secrets,
-        check_machine_paths,
-        check_island,
-        check_auto_map,
-        lambda f: check_base(f, base_exists or hub.exists),
-        lambda f: check_license(f, base_license or hub.license),
-        check_adapter if model_problems is None else lambda _: iter(model_problems),
-        check_tokenizer,
-        check_results,
-        check_verification,
-        lambda f: check_card(f, rendered),
-    ]
-    for check in checks:
-        problems += check(found)
+    if earlier is not None and earlier.holds(found):
+        problems += earlier.problems
+        new = Folder(folder, {name: path for name, path in found.files.items() if name not in earlier.stamps})
+        problems += [problem for check in OF_FILES for problem in check(new)]
+    else:
+        problems += _check_contents(found, base_exists, base_license)
+    problems += check_layout(found)
+    problems += check_verification(found)
     unique = list(dict.fromkeys(problems))
     return sorted(unique, key=lambda problem: (not problem.blocking, problem.file, problem.code, problem.message))

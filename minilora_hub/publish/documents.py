@@ -87,7 +87,7 @@ def card_to_keep(own: str | None, published: str | None, notes: list[str]) -> st
 
 
 def write_card(folder: Path, repo_id: str, revision: str | None, space: str | None, previous: str | None) -> str:
-    """Write the card and what goes with it, and return it. It comes last: it tells of all other files.
+    """Write the card and what goes with it, and return it. It tells of the files that are there already.
 
     Args:
         folder: the folder, with everything else in it.

@@ -59,7 +59,7 @@ class Hashes:
 
     def of(self, path: Path) -> str:
         """Return a file's sha256, in hexadecimal digits."""
-        if path not in self._known or self._known[path].result()[0] != _stamp(path):
+        if path not in self._known or self._known[path].result()[0] != stamp(path):
             known: Future[tuple[Stamp, str]] = Future()
             known.set_result(_stamped_hash(path))
             self._known[path] = known
@@ -73,9 +73,9 @@ def _background() -> ThreadPoolExecutor:
 
 
 def _copy(source: Path, out: Path) -> tuple[Stamp, Stamp]:
-    before = _stamp(source)
+    before = stamp(source)
     shutil.copyfile(source, out)
-    return before, _stamp(source)
+    return before, stamp(source)
 
 
 def _hash_of_copy(
@@ -83,16 +83,17 @@ def _hash_of_copy(
 ) -> tuple[Stamp, str]:
     stamps = copied.result()
     if of_source.exception() is None:
-        stamp, digest = of_source.result()
-        if stamps == (stamp, stamp):
-            return _stamp(out), digest
+        hashed, digest = of_source.result()
+        if stamps == (hashed, hashed):
+            return stamp(out), digest
     return _stamped_hash(out)
 
 
 def _stamped_hash(path: Path) -> tuple[Stamp, str]:
-    return _stamp(path), file_sha256(path)
+    return stamp(path), file_sha256(path)
 
 
-def _stamp(path: Path) -> Stamp:
+def stamp(path: Path) -> Stamp:
+    """Return what is another one once a file was changed: size, time of the change, and inode."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ino

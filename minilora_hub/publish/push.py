@@ -22,7 +22,7 @@ from minilora_hub.publish import free_text
 from minilora_hub.publish import remote as hub
 from minilora_hub.publish.build import Built, build
 from minilora_hub.publish.card import require_space
-from minilora_hub.publish.checks import Problem, check_folder, check_model
+from minilora_hub.publish.checks import Checked, check_folder, check_unfinished
 from minilora_hub.publish.documents import CARD
 from minilora_hub.publish.hub_errors import ATTEMPTS, FAILURES, explain, patiently
 from minilora_hub.publish.plan import PushPlan, plan_files, pushed_by_us
@@ -135,7 +135,8 @@ def push(
         read = _reader(api, repo_id, state.head)
         published_card = _published_card(read, state, repo_id)
         stages.start("Building")
-        early: list[Problem] = []
+        base = hub.BaseOnHub(api, 1 if dry_run else ATTEMPTS)
+        checked: list[Checked] = []
         built = build(
             Path(folder),
             Path(scratch, "repo"),
@@ -148,10 +149,14 @@ def push(
             space=space,
             published_card=published_card,
             token=secret,
-            meanwhile=lambda unfinished, loaded: early.extend(check_model(unfinished, loaded)),
+            meanwhile=lambda unfinished, loaded, card: checked.append(
+                check_unfinished(
+                    unfinished, base_exists=base.exists, base_license=base.license, loaded=loaded, rendered=card
+                )
+            ),
         )
         stages.start("Checking")
-        notes = check(built, api, 1 if dry_run else ATTEMPTS, early)
+        notes = check(built, base, *checked)
         files = plan_files(built, state, pushed_by_us(read, state))
         plan = PushPlan(
             repo_id,
@@ -184,16 +189,13 @@ def push(
     return PushResult(plan, dry_run=False, commit=commit, url=url, verification=report)
 
 
-def check(
-    built: Built, api: HfApi, attempts: int = ATTEMPTS, model_problems: list[Problem] | None = None
-) -> tuple[str, ...]:
+def check(built: Built, base: hub.BaseOnHub, earlier: Checked | None = None) -> tuple[str, ...]:
     """Refuse a built folder that must not be published.
 
     Args:
         built: the folder.
-        api: what asks the Hub about the base.
-        attempts: how often it asks at most.
-        model_problems: what `check_model` has found of the folder; default: it is asked.
+        base: what knows of the adapter's base on the Hub.
+        earlier: what was found while the folder was built.
 
     Returns:
         What may be published but should be known, a line each.
@@ -201,14 +203,8 @@ def check(
     Raises:
         AdapterError: there are problems; the message lists them and what to do about each.
     """
-    base = hub.BaseOnHub(api, attempts)
     problems = check_folder(
-        built.folder,
-        base_exists=base.exists,
-        base_license=base.license,
-        hashes=built.hashes,
-        model_problems=model_problems,
-        rendered=built.card,
+        built.folder, base_exists=base.exists, base_license=base.license, hashes=built.hashes, earlier=earlier
     )
     lines = [f"{problem.file or 'the folder'}: {problem.message}; {problem.remedy}" for problem in problems]
     blocking = [line for line, problem in zip(lines, problems, strict=True) if problem.blocking]

@@ -11,11 +11,17 @@ from safetensors.torch import load_file, save_file
 
 from minilora_hub import DoraConfig, MixLoraConfig
 from minilora_hub.publish.build import build
-from minilora_hub.publish.checks import check_model
+from minilora_hub.publish.check_files import read_folder
+from minilora_hub.publish.check_tensors import check_adapter
+from minilora_hub.publish.hashes import Hashes
 from minilora_hub.publish.shapes import expected_shapes
 
 CONFIGS = {"mixlora": MixLoraConfig, "dora": DoraConfig}
 WEIGHTS = "adapter_model.safetensors"
+
+
+def problems_of(folder, shapes):
+    return list(check_adapter(read_folder(folder, Hashes())[0], shapes))
 
 
 @pytest.fixture(params=["mixlora", "dora"])
@@ -27,7 +33,7 @@ def built(request, trained, base_folder, tmp_path):
         tmp_path / "built",
         repo_id="ana/x",
         base_model=str(base_folder),
-        meanwhile=lambda folder, shapes: seen.append(shapes),
+        meanwhile=lambda folder, shapes, card: seen.append(shapes),
     ).folder
     return folder, *seen
 
@@ -38,7 +44,7 @@ def test_they_are_those_of_the_structure_without_weights(built):
     expected, layers_path, why_not = expected_shapes(CONFIGS[config["model_type"]].from_dict(config))
     assert (shapes.tensors, shapes.layers_path, why_not) == (expected, layers_path, "")
     assert shapes.follow_from(config)
-    assert check_model(folder, shapes) == check_model(folder, None) == []
+    assert problems_of(folder, shapes) == problems_of(folder, None) == []
 
 
 def misshapen(tensors, name):
@@ -68,7 +74,7 @@ def test_every_way_a_file_can_differ_is_found(built, damage, message):
     tensors = load_file(folder / WEIGHTS)
     damage(tensors, sorted(tensors)[0])
     save_file(tensors, folder / WEIGHTS)
-    found = [problem.message for problem in check_model(folder, shapes) if problem.file == WEIGHTS]
+    found = [problem.message for problem in problems_of(folder, shapes) if problem.file == WEIGHTS]
     assert any(message in text for text in found), found
 
 
@@ -86,7 +92,7 @@ def test_another_configuration_is_looked_at_anew(built, field, value, message):
     folder, shapes = built
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
-    found = [problem.message for problem in check_model(folder, shapes)]
+    found = [problem.message for problem in problems_of(folder, shapes)]
     assert any(message in text for text in found), found
 
 
@@ -98,8 +104,8 @@ def test_a_configuration_of_another_base_is_not_taken_for_this_one(trained, base
     (folder / "config.json").write_text(json.dumps(config))
     seen = []
 
-    def look(unfinished, shapes):
-        seen.extend([shapes, check_model(unfinished, shapes)])
+    def look(unfinished, shapes, card):
+        seen.extend([shapes, problems_of(unfinished, shapes)])
 
     build(folder, tmp_path / "built", repo_id="ana/x", base_model=str(base_folder), meanwhile=look)
     shapes, problems = seen
