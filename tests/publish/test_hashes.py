@@ -35,6 +35,7 @@ def test_a_known_hash_is_not_computed_again(tmp_path, monkeypatch):
     digest = hashes.of(source)
     monkeypatch.setattr("minilora_hub.publish.hashes.file_sha256", lambda path: pytest.fail(f"{path} was read"))
     hashes.copy(source, tmp_path / "folder" / "b").result()
+    assert hashes.of(tmp_path / "folder" / "b") == digest
     os.replace(tmp_path / "folder", tmp_path / "moved")
     hashes = hashes.moved(tmp_path / "folder", tmp_path / "moved")
     assert [hashes.of(tmp_path / "moved" / name) for name in "ab"] == [digest, digest]
