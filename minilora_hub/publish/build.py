@@ -16,7 +16,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,8 +144,9 @@ def build(
     before = recorded_before(trained.folder, hashes)
     previous = previous_card(trained.folder)
     base = find_base(trained, base_id, base_model, token, progress)
-    with whole_folder(out) as folder:
+    with whole_folder(out) as folder, ExitStack() as ending:
         copied = _copy_model(trained, folder, base, hashes)
+        ending.callback(wait, [copied])  # so that nothing is written any more when a failed build is removed
         found = Reference(trained, folder, layout, base, before)
         notes = list(found.notes)
         if (folder / PEFT_FOLDER).is_dir():
