@@ -1,0 +1,104 @@
+"""Every benchmark in one command: the numbers as one JSON file, and the picture in the README.
+
+    python tests/bench/bench_all.py [--only methods bank] [--quick]
+
+Writes tests/bench/costs.json (parts that are not run keep what they had) and tests/bench/costs.png. Takes about a
+quarter of an hour on two cores; nothing else should run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PARTS = ("methods", "memory", "bank", "pool", "growth")
+RESULTS, PICTURE = HERE / "costs.json", HERE / "costs.png"
+COLOURS = {
+    "LoRA": "#3a7d44",
+    "DoRA": "#2d5fa6",
+    "MixLoRA": "#8a3fa0",
+    "PEFT LoRA": "#a9c9ae",
+    "PEFT DoRA": "#a9bfdd",
+    "mixlora": "#d3b3dc",
+}
+
+
+def run(part: str, quick: bool) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        command = [sys.executable, "-W", "ignore", str(HERE / f"bench_{part}.py"), "--json", str(out)]
+        if quick:
+            command += {"pool": ["--adapters", "100", "--requests", "60", "--rounds", "2"], "memory": []}.get(
+                part, ["--rounds", "2"]
+            )
+        subprocess.run(command, check=True)
+        return json.loads(out.read_text(encoding="utf-8"))
+
+
+def draw(results: dict) -> None:
+    """Prefill, decode and a training step of each method, and rows of a batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), constrained_layout=True)
+    titles = {
+        "prefill": "prefill, 512 tokens\n(bare base = 1)",
+        "decode": "decoding one token\n(bare base = 1)",
+        "training": "training step\n(PEFT's LoRA = 1)",
+    }
+    for axis, (key, title) in zip(axes, titles.items(), strict=False):
+        rows = {name: row for name, row in results["methods"][key].items() if name in COLOURS}
+        ratios = [row["ratio"] for row in rows.values()]
+        spread = [
+            [row["ratio"] - row["low"] for row in rows.values()],
+            [row["high"] - row["ratio"] for row in rows.values()],
+        ]
+        bars = axis.barh(list(rows), ratios, color=[COLOURS[name] for name in rows], xerr=spread, ecolor="#555")
+        axis.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=4, fontsize=8)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlim(0, max(ratios) * 1.25)
+        axis.axvline(1, color="#888", linewidth=0.8)
+        axis.invert_yaxis()
+    bank = results["bank"]
+    shown = {
+        "1 bare row": "transformers, 1 row",
+        "4 bare rows": "transformers, 4 rows",
+        "bank: 4 bare": "bank, 4 rows",
+        "bank: 4 kinds": "bank, base + LoRA +\nDoRA + MixLoRA",
+    }
+    times = [bank[name]["milliseconds"] for name in shown]
+    bars = axes[3].barh(list(shown.values()), times, color=["#bbb", "#bbb", "#777", "#8a3fa0"])
+    axes[3].bar_label(bars, [f"{value:.0f} ms" for value in times], padding=4, fontsize=8)
+    axes[3].set_title("one decode step of a batch", fontsize=10)
+    axes[3].set_xlim(0, max(times) * 1.25)
+    axes[3].invert_yaxis()
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    figure.savefig(PICTURE, dpi=110, metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--quick", action="store_true", help="few rounds, to see that everything runs; writes nothing")
+    arguments = parser.parse_args()
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    for part in arguments.only:
+        print(f"\n== {part}", flush=True)
+        results[part] = run(part, arguments.quick)
+        if not arguments.quick:
+            RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if not arguments.quick:
+        draw(results)
+
+
+if __name__ == "__main__":
+    main()
