@@ -125,13 +125,13 @@ def test_a_push_that_cannot_ask_needs_a_yes(shell, hub, adapter):
         (["verify", "ana/gone"], "ana/gone is not on the Hub"),
         (["info", "ana/gone"], "ana/gone is not on the Hub"),
         (["pull", "ana/gone"], "ana/gone is not on the Hub"),
-        (["info", "{base}"], "model_type='llama'"),
+        (["info", "{root}"], "neither config.json nor adapter_config.json is there"),
         (["card", "{base}"], "results.json"),
     ],
 )
 def test_failures_are_one_line_and_exit_code_1(shell, adapter, arguments, message):
-    filled = [argument.format(mine=adapter / "mine", base=adapter / "base") for argument in arguments]
-    done = shell(*filled, token=None)
+    folders = {"root": adapter, "mine": adapter / "mine", "base": adapter / "base"}
+    done = shell(*(argument.format(**folders) for argument in arguments), token=None)
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith("minilora: ")]
     assert len(lines) == 1
