@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PARTS = ("methods", "memory", "bank", "pool", "growth")
+PARTS = ("bounds", "methods", "memory", "bank", "pool", "growth")
 RESULTS, PICTURE = HERE / "costs.json", HERE / "costs.png"
 COLOURS = {
     "LoRA": "#3a7d44",
