@@ -36,28 +36,29 @@ from minilora_hub.remote_code.base_structure import plan_sites
 PREFILL, CONTEXT = 512, 64
 
 
-def lora_of(base, r: int) -> torch.nn.Module:
+def lora_of(base, r: int, dropout: float = 0.0) -> torch.nn.Module:
     """Our LoRA path: a DoRA without its magnitude."""
-    config = DoraConfig(r=r)
+    config = DoraConfig(r=r, lora_dropout=dropout)
     config.use_dora = False
     model = shared_copy(base)
     attach(model, config, plan_sites(model, config))
     return model
 
 
-def variants(base, r: int, experts: int, active: int) -> dict[str, torch.nn.Module]:
+def variants(base, r: int, experts: int, active: int, dropout: float = 0.0) -> dict[str, torch.nn.Module]:
     """Every model that is compared, all over one set of base weights."""
-    mixlora_config = MixLoraConfig(r=r, num_experts=experts, num_experts_per_tok=active)
-    dora = DoraForCausalLM.from_base(shared_copy(base), DoraConfig(r=r))
+    common = {"r": r, "lora_dropout": dropout}
+    mixlora_config = MixLoraConfig(num_experts=experts, num_experts_per_tok=active, **common)
+    dora = DoraForCausalLM.from_base(shared_copy(base), DoraConfig(**common))
     mixlora = MixLoraForCausalLM.from_base(shared_copy(base), mixlora_config)
     for model in (dora, mixlora):
         fill_adapter(model, scale=0.01)
-    peft_config = {"r": r, "lora_alpha": 2 * r, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    peft_config = {"lora_alpha": 2 * r, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **common}
     with tempfile.TemporaryDirectory() as folder:
         reference = reference_mixlora(shared_copy(base), mixlora, Path(folder))
     return {
         "base": shared_copy(base),
-        "LoRA": lora_of(base, r),
+        "LoRA": lora_of(base, r, dropout),
         "DoRA": dora,
         "MixLoRA": mixlora,
         "PEFT LoRA": get_peft_model(shared_copy(base), LoraConfig(**peft_config)),
@@ -137,15 +138,22 @@ def main() -> None:
     if arguments.variants:
         models = {name: model for name, model in models.items() if name in ("base", *arguments.variants)}
     results = {}
-    for name, work in (("prefill", prefill), ("decode", decode), ("training", training_step)):
-        if arguments.only not in (None, name):
+    for name, work in (
+        ("prefill", prefill),
+        ("decode", decode),
+        ("training", training_step),
+        ("training with dropout", training_step),
+    ):
+        if arguments.only not in (None, name.partition(" ")[0]):
             continue
-        chosen = models
-        if name == "training":  # the bare base has nothing to train: compare with PEFT's LoRA
-            chosen = {"base": models["PEFT LoRA"]} if "PEFT LoRA" in models else {}
-            chosen |= {key: models[key] for key in ("LoRA", "DoRA", "MixLoRA", "PEFT DoRA") if key in models}
-        results[name] = measure(copy.copy(chosen), work, arguments.rounds, name == "training")
-        against = "PEFT's LoRA" if name == "training" else "the bare base"
+        training, chosen = work is training_step, models
+        if "dropout" in name:
+            chosen = variants(base, arguments.rank, arguments.experts, arguments.active, dropout=0.05)
+        if training:  # the bare base has nothing to train: compare with PEFT's LoRA
+            compared = ("LoRA", "DoRA", "MixLoRA", "PEFT DoRA")
+            chosen = {"base": chosen["PEFT LoRA"]} | {key: chosen[key] for key in compared if key in models}
+        results[name] = measure(copy.copy(chosen), work, arguments.rounds, training)
+        against = "PEFT's LoRA" if training else "the bare base"
         print(f"\n{name}, against {against} ({arguments.rounds} rounds)")
         for key, row in results[name].items():
             print(
