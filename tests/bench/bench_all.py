@@ -1,6 +1,6 @@
 """Every benchmark in one command: the numbers as one JSON file, and the picture in the README.
 
-    python tests/bench/bench_all.py [--only methods bank] [--quick]
+    python tests/bench/bench_all.py [--only methods bank] [--rounds 5]
 
 Writes tests/bench/costs.json (parts that are not run keep what they had) and tests/bench/costs.png. Takes about a
 quarter of an hour on two cores; nothing else should run meanwhile.
@@ -28,14 +28,12 @@ COLOURS = {
 }
 
 
-def run(part: str, quick: bool) -> dict:
+def run(part: str, rounds: int | None) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         command = [sys.executable, "-W", "ignore", str(HERE / f"bench_{part}.py"), "--json", str(out)]
-        if quick:
-            command += {"pool": ["--adapters", "100", "--requests", "60", "--rounds", "2"], "memory": []}.get(
-                part, ["--rounds", "2"]
-            )
+        if rounds and part != "memory":
+            command += ["--rounds", str(rounds)]
         subprocess.run(command, check=True)
         return json.loads(out.read_text(encoding="utf-8"))
 
@@ -88,16 +86,14 @@ def draw(results: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--quick", action="store_true", help="few rounds, to see that everything runs; writes nothing")
+    parser.add_argument("--rounds", type=int, help="how often each is measured; default: as each benchmark has it")
     arguments = parser.parse_args()
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for part in arguments.only:
         print(f"\n== {part}", flush=True)
-        results[part] = run(part, arguments.quick)
-        if not arguments.quick:
-            RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    if not arguments.quick:
-        draw(results)
+        results[part] = run(part, arguments.rounds)
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    draw(results)
 
 
 if __name__ == "__main__":
