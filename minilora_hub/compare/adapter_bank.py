@@ -68,6 +68,7 @@ class AdapterBank:
     Args:
         base: a loaded causal language model, which is left as it is: the bank runs a copy that shares its tensors.
         limit: the most bytes of adapter tensors to keep in memory. Adapters that rows are using stay, also above it.
+            It is held whenever an adapter is loaded.
             None: everything that was ever used stays.
 
     Attributes:
