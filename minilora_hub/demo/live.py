@@ -1,4 +1,4 @@
-"""From the engine's updates to what the page shows: a comparison as a stream of small dictionaries. No Gradio.
+"""Runs comparisons for the page's visitors: who waits, who runs, who stops. No Gradio; `frames.py` says what is shown.
 
 All torch work of the page happens in one thread, whoever asked for it: threads that compute at once fight over the
 cores.
@@ -11,33 +11,17 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 from minilora_hub.compare.engine import Column, CompareEngine, Sampling, Update
+from minilora_hub.demo.describing import describe_columns
+from minilora_hub.demo.frames import Comparison, Frame
 from minilora_hub.demo.linked import LinkedAdapters, temporary_folder
 from minilora_hub.errors import AdapterError
 
 FRAME_SECONDS = 0.04
 """A fast machine makes more tokens than a screen can show; they are gathered for this long before the page is told."""
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One picture of a running comparison.
-
-    Attributes:
-        columns: what each column of the run shows, or None where it has not changed.
-        status: what the status line shows.
-        finished: this is the last frame.
-        linked: whether the run is of an adapter that a link named, beside the base, and not of the page's own.
-    """
-
-    columns: list[dict | None]
-    status: dict
-    finished: bool = False
-    linked: bool = False
 
 
 class LiveRuns:
@@ -97,9 +81,15 @@ class LiveRuns:
         number = next(self._numbers)
         self._runs[visitor] = (number, threading.Event())
         words = "Waiting for another visitor's comparison to end…" if self._busy else "Reading the prompt…"
-        linked = visitor in self._opened
-        amount = 2 if linked else len(self.engine.columns)
-        return Frame([_blank(number, "waiting") for _ in range(amount)], _status("busy", words), linked=linked)
+        return Comparison(number, self.about(visitor)).waiting(words)
+
+    def about(self, visitor: str) -> list[dict]:
+        """Describe the columns a visitor sees; the page's own, where theirs was put away."""
+        try:
+            columns = self.columns_of(visitor)
+        except AdapterError:
+            columns = self.engine.columns
+        return describe_columns(self.engine, columns)
 
     def stop(self, visitor: str) -> None:
         """End a visitor's comparison within one step, whether it waits or runs; nothing happens if there is none."""
@@ -118,78 +108,32 @@ class LiveRuns:
         Leaving the iterator early, by closing or cancelling it, ends the computation within one step.
         """
         number, stop = self._runs.get(visitor) or (next(self._numbers), threading.Event())
-        linked = visitor in self._opened
-        pictures = [_blank(number, "waiting") for _ in range(2 if linked else len(self.engine.columns))]
+        comparison = Comparison(number, self.about(visitor), prompt)
         try:
             updates = self.engine.stream(prompt, sampling, stop, self.columns_of(visitor))
         except (ValueError, AdapterError) as error:
-            status = _status("error", f"{error}")
-            yield Frame([_blank(number, "idle") for _ in pictures], status, finished=True, linked=linked)
+            yield comparison.refused(f"{error}")
             return
-        forwards, started = self.engine.forwards, time.perf_counter()
         loop = asyncio.get_running_loop()
         self._busy += 1
         try:
             finished = False
             while not finished:
-                changed, finished = await loop.run_in_executor(self._thread, _advance, updates)
-                for update in changed:
-                    _paint(pictures[update.row], update)
-                done = self.engine.forwards - forwards
-                status = _summary(pictures, done, time.perf_counter() - started, finished, stop.is_set())
-                touched = {update.row for update in changed}
-                columns = [dict(picture) if index in touched else None for index, picture in enumerate(pictures)]
-                yield Frame(columns, status, finished, linked)
+                finished = await loop.run_in_executor(self._thread, self._advance, updates, comparison)
+                yield comparison.frame(finished=finished, stopped=stop.is_set())
         finally:
             self._busy -= 1
             stop.set()
             self._thread.submit(updates.close)
 
-
-def _advance(updates: Iterator[Update]) -> tuple[list[Update], bool]:
-    """Gather updates for one frame; the flag tells whether the stream has ended."""
-    gathered, until = [], time.perf_counter() + FRAME_SECONDS
-    for update in updates:
-        gathered.append(update)
-        if time.perf_counter() >= until:
-            return gathered, False
-    return gathered, True
-
-
-def _blank(number: int, state: str) -> dict:
-    return {
-        "run": number,
-        "state": state,
-        "text": "",
-        "tokens": 0,
-        "first": None,
-        "rate": None,
-        "step": None,
-        "error": None,
-    }
-
-
-def _paint(picture: dict, update: Update) -> None:
-    picture["text"] += update.text
-    picture["state"] = update.reason or "writing"
-    picture["tokens"] = update.tokens
-    picture["first"] = update.seconds_to_first_token
-    picture["rate"] = update.tokens_per_second
-    picture["step"] = update.milliseconds_per_step
-    picture["error"] = update.error
-
-
-def _status(phase: str, words: str, count: str = "") -> dict:
-    return {"phase": phase, "words": words, "count": count}
-
-
-def _summary(pictures: list[dict], forwards: int, seconds: float, finished: bool, stopped: bool) -> dict:
-    if not finished:
-        writing = any(picture["state"] != "waiting" for picture in pictures)
-        return _status("busy", "Writing…" if writing else "Reading the prompt…", f"{forwards} forwards")
-    tokens = sum(picture["tokens"] for picture in pictures)
-    facts = f"{tokens} tokens by {forwards} forwards of the base in {seconds:.1f} s."
-    failed = sum(picture["state"] == "error" for picture in pictures)
-    if failed:
-        return _status("error", f"{failed} of {len(pictures)} columns failed. {facts}")
-    return _status("stopped", f"Stopped. {facts}") if stopped else _status("done", f"Done. {facts}")
+    def _advance(self, updates: Iterator[Update], comparison: Comparison) -> bool:
+        """Gather updates for one frame; say whether the stream has ended."""
+        before, until = self.engine.forwards, time.perf_counter() + FRAME_SECONDS
+        finished = True
+        for update in updates:
+            comparison.add(update)
+            if time.perf_counter() >= until:
+                finished = False
+                break
+        comparison.forwards += self.engine.forwards - before
+        return finished

@@ -1,0 +1,92 @@
+"""What happens when: a visitor runs, stops, leaves, or comes by a link."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import gradio as gr
+
+from minilora_hub.compare.engine import Sampling
+from minilora_hub.demo.describing import describe_columns, headline
+from minilora_hub.demo.frames import Comparison, Frame, idle_stage
+from minilora_hub.demo.layout import Parts
+from minilora_hub.demo.live import LiveRuns
+from minilora_hub.errors import MiniLoraError
+
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+"""Of every event: no spinner over the page, and no endpoint or MCP tool of its own."""
+
+
+def visitor(request: gr.Request) -> str:
+    """Tell visitors apart: one open page is one visitor."""
+    return request.session_hash or ""
+
+
+def wire_run(demo: gr.Blocks, runs: LiveRuns, parts: Parts) -> None:
+    """A run takes its place at once, then waits in the queue for its turn; Stop and a closed tab end it."""
+
+    def show(frame: Frame) -> list:
+        # All of the stage each time: Gradio sends only how it differs from the one before.
+        return [gr.Button(interactive=not frame.finished), frame.status, frame.stage]
+
+    def begin(request: gr.Request) -> list:
+        return [*show(runs.begin(visitor(request))), None]
+
+    async def answer(text, tokens, temperature, top_p, seed, request: gr.Request) -> AsyncIterator[list]:
+        try:
+            sampling = Sampling(int(tokens), float(temperature), float(top_p), seed=int(seed or 0))
+        except ValueError as error:
+            refused = Comparison(0, runs.about(visitor(request)), text).refused(str(error))
+            yield [*show(refused), None]
+            return
+        async for frame in runs.run(visitor(request), text, sampling):
+            yield [*show(frame), frame.stage if frame.finished else None]
+
+    def end(request: gr.Request) -> None:
+        runs.stop(visitor(request))
+
+    def leave(request: gr.Request) -> None:
+        runs.leave(visitor(request))
+
+    outputs = [parts.stop, parts.status, parts.stage, parts.finished]
+    starts = [gr.on([parts.run.click, parts.prompt.submit], begin, None, outputs, queue=False, **QUIET)]
+    for chip in parts.examples:
+        fill = chip.click(None, None, parts.prompt, js=f"() => {json.dumps(chip.value)}", **QUIET)
+        starts.append(fill.then(begin, None, outputs, queue=False, **QUIET))
+    for start in starts:
+        start.then(
+            answer,
+            [parts.prompt, *parts.settings],
+            outputs,
+            concurrency_id="compute",
+            concurrency_limit=1,
+            trigger_mode="always_last",
+            **QUIET,
+        )
+    parts.stop.click(end, queue=False, **QUIET)
+    demo.unload(leave)
+
+
+def wire_link(demo: gr.Blocks, runs: LiveRuns, parts: Parts) -> None:
+    """When the page opens: follow ``?adapter=`` in its address, and say what became of it."""
+
+    async def follow(request: gr.Request) -> AsyncIterator[list]:
+        name = request.query_params.get("adapter")
+        if name is None:
+            yield [gr.skip(), gr.skip(), gr.skip()]
+            return
+        yield [{"phase": "busy", "words": f"Fetching {name[:100]} from the Hub…"}, gr.skip(), gr.skip()]
+        try:
+            column = await runs.open(visitor(request), name)
+        except MiniLoraError as error:
+            words = f"The adapter of this link is not shown: {error}."
+            yield [{"phase": "error", "words": words}, gr.skip(), gr.skip()]
+            return
+        columns = (runs.engine.columns[0], column)
+        words = f"{name} beside its base, as your link asked."
+        stage = idle_stage(describe_columns(runs.engine, columns))
+        yield [{"phase": "shown", "words": words}, headline(runs.engine, columns=columns), stage]
+
+    demo.load(follow, None, [parts.notice, parts.head, parts.stage], concurrency_id="link", **QUIET)
