@@ -16,6 +16,7 @@ from minilora_hub.cli.demo import demo
 from minilora_hub.cli.finding import info, list_, pull
 from minilora_hub.cli.publishing import card, push, verify
 from minilora_hub.cli.shared import Debug, say
+from minilora_hub.cli.tasks import tasks
 from minilora_hub.cli.training import sweep, train
 from minilora_hub.errors import MiniLoraError
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 COMMANDS = (
     ("demo", demo, "minilora demo ./my-adapter --base embedded --port 7860"),
     ("compare", compare, 'minilora compare ./my-adapter --base embedded --prompt "Why is the sky blue?"'),
+    ("tasks", tasks, "minilora tasks --out ./data --count 800"),
     ("train", train, "minilora train --method dora --base embedded --data rows.jsonl --out ./my-adapter"),
     ("sweep", sweep, "minilora sweep --method dora --base embedded --data rows.jsonl --vary r=4,16 --out ./sweep"),
     ("push", push, "minilora push ./my-adapter me/my-adapter --license apache-2.0 --dry-run"),

@@ -23,7 +23,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("lm_eval", "lm_eval.__main__"):
             raise
-        raise MissingExtraError("lm_eval", "eval") from error
+        raise MissingExtraError("lm_eval", "lm-eval") from error
 
     from minilora_hub.integrations.auto_classes import register
 

@@ -53,7 +53,7 @@ def scores(model, tokenizer):
 def test_without_lm_eval_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "lm_eval.__main__", raising=False)
-    with pytest.raises(MissingExtraError, match=r"lm_eval is not installed.*minilora_hub\[eval\]"):
+    with pytest.raises(MissingExtraError, match=r"lm_eval is not installed.*minilora_hub\[lm-eval\]"):
         lm_eval_cli.main()
 
 

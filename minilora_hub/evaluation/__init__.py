@@ -1,0 +1,1 @@
+"""What adapters are measured on, and how."""
