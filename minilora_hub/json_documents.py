@@ -20,17 +20,21 @@ from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hi
 
 from minilora_hub.errors import AdapterError
 
-SCHEMA_VERSION = 1
-
 Scalar = str | int | float | bool
 Require = Callable[[bool, str, str], None]
 """Called with whether something holds, the field's name, and what is needed."""
 
 
 class Document:
-    """A JSON file with a `schema_version`: load, validate, save."""
+    """A JSON file with a `schema_version`: load, validate, save.
+
+    Attributes:
+        FILE: its usual name.
+        VERSION: the newest version of its schema, which is written. Older ones are read: a version only adds fields.
+    """
 
     FILE: ClassVar[str]
+    VERSION: ClassVar[int]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -54,10 +58,12 @@ class Document:
         """Build it from parsed JSON; `file` is the name that errors say."""
         file = file or cls.FILE
         version = content.get("schema_version") if isinstance(content, dict) else None
-        if isinstance(version, int) and version > SCHEMA_VERSION:
+        if isinstance(version, int) and version > cls.VERSION:
             raise AdapterError(
-                f"{file}: schema_version={version}: this minilora_hub reads versions 1 to {SCHEMA_VERSION}; update it"
+                f"{file}: schema_version={version}: this minilora_hub reads versions 1 to {cls.VERSION}; update it"
             )
+        if version in range(1, cls.VERSION) and not isinstance(version, bool):
+            content = content | {"schema_version": cls.VERSION}
         decoded: Self = _decode(cls, content, file, "")
         return decoded
 

@@ -12,12 +12,14 @@ import re
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from minilora_hub.json_documents import SCHEMA_VERSION, Document, Require, Scalar
+from minilora_hub.json_documents import Document, Require, Scalar
 
 RESULTS_FILE = "results.json"
 VERIFICATION_FILE = "verification.json"
 METHODS = ("mixlora", "dora", "lora")
 TOP_LOGITS = 32
+
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,22 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The same number on a part of the items, e.g. those of one difficulty."""
+
+    name: str
+    n: int
+    value: float
+    interval: Interval | None = None
+    base_value: float | None = None
+    few_shot_value: float | None = None
+
+    def _check(self, require: Require) -> None:
+        require(self.n > 0, "n", "a number of items above 0")
+        require(_around(self.interval, self.value), "interval", f"[low, high] around value={self.value}, or null")
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """One measured number, beside the base's.
 
@@ -105,6 +123,12 @@ class Evaluation:
         dataset: id on the Hub of the data, if it has one.
         benchmark_task: the task's id in `dataset`, where that is a benchmark registered on the Hub.
         note: what a reader must know to take the number rightly.
+        lower_is_better: as for perplexity.
+        base_interval: (low, high) of `base_value`, 95%.
+        few_shot: how many examples the base was shown for `few_shot_value`.
+        few_shot_value: the base's, with those examples before each question.
+        few_shot_interval: (low, high) of `few_shot_value`, 95%.
+        parts: the same by difficulty.
     """
 
     task: str
@@ -112,18 +136,62 @@ class Evaluation:
     value: float
     base_value: float | None = None
     n: int | None = None
-    interval: tuple[float, float] | None = None
+    interval: Interval | None = None
     command: str | None = None
     dataset: str | None = None
     benchmark_task: str | None = None
     note: str | None = None
+    lower_is_better: bool = False
+    base_interval: Interval | None = None
+    few_shot: int | None = None
+    few_shot_value: float | None = None
+    few_shot_interval: Interval | None = None
+    parts: tuple[Part, ...] = ()
 
     def _check(self, require: Require) -> None:
         require(self.n is None or self.n > 0, "n", "a number of items above 0, or null")
-        ordered = self.interval is None or self.interval[0] <= self.value <= self.interval[1]
-        require(ordered, "interval", f"[low, high] around value={self.value}, or null")
+        for prefix in ("", "base_", "few_shot_"):
+            value, interval = getattr(self, f"{prefix}value"), getattr(self, f"{prefix}interval")
+            around = f"[low, high] around {prefix}value={value}, or null"
+            require(_around(interval, value), f"{prefix}interval", around)
+        shown = self.few_shot_value is None or (self.few_shot or 0) > 0
+        require(shown, "few_shot", "a number of examples above 0 where few_shot_value is given")
         named = self.benchmark_task is None or self.dataset is not None
         require(named, "benchmark_task", "null where dataset is null")
+
+
+@dataclass(frozen=True)
+class RouterUse:
+    """What the routers of a MixLoRA did on one task, over prompts and answers, without padding.
+
+    Attributes:
+        task: as in `Evaluation`.
+        tokens: how many tokens were routed.
+        load: per mixture, in the order of the layers, each expert's share of the chosen slots.
+        entropy: per mixture, the mean over the tokens of the entropy of the router's softmax, divided by
+            ln(experts): 0 is a router that is always certain, 1 one that never prefers an expert.
+    """
+
+    task: str
+    tokens: int
+    load: tuple[tuple[float, ...], ...]
+    entropy: tuple[float, ...]
+
+    def _check(self, require: Require) -> None:
+        require(self.tokens > 0, "tokens", "a number above 0")
+        _check_load(self.load, "load", require)
+        require(len(self.entropy) == len(self.load), "entropy", "as many entries as load")
+        require(all(0 <= value <= 1 for value in self.entropy), "entropy", "numbers from 0 to 1")
+
+
+def _check_load(load: tuple[tuple[float, ...], ...] | None, name: str, require: Require) -> None:
+    for layer, shares in enumerate(load or ()):
+        whole = len(shares) > 0 and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-2
+        require(whole, f"{name}[{layer}]", "shares of at least 0 that sum to 1")
+
+
+def _around(interval: Interval | None, value: float | None) -> bool:
+    return interval is None or (value is not None and interval[0] <= value <= interval[1])
 
 
 @dataclass(frozen=True)
@@ -153,9 +221,11 @@ class Results(Document):
         training: None where nothing is known of it.
         decoding: how the answers in `samples` and `evaluation` were generated.
         expert_load: per layer, each expert's share of the routed tokens; None where there are no experts.
+        router: the same and more, task by task.
     """
 
     FILE: ClassVar[str] = RESULTS_FILE
+    VERSION: ClassVar[int] = 2
 
     method: str
     base: Base
@@ -171,16 +241,15 @@ class Results(Document):
     samples: tuple[Sample, ...] = ()
     decoding: str | None = None
     expert_load: tuple[tuple[float, ...], ...] | None = None
-    schema_version: int = SCHEMA_VERSION
+    router: tuple[RouterUse, ...] = ()
+    schema_version: int = VERSION
 
     def _check(self, require: Require) -> None:
-        require(self.schema_version == SCHEMA_VERSION, "schema_version", f"must be {SCHEMA_VERSION}")
+        require(self.schema_version == self.VERSION, "schema_version", f"must be 1 to {self.VERSION}")
         require(self.method in METHODS, "method", f"one of {METHODS}")
         require(self.parameters is None or self.parameters > 0, "parameters", "a number above 0, or null")
         require(self.share is None or self.share > 0, "share", "a number above 0, or null")
-        for layer, shares in enumerate(self.expert_load or ()):
-            whole = len(shares) > 0 and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-2
-            require(whole, f"expert_load[{layer}]", "shares of at least 0 that sum to 1")
+        _check_load(self.expert_load, "expert_load", require)
 
 
 @dataclass(frozen=True)
@@ -199,6 +268,7 @@ class Verification(Document):
     """
 
     FILE: ClassVar[str] = VERIFICATION_FILE
+    VERSION: ClassVar[int] = 1
 
     prompts: tuple[tuple[int, ...], ...]
     top_tokens: tuple[tuple[int, ...], ...]
@@ -208,10 +278,10 @@ class Verification(Document):
     base_fingerprint: str
     dtype: str
     libraries: dict[str, str] = field(default_factory=dict)
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = VERSION
 
     def _check(self, require: Require) -> None:
-        require(self.schema_version == SCHEMA_VERSION, "schema_version", f"must be {SCHEMA_VERSION}")
+        require(self.schema_version == self.VERSION, "schema_version", f"must be {self.VERSION}")
         require(bool(self.prompts) and all(self.prompts), "prompts", "at least one prompt, none of them empty")
         require(self.tolerance > 0, "tolerance", "a number above 0")
         for name in ("top_tokens", "top_logits"):

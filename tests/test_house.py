@@ -30,8 +30,8 @@ LEVELS = {
     "minilora_hub.gguf_conversion": 1,
     "minilora_hub.formats": 1,
     "minilora_hub.training": 2,
-    "minilora_hub.evaluation": 2,
     "minilora_hub.compare": 3,
+    "minilora_hub.evaluation": 3,  # it measures all adapters of a run over compare's bank
     "minilora_hub.publish": 3,
     "minilora_hub.demo": 4,
     "minilora_hub.cli": 5,

@@ -54,9 +54,9 @@ def changed(document, where, value):
 @pytest.mark.parametrize(
     ("where", "value", "said"),
     [
-        (["schema_version"], 2, "schema_version=2: this minilora_hub reads versions 1 to 1"),
+        (["schema_version"], 3, "schema_version=3: this minilora_hub reads versions 1 to 2"),
         (["schema_version"], KeyError, "schema_version is missing"),
-        (["schema_version"], 0, "schema_version='0': must be 1"),
+        (["schema_version"], 0, "schema_version='0': must be 1 to 2"),
         (["method"], "lore", "method='lore': one of"),
         (["method"], KeyError, "method is missing"),
         (["metod"], "dora", "metod: there is no such field; did you mean 'method'?"),

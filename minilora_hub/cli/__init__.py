@@ -6,6 +6,7 @@
     publishing.py  push, verify, card
     finding.py     info, list, pull
     training.py    train, sweep
+    evaluating.py  eval
 
 Heavy imports happen inside the commands, so that `--help` is instant.
 """

@@ -13,6 +13,7 @@ from minilora_hub.cli.changing import combine, experts
 from minilora_hub.cli.compare import compare
 from minilora_hub.cli.converting import export, import_
 from minilora_hub.cli.demo import demo
+from minilora_hub.cli.evaluating import eval_
 from minilora_hub.cli.finding import info, list_, pull
 from minilora_hub.cli.publishing import card, push, verify
 from minilora_hub.cli.shared import Debug, say
@@ -35,6 +36,7 @@ COMMANDS = (
     ("tasks", tasks, "minilora tasks --out ./data --count 800"),
     ("train", train, "minilora train --method dora --base embedded --data rows.jsonl --out ./my-adapter"),
     ("sweep", sweep, "minilora sweep --method dora --base embedded --data rows.jsonl --vary r=4,16 --out ./sweep"),
+    ("eval", eval_, "minilora eval ./my-adapter --task dates --count 100"),
     ("push", push, "minilora push ./my-adapter me/my-adapter --license apache-2.0 --dry-run"),
     ("verify", verify, "minilora verify me/my-adapter --revision v1"),
     ("card", card, "minilora card ./my-adapter --repo me/my-adapter"),

@@ -100,8 +100,8 @@ class CompareEngine:
         self._lock = threading.Lock()
         self._forwards = 0
         _decoder(self.bank.model).register_forward_pre_hook(self._count)
-        self._context = _context(self.bank.model)
-        self._ends = _end_tokens(self.bank.model, tokenizer)
+        self._context = context_length(self.bank.model)
+        self._ends = end_tokens(self.bank.model, tokenizer)
         size = sum(parameter.numel() for parameter in self.bank.model.parameters())
         self.columns: tuple[Column, ...] = (Column(name, "base", detail=f"{size / 1e6:.1f} M parameters"),)
         for adapter in found:
@@ -248,14 +248,16 @@ def _decoder(model: Any) -> nn.Module:
     return model._modules.get(getattr(model, "base_model_prefix", ""), model)
 
 
-def _context(model: nn.Module) -> int:
+def context_length(model: nn.Module) -> int:
+    """The most tokens that a model can read, as its configuration tells."""
     config = getattr(model, "config", None)
     config = getattr(config, "text_config", None) or config
     # MPT has its own name for it.
     return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 2**31
 
 
-def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end an answer: the model's own, or else the tokenizer's."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if ends is None:
         ends = tokenizer.eos_token_id

@@ -1,1 +1,1 @@
-"""What adapters are measured on, and how."""
+"""Measuring adapters against their base: tasks, metrics, the run over the adapter bank, and what is told of it."""

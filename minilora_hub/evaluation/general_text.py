@@ -1,0 +1,104 @@
+"""Perplexity on text that no adapter here was trained on: what an adapter costs on everything else.
+
+The text is the reference documentation that Python itself carries (`pydoc_data.topics`): English prose about one
+subject with some code, half a million characters, the same on every machine with the same Python. It differs between
+versions of Python, so its hash goes into the results. Any other text will do as well (`--text`).
+
+It is cut into windows of equal length without overlap. In each, every token but the first is predicted from those
+before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilora_hub.compare.adapter_bank import AdapterBank
+
+WINDOW = 256
+WINDOWS = 64
+ROWS = 8
+"""Windows in a forward: their logits are the largest thing in memory, 400 MB for a vocabulary of 49,152."""
+
+
+@dataclass(frozen=True)
+class GeneralText:
+    """A text: what it is called, and its sha256, which tells two versions of it apart."""
+
+    name: str
+    content: str
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the content in UTF-8."""
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
+    def describe(self, windows: int) -> str:
+        """For people: which text, and how it was measured."""
+        return (
+            f"perplexity on {self.name} (sha256 {self.sha256[:16]}), {windows} windows of {WINDOW} tokens without "
+            "overlap, every token but a window's first predicted; lower is better"
+        )
+
+
+def read_text(file: Path | None = None) -> GeneralText:
+    """Read the text: a file in UTF-8, or Python's own documentation.
+
+    Raises:
+        ValueError: the file cannot be read, or is empty.
+    """
+    if file is None:
+        import platform
+        from pydoc_data.topics import topics
+
+        python = ".".join(platform.python_version_tuple()[:2])
+        return GeneralText(f"Python {python}'s reference documentation", "\n".join(topics[k] for k in sorted(topics)))
+    try:
+        content = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"text={str(file)!r}: must be a readable file in UTF-8 ({error})") from error
+    if not content.strip():
+        raise ValueError(f"text={str(file)!r}: must hold some text")
+    return GeneralText(file.name, content)
+
+
+def windows_of(tokenizer: Any, text: GeneralText) -> list[list[int]]:
+    """Token ids of up to `WINDOWS` windows, spread evenly over the text; all but the last cut are of `WINDOW` tokens.
+
+    Raises:
+        ValueError: the text has fewer than two tokens.
+    """
+    ids: list[int] = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < 2:
+        raise ValueError(f"text {text.name!r} of {len(ids)} tokens: must have at least 2")
+    if len(ids) < WINDOW:
+        return [ids]
+    starts = range(0, len(ids) - WINDOW + 1, WINDOW)
+    count = min(WINDOWS, len(starts))
+    chosen = [starts[index * len(starts) // count] for index in range(count)]
+    return [ids[start : start + WINDOW] for start in chosen]
+
+
+@torch.inference_mode()
+def negative_log_likelihoods(bank: AdapterBank, adapter: str | None, windows: Sequence[Sequence[int]]) -> list[float]:
+    """Per window, the sum of -ln p (nats) of its tokens but the first.
+
+    Args:
+        bank: the base and its adapters.
+        adapter: which one, held by the caller's `bank.use`; None for the bare base.
+        windows: token ids, of one length.
+    """
+    device = next(bank.model.parameters()).device
+    ids = torch.tensor([list(window) for window in windows], device=device)  # (rows, length)
+    with bank.rows([adapter] * len(windows)):
+        logits = bank.model(input_ids=ids, use_cache=False, return_dict=True).logits  # (rows, length, vocabulary)
+    sums = []
+    for row, predicted in zip(ids, logits, strict=True):  # one at a time: in fp32 they are large
+        losses = torch.nn.functional.cross_entropy(predicted[:-1].float(), row[1:], reduction="none")
+        sums.append(float(losses.double().sum()))
+    return sums

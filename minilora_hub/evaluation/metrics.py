@@ -1,0 +1,201 @@
+"""How answers count, and how sure that is: exact match, JSON field F1, perplexity, 95% intervals, paired comparison.
+
+Intervals are percentile bootstraps of scipy over the items, seeded. Where all items score the same a bootstrap has no
+width, which would claim certainty: there it is Wilson's score interval, also scipy's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from minilora_hub.errors import MissingExtraError
+from minilora_hub.json_documents import strict_json
+
+CONFIDENCE = 0.95
+RESAMPLES = 9_999
+SEED = 0
+DIGITS = 4
+"""After the point, of what is reported."""
+
+Interval = tuple[float, float]
+
+
+def normalised(answer: str) -> str:
+    """What is compared: the answer without white space around it, and nothing else changed."""
+    return answer.strip()
+
+
+def exact_match(answer: str, reference: str) -> float:
+    """1 if the answer is the reference, character for character after `normalised`; else 0."""
+    return float(normalised(answer) == normalised(reference))
+
+
+def json_fields(value: Any) -> dict[tuple[str | int, ...], Any]:
+    """The leaves of a JSON value by their path; null, ``{}`` and ``[]`` are leaves, a place in a list is a number."""
+    children: Any = ()
+    if isinstance(value, dict):
+        children = value.items()
+    elif isinstance(value, list):
+        children = enumerate(value)
+    if not children:
+        return {(): value}
+    return {(key, *path): leaf for key, child in children for path, leaf in json_fields(child).items()}
+
+
+def json_field_f1(answer: str, reference: str) -> float:
+    """F1 of the answer's fields against the reference's: a field is right if its path and its value are.
+
+    2 · right / (fields of the answer + fields of the reference). Texts are compared exactly, numbers by value, and true
+    is not 1. An answer that is no JSON, or says a key twice, scores 0.
+    """
+    try:
+        said = json_fields(strict_json(normalised(answer)))
+    except ValueError:
+        return 0.0
+    wanted = json_fields(strict_json(reference))
+    right = sum(path in said and _same(said[path], leaf) for path, leaf in wanted.items())
+    return 2 * right / (len(said) + len(wanted))
+
+
+def _same(one: Any, other: Any) -> bool:
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
+
+
+def perplexity(negative_log_likelihoods: Sequence[float], tokens: Sequence[int]) -> float:
+    """exp(sum of -ln p / number of predicted tokens), from the sums (nats) and token counts of windows of text."""
+    return math.exp(math.fsum(negative_log_likelihoods) / sum(tokens))
+
+
+# ---- how sure ----
+
+
+def mean(scores: Sequence[float]) -> float:
+    """The mean of at least one score."""
+    return math.fsum(scores) / len(scores)
+
+
+def mean_interval(scores: Sequence[float]) -> Interval | None:
+    """95% interval of the mean of scores between 0 and 1 over items; None where too little is known for one."""
+    constant = _constant(scores)
+    if constant is None:
+        return bootstrapped([scores], _means)
+    return _wilson(constant, len(scores))
+
+
+def macro_interval(groups: Sequence[Sequence[float]]) -> Interval | None:
+    """95% interval of the mean of the groups' means; each group is resampled on its own."""
+    if all(_constant(group) is not None for group in groups):
+        pooled = [score for group in groups for score in group]
+        return mean_interval(pooled) if len({group[0] for group in groups}) == 1 else None
+    return bootstrapped(groups, _means)
+
+
+def perplexity_interval(negative_log_likelihoods: Sequence[float], tokens: Sequence[int]) -> Interval | None:
+    """95% interval of `perplexity`, over windows of text; None for a single window."""
+    import numpy as np
+
+    if len(tokens) < 2:
+        return None
+
+    def statistic(nll: Any, count: Any, axis: int) -> Any:
+        return np.exp(nll.sum(axis=axis) / count.sum(axis=axis))
+
+    return bootstrapped([negative_log_likelihoods, tokens], statistic, paired=True)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much better one is than another on the same items.
+
+    Attributes:
+        value: mean score of the first less that of the second.
+        interval: 95%, over the items; None where too little is known for one.
+        n: items.
+        wins: items on which the first scores higher.
+        losses: items on which it scores lower.
+    """
+
+    value: float
+    interval: Interval | None
+    n: int
+    wins: int
+    losses: int
+
+    @property
+    def larger_than_noise(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """Compare the scores of two on the same items, in the same order.
+
+    Where no item tells them apart, the interval is what Wilson's says about the share of such items.
+
+    Raises:
+        ValueError: there are no items, or not equally many.
+    """
+    if not first or len(first) != len(second):
+        raise ValueError(f"first, second of {len(first)} and {len(second)} scores: must be equally many, and some")
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    constant = _constant(differences)
+    interval: Interval | None
+    if constant is None:
+        interval = bootstrapped([differences], _means)
+    elif constant == 0:
+        most = _wilson(0.0, len(differences))
+        interval = None if most is None else (-most[1], most[1])
+    else:
+        size = _wilson(abs(constant), len(differences))
+        interval = size if size is None or constant > 0 else (-size[1], -size[0])
+    wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    return Difference(mean(differences), interval, len(differences), wins, losses)
+
+
+def bootstrapped(samples: Sequence[Sequence[float]], statistic: Any, paired: bool = False) -> Interval:
+    """Percentile bootstrap of a vectorised statistic of the samples; the same for the same input.
+
+    Raises:
+        MissingExtraError: scipy is not installed.
+    """
+    try:
+        import numpy as np
+        from scipy.stats import bootstrap
+    except ImportError:
+        raise MissingExtraError("scipy", "eval") from None
+    found = bootstrap(
+        [np.asarray(sample, dtype=float) for sample in samples],
+        statistic,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        paired=paired,
+        vectorized=True,
+        batch=1_000,
+        rng=np.random.default_rng(SEED),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def _means(*samples: Any, axis: int) -> Any:
+    """The mean of the samples' means."""
+    return sum(sample.mean(axis=axis) for sample in samples) / len(samples)
+
+
+def _constant(scores: Sequence[float]) -> float | None:
+    return scores[0] if min(scores) == max(scores) else None
+
+
+def _wilson(share: float, n: int) -> Interval | None:
+    """For n items that all score `share`, 0 or 1. For another score nothing is known of the spread: None."""
+    if share not in (0, 1):
+        return None
+    try:
+        from scipy.stats import binomtest
+    except ImportError:
+        raise MissingExtraError("scipy", "eval") from None
+    found = binomtest(n * int(share), n).proportion_ci(CONFIDENCE, method="wilson")
+    return float(found.low), float(found.high)

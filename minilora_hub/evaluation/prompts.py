@@ -1,0 +1,105 @@
+"""What a model reads: an item's question as a chat, after worked examples where it is shown some."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from minilora_hub.evaluation.setup import task_of
+
+if TYPE_CHECKING:
+    from minilora_hub.evaluation.items import Item, Task
+    from minilora_hub.evaluation.setup import Settings
+
+SEED = 0
+
+
+class Prompts:
+    """Turns items into token ids.
+
+    Args:
+        tokenizer: the base's.
+        tasks: name -> task.
+        items: as `setup.find_items` gives them.
+        settings: of the run.
+        context: the most tokens that the base can read.
+        margin: tokens that an answer may have beyond the longest reference.
+
+    Attributes:
+        limits: key of `items` -> the most tokens of an answer: the longest reference of the whole split, and the
+            margin. So they do not depend on how many items are measured.
+        examples: task -> the examples that are shown: from the training split, the same for every item.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        tasks: dict[str, Task],
+        items: dict[str, tuple[Item, ...]],
+        settings: Settings,
+        context: int,
+        margin: int,
+    ) -> None:
+        """Choose the examples, and find the limits."""
+        self._tokenizer, self._context = tokenizer, context
+        self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        self.limits: dict[str, int] = {}
+        self.examples: dict[str, tuple[Item, ...]] = {}
+        for key, some in items.items():
+            whole = tasks[task_of(key)].items(some[0].split)
+            self.limits[key] = max(self.reference_lengths(whole)) + margin
+        for name, task in tasks.items():
+            self.examples[name] = choose_examples(task, settings.few_shot)
+
+    def reference_lengths(self, items: Sequence[Item]) -> list[int]:
+        """Tokens of each item's reference answer."""
+        encoded = self._tokenizer([item.completion for item in items], add_special_tokens=False)
+        return [len(ids) for ids in encoded["input_ids"]]
+
+    def of(self, items: dict[str, tuple[Item, ...]], shown: int) -> dict[str, list[list[int]]]:
+        """Key of `items` -> the prompt of each item, as token ids, after so many examples.
+
+        Raises:
+            ValueError: a prompt and its answer do not fit into the base's context.
+        """
+        return {key: [self._encode(key, item, shown) for item in some] for key, some in items.items()}
+
+    def _encode(self, key: str, item: Item, shown: int) -> list[int]:
+        examples = self.examples[task_of(key)][:shown]
+        if self._has_template:
+            turns = [turn for example in examples for turn in _turns(example.prompt, example.completion)]
+            turns += _turns(item.prompt)
+            encoded = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+            ids = list(encoded["input_ids"])
+        else:
+            # As in training: the answer follows the prompt, and the tokenizer's own end comes after neither.
+            text = "".join(f"{example.prompt}{example.completion}\n\n" for example in examples) + item.prompt
+            ids = list(self._tokenizer(text)["input_ids"])
+            if ids and ids[-1] == self._tokenizer.eos_token_id:
+                ids.pop()
+        if len(ids) + self.limits[key] > self._context:
+            raise ValueError(
+                f"task={key!r}: a prompt of {len(ids)} tokens and an answer of {self.limits[key]} do not fit into "
+                f"the base's context of {self._context}" + (": show fewer examples" if shown else "")
+            )
+        return ids
+
+
+def choose_examples(task: Task, count: int) -> tuple[Item, ...]:
+    """Examples from the training split, always the same ones.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    if not count:
+        return ()
+    items = task.items("train")
+    if len(items) < count:
+        raise ValueError(f"few_shot={count}: task {task.name!r} has {len(items)} items to train on")
+    return tuple(random.Random(SEED).sample(list(items), count))  # noqa: S311  (data, not secrets)
+
+
+def _turns(prompt: str, completion: str | None = None) -> list[dict[str, str]]:
+    turns = [{"role": "user", "content": prompt}]
+    return turns if completion is None else [*turns, {"role": "assistant", "content": completion}]
