@@ -17,6 +17,7 @@ from minilora_hub.cli.evaluating import eval_
 from minilora_hub.cli.finding import info, list_, pull
 from minilora_hub.cli.publishing import card, push, verify
 from minilora_hub.cli.shared import Debug, say
+from minilora_hub.cli.space import space
 from minilora_hub.cli.tasks import tasks
 from minilora_hub.cli.training import sweep, train
 from minilora_hub.errors import MiniLoraError
@@ -50,6 +51,7 @@ COMMANDS = (
 for name, command, example in COMMANDS:
     app.command(name, epilog=f"Example: {example}")(command)
 app.add_typer(experts, name="experts")
+app.add_typer(space, name="space")
 
 
 def _print_version(wanted: bool) -> None:

@@ -8,6 +8,7 @@ api.py        /api routes that search, describe and administer repositories
 trees.py      /api routes over trees, paths and commits
 refs.py       /api routes over branches, tags and pull requests
 uploads.py    preupload, LFS and commit routes
+spaces.py     a Space's variables, secrets, hardware, runtime and logs
 downloads.py  resolve routes: ETags and ranges
 faults.py     injected faults
 server.py     HubServer: sockets, the request log, the surface tests use

@@ -7,6 +7,7 @@ from typing import Any
 from .accounts import HubError, check_writer
 from .cards import card_of, check_card, config_of, tags_of
 from .routing import API, REVISION, Answer, Call, route
+from .spaces import create_space
 from .store import Blob, Commit, Repo, git_oid
 
 LISTED = ["_id", "id", "modelId", "likes", "private", "downloads", "tags", "createdAt", "sdk"]
@@ -28,7 +29,8 @@ def whoami(call: Call) -> Answer:
 @route("POST", "/api/validate-yaml")
 def validate_yaml(call: Call) -> Answer:
     """Check a README's front matter."""
-    errors, warnings = check_card(call.json().get("content", ""))
+    sent = call.json()
+    errors, warnings = check_card(sent.get("content", ""), sent.get("repoType") or "model")
     found = {
         name: [{"message": text} for text in texts] for name, texts in (("errors", errors), ("warnings", warnings))
     }
@@ -48,6 +50,12 @@ def create_repo(call: Call) -> Answer:
         return Answer.of_json(answer, 409)
     private = sent.get("visibility") == "private" or bool(sent.get("private"))
     repo = call.hub.add_repo(repo_id, kind, private=private, sdk=sent.get("sdk"))
+    if kind == "space":
+        try:
+            create_space(repo, sent)
+        except HubError:
+            del call.hub.repos[(kind, repo_id)]
+            raise
     return Answer.of_json({"url": f"{call.hub.endpoint}/{repo.url_path}", "name": repo.id, "private": repo.private})
 
 

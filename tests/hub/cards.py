@@ -14,6 +14,7 @@ FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*$", re.DOTALL 
 REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 RELATIONS = ("adapter", "finetune", "merge", "quantized")
 LISTS_OF_TEXT = ("tags", "base_model", "datasets", "language", "new_version")
+COLOURS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
 PLAIN_TEXT = ("license", "library_name", "pipeline_tag", "license_name", "license_link")
 
 
@@ -28,8 +29,8 @@ def read_card(text: str) -> dict[str, Any] | None:
     return yaml.safe_load(found.group(1)) if found else None
 
 
-def check_card(text: str) -> tuple[list[str], list[str]]:
-    """Return the errors and the warnings the Hub has for a README."""
+def check_card(text: str, kind: str = "model") -> tuple[list[str], list[str]]:
+    """Return the errors and the warnings the Hub has for a README of a repository of this kind."""
     try:
         card = read_card(text)
     except yaml.YAMLError as error:
@@ -52,7 +53,24 @@ def check_card(text: str) -> tuple[list[str], list[str]]:
         ]
     if card.get("base_model_relation", "adapter") not in RELATIONS:
         errors.append(f'"base_model_relation" must be one of {RELATIONS}, got {card["base_model_relation"]!r}')
-    return errors, []
+    return errors + (check_space(card) if kind == "space" else []), []
+
+
+def check_space(card: dict[str, Any]) -> list[str]:
+    """Return what is wrong with the configuration of a Space."""
+    errors = [f'"{key}" is required' for key in ("sdk", "emoji", "colorFrom", "colorTo") if key not in card]
+    errors += [
+        f'"{key}" must be one of {COLOURS}' for key in ("colorFrom", "colorTo") if card.get(key, "red") not in COLOURS
+    ]
+    texts = ("title", "sdk_version", "python_version", "app_file", "short_description", "suggested_hardware")
+    errors += [f'"{key}" must be a string' for key in texts if not isinstance(card.get(key, ""), str)]
+    if len(str(card.get("short_description", ""))) > 60:
+        errors.append('"short_description" length must be less than or equal to 60 characters long')
+    for key in ("models", "preload_from_hub"):
+        values = card.get(key, [])
+        if not isinstance(values, list) or not all(REPO_ID.fullmatch(str(value).split(" ")[0]) for value in values):
+            errors.append(f'"{key}" must be a list of repository ids')
+    return errors
 
 
 def card_of(commit: Commit) -> dict[str, Any]:

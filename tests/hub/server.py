@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from . import api, downloads, refs, trees, uploads  # noqa: F401  importing them registers their routes
+from . import api, downloads, refs, spaces, trees, uploads  # noqa: F401  importing them registers their routes
 from .accounts import Accounts, Caller, HubError, repo_not_found
 from .faults import Fault, Faults, corrupted
 from .routing import Answer, Call, find

@@ -8,8 +8,12 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 
 from .accounts import HubError
+
+if TYPE_CHECKING:
+    from .spaces import Space
 
 REPO_TYPES = ("model", "dataset", "space")
 LFS_SUFFIXES = """
@@ -115,6 +119,7 @@ class Repo:
     pulls: dict[int, PullRequest] = field(default_factory=dict)
     created_at: str = ""
     all_commits: dict[str, Commit] = field(default_factory=dict)
+    space: Space | None = None
 
     def __post_init__(self) -> None:
         """Make the first commit, as the Hub does: a .gitattributes on main."""

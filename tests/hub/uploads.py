@@ -112,7 +112,7 @@ def commit(call: Call) -> Answer:
         raise HubError(412, f"{revision} is at {head.oid}, no longer at the parentCommit {base.oid}")
     blobs = apply_lines(repo, base, lines)
     if blobs.get("README.md") != head.blobs.get("README.md") and "README.md" in blobs:
-        errors, _ = check_card(blobs["README.md"].data.decode())
+        errors, _ = check_card(blobs["README.md"].data.decode(), repo.type)
         if errors:
             raise HubError(400, "; ".join(errors))
     author = call.caller.name if call.caller else ""
@@ -123,6 +123,8 @@ def commit(call: Call) -> Answer:
         answer["pullRequestUrl"] = f"{url}/discussions/{repo.open_pull_request(made.title, author, made).number}"
     else:
         repo.advance(revision, made)
+        if repo.space is not None:
+            repo.space.committed()
     return Answer.of_json(answer)
 
 

@@ -1,0 +1,118 @@
+"""`minilora space push`: the comparison page as a Space on the Hub."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from minilora_hub.cli.shared import AsJson, Debug, print_json, size_text
+
+if TYPE_CHECKING:
+    from minilora_hub.publish.space import SpacePush
+
+space = typer.Typer(help="Deploy the comparison page as a Space.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@space.callback()
+def _root() -> None:
+    """Deploy the comparison page as a Space."""
+
+
+@space.command(
+    "push", epilog="Example: minilora space push me/compare me/my-dora me/my-mixlora --hardware cpu-basic --dry-run"
+)
+def push(
+    name: Annotated[str, typer.Argument(metavar="SPACE", help="owner/name on the Hub, or name under your own user.")],
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="ADAPTER", help="Ids on the Hub. Default: the adapters shipped with minilora_hub."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="ID", help='The base: "embedded" or an id. Default: what the adapters name.')
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Its headline on the Hub. Default: its name.")] = None,
+    hardware: Annotated[
+        str | None, typer.Option(metavar="FLAVOR", help="E.g. cpu-basic, zero-a10g, t4-small. Default: as it is.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Everybody may see it. Default: private.")] = False,
+    mcp: Annotated[bool, typer.Option("--mcp", help="Also a tool for MCP clients.")] = False,
+    variable: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="A variable for app.py, e.g. MINILORA_MAX_TOKENS=128. May be repeated."
+        ),
+    ] = None,
+    secret: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Send this variable of your environment as a secret. May be repeated."),
+    ] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(help="Default, and safer: HF_TOKEN, or the one of `hf auth login`.", show_default=False),
+    ] = None,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds until it must run; 0 does not wait.")] = 1800.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Stage the page, this package and its requirements, send them in one commit, wait until the Space runs."""
+    variables = dict(_pair(text) for text in variable or [])
+    secrets = {key: _from_environment(key) for key in secret or []}
+
+    from minilora_hub.publish.space import push_space
+
+    done = push_space(
+        name,
+        adapters or [],
+        base=base,
+        title=title,
+        hardware=hardware,
+        private=not public,
+        mcp=mcp,
+        variables=variables,
+        secrets=secrets,
+        token=token,
+        dry_run=dry_run,
+        wait=wait,
+        progress=not as_json,
+    )
+    if as_json:
+        print_json(done.to_dict())
+    elif dry_run:
+        _print(done)
+        typer.echo("\nNothing was sent.")
+    else:
+        typer.echo(f"{done.url} (commit {(done.commit or '')[:12]}{f', {done.stage}' if done.stage else ''})")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise typer.BadParameter(f"{text!r}: must read NAME=VALUE", param_hint="--variable")
+    return name, value
+
+
+def _from_environment(name: str) -> str:
+    if not os.environ.get(name):
+        raise typer.BadParameter(
+            f"{name} is not set in the environment, where its value is read", param_hint="--secret"
+        )
+    return os.environ[name]
+
+
+def _print(plan: SpacePush) -> None:
+    seen = "private: only its owner sees it" if plan.private else "PUBLIC: everybody sees it"
+    new = "a new Space" if plan.creates else "a Space that is there"
+    typer.echo(f"{plan.space} ({new}, {seen}), hardware: {plan.hardware or 'as it is'}")
+    for path, size in plan.files.items():
+        typer.echo(f"  + {path:<60} {size_text(size):>10}")
+    for path in plan.deletes:
+        typer.echo(f"  - {path}")
+    typer.echo(f"{len(plan.files)} files ({size_text(sum(plan.files.values()))})")
+    for name, value in plan.variables.items():
+        typer.echo(f"variable: {name}={value}")
+    for name in plan.secrets:
+        typer.echo(f"secret: {name}")
+    typer.echo(f"\nrequirements.txt:\n\n{plan.requirements}\nREADME.md:\n\n{plan.card}", nl=False)
