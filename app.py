@@ -1,7 +1,16 @@
-"""The Space: the comparison page over the shipped adapters.
+"""The Space: the comparison page over the shipped adapters, or over anybody's.
 
 MINILORA_BASE       the base model: "embedded" (the default), a folder, or an id on the Hub
 MINILORA_ADAPTERS   adapter folders or ids on the Hub, separated by commas; default: those under model_cards/
+MINILORA_MCP        1: the comparison is also a tool for MCP clients; default: 0
+
+What one visitor may ask for, and how many at once:
+
+MINILORA_MAX_PROMPT    the most characters of a prompt; default: 8000
+MINILORA_MAX_TOKENS    the most new tokens of an answer; default: 512
+MINILORA_MAX_ROWS      the most answers of a comparison, the base's included; default: 8
+MINILORA_AT_ONCE       comparisons that take turns; default: 16
+MINILORA_MAX_WAITING   how many more may wait in line; default: 32
 
 A link with ``?adapter=owner/name`` shows that public adapter beside the base. What such links may cost:
 
@@ -12,22 +21,34 @@ MINILORA_LINK_ADAPTERS    how many of them are kept in memory; default: 4
 from __future__ import annotations
 
 import os
+import sys
 
-from minilora_hub.bases import resolve_base
-from minilora_hub.compare.columns import shipped_adapters
-from minilora_hub.compare.engine import CompareEngine
-from minilora_hub.demo.linked import Limits, LinkedAdapters
-from minilora_hub.demo.ui import build_demo, launch
+from minilora_hub.errors import MiniLoraError
 
 
 def main() -> None:
     """Load the models, then serve the page until the process ends."""
+    from minilora_hub.demo import zero_gpu  # the first: on ZeroGPU it must come before torch touches CUDA
+    from minilora_hub.bases import resolve_base  # isort: skip
+    from minilora_hub.compare.columns import shipped_adapters
+    from minilora_hub.compare.engine import CompareEngine
+    from minilora_hub.demo.limits import PageLimits, flag
+    from minilora_hub.demo.linked import Limits, LinkedAdapters
+    from minilora_hub.demo.ui import build_demo, launch
+
     base = os.environ.get("MINILORA_BASE") or "embedded"
     named = [name.strip() for name in os.environ.get("MINILORA_ADAPTERS", "").split(",") if name.strip()]
-    limits = Limits.from_environment()
-    engine = CompareEngine(base, named or shipped_adapters(), progress=print)
-    launch(build_demo(engine, links=LinkedAdapters(engine, resolve_base(base), limits)))
+    limits, link_limits, mcp = PageLimits.from_environment(), Limits.from_environment(), flag("MINILORA_MCP")
+    adapters = named or shipped_adapters()
+    limits.check_columns(1 + len(adapters))
+    # On ZeroGPU the models are put onto "cuda" here, before any GPU is there; each comparison is then lent one.
+    engine = CompareEngine(base, adapters, device="cuda" if zero_gpu.is_zero_gpu() else None, progress=print)
+    links = LinkedAdapters(engine, resolve_base(base), link_limits)
+    launch(build_demo(engine, links=links, limits=limits), mcp=mcp)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (MiniLoraError, ValueError) as error:  # a variable that is wrong: one line in the Space's log
+        sys.exit(f"app.py: {error}")

@@ -164,13 +164,15 @@ def save_parrots(folder: Path, names: dict[str, str]) -> list[Path]:
 def main() -> None:
     """Serve a page: a base that never ends, and two parrots."""
     from minilora_hub.compare.engine import CompareEngine
+    from minilora_hub.demo.limits import PageLimits, flag
     from minilora_hub.demo.ui import build_demo, launch
 
     with TemporaryDirectory() as folder:
         parrots = save_parrots(Path(folder), {"parrot-dora": "dora", "parrot-mix": "mixlora"})
         engine = CompareEngine(ScriptedBase(delay=0.03), parrots, tokenizer=byte_tokenizer())
-    demo = build_demo(engine, title="Same prompt, three answers", examples=["Hello 👋 there", "Ünïcödé"])
-    address = launch(demo, host="127.0.0.1", port=int(sys.argv[1]), block=False)
+    limits = PageLimits.from_environment()
+    demo = build_demo(engine, title="Same prompt, three answers", examples=["Hello 👋 there", "Ünïcödé"], limits=limits)
+    address = launch(demo, host="127.0.0.1", port=int(sys.argv[1]), block=False, mcp=flag("MINILORA_MCP"))
     print(address, flush=True)
     for line in sys.stdin:
         if line.strip() == "forwards":

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
 from minilora_hub.cli.shared import Debug, say
-from minilora_hub.errors import MiniLoraError
+from minilora_hub.errors import MiniLoraError, MissingExtraError
 
 FIRST_PORT, LAST_PORT = 7860, 7959
 
@@ -28,6 +29,9 @@ def demo(
     browser: Annotated[
         bool | None, typer.Option("--browser/--no-browser", help="Open a browser. Default: where there is a screen.")
     ] = None,
+    mcp: Annotated[
+        bool, typer.Option("--mcp", help="Also serve the comparison as a tool for MCP clients (extra mcp).")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Compare the base and adapters on it, side by side, on a page served from this machine."""
@@ -37,15 +41,20 @@ def demo(
     from minilora_hub.bases import resolve_base
     from minilora_hub.compare.columns import shipped_adapters
     from minilora_hub.compare.engine import CompareEngine
+    from minilora_hub.demo.limits import PageLimits
     from minilora_hub.demo.linked import Limits, LinkedAdapters
     from minilora_hub.demo.ui import build_demo, launch
 
-    limits = Limits.from_environment()
-    engine = CompareEngine(base, adapters or shipped_adapters(), progress=say)
+    if mcp and find_spec("mcp") is None:
+        raise MissingExtraError("mcp", "mcp")
+    limits, link_limits = PageLimits.from_environment(), Limits.from_environment()
+    named = adapters or shipped_adapters()
+    limits.check_columns(1 + len(named))
+    engine = CompareEngine(base, named, progress=say)
     shown = "localhost" if host in ("0.0.0.0", "::") else host  # noqa: S104
     typer.echo(f"Open http://{shown}:{port} (Ctrl-C ends it)")
-    page = build_demo(engine, links=LinkedAdapters(engine, resolve_base(base), limits))
-    launch(page, host=host, port=port, open_browser=_has_screen() if browser is None else browser)
+    page = build_demo(engine, links=LinkedAdapters(engine, resolve_base(base), link_limits), limits=limits)
+    launch(page, host=host, port=port, open_browser=_has_screen() if browser is None else browser, mcp=mcp)
 
 
 def _free_port(host: str, wanted: int | None) -> int:

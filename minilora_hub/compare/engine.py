@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,6 +205,13 @@ class CompareEngine:
         Raises:
             ValueError: there are no rows, or a prompt is empty or too long; the message says which.
         """
+        return _one_by_one(self.stream_steps(rows, stop))
+
+    def stream_steps(self, rows: Sequence[Row], stop: threading.Event | None = None) -> Generator[list[Update]]:
+        """Answer like `stream_rows`, a list of updates each step: whoever takes turns with others can stop in between.
+
+        While the prompts are being read, a step updates nothing.
+        """
         if not rows:
             raise ValueError("rows=[]: must hold at least one row")
         answers = []
@@ -217,7 +224,7 @@ class CompareEngine:
             answers.append(Answer(index, row, ids, limit, self.tokenizer, self._ends))
         return self._stream(answers, stop or threading.Event())
 
-    def _stream(self, answers: list[Answer], stop: threading.Event) -> Generator[Update]:
+    def _stream(self, answers: list[Answer], stop: threading.Event) -> Generator[list[Update]]:
         with ExitStack() as held:
             ready = []
             for answer in answers:
@@ -227,10 +234,10 @@ class CompareEngine:
                         if not stopped:
                             held.enter_context(self.bank.use([answer.row.adapter]))
                 except Exception as error:  # an adapter that is damaged or gone is its own rows' trouble
-                    yield answer.end("error", f"{type(error).__name__}: {error}")
+                    yield [answer.end("error", f"{type(error).__name__}: {error}")]
                 else:
                     if stopped:
-                        yield answer.end("stopped")
+                        yield [answer.end("stopped")]
                     else:
                         ready.append(answer)
             if not ready:
@@ -240,7 +247,13 @@ class CompareEngine:
                 with self._lock:
                     # Asked under the lock: another visitor's step may have kept us waiting.
                     updates = batch.end("stopped") if stop.is_set() else batch.step()
-                yield from updates
+                yield updates
+
+
+def _one_by_one(steps: Generator[list[Update]]) -> Generator[Update]:
+    with closing(steps):
+        for updates in steps:
+            yield from updates
 
 
 def _decoder(model: Any) -> nn.Module:

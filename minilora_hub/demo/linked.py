@@ -7,7 +7,6 @@ kept.
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 import threading
@@ -21,6 +20,7 @@ from typing import Any
 
 from minilora_hub.bases import ResolvedBase
 from minilora_hub.compare.engine import Column, CompareEngine
+from minilora_hub.demo.limits import whole_number
 from minilora_hub.errors import AdapterError, MiniLoraError
 from minilora_hub.publish.hub_errors import FAILURES, explain, patiently
 from minilora_hub.publish.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, read_source
@@ -56,16 +56,9 @@ class Limits:
             ValueError: one of them is no whole number of at least 1.
         """
         return cls(
-            _number("MINILORA_LINK_MEGABYTES", cls.weight_bytes // 10**6) * 10**6,
-            _number("MINILORA_LINK_ADAPTERS", cls.kept),
+            whole_number("MINILORA_LINK_MEGABYTES", cls.weight_bytes // 10**6) * 10**6,
+            whole_number("MINILORA_LINK_ADAPTERS", cls.kept),
         )
-
-
-def _number(variable: str, default: int) -> int:
-    text = os.environ.get(variable) or str(default)
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise ValueError(f"{variable}={text!r}: must be a whole number of at least 1")
-    return int(text)
 
 
 class LinkedAdapters:

@@ -1,54 +1,96 @@
-"""Runs comparisons for the page's visitors: who waits, who runs, who stops. No Gradio; `frames.py` says what is shown.
+"""Runs comparisons for visitors and programs: who waits, who computes, who stops. `frames.py` says what is shown.
 
-All torch work of the page happens in one thread, whoever asked for it: threads that compute at once fight over the
-cores.
+All torch work happens in one thread, whoever asked for it: threads that compute at once fight over the cores. Those who
+have a place in the line take turns in it, a step at a time (see `line.py`). On ZeroGPU each comparison is a call of its
+own instead (see `zero_gpu.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
-from minilora_hub.compare.engine import Column, CompareEngine, Sampling, Update
+from minilora_hub.compare.engine import Column, CompareEngine, Row, Sampling, Update
+from minilora_hub.demo import zero_gpu
 from minilora_hub.demo.describing import describe_columns
 from minilora_hub.demo.frames import Comparison, Frame
+from minilora_hub.demo.limits import PageLimits
+from minilora_hub.demo.line import Line, Ticket, Waiting
 from minilora_hub.demo.linked import LinkedAdapters, temporary_folder
 from minilora_hub.errors import AdapterError
 
 FRAME_SECONDS = 0.04
 """A fast machine makes more tokens than a screen can show; they are gathered for this long before the page is told."""
 
+STOP_SECONDS, TELL_SECONDS = 0.1, 1.0
+"""How often one who waits looks whether they are to stop, and is told where they stand."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What became of a comparison since the moment before.
+
+    Attributes:
+        waiting: where it stands in line; None once it computes.
+        updates: of its rows.
+        forwards: of the base, for it alone.
+        finished: nothing follows.
+    """
+
+    waiting: Waiting | None = None
+    updates: list[Update] = field(default_factory=list)
+    forwards: int = 0
+    finished: bool = False
+
 
 class LiveRuns:
-    """Runs comparisons for the page's visitors, one after the other, and stops them when asked.
+    """Runs comparisons, and stops them when asked.
 
     Args:
         engine: the models.
         links: the adapters that visitors' links name; None where links are not followed.
+        limits: what one comparison may cost, and how many take turns. Default: those of `PageLimits`.
     """
 
-    def __init__(self, engine: CompareEngine, links: LinkedAdapters | None = None) -> None:
+    def __init__(
+        self, engine: CompareEngine, links: LinkedAdapters | None = None, limits: PageLimits | None = None
+    ) -> None:
         """Start without visitors; see the class."""
-        self.engine, self.links = engine, links
+        self.engine, self.links, self.limits = engine, links, limits or PageLimits()
         self._opened: dict[str, str] = {}
         self._opening = asyncio.Lock()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="minilora-compute")
+        self._remote = zero_gpu.remote_steps(engine) if zero_gpu.is_zero_gpu() else None
+        threads = self.limits.at_once if self._remote else 1  # on ZeroGPU they only wait for a process that computes
+        self._thread = ThreadPoolExecutor(threads, thread_name_prefix="minilora-compute")
+        self._line = Line(self.limits.at_once, self.limits.waiting)
         self._runs: dict[str, tuple[int, threading.Event]] = {}
         self._numbers = count(1)
-        self._busy = 0
 
     async def open(self, visitor: str, name: str) -> Column:
-        """Show a visitor the adapter that a link named, beside the base. One link is followed at a time.
+        """Show a visitor the adapter that a link named, beside the base.
 
         Raises:
             AdapterError: it cannot be; the message says why.
         """
-        if self.links is None:
+        column = await self.fetch(name)
+        self.stop(visitor)
+        self._opened[visitor] = name
+        return column
+
+    async def fetch(self, name: str) -> Column:
+        """Return an adapter on the Hub as a column, fetched and loaded if it is not kept. One at a time.
+
+        Raises:
+            AdapterError: it cannot be; the message says why.
+        """
+        if self.links is None or self._remote:
             raise AdapterError("this page shows its own adapters only")
         loop = asyncio.get_running_loop()
         async with self._opening:
@@ -57,8 +99,6 @@ class LiveRuns:
                 with temporary_folder() as folder:
                     await asyncio.to_thread(self.links.fetch, name, Path(folder))
                     column = await loop.run_in_executor(self._thread, self.links.load, name, Path(folder))
-        self.stop(visitor)
-        self._opened[visitor] = name
         return column
 
     def columns_of(self, visitor: str) -> tuple[Column, ...]:
@@ -80,7 +120,7 @@ class LiveRuns:
         self.stop(visitor)
         number = next(self._numbers)
         self._runs[visitor] = (number, threading.Event())
-        words = "Waiting for another visitor's comparison to end…" if self._busy else "Reading the prompt…"
+        words = "Waiting for a place…" if self._line.full else "Reading the prompt…"
         return Comparison(number, self.about(visitor)).waiting(words)
 
     def about(self, visitor: str) -> list[dict]:
@@ -110,30 +150,110 @@ class LiveRuns:
         number, stop = self._runs.get(visitor) or (next(self._numbers), threading.Event())
         comparison = Comparison(number, self.about(visitor), prompt)
         try:
-            updates = self.engine.stream(prompt, sampling, stop, self.columns_of(visitor))
+            moments = self.answer(prompt, sampling, self.columns_of(visitor), stop)
         except (ValueError, AdapterError) as error:
             yield comparison.refused(f"{error}")
             return
-        loop = asyncio.get_running_loop()
-        self._busy += 1
         try:
-            finished = False
-            while not finished:
-                finished = await loop.run_in_executor(self._thread, self._advance, updates, comparison)
-                yield comparison.frame(finished=finished, stopped=stop.is_set())
+            async for moment in moments:
+                if moment.waiting is not None:
+                    yield comparison.waiting(waiting_words(moment.waiting))
+                    continue
+                for update in moment.updates:
+                    comparison.add(update)
+                comparison.forwards += moment.forwards
+                yield comparison.frame(finished=moment.finished, stopped=stop.is_set())
         finally:
-            self._busy -= 1
-            stop.set()
-            self._thread.submit(updates.close)
+            await moments.aclose()
 
-    def _advance(self, updates: Iterator[Update], comparison: Comparison) -> bool:
-        """Gather updates for one frame; say whether the stream has ended."""
-        before, until = self.engine.forwards, time.perf_counter() + FRAME_SECONDS
-        finished = True
-        for update in updates:
-            comparison.add(update)
-            if time.perf_counter() >= until:
-                finished = False
-                break
-        comparison.forwards += self.engine.forwards - before
-        return finished
+    def answer(
+        self, prompt: str, sampling: Sampling, columns: Sequence[Column], stop: threading.Event | None = None
+    ) -> AsyncGenerator[Moment]:
+        """Answer a prompt with these columns, once there is a place.
+
+        Leaving the iterator early, by closing or cancelling it, ends the computation within one step.
+
+        Args:
+            prompt: what was typed or sent.
+            sampling: the same for every column.
+            columns: row i of the updates is column i.
+            stop: set it, and the answers end within one step, as they are by then.
+
+        Raises:
+            ValueError: the prompt is empty or too long, too much is asked for, or too many are waiting.
+        """
+        self.limits.check(prompt, sampling, len(columns))
+        rows = [Row(prompt, column.adapter, sampling) for column in columns]
+        self.engine.stream_steps(rows)  # raises what is wrong with the prompt; computes nothing
+        return self._moments(rows, self._line.join(sampling.max_new_tokens), stop or threading.Event())
+
+    async def _moments(self, rows: list[Row], ticket: Ticket, stop: threading.Event) -> AsyncGenerator[Moment]:
+        steps: Generator[zero_gpu.Step] | None = None
+        finished = False
+        try:
+            told = 0.0
+            while not (ticket.admitted or stop.is_set()):
+                if time.monotonic() - told >= TELL_SECONDS:
+                    told = time.monotonic()
+                    yield Moment(waiting=ticket.waiting())
+                await ticket.wait(STOP_SECONDS)
+            steps = self._remote_steps(rows, stop) if self._remote else self._local_steps(rows, stop)
+            loop, context = asyncio.get_running_loop(), contextvars.copy_context()  # ZeroGPU asks it who is calling
+            while not finished:
+                moment, steps_done, seconds = await loop.run_in_executor(self._thread, context.run, _advance, steps)
+                ticket.stepped(steps_done, seconds)
+                finished = moment.finished
+                yield moment
+        finally:
+            ticket.leave(finished and not stop.is_set())
+            stop.set()
+            if steps is not None:
+                self._thread.submit(steps.close)
+
+    def _local_steps(self, rows: list[Row], stop: threading.Event) -> Generator[zero_gpu.Step]:
+        return zero_gpu.counted(self.engine, self.engine.stream_steps(rows, stop))
+
+    def _remote_steps(self, rows: list[Row], stop: threading.Event) -> Generator[zero_gpu.Step]:
+        """Steps of a call whose process knows nothing of `stop`: it is closed, and its rows end here."""
+        assert self._remote is not None
+        last = [Update(index) for index in range(len(rows))]
+        steps = self._remote(rows)
+        try:
+            for forwards, updates in steps:
+                for update in updates:
+                    last[update.row] = update
+                yield forwards, updates
+                if stop.is_set():
+                    break
+        finally:
+            steps.close()
+        ended = [
+            replace(update, text="", token_id=None, finished=True, reason="stopped")
+            for update in last
+            if not update.finished
+        ]
+        if ended:
+            yield 0, ended
+
+
+def waiting_words(waiting: Waiting) -> str:
+    """Say where somebody stands, and for how long."""
+    if waiting.seconds is None:
+        return f"Number {waiting.position} in line."
+    seconds = max(1, round(waiting.seconds))
+    told = f"{seconds} s" if seconds < 90 else f"{round(seconds / 60)} min"
+    return f"Number {waiting.position} in line: your turn comes in about {told}."
+
+
+def _advance(steps: Generator[zero_gpu.Step]) -> tuple[Moment, int, float]:
+    """Gather steps for one moment: one, or as many as fit into a frame. Returns also how many, in how many seconds."""
+    began = time.perf_counter()
+    updates: list[Update] = []
+    forwards, amount, finished = 0, 0, True
+    for done, changed in steps:
+        forwards, amount = forwards + done, amount + 1
+        updates += changed
+        if time.perf_counter() - began >= FRAME_SECONDS:
+            finished = False
+            break
+    return Moment(None, updates, forwards, finished), amount, time.perf_counter() - began

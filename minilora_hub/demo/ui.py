@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from importlib.util import find_spec
+
+from minilora_hub.errors import MissingExtraError
 
 # Before gradio is imported: nothing on this page may ask another host for anything.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -12,16 +15,16 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 try:
     import gradio as gr
 except ImportError as error:
-    from minilora_hub.errors import MissingExtraError
-
     raise MissingExtraError("gradio", "demo") from error
 
 from minilora_hub.compare.engine import CompareEngine
+from minilora_hub.demo.api import wire_api
 from minilora_hub.demo.components import HERE, read
 from minilora_hub.demo.describing import describe_columns, headline
 from minilora_hub.demo.extras import build_extras
 from minilora_hub.demo.frames import idle_stage
 from minilora_hub.demo.layout import build_parts
+from minilora_hub.demo.limits import PageLimits
 from minilora_hub.demo.linked import LinkedAdapters
 from minilora_hub.demo.live import LiveRuns
 from minilora_hub.demo.wiring import wire_link, wire_run
@@ -45,6 +48,7 @@ def build_demo(
     title: str | None = None,
     examples: Sequence[str] = EXAMPLES,
     max_new_tokens: int = 96,
+    limits: PageLimits | None = None,
 ) -> gr.Blocks:
     """Build the page for the models of an engine.
 
@@ -55,22 +59,30 @@ def build_demo(
         title: the headline. Default: how many answers there are.
         examples: prompts to start from; choosing one runs it.
         max_new_tokens: where the length setting starts.
+        limits: what a visitor may ask for, and how many at once.
 
     Returns:
         The page, to be handed to `launch`.
     """
-    runs = LiveRuns(engine, links)
+    runs = LiveRuns(engine, links, limits)
     with gr.Blocks(title="minilora · compare", analytics_enabled=False, fill_width=True) as demo:
         stage = idle_stage(describe_columns(engine, engine.columns))
         parts = build_parts(headline(engine, title), stage, examples, max_new_tokens)
         build_extras(demo, runs, parts)
         wire_run(demo, runs, parts)
         wire_link(demo, runs, parts)
+        wire_api(runs)
     return demo
 
 
 def launch(
-    demo: gr.Blocks, *, host: str | None = None, port: int | None = None, open_browser: bool = False, block: bool = True
+    demo: gr.Blocks,
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    open_browser: bool = False,
+    block: bool = True,
+    mcp: bool = False,
 ) -> str:
     """Serve the page.
 
@@ -80,13 +92,17 @@ def launch(
         port: port to listen on. Default: ``GRADIO_SERVER_PORT`` if it is set, else the first free one from 7860 on.
         open_browser: open the page in a browser.
         block: stay until interrupted; otherwise return while a thread serves.
+        mcp: also serve the comparison as a tool for MCP clients, at ``/gradio_api/mcp/``.
 
     Returns:
         The page's address.
 
     Raises:
+        MissingExtraError: `mcp` is asked for and its package is not installed.
         OSError: the port is in use.
     """
+    if mcp and find_spec("mcp") is None:
+        raise MissingExtraError("mcp", "mcp")
     _, address, _ = demo.launch(
         server_name=host,
         server_port=port,
@@ -96,6 +112,8 @@ def launch(
         share=False,
         ssr_mode=False,
         run_history=False,
+        mcp_server=mcp,
+        max_threads=200,  # also Gradio's bound on runs and those who wait, which `live.py` keeps in a line of its own
         footer_links=[],
         favicon_path=HERE / "favicon.svg",
         theme=gr.themes.Base(font=SYSTEM_FONTS, font_mono=SYSTEM_MONO, radius_size="sm"),

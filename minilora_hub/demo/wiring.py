@@ -61,7 +61,7 @@ def wire_run(demo: gr.Blocks, runs: LiveRuns, parts: Parts) -> None:
             [parts.prompt, *parts.settings],
             outputs,
             concurrency_id="compute",
-            concurrency_limit=1,
+            concurrency_limit=None,  # `live.py` knows who waits, and tells them
             trigger_mode="always_last",
             **QUIET,
         )

@@ -1,0 +1,153 @@
+"""The comparison for programs: the page's one public endpoint, ``/compare``, which is also its MCP tool.
+
+It stands in the same line as the page's visitors. Everything else on the page is private. No annotation in here is a
+string: Gradio reads them to describe the endpoint.
+"""
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import gradio as gr
+
+from minilora_hub.compare.engine import Column, Sampling, Update
+from minilora_hub.demo.live import LiveRuns, Moment
+from minilora_hub.errors import MiniLoraError
+
+NAME = "compare"
+
+
+def wire_api(runs: LiveRuns) -> None:
+    """Add the endpoint, inside the open page."""
+
+    async def compare(
+        prompt: str,
+        adapters: list[str] | None = None,
+        max_new_tokens: int = 96,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        experts: bool = False,
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Answer one prompt with a base language model and with LoRA, DoRA or MixLoRA adapters on it, side by side.
+
+        Use it to see what an adapter changes: all answers come from one batched pass with the same sampling settings.
+
+        Args:
+            prompt: What to answer: a user's message, sent through the base's chat template.
+            adapters: Names of the page's own adapters, or ids on the Hub (owner/name). Default: all of the page's own.
+            max_new_tokens: The most tokens of one answer.
+            temperature: 0 takes the most probable token each time; above 0 samples.
+            top_p: When sampling, keep the most probable tokens that together reach this probability.
+            top_k: When sampling, keep this many of the most probable tokens; 0 keeps all.
+            repetition_penalty: Above 1, words that were said become less likely.
+            seed: Seed of the sampling; the same seed and settings give the same answers.
+            experts: Whether the last item also lists, for each token of a MixLoRA, the experts of every layer.
+
+        Returns:
+            state (waiting, running or done), forwards of the base, seconds
+            rows with name, kind, text, tokens, seconds_to_first_token, tokens_per_second, end and error
+        """
+        try:
+            columns = await _columns(runs, adapters)
+            if not isinstance(prompt, str):
+                raise ValueError(f"prompt={prompt!r:.60}: must be a text")
+            sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+            moments = runs.answer(prompt, sampling, columns)
+        except (ValueError, MiniLoraError) as error:
+            raise gr.Error(f"{error}", print_exception=False) from None
+        report = Report(columns, experts)
+        try:
+            async for moment in moments:
+                yield report.add(moment)
+        finally:
+            await moments.aclose()
+
+    compare.__annotations__["return"] = dict  # of each item; Gradio does not look inside an iterator
+    gr.api(compare, api_name=NAME, concurrency_id="compute", concurrency_limit=None)
+
+
+async def _columns(runs: LiveRuns, adapters: list[str] | None) -> Sequence[Column]:
+    """The base and the adapters of these names.
+
+    Raises:
+        ValueError: a name is not known; the message lists those that are.
+        AdapterError: an id on the Hub cannot be shown here.
+    """
+    base, *own = runs.engine.columns
+    if adapters is None:
+        return [base, *own]
+    if not isinstance(adapters, list) or not all(isinstance(name, str) for name in adapters):
+        raise ValueError(f"adapters={adapters!r:.60}: must be a list of names")
+    if len(adapters) >= runs.limits.rows:  # before any of them is fetched
+        raise ValueError(
+            f"{len(adapters)} adapters: this page gives 1 to {runs.limits.rows} answers, the base's included"
+        )
+    known = {column.name: column for column in own}
+    columns = [base]
+    for name in adapters:
+        if name in known:
+            columns.append(known[name])
+        elif "/" in name:
+            columns.append(await runs.fetch(name))
+        else:
+            raise ValueError(f"adapter {name[:60]!r}: must be an id on the Hub or one of {', '.join(known) or 'none'}")
+    return columns
+
+
+class Report:
+    """What the endpoint tells: each item is the whole comparison so far.
+
+    Args:
+        columns: who answers.
+        experts: whether the last item lists the experts of each token.
+    """
+
+    def __init__(self, columns: Sequence[Column], experts: bool) -> None:
+        """Start without answers."""
+        self._began, self._forwards = time.perf_counter(), 0
+        self._experts: list[list[tuple]] | None = [[] for _ in columns] if experts else None
+        self._rows: list[dict[str, Any]] = [
+            {
+                "name": column.name,
+                "kind": column.kind,
+                "text": "",
+                "tokens": 0,
+                "seconds_to_first_token": None,
+                "tokens_per_second": None,
+                "end": None,
+                "error": None,
+            }
+            for column in columns
+        ]
+
+    def add(self, moment: Moment) -> dict[str, Any]:
+        """Take in what has happened, and return the next item."""
+        self._forwards += moment.forwards
+        for update in moment.updates:
+            self._add(update)
+        waiting = moment.waiting
+        item: dict[str, Any] = {
+            "state": "waiting" if waiting else "done" if moment.finished else "running",
+            "position": waiting.position if waiting else None,
+            "seconds_until_start": round(waiting.seconds, 1) if waiting and waiting.seconds is not None else None,
+            "forwards": self._forwards,
+            "seconds": round(time.perf_counter() - self._began, 3),
+            "rows": [dict(row) for row in self._rows],
+        }
+        if moment.finished and self._experts is not None:
+            for row, tokens in zip(item["rows"], self._experts, strict=True):
+                row["experts"] = tokens
+        return item
+
+    def _add(self, update: Update) -> None:
+        row = self._rows[update.row]
+        row["text"] += update.text
+        row["tokens"] = update.tokens
+        row["seconds_to_first_token"] = update.seconds_to_first_token
+        row["tokens_per_second"] = update.tokens_per_second
+        row["end"], row["error"] = update.reason, update.error
+        if self._experts is not None and update.experts is not None:
+            self._experts[update.row].append(update.experts)
