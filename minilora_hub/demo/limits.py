@@ -70,6 +70,10 @@ class PageLimits:
         Raises:
             ValueError: it is; the message says how large it may be.
         """
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise ValueError("prompt: must be a text that can be encoded, without halves of characters") from None
         if len(prompt) > self.prompt:
             raise ValueError(f"prompt of {len(prompt):,} characters: this page takes at most {self.prompt:,}")
         if sampling.max_new_tokens > self.tokens:
