@@ -130,9 +130,21 @@ def dora_norms(layer, weight_norms_squared, lora_a, lora_b, scaling):
         return adapted_row_norms(weight_norms_squared, weight_a, lora_a, lora_b, scaling)
 
 
+def product_dtype(out, lora_a):
+    """The dtype of the products with A and B, which add to `out`: bfloat16 where the base computes in it, else A's own.
+
+    So float32 adapters on a bfloat16 base are rounded where they are used, as under autocast, and learn in float32;
+    casting the activations to float32 instead would cost more than the products. (Not in float16, whose small range
+    needs a scaled loss.)
+    """
+    return torch.bfloat16 if out.dtype == torch.bfloat16 else lora_a.dtype
+
+
 def add_low_rank(out, x, lora_a, lora_b, scaling):
     """out + s B A x, in the dtype of `out`, which is (..., out); `x` is (..., in)."""
-    hidden = F.linear(x.to(lora_a.dtype), lora_a)  # (..., r)
+    dtype = product_dtype(out, lora_a)
+    x, lora_a, lora_b = x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
+    hidden = F.linear(x, lora_a)  # (..., r)
     if not out.dtype == hidden.dtype == lora_b.dtype:
         return out + (F.linear(hidden, lora_b) * scaling).to(out.dtype)
     return torch.addmm(out.flatten(0, -2), hidden.flatten(0, -2), lora_b.mT, alpha=scaling).view_as(out)
@@ -140,7 +152,10 @@ def add_low_rank(out, x, lora_a, lora_b, scaling):
 
 def add_low_rank_(out, x, lora_a, lora_b, scaling):
     """The same in place: `out` (rows, out), which nobody else holds and no gradient needs, and `x` (rows, in)."""
-    hidden = F.linear(x if x.dtype == lora_a.dtype else x.to(lora_a.dtype), lora_a)  # (rows, r)
+    if not out.dtype == x.dtype == lora_a.dtype == lora_b.dtype:
+        dtype = product_dtype(out, lora_a)
+        x, lora_a, lora_b = x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
+    hidden = F.linear(x, lora_a)  # (rows, r)
     if out.dtype == hidden.dtype == lora_b.dtype:
         out.addmm_(hidden, lora_b.mT, alpha=scaling)
     else:
@@ -205,12 +220,12 @@ class LowRankUpdate(nn.Module):
             self._scale_cache = (key, self.magnitude / self._norms(layer))
         return self._scale_cache[1]
 
-    def experts(self):
-        """(A, B) of each expert of a stack: two lists of views, [r, in] and [out, r]. At inference they are kept."""
+    def experts(self, dtype):
+        """(A, B) of each expert of a stack in `dtype`: lists of [r, in] and [out, r]. At inference views are kept."""
         a, b = self.lora_A, self.lora_B
         # With gradients unbind, not indexing: its backward is one stack, and an expert without tokens gets zeros.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return a.unbind(), b.unbind()
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not a.dtype == b.dtype == dtype:
+            return a.to(dtype).unbind(), b.to(dtype).unbind()
         key = (a.data_ptr(), b.data_ptr())
         if self._experts_cache[0] != key:
             self._experts_cache = (key, a.unbind(), b.unbind())

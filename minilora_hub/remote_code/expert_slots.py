@@ -69,12 +69,12 @@ class SlotsByExpert:
 
     def project_down(self, x, update):
         """A_e x: (slots, in) -> (slots, r), in blocks."""
-        blocks, experts = x.split_with_sizes(self.counts), self._served(update.experts()[0])
+        blocks, experts = x.split_with_sizes(self.counts), self._served(update.experts(x.dtype)[0])
         return [F.linear(rows, a) for rows, a in zip(blocks, experts, strict=True)]
 
     def project_tokens_down(self, x, updates):
         """A_e x of each slot's token, for several updates of one input: (tokens, in) -> a (slots, r) for each."""
-        experts = [self._served(update.experts()[0]) for update in updates]
+        experts = [self._served(update.experts(x.dtype)[0]) for update in updates]
         if self.token is None:
             return [[F.linear(x, a) for a in served] for served in experts]
         blocks = x.index_select(0, self.token).split_with_sizes(self.counts)
@@ -87,7 +87,7 @@ class SlotsByExpert:
 
     def add_projected_up(self, out, hidden, update):
         """out + s B_e hidden: (slots, r) -> (slots, out). Without gradients `out` itself is written to."""
-        experts, scaling = self._served(update.experts()[1]), update.scaling
+        experts, scaling = self._served(update.experts(hidden[0].dtype)[1]), update.scaling
         blocks = zip(out.split_with_sizes(self.counts), hidden, experts, strict=True)
         if not out.dtype == hidden[0].dtype == experts[0].dtype:
             return torch.cat([o + (F.linear(h, b) * scaling).to(o.dtype) for o, h, b in blocks])
@@ -108,7 +108,7 @@ class SlotsByExpert:
 
         Without gradients `out` itself may be written to.
         """
-        blocks = list(zip(hidden, self._served(update.experts()[1]), strict=True))
+        blocks = list(zip(hidden, self._served(update.experts(hidden[0].dtype)[1]), strict=True))
         same_dtype = out.dtype == hidden[0].dtype == blocks[0][1].dtype
         if self.token is None and same_dtype and not torch.is_grad_enabled():
             for h, b in blocks:  # every slot is of the one token
@@ -118,6 +118,56 @@ class SlotsByExpert:
         if self.token is None or not same_dtype:
             return out + (self.sum_slots(added) * update.scaling).to(out.dtype)
         return torch.index_add(out, 0, self.token, added, alpha=update.scaling)
+
+
+class SlotsMasked:
+    """Slots in token order: one product with the matrices of all experts side by side, of which a slot keeps its own.
+
+    What is projected down is (slots, experts * r), 0 but for the r values of the slot's expert. Methods as in
+    `SlotsByExpert`.
+    """
+
+    WIDE = 32
+    """Columns, experts * r, up to which computing all of them is quicker than a small product for each expert."""
+
+    def __init__(self, selected, num_experts):
+        self.num_tokens, self.per_token = selected.shape
+        self.expert = selected.flatten()
+        self.chosen = F.one_hot(self.expert, num_experts).unsqueeze(-1)  # (slots, experts, 1)
+
+    @classmethod
+    def can(cls, updates):
+        """Whether the experts of these updates are few and narrow enough."""
+        return all(update.lora_A.shape[0] * update.lora_A.shape[1] <= cls.WIDE for update in updates)
+
+    def of_tokens(self, per_token):
+        return per_token.repeat(1, self.per_token).view(len(self.expert), -1)
+
+    def of_slots(self, per_slot):
+        return per_slot.reshape(-1, 1)
+
+    def project_down(self, x, update):
+        return self._masked(F.linear(x, update.lora_A.to(x.dtype).flatten(0, 1)))
+
+    def project_tokens_down(self, x, updates):
+        return [self._masked(self.of_tokens(F.linear(x, u.lora_A.to(x.dtype).flatten(0, 1)))) for u in updates]
+
+    def _masked(self, every):
+        return (every.unflatten(-1, (self.chosen.shape[1], -1)) * self.chosen.to(every.dtype)).flatten(1)
+
+    def add_projected_up(self, out, hidden, update):
+        b = update.lora_B.to(hidden.dtype).mT.flatten(0, 1)  # (experts * r, out)
+        if out.dtype != hidden.dtype:
+            return out + (hidden @ b * update.scaling).to(out.dtype)
+        if torch.is_grad_enabled():
+            return torch.addmm(out, hidden, b, alpha=update.scaling)
+        return out.addmm_(hidden, b, alpha=update.scaling)
+
+    def sum_slots(self, per_slot):
+        return per_slot.view(self.num_tokens, self.per_token, -1).sum(dim=1)
+
+    def add_to_tokens(self, out, hidden, update):
+        return self.add_projected_up(out, self.sum_slots(hidden), update)
 
 
 class SlotsGrouped:

@@ -49,7 +49,8 @@ class Recipe:
         early_stopping: stop after that many evaluations without a better validation loss.
         save_every: steps between checkpoints and evaluations; default: a tenth of the run.
         keep_checkpoints: how many of the last to keep; the best one is kept, too.
-        dtype: of the base: ``"auto"`` is bfloat16 on a GPU that has it, else float32. Adapters learn in float32.
+        dtype: of the base: ``"auto"`` is bfloat16 on a GPU that has it, else float32. Adapters learn in float32;
+            on a bfloat16 base they are rounded to it where they are multiplied.
         quantize: ``"nf4"`` or ``"int8"``: a quantised base (QLoRA, arXiv 2305.14314).
         double_quant: with ``"nf4"``, quantise the constants, too.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.

@@ -22,8 +22,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .adapted_linear import apply_dora_scale
-from .expert_slots import SlotsByExpert, SlotsGathered, SlotsGrouped
+from .adapted_linear import apply_dora_scale, product_dtype
+from .expert_slots import SlotsByExpert, SlotsGathered, SlotsGrouped, SlotsMasked
 from .routing import Routes, current_record
 
 
@@ -139,11 +139,12 @@ class MixtureOfLoraExperts(nn.Module):
 
     def _group(self, routes):
         """The arrangement of the slots: see `expert_slots.py`."""
-        selected = routes.selected
-        if selected.device.type == "cpu" and not torch.compiler.is_compiling():
-            return SlotsByExpert(selected, routes.kept)
-        num_experts = self.router.shape[0]
+        selected, num_experts = routes.selected, self.router.shape[0]
         many = selected.numel() > num_experts
+        if selected.device.type == "cpu" and not torch.compiler.is_compiling():
+            if many and routes.kept is None and SlotsMasked.can(self.experts.values()):
+                return SlotsMasked(selected, num_experts)
+            return SlotsByExpert(selected, routes.kept)
         if many and selected.device.type != "cpu" and SlotsGrouped.can(self.experts.values()):
             return SlotsGrouped(selected, num_experts)
         if many and not torch.compiler.is_compiling():
@@ -191,9 +192,10 @@ class MixtureOfLoraExperts(nn.Module):
         given = {name: update for name, update in updates.items() if update is not None}
         if self.training and any(update.dropout.p > 0 for update in given.values()):  # each drops its own input
             x = slots.of_tokens(x)
+            x = x.to(product_dtype(shared[0], x))
             hidden = {name: self._project_down(update, x, slots) for name, update in given.items()}
         elif given:
-            x = x.to(next(iter(given.values())).lora_A.dtype)
+            x = x.to(product_dtype(shared[0], next(iter(given.values())).lora_A))
             hidden = dict(zip(given, slots.project_tokens_down(x, list(given.values())), strict=True))
         projected = []
         for (name, update), out in zip(updates.items(), shared, strict=True):
@@ -205,7 +207,7 @@ class MixtureOfLoraExperts(nn.Module):
 
     def _project_down(self, update, x, slots):
         x = update.dropout(x) if self.training else x
-        return slots.project_down(x.to(update.lora_A.dtype), update)
+        return slots.project_down(x.to(product_dtype(x, update.lora_A)), update)
 
     def _update_of(self, name):
         return self.experts._modules.get(name)

@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from minilora_hub.remote_code import mixture
-from minilora_hub.remote_code.expert_slots import SlotsByExpert, SlotsGathered, SlotsGrouped
+from minilora_hub.remote_code.expert_slots import SlotsByExpert, SlotsGathered, SlotsGrouped, SlotsMasked
 
 
 def arranged(monkeypatch, name, num_experts):
@@ -14,7 +14,9 @@ def arranged(monkeypatch, name, num_experts):
         "by expert": SlotsByExpert,
         "grouped": lambda selected, kept: SlotsGrouped(selected, num_experts),
         "gathered": lambda selected, kept: SlotsGathered(selected),
+        "masked": lambda selected, kept: SlotsMasked(selected, num_experts),
     }
+    monkeypatch.setattr(SlotsMasked, "WIDE", 0)  # or it would be taken before the one asked for
     monkeypatch.setattr(mixture, "SlotsByExpert", makers[name])
 
 
@@ -42,7 +44,7 @@ def test_grouped_products_equal_blocks(monkeypatch, method, strategy, training):
     x = torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
     upstream = torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(3))
     results = {}
-    for name in ("by expert", "grouped", "gathered"):
+    for name in ("by expert", "grouped", "gathered", "masked"):
         arranged(monkeypatch, name, 4)
         block.zero_grad()
         torch.manual_seed(0)  # switch jitters its router's input in training
@@ -55,12 +57,63 @@ def test_grouped_products_equal_blocks(monkeypatch, method, strategy, training):
             gradients = {name: parameter.grad.float().clone() for name, parameter in parameters}
         results[name] = (out.detach().float(), gradients)
     exact, exact_gradients = results["by expert"]
-    for name in ("grouped", "gathered"):
+    for name in ("grouped", "gathered", "masked"):
         out, gradients = results[name]
         assert (out - exact).abs().max() < 0.02 * exact.abs().max()
         for key, gradient in gradients.items():
             scale = exact_gradients[key].abs().max()
             assert (gradient - exact_gradients[key]).abs().max() <= 0.03 * scale + 1e-6, (name, key)
+
+
+@pytest.mark.parametrize("method", ["mixlora", "mixdora"])
+@pytest.mark.parametrize("training", [False, True])
+def test_one_masked_product_equals_blocks(monkeypatch, method, training):
+    """In fp32, over many tokens and over one; in training also the gradients, those of an idle expert included."""
+    model = tiny.CAUSAL_LM[method].from_base(tiny.tiny_base("llama"), tiny.tiny_config(method, num_experts=5))
+    tiny.fill_adapter(model)
+    block = model.train(training).base.model.layers[0].mlp
+    for tokens in (23, 1):
+        x = torch.randn(1, tokens, block.router.shape[1], generator=torch.Generator().manual_seed(tokens))
+        x[..., 0] = 9.0
+        with torch.no_grad():
+            block.router[:, 0] = torch.tensor([9.0, -9.0, 9.0, 9.0, 9.0])  # nobody chooses the second
+        results = {}
+        for name in ("by expert", "masked"):
+            arranged(monkeypatch, name, 5)
+            block.zero_grad()
+            with torch.set_grad_enabled(training):
+                out = block(x)
+            if training:
+                out.square().sum().backward()
+                assert not block.experts["gate_proj"].lora_A.grad[1].any()
+            results[name] = [out.detach(), *(p.grad.clone() for p in block.experts.parameters() if training)]
+        for ours, exact in zip(results["masked"], results["by expert"], strict=True):
+            assert (ours - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+def test_few_narrow_experts_share_one_product(monkeypatch):
+    """Up to WIDE columns and more slots than experts; not where slots are left out."""
+    block = bf16_model("mixlora", r=4).base.model.layers[0].mlp
+    made = []
+    monkeypatch.setattr(mixture, "SlotsMasked", type("Spy", (SlotsMasked,), {"__init__": spy(made)}))
+    x = torch.randn(1, 9, 32).to(torch.bfloat16)
+    block(x)
+    assert len(made) == 1
+    block(x[:, :2])  # 4 slots for 4 experts
+    monkeypatch.setattr(mixture.SlotsMasked, "WIDE", 15)
+    block(x)
+    assert len(made) == 1
+    block = bf16_model("mixlora", r=4, routing_strategy="top_p").base.model.layers[0].mlp
+    block(x)
+    assert len(made) == 1
+
+
+def spy(made):
+    def init(self, *arguments):
+        made.append(arguments)
+        SlotsMasked.__init__(self, *arguments)
+
+    return init
 
 
 def test_ends_of_the_blocks():

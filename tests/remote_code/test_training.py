@@ -8,7 +8,7 @@ import torch
 from tiny import CAUSAL_LM, METHODS, fill_adapter, logits, tiny_base, tiny_config, tiny_model, token_ids
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
-from minilora_hub.remote_code.adapted_linear import row_norms_squared
+from minilora_hub.remote_code.adapted_linear import add_low_rank, add_low_rank_, row_norms_squared
 
 
 def train(model, folder, steps=12, **arguments):
@@ -95,6 +95,45 @@ def test_fp32_adapter_on_a_bf16_base_trains(method):
     outputs.loss.backward()
     assert outputs.logits.dtype == torch.bfloat16
     assert all(torch.isfinite(p.grad).all() for p in model.adapter_parameters().values())
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("experts", [3, 20])  # in one product for all, and a product for each
+def test_fp32_experts_on_a_bf16_base_compute_as_if_rounded_to_bf16(training, experts):
+    """Elementwise the same as with bf16 experts: fp32 is what learns, not what is multiplied."""
+    base = tiny_base().to(torch.bfloat16)
+    model = CAUSAL_LM["mixlora"].from_base(base, tiny_config("mixlora", num_experts=experts)).train(training)
+    fill_adapter(model)
+    rounded = copy.deepcopy(model)
+    for name, parameter in rounded.adapter_parameters().items():
+        if not name.endswith("router"):  # which computes in fp32
+            parameter.data = parameter.data.to(torch.bfloat16)
+    ids, results = token_ids(), []
+    for each in (model, rounded):
+        with torch.set_grad_enabled(training):
+            results.append(each(ids, labels=ids))
+    assert torch.equal(results[0].logits, results[1].logits)
+    if training:
+        for result in results:
+            result.loss.backward()
+        for name, parameter in model.adapter_parameters().items():
+            assert parameter.grad.dtype == torch.float32
+            expected = rounded.adapter_parameters()[name].grad.float()
+            assert (parameter.grad - expected).abs().max() <= 0.02 * expected.abs().max(), name
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dtype_of_the_low_rank_products(out_dtype):
+    """bf16 where the base computes in it; in fp16, whose range is small, and in fp32 the adapter's own."""
+    generator = torch.Generator().manual_seed(0)
+    x, a, b = (torch.randn(shape, generator=generator) for shape in ((5, 16), (4, 16), (24, 4)))
+    x, out = x.to(out_dtype), torch.zeros(5, 24, dtype=out_dtype)
+    used = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
+    expected = ((x.to(used) @ a.to(used).mT) @ b.to(used).mT * 0.5).to(out_dtype)
+    torch.testing.assert_close(add_low_rank(out, x, a, b, 0.5), expected)
+    changed = out.clone()
+    add_low_rank_(changed, x, a, b, 0.5)
+    torch.testing.assert_close(changed, expected)
 
 
 # ---- quantised bases (bitsandbytes runs on the CPU) ----
