@@ -29,6 +29,7 @@ LEVELS = {
     "minilora_hub.embedded": 1,
     "minilora_hub.gguf_conversion": 1,
     "minilora_hub.formats": 1,
+    "minilora_hub.recording": 1,
     "minilora_hub.training": 2,
     "minilora_hub.compare": 3,
     "minilora_hub.evaluation": 3,  # it measures all adapters of a run over compare's bank

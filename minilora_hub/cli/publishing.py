@@ -102,6 +102,9 @@ def _print_plan(plan: PushPlan) -> None:
     sent = sum(file.size for file in plan.sends if file.action != "delete")
     kept = sum(file.action == "keep" for file in plan.files)
     typer.echo(f"{len(plan.sends)} files to send ({size_text(sent)}), {kept} are there already")
+    typer.echo(
+        f"logits to verify with: {'reused' if plan.recording.reused else 'recorded now'}, {plan.recording.reason}"
+    )
     if plan.tag:
         typer.echo(f"tag: {plan.tag}")
     for note in plan.notes:

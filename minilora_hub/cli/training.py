@@ -96,6 +96,8 @@ def train(
         say(f"skipped {line}")
     if result.skipped:
         say(f"{len(result.skipped)} row{'s' if len(result.skipped) > 1 else ''} skipped")
+    for note in result.notes:
+        say(f"note: {note}")
     if dry_run:
         typer.echo("Nothing was trained.")
         return

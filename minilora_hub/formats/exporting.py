@@ -15,7 +15,7 @@ from minilora_hub.formats.mixlora_writing import write_reference
 from minilora_hub.formats.moe import MoePlan, export_moe, plan_moe
 from minilora_hub.formats.ours import read_ours
 from minilora_hub.formats.output import require_free, whole_folder
-from minilora_hub.formats.peft import write_peft_folder
+from minilora_hub.formats.peft import peft_targets, write_peft_folder
 
 Target = Literal["peft", "dense", "mixtral", "moe", "mixlora"]
 
@@ -86,7 +86,8 @@ def export_adapter(
     with whole_folder(out) as folder:
         if to == "peft":
             named = located.hub_id or located.name
-            write_peft_folder(folder, config, tensors, sites, located.skeleton, named, located.commit)
+            targets = peft_targets(sites, located.skeleton)
+            write_peft_folder(folder, config, tensors, targets, named, located.commit)
         else:
             notes = write_reference(folder, config, tensors, located)
     return Exported(Path(out), to, tuple(notes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,40 @@ def write_peft_config(folder: Path, config: dict[str, Any], base_id: str, base_r
     (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class PeftTargets:
+    """How PEFT finds the linears of an adapter in one base.
+
+    Attributes:
+        names: last parts of their paths, or whole paths; see `target_names`.
+        layers_path: where the base has its layers, e.g. ``"model.layers"``.
+        fan_in_fan_out: whether they keep their weights transposed, as GPT-2's do.
+    """
+
+    names: tuple[str, ...]
+    layers_path: str
+    fan_in_fan_out: bool = False
+
+
+def peft_targets(sites: list[Any], base: Any) -> PeftTargets:
+    """Say how PEFT finds the linears that a DoRA sits on.
+
+    Args:
+        sites: the linears.
+        base: the base, or its structure without weights.
+    """
+    from minilora_hub.remote_code.base_structure import find_decoder_layers
+
+    names = target_names([site.path for site in sites], base)
+    transposed = any(type(base.get_submodule(site.path)).__name__ == "Conv1D" for site in sites)
+    return PeftTargets(tuple(names), find_decoder_layers(base)[0], transposed)
+
+
 def write_peft_folder(
     folder: Path,
     config: Any,
     tensors: dict[str, Any],
-    sites: list[Any],
-    base: Any,
+    targets: PeftTargets,
     base_id: str,
     base_revision: str | None,
 ) -> None:
@@ -46,29 +75,26 @@ def write_peft_folder(
         folder: where to.
         config: our configuration.
         tensors: {canonical name: tensor}.
-        sites: the linears it sits on.
-        base: the base, for the names of its modules.
+        targets: the linears it sits on.
         base_id: the base's id on the Hub.
         base_revision: its commit.
     """
     from minilora_hub.remote_code.adapter_files import write_adapter
-    from minilora_hub.remote_code.base_structure import find_decoder_layers
 
     folder.mkdir(exist_ok=True)
-    layers_path, _ = find_decoder_layers(base)
     fields = lora_settings(
         r=config.r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
         use_dora=True,
-        target_modules=target_names([site.path for site in sites], base),
+        target_modules=list(targets.names),
         rank_pattern=config.rank_pattern,
         alpha_pattern=config.alpha_pattern,
-        fan_in_fan_out=any(type(base.get_submodule(site.path)).__name__ == "Conv1D" for site in sites),
+        fan_in_fan_out=targets.fan_in_fan_out,
     )
     write_peft_config(folder, fields, base_id, base_revision)
-    renamed = {to_peft(name, layers_path): tensor.cpu() for name, tensor in tensors.items()}
+    renamed = {to_peft(name, targets.layers_path): tensor.cpu() for name, tensor in tensors.items()}
     write_adapter(folder / SAFETENSORS, renamed)
 
 

@@ -7,8 +7,8 @@
 There is never an `adapter_config.json` at the root of such a repo: AutoModel would then take the base's config and
 never see the class. Plain LoRA, and `layout="peft"`, are published in PEFT's own layout instead, without code.
 
-Building loads the base and the adapter with our installed classes, so nothing of the folder is run, and records what
-the model computes. The folder appears whole or not at all.
+What the adapter computes on its base is recorded with our installed classes, so nothing of the folder is run; a
+recording that still holds is used again, and then the base is not even loaded. The folder appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from typing import Any
 
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.output import require_free, whole_folder
-from minilora_hub.formats.peft import copy_peft_weights, write_peft_config
-from minilora_hub.publish.bases_of_record import BaseOfRecord, find_base
+from minilora_hub.formats.peft import PeftTargets, copy_peft_weights, write_peft_config
 from minilora_hub.publish.documents import (
     CARD,
     Measured,
@@ -37,14 +36,10 @@ from minilora_hub.publish.documents import (
 )
 from minilora_hub.publish.hashes import Hashes
 from minilora_hub.publish.island import island_files
-from minilora_hub.publish.recording import TOLERANCES, libraries
-from minilora_hub.publish.reference import Reference, published_config
-from minilora_hub.publish.shapes import Shapes
 from minilora_hub.publish.sources import (
     COMPANIONS,
     OUR_CONFIG,
     PEFT_FOLDER,
-    TOKENIZER_FILES,
     WEIGHTS,
     Layout,
     Source,
@@ -52,9 +47,14 @@ from minilora_hub.publish.sources import (
     recorded_before,
     require_recorded,
 )
+from minilora_hub.recording.bases_of_record import BaseOfRecord, find_base, revision_of_record
+from minilora_hub.recording.inputs import GENERATION, tokenizer_folder
+from minilora_hub.recording.logits import TOLERANCES, libraries
+from minilora_hub.recording.reference import model_class, shapes_of_recording, write_dora_for_peft
+from minilora_hub.recording.reuse import Obtained, obtain_recording
+from minilora_hub.recording.shapes import Shapes
 from minilora_hub.results import VERIFICATION_FILE, Verification
 
-GENERATION = "generation_config.json"
 NOT_HASHED = (CARD, ".eval_results/", VERIFICATION_FILE)
 """People edit the card on the Hub's page, which has measured results beside it; a file cannot hold its own hash."""
 
@@ -66,6 +66,14 @@ class PublishedFile:
     path: str
     size: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Where the recorded logits come from: whether they were there before, and why they were used again or made."""
+
+    reused: bool
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,7 @@ class Built:
         card: the text of its README.md.
         files: every file in it, sorted by path.
         hashes: of these files, for whoever needs one again.
+        recorded: whether the logits in verification.json were recorded now, or before; and why.
         notes: what the author should know, a line each.
     """
 
@@ -92,6 +101,7 @@ class Built:
     card: str
     files: tuple[PublishedFile, ...]
     hashes: Hashes = field(repr=False, compare=False)
+    recorded: Recorded
     notes: tuple[str, ...] = ()
 
 
@@ -134,40 +144,45 @@ def build(
         BaseModelError: the base cannot be loaded.
         ValueError: the weights do not fit the configuration and the base; the message names the tensor.
     """
-    if layout not in ("auto", "peft"):
-        raise ValueError(f"layout={layout!r}: must be 'auto' or 'peft'")
-    trained, out, hashes = read_source(source), Path(out), Hashes()
-    if layout == "peft" and trained.method == "mixlora":
-        raise AdapterError("layout='peft': PEFT has no MixLoRA; publish it with the layout 'auto'")
+    trained = _source_for(source, layout)
     layout = "peft" if trained.layout == "peft" else layout
+    out, hashes = Path(out), Hashes()
     require_free(out)
     before = recorded_before(trained.folder, hashes)
     previous = previous_card(trained.folder)
     base = find_base(trained, base_id, base_model, token, progress)
     with whole_folder(out) as folder, ExitStack() as ending:
-        copied = _copy_model(trained, folder, base, hashes)
+        copied = _copy_model(trained, folder, layout, base, hashes)
         ending.callback(wait, [copied])  # so that nothing is written any more when a failed build is removed
-        found = Reference(trained, folder, layout, base, before)
-        notes = list(found.notes)
-        if (folder / PEFT_FOLDER).is_dir():
-            hashes.start(folder / PEFT_FOLDER / WEIGHTS)
-        if layout == "auto":
-            config = json.dumps(published_config(trained, base.id, found.base_revision), indent=2, sort_keys=True)
-            (folder / OUR_CONFIG).write_text(config + "\n", encoding="utf-8", newline="\n")
-            for name, path in island_files().items():
-                shutil.copyfile(path, folder / name)
-        results = write_results(trained, folder, _measured(base, found), license)
+        found = obtain_recording(trained, base, before, hashes.of)
+        notes = [found.note] if found.note else []
+        measured = _measured(trained, base, found)
+        notes += _write_adapter(trained, folder, layout, measured, found, hashes)
+        results = write_results(trained, folder, measured, license)
         write_card_pictures(trained.folder, folder, results, notes, keep=before is not None)
         card = write_card(folder, repo_id, revision, space, card_to_keep(previous, published_card, notes))
         copied.result()
         if meanwhile:
-            meanwhile(folder, found.shapes, card)
+            meanwhile(folder, shapes_of_recording(found.recording, trained), card)
         if before:
             require_recorded(trained.folder, before, hashes)
+        _require_unchanged(trained, found, hashes)
         _write_verification(folder, found, before, hashes)
     hashes = hashes.moved(folder, out)
-    files = list_files(out, hashes)
-    return Built(out, layout, trained.method, base.id, base.elsewhere, card, files, hashes, tuple(notes))
+    files, recorded = list_files(out, hashes), Recorded(found.reused, found.reason)
+    return Built(
+        out, layout, trained.method, base.id, base.elsewhere, card, files, hashes, recorded, tuple(dict.fromkeys(notes))
+    )
+
+
+def _source_for(folder: str | Path, layout: str) -> Source:
+    """Read the adapter, which must be one that this layout can hold."""
+    if layout not in ("auto", "peft"):
+        raise ValueError(f"layout={layout!r}: must be 'auto' or 'peft'")
+    source = read_source(folder)
+    if layout == "peft" and source.method == "mixlora":
+        raise AdapterError("layout='peft': PEFT has no MixLoRA; publish it with the layout 'auto'")
+    return source
 
 
 def list_files(folder: Path, hashes: Hashes | None = None) -> tuple[PublishedFile, ...]:
@@ -177,41 +192,101 @@ def list_files(folder: Path, hashes: Hashes | None = None) -> tuple[PublishedFil
     return tuple(PublishedFile(name, paths[name].stat().st_size, hashes.of(paths[name])) for name in sorted(paths))
 
 
-def _copy_model(source: Source, folder: Path, base: BaseOfRecord, hashes: Hashes) -> Future[Any]:
+def _copy_model(source: Source, folder: Path, layout: Layout, base: BaseOfRecord, hashes: Hashes) -> Future[Any]:
     """Copy weights, tokenizer and generation settings; what the adapter has not is the base's.
 
     Returns:
         What tells when the weights are there: they are copied in the background.
     """
     copied: Future[Any] = Future()
+    if source.layout == layout == "auto":
+        copied = hashes.copy(source.folder / WEIGHTS, folder / WEIGHTS)
+    else:
+        hashes.start(source.folder / WEIGHTS)
+        copied.set_result(None)
     if source.layout == "peft":
         copy_peft_weights(source.folder, folder)
         write_peft_config(folder, source.config, base.id, base.revision)
         hashes.start(folder / WEIGHTS)
-        copied.set_result(None)
-    else:
-        copied = hashes.copy(source.folder / WEIGHTS, folder / WEIGHTS)
-    own = any((source.folder / name).is_file() for name in TOKENIZER_FILES)
+    tokenizer = tokenizer_folder(source, base.found)
     for name in COMPANIONS:
-        # PEFT saves no tokenizer: then it is the base's, all of it.
-        found = (source.folder if own or name == GENERATION else base.found.path) / name
+        found = (source.folder if name == GENERATION else tokenizer) / name
         found = found if found.is_file() or name != GENERATION else base.found.path / name
         if found.is_file():
             shutil.copyfile(found, folder / name)
     return copied
 
 
-def _measured(base: BaseOfRecord, found: Reference) -> Measured:
+def _measured(source: Source, base: BaseOfRecord, found: Obtained) -> Measured:
+    recording = found.recording
+    fingerprint = recording.inputs["base/fingerprint"]
     return Measured(
-        base.id, found.base_revision, found.fingerprint, found.base_parameters, base.found.embedded, found.parameters
+        base.id,
+        revision_of_record(source, base, fingerprint),
+        fingerprint,
+        recording.base_parameters,
+        base.found.embedded,
+        recording.parameters,
     )
 
 
-def _write_verification(folder: Path, found: Reference, before: Verification | None, hashes: Hashes) -> None:
+def _write_adapter(
+    source: Source, folder: Path, layout: Layout, base: Measured, found: Obtained, hashes: Hashes
+) -> list[str]:
+    """Write what makes the copied weights an adapter: configuration and code, and the folder for PEFT.
+
+    Returns:
+        What the author should know, a line each.
+    """
+    notes = []
+    if source.method == "dora" and source.layout == "auto":
+        problem = found.recording.peft_problem
+        if problem and layout == "peft":
+            raise AdapterError(f"layout='peft': {problem}; publish it with the layout 'auto'")
+        if problem:
+            notes.append(f"no {PEFT_FOLDER}/ folder: {problem}")
+        else:
+            peft = folder if layout == "peft" else folder / PEFT_FOLDER
+            targets = PeftTargets(
+                found.recording.peft_targets, found.recording.layers_path or "", found.recording.peft_fan_in_fan_out
+            )
+            write_dora_for_peft(source, peft, targets, base.base_id, base.base_revision)
+            hashes.start(peft / WEIGHTS)
+    if layout == "auto":
+        config = json.dumps(_published_config(source, base), indent=2, sort_keys=True)
+        (folder / OUR_CONFIG).write_text(config + "\n", encoding="utf-8", newline="\n")
+        for name, path in island_files().items():
+            shutil.copyfile(path, folder / name)
+    return notes
+
+
+def _published_config(source: Source, base: Measured) -> dict[str, Any]:
+    """Return the configuration as it is published: the source's, naming the real base and our classes."""
+    from minilora_hub.remote_code.adapted_model import auto_map
+
+    of = model_class(source)
+    return source.config | {
+        "architectures": [of.__name__],
+        "auto_map": auto_map(of.config_class()),
+        "base_model_name_or_path": base.base_id,
+        "base_model_revision": base.base_revision,
+    }
+
+
+def _require_unchanged(source: Source, found: Obtained, hashes: Hashes) -> None:
+    """Refuse weights or a configuration that were changed while they were published: the recording is of the others."""
+    for name, digest in found.recording.inputs.items():
+        kind, _, file = name.partition("/")
+        if kind == "adapter" and hashes.of(source.folder / file) != digest:
+            raise AdapterError(f"{file} was changed while it was published: leave it alone, and push again")
+
+
+def _write_verification(folder: Path, found: Obtained, before: Verification | None, hashes: Hashes) -> None:
     """Write verification.json, or keep what an earlier build recorded where it still holds."""
     files = [file for file in list_files(folder, hashes) if not file.path.startswith(NOT_HASHED)]
     sha256 = {file.path: file.sha256 for file in files}
-    recording, limit = found.recording, TOLERANCES[found.dtype]
+    recording = found.recording
+    limit = TOLERANCES[recording.dtype]
     if before is not None and found.gap is not None:
         if not found.gap <= limit:
             raise AdapterError(
@@ -228,7 +303,7 @@ def _write_verification(folder: Path, found: Reference, before: Verification | N
         top_logits=recording.top_logits,
         tolerance=limit,
         sha256=sha256,
-        base_fingerprint=found.fingerprint,
-        dtype=found.dtype,
+        base_fingerprint=recording.inputs["base/fingerprint"],
+        dtype=recording.dtype,
         libraries=libraries(),
     ).save(folder)

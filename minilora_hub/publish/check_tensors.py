@@ -11,7 +11,7 @@ from typing import Any
 
 from minilora_hub.publish.check_base import base_of
 from minilora_hub.publish.problems import PEFT_CONFIG, WEIGHTS, Folder, Problem
-from minilora_hub.publish.shapes import Shapes, expected_shapes
+from minilora_hub.recording.shapes import Shapes, expected_shapes
 from minilora_hub.tensor_names import from_peft
 
 SHOWN = 3

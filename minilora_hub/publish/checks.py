@@ -27,7 +27,7 @@ from minilora_hub.publish.check_texts import check_json, check_machine_paths, ch
 from minilora_hub.publish.check_tokenizer import check_tokenizer
 from minilora_hub.publish.hashes import Hashes, Stamp, stamp
 from minilora_hub.publish.problems import Folder, Problem
-from minilora_hub.publish.shapes import Shapes
+from minilora_hub.recording.shapes import Shapes
 
 __all__ = ["Checked", "Problem", "check_folder", "check_unfinished"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from minilora_hub.publish.build import Built, PublishedFile
+from minilora_hub.publish.build import Built, PublishedFile, Recorded
 from minilora_hub.publish.remote import RemoteFile, RemoteState
 from minilora_hub.results import VERIFICATION_FILE
 
@@ -40,6 +40,7 @@ class PushPlan:
         revision: the branch.
         files: every file and what happens to it.
         card: the text of README.md.
+        recording: whether the logits that `verify` compares with were recorded now, or before; and why.
         notes: what the author should know.
     """
 
@@ -51,6 +52,7 @@ class PushPlan:
     revision: str
     files: tuple[PlannedFile, ...]
     card: str
+    recording: Recorded
     notes: tuple[str, ...] = ()
 
     @property

@@ -126,14 +126,10 @@ def push(
         api = HfApi(token=token or get_token() or False)
     else:
         api, repo_id = hub.writer(token, repo_id, create_pr)
-    branch, secret = revision or "main", api.token if isinstance(api.token, str) else None
+    secret = api.token if isinstance(api.token, str) else None
     with Stages(progress) as stages, tempfile.TemporaryDirectory(prefix="minilora-push-") as scratch:
         stages.start("Looking at the repo")
-        state = _look(api, repo_id, revision, dry_run)
-        tagged = _tagged(api, repo_id, tag, dry_run) if tag and state.exists else None
-        _refuse_early(state, repo_id, branch, private, create_pr, tag)
-        read = _reader(api, repo_id, state.head)
-        published_card = _published_card(read, state, repo_id)
+        target = _Target.of(api, repo_id, revision, tag, private, create_pr, dry_run)
         stages.start("Building")
         base = hub.BaseOnHub(api, 1 if dry_run else ATTEMPTS)
         checked: list[Checked] = []
@@ -147,7 +143,7 @@ def push(
             license=license,
             base_model=base_model,
             space=space,
-            published_card=published_card,
+            published_card=target.card,
             token=secret,
             meanwhile=lambda unfinished, loaded, card: checked.append(
                 check_unfinished(
@@ -157,29 +153,11 @@ def push(
         )
         stages.start("Checking")
         notes = check(built, base, *checked)
-        files = plan_files(built, state, pushed_by_us(read, state))
-        plan = PushPlan(
-            repo_id,
-            state.private if state.exists else private,
-            not state.exists,
-            create_pr,
-            tag,
-            branch,
-            files,
-            built.card,
-            built.notes + notes,
-        )
-        _refuse_moving_tag(plan, tagged, state)
+        plan = target.plan(built, notes)
         stages.end()
         if dry_run or (confirm is not None and not confirm(plan)):
             return PushResult(plan, dry_run=True)
-        # The client draws a bar for each large file itself.
-        stages.start(f"Sending {len(plan.sends)} of {len(files)} files", spinner=False)
-        with hub.quiet(not progress):
-            commit, url = send(api, plan, built.folder, state, message or _message(built))
-        if tag:
-            stages.start("Tagging")
-            set_tag(api, repo_id, tag, commit)
+        commit, url = _send(target, plan, built, message, progress, stages)
         report = None
         if verify:
             stages.start("Verifying")
@@ -187,6 +165,87 @@ def push(
                 repo_id, revision=commit, base_model=built.base_elsewhere, token=secret, progress=False
             )
     return PushResult(plan, dry_run=False, commit=commit, url=url, verification=report)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where a push goes, and what was there when it was looked at.
+
+    Attributes:
+        api: the client.
+        repo_id: the full id.
+        branch: the branch.
+        tag: the tag to set.
+        private: whether the repo is, or will be, private.
+        create_pr: whether a pull request is opened.
+        state: what the repo holds.
+        tagged: the commit that the tag is on already.
+        card: the card that the repo has.
+    """
+
+    api: HfApi
+    repo_id: str
+    branch: str
+    tag: str | None
+    private: bool
+    create_pr: bool
+    state: hub.RemoteState
+    tagged: str | None
+    card: str | None
+
+    @classmethod
+    def of(
+        cls,
+        api: HfApi,
+        repo_id: str,
+        revision: str | None,
+        tag: str | None,
+        private: bool,
+        create_pr: bool,
+        dry_run: bool,
+    ) -> _Target:
+        """Look at the repo, and refuse what cannot or must not be done, before the long work."""
+        state, branch = _look(api, repo_id, revision, dry_run), revision or "main"
+        tagged = _tagged(api, repo_id, tag, dry_run) if tag and state.exists else None
+        _refuse_early(state, repo_id, branch, private, create_pr, tag)
+        card = _published_card(_reader(api, repo_id, state.head), state, repo_id)
+        private = state.private if state.exists else private
+        return cls(api, repo_id, branch, tag, private, create_pr, state, tagged, card)
+
+    def plan(self, built: Built, notes: tuple[str, ...]) -> PushPlan:
+        """Say what sending a built folder here would do, and refuse to move a tag."""
+        ours = pushed_by_us(_reader(self.api, self.repo_id, self.state.head), self.state)
+        plan = PushPlan(
+            repo_id=self.repo_id,
+            private=self.private,
+            creates=not self.state.exists,
+            create_pr=self.create_pr,
+            tag=self.tag,
+            revision=self.branch,
+            files=plan_files(built, self.state, ours),
+            card=built.card,
+            recording=built.recorded,
+            notes=built.notes + notes,
+        )
+        if self.tagged and (plan.sends or self.tagged != self.state.head):
+            raise PublishError(
+                f"the tag {self.tag!r} is on {self.tagged[:12]} already: choose another one, or delete it first"
+            )
+        return plan
+
+
+def _send(
+    target: _Target, plan: PushPlan, built: Built, message: str | None, progress: bool, stages: Stages
+) -> tuple[str, str]:
+    """Make the commit, and the tag; return the commit and where to look at it."""
+    # The client draws a bar for each large file itself.
+    stages.start(f"Sending {len(plan.sends)} of {len(plan.files)} files", spinner=False)
+    with hub.quiet(not progress):
+        commit, url = send(target.api, plan, built.folder, target.state, message or _message(built))
+    if target.tag:
+        stages.start("Tagging")
+        set_tag(target.api, target.repo_id, target.tag, commit)
+    return commit, url
 
 
 def check(built: Built, base: hub.BaseOnHub, earlier: Checked | None = None) -> tuple[str, ...]:
@@ -249,11 +308,6 @@ def _tagged(api: HfApi, repo_id: str, tag: str, dry_run: bool) -> str | None:
         if dry_run:
             return None
         raise PublishError(explain(error, repo_id, "looking at the tags")) from None
-
-
-def _refuse_moving_tag(plan: PushPlan, at: str | None, state: hub.RemoteState) -> None:
-    if at and (plan.sends or at != state.head):
-        raise PublishError(f"the tag {plan.tag!r} is on {at[:12]} already: choose another one, or delete it first")
 
 
 def _reader(api: HfApi, repo_id: str, commit: str | None) -> Callable[[str], bytes]:

@@ -21,7 +21,6 @@ from minilora_hub.publish.clean_process import CleanProcess
 from minilora_hub.publish.damage import damaged_copies, write_copies
 from minilora_hub.publish.hashes import file_sha256
 from minilora_hub.publish.island import code_files, code_hash, release_of
-from minilora_hub.publish.recording import TOLERANCES, difference
 from minilora_hub.publish.remote import fetch
 from minilora_hub.publish.sources import (
     PEFT_CONFIG,
@@ -30,6 +29,7 @@ from minilora_hub.publish.sources import (
     Source,
     read_source,
 )
+from minilora_hub.recording.logits import TOLERANCES, difference
 from minilora_hub.results import VERIFICATION_FILE, Verification
 
 NOT_HASHED = ("README.md", ".gitattributes", VERIFICATION_FILE)

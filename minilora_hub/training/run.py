@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from minilora_hub.errors import TrainingError, TrainingInterrupted
+from minilora_hub.errors import MiniLoraError, TrainingError, TrainingInterrupted
 from minilora_hub.training.plan import Plan, Shape, make_plan
 from minilora_hub.training.requirements import check_requirements
 from minilora_hub.training.run_state import RunState, read_state
@@ -34,6 +35,7 @@ class TrainResult:
         plan: what was planned.
         skipped: a line for each row that was left out.
         main: whether this process is the one that writes and reports, of several.
+        notes: what the user should know, a line each.
     """
 
     out: Path
@@ -45,6 +47,7 @@ class TrainResult:
     plan: Plan
     skipped: tuple[str, ...] = ()
     main: bool = True
+    notes: tuple[str, ...] = ()
 
 
 def train(
@@ -58,6 +61,7 @@ def train(
     dry_run: bool = False,
     progress: bool = False,
     on_plan: Callable[[Plan, TrainingSettings], None] | None = None,
+    record: bool = True,
     **overrides: Any,
 ) -> TrainResult:
     """Train an adapter, and write the folder that `minilora push` publishes.
@@ -72,6 +76,7 @@ def train(
         dry_run: make the plan, train nothing, write nothing.
         progress: show a bar on stderr.
         on_plan: called with the plan before training starts.
+        record: record at the end what the saved adapter computes, so that a push need not load the base.
         **overrides: any field of `settings.TrainingSettings`, `recipes.Recipe` or the method's own configuration.
 
     Raises:
@@ -91,7 +96,10 @@ def train(
     from minilora_hub.training.loop import known_warnings_ignored
 
     with known_warnings_ignored():
-        return _Run(out, settings, resume, progress).execute(dry_run, on_plan)
+        run = _Run(out, settings, resume, progress)
+        result = run.execute(dry_run, on_plan)
+        # The model that was trained is gone by now, so its memory can hold the base once more.
+        return replace(result, notes=run.record()) if record and result.main and not dry_run else result
 
 
 def _resumed_settings(out: Path, said: dict[str, Any], config: str | Path | None) -> TrainingSettings | None:
@@ -178,6 +186,25 @@ class _Run:
             skipped=skipped,
             main=self.main,
         )
+
+    def record(self) -> tuple[str, ...]:
+        """Record what the adapter computes as it was saved; return what the user should know.
+
+        The run is over and saved: where this fails, the user is told, and a push does it.
+        """
+        from minilora_hub.recording.reuse import keep_recording
+        from minilora_hub.training.models import find_base
+        from minilora_hub.training.outputs import published_method
+
+        if published_method(self.settings) is None:
+            return ()
+        gc.collect()
+        try:
+            keep_recording(self.out, find_base(self.settings, False))
+        except (MiniLoraError, ValueError, OSError, RuntimeError, MemoryError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            return (f"what the adapter computes could not be recorded, a push does it: {reason}",)
+        return ()
 
     def _state(self, data: TrainingData) -> RunState:
         before = read_state(self.out) if self.resume else None

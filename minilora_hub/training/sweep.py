@@ -170,7 +170,7 @@ def _run(out: Path, trial: Trial, said: dict[str, Any], progress: bool) -> Trial
     if not begun and folder.exists():
         shutil.rmtree(folder)
     try:
-        result: TrainResult = train(folder, resume=begun, progress=progress, **said | trial.values)
+        result: TrainResult = train(folder, resume=begun, progress=progress, record=False, **said | trial.values)
     except (TrainingInterrupted, DataError):
         raise
     except (TrainingError, ValueError) as error:  # a value that the method's configuration refuses, or a NaN

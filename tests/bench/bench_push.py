@@ -2,16 +2,16 @@
 
     python tests/bench/bench_push.py
 
-Both send the same bytes to the same HTTP Hub, whose work is part of both times. Three pushes are timed:
+Both send the same bytes to the same HTTP Hub, whose work is part of both times. Four pushes are timed, each of a whole
+push but for verifying (verify=False), nothing of it replaced:
 
-    trained    a folder as `save_pretrained` left it
-    built      a folder as it is published: it has its card, its pictures and its verification.json
-    whole      `trained`, with the reference logits recorded anew
+    trained       the first push of a folder as `minilora train` leaves it: it has the recording.json that training made
+    again         the second push of the same folder, into a repo that is new
+    unrecorded    the first push of a folder without one: the base is loaded, and what the adapter computes is recorded
+    published     a folder that was pulled from a repo: the base is loaded, and its verification.json compared
 
-Verifying is left out everywhere (verify=False). Its first half, recording what the model computes on its base, happens
-while a push builds: the first two are handed a recording that was made before, and `whole` makes it.
-Everything else is in all of them: copying, hashing, every check, card, plan, credentials, every request. Rounds are
-interleaved; a ratio is one push over the bare commit of its own round. Imports and first calls are not timed.
+Rounds are interleaved; a ratio is one push over the bare commit of its own round. Imports and first calls are not
+timed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -49,14 +50,20 @@ def measure(hub, scratch: Path, rounds: int) -> dict:
     import huggingface_hub
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    import minilora_hub.publish.build as module
+    from minilora_hub.bases import resolve_base
+    from minilora_hub.publish.build import build
     from minilora_hub.publish.push import push
+    from minilora_hub.recording.document import RECORDING_FILE
+    from minilora_hub.recording.reuse import keep_recording
 
     # The environment came after the client was imported for the server, so its constants are set by hand.
     huggingface_hub.constants.ENDPOINT = hub.endpoint
     base, folder = make_adapter(hub, scratch)
-    built = module.build(folder, scratch / "built", repo_id="ana/adapter", base_model=str(base))
-    api, record, recorded = HfApi(), module.Reference, {}
+    start = time.perf_counter()
+    keep_recording(folder, resolve_base(base))  # as `train` does when it ends
+    recording = time.perf_counter() - start
+    built = build(folder, scratch / "built", repo_id="ana/adapter", base_model=str(base))
+    api, first, unrecorded = HfApi(), scratch / "first", scratch / "unrecorded"
 
     def bare(repo):
         api.create_repo(repo, private=True)
@@ -64,24 +71,30 @@ def measure(hub, scratch: Path, rounds: int) -> dict:
         additions = [CommitOperationAdd(file.path, built.folder / file.path) for file in built.files]
         api.create_commit(repo, additions, commit_message="bare")
 
-    def pushed(source, reference):
+    def pushed(source, reused):
         def way(repo):
-            module.Reference = reference
             yield
-            push(source, repo, base_model=str(base), verify=False, progress=False)
+            result = push(source, repo, base_model=str(base), verify=False, progress=False)
+            assert result.plan.recording.reused == reused
 
         return way
 
-    def kept(source, *arguments):
-        if source.folder not in recorded:
-            recorded[source.folder] = record(source, *arguments)
-        return recorded[source.folder]
+    def pushed_first(repo):
+        shutil.rmtree(first, ignore_errors=True)
+        shutil.copytree(folder, first)
+        yield from pushed(first, True)(repo)
+
+    def pushed_unrecorded(repo):
+        shutil.rmtree(unrecorded, ignore_errors=True)
+        shutil.copytree(folder, unrecorded, ignore=shutil.ignore_patterns(RECORDING_FILE))
+        yield from pushed(unrecorded, False)(repo)
 
     ways = {
         "bare": bare,
-        "trained": pushed(folder, kept),
-        "built": pushed(built.folder, kept),
-        "whole": pushed(folder, record),
+        "trained": pushed_first,
+        "again": pushed(first, True),
+        "unrecorded": pushed_unrecorded,
+        "published": pushed(built.folder, False),
     }
     seconds = {name: [] for name in ways}
     for count in range(-2, rounds):  # two rounds to warm up
@@ -94,12 +107,13 @@ def measure(hub, scratch: Path, rounds: int) -> dict:
                 seconds[name].append(time.perf_counter() - start)
     return {
         "megabytes": round(sum(file.size for file in built.files) / 1e6, 1),
+        "megabytes_of_base": round((base / "model.safetensors").stat().st_size / 1e6, 1),
         "rounds": rounds,
+        "load_average": [round(load, 1) for load in os.getloadavg()],
+        "recording_at_the_end_of_training_milliseconds": round(1000 * recording, 1),
         "bare_milliseconds": round(1000 * statistics.median(seconds["bare"]), 1),
-        "ratio_recording_and_verifying_aside": summary(seconds, "trained"),
-        "ratio_recording_and_verifying_aside_already_built": summary(seconds, "built"),
-        "ratio_verifying_aside": summary(seconds, "whole"),
-        "limit_recording_and_verifying_aside": LIMIT,
+        "push_over_bare_commit": {name: summary(seconds, name) for name in ways if name != "bare"},
+        "limit_of_trained": LIMIT,
     }
 
 

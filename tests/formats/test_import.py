@@ -261,7 +261,7 @@ def test_lora_is_normalised(family, use_rslora, bases, tmp_path):
     ],
 )
 def test_dora_becomes_ours_and_goes_back(settings, bases, tmp_path):
-    from minilora_hub.formats.peft import write_peft_folder
+    from minilora_hub.formats.peft import peft_targets, write_peft_folder
 
     source = peft_folder(tmp_path / "source", tiny_base(), use_dora=True, **settings)
     import_adapter(source, tmp_path / "ours", base=str(bases()))
@@ -271,7 +271,7 @@ def test_dora_becomes_ours_and_goes_back(settings, bases, tmp_path):
     torch.testing.assert_close(logits(loaded), logits(twin), rtol=0, atol=1e-4)
     base = find_base(None, str(bases()))
     config, tensors, sites = read_ours(read_folder(tmp_path / "ours"), base)
-    write_peft_folder(tmp_path / "back", config, tensors, sites, base.skeleton, "org/base", None)
+    write_peft_folder(tmp_path / "back", config, tensors, peft_targets(sites, base.skeleton), "org/base", None)
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("source", "back"))
     before = {f"{name}.weight" if name.endswith("vector") else name: tensor for name, tensor in before.items()}
     assert after.keys() == before.keys()

@@ -33,7 +33,7 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.publish.card import write_card
 from minilora_hub.publish.check_files import looks_like_pickle
 from minilora_hub.publish.checks import Problem, check_folder
-from minilora_hub.publish.shapes import expected_shapes
+from minilora_hub.recording.shapes import expected_shapes
 
 RIGHT_BASE = {"base_exists": lambda base, revision: True, "base_license": lambda base, revision: "apache-2.0"}
 

@@ -14,7 +14,7 @@ from minilora_hub.publish.build import build
 from minilora_hub.publish.check_files import read_folder
 from minilora_hub.publish.check_tensors import check_adapter
 from minilora_hub.publish.hashes import Hashes
-from minilora_hub.publish.shapes import expected_shapes
+from minilora_hub.recording.shapes import expected_shapes
 
 CONFIGS = {"mixlora": MixLoraConfig, "dora": DoraConfig}
 WEIGHTS = "adapter_model.safetensors"

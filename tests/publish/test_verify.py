@@ -12,8 +12,8 @@ from minilora_hub import push
 from minilora_hub.errors import AdapterError
 from minilora_hub.publish.clean_process import CleanProcess
 from minilora_hub.publish.island import REGISTRY, code_files, code_hash, island_files, island_hash, release_of
-from minilora_hub.publish.recording import difference
 from minilora_hub.publish.verify import verify, verify_with
+from minilora_hub.recording.logits import difference
 from minilora_hub.results import Verification
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -9,6 +9,7 @@ from tiny_training import SHORT
 
 from minilora_hub.publish.build import build
 from minilora_hub.publish.checks import check_folder
+from minilora_hub.recording.document import RECORDING_FILE
 from minilora_hub.training.run import train
 
 pytestmark = [
@@ -24,6 +25,7 @@ def test_a_result_passes_every_check(method, base, rows, tmp_path):
     built = build(
         tmp_path / "out", tmp_path / "built", repo_id="me/adapter", base_id="HuggingFaceTB/tiny", base_model=base
     )
+    assert built.recorded.reused, built.recorded.reason
     assert built.method == ("mixlora" if method == "mixdora" else "lora")
     problems = check_folder(built.folder, base_exists=lambda *_: True, base_license=lambda *_: "apache-2.0")
     assert [problem for problem in problems if problem.blocking] == []
@@ -38,3 +40,36 @@ def test_a_result_passes_every_check(method, base, rows, tmp_path):
     assert base not in json.dumps(results)
     if method == "loftq":
         assert "loaded in NF4" in card
+    # What the run recorded is what a build without it finds: the adapter as it was saved, on the base as it is.
+    recorded = (tmp_path / "out" / RECORDING_FILE).read_bytes()
+    (tmp_path / "out" / RECORDING_FILE).unlink()
+    again = build(
+        tmp_path / "out", tmp_path / "again", repo_id="me/adapter", base_id="HuggingFaceTB/tiny", base_model=base
+    )
+    assert not again.recorded.reused
+    assert (tmp_path / "out" / RECORDING_FILE).read_bytes() == recorded
+    assert again.files == built.files
+
+
+def test_what_cannot_be_recorded_is_told_and_the_run_is_kept(base, rows, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("not enough memory:\nyou tried to allocate 12 GB")
+
+    monkeypatch.setattr("minilora_hub.recording.reference.load_base", fail)
+    result = train(tmp_path / "out", method="dora", base=base, data=rows, **SHORT)
+    assert result.notes == (
+        "what the adapter computes could not be recorded, a push does it: "
+        "not enough memory: you tried to allocate 12 GB",
+    )
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "out" / RECORDING_FILE).exists()
+
+
+def test_what_cannot_be_published_is_not_recorded(base, rows, tmp_path):
+    train(tmp_path / "out", method="vera", base=base, data=rows, **{**SHORT, "r": 8})
+    assert not (tmp_path / "out" / RECORDING_FILE).exists()
+
+
+def test_a_run_can_leave_it_out(base, rows, tmp_path):
+    train(tmp_path / "out", method="lora", base=base, data=rows, record=False, **SHORT)
+    assert not (tmp_path / "out" / RECORDING_FILE).exists()

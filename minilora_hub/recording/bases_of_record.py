@@ -1,4 +1,4 @@
-"""The base an adapter is measured on when it is published, and the name it is published under."""
+"""The base an adapter is recorded on, and the name it is published under."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from minilora_hub.bases import EMBEDDED, ResolvedBase, resolve_base
 from minilora_hub.embedded import HUB_ID
 from minilora_hub.errors import AdapterError, BaseModelError
-from minilora_hub.publish.sources import Source
+from minilora_hub.recording.sources import Source
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 LARGE = 8e9
@@ -82,33 +82,50 @@ def find_base(
     return BaseOfRecord(published, revision, resolve_base(name, revision=at, token=token, progress=progress))
 
 
-def load_base(source: Source, base: BaseOfRecord) -> tuple[Any, str, str]:
-    """Load the base on the processor.
-
-    Returns:
-        The model, its fingerprint, and the dtype it is computed in.
+def require_trained_on(source: Source, base: BaseOfRecord, fingerprint: str) -> None:
+    """Refuse a base whose weights are not those the adapter was trained on, where both are known.
 
     Raises:
-        AdapterError: its weights are not those the adapter was trained on.
-        BaseModelError: it cannot be loaded.
+        AdapterError: they are not.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    from minilora_hub.remote_code.adapter_files import UNKNOWN
 
-    from minilora_hub.remote_code.adapter_files import UNKNOWN, base_fingerprint
-
-    found = base.found
-    fingerprint = base_fingerprint(str(found.path))
-    trained_on = source.base_fingerprint
+    found, trained_on = base.found, source.base_fingerprint
     if UNKNOWN not in (trained_on, fingerprint) and trained_on != fingerprint:
         hint = f', e.g. "{EMBEDDED}"' if base.id == HUB_ID and not found.embedded else ""
         raise AdapterError(
             f"base {found.name!r} has fingerprint {fingerprint}, but the adapter was trained on {trained_on}: "
             f"pass the base it was trained on, base_model= (--base){hint}"
         )
+
+
+def revision_of_record(source: Source, base: BaseOfRecord, fingerprint: str) -> str | None:
+    """Return the base's commit on the Hub, as the published configuration names it; None where it is not known."""
+    from minilora_hub.remote_code.adapter_files import UNKNOWN
+
+    if base.revision is not None or base.found.hub_id != base.id or fingerprint == UNKNOWN:
+        return base.revision
+    # The weights are the ones it was trained on, so this commit holds them.
+    return base.found.revision if source.base_fingerprint == fingerprint else None
+
+
+def wanted_dtype(found: ResolvedBase) -> str:
+    """Return the dtype in which logits are computed: ``"float32"``, or ``"auto"`` for the checkpoint's own."""
     size = sum(path.stat().st_size for path in found.path.glob("*.safetensors"))
-    dtype: Any = torch.float32 if size <= LARGE else "auto"
+    return "float32" if size <= LARGE else "auto"
+
+
+def load_base(found: ResolvedBase) -> Any:
+    """Load a base on the processor, ready to compute logits.
+
+    Raises:
+        BaseModelError: it cannot be loaded.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    dtype: Any = "auto" if wanted_dtype(found) == "auto" else torch.float32
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a push shows its own
     try:
@@ -118,4 +135,4 @@ def load_base(source: Source, base: BaseOfRecord) -> tuple[Any, str, str]:
     finally:
         if bar:
             logging.enable_progress_bar()
-    return model.eval(), fingerprint, str(model.dtype).removeprefix("torch.")
+    return model.eval()

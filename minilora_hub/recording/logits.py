@@ -26,7 +26,7 @@ LIBRARIES = ("torch", "transformers", "safetensors", "peft")
 
 
 @dataclass(frozen=True)
-class Recording:
+class TopLogits:
     """Prompts as token ids, and per prompt the tokens with the largest logits at the last position, largest first."""
 
     prompts: tuple[tuple[int, ...], ...]
@@ -41,7 +41,7 @@ def prompt_ids(tokenizer: Any | None, vocabulary: int) -> tuple[tuple[int, ...],
     return tuple(tuple(tokenizer(text)["input_ids"]) for text in PROMPTS)
 
 
-def record(model: Any, prompts: Sequence[Sequence[int]]) -> Recording:
+def record(model: Any, prompts: Sequence[Sequence[int]]) -> TopLogits:
     """Compute the largest logits after each prompt.
 
     Args:
@@ -58,7 +58,7 @@ def record(model: Any, prompts: Sequence[Sequence[int]]) -> Recording:
             top = row.topk(min(TOP_LOGITS, row.numel()))
             tokens.append(tuple(top.indices.tolist()))
             logits.append(tuple(round(value, 6) for value in top.values.tolist()))
-    return Recording(tuple(tuple(prompt) for prompt in prompts), tuple(tokens), tuple(logits))
+    return TopLogits(tuple(tuple(prompt) for prompt in prompts), tuple(tokens), tuple(logits))
 
 
 def logits_of(
