@@ -15,6 +15,7 @@ from typing import ClassVar
 from minilora_hub.json_documents import SCHEMA_VERSION, Document, Require
 
 RECORDING_FILE = "recording.json"
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Recording(Document):
 
     Attributes:
         inputs: everything it depends on: name -> sha256, version or setting; see `minilora_hub.recording.inputs`.
+        base_stamp: sizes, times and places of the base's weights when they were hashed; see `weights_stamp`.
         prompts: token ids, a list a prompt.
         top_tokens: per prompt, the tokens with the 32 largest logits at the last position, the largest first.
         top_logits: their logits.
@@ -41,6 +43,7 @@ class Recording(Document):
     FILE: ClassVar[str] = RECORDING_FILE
 
     inputs: dict[str, str]
+    base_stamp: str
     prompts: tuple[tuple[int, ...], ...]
     top_tokens: tuple[tuple[int, ...], ...]
     top_logits: tuple[tuple[float, ...], ...]
@@ -66,4 +69,6 @@ class Recording(Document):
 
     def _check(self, require: Require) -> None:
         require(self.schema_version == SCHEMA_VERSION, "schema_version", f"must be {SCHEMA_VERSION}")
+        require("base/fingerprint" in self.inputs, "inputs", "with the base's fingerprint")
+        require(self.dtype in DTYPES, "dtype", f"one of {DTYPES}")
         require(self.sha256 == self._digest(), "sha256", "the hash of the other fields: the file was changed")

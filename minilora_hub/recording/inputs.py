@@ -2,7 +2,8 @@
 
     adapter/…     sha256 of the weights and of the configuration
     tokenizer/…   sha256 of every tokenizer file: the adapter's, or the base's where the adapter has none
-    base/…        fingerprint of the base's weights; sha256 of every JSON file beside them (configuration, index)
+    base/…        fingerprint of the base's weights, which are hashed again only if they were touched since (they are
+                  large; see `weights_stamp`); sha256 of every JSON file beside them (configuration, index)
     code/…        sha256 of the island, which the model is made of, and of the code that records
     library/…     full versions of the libraries that tokenise, load and compute
     dtype         the one that is asked for
@@ -14,6 +15,7 @@ Nothing here loads the base.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +34,8 @@ PEFT; bitsandbytes computes on a base that is quantised with it."""
 GENERATION = "generation_config.json"
 TOKENIZING = tuple(name for name in COMPANIONS if name not in (GENERATION, "chat_template.jinja"))
 
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
+
 PACKAGE = Path(__file__).resolve().parents[1]
 CODE = ("remote_code/*.py", "recording/*.py", "formats/peft.py", "tensor_names.py")
 
@@ -46,6 +50,23 @@ def tokenizer_folder(source: Source, base: ResolvedBase) -> Path:
     """Return where the adapter's tokenizer lies. PEFT saves none: then it is the base's, all of it."""
     own = any((source.folder / name).is_file() for name in TOKENIZER_FILES)
     return source.folder if own else base.path
+
+
+def weights_stamp(base: ResolvedBase) -> str:
+    """Return what is another text once a weight file of the base was written to, replaced or moved.
+
+    Size, times, inode and device of each: the system sets the time of the last change itself, so a file that was
+    changed and given its old date is found, too. Empty where there is no such time (Windows): then nothing may be told
+    from it.
+    """
+    if os.name != "posix":
+        return ""
+    stamps = []
+    for path in sorted(path for pattern in WEIGHT_FILES for path in base.path.glob(pattern)):
+        status = path.stat()
+        times = (status.st_mtime_ns, status.st_ctime_ns)
+        stamps.append((path.name, status.st_size, *times, status.st_ino, status.st_dev))
+    return hashlib.sha256(repr(stamps).encode()).hexdigest()
 
 
 def inputs_of(source: Source, base: ResolvedBase, fingerprint: str, digest: Digest = file_digest) -> dict[str, str]:

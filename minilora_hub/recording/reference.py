@@ -25,7 +25,7 @@ from minilora_hub.results import Verification
 
 
 def make_recording(
-    source: Source, base: BaseOfRecord, inputs: dict[str, str], before: Verification | None = None
+    source: Source, base: BaseOfRecord, inputs: dict[str, str], base_stamp: str, before: Verification | None = None
 ) -> tuple[Recording, float | None]:
     """Load the base and the adapter, and record what they compute.
 
@@ -33,6 +33,7 @@ def make_recording(
         source: the adapter.
         base: its base.
         inputs: what the recording depends on; it holds the base's fingerprint.
+        base_stamp: of the base's weights, from before they were hashed.
         before: an earlier recording, to be compared with.
 
     Returns:
@@ -54,6 +55,7 @@ def make_recording(
     top, gap, found = look(source, model_of_base, dtype, prompts, before)
     recording = Recording(
         inputs=inputs,
+        base_stamp=base_stamp,
         prompts=top.prompts,
         top_tokens=top.top_tokens,
         top_logits=top.top_logits,

@@ -9,12 +9,13 @@ from minilora_hub.bases import ResolvedBase
 from minilora_hub.errors import AdapterError
 from minilora_hub.recording.bases_of_record import BaseOfRecord, require_trained_on
 from minilora_hub.recording.document import RECORDING_FILE, Recording
-from minilora_hub.recording.inputs import Digest, changes, file_digest, inputs_of, why_unknown
+from minilora_hub.recording.inputs import Digest, changes, file_digest, inputs_of, weights_stamp, why_unknown
 from minilora_hub.recording.reference import make_recording
 from minilora_hub.recording.sources import Source, read_source
 from minilora_hub.results import Verification
 
 SHOWN = 3
+PUBLISHED = "the folder was published before, and is compared with its record"
 
 
 @dataclass(frozen=True)
@@ -57,23 +58,25 @@ def obtain_recording(
     """
     from minilora_hub.remote_code.adapter_files import base_fingerprint
 
-    fingerprint = base_fingerprint(str(base.found.path))
+    kept, reason, note = _kept(source.folder) if before is None else (None, PUBLISHED, None)
+    stamp = weights_stamp(base.found)
+    untouched = kept is not None and stamp != "" and stamp == kept.base_stamp
+    fingerprint = kept.inputs["base/fingerprint"] if kept and untouched else base_fingerprint(str(base.found.path))
     require_trained_on(source, base, fingerprint)
     inputs = inputs_of(source, base.found, fingerprint, digest)
-    if before is not None:
-        recording, gap = make_recording(source, base, inputs, before)
-        return Obtained(recording, False, "the folder was published before, and is compared with its record", gap)
-    kept, reason, note = _kept(source.folder, inputs, why_unknown(base.found, fingerprint))
     if kept is not None:
-        return Obtained(kept, True, reason)
-    recording, _ = make_recording(source, base, inputs)
-    try:
-        recording.save(source.folder)
-    except OSError as error:
-        note = (
-            f"{RECORDING_FILE} cannot be kept in {source.folder.name!r} ({error.strerror}): the next push records again"
-        )
-    return Obtained(recording, False, reason, note=note)
+        why_not = _why_not(kept, inputs, base, fingerprint)
+        if why_not is None:
+            return Obtained(kept, True, f"nothing that {RECORDING_FILE} depends on has changed")
+        reason = why_not
+    recording, gap = make_recording(source, base, inputs, stamp, before)
+    if before is None:
+        try:
+            recording.save(source.folder)
+        except OSError as error:
+            why = error.strerror or type(error).__name__
+            note = f"{RECORDING_FILE} cannot be kept in {source.folder.name!r} ({why}): the next push records again"
+    return Obtained(recording, False, reason, gap, note)
 
 
 def keep_recording(folder: str | Path, base: ResolvedBase) -> None:
@@ -85,18 +88,20 @@ def keep_recording(folder: str | Path, base: ResolvedBase) -> None:
     obtain_recording(read_source(folder), BaseOfRecord(base.hub_id or base.name, base.revision, base))
 
 
-def _kept(folder: Path, inputs: dict[str, str], unknown: str | None) -> tuple[Recording | None, str, str | None]:
-    """The recording of a folder if it still holds; why, or why not; and what the author should know."""
+def _kept(folder: Path) -> tuple[Recording | None, str, str | None]:
+    """The recording in a folder if it is whole; else why not, and what the author should know."""
     if not (folder / RECORDING_FILE).is_file():
         return None, f"there was no {RECORDING_FILE}", None
     try:
-        recording = Recording.load(folder)
+        return Recording.load(folder), "", None
     except AdapterError as error:
         return None, f"{RECORDING_FILE} cannot be used", f"recorded again: {error}"
-    if unknown:
-        return None, unknown, None
-    changed = changes(recording.inputs, inputs)
+
+
+def _why_not(kept: Recording, inputs: dict[str, str], base: BaseOfRecord, fingerprint: str) -> str | None:
+    """Why a recording is not used again; None where it is."""
+    changed = changes(kept.inputs, inputs)
     if changed:
         more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
-        return None, f"changed since it was recorded: {', '.join(changed[:SHOWN])}{more}", None
-    return recording, f"nothing that {RECORDING_FILE} depends on has changed", None
+        return f"changed since it was recorded: {', '.join(changed[:SHOWN])}{more}"
+    return why_unknown(base.found, fingerprint)

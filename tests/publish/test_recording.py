@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import shutil
 
@@ -140,6 +141,36 @@ def test_other_weights_of_the_base_are_refused_or_recorded_again(fresh, built, b
     with pytest.raises(AdapterError, match=r"has fingerprint .* but the adapter was trained on"):
         built(ours)
     assert "base/fingerprint" in built(pefts).recorded.reason
+
+
+def test_the_bases_weights_are_hashed_again_only_if_they_were_touched(fresh, built, base, monkeypatch):
+    from minilora_hub.remote_code import adapter_files
+
+    folder, weights, hashed, hash_file = fresh("lora"), base / "model.safetensors", [], adapter_files._file_sha256
+    monkeypatch.setattr(adapter_files, "_file_sha256", lambda path: hashed.append(path) or hash_file(path))
+    built(folder)
+    assert built(folder).recorded.reused
+    assert len(hashed) == 1
+    weights.touch()
+    assert built(folder).recorded.reused
+    assert len(hashed) == 2
+    times = weights.stat()
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (weights.stat().st_size, weights.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
+    assert "base/fingerprint" in built(folder).recorded.reason
+
+
+def test_the_same_base_elsewhere_is_the_same(fresh, built, base):
+    folder = fresh("lora")
+    built(folder)
+    copy = base.with_name("copy")
+    shutil.copytree(base, copy)
+    shutil.rmtree(base)
+    copy.rename(base)
+    assert built(folder).recorded.reused
 
 
 def test_every_code_file_and_library_counts(fresh, built, monkeypatch):
