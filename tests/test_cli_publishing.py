@@ -171,8 +171,9 @@ def test_help_has_an_example_and_loads_nothing_heavy(command):
     assert f"Example: minilora {command}" in done.stdout
 
 
-def test_ctrl_c_during_a_push_leaves_the_repo_and_the_disk(hub, adapter, tmp_path):
-    """Pressed while the files are on their way: 130, no word of Python's, the repo without a file."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_during_a_push_leaves_the_repo_and_the_disk(number, code, hub, adapter, tmp_path):
+    """Sent while the files are on their way: no word of Python's, the repo without a file."""
     scratch = tmp_path / "tmp"
     scratch.mkdir()
     hub.faults.add(kind="slow", method="PUT", delay=20)
@@ -188,10 +189,10 @@ def test_ctrl_c_during_a_push_leaves_the_repo_and_the_disk(hub, adapter, tmp_pat
     while not hub.sent("POST", "/objects/batch") and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     hub.closing.set()  # the slow answers come at once now: the client's threads end with what they have begun
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == code, err
     assert "Traceback" not in out + err
     assert hub.repo("ana/mine").files("main") == {}
     assert list(scratch.iterdir()) == []

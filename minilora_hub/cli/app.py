@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
@@ -74,19 +78,35 @@ def root(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 for success, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C.
+    """Run the command line and exit: 0 for success, 1 for a failure, 2 for wrong usage.
+
+    130 after Ctrl-C and 143 after SIGTERM; either way a command removes what it wrote for itself.
 
     Args:
         arguments: what follows the program's name. Default: the process's own.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        code = app(args=arguments, prog_name="minilora", standalone_mode=False)
+        with _ended_in_order():
+            code = app(args=arguments, prog_name="minilora", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:
         code = _report(error, debug="--debug" in arguments)
     sys.exit(code or 0)
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Let SIGTERM unwind a command as Ctrl-C does: by itself it would leave behind what lies in temporary folders."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _report(error: Exception, debug: bool) -> int:

@@ -63,8 +63,8 @@ class Recording(Document):
         return dataclasses.replace(self, sha256=self._digest())
 
     def _digest(self) -> str:
-        content = self.to_dict()
-        del content["sha256"]
+        names = (field.name for field in dataclasses.fields(self) if field.name != "sha256")
+        content = {name: getattr(self, name) for name in names}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def _check(self, require: Require) -> None:
