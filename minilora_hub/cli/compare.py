@@ -104,7 +104,7 @@ def _picture(width: int, answers: list[_Shown]) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    colours = {"base": "white", "LoRA": "green", "DoRA": "blue", "MixLoRA": "magenta"}
+    colours = {"base": "white", "LoRA": "green", "DoRA": "blue", "MixLoRA": "magenta", "MixDoRA": "cyan"}
     panels = []
     for answer in answers:
         # As text, not as rich's markup: what a model writes is not ours to interpret.

@@ -178,13 +178,14 @@ class AdapterBank:
                 self._in_use.remove(name)
 
     @contextmanager
-    def rows(self, names: Sequence[str | None]) -> Iterator[BatchRows]:
+    def rows(self, names: Sequence[str | None], solos: Sequence[int | None] | None = None) -> Iterator[BatchRows]:
         """Run `model` inside with one row a name; None is the bare base.
 
         Rows of one adapter should be neighbours: each run of equal names is computed together.
 
         Args:
             names: the adapter of each row of the batch, all of them held by `use`.
+            solos: for each row, the expert of its MixLoRA that alone serves it, or None for what the router decides.
 
         Returns:
             The rows, whose `routing` tells after a forward what the routers of each MixLoRA decided.
@@ -195,16 +196,30 @@ class AdapterBank:
         missing = sorted({name for name in names if name is not None and name not in self._loaded})
         if missing:
             raise ValueError(f"names={missing}: not in memory; hold them with use()")
-        self._rows.arrange(list(names))
+        self._rows.arrange(names, solos)
         self._rows.routing = {}
         try:
             yield self._rows
         finally:
             self._rows.arrange([])
 
+    def check_solo(self, name: str | None, expert: int | None) -> None:
+        """Check that an adapter has this expert.
+
+        Raises:
+            AdapterError: the adapter is not registered.
+            ValueError: it has no such expert.
+        """
+        if expert is None:
+            return
+        experts = 0 if name is None else self._entry(name).facts.experts
+        if not 0 <= expert < experts:
+            need = f"from 0 to {experts - 1}" if experts else "None: it has no experts"
+            raise ValueError(f"solo_expert={expert!r}: for {name or 'the base'} it must be {need}")
+
     def order(self, name: str | None) -> tuple[bool, str]:
         """Key to sort rows by, so that few runs of rows are computed apart: bare base, linears only, mixtures."""
-        return name is not None and self._entry(name).facts.kind == "MixLoRA", name or ""
+        return name is not None and self._entry(name).facts.experts > 0, name or ""
 
     # ---- inside ----
 

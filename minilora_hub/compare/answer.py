@@ -27,11 +27,13 @@ class Row:
         prompt: what the model answers.
         adapter: name of a column, None for the bare base.
         sampling: how its tokens are chosen.
+        solo_expert: for a MixLoRA, the expert that alone serves this row, with the whole weight; None: the router's.
     """
 
     prompt: str
     adapter: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
+    solo_expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Update:
         alternatives: the most probable tokens at this position, the best first, each with its logprob.
         experts: for a MixLoRA, which experts served the position that predicted this token: per layer, their numbers.
         expert_weights: their weights, in the same order.
+        forwards_alone: of the base that this row would have taken so far, had it been answered alone; None if the step
+            generated no token.
         seconds_to_first_token: from the start of the stream; None before the first.
         tokens_per_second: since this row's first token.
         milliseconds_per_step: mean computing time of one decode step of the whole batch.
@@ -63,6 +67,7 @@ class Update:
     alternatives: tuple[tuple[int, float], ...] = ()
     experts: tuple[tuple[int, ...], ...] | None = None
     expert_weights: tuple[tuple[float, ...], ...] | None = None
+    forwards_alone: int | None = None
     seconds_to_first_token: float | None = None
     tokens_per_second: float | None = None
     milliseconds_per_step: float | None = None
@@ -84,6 +89,7 @@ class Answer:
 
     Attributes:
         ids: (1, tokens so far), on the CPU.
+        prompt_tokens: how many of them are the prompt's.
         finished: nothing follows.
     """
 
@@ -99,6 +105,7 @@ class Answer:
         """Prepare; nothing is computed yet."""
         self.index, self.row = index, row
         self.ids = torch.tensor([ids])
+        self.prompt_tokens = len(ids)
         self.finished = False
         self._limit, self._ends = limit, ends
         self._pick = TokenPicker(row.sampling)

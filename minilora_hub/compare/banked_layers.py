@@ -8,9 +8,10 @@ called once. What a step costs depends on the adapters whose rows are in the bat
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -28,11 +29,12 @@ from minilora_hub.remote_code.routing import Routes
 
 
 class Group(NamedTuple):
-    """Rows `start` to `stop` of the batch belong to the adapter `key`."""
+    """Rows `start` to `stop` of the batch belong to the adapter `key`; with `solo`, that expert alone serves them."""
 
     start: int
     stop: int
     key: str
+    solo: int | None = None
 
 
 @dataclass
@@ -48,18 +50,36 @@ class BatchRows:
 
     count: int = 0
     groups: tuple[Group, ...] = ()
-    routing: dict[str, list[Routes]] = field(default_factory=dict)
+    routing: dict[Group, list[Routes]] = field(default_factory=dict)
 
-    def arrange(self, keys: list[str | None]) -> None:
-        """Set the adapter of each row; neighbours with the same one form a group."""
+    def arrange(self, keys: Sequence[str | None], solos: Sequence[int | None] | None = None) -> None:
+        """Set each row's adapter, and the expert that alone serves it; neighbours with the same form a group."""
+        rows = list(zip(keys, solos or [None] * len(keys), strict=True))
         groups, start = [], 0
-        for stop in range(1, len(keys) + 1):
-            if stop == len(keys) or keys[stop] != keys[start]:
-                key = keys[start]
+        for stop in range(1, len(rows) + 1):
+            if stop == len(rows) or rows[stop] != rows[start]:
+                key, solo = rows[start]
                 if key is not None:
-                    groups.append(Group(start, stop, key))
+                    groups.append(Group(start, stop, key, solo))
                 start = stop
         self.count, self.groups = len(keys), tuple(groups)
+
+
+@dataclass(frozen=True)
+class SoloRouting:
+    """Every token goes to one expert, with the whole weight, whatever the router says; otherwise as `TopKRouting`.
+
+    It answers what an expert has learned; how the router weighs it is left out.
+    """
+
+    expert: int
+    weights_sum_to_one: ClassVar[bool] = True
+    needs_token_mask: ClassVar[bool] = False
+
+    def route(self, logits: torch.Tensor, *context: Any) -> Routes:
+        """`Routes` of the tokens with these logits, (tokens, experts)."""
+        selected = torch.full((logits.shape[0], 1), self.expert, device=logits.device)
+        return Routes(torch.ones_like(selected, dtype=torch.float32), selected)
 
 
 class LinearUpdate(NamedTuple):
@@ -161,7 +181,7 @@ class BankedLinear(nn.Module):
             groups: in rows of `per_row` tokens each.
             per_row: tokens a row.
         """
-        for start, stop, key in groups:
+        for start, stop, key, _ in groups:
             update = self.updates.get(key)
             if update is not None:
                 whole = (stop - start) * per_row == out.shape[0]
@@ -215,12 +235,12 @@ class BankedBlock(nn.Module):
                 routed, part = None, self.structure.activate(*inputs)  # (run's tokens, ff)
                 linear_groups += [
                     Group(at + (start - rows.start) * per_row, at + (stop - rows.start) * per_row, key)
-                    for start, stop, key in rows.groups
+                    for start, stop, key, _ in rows.groups
                 ]
             else:
                 routed = rows.mixture.expand(x[tokens], inputs, (rows.stop - rows.start, per_row))
                 part = routed.hidden  # (run's tokens, ff), or (run's slots, ff) where DoRA scales each slot
-                self.rows.routing.setdefault(rows.groups[0].key, []).append(routed.routes)
+                self.rows.routing.setdefault(rows.groups[0], []).append(routed.routes)
             parts.append(part)
             places.append((tokens, slice(at, at + part.shape[0]), rows.mixture, routed))
             at += part.shape[0]
@@ -248,6 +268,9 @@ class BankedBlock(nn.Module):
                     runs.append(
                         _Run(at, group.start, tuple(g for g in self.rows.groups if at <= g.start < group.start))
                     )
+                if group.solo is not None:
+                    mixture = copy.copy(mixture)  # shares every tensor
+                    mixture.routing = SoloRouting(group.solo)
                 runs.append(_Run(group.start, group.stop, (group,), mixture))
                 at = group.stop
         if at < self.rows.count:

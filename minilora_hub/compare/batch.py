@@ -31,7 +31,7 @@ class Batch:
     def __init__(self, bank: AdapterBank, answers: Sequence[Answer]) -> None:
         """Arrange the rows; nothing is computed yet."""
         self._bank = bank
-        self._live = sorted(answers, key=lambda answer: bank.order(answer.row.adapter))
+        self._live = sorted(answers, key=lambda answer: _order(bank, answer))
         longest = max(answer.ids.shape[1] for answer in answers)
         self._unread = torch.zeros(len(answers), longest, dtype=torch.long)  # (rows, tokens the model has not seen)
         self._mask = torch.zeros_like(self._unread)  # (rows, all tokens), 0 on padding
@@ -63,7 +63,8 @@ class Batch:
         """Run one forward of all rows. While the prompts are still being read, it updates nothing."""
         began = time.perf_counter()
         try:
-            with self._bank.rows([answer.row.adapter for answer in self._live]) as rows:
+            adapters = [answer.row.adapter for answer in self._live]
+            with self._bank.rows(adapters, [answer.row.solo_expert for answer in self._live]) as rows:
                 logits = self._forward()
                 if self._unread.shape[1]:
                     return []
@@ -73,7 +74,8 @@ class Batch:
             return self.end("error", f"{type(error).__name__}: {error}")
         seconds = time.perf_counter() - began
         updates = [
-            answer.take(logits[line], seconds, **experts.get(line, {})) for line, answer in enumerate(self._live)
+            answer.take(logits[line], seconds, forwards_alone=_forwards_alone(answer), **experts.get(line, {}))
+            for line, answer in enumerate(self._live)
         ]
         self._drop_finished()
         if self._live:
@@ -115,11 +117,22 @@ class Batch:
             self._cache = None
 
 
+def _order(bank: AdapterBank, answer: Answer) -> tuple:
+    solo = answer.row.solo_expert
+    return *bank.order(answer.row.adapter), -1 if solo is None else solo
+
+
+def _forwards_alone(answer: Answer) -> int:
+    """Count the forwards that a row alone would have taken up to the token that it is about to get."""
+    return -(-answer.prompt_tokens // PREFILL_TOKENS) + answer.ids.shape[1] - answer.prompt_tokens
+
+
 def _experts_of_last_position(rows: BatchRows) -> dict[int, dict[str, Any]]:
     """{line of the batch: fields of its update} for the rows of MixLoRA adapters."""
     fields: dict[int, dict[str, Any]] = {}
-    for start, stop, key in rows.groups:
-        layers = rows.routing.get(key)
+    for group in rows.groups:
+        start, stop = group.start, group.stop
+        layers = rows.routing.get(group)
         if not layers:
             continue
 

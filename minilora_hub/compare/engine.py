@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,29 @@ class Column:
         kind: the method.
         parameters_added: parameters the adapter adds to the base; 0 for the base itself.
         detail: one short line about it, e.g. ``"r 16, 8 experts, 2 active"``.
+        experts: of each of its mixtures; 0 where there is none.
+        solo_expert: the expert that alone serves this column, or None for what the router decides.
     """
 
     name: str
     kind: Kind
     parameters_added: int = 0
     detail: str = ""
+    experts: int = 0
+    solo_expert: int | None = None
 
     @property
     def adapter(self) -> str | None:
         """What a `Row` calls it."""
         return None if self.kind == "base" else self.name
+
+    def row(self, prompt: str, sampling: Sampling) -> Row:
+        """Ask this column."""
+        return Row(prompt, self.adapter, sampling, self.solo_expert)
+
+    def alone(self, expert: int) -> Column:
+        """Return a column in which one expert of this one answers alone."""
+        return replace(self, solo_expert=expert)
 
 
 class CompareEngine:
@@ -98,6 +110,7 @@ class CompareEngine:
         self.tokenizer = tokenizer
         self.bank = AdapterBank(model, limit=memory_limit)
         self._lock = threading.Lock()
+        self._token_texts: dict[int, str] = {}
         self._forwards = 0
         _decoder(self.bank.model).register_forward_pre_hook(self._count)
         self._context = context_length(self.bank.model)
@@ -121,7 +134,7 @@ class CompareEngine:
         """
         with self._lock:
             facts = self.bank.load(name, folder).facts
-        return Column(name, facts.kind, facts.parameters, facts.detail)
+        return Column(name, facts.kind, facts.parameters, facts.detail, facts.experts)
 
     def unload(self, name: str) -> None:
         """Take an adapter out of the bank, and its column away if it has one.
@@ -149,6 +162,12 @@ class CompareEngine:
     def memory(self) -> BankMemory:
         """Count bytes of tensors: of the base, and of the adapters in memory."""
         return self.bank.memory()
+
+    def token_text(self, token: int) -> str:
+        """Write a token as it is on its own, special ones by name; the bytes of half a character as U+FFFD."""
+        if token not in self._token_texts:
+            self._token_texts[token] = str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        return self._token_texts[token]
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Turn a prompt into the ids every row reads: a chat of one user turn where the tokenizer has a template.
@@ -186,7 +205,7 @@ class CompareEngine:
             columns: which ones. Default: the engine's `columns`.
         """
         columns = self.columns if columns is None else columns
-        return self.stream_rows([Row(prompt, column.adapter, sampling) for column in columns], stop)
+        return self.stream_rows([column.row(prompt, sampling) for column in columns], stop)
 
     def stream_rows(self, rows: Sequence[Row], stop: threading.Event | None = None) -> Generator[Update]:
         """Answer every row, one token a row and step.
@@ -203,7 +222,8 @@ class CompareEngine:
             other.
 
         Raises:
-            ValueError: there are no rows, or a prompt is empty or too long; the message says which.
+            ValueError: there are no rows, a prompt is empty or too long, or an adapter has no such expert; the message
+                says which.
         """
         return _one_by_one(self.stream_steps(rows, stop))
 
@@ -216,6 +236,7 @@ class CompareEngine:
             raise ValueError("rows=[]: must hold at least one row")
         answers = []
         for index, row in enumerate(rows):
+            self.bank.check_solo(row.adapter, row.solo_expert)
             try:
                 ids = self.prompt_ids(row.prompt)
             except ValueError as error:

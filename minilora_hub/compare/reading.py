@@ -12,7 +12,7 @@ from torch import nn
 
 from minilora_hub.errors import AdapterError
 
-Kind = Literal["base", "LoRA", "DoRA", "MixLoRA"]
+Kind = Literal["base", "LoRA", "DoRA", "MixLoRA", "MixDoRA"]
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -24,11 +24,13 @@ class AdapterFacts:
         kind: the method.
         detail: one short line, e.g. ``"r 16, 8 experts, 2 active"``.
         parameters: values in the weights file, which is what the adapter adds to the base.
+        experts: of each mixture; 0 where there is none.
     """
 
     kind: Kind
     detail: str
     parameters: int
+    experts: int = 0
 
 
 def adapter_type(folder: Path) -> str:
@@ -67,12 +69,14 @@ def adapter_facts(folder: Path) -> AdapterFacts:
     settings = read_json(folder / ("adapter_config.json" if found == "peft" else "config.json"))
     detail = f"r {settings.get('r')}"
     kind: Kind = "DoRA" if found == "dora" or settings.get("use_dora") else "LoRA"
+    experts = 0
     if found == "mixlora":
-        kind = "MixLoRA"
+        kind = "MixDoRA" if settings.get("use_dora") else "MixLoRA"
+        experts = int(settings.get("num_experts") or 0)
         top_p = settings.get("routing_strategy") == "top_p"
         active = f"top-p {settings.get('router_top_p')}" if top_p else f"{settings.get('num_experts_per_tok')} active"
         detail += f", {settings.get('num_experts')} experts, {active}"
-    return AdapterFacts(kind, detail, _values_in(folder / WEIGHTS))
+    return AdapterFacts(kind, detail, _values_in(folder / WEIGHTS), experts)
 
 
 def read_adapter_folder(folder: Path, base: nn.Module) -> tuple[Any, list[Any], dict[str, Any]]:

@@ -19,3 +19,20 @@ def component(name: str, **arguments) -> gr.HTML:
 def read(name: str) -> str:
     """Read a file of this folder."""
     return (HERE / name).read_text(encoding="utf-8")
+
+
+SCRIPTS = ("model", "column", "tabs", "timeline", "heatmap", "inspector", "picture", "stage")
+"""What draws the comparison, in ``page/``, in an order in which each uses only those before it."""
+
+
+STYLES = ("page", "columns", "panels")
+
+
+def page_style() -> str:
+    """Join the page's style sheets; not for `launch(css=)`, which rewrites selectors, so that media queries lose."""
+    return "\n".join(read(f"{name}.css") for name in STYLES)
+
+
+def page_script() -> str:
+    """Join the scripts of ``page/`` into one, whose names stay inside it but for ``window.minilora``."""
+    return "(() => {\n" + "\n".join(read(f"page/{name}.js") for name in SCRIPTS) + "\n})();\n"

@@ -24,6 +24,7 @@ from minilora_hub.demo.frames import Comparison, Frame
 from minilora_hub.demo.limits import PageLimits
 from minilora_hub.demo.line import Line, Ticket, Waiting
 from minilora_hub.demo.linked import LinkedAdapters, temporary_folder
+from minilora_hub.demo.solo import Solo
 from minilora_hub.errors import AdapterError
 
 FRAME_SECONDS = 0.04
@@ -65,6 +66,8 @@ class LiveRuns:
         """Start without visitors; see the class."""
         self.engine, self.links, self.limits = engine, links, limits or PageLimits()
         self._opened: dict[str, str] = {}
+        self._solo_asked: dict[str, Solo] = {}
+        self._solo: dict[str, Solo] = {}
         self._opening = asyncio.Lock()
         self._remote = zero_gpu.remote_steps(engine) if zero_gpu.is_zero_gpu() else None
         threads = self.limits.at_once if self._remote else 1  # on ZeroGPU they only wait for a process that computes
@@ -107,6 +110,10 @@ class LiveRuns:
         Raises:
             AdapterError: the adapter was put away, since other visitors opened others.
         """
+        columns = self._all_columns_of(visitor)
+        return self._solo[visitor].columns(columns) if visitor in self._solo else columns
+
+    def _all_columns_of(self, visitor: str) -> tuple[Column, ...]:
         name = self._opened.get(visitor)
         if self.links is None or name is None:
             return self.engine.columns
@@ -115,9 +122,21 @@ class LiveRuns:
             raise AdapterError(f"{name} was put away, as other visitors have opened others: reload the page")
         return self.engine.columns[0], linked
 
+    def ask_solo(self, visitor: str, solo: Solo) -> None:
+        """Let experts of an adapter answer alone, each in a column of its own, in the visitor's next comparison only.
+
+        Raises:
+            AdapterError: the visitor does not see this adapter, or it has no such expert.
+        """
+        solo.columns(self._all_columns_of(visitor))
+        self._solo_asked[visitor] = solo
+
     def begin(self, visitor: str) -> Frame:
         """Take a place for a visitor's next comparison, and end the one that may still run."""
         self.stop(visitor)
+        self._solo.pop(visitor, None)
+        if visitor in self._solo_asked:
+            self._solo[visitor] = self._solo_asked.pop(visitor)
         number = next(self._numbers)
         self._runs[visitor] = (number, threading.Event())
         words = "Waiting for a place…" if self._line.full else "Reading the prompt…"
@@ -140,7 +159,8 @@ class LiveRuns:
         """Forget a visitor who closed the page."""
         self.stop(visitor)
         self._runs.pop(visitor, None)
-        self._opened.pop(visitor, None)
+        for kept in (self._opened, self._solo, self._solo_asked):
+            kept.pop(visitor, None)
 
     async def run(self, visitor: str, prompt: str, sampling: Sampling) -> AsyncIterator[Frame]:
         """Answer a prompt in the place taken by `begin`.
@@ -148,7 +168,7 @@ class LiveRuns:
         Leaving the iterator early, by closing or cancelling it, ends the computation within one step.
         """
         number, stop = self._runs.get(visitor) or (next(self._numbers), threading.Event())
-        comparison = Comparison(number, self.about(visitor), prompt)
+        comparison = Comparison(number, self.about(visitor), prompt, sampling, self.engine.token_text)
         try:
             moments = self.answer(prompt, sampling, self.columns_of(visitor), stop)
         except (ValueError, AdapterError) as error:
@@ -183,7 +203,7 @@ class LiveRuns:
             ValueError: the prompt is empty or too long, too much is asked for, or too many are waiting.
         """
         self.limits.check(prompt, sampling, len(columns))
-        rows = [Row(prompt, column.adapter, sampling) for column in columns]
+        rows = [column.row(prompt, sampling) for column in columns]
         self.engine.stream_steps(rows)  # raises what is wrong with the prompt; computes nothing
         return self._moments(rows, self._line.join(sampling.max_new_tokens), stop or threading.Event())
 

@@ -1,18 +1,20 @@
-// The one line that is read aloud, and the Escape key. Runs once when the page loads.
+// The one line that is read aloud, and what is marked in the answers. Runs once when the page loads.
 const line = element.querySelector(".ml-status");
 const words = line.querySelector(".ml-words");
+const marks = window.minilora.marks;
 
 function paint() {
   const now = props.value;
   if (!now || !now.phase) return;
   line.dataset.phase = now.phase;
-  // Only a change is announced: the count beside it ticks in silence.
+  // Only a change is announced: the badge beside it counts in silence.
   if (words.textContent !== now.words) words.textContent = now.words;
-  line.querySelector(".ml-count").textContent = now.count;
+  line.querySelector(".ml-count").textContent = now.badge;
 }
 
-document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && !event.isComposing) document.querySelector("#ml-stop")?.click();
-});
+for (const button of line.querySelectorAll(".ml-toggle")) {
+  button.addEventListener("click", () => marks.toggle(button.dataset.mark));
+  marks.listen(() => button.setAttribute("aria-pressed", String(marks[button.dataset.mark])));
+}
 watch("value", paint);
 paint();

@@ -19,7 +19,7 @@ except ImportError as error:
 
 from minilora_hub.compare.engine import CompareEngine
 from minilora_hub.demo.api import wire_api
-from minilora_hub.demo.components import HERE, read
+from minilora_hub.demo.components import HERE, page_script, page_style
 from minilora_hub.demo.describing import describe_columns, headline
 from minilora_hub.demo.extras import build_extras
 from minilora_hub.demo.frames import idle_stage
@@ -117,8 +117,7 @@ def launch(
         footer_links=[],
         favicon_path=HERE / "favicon.svg",
         theme=gr.themes.Base(font=SYSTEM_FONTS, font_mono=SYSTEM_MONO, radius_size="sm"),
-        # Not css=: Gradio rewrites the selectors of what it is given there, and the media queries fall behind.
-        head=f"<style>{read('page.css')}</style>",
+        head=f"<style>{page_style()}</style><script>{page_script()}</script>",
     )
     if block:
         try:

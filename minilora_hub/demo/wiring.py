@@ -13,6 +13,7 @@ from minilora_hub.demo.describing import describe_columns, headline
 from minilora_hub.demo.frames import Comparison, Frame, idle_stage
 from minilora_hub.demo.layout import Parts
 from minilora_hub.demo.live import LiveRuns
+from minilora_hub.demo.solo import Solo
 from minilora_hub.errors import MiniLoraError
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -47,6 +48,11 @@ def wire_run(demo: gr.Blocks, runs: LiveRuns, parts: Parts) -> None:
     def end(request: gr.Request) -> None:
         runs.stop(visitor(request))
 
+    def ask_solo(event: gr.EventData, request: gr.Request) -> list:
+        told = event._data or {}
+        runs.ask_solo(visitor(request), Solo.read(told))
+        return [str(told.get("prompt") or ""), gr.skip()]
+
     def leave(request: gr.Request) -> None:
         runs.leave(visitor(request))
 
@@ -55,6 +61,9 @@ def wire_run(demo: gr.Blocks, runs: LiveRuns, parts: Parts) -> None:
     for chip in parts.examples:
         fill = chip.click(None, None, parts.prompt, js=f"() => {json.dumps(chip.value)}", **QUIET)
         starts.append(fill.then(begin, None, outputs, queue=False, **QUIET))
+    # Its own event, so that it takes the prompt of the comparison that is shown, not one that is half typed.
+    asked = parts.stage.solo(ask_solo, None, [parts.prompt, parts.status], queue=False, **QUIET)
+    starts.append(asked.success(begin, None, outputs, queue=False, **QUIET))
     for start in starts:
         start.then(
             answer,

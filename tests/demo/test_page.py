@@ -148,13 +148,15 @@ def test_columns_fill_and_tell_their_numbers(server, visit):
     wait_for_states(page, "length", "eos", "eos")
     assert texts(page)[1:] == ["Hi 👩‍👩‍👧 naïve 🇩🇪"] * 2
     assert page.locator(".ml-tokens").all_inner_texts()[0] == "96"
-    for name in (".ml-rate", ".ml-step"):
-        assert all(float(value) > 0 for value in page.locator(name).all_inner_texts())
+    assert all(float(value) > 0 for value in page.locator(".ml-rate").all_inner_texts())
     assert all(float(value.removesuffix(" s")) > 0 for value in page.locator(".ml-first").all_inner_texts())
     done = server.forwards() - before
     assert done == 96  # one forward a step, for all columns together
     written = sum(map(int, page.locator(".ml-tokens").all_inner_texts()))
-    assert re.search(rf"Done\. {written} tokens by {done} forwards", page.locator(".ml-words").inner_text())
+    assert page.locator(".ml-words").inner_text().startswith(f"Done. {written} tokens in ")
+    badge = page.locator(".ml-count").inner_text()
+    # One after the other: each column's tokens, since a short prompt is read by the forward of the first.
+    assert re.fullmatch(rf"1 pass · {done} forwards, not {written} · first token \d+\.\d s", badge)
     assert page.locator("#ml-stop").is_disabled()
 
 
@@ -163,14 +165,16 @@ def test_text_only_ever_appends(visit):
     page = visit()
     ask(page, "some words to be said back slowly")
     wait_until_writing(page)
+    page.evaluate("window.first = document.querySelector('.ml-token')")
     seen, frames = texts(page), 0
     while page.locator(".ml-card[data-state=writing], .ml-card[data-state=waiting]").count():
         now = texts(page)
         assert all(new.startswith(old) for new, old in zip(now, seen, strict=True))
         seen, frames = now, frames + (now != seen)
     assert frames > 5
-    nodes = page.evaluate("[...document.querySelectorAll('.ml-text')].map(text => text.childNodes.length)")
-    assert nodes == [1, 1, 1]
+    assert page.evaluate("window.first === document.querySelector('.ml-token')")  # nothing was drawn anew
+    spans = page.evaluate("[...document.querySelectorAll('.ml-text')].map(text => text.children.length)")
+    assert spans == [int(count) for count in page.locator(".ml-tokens").all_inner_texts()]
 
 
 @pytest.mark.parametrize("way", ["button", "escape"])
@@ -305,14 +309,41 @@ def test_one_line_is_read_aloud(visit):
     assert page.locator(".ml-card").first.get_attribute("aria-label") == "base, base"
 
 
-def test_on_a_phone_columns_are_as_wide_as_the_screen(visit):
-    """Stacked, full width, and nothing to scroll sideways."""
-    page = visit(width=390, height=844)
-    boxes = page.locator(".ml-card").evaluate_all("cards => cards.map(c => c.getBoundingClientRect().toJSON())")
-    assert all(box["width"] > 300 for box in boxes)
-    assert boxes[0]["bottom"] <= boxes[1]["top"]
-    assert boxes[1]["bottom"] <= boxes[2]["top"]
+def test_on_a_phone_one_column_fills_the_screen(visit):
+    """Tabs name the columns and bring them; a swipe does, too; nothing else scrolls sideways."""
+    page = visit(width=390, height=844, has_touch=True)
+    seen = "cards => cards.map(c => c.getBoundingClientRect()).map(b => b.left >= 0 && b.right <= 390 && b.width > 300)"
+    tabs = page.locator(".ml-tab")
+    assert tabs.all_inner_texts() == ["base", "DoRA", "MixLoRA"]
+    assert page.locator(".ml-card").evaluate_all(seen) == [True, False, False]
+    tabs.nth(2).click()
+    page.wait_for_selector(".ml-tab:nth-child(3)[aria-current=true]")
+    page.wait_for_timeout(500)  # the smooth scroll ends
+    assert page.locator(".ml-card").evaluate_all(seen) == [False, False, True]
+    page.locator(".ml-columns").hover()
+    page.mouse.wheel(-300, 0)
+    page.wait_for_selector(".ml-tab:nth-child(2)[aria-current=true]")
+    page.wait_for_timeout(500)
+    assert page.locator(".ml-card").evaluate_all(seen) == [False, True, False]
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_on_a_phone_the_prompt_stays_at_hand(visit):
+    """Stuck to the bottom, above whatever is scrolled, and the end of the page is not hidden behind it."""
+    page = visit(width=390, height=844, has_touch=True)
+    page.fill("#ml-prompt textarea", "line\n" * 15)
+    page.click("#ml-run")
+    page.wait_for_selector("#ml-stop:not(:disabled)")
+    stop = page.locator("#ml-stop").bounding_box()
+    assert stop["x"] + stop["width"] <= 390
+    wait_for_states(page, "length", "eos", "eos")
+    for top in (0, 300, 100_000):
+        page.evaluate("top => window.scrollTo(0, top)", top)
+        bars = [page.locator(name).bounding_box() for name in ("#ml-prompt textarea", "#ml-run")]
+        assert all(400 < bar["y"] and bar["y"] + bar["height"] <= 844 for bar in bars)
+        assert all(bar["x"] >= 0 and bar["x"] + bar["width"] <= 390 for bar in bars)
+    last = page.locator(".ml-panels").bounding_box()
+    assert last["y"] + last["height"] <= page.locator("#ml-ask").bounding_box()["y"]
 
 
 def test_on_a_desktop_columns_stand_side_by_side(visit):

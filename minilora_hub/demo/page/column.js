@@ -1,0 +1,118 @@
+// One column: a card whose answer only ever grows, one element a token.
+
+const CARD = `
+  <div class="ml-band" aria-hidden="true"></div>
+  <header>
+    <span class="ml-badge" aria-hidden="true"></span>
+    <h2 class="ml-name"></h2>
+    <span class="ml-state"></span>
+  </header>
+  <p class="ml-facts"></p>
+  <div class="ml-answer" dir="auto" tabindex="0" role="group"><span class="ml-text"></span><span class="ml-caret" aria-hidden="true"></span></div>
+  <p class="ml-error" hidden></p>
+  <button type="button" class="ml-fork" hidden></button>
+  <dl class="ml-numbers">
+    <div><dt>tokens/s</dt><dd class="ml-rate">–</dd></div>
+    <div><dt>first token</dt><dd class="ml-first">–</dd></div>
+    <div><dt>tokens</dt><dd class="ml-tokens">–</dd></div>
+  </dl>`;
+const STATES = {
+  idle: "ready", waiting: "waiting", writing: "writing", eos: "finished",
+  length: "length limit", stop: "stop text", stopped: "stopped", error: "failed",
+};
+
+class Column {
+  // choose(token index) is called when a visitor picks a token.
+  constructor(about, choose) {
+    this.answer = new Answer(about);
+    this.card = make("article", "ml-card");
+    this.card.innerHTML = CARD;
+    this.card.dataset.kind = about.kind;
+    this.card.setAttribute("aria-label", about.name + ", " + about.kind);
+    this.find("badge").textContent = about.letter ? `${about.letter} ${about.badge}` : about.badge;
+    this.find("name").textContent = about.name;
+    this.find("facts").textContent = about.facts;
+    this.find("answer").setAttribute("aria-label", `Answer of ${about.name}. The arrow keys go from token to token.`);
+    this.spans = [];
+    this.at = null;
+    this.choose = choose;
+    this.find("text").addEventListener("click", (event) => {
+      const index = this.spans.indexOf(event.target.closest(".ml-token"));
+      if (index >= 0) choose(index);
+    });
+    this.find("fork").addEventListener("click", () => choose(this.fork));
+    this.find("answer").addEventListener("keydown", (event) => this.walk(event));
+  }
+
+  find(name) {
+    return this.card.querySelector(".ml-" + name);
+  }
+
+  walk(event) {
+    const last = this.spans.findLastIndex((span) => !span.hidden);
+    const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 1, ArrowUp: -1, Home: -Infinity, End: Infinity };
+    if (!(event.key in steps) || event.ctrlKey || event.metaKey || event.altKey || last < 0) return;
+    event.preventDefault();
+    const to = this.at === null ? 0 : this.at + steps[event.key];
+    const index = Math.max(0, Math.min(last, to));
+    this.choose(index);
+    this.spans[index].focus();
+  }
+
+  // Mark the chosen token, or none.
+  mark(index) {
+    if (this.at !== null) this.spans[this.at]?.classList.remove("ml-chosen");
+    this.at = index;
+    if (index !== null) this.spans[index].classList.add("ml-chosen");
+  }
+
+  paint(now) {
+    if (this.answer.take(now.log)) this.grow();
+    this.now = now;
+    this.find("error").hidden = !now.error;
+    this.find("error").textContent = now.error || "";
+    this.find("rate").textContent = digits(now.rate, now.rate >= 100 ? 0 : 1);
+    this.find("first").textContent = now.first === null ? "–" : digits(now.first, 2) + " s";
+    this.find("tokens").textContent = now.tokens || "–";
+  }
+
+  grow() {
+    const fresh = document.createDocumentFragment();
+    for (const token of this.answer.tokens.slice(this.spans.length)) {
+      const span = make("span", "ml-token", token.t);
+      span.tabIndex = -1;
+      if (!token.t && token.p && token.i !== undefined && /^<.*>$/.test(token.p)) span.classList.add("ml-special");
+      if (token.expert !== null) {
+        span.dataset.letter = letterOf(token.expert);
+        span.style.setProperty("--e", hueOf(token.expert));
+      }
+      this.spans.push(span);
+      fresh.append(span);
+    }
+    this.find("text").append(fresh);
+  }
+
+  // Show the first `count` tokens; `kept` are those that the base has written too, `fork` is the first that differs.
+  show(count, kept, fork) {
+    this.spans.forEach((span, index) => {
+      const hide = index >= count;
+      if (span.hidden !== hide) span.hidden = hide;
+      const differs = kept !== null && !kept.has(index);
+      if (("differs" in span.dataset) !== differs) {
+        if (differs) span.dataset.differs = "";
+        else delete span.dataset.differs;
+      }
+      if (("fork" in span.dataset) !== (index === fork)) {
+        if (index === fork) span.dataset.fork = "";
+        else delete span.dataset.fork;
+      }
+    });
+    this.fork = fork;
+    const whole = count >= this.spans.length;
+    this.card.dataset.state = whole || this.now.state === "error" ? this.now.state : "replaying";
+    this.find("state").textContent = whole ? STATES[this.now.state] || this.now.state : "";
+    const button = this.find("fork");
+    button.hidden = fork === null || fork >= count;
+    if (!button.hidden) button.textContent = `leaves the base at token ${fork + 1}`;
+  }
+}

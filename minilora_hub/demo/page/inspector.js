@@ -1,0 +1,81 @@
+// What the model thought of at one token: its probability, the alternatives, and the experts layer by layer.
+
+class Inspector {
+  constructor(box) {
+    this.box = box;
+    this.shown = "";
+  }
+
+  clear() {
+    this.shown = "";
+    this.box.dataset.empty = "yes";
+    this.box.querySelector(".ml-inspected").replaceChildren();
+  }
+
+  // answer and base: `Answer`s; at: which token; same: whether both have written the same before it.
+  paint(answer, base, at, same) {
+    const token = answer.tokens[at];
+    const other = answer !== base && same ? base.tokens[at] : null;
+    const signature = `${answer.about.name} ${at} ${other ? other.i : ""}`;
+    if (signature === this.shown) return;
+    this.shown = signature;
+    this.box.dataset.empty = "no";
+    const title = make("p", "ml-inspected-title");
+    title.append(make("code", "ml-piece", visible(token.t || token.p || "")), this.words(answer, token, at));
+    const parts = [title];
+    if (token.a) {
+      const lists = make("div", "ml-choices");
+      lists.append(this.choices(answer.about.name, token));
+      if (other && other.a) lists.append(this.choices(`${base.about.name}, after the same text`, other));
+      parts.push(lists);
+    }
+    if (token.r) parts.push(this.routing(token.r));
+    this.box.querySelector(".ml-inspected").replaceChildren(...parts);
+  }
+
+  words(answer, token, at) {
+    const told = [`token ${at + 1} of ${answer.about.name}`];
+    if (token.l !== undefined && token.l !== null) {
+      told.push(`probability ${percent(Math.exp(token.l))}`, `log-probability ${digits(token.l, 3)}`);
+    }
+    return make("span", "ml-inspected-words", told.join(" · "));
+  }
+
+  choices(title, token) {
+    const box = make("div", "ml-choice-box");
+    const list = make("ol", "ml-choice-list");
+    box.append(make("h4", "", title), list);
+    const chosen = token.p === undefined ? token.t : token.p;
+    for (const [text, logprob] of token.a) {
+      const share = Math.exp(logprob);
+      const line = make("li", text === chosen ? "ml-picked" : "");
+      line.style.setProperty("--w", share.toFixed(4));
+      line.append(make("code", "", visible(text)), make("span", "ml-share", percent(share)));
+      if (text === chosen) line.append(make("span", "ml-unseen", " (written)"));
+      list.append(line);
+    }
+    return box;
+  }
+
+  routing(layers) {
+    const box = make("div", "ml-routing");
+    box.append(make("h4", "", "Routing weights, layer by layer"));
+    const list = make("ol", "ml-layers");
+    layers.forEach((layer, at) => {
+      const line = make("li");
+      line.append(make("span", "ml-layer-number", String(at + 1)));
+      const bar = make("span", "ml-layer-bar");
+      for (let i = 0; i < layer.length; i += 2) {
+        const share = layer[i + 1] / 1000;
+        const part = make("span", "ml-layer-part", `${letterOf(layer[i])} ${percent(share)}`);
+        part.style.setProperty("--e", hueOf(layer[i]));
+        part.style.flexGrow = share;
+        bar.append(part);
+      }
+      line.append(bar);
+      list.append(line);
+    });
+    box.append(list);
+    return box;
+  }
+}

@@ -1,0 +1,131 @@
+// What is known of a comparison, read from the stage that the server sends (see frames.py). Nothing here is drawn.
+
+// The longest common subsequence of two growing sequences. Each new item costs as much as the other one is long.
+class Common {
+  constructor() {
+    this.a = [];
+    this.b = [];
+    this.lengths = [[0]]; // lengths[i][j]: of the first i items of a and the first j of b
+  }
+
+  addA(item) {
+    this.a.push(item);
+    const above = this.lengths[this.a.length - 1];
+    const row = [0];
+    for (let j = 1; j <= this.b.length; j++) {
+      row.push(this.b[j - 1] === item ? above[j - 1] + 1 : Math.max(above[j], row[j - 1]));
+    }
+    this.lengths.push(row);
+  }
+
+  addB(item) {
+    this.b.push(item);
+    const j = this.b.length;
+    this.lengths[0].push(0);
+    for (let i = 1; i <= this.a.length; i++) {
+      const row = this.lengths[i];
+      const above = this.lengths[i - 1];
+      row.push(this.a[i - 1] === item ? above[j - 1] + 1 : Math.max(above[j], row[j - 1]));
+    }
+  }
+
+  // Which items of the first `i` of a and the first `j` of b belong to it: two sets of positions.
+  kept(i, j) {
+    const inA = new Set();
+    const inB = new Set();
+    while (i > 0 && j > 0) {
+      if (this.a[i - 1] === this.b[j - 1]) {
+        inA.add(--i);
+        inB.add(--j);
+      } else if (this.lengths[i - 1][j] >= this.lengths[i][j - 1]) i--;
+      else j--;
+    }
+    return { inA, inB };
+  }
+}
+
+// One column: its tokens {t, p, i, l, a, r}, each with its main expert, and how they compare with the base's.
+class Answer {
+  constructor(about) {
+    this.about = about;
+    this.tokens = [];
+    this.read = 0;
+    this.common = new Common(); // a: the base's tokens, b: ours
+  }
+
+  // Read what has been added to the log; returns how many tokens that are.
+  take(log) {
+    const end = log.lastIndexOf("\n");
+    if (end < this.read) return 0;
+    const lines = log.slice(this.read, end).split("\n");
+    this.read = end + 1;
+    for (const line of lines) {
+      const token = JSON.parse(line);
+      token.expert = token.r ? mainExpert(token.r) : null;
+      token.key = token.i === undefined ? token.t : token.i;
+      this.tokens.push(token);
+    }
+    return lines.length;
+  }
+
+  // The first token that differs from the base's at the same place: up to there both have written the same.
+  fork(base) {
+    const both = Math.min(this.tokens.length, base.tokens.length);
+    for (let i = 0; i < both; i++) if (this.tokens[i].key !== base.tokens[i].key) return i;
+    return null;
+  }
+}
+
+// ---- experts ----
+
+// Layers are [expert, weight, expert, weight, …] in thousandths; the main expert has the largest sum over the layers.
+function mainExpert(layers) {
+  const sums = new Map();
+  for (const layer of layers) {
+    for (let i = 0; i < layer.length; i += 2) sums.set(layer[i], (sums.get(layer[i]) || 0) + layer[i + 1]);
+  }
+  let best = null;
+  for (const [expert, sum] of sums) {
+    if (best === null || sum > sums.get(best) || (sum === sums.get(best) && expert < best)) best = expert;
+  }
+  return best;
+}
+
+// Mean weight of each expert in each layer over the first `count` tokens, from 0 to 1: one row an expert.
+function expertUse(tokens, experts, count) {
+  const routed = tokens.slice(0, count).filter((token) => token.r);
+  const layers = routed.length ? routed[0].r.length : 0;
+  const use = Array.from({ length: experts }, () => new Array(layers).fill(0));
+  for (const token of routed) {
+    token.r.forEach((layer, at) => {
+      for (let i = 0; i < layer.length; i += 2) use[layer[i]][at] += layer[i + 1] / 1000 / routed.length;
+    });
+  }
+  return use;
+}
+
+const letterOf = (expert) => String.fromCharCode(65 + (expert % 26)) + (expert >= 26 ? Math.floor(expert / 26) : "");
+const hueOf = (expert) => `var(--ml-e${expert % 8})`;
+
+// ---- words ----
+
+function percent(share) {
+  if (share > 0 && share < 0.001) return "<0.1 %";
+  return (share < 0.1 && share > 0 ? (100 * share).toFixed(1) : Math.round(100 * share)) + " %";
+}
+const digits = (value, count) => (value === null || value === undefined ? "–" : value.toFixed(count));
+
+// A token as something to look at: blanks and line ends would not be seen, nor would controls.
+const CONTROLS = /[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g;
+function visible(text) {
+  const shown = text.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥");
+  return shown.replace(CONTROLS, (one) => "\\u" + one.charCodeAt(0).toString(16).padStart(4, "0")) || "∅";
+}
+
+// An element with classes and a text, which is only ever text.
+function make(tag, classes = "", text = null) {
+  const made = document.createElement(tag);
+  if (classes) made.className = classes;
+  if (text !== null) made.textContent = text;
+  return made;
+}

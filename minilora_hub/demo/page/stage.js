@@ -1,0 +1,246 @@
+// The comparison as a whole: what is shown at which step, what is marked, what a visitor has chosen.
+
+class Stage {
+  // trigger(name, data) tells the server; see js_on_load in stage.js beside this folder.
+  constructor(element, trigger) {
+    this.box = element.querySelector(".ml-stage");
+    this.trigger = trigger;
+    this.columns = [];
+    this.described = null;
+    this.run = null;
+    this.step = null; // null: all there is, and what follows
+    this.chosen = null; // {column, at}
+    this.mixture = null;
+    this.row = this.box.querySelector(".ml-columns");
+    this.tabs = new Tabs(this.box.querySelector(".ml-tabs"), this.row);
+    this.timeline = new Timeline(
+      this.box.querySelector(".ml-timeline"),
+      (step) => this.go(step),
+      (column) => this.chooseFork(column),
+    );
+    this.heatmap = new Heatmap(
+      this.box.querySelector(".ml-heat"),
+      (column) => {
+        this.mixture = column;
+        this.refresh();
+      },
+      (column, expert) => this.solo(column, expert),
+    );
+    this.inspector = new Inspector(this.box.querySelector(".ml-inspector"));
+    this.box.querySelector(".ml-picture").addEventListener("click", () => this.share());
+    minilora.marks.listen(() => this.refresh());
+    this.keys();
+  }
+
+  // ---- what the server sent ----
+
+  paint(now) {
+    if (!now || !now.columns) return;
+    this.now = now;
+    const described = JSON.stringify(now.columns.map((column) => column.about));
+    const fresh = now.run !== this.run || described !== this.described;
+    if (fresh) this.start(now, described);
+    const before = this.columns.map((column) => column.answer.tokens.length);
+    now.columns.forEach((column, index) => this.columns[index].paint(column));
+    this.compare(before);
+    this.box.dataset.blind = now.blind ? "yes" : "no";
+    if (fresh && now.replay) this.timeline.play();
+    this.refresh();
+  }
+
+  start(now, described) {
+    this.run = now.run;
+    this.described = described;
+    this.timeline.pause();
+    this.step = null;
+    this.chosen = null;
+    this.inspector.clear();
+    this.columns = now.columns.map(
+      (column, index) => new Column(column.about, (at) => this.choose(index, at)),
+    );
+    this.row.replaceChildren(...this.columns.map((column) => column.card));
+    this.box.style.setProperty("--columns", this.columns.length);
+    this.box.dataset.count = this.columns.length;
+    this.tabs.build(now.columns.map((column) => column.about), this.columns.map((column) => column.card));
+    const mixtures = this.mixtures();
+    if (!mixtures.some(([index]) => index === this.mixture)) this.mixture = mixtures.length ? mixtures[0][0] : null;
+    const replay = this.box.querySelector(".ml-replay");
+    replay.hidden = !now.replay;
+    replay.querySelector(".ml-replay-prompt").textContent = now.prompt;
+    replay.querySelector(".ml-replay-words").textContent = now.replay || "";
+  }
+
+  // Which tokens each answer shares with the base's; only what is new is compared.
+  compare(before) {
+    const visible = (tokens) => tokens.filter((token) => token.t).map((token) => token.key);
+    const base = visible(this.columns[0].answer.tokens.slice(before[0]));
+    this.columns.slice(1).forEach((column, index) => {
+      for (const key of base) column.answer.common.addA(key);
+      for (const key of visible(column.answer.tokens.slice(before[index + 1]))) column.answer.common.addB(key);
+    });
+  }
+
+  // ---- what is shown ----
+
+  get steps() {
+    return Math.max(0, ...this.columns.map((column) => column.answer.tokens.length));
+  }
+
+  go(step) {
+    this.step = step >= this.steps ? null : step;
+    this.refresh();
+  }
+
+  refresh() {
+    if (!this.columns.length) return;
+    const marks = minilora.marks;
+    this.box.dataset.diff = marks.diff && !this.now.blind ? "on" : "off";
+    this.box.dataset.experts = marks.experts && !this.now.blind ? "on" : "off";
+    const shown = this.step === null ? Infinity : this.step;
+    const base = this.columns[0].answer;
+    const keepers = new Array(base.tokens.length).fill(0);
+    const forks = [];
+    this.columns.forEach((column, index) => {
+      const answer = column.answer;
+      if (index === 0 || this.now.blind) {
+        column.show(shown, null, null);
+        return;
+      }
+      const { inA, inB } = this.shared(answer, base, shown);
+      for (const at of inA) keepers[at]++;
+      const fork = answer.fork(base);
+      column.show(shown, inB, fork);
+      if (fork !== null && fork < shown) forks.push({ ...answer.about, at: fork, column: index });
+    });
+    const steps = this.steps;
+    const some = steps > 0;
+    this.box.dataset.some = some ? "yes" : "no";
+    const kept = keepers.slice(0, Math.min(shown, base.tokens.length));
+    this.timeline.paint(steps, Math.min(shown, steps), kept, this.now.blind ? 0 : this.columns.length - 1, forks);
+    this.paintExperts(shown);
+    this.paintInspector(shown);
+  }
+
+  // Positions, among all tokens, of those that base and answer share in what is shown of both.
+  shared(answer, base, shown) {
+    const places = (tokens) => tokens.flatMap((token, at) => (token.t && at < shown ? [at] : []));
+    const ofBase = places(base.tokens);
+    const ours = places(answer.tokens);
+    const { inA, inB } = answer.common.kept(ofBase.length, ours.length);
+    const silent = answer.tokens.flatMap((token, at) => (token.t ? [] : [at]));
+    return { inA: new Set([...inA].map((i) => ofBase[i])), inB: new Set([...silent, ...[...inB].map((j) => ours[j])]) };
+  }
+
+  mixtures() {
+    return this.columns.flatMap(({ answer: { about } }, index) =>
+      about.experts && (about.solo === null || about.solo === undefined) ? [[index, about.name]] : [],
+    );
+  }
+
+  paintExperts(shown) {
+    const mixtures = this.now.blind ? [] : this.mixtures();
+    if (!mixtures.length || this.mixture === null) {
+      this.heatmap.paint([], null, "", [], [], 0);
+      return;
+    }
+    const { about, tokens } = this.columns[this.mixture].answer;
+    const solos = this.columns.flatMap(({ answer: { about: other } }) =>
+      other.adapter === about.adapter && Number.isInteger(other.solo) ? [other.solo] : [],
+    );
+    const use = expertUse(tokens, about.experts, shown);
+    this.heatmap.paint(mixtures, this.mixture, about.name, use, solos, Math.min(shown, tokens.length));
+  }
+
+  paintInspector(shown) {
+    if (this.chosen === null || this.chosen.at >= shown) {
+      if (this.chosen !== null) this.unchoose();
+      return;
+    }
+    const { answer } = this.columns[this.chosen.column];
+    const base = this.columns[0].answer;
+    const fork = answer.fork(base);
+    const same = !this.now.blind && this.chosen.at < base.tokens.length && (fork === null || this.chosen.at <= fork);
+    this.inspector.paint(answer, base, this.chosen.at, same);
+  }
+
+  // ---- what a visitor does ----
+
+  choose(column, at) {
+    this.columns.forEach((one, index) => one.mark(index === column ? at : null));
+    this.chosen = { column, at };
+    if (this.columns[column].answer.about.experts && this.mixtures().some(([index]) => index === column)) {
+      this.mixture = column;
+    }
+    this.refresh();
+  }
+
+  unchoose() {
+    this.columns.forEach((one) => one.mark(null));
+    this.chosen = null;
+    this.inspector.clear();
+  }
+
+  chooseFork(column) {
+    const at = this.columns[column].answer.fork(this.columns[0].answer);
+    if (at !== null) this.choose(column, at);
+  }
+
+  solo(column, expert) {
+    const { adapter } = this.columns[column].answer.about;
+    const current = this.columns.flatMap(({ answer: { about } }) =>
+      about.adapter === adapter && Number.isInteger(about.solo) ? [about.solo] : [],
+    );
+    const experts = current.includes(expert) ? current.filter((one) => one !== expert) : [...current, expert];
+    this.trigger("solo", { adapter, experts, prompt: this.now.prompt });
+  }
+
+  share() {
+    const columns = this.columns.map(({ answer, now }, index) => ({
+      about: answer.about,
+      now,
+      tokens: answer.tokens,
+      kept: minilora.marks.diff && index ? this.shared(answer, this.columns[0].answer, Infinity).inB : null,
+      experts: this.box.dataset.experts === "on",
+    }));
+    const words = (name) => document.querySelector(name)?.textContent || "";
+    const picture = new Picture(this.box);
+    picture.draw(words(".ml-head h1"), this.now.prompt, words(".ml-count"), columns);
+    picture.save("comparison.png");
+  }
+
+  keys() {
+    document.addEventListener("keydown", (event) => {
+      if (event.isComposing || event.ctrlKey || event.metaKey || event.altKey) return;
+      if (event.key === "Escape") {
+        const stop = document.querySelector("#ml-stop");
+        if (stop && !stop.disabled) stop.click();
+        else if (this.chosen) this.unchoose();
+        return;
+      }
+      if (event.target.closest?.("input:not([type=range]):not([type=checkbox]), textarea, select, [contenteditable]")) return;
+      const key = event.key.toLowerCase();
+      if (key === "d") minilora.marks.toggle("diff");
+      if (key === "e") minilora.marks.toggle("experts");
+      if (/^[1-9]$/.test(key)) document.dispatchEvent(new CustomEvent("ml:vote", { detail: Number(key) }));
+    });
+  }
+}
+
+// What is marked in the answers; the buttons above the columns and the keys D and E change it.
+const minilora = {
+  marks: {
+    diff: true,
+    experts: true,
+    listeners: [],
+    listen(listener) {
+      this.listeners.push(listener);
+      listener();
+    },
+    toggle(name) {
+      this[name] = !this[name];
+      for (const listener of this.listeners) listener();
+    },
+  },
+  stage: (element, trigger) => new Stage(element, trigger),
+};
+window.minilora = minilora;
