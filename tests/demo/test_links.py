@@ -125,7 +125,7 @@ def visit(page_server, browser):
         context = browser.new_context(viewport={"width": width, "height": height}, **settings)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(60_000)
         page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: troubles.append(str(error)))
         assert page.goto(f"{page_server.address}?adapter={quote(adapter, safe='')}").ok
