@@ -29,6 +29,7 @@ from minilora_hub.publish.progress import Stages
 from minilora_hub.publish.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, read_json
 from minilora_hub.publish.space_files import APP, MARKER, OUR_VARIABLES, README, VENDORED, SpaceSettings, stage
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 BUSY_STAGES = frozenset({"BUILDING", "RUNNING_BUILDING", "APP_STARTING", "RUNNING_APP_STARTING"})
 LATE_SECONDS = 60.0
@@ -214,7 +215,7 @@ def _find_models(
         base = bases[0]
     base = base or EMBEDDED
     if base != EMBEDDED:
-        if os.path.isdir(base) or "/" not in base:
+        if os.path.isdir(base) or not HUB_ID.fullmatch(base):
             raise ValueError(f"base={base!r}: a Space needs the id of a model on the Hub, or 'embedded'")
         try:
             info = patiently(lambda: api.model_info(base), attempts)

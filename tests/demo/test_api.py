@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import signal
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -66,7 +66,7 @@ def test_answers_stream(client, server):
     before = server.forwards()
     items = list(client.submit("Hi 👩‍👩‍👧 naïve", max_new_tokens=40, api_name="/compare"))
     assert len(items) > 3
-    for earlier, later in itertools.pairwise(items):
+    for earlier, later in pairwise(items):
         assert earlier["forwards"] <= later["forwards"]
         for old, new in zip(earlier["rows"], later["rows"], strict=True):
             assert new["text"].startswith(old["text"])
@@ -186,8 +186,7 @@ def test_cancelling_ends_the_computation(client, server):
 def test_a_client_that_dies_frees_the_computation(client, server):
     """Killed in the middle of a stream."""
     program = (
-        "import sys\nfrom gradio_client import Client\n"
-        "client = Client(sys.argv[1], verbose=False)\n"
+        "import sys\nfrom gradio_client import Client\nclient = Client(sys.argv[1], verbose=False)\n"
         "job = client.submit('a long text, ' * 20, max_new_tokens=400, api_name='/compare')\n"
         "for item in job:\n    print(item['forwards'], flush=True)\n"
     )
