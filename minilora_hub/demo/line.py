@@ -109,7 +109,7 @@ class Line:
 
     def leave(self, ticket: Ticket, finished: bool) -> None:
         """See `Ticket.leave`."""
-        if finished and ticket.done:
+        if finished and ticket.done and ticket in self._running:
             self._used += SMOOTHING * (min(1.0, ticket.done / ticket.steps) - self._used)
         for tickets in (self._running, self._waiting):
             if ticket in tickets:

@@ -223,9 +223,11 @@ class LiveRuns:
                 moment, steps_done, seconds = await loop.run_in_executor(self._thread, context.run, _advance, steps)
                 ticket.stepped(steps_done, seconds)
                 finished = moment.finished
+                if finished:  # at once: whoever reads may take their time to come back
+                    ticket.leave(finished=not stop.is_set())
                 yield moment
         finally:
-            ticket.leave(finished and not stop.is_set())
+            ticket.leave()
             stop.set()
             if steps is not None:
                 self._thread.submit(steps.close)
