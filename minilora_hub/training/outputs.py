@@ -52,6 +52,7 @@ def write_result(
         What is in results.json; None for a method whose format cannot be published, which has none.
     """
     if settings.method in OURS:
+        _cast_for_saving(settings, trainee)
         trainee.model.save_pretrained(out, tokenizer=tokenizer)
     else:
         from minilora_hub.training.passthrough import save_peft_adapter
@@ -65,6 +66,15 @@ def write_result(
     results = describe(settings, resolved, trainee, data, history, seconds)
     results.save(out)
     return results
+
+
+def _cast_for_saving(settings: TrainingSettings, trainee: Trainee) -> None:
+    """Give the adapter the dtype it is saved in; DoRA's magnitudes keep float32."""
+    import torch
+
+    for name, parameter in trainee.model.adapter_parameters().items():
+        if "magnitude" not in name:
+            parameter.data = parameter.data.to(getattr(torch, settings.recipe.save_dtype))
 
 
 def published_method(settings: TrainingSettings) -> str | None:
@@ -160,6 +170,8 @@ def hyperparameters(settings: TrainingSettings) -> dict[str, Any]:
         "weight decay": recipe.weight_decay,
         "gradient norm at most": recipe.max_grad_norm or None,
         "seed": recipe.seed,
+        "trained in": None if recipe.dtype == "auto" else f"{recipe.dtype}, the adapter in float32",
+        "saved in": None if recipe.save_dtype == "float32" else recipe.save_dtype,
         "base quantised": recipe.quantize,
         "loss on": recipe.loss_on,
         "validation share": recipe.validation or None,

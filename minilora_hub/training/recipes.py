@@ -51,6 +51,8 @@ class Recipe:
         keep_checkpoints: how many of the last to keep; the best one is kept, too.
         dtype: of the base: ``"auto"`` is bfloat16 on a GPU that has it, else float32. Adapters learn in float32;
             on a bfloat16 base they are rounded to it where they are multiplied.
+        save_dtype: of the saved adapter: ``"bfloat16"`` halves the file, DoRA's magnitudes stay float32. For our own
+            methods; PEFT's are saved as they were trained.
         quantize: ``"nf4"`` or ``"int8"``: a quantised base (QLoRA, arXiv 2305.14314).
         double_quant: with ``"nf4"``, quantise the constants, too.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
@@ -80,6 +82,7 @@ class Recipe:
     save_every: int | None = None
     keep_checkpoints: int = 2
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
     quantize: Literal["nf4", "int8"] | None = None
     double_quant: bool = True
     gradient_checkpointing: bool = False

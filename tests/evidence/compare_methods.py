@@ -1,0 +1,134 @@
+"""Which method is better, at equal cost? The runs behind the README's table, and the table.
+
+    python tests/evidence/compare_methods.py run       # makes what is missing; the same command goes on after a stop
+    python tests/evidence/compare_methods.py status    # what is there, what is missing, how long it will take
+    python tests/evidence/compare_methods.py report    # the README's table and the pictures, from the results
+
+Several processes may run at once, each with other runs. The results are small files in tests/evidence/results; adapters
+and answers go into --work. The plan is in plan.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from evidence.plan import METHODS, Run
+from evidence.store import BASE, RESULTS, Store
+from filelock import FileLock, Timeout
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "status", "report"))
+    parser.add_argument("--work", type=Path, default=Path("evidence-work"), help="folder for adapters and answers")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--method", action="append", choices=METHODS, help="only these; again for more")
+    parser.add_argument("--part", action="append", choices=("sweep", "seeds", "single"), help="only these")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of this process")
+    arguments = parser.parse_args()
+    store = Store(arguments.results)
+    if arguments.what == "run":
+        run_all(store, arguments)
+    elif arguments.what == "status":
+        status(store)
+    else:
+        from evidence.report import write_report
+
+        write_report(store)
+
+
+def wanted(store: Store, arguments: argparse.Namespace) -> list[Run]:
+    """The runs to make, of those known so far."""
+    return [
+        run
+        for run in store.runs()
+        if (not arguments.method or run.method in arguments.method)
+        and (not arguments.part or run.part in arguments.part)
+        and not store.has(run.name)
+    ]
+
+
+def run_all(store: Store, arguments: argparse.Namespace) -> None:
+    """Make what is missing and what no other process is making."""
+    import torch
+    from evidence.measure import base_result, make, write_data
+
+    torch.set_num_threads(arguments.threads)
+    work: Path = arguments.work.resolve()
+    locks = work / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / "data.lock"):
+        if not (work / "data").is_dir():
+            write_data(work / "data")
+    while True:
+        made = False
+        for run in wanted(store, arguments):
+            try:
+                with FileLock(locks / f"{run.name}.lock", timeout=0):
+                    if store.has(run.name):
+                        continue
+                    say(f"{run.name}: {run.steps} steps; {left(store)}")
+                    started = time.perf_counter()
+                    store.write(run.name, make(run, work))
+                    say(f"{run.name}: done in {(time.perf_counter() - started) / 60:.1f} minutes")
+                    made = True
+            except Timeout:
+                continue
+            break  # what comes next may depend on this
+        if not made:
+            break
+    try:
+        with FileLock(locks / "base.lock", timeout=0):
+            if not store.has(BASE):
+                say("the base, zero-shot and with examples")
+                store.write(BASE, base_result(work))
+    except Timeout:
+        pass
+    say(left(store))
+
+
+def left(store: Store) -> str:
+    """How much there is still to do, at the speed of what is done."""
+    runs = store.runs()
+    if len(store.rates()) < len(METHODS):
+        from evidence.plan import final_runs
+
+        known = {run.name for run in runs}
+        runs += [run for run in final_runs(dict.fromkeys(METHODS, 0.0)) if run.method not in store.rates()]
+        assert known
+    finished = [run for run in runs if store.has(run.name)]
+    steps = sum(run.steps for run in runs if not store.has(run.name))
+    spent = [(run.steps, store.read(run.name).get("seconds") or 0.0) for run in finished]
+    text = f"{len(finished)} of {len(runs)} runs done, {steps} steps to go"
+    if spent:
+        each = sum(seconds for _, seconds in spent) / sum(count for count, _ in spent)
+        text += f", about {steps * each / 3600:.1f} hours of one process at {each:.1f} s a step"
+    return text
+
+
+def status(store: Store) -> None:
+    """Print what is there and what is missing."""
+    for run in store.runs():
+        if store.has(run.name):
+            result = store.read(run.name)
+            print(f"{run.name}: validation loss {result['validation_loss']}, {result.get('seconds')} s")
+        else:
+            print(f"{run.name}: missing")
+    print(f"{BASE}: {'there' if store.has(BASE) else 'missing'}")
+    print(left(store))
+
+
+def say(line: str) -> None:
+    """Print at once, with the time."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

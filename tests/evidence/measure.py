@@ -1,0 +1,119 @@
+"""One run: trained by `minilora_hub.train`, measured by `minilora_hub.evaluation`, and told as JSON."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from evidence.plan import EVALUATION_DTYPE, TASKS, TEST_ITEMS, TRAIN_ITEMS, VALIDATION_ITEMS, Run
+
+from minilora_hub.errors import TrainingError, TrainingInterrupted
+from minilora_hub.evaluation.report import routers
+from minilora_hub.evaluation.run import Model, Report, evaluate
+from minilora_hub.evaluation.training_files import write
+from minilora_hub.results import Results
+from minilora_hub.training.run import train
+from minilora_hub.training.run_state import STATE_FILE
+
+
+def write_data(folder: Path) -> None:
+    """The rows of all runs."""
+    write(folder, (), ("train",), TRAIN_ITEMS)
+    write(folder, (), ("validation",), VALIDATION_ITEMS)
+
+
+def make(run: Run, work: Path) -> dict[str, Any]:
+    """Train, go on where a killed process was, and measure.
+
+    Args:
+        run: what is trained.
+        work: folder for adapters, rows and answers; what is in it is used again.
+    """
+    out = work / "adapters" / run.name
+    result: dict[str, Any] = {"run": run.to_dict(), "command": run.command()}
+    state = json.loads((out / STATE_FILE).read_text()) if (out / STATE_FILE).is_file() else None
+    if not (state and state["finished"]):
+        if state is None:
+            shutil.rmtree(out, ignore_errors=True)
+        try:
+            train(
+                out,
+                data=str(work / "data" / f"{run.data}.train.jsonl"),
+                validation_data=str(work / "data" / f"{run.data}.validation.jsonl"),
+                resume=state is not None,
+                **run.settings(),
+            )
+        except TrainingInterrupted:
+            raise
+        except TrainingError as error:  # a learning rate that is too high ends in NaN: that, too, is a result
+            if run.part != "sweep":
+                raise
+            return result | {"validation_loss": None, "failed": str(error)}
+    curve = [(int(row["step"]), row) for row in csv.DictReader((out / "loss.csv").open(encoding="utf-8"))]
+    told = Results.load(out)
+    assert told.training is not None
+    result |= {
+        "parameters": told.parameters,
+        "bytes": (out / "adapter_model.safetensors").stat().st_size,
+        "seconds": told.training.seconds,
+        "hardware": told.training.hardware,
+        "libraries": told.training.libraries,
+        "loss": [[step, round(float(row["loss"]), 4)] for step, row in curve if row["loss"]],
+        "validation": [[step, float(row["validation_loss"])] for step, row in curve if row["validation_loss"]],
+    }
+    result["validation_loss"] = min(loss for _, loss in result["validation"])
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    if run.part != "sweep":
+        report = measured([out], run.part, work)
+        result |= told_of(report, report.models[-1])
+    return result
+
+
+def base_result(work: Path) -> dict[str, Any]:
+    """The base, zero-shot and with examples."""
+    report = measured([], "seeds", work, few_shot=4)
+    plain, few = report.models
+    return told_of(report, plain) | {"few_shot": told_of(report, few)["scores"]}
+
+
+def measured(adapters: list[Path], part: str, work: Path, few_shot: int = 0) -> Report:
+    """The test items, the held-out formats where a seed is measured, and general text."""
+    return evaluate(
+        adapters,
+        base="embedded",
+        tasks=TASKS,
+        count=TEST_ITEMS[part],
+        few_shot=few_shot,
+        held_out=part == "seeds",
+        perplexity=True,
+        dtype=EVALUATION_DTYPE,
+        cache=work / "answers",
+    )
+
+
+def told_of(report: Report, model: Model) -> dict[str, Any]:
+    """Scores item by item, as 0s and 1s; the sums of -ln p; the routers."""
+    scores: dict[str, Any] = {}
+    for key, said in model.scores.items():
+        scores[key] = {"exact": "".join(str(int(score)) for score in said.exact)}
+        if said.f1 is not None:
+            scores[key]["f1"] = [round(score, 4) for score in said.f1]
+    found: dict[str, Any] = {"scores": scores}
+    if model.nll is not None:
+        assert report.text is not None
+        found["general_text"] = {
+            "name": report.text[0].name,
+            "sha256": report.text[0].sha256,
+            "tokens": list(report.text[1]),
+            "nll": [round(value, 3) for value in model.nll],
+        }
+    if model.routing:
+        keys = list(model.routing)
+        found["routers"] = {
+            key: {"load": use.load, "entropy": use.entropy}
+            for key, use in zip(keys, routers(report, model), strict=True)
+        }
+    return found

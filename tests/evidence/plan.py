@@ -1,0 +1,109 @@
+"""The experiment: which runs there are, what each is trained on, and in which order they are made.
+
+Four methods with equally many trainable parameters, on the same rows in the same order for as many steps. The learning
+rate of each is the one of a common grid with the lowest validation loss after a short run. Then three seeds of each on
+the mix of the tasks; and each task alone, for as many rows as the mix has of that task.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"r": 12},
+    "dora": {"r": 12},
+    "mixlora": {"r": 12, "expert_r": 3, "num_experts": 4},
+    "mixdora": {"r": 8, "expert_r": 3, "num_experts": 4},
+}
+"""3.66, 3.82, 3.73 and 3.76 million trainable parameters on SmolLM2-135M: within 5% of each other."""
+METHODS = tuple(ADAPTERS)
+TITLES = {"lora": "LoRA", "dora": "DoRA", "mixlora": "MixLoRA", "mixdora": "MixDoRA"}
+TASKS = ("dates", "numbers", "inflection", "records")
+MIX = "mix"
+
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+SWEEP_STEPS, STEPS = 60, 200
+SINGLE_STEPS = STEPS // len(TASKS)
+SEEDS = (0, 1, 2)
+
+TRAIN_ITEMS, VALIDATION_ITEMS = 1000, 24
+"""Of each task."""
+TEST_ITEMS = {"seeds": 500, "single": 250}
+"""Of each task; None would be all. The held-out formats have fewer, all of which are measured."""
+
+TRAINING: dict[str, Any] = {"batch_size": 8, "dtype": "bfloat16", "save_dtype": "bfloat16", "keep_checkpoints": 1}
+EVALUATION_DTYPE = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        part: ``"sweep"``, ``"seeds"`` or ``"single"``.
+        method: a key of `ADAPTERS`.
+        data: a task, or the mix.
+        learning_rate: its peak.
+        seed: of initial weights and order.
+        steps: of eight rows.
+    """
+
+    part: str
+    method: str
+    data: str
+    learning_rate: float
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """Its file's."""
+        return f"{self.part}-{self.method}-{self.data}-lr{self.learning_rate:g}-seed{self.seed}"
+
+    def settings(self) -> dict[str, Any]:
+        """What `train` is called with, but for the data."""
+        return {
+            "method": self.method,
+            "base": "embedded",
+            "learning_rate": self.learning_rate,
+            "seed": self.seed,
+            "max_steps": self.steps,
+            "save_every": self.steps // 4 if self.part == "seeds" else self.steps // 2,
+            **TRAINING,
+            **ADAPTERS[self.method],
+        }
+
+    def command(self) -> str:
+        """The same as a command line, run in the folder that `minilora tasks` wrote to."""
+        flags = {"method", "base", "learning_rate", "seed", "max_steps", "save_every", "batch_size"}
+        words = [f"--data {self.data}.train.jsonl --validation-data {self.data}.validation.jsonl"]
+        for name, value in self.settings().items():
+            flag = f"--{name.replace('_', '-')} {value}" if name in flags else f"--set {name}={value}"
+            words.append("--rank " + str(value) if name == "r" else flag)
+        return f"minilora train {' '.join(words)} --out DIR"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields."""
+        return asdict(self)
+
+
+def sweep_runs() -> list[Run]:
+    """The sweeps, a learning rate of all methods at a time, from the middle of the grid outwards."""
+    order = sorted(LEARNING_RATES, key=lambda rate: (abs(LEARNING_RATES.index(rate) - 1.4), rate))
+    return [Run("sweep", method, MIX, rate, 0, SWEEP_STEPS) for rate in order for method in METHODS]
+
+
+def final_runs(rates: dict[str, float]) -> list[Run]:
+    """The runs at the chosen learning rates; the methods that have none yet are left out."""
+    seeds = [
+        Run("seeds", method, MIX, rates[method], seed, STEPS) for seed in SEEDS for method in METHODS if method in rates
+    ]
+    order = ("mixlora", "lora", "mixdora", "dora")
+    single = [
+        Run("single", method, task, rates[method], 0, SINGLE_STEPS)
+        for method in order
+        if method in rates
+        for task in TASKS
+    ]
+    return seeds + single

@@ -1,0 +1,61 @@
+"""What the runs came to, as small JSON files: written whole, read back, and told apart from those still to come."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from evidence.plan import LEARNING_RATES, METHODS, Run, final_runs, sweep_runs
+
+RESULTS = Path(__file__).parent / "results"
+BASE = "base"
+
+
+class Store:
+    """The files of results in a folder."""
+
+    def __init__(self, folder: Path = RESULTS) -> None:
+        self.folder = folder
+
+    def path(self, name: str) -> Path:
+        """Where a run's result is."""
+        return self.folder / f"{name}.json"
+
+    def has(self, name: str) -> bool:
+        """Whether it is there."""
+        return self.path(name).is_file()
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A result."""
+        return json.loads(self.path(name).read_text(encoding="utf-8"))
+
+    def write(self, name: str, value: dict[str, Any]) -> None:
+        """Keep a result: whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".{name}.{os.getpid()}"
+        temporary.write_text(json.dumps(value, separators=(",", ":")) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path(name))
+
+    def rates(self) -> dict[str, float]:
+        """Each method's learning rate, of the methods whose sweep is complete: that of the lowest validation loss."""
+        chosen = {}
+        for method in METHODS:
+            runs = [run for run in sweep_runs() if run.method == method]
+            losses = {run.learning_rate: self.read(run.name)["validation_loss"] for run in runs if self.has(run.name)}
+            if len(losses) == len(LEARNING_RATES):
+                finite = {rate: loss for rate, loss in losses.items() if loss is not None}
+                chosen[method] = min(finite, key=lambda rate: finite[rate])
+        return chosen
+
+    def runs(self) -> list[Run]:
+        """Every run that is known so far, in the order in which they are made."""
+        return sweep_runs() + final_runs(self.rates())
+
+    def done(self, part: str, **wanted: Any) -> list[dict[str, Any]]:
+        """Results of a part that are there, of runs with these fields."""
+        runs = [run for run in self.runs() if run.part == part and self.has(run.name)]
+        return [
+            self.read(run.name) for run in runs if all(run.to_dict()[name] == value for name, value in wanted.items())
+        ]
