@@ -188,7 +188,8 @@ def find_items(tasks: dict[str, Task], settings: Settings) -> dict[str, tuple[It
         if not some:
             raise ValueError(f"task={name!r}: has no items in split {settings.split!r}")
     if settings.held_out and settings.split != HELD_OUT:
-        extra = {held_out_key(name): task.items(HELD_OUT, settings.count) for name, task in tasks.items()}
+        # There are fewer of them: so many, or all.
+        extra = {held_out_key(name): task.items(HELD_OUT)[: settings.count] for name, task in tasks.items()}
         items |= {key: some for key, some in extra.items() if some}
     return items
 

@@ -299,6 +299,13 @@ def test_a_task_without_items_is_refused(saved, monkeypatch):
         measure(saved, "mix")
 
 
+def test_of_the_held_out_items_there_may_be_fewer(saved):
+    report = measure(saved, tasks=["echo"], count=3, few_shot=0, held_out=True)
+    assert {key: len(items) for key, items in report.items.items()} == {"echo": 3, "echo held_out": 2}
+    alone = measure(saved, tasks=["echo"], split="held_out", few_shot=0, held_out=True)
+    assert alone.models[0].scores["echo"] == report.models[0].scores["echo held_out"]
+
+
 def test_more_examples_than_there_are_and_too_long_prompts(saved):
     with pytest.raises(ValueError, match="few_shot=8: task 'echo' has 7 items to train on"):
         measure(saved, few_shot=8)
