@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import ClassVar
 
-from minilora_hub.json_documents import SCHEMA_VERSION, Document, Require
+from minilora_hub.json_documents import Document, Require
 
 RECORDING_FILE = "recording.json"
 DTYPES = ("float32", "float16", "bfloat16")
@@ -41,6 +41,7 @@ class Recording(Document):
     """
 
     FILE: ClassVar[str] = RECORDING_FILE
+    VERSION: ClassVar[int] = 1
 
     inputs: dict[str, str]
     base_stamp: str
@@ -56,7 +57,7 @@ class Recording(Document):
     peft_fan_in_fan_out: bool = False
     peft_problem: str | None = None
     sha256: str = ""
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = VERSION
 
     def sealed(self) -> Recording:
         """Return it with its own hash."""
@@ -68,7 +69,7 @@ class Recording(Document):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def _check(self, require: Require) -> None:
-        require(self.schema_version == SCHEMA_VERSION, "schema_version", f"must be {SCHEMA_VERSION}")
+        require(self.schema_version == self.VERSION, "schema_version", f"must be {self.VERSION}")
         require("base/fingerprint" in self.inputs, "inputs", "with the base's fingerprint")
         require(self.dtype in DTYPES, "dtype", f"one of {DTYPES}")
         require(self.sha256 == self._digest(), "sha256", "the hash of the other fields: the file was changed")
