@@ -4,6 +4,7 @@ It stands in the same line as the page's visitors. Everything else on the page i
 string: Gradio reads them to describe the endpoint.
 """
 
+import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ def wire_api(runs: LiveRuns) -> None:
 
     async def compare(
         prompt: str,
+        request: gr.Request,
         adapters: list[str] | None = None,
         max_new_tokens: int = 96,
         temperature: float = 0.0,
@@ -30,13 +32,14 @@ def wire_api(runs: LiveRuns) -> None:
         repetition_penalty: float = 1.0,
         seed: int = 0,
         experts: bool = False,
-    ) -> AsyncIterator[dict[str, Any]]:
+    ) -> AsyncIterator[dict[str, Any] | str]:
         """Answer one prompt with a base language model and with LoRA, DoRA or MixLoRA adapters on it, side by side.
 
         Use it to see what an adapter changes: all answers come from one batched pass with the same sampling settings.
 
         Args:
             prompt: What to answer: a user's message, sent through the base's chat template.
+            request: The call itself.
             adapters: Names of the page's own adapters, or ids on the Hub (owner/name). Default: all of the page's own.
             max_new_tokens: The most tokens of one answer.
             temperature: 0 takes the most probable token each time; above 0 samples.
@@ -59,9 +62,12 @@ def wire_api(runs: LiveRuns) -> None:
         except (ValueError, MiniLoraError) as error:
             raise gr.Error(f"{error}", print_exception=False) from None
         report = Report(columns, experts)
+        # An MCP client gets a result as the text that str() makes of it: JSON, then, and not Python's way to write it.
+        as_text = request.headers.get("x-gradio-user") == "mcp"
         try:
             async for moment in moments:
-                yield report.add(moment)
+                item = report.add(moment)
+                yield json.dumps(item, ensure_ascii=False) if as_text else item
         finally:
             await moments.aclose()
 
