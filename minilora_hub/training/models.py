@@ -87,11 +87,13 @@ def build_trainee(settings: TrainingSettings, resolved: ResolvedBase) -> Trainee
 
 
 def base_arguments(settings: TrainingSettings) -> dict[str, Any]:
-    """What the base's from_pretrained is called with: dtype, quantisation, placement."""
+    """What the base's from_pretrained is called with: dtype, attention, quantisation, placement."""
     import torch
 
     dtype = compute_dtype(settings)
     arguments: dict[str, Any] = {"dtype": dtype}
+    if settings.recipe.attention:
+        arguments["attn_implementation"] = settings.recipe.attention
     quantize = settings.recipe.quantize
     if quantize:
         from transformers import BitsAndBytesConfig

@@ -55,6 +55,8 @@ class Recipe:
             methods; PEFT's are saved as they were trained.
         quantize: ``"nf4"`` or ``"int8"``: a quantised base (QLoRA, arXiv 2305.14314).
         double_quant: with ``"nf4"``, quantise the constants, too.
+        attention: transformers' name of the base's attention, e.g. ``"eager"``, quicker for short rows on a CPU;
+            default: what transformers chooses.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         seed: of the adapter's initial weights, the order of the rows, dropout and the held-out rows.
         report_to: where to log: ``"trackio"``, ``"tensorboard"``, ``"wandb"``.
@@ -85,6 +87,7 @@ class Recipe:
     save_dtype: Literal["float32", "bfloat16"] = "float32"
     quantize: Literal["nf4", "int8"] | None = None
     double_quant: bool = True
+    attention: str | None = None
     gradient_checkpointing: bool = False
     seed: int = 0
     report_to: tuple[str, ...] = ()

@@ -35,7 +35,13 @@ def main() -> None:
     arguments = parser.parse_args()
     store = Store(arguments.results)
     if arguments.what == "run":
-        run_all(store, arguments)
+        from minilora_hub.errors import TrainingInterrupted
+
+        try:
+            run_all(store, arguments)
+        except TrainingInterrupted as stopped:
+            say(f"{' '.join(str(stopped).partition(':')[0].split())}: the same command goes on")
+            sys.exit(stopped.exit_code)
     elif arguments.what == "status":
         status(store)
     else:

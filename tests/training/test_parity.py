@@ -162,3 +162,56 @@ def test_a_bfloat16_base_learns_with_adapters_in_float32(method, base, rows, tmp
 
     saved = load_file(tmp_path / "half" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("method", ["lora", "mixlora"])
+def test_the_head_scores_labels_only_and_the_loss_is_that_of_all_positions(method, base, rows, tmp_path):
+    from trl.trainer import utils
+
+    trainer, _ = parts(tmp_path, **SHORT, method=method, base=base, data=rows)
+    (batch,) = batches(trainer, 1)
+    scored = []
+    chunked = utils._ChunkedLogProbFunction
+
+    class Counted(chunked):
+        @staticmethod
+        def forward(ctx, hidden, *others):
+            scored.append(hidden.shape[0])
+            return chunked.forward(ctx, hidden, *others)
+
+    before = utils._use_triton
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "_ChunkedLogProbFunction", Counted)
+        loss = trainer.compute_loss(trainer.model.train(), dict(batch))
+    assert scored == [int((batch["labels"][:, 1:] != -100).sum())]
+    assert scored[0] < batch["labels"][:, 1:].numel() / 2
+    assert utils._use_triton is before
+
+    output = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    wanted = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+    if method == "mixlora":
+        assert loss.item() > wanted.item()  # the balance loss is in it; the test above holds its size
+    else:
+        assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_another_attention_of_the_base_learns_the_same(base, rows, tmp_path):
+    said = SHORT | {"method": "lora", "base": base, "data": rows}
+    train(tmp_path / "sdpa", **said)
+    train(tmp_path / "eager", **said, attention="eager")
+    assert curve(tmp_path / "eager") == pytest.approx(curve(tmp_path / "sdpa"), abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "mixdora"])
+def test_an_adapter_saved_in_bfloat16_keeps_its_magnitudes_in_float32(method, base, rows, tmp_path):
+    from safetensors.torch import load_file
+
+    said = SHORT | {"method": method, "base": base, "data": rows}
+    train(tmp_path / "whole", **said)
+    train(tmp_path / "half", **said, save_dtype="bfloat16")
+    whole, half = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "half"))
+    assert whole.keys() == half.keys()
+    assert any("magnitude" in name for name in half) == (method != "lora")
+    for name, tensor in half.items():
+        assert tensor.dtype == (torch.float32 if "magnitude" in name else torch.bfloat16)
+        torch.testing.assert_close(tensor.float(), whole[name].to(tensor.dtype).float(), rtol=0, atol=0)

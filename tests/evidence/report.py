@@ -1,0 +1,186 @@
+"""From the results to what the README shows: the table, what is larger than noise, and the pictures.
+
+A difference between two methods is called larger than noise only if both say so: the bootstrap over the items, of
+scores averaged over the seeds, and Welch's t-test over the seeds, each at 95%. The first asks whether other questions
+would turn it round, the second whether other seeds would.
+"""
+
+from __future__ import annotations
+
+import statistics
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from evidence.plan import METHODS, SEEDS, STEPS, TASKS, TEST_ITEMS, TITLES
+from evidence.store import BASE, Store
+
+from minilora_hub.evaluation.metrics import Difference, paired_difference, perplexity
+from minilora_hub.evaluation.setup import held_out_key
+
+ROOT = Path(__file__).parent.parent.parent
+README = ROOT / "README.md"
+START, END = "<!-- evidence: written by tests/evidence/compare_methods.py report -->", "<!-- end of evidence -->"
+HEADERS = {"dates": "dates", "numbers": "numbers", "inflection": "inflection", "records": "records"}
+CONFIDENCE = 0.95
+
+
+def scores(result: dict[str, Any], key: str, few_shot: bool = False) -> list[float]:
+    """Exact match of each item."""
+    return [float(score) for score in (result["few_shot"] if few_shot else result["scores"])[key]["exact"]]
+
+
+def share(result: dict[str, Any], key: str, few_shot: bool = False) -> float:
+    """Exact match on one task, in percent."""
+    return 100 * statistics.fmean(scores(result, key, few_shot))
+
+
+def together(result: dict[str, Any], held_out: bool = False, few_shot: bool = False) -> float:
+    """The mean of the tasks' exact matches, in percent."""
+    return statistics.fmean(share(result, _key(task, held_out), few_shot) for task in TASKS)
+
+
+def _key(task: str, held_out: bool) -> str:
+    return held_out_key(task) if held_out else task
+
+
+def general(result: dict[str, Any]) -> float:
+    """Perplexity on general text."""
+    text = result["general_text"]
+    return perplexity(text["nll"], text["tokens"])
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """Mean ± standard deviation; a single value alone."""
+    middle = f"{statistics.fmean(values):.{digits}f}"
+    return f"{middle} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else middle
+
+
+def compare(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> tuple[Difference, float | None]:
+    """How much better the first runs are than the second on all tasks, over the items; and Welch's p over the seeds."""
+    from scipy.stats import ttest_ind
+
+    def averaged(results: list[dict[str, Any]]) -> list[float]:
+        rows = [[score for task in TASKS for score in scores(result, task)] for result in results]
+        return [statistics.fmean(column) for column in zip(*rows, strict=True)]
+
+    p = None
+    if len(first) > 1 and len(second) > 1:
+        sides = [[together(result) for result in results] for results in (first, second)]
+        if any(len(set(side)) > 1 for side in sides):
+            p = float(ttest_ind(*sides, equal_var=False).pvalue)
+    return paired_difference(averaged(first), averaged(second)), p
+
+
+def larger_than_noise(difference: Difference, p: float | None) -> bool:
+    """Whether both tests say so."""
+    return difference.larger_than_noise and p is not None and p < 1 - CONFIDENCE
+
+
+def table(store: Store) -> list[str]:
+    """The table, in Markdown."""
+    head = ["", *(HEADERS[task] for task in TASKS), "mean", "held-out formats", "perplexity"]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    if store.has(BASE):
+        base = store.read(BASE)
+        for few_shot, name in ((False, "base"), (True, "base, 4 examples")):
+            cells = [f"{share(base, task, few_shot):.1f}" for task in TASKS]
+            cells += [f"{together(base, False, few_shot):.1f}", f"{together(base, True, few_shot):.1f}"]
+            lines.append(_row(name, [*cells, "" if few_shot else f"{general(base):.2f}"]))
+    for method in METHODS:
+        runs = store.done("seeds", method=method)
+        if not runs:
+            continue
+        cells = [spread([share(run, task) for run in runs]) for task in TASKS]
+        cells += [spread([together(run, held_out) for run in runs]) for held_out in (False, True)]
+        seeds = f" ({len(runs)} of {len(SEEDS)} seeds)" if len(runs) < len(SEEDS) else ""
+        lines.append(_row(TITLES[method] + seeds, [*cells, spread([general(run) for run in runs], 2)]))
+    return lines
+
+
+def items(store: Store) -> str:
+    """How many test items there are, as a text."""
+    (run, *_) = [run for method in METHODS for run in store.done("seeds", method=method)]
+    counts = sorted(len(scores(run, task)) for task in TASKS)
+    return f"{sum(counts):,}"
+
+
+def _row(name: str, cells: list[str]) -> str:
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def setting(store: Store) -> list[str]:
+    """A line a method: its learning rate, size and time."""
+    rates, lines = store.rates(), []
+    for method in METHODS:
+        runs = store.done("seeds", method=method)
+        if runs:
+            lines.append(
+                f"- {TITLES[method]}: learning rate {rates[method]:g}, {runs[0]['parameters'] / 1e6:.2f} million "
+                f"parameters, {runs[0]['bytes'] / 1e6:.1f} MB"
+            )
+    return lines
+
+
+def differences(store: Store) -> list[str]:
+    """A line for each pair of methods that both have runs."""
+    done = {method: store.done("seeds", method=method) for method in METHODS}
+    lines = []
+    for first, second in combinations([method for method in METHODS if done[method]], 2):
+        difference, p = compare(done[first], done[second])
+        low, high = (100 * bound for bound in difference.interval or (float("nan"),) * 2)
+        over_seeds = f"p = {p:.2f} over the seeds" if p is not None else "one seed only"
+        verdict = "larger than noise" if larger_than_noise(difference, p) else "not larger than noise"
+        lines.append(
+            f"- {TITLES[first]} less {TITLES[second]}: {100 * difference.value:+.1f} points "
+            f"({low:+.1f} to {high:+.1f} over the items, {over_seeds}): {verdict}"
+        )
+    return lines
+
+
+def matrix(store: Store, method: str) -> dict[str, dict[str, float]]:
+    """Trained on (a task, or the mix) -> tested on -> exact match in percent, on the same items and seed."""
+    found: dict[str, dict[str, float]] = {}
+    for run in store.done("single", method=method):
+        found[run["run"]["data"]] = {task: share(run, task) for task in TASKS}
+    for run in store.done("seeds", method=method, seed=0):
+        count = TEST_ITEMS["single"]
+        found["mix"] = {task: 100 * statistics.fmean(scores(run, task)[:count]) for task in TASKS}
+    return found
+
+
+def section(store: Store) -> str:
+    """What stands between the markers of the README."""
+    runs = [store.done("seeds", method=method) for method in METHODS]
+    made, planned = sum(map(len, runs)), len(METHODS) * len(SEEDS)
+    lines = [START, ""]
+    if made < planned:
+        lines += [
+            f"These runs are not complete: {made} of {planned} are there. The command above goes on with them.",
+            "",
+        ]
+    if made:
+        lines += [
+            f"Exact match in percent on {items(store)} test items (mean ± standard deviation over seeds), "
+            f"after {STEPS} steps of 8 rows; perplexity on general text, lower is better.",
+            "",
+            *table(store),
+            "",
+            *setting(store),
+            "",
+            *differences(store),
+            "",
+        ]
+    return "\n".join([*lines, END])
+
+
+def write_report(store: Store) -> None:
+    """Put the section into the README, and draw the pictures."""
+    from evidence.pictures import draw_all
+
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    README.write_text(before + section(store) + after, encoding="utf-8")
+    for path in draw_all(store):
+        print(path)

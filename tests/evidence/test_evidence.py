@@ -1,0 +1,176 @@
+"""The evidence: methods of equal size, verdicts that follow from scores, and a README that says what was measured."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from evidence import report
+from evidence.plan import ADAPTERS, LEARNING_RATES, METHODS, SEEDS, SINGLE_STEPS, STEPS, TASKS, final_runs, sweep_runs
+from evidence.store import BASE, Store
+
+from minilora_hub.evaluation.setup import held_out_key
+from minilora_hub.training.settings import make_settings
+
+ITEMS = 200
+
+
+def result(run, rate_right, noise_seed, tokens=1000.0):
+    """What a run would have come to whose answers are right so often."""
+    draw = random.Random(noise_seed)
+    scores = {}
+    for task in TASKS:
+        for key in (task, held_out_key(task)):
+            scores[key] = {"exact": "".join(str(int(draw.random() < rate_right)) for _ in range(ITEMS))}
+    load = [[0.25] * 4] * 2
+    return {
+        "run": run.to_dict(),
+        "parameters": 3_700_000,
+        "bytes": 7_400_000,
+        "seconds": 10.0,
+        "validation_loss": 0.5,
+        "loss": [[step, 1.0 / step] for step in range(1, run.steps + 1)],
+        "scores": scores,
+        "general_text": {"name": "text", "sha256": "0", "tokens": [255, 255], "nll": [tokens, tokens]},
+        "routers": {task: {"load": load, "entropy": [0.5, 0.5]} for task in TASKS},
+    }
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Sweeps done; LoRA is right in 40%, DoRA as often, MixLoRA in 60%, MixDoRA has no runs yet."""
+    store = Store(tmp_path)
+    for run in sweep_runs():
+        loss = 0.5 if run.learning_rate == LEARNING_RATES[1] else 1.0
+        store.write(run.name, {"run": run.to_dict(), "validation_loss": loss, "seconds": 5.0})
+    rates = {"lora": 0.4, "dora": 0.4, "mixlora": 0.6}
+    for run in final_runs(store.rates()):
+        if run.method in rates:
+            store.write(run.name, result(run, rates[run.method], f"{run.method}{run.seed}{run.data}"))
+    run = final_runs(store.rates())[0]
+    base = result(run, 0.1, "base")
+    store.write(BASE, base | {"few_shot": base["scores"]})
+    return store
+
+
+def test_methods_differ_in_nothing_but_the_adapter_and_its_learning_rate():
+    own = {"method", "learning_rate", *(name for fields in ADAPTERS.values() for name in fields)}
+    runs = [run for run in final_runs(dict.fromkeys(METHODS, 1e-3)) if run.part == "seeds" and run.seed == 0]
+    shared = [{name: value for name, value in run.settings().items() if name not in own} for run in runs]
+    assert len(shared) == len(METHODS)
+    assert all(settings == shared[0] for settings in shared)
+    grids = {method: {run.learning_rate for run in sweep_runs() if run.method == method} for method in METHODS}
+    assert all(grid == set(LEARNING_RATES) for grid in grids.values())
+
+
+def test_methods_have_equally_many_parameters_within_five_percent():
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraConfig, MixLoraForCausalLM
+    from minilora_hub.training.lora_model import LoraConfig, LoraForCausalLM
+
+    # SmolLM2-135M's shapes, one layer of its thirty: every method has the same per layer.
+    shape = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=1,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=8,
+        head_dim=64,
+    )
+    classes = {"lora": (LoraConfig, LoraForCausalLM), "dora": (DoraConfig, DoraForCausalLM)}
+    sizes = {}
+    for method, fields in ADAPTERS.items():
+        settings = make_settings({"method": method, "base": "embedded", "data": "x.jsonl"}, fields)
+        config, model = classes.get(method, (MixLoraConfig, MixLoraForCausalLM))
+        torch.manual_seed(0)
+        adapted = model.from_base(LlamaForCausalLM(shape), config(**settings.recipe.adapter))
+        sizes[method] = sum(parameter.numel() for parameter in adapted.adapter_parameters().values())
+    assert max(sizes.values()) / min(sizes.values()) < 1.05, sizes
+    assert 2 * 30 * max(sizes.values()) < 10_000_000  # bytes in bfloat16
+
+
+def test_each_task_alone_is_seen_as_often_as_in_the_mix():
+    assert len(TASKS) * SINGLE_STEPS == STEPS
+
+
+def test_run_names_are_told_apart_and_commands_hold_the_settings():
+    runs = sweep_runs() + final_runs(dict.fromkeys(METHODS, 1e-3))
+    assert len({run.name for run in runs}) == len(runs)
+    for run in runs:
+        command = run.command()
+        assert f"--method {run.method} " in command
+        assert f"--lr {run.learning_rate}" in command or f"--learning-rate {run.learning_rate}" in command
+        assert f"--max-steps {run.steps} " in command
+        for name, value in ADAPTERS[run.method].items():
+            assert f"--rank {value}" in command if name == "r" else f"--set {name}={value}" in command
+
+
+def test_a_learning_rate_is_chosen_once_a_method_s_sweep_is_complete(tmp_path):
+    store, losses = Store(tmp_path), dict(zip(LEARNING_RATES, (0.9, None, 0.7), strict=True))
+    runs = [run for run in sweep_runs() if run.method == "dora"]
+    for run in runs[:-1]:
+        store.write(run.name, {"validation_loss": losses[run.learning_rate]})
+    assert store.rates() == {}
+    store.write(runs[-1].name, {"validation_loss": losses[runs[-1].learning_rate]})
+    assert store.rates() == {"dora": LEARNING_RATES[2]}
+    assert {run.method for run in store.runs() if run.part != "sweep"} == {"dora"}
+
+
+def test_verdicts_follow_from_items_and_seeds(store):
+    lines = {line.split(":")[0]: line for line in report.differences(store)}
+    assert lines["- LoRA less MixLoRA"].endswith("points (" + lines["- LoRA less MixLoRA"].split("points (")[1])
+    assert lines["- LoRA less MixLoRA"].endswith(": larger than noise")
+    assert lines["- LoRA less DoRA"].endswith("not larger than noise")
+    assert "MixDoRA" not in "".join(lines)
+
+
+def test_one_seed_is_never_larger_than_noise(store):
+    for method in ("lora", "mixlora"):
+        for run in final_runs(store.rates()):
+            if run.part == "seeds" and run.method == method and run.seed:
+                store.path(run.name).unlink()
+    (line,) = [line for line in report.differences(store) if line.startswith("- LoRA less MixLoRA")]
+    assert "one seed only" in line
+    assert line.endswith("not larger than noise")
+
+
+def test_the_table_holds_the_means_of_the_results(store):
+    runs = store.done("seeds", method="mixlora")
+    dates = [100 * run["scores"]["dates"]["exact"].count("1") / ITEMS for run in runs]
+    (row,) = [line for line in report.table(store) if line.startswith("| MixLoRA ")]
+    cells = [cell.strip() for cell in row.split("|")[2:-1]]
+    assert cells[0].startswith(f"{sum(dates) / len(dates):.1f} ± ")
+    assert cells[-1] == "50.48 ± 0.00"  # exp(1000 / 255)
+    assert len(runs) == len(SEEDS)
+
+
+def test_incomplete_runs_are_said_to_be_incomplete(store, tmp_path):
+    assert "These runs are not complete: 9 of 12 are there." in report.section(store)
+    assert "not complete: 0 of 12" in report.section(Store(tmp_path / "none"))
+
+
+def test_the_matrix_is_over_the_same_items(store, monkeypatch):
+    found = report.matrix(store, "mixlora")
+    assert set(found) == {*TASKS, "mix"}
+    (run,) = store.done("seeds", method="mixlora", seed=0)
+    first = run["scores"]["dates"]["exact"][: report.TEST_ITEMS["single"]]
+    assert found["mix"]["dates"] == pytest.approx(100 * first.count("1") / len(first))
+
+
+def test_pictures_are_drawn_from_what_there_is(store, tmp_path, monkeypatch):
+    from evidence import pictures
+
+    monkeypatch.setattr(pictures, "FOLDER", tmp_path / "pictures")
+    assert {path.name for path in pictures.draw_all(store)} == {"matrix.png", "expert_load.png", "loss.png"}
+    assert pictures.draw_all(Store(tmp_path / "none")) == []
+
+
+def test_the_readme_says_what_the_results_hold():
+    """No number of the evidence stands in the README that the files of results do not give."""
+    text = report.README.read_text(encoding="utf-8")
+    assert text.count(report.START) == text.count(report.END) == 1
+    written = report.START + text.partition(report.START)[2].partition(report.END)[0] + report.END
+    assert written == report.section(Store())
