@@ -3,6 +3,7 @@
     python tests/evidence/compare_methods.py run       # makes what is missing; the same command goes on after a stop
     python tests/evidence/compare_methods.py status    # what is there, what is missing, how long it will take
     python tests/evidence/compare_methods.py report    # the README's table and the pictures, from the results
+    python tests/evidence/compare_methods.py ship      # seed 0 of each method into model_cards/, as it is published
 
 Several processes may run at once, each with other runs. The results are small files in tests/evidence/results; adapters
 and answers go into --work. The plan is in plan.py.
@@ -18,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from evidence.plan import METHODS, Run
+from evidence.plan import METHODS, SEEDS, Run, final_runs
 from evidence.store import BASE, RESULTS, Store
 from filelock import FileLock, Timeout
 
@@ -26,7 +27,7 @@ from filelock import FileLock, Timeout
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "status", "report"))
+    parser.add_argument("what", choices=("run", "status", "report", "ship"))
     parser.add_argument("--work", type=Path, default=Path("evidence-work"), help="folder for adapters and answers")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--method", action="append", choices=METHODS, help="only these; again for more")
@@ -44,6 +45,8 @@ def main() -> None:
             sys.exit(stopped.exit_code)
     elif arguments.what == "status":
         status(store)
+    elif arguments.what == "ship":
+        ship_all(store, arguments)
     else:
         from evidence.report import write_report
 
@@ -100,15 +103,24 @@ def run_all(store: Store, arguments: argparse.Namespace) -> None:
     say(left(store))
 
 
+def ship_all(store: Store, arguments: argparse.Namespace) -> None:
+    """Write the folders of the methods whose first seed is there."""
+    from evidence.measure import ship
+
+    cards = Path(__file__).parent.parent.parent / "model_cards"
+    for run in store.runs():
+        chosen = not arguments.method or run.method in arguments.method
+        if chosen and run.part == "seeds" and run.seed == SEEDS[0] and store.has(run.name):
+            out = cards / f"smollm2-135m-{run.method}"
+            ship(run, arguments.work.resolve(), out)
+            say(f"wrote {out}")
+
+
 def left(store: Store) -> str:
     """How much there is still to do, at the speed of what is done."""
     runs = store.runs()
-    if len(store.rates()) < len(METHODS):
-        from evidence.plan import final_runs
-
-        known = {run.name for run in runs}
-        runs += [run for run in final_runs(dict.fromkeys(METHODS, 0.0)) if run.method not in store.rates()]
-        assert known
+    unknown = dict.fromkeys(METHODS, 0.0)  # their learning rates are not chosen yet
+    runs += [run for run in final_runs(unknown) if run.method not in store.rates()]
     finished = [run for run in runs if store.has(run.name)]
     steps = sum(run.steps for run in runs if not store.has(run.name))
     spent = [(run.steps, store.read(run.name).get("seconds") or 0.0) for run in finished]

@@ -6,14 +6,16 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from evidence.plan import EVALUATION_DTYPE, TASKS, TEST_ITEMS, TRAIN_ITEMS, VALIDATION_ITEMS, Run
 
 from minilora_hub.errors import TrainingError, TrainingInterrupted
-from minilora_hub.evaluation.report import routers
+from minilora_hub.evaluation.report import routers, updated_results
 from minilora_hub.evaluation.run import Model, Report, evaluate
 from minilora_hub.evaluation.training_files import write
+from minilora_hub.publish.build import build
 from minilora_hub.results import Results
 from minilora_hub.training.run import train
 from minilora_hub.training.run_state import STATE_FILE
@@ -45,6 +47,7 @@ def make(run: Run, work: Path) -> dict[str, Any]:
                 validation_data=str(work / "data" / f"{run.data}.validation.jsonl"),
                 resume=state is not None,
                 **run.settings(),
+                **run.about(),
             )
         except TrainingInterrupted:
             raise
@@ -77,6 +80,25 @@ def base_result(work: Path) -> dict[str, Any]:
     report = measured([], "seeds", work, few_shot=4)
     plain, few = report.models
     return told_of(report, plain) | {"few_shot": told_of(report, few)["scores"]}
+
+
+def ship(run: Run, work: Path, out: Path) -> None:
+    """Turn a measured run into the folder that is published, with the numbers of `minilora eval` in it.
+
+    Args:
+        run: a seed.
+        work: where its adapter lies.
+        out: the folder; one that is there is replaced.
+    """
+    adapter = work / "adapters" / run.name
+    report = measured([adapter], run.part, work)
+    updated_results(report, report.models[-1]).save(adapter)
+    with TemporaryDirectory(dir=work) as scratch:
+        built = build(adapter, Path(scratch) / out.name, repo_id=f"minilora-hub/{out.name}", base_model="embedded")
+        for note in built.notes:
+            print(note)
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.move(built.folder, out)
 
 
 def measured(adapters: list[Path], part: str, work: Path, few_shot: int = 0) -> Report:

@@ -29,6 +29,10 @@ SEEDS = (0, 1, 2)
 
 TRAIN_ITEMS, VALIDATION_ITEMS = 1000, 24
 """Of each task."""
+DATA_COMMANDS = (
+    f"minilora tasks --out . --split train --count {TRAIN_ITEMS}",
+    f"minilora tasks --out . --split validation --count {VALIDATION_ITEMS}",
+)
 TEST_ITEMS = {"seeds": None, "single": 250}
 """Of each task; None is all, held-out formats included."""
 
@@ -79,6 +83,15 @@ class Run:
             **TRAINING,
             **ADAPTERS[self.method],
         }
+
+    def about(self) -> dict[str, Any]:
+        """What its card says of the data, with the commands that train it again."""
+        text = (
+            f"{TRAIN_ITEMS:,} items of each of four tasks (dates, numbers, inflection, records), made from the data of "
+            f"babel, num2words, lemminflect and Faker. The commands, in one folder: "
+            f"{'; '.join(DATA_COMMANDS)}; {self.command()}"
+        )
+        return {"license": "apache-2.0", "language": ["en", "de", "fr", "es", "it", "pt", "nl"], "about_data": text}
 
     def command(self) -> str:
         """The same as a command line, run in the folder that `minilora tasks` wrote to."""
