@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hi
 from minilora_hub.errors import AdapterError
 
 Scalar = str | int | float | bool
+KINDS = {str: "must be a text", int: "must be a whole number", float: "must be a number", bool: "must be true or false"}
 Require = Callable[[bool, str, str], None]
 """Called with whether something holds, the field's name, and what is needed."""
 
@@ -164,7 +165,7 @@ def _decode(kind: Any, value: Any, file: str, path: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise fail({str: "must be a text", int: "must be a whole number", float: "must be a number"}[kind])
+        raise fail(KINDS[kind])
     if kind is float and not math.isfinite(value):
         raise fail("must be finite")
     return value

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from publish.examples import full_results, minimal_results
+from publish.examples import evaluated_results, full_results, minimal_results
 
 from minilora_hub.errors import AdapterError
 from minilora_hub.json_documents import strict_json
@@ -27,7 +27,9 @@ VERIFICATION = Verification(
 
 
 @pytest.mark.parametrize(
-    "document", [full_results(), minimal_results(), VERIFICATION], ids=["full", "minimal", "verify"]
+    "document",
+    [full_results(), evaluated_results(), minimal_results(), VERIFICATION],
+    ids=["full", "evaluated", "minimal", "verify"],
 )
 def test_round_trip(document, tmp_path):
     path = document.save(tmp_path)
@@ -87,6 +89,40 @@ def test_a_wrong_field_is_named(where, value, said):
         Results.from_dict(changed(full_results(), where, value))
     assert str(raised.value).startswith("results.json: ")
     assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "said"),
+    [
+        (["evaluation", 0, "base_interval"], [0.5, 0.6], "evaluation[0].base_interval="),
+        (["evaluation", 0, "few_shot_value"], None, "evaluation[0].few_shot_interval="),
+        (["evaluation", 0, "few_shot"], None, "evaluation[0].few_shot='None': a number of examples above 0"),
+        (["evaluation", 0, "parts", 1, "n"], 0, "evaluation[0].parts[1].n='0'"),
+        (["evaluation", 0, "parts", 0, "value"], 0.1, "evaluation[0].parts[0].interval="),
+        (["evaluation", 1, "lower_is_better"], "yes", "evaluation[1].lower_is_better='yes': must be true or false"),
+        (["router", 0, "tokens"], 0, "router[0].tokens='0'"),
+        (["router", 1, "load", 3], [0.5, 0.6], "router[1].load[3]="),
+        (["router", 1, "entropy"], [0.5], "router[1].entropy="),
+        (["router", 1, "entropy", 2], 1.5, "router[1].entropy="),
+    ],
+)
+def test_a_wrong_measurement_is_named(where, value, said):
+    with pytest.raises(AdapterError) as raised:
+        Results.from_dict(changed(evaluated_results(), where, value))
+    assert said in str(raised.value)
+
+
+def test_files_of_the_first_version_are_read(tmp_path):
+    """And written as the newest, which only has more fields."""
+    content = json.loads(json.dumps(full_results().to_dict())) | {"schema_version": 1}
+    del content["router"]
+    for row in content["evaluation"]:
+        for name in ("lower_is_better", "base_interval", "few_shot", "few_shot_value", "few_shot_interval", "parts"):
+            del row[name]
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    assert Results.load(tmp_path) == full_results()
+    Results.load(tmp_path).save(tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["schema_version"] == 2
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 LINES = 20
 """How many lines of progress a run prints where there is no terminal."""
 
+FILE_WIDTH = 200
+"""Characters of a line where the table goes into a file or a pipe."""
+
 
 def eval_(
     adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER", help="Folders, or ids on the Hub, on one base.")],
@@ -88,7 +91,10 @@ def eval_(
         return
     from rich.console import Console
 
-    Console().print(_table(report))
+    console = Console()
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    console.print(_table(report))
     say(f"{report.seconds:.0f} s, {report.computed:,} rows computed")
     for path in written:
         say(f"wrote {path}")
@@ -98,7 +104,7 @@ def eval_(
 
 
 def _write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
+    """Write JSON, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
@@ -108,26 +114,24 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _table(report: Report) -> Table:
-    """A row a task and metric, a column a model, each number with its 95% interval."""
+    """A block for each task and metric, a line a model in it: its number with the 95% interval."""
     from rich.table import Table
+    from rich.text import Text
 
     from minilora_hub.evaluation.report import evaluations
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for header in ("task", "metric", "items"):
-        table.add_column(header, justify="right" if header == "items" else "left")
-    for model in report.models:
-        table.add_column(model.name, justify="left", overflow="fold")
+    table = Table.grid(padding=(0, 3, 0, 0))
+    names = [model.name for model in report.models]
     per_model = [{(row.task, row.metric): row for row in evaluations(report, model)} for model in report.models]
-    for key, first in per_model[0].items():
-        cells = [_cell(rows[key]) if key in rows else "" for rows in per_model]
-        table.add_row(*key, str(first.n), *cells)
+    for (task, metric), first in per_model[0].items():
+        lower = ", lower is better" if first.lower_is_better else ""
+        table.add_row(Text(f"{task}: {metric}, {first.n:,} items{lower}", style="bold"))
+        for name, rows in zip(names, per_model, strict=True):
+            row = rows.get((task, metric))
+            if row is not None:
+                between = "" if row.interval is None else f"{row.interval[0]:.3g} to {row.interval[1]:.3g}"
+                table.add_row(Text(f"  {name}"), f"{row.value:.4g}", between)
     return table
-
-
-def _cell(row: Any) -> str:
-    between = "" if row.interval is None else f" ({row.interval[0]:.3g} to {row.interval[1]:.3g})"
-    return f"{row.value:.4g}{between}"
 
 
 class _Shown:

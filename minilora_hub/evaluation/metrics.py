@@ -72,6 +72,19 @@ def perplexity(negative_log_likelihoods: Sequence[float], tokens: Sequence[int])
 # ---- how sure ----
 
 
+def require_library() -> None:
+    """Raise MissingExtraError if scipy is not installed: said before hours of work."""
+    _stats()
+
+
+def _stats() -> Any:
+    try:
+        import scipy.stats
+    except ImportError:
+        raise MissingExtraError("scipy", "eval") from None
+    return scipy.stats
+
+
 def mean(scores: Sequence[float]) -> float:
     """The mean of at least one score."""
     return math.fsum(scores) / len(scores)
@@ -161,22 +174,23 @@ def bootstrapped(samples: Sequence[Sequence[float]], statistic: Any, paired: boo
     Raises:
         MissingExtraError: scipy is not installed.
     """
-    try:
-        import numpy as np
-        from scipy.stats import bootstrap
-    except ImportError:
-        raise MissingExtraError("scipy", "eval") from None
-    found = bootstrap(
-        [np.asarray(sample, dtype=float) for sample in samples],
-        statistic,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        paired=paired,
-        vectorized=True,
-        batch=1_000,
-        rng=np.random.default_rng(SEED),
-    ).confidence_interval
+    import numpy as np
+
+    found = (
+        _stats()
+        .bootstrap(
+            [np.asarray(sample, dtype=float) for sample in samples],
+            statistic,
+            n_resamples=RESAMPLES,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            paired=paired,
+            vectorized=True,
+            batch=1_000,
+            rng=np.random.default_rng(SEED),
+        )
+        .confidence_interval
+    )
     return float(found.low), float(found.high)
 
 
@@ -193,9 +207,5 @@ def _wilson(share: float, n: int) -> Interval | None:
     """For n items that all score `share`, 0 or 1. For another score nothing is known of the spread: None."""
     if share not in (0, 1):
         return None
-    try:
-        from scipy.stats import binomtest
-    except ImportError:
-        raise MissingExtraError("scipy", "eval") from None
-    found = binomtest(n * int(share), n).proportion_ci(CONFIDENCE, method="wilson")
+    found = _stats().binomtest(n * int(share), n).proportion_ci(CONFIDENCE, method="wilson")
     return float(found.low), float(found.high)

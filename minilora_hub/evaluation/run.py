@@ -23,7 +23,7 @@ from minilora_hub.compare.engine import context_length, end_tokens
 from minilora_hub.evaluation.answer_cache import AnswerCache, default_folder
 from minilora_hub.evaluation.general_text import ROWS, GeneralText, negative_log_likelihoods, read_text, windows_of
 from minilora_hub.evaluation.generation import RoutingSums, generate
-from minilora_hub.evaluation.metrics import exact_match, json_field_f1
+from minilora_hub.evaluation.metrics import exact_match, json_field_f1, require_library
 from minilora_hub.evaluation.prompts import Prompts
 from minilora_hub.evaluation.setup import Adapter, Settings, find_adapters, find_base, find_items, find_tasks, task_of
 
@@ -143,7 +143,8 @@ def evaluate(
         **settings: the other fields of `Settings`.
 
     Raises:
-        MiniLoraError: the base or an adapter cannot be found or read, does not fit, or computes NaN.
+        MiniLoraError: the base or an adapter cannot be found or read, does not fit, or computes NaN; a library is
+            missing.
         ValueError: a setting is out of range, or a task has no items; nothing is loaded then.
     """
     if tasks is None:
@@ -151,6 +152,7 @@ def evaluate(
 
         tasks = tuple(TASKS)
     asked = Settings(tasks=tuple(tasks), **settings)
+    require_library()
     found_tasks = find_tasks(asked)
     found = find_adapters(adapters)
     resolved, fingerprint = find_base(base, found)

@@ -24,7 +24,7 @@ from minilora_hub.publish import free_text, markdown
 from minilora_hub.publish.card_facts import adapter_rows, summary, training_rows
 from minilora_hub.publish.card_metadata import front_matter
 from minilora_hub.publish.island import code_files, code_hash, release_of
-from minilora_hub.publish.pictures import EXPERT_LOAD, LOSS, wanted_pictures, write_pictures
+from minilora_hub.publish.pictures import EXPERT_LOAD, EXPERT_LOAD_BY_TASK, LOSS, wanted_pictures, write_pictures
 from minilora_hub.results import Results
 
 README = "README.md"
@@ -83,10 +83,13 @@ def render_card(
         local_demo=_local_demo(results, repo_id, title),
         commands=list(dict.fromkeys(row.command for row in results.evaluation if row.command)),
         notes=list(dict.fromkeys(row.note for row in results.evaluation if row.note)),
+        few_shot=sorted({row.few_shot for row in results.evaluation if row.few_shot_value is not None}),
+        parts=[(row, part) for row in results.evaluation for part in row.parts],
         adapter_rows=adapter_rows(results, config),
         as_mixtral=config.get("routing_strategy") == "top_k",
         training_rows=training_rows(training) if training else [],
         load_picture=EXPERT_LOAD if EXPERT_LOAD in wanted else None,
+        router_picture=EXPERT_LOAD_BY_TASK if EXPERT_LOAD_BY_TASK in wanted else None,
         loss_picture=LOSS if LOSS in wanted else None,
         code_files=[(path, hashlib.sha256(file.read_bytes()).hexdigest()) for path, file in code.items()],
         code_origin=_code_origin(code),
@@ -174,7 +177,7 @@ def _template() -> Template:
         keep_trailing_newline=True,
     )
     environment.filters |= {
-        name: getattr(markdown, name) for name in ("inline", "cell", "code", "block", "number", "short")
+        name: getattr(markdown, name) for name in ("between", "inline", "cell", "code", "block", "number", "short")
     }
     return environment.get_template("card.md.jinja")
 

@@ -78,6 +78,11 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
+def between(interval: tuple[float, float] | None) -> str:
+    """An interval's two ends."""
+    return UNKNOWN if interval is None else f"{short(interval[0])} to {short(interval[1])}"
+
+
 def percent(share: float | None) -> str:
     """A share in percent, two digits after the point."""
     return UNKNOWN if share is None else f"{100 * share:.2f}%"

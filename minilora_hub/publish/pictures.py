@@ -1,4 +1,4 @@
-"""The two pictures of a card, drawn from results.json: the loss curve, and who served which tokens.
+"""The pictures of a card, drawn from results.json: the loss curve, and who served which tokens, also task by task.
 
 Small PNGs in `pictures/`, because every reader of a card shows those. The same numbers give the same picture.
 """
@@ -6,7 +6,7 @@ Small PNGs in `pictures/`, because every reader of a card shows those. The same 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minilora_hub.errors import MissingExtraError
 from minilora_hub.results import Results
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 FOLDER = "pictures"
 LOSS = f"{FOLDER}/loss.png"
 EXPERT_LOAD = f"{FOLDER}/expert_load.png"
+EXPERT_LOAD_BY_TASK = f"{FOLDER}/expert_load_by_task.png"
 DOTS_PER_INCH = 110
 INK, LINE = "#30363d", "#3b6fb6"
 
@@ -28,6 +29,8 @@ def wanted_pictures(results: Results) -> list[str]:
         wanted.append(LOSS)
     if results.expert_load and len(results.expert_load[0]) > 1:
         wanted.append(EXPERT_LOAD)
+    if results.router and len(results.router[0].load[0]) > 1:
+        wanted.append(EXPERT_LOAD_BY_TASK)
     return wanted
 
 
@@ -39,7 +42,8 @@ def write_pictures(results: Results, folder: Path) -> list[Path]:
     """
     wanted = wanted_pictures(results)
     written = []
-    for name, draw in ((LOSS, _draw_loss), (EXPERT_LOAD, _draw_expert_load)):
+    drawn = ((LOSS, _draw_loss), (EXPERT_LOAD, _draw_expert_load), (EXPERT_LOAD_BY_TASK, _draw_load_by_task))
+    for name, draw in drawn:
         path = folder / name
         if name not in wanted:
             path.unlink(missing_ok=True)
@@ -85,21 +89,61 @@ def _draw_loss(results: Results) -> Figure:
 def _draw_expert_load(results: Results) -> Figure:
     load = results.expert_load
     assert load is not None
-    experts = max(len(layer) for layer in load)
+    experts = max(map(len, load))
     figure = _figure(min(1.5 + 0.24 * experts, 5.0))
+    axes = figure.add_subplot()
+    image = _heat_map(axes, load, max(map(max, load)))
+    axes.set_xlabel("layer", color=INK)
+    _bar(figure, image, axes, experts)
+    even = f"{1 / experts:.3g} would be even"
+    axes.set_title(f"share of the routed tokens; {even}", fontsize=9, color=INK, loc="left")
+    return figure
+
+
+def _draw_load_by_task(results: Results) -> Figure:
+    """A heat map a task, and below them the entropy of the routers, a line a task."""
+    uses = results.router
+    experts = max(len(layer) for use in uses for layer in use.load)
+    height = min(0.5 + 0.11 * experts, 2.0)
+    figure = _figure(min(height * len(uses) + 1.7 + 0.16 * len(uses), 16.0))
+    axes = figure.subplots(len(uses) + 1, 1, height_ratios=[*[height] * len(uses), 1.5], sharex=True)
+    most = max(share for use in uses for layer in use.load for share in layer)
+    for place, use in zip(axes, uses, strict=False):
+        image = _heat_map(place, use.load, most)
+        place.set_title(_plain(use.task), fontsize=8, color=INK, loc="left")
+    _bar(figure, image, list(axes[: len(uses)]), experts, aspect=30)
+    last = axes[-1]
+    for use in uses:
+        last.plot(range(len(use.entropy)), use.entropy, linewidth=1.4, label=_plain(use.task))
+    last.set_ylim(0, 1.02)
+    last.set_xlabel("layer", color=INK)
+    last.set_title("entropy of the routers (1: no preference)", fontsize=8, color=INK, loc="left")
+    last.grid(color="#d8dee4", linewidth=0.6)
+    figure.legend(loc="outside lower left", fontsize=7, frameon=False)
+    return figure
+
+
+def _plain(text: str) -> str:
+    """A text from outside, of which nothing is read as a formula."""
+    return text.replace("$", r"\$")
+
+
+def _heat_map(axes: Any, load: tuple[tuple[float, ...], ...], most: float) -> Any:
+    """Experts by layers on some axes."""
     from matplotlib.ticker import MaxNLocator
 
-    axes = figure.add_subplot()
+    experts = max(map(len, load))
     rows = [[layer[expert] if expert < len(layer) else float("nan") for layer in load] for expert in range(experts)]
-    image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0, vmax=max(map(max, load)), interpolation="nearest")
-    axes.set_xlabel("layer", color=INK)
+    image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0, vmax=most, interpolation="nearest")
     axes.set_ylabel("expert", color=INK)
     axes.set_yticks(range(experts))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(length=0)
-    bar = figure.colorbar(image, ax=axes, pad=0.01)
+    return image
+
+
+def _bar(figure: Figure, image: Any, axes: Any, experts: int, aspect: float = 20) -> None:
+    """The scale of the heat maps, with a line where the load would be even."""
+    bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=aspect)
     bar.set_label("share of tokens", color=INK)
-    even = 1 / experts
-    bar.ax.axhline(even, color="white", linewidth=1.5)
-    axes.set_title(f"share of the routed tokens; {even:.3g} would be even", fontsize=9, color=INK, loc="left")
-    return figure
+    bar.ax.axhline(1 / experts, color="white", linewidth=1.5)

@@ -9,7 +9,17 @@ import shutil
 from pathlib import Path
 
 from minilora_hub.publish.island import island_files
-from minilora_hub.results import Base, DataSource, Evaluation, Results, Sample, Training, Verification
+from minilora_hub.results import (
+    Base,
+    DataSource,
+    Evaluation,
+    Part,
+    Results,
+    RouterUse,
+    Sample,
+    Training,
+    Verification,
+)
 
 BASE = Base("org/base", "0123456789abcdef", "sha256:" + "ab" * 32, 134_515_008, "apache-2.0")
 CONFIG = {
@@ -58,6 +68,42 @@ def full_results(**changes) -> Results:
         expert_load=tuple((0.25, 0.25 + layer / 100, 0.25 - layer / 100, 0.25) for layer in range(12)),
     )
     return dataclasses.replace(results, **changes)
+
+
+def evaluated_results() -> Results:
+    """What `minilora eval` writes: the base with examples, parts, perplexity, routers by task."""
+    command = "minilora eval DIR --base org/base --few-shot 4"
+    exact = Evaluation(
+        "Dates | spoken",
+        "exact match",
+        0.8125,
+        0.0125,
+        512,
+        (0.7751, 0.8444),
+        command,
+        note="all of its text",
+        base_interval=(0.0061, 0.0259),
+        few_shot=4,
+        few_shot_value=0.2344,
+        few_shot_interval=(0.2001, 0.2719),
+        parts=(
+            Part("difficulty 1", 200, 0.9251, (0.8812, 0.9543), 0.0301, 0.4512),
+            Part("difficulty 2", 312, 0.7402, None, 0.0011, None),
+        ),
+    )
+    general = Evaluation(
+        "general text", "perplexity", 21.3456, 18.7654, 64, (19.1, 23.6), command, lower_is_better=True
+    )
+    load = full_results().expert_load
+    assert load is not None
+    other = tuple((0.7, 0.1, 0.1, 0.1) for _ in load)
+    return full_results(
+        evaluation=(exact, general),
+        router=(
+            RouterUse("Dates | spoken", 12_345, load, tuple(0.5 + layer / 100 for layer in range(12))),
+            RouterUse("numbers in $x_{", 678, other, (0.25,) * 12),
+        ),
+    )
 
 
 def minimal_results(method: str = "dora") -> Results:

@@ -16,7 +16,7 @@ from hub.cards import check_card
 from hub.server import HubServer
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from publish.examples import CONFIG, card_folder, clean_folder, full_results, minimal_results
+from publish.examples import CONFIG, card_folder, clean_folder, evaluated_results, full_results, minimal_results
 from tiny import tiny_base
 from tiny_stand_ins import byte_tokenizer
 
@@ -103,6 +103,33 @@ def test_a_full_card_states_the_facts(full):
     ):
         assert fact in card, fact
     assert "unknown" not in card
+
+
+def test_a_card_shows_what_minilora_eval_measures(tmp_path):
+    card = write_card(card_folder(tmp_path / "card", evaluated_results()), repo_id="ana/dates").read_text()
+    for line in (
+        "| Task | Metric | Items | Base | Base, 4 examples | This adapter | 95% interval |",
+        "| Dates \\| spoken | exact match | 512 | 0.0125 | 0.2344 | **0.8125** | 0.775 to 0.844 |",
+        "| general text | perplexity, lower is better | 64 | 18.77 | | **21.35** | 19.1 to 23.6 |",
+        "| Dates \\| spoken | exact match | difficulty 1 | 200 | 0.0301 | 0.4512 | **0.9251** | 0.881 to 0.954 |",
+        "| Dates \\| spoken | exact match | difficulty 2 | 312 | 0.0011 | | **0.7402** | unknown |",
+        "each expert would serve 0.25 of the tokens.",
+        "| Dates \\| spoken | 12,345 | 0.555 | 0.36 | 0.14 |",
+        "| numbers in \\$x\\_{ | 678 | 0.25 | 0.7 | 0.1 |",
+        "(pictures/expert_load_by_task.png)",
+        "minilora eval DIR --base org/base --few-shot 4",
+    ):
+        assert line in card, line
+    html = page(card)
+    rows = [table.count("<td") for table in re.findall(r"<tbody>(.*?)</tbody>", html, re.DOTALL)]
+    assert rows[:4] == [2 * 7, 2 * 8, 2 * 3, rows[3]]
+    assert [row.count("<td") for row in re.findall(r"<tr>\n<td>numbers.*?</tr>", html, re.DOTALL)] == [5]
+    metric = {row["metrics"][0]["name"]: row for row in metadata(card)["model-index"][0]["results"]}
+    assert metric["perplexity"]["metrics"][0]["value"] == 21.3456
+    assert check_card(card) == ([], [])
+    picture = (tmp_path / "card" / "pictures" / "expert_load_by_task.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) < 90_000
 
 
 def test_a_minimal_card_says_unknown_and_invents_nothing(minimal):
