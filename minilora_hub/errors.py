@@ -7,6 +7,7 @@
     ├── TrainingError       a training run cannot start, or had to stop; the message says what is kept
     │   ├── DataError             training data cannot be used; the message names file and line
     │   └── TrainingInterrupted   a signal stopped it, after a checkpoint was saved
+    ├── PageError           what a visitor of the page asked for cannot be done; the message says why
     └── MissingExtraError   an optional package is not installed; the message names the extra
 
 The files under `remote_code/` are copied into published repos and must not import this package: they raise plain
@@ -51,6 +52,10 @@ class TrainingInterrupted(TrainingError):  # noqa: N818  it is no mistake
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class PageError(MiniLoraError):
+    """What a visitor of the page asked for cannot be done. The message is for the visitor."""
 
 
 class MissingExtraError(MiniLoraError):

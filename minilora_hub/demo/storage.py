@@ -1,0 +1,98 @@
+"""Where a page keeps what outlives it (votes, shared comparisons), and how it is written: whole or not at all. No Gradio."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from minilora_hub.errors import PageError
+
+LOCK_SECONDS = 20
+
+
+def data_folder() -> Path:
+    """Return where pages keep their data: ``$MINILORA_DATA``, or ``minilora_hub`` in the user's folder for data."""
+    if chosen := os.environ.get("MINILORA_DATA"):
+        return Path(chosen).expanduser()
+    if os.path.isabs(shared := os.environ.get("XDG_DATA_HOME", "")):
+        return Path(shared) / "minilora_hub"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "minilora_hub" / "Data"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "minilora_hub"
+    return Path.home() / ".local" / "share" / "minilora_hub"
+
+
+def number_from_environment(variable: str, default: int) -> int:
+    """Read a limit from an environment variable.
+
+    Raises:
+        ValueError: it is no whole number of at least 1.
+    """
+    text = os.environ.get(variable) or str(default)
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise ValueError(f"{variable}={text!r}: must be a whole number of at least 1")
+    return int(text)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder against other threads and processes that write into it; the folder is made if need be.
+
+    Raises:
+        PageError: another writer holds it for too long, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Of its own each time: a FileLock object that is shared lets its own thread in twice.
+        with FileLock(folder / ".lock", timeout=LOCK_SECONDS, is_singleton=False):
+            yield
+    except Timeout:
+        raise PageError(f"the page's data is held by another writer for more than {LOCK_SECONDS} s") from None
+
+
+def append_line(file: Path, line: bytes) -> None:
+    """Append one line, so that it is on the disk when this returns. Call it while the folder is `locked`.
+
+    A line that a killed writer left torn stays a line of its own. Where the disk is full, nothing is left behind.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    # Unbuffered: what a full disk refused must not be written by the buffer when the file is closed.
+    with file.open("a+b", buffering=0) as out:
+        size = out.seek(0, os.SEEK_END)
+        if size:
+            out.seek(-1, os.SEEK_END)
+            if out.read(1) != b"\n":
+                line = b"\n" + line
+        rest = memoryview(line + b"\n")
+        try:
+            while rest:
+                rest = rest[out.write(rest) :]
+            os.fsync(out.fileno())
+        except OSError:
+            out.truncate(size)
+            raise
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, whatever happens in between.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
