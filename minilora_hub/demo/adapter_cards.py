@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from minilora_hub.compare.reading import WEIGHTS, adapter_facts
@@ -12,7 +13,9 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.publish.hashes import file_sha256
 from minilora_hub.results import RESULTS_FILE, Results
 
-CACHED = re.compile(r"models--(?P<owner>[\w.-]+)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/|$)", re.ASCII)
+CACHED = re.compile(
+    r"models--(?P<owner>[\w.-]+)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/|$)", re.ASCII
+)
 LOSS_POINTS = 120
 SCORES = 6
 
@@ -94,4 +97,4 @@ def thinned(values: list[float], amount: int) -> list[float]:
     if len(values) <= amount:
         return values
     edges = [round(index * len(values) / amount) for index in range(amount + 1)]
-    return [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
 HERE = Path(__file__).parent
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+"""Of every event: no spinner over the page, and no endpoint or MCP tool of its own."""
 
 
 def component(name: str, **arguments) -> gr.HTML:
@@ -25,7 +28,7 @@ SCRIPTS = ("model", "column", "tabs", "timeline", "heatmap", "inspector", "pictu
 """What draws the comparison, in ``page/``, in an order in which each uses only those before it."""
 
 
-STYLES = ("page", "columns", "panels")
+STYLES = ("page", "columns", "panels", "extras")
 
 
 def page_style() -> str:

@@ -2,17 +2,97 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
 import gradio as gr
+from gradio.events import Dependency
 
+from minilora_hub.compare.engine import CompareEngine
+from minilora_hub.demo.batch_panel import build_batch
+from minilora_hub.demo.blind_bar import wire_blind
+from minilora_hub.demo.catalogue import Catalogue
+from minilora_hub.demo.keeping import build_keeping, wire_keeping
+from minilora_hub.demo.kept_runs import KeptRuns
 from minilora_hub.demo.layout import Parts
-from minilora_hub.demo.live import LiveRuns
+from minilora_hub.demo.limits import PageLimits
+from minilora_hub.demo.linked import LinkedAdapters
+from minilora_hub.demo.picker import build_picker, wire_picker
+from minilora_hub.demo.prompt_files import FileLimits
+from minilora_hub.demo.sharing import SharedComparisons, ShareLimits
+from minilora_hub.demo.storage import data_folder
+from minilora_hub.demo.visits import Visits
+from minilora_hub.demo.vote_sync import VoteSync, open_votes
 
 
-def build_extras(demo: gr.Blocks, runs: LiveRuns, parts: Parts) -> None:
+@dataclass(frozen=True)
+class Memory:
+    """What outlives a comparison.
+
+    Attributes:
+        visits: what was run for whom; votes and shared comparisons.
+        sync: what keeps the votes on the Hub, None where they stay on this machine.
+        batch: what a file of prompts may hold.
+    """
+
+    visits: Visits
+    sync: VoteSync | None
+    batch: FileLimits
+
+
+def open_memory(folder: Path | None = None, say: Callable[[str], object] = print) -> Memory:
+    """Open it; nothing is made on disk before the first vote or the first shared comparison.
+
+    Args:
+        folder: where votes and shared comparisons are. Default: ``$MINILORA_DATA``, or the user's folder for data.
+        say: called with a line of text when votes cannot be sent to the Hub.
+
+    Raises:
+        ValueError: an environment variable is wrong; the message names it.
+    """
+    folder = folder or data_folder()
+    votes, sync = open_votes(folder / "votes", say)
+    shared = SharedComparisons(folder / "shared", ShareLimits.from_environment())
+    return Memory(Visits(votes, shared), sync, FileLimits.from_environment())
+
+
+def open_runs(
+    engine: CompareEngine,
+    links: LinkedAdapters | None,
+    memory: Memory,
+    allowed: tuple[Path, ...] = (),
+    limits: PageLimits | None = None,
+) -> KeptRuns:
+    """Build what runs comparisons and remembers them.
+
+    Args:
+        engine: the models.
+        links: what fetches and keeps adapters that visitors name.
+        memory: from `open_memory`.
+        allowed: folders of adapters that visitors may choose from.
+        limits: see `minilora_hub.demo.live.LiveRuns`.
+    """
+    if memory.sync:
+        memory.sync.start()
+    return KeptRuns(engine, links, memory.visits, Catalogue(engine, links, allowed), limits)
+
+
+def build_extras(
+    demo: gr.Blocks, runs: KeptRuns, parts: Parts, memory: Memory, start: Callable[..., Dependency]
+) -> None:
     """Build them below the columns, inside the open page; `parts.finished.change` tells that a comparison has ended.
 
     Args:
         demo: the page.
         runs: runs comparisons.
         parts: what is there already, and wired.
+        memory: from `open_memory`.
+        start: from `minilora_hub.demo.wiring.wire_run`.
     """
+    keeping = build_keeping()
+    picker = build_picker(runs)
+    build_batch(runs, parts, memory.batch)
+    names_shown = wire_blind(runs, parts.blind, parts.stage, parts.finished)
+    wire_keeping(demo, runs, parts, keeping, start, names_shown)
+    wire_picker(runs, parts, picker)

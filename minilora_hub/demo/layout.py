@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import gradio as gr
 
+from minilora_hub.demo.blind_bar import BLIND_OFF
 from minilora_hub.demo.components import component
 from minilora_hub.demo.frames import status
+from minilora_hub.demo.settings import Settings, build_settings
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Parts:
         run: the button that starts a comparison.
         stop: the button that ends it.
         examples: prompts to start from.
-        settings: length, temperature, top-p, seed.
+        settings: how tokens are chosen.
+        blind: the bar on which names are hidden and votes are cast.
         status: the line that is read aloud.
         stage: the columns, see `frames.py`.
         finished: a `gr.State`: the stage of the visitor's last comparison, once it has ended. Its `change` is the place
@@ -35,7 +38,8 @@ class Parts:
     run: gr.Button
     stop: gr.Button
     examples: list[gr.Button]
-    settings: list[gr.Slider | gr.Number]
+    settings: Settings
+    blind: gr.HTML
     status: gr.HTML
     stage: gr.HTML
     finished: gr.State
@@ -56,8 +60,9 @@ def build_parts(headline: dict, stage: dict, examples: Sequence[str], max_new_to
     chips = build_examples(examples)
     settings = build_settings(max_new_tokens)
     line = component("status", value=status("idle", "Ready."), elem_id="ml-status")
+    blind = component("blind", value=BLIND_OFF, elem_id="ml-blind")
     columns = component("stage", value=stage, elem_id="ml-stage")
-    return Parts(head, notice, prompt, run, stop, chips, settings, line, columns, gr.State(None))
+    return Parts(head, notice, prompt, run, stop, chips, settings, blind, line, columns, gr.State(None))
 
 
 def build_asking() -> tuple[gr.Textbox, gr.Button, gr.Button]:
@@ -85,14 +90,3 @@ def build_examples(examples: Sequence[str]) -> list[gr.Button]:
     """Build a button for each example."""
     with gr.Row(elem_id="ml-examples"):
         return [gr.Button(example, size="sm", min_width=0, elem_classes="ml-chip") for example in examples]
-
-
-def build_settings(max_new_tokens: int) -> list[gr.Slider | gr.Number]:
-    """Build the sampling settings: length, temperature, top-p, seed."""
-    with gr.Accordion("Settings", open=False, elem_id="ml-settings"), gr.Row():
-        return [
-            gr.Slider(1, 512, max_new_tokens, step=1, label="Max new tokens", min_width=200),
-            gr.Slider(0, 2, 0, step=0.05, label="Temperature (0 is greedy)", min_width=200),
-            gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", min_width=200),
-            gr.Number(0, precision=0, minimum=0, label="Seed", min_width=120),
-        ]

@@ -20,13 +20,15 @@ from typing import Any
 
 from minilora_hub.bases import ResolvedBase
 from minilora_hub.compare.engine import Column, CompareEngine
+from minilora_hub.demo.adapter_cards import AdapterCard, read_card
 from minilora_hub.demo.limits import whole_number
 from minilora_hub.errors import AdapterError, MiniLoraError
 from minilora_hub.publish.hub_errors import FAILURES, explain, patiently
 from minilora_hub.publish.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, read_source
+from minilora_hub.results import RESULTS_FILE
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-FETCHED = (OUR_CONFIG, PEFT_CONFIG, WEIGHTS, "generation_config.json")
+FETCHED = (OUR_CONFIG, PEFT_CONFIG, WEIGHTS, "generation_config.json", RESULTS_FILE)
 """No Python file among them: what is not there cannot run."""
 LARGEST_CONFIG = 2**20
 PLAIN_NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)
@@ -46,7 +48,7 @@ class Limits:
     """What links may cost: bytes of one adapter's weights, and how many adapters are kept in memory."""
 
     weight_bytes: int = 200 * 10**6
-    kept: int = 4
+    kept: int = 8
 
     @classmethod
     def from_environment(cls) -> Limits:
@@ -68,12 +70,17 @@ class LinkedAdapters:
         engine: the page's engine.
         base: which base that is.
         limits: what they may cost.
+
+    Attributes:
+        cards: what is known of those that are kept.
     """
 
     def __init__(self, engine: CompareEngine, base: ResolvedBase, limits: Limits | None = None) -> None:
         """Start without any; see the class."""
         self._engine, self._base, self.limits = engine, base, limits or Limits()
         self._kept: OrderedDict[str, Column] = OrderedDict()
+        self._commits: dict[str, str | None] = {}
+        self.cards: dict[str, AdapterCard] = {}
         self._lock = threading.Lock()
 
     def get(self, name: str) -> Column | None:
@@ -93,7 +100,7 @@ class LinkedAdapters:
 
         check_name(name)
         try:
-            _download(name, folder, self.limits.weight_bytes)
+            self._commits[name] = _download(name, folder, self.limits.weight_bytes)
         except (errors.RepositoryNotFoundError, errors.GatedRepoError):
             raise AdapterError(f"the Hub has no public repo {name}") from None
         except FAILURES as error:
@@ -103,7 +110,7 @@ class LinkedAdapters:
         self._check_base(name, source.base, source.base_fingerprint)
 
     def load(self, name: str, folder: Path) -> Column:
-        """Put a fetched adapter into the bank, and keep it; the least recently used one goes.
+        """Put an adapter from a folder into the bank, and keep it; the least recently used one goes.
 
         Raises:
             AdapterError: it is damaged or does not fit.
@@ -115,16 +122,24 @@ class LinkedAdapters:
         except Exception as error:  # a stranger's files: whatever is wrong with them, the page goes on
             message = " ".join(str(error).replace(f"{folder}/", "").split())[:300]
             raise AdapterError(f"{name} cannot be loaded: {message}") from None
+        commit = self._commits.pop(name, None)
+        self.cards[name] = read_card(name, folder, repo=name if commit else None, revision=commit)
         with self._lock:
             self._kept[name] = column
             for oldest in list(self._kept)[: -self.limits.kept]:
                 with suppress(ValueError):  # one that is answering somebody goes next time
                     self._engine.unload(oldest)
-                    del self._kept[oldest]
+                    del self._kept[oldest], self.cards[oldest]
         return column
 
+    @property
+    def base_name(self) -> str | None:
+        """The base's id on the Hub, if it has one."""
+        return self._base.hub_id
+
     @cached_property
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
+        """The fingerprint of the base's checkpoint."""
         from minilora_hub.remote_code.adapter_files import base_fingerprint
 
         return base_fingerprint(str(self._base.path))
@@ -132,7 +147,7 @@ class LinkedAdapters:
     def _check_base(self, name: str, named: str | None, fingerprint: str) -> None:
         from minilora_hub.remote_code.adapter_files import UNKNOWN
 
-        ours, found = self._base, self._fingerprint
+        ours, found = self._base, self.fingerprint
         known = UNKNOWN not in (fingerprint, found)
         if known and fingerprint == found:
             return
@@ -179,8 +194,12 @@ def check_settings(config: dict[str, Any], *, peft: bool) -> None:
             raise AdapterError(f"{name[:60]} is set in adapter_config.json: a page loads plain LoRA and DoRA only")
 
 
-def _download(name: str, folder: Path, largest: int) -> None:
-    """Fetch the files that are needed, at one commit, once their sizes are known. Without a token: what is public."""
+def _download(name: str, folder: Path, largest: int) -> str | None:
+    """Fetch the files that are needed, at one commit, once their sizes are known. Without a token: what is public.
+
+    Returns:
+        The commit.
+    """
     from huggingface_hub import HfApi
 
     from minilora_hub.publish.remote import quiet
@@ -200,6 +219,7 @@ def _download(name: str, folder: Path, largest: int) -> None:
     with quiet(True):
         for file in sizes:
             patiently(_fetching(api, name, file, info.sha, folder), attempts=2)
+    return info.sha
 
 
 def _fetching(api: Any, name: str, file: str, commit: str | None, folder: Path) -> Callable[[], object]:

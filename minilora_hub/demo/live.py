@@ -11,7 +11,7 @@ import asyncio
 import contextvars
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -98,11 +98,17 @@ class LiveRuns:
         loop = asyncio.get_running_loop()
         async with self._opening:
             column = self.links.get(name)
-            if column is None:
-                with temporary_folder() as folder:
-                    await asyncio.to_thread(self.links.fetch, name, Path(folder))
-                    column = await loop.run_in_executor(self._thread, self.links.load, name, Path(folder))
-        return column
+            if column is not None:
+                return column
+            if folder := self._folder_of(name):
+                return await loop.run_in_executor(self._thread, self.links.load, name, folder)
+            with temporary_folder() as temporary:
+                await asyncio.to_thread(self.links.fetch, name, Path(temporary))
+                return await loop.run_in_executor(self._thread, self.links.load, name, Path(temporary))
+
+    def _folder_of(self, name: str) -> Path | None:
+        """Tell where an adapter lies on this machine, if visitors may choose it; None: it is fetched from the Hub."""
+        return None
 
     def columns_of(self, visitor: str) -> tuple[Column, ...]:
         """Return the columns a visitor sees.
@@ -114,6 +120,7 @@ class LiveRuns:
         return self._solo[visitor].columns(columns) if visitor in self._solo else columns
 
     def _all_columns_of(self, visitor: str) -> tuple[Column, ...]:
+        """Return them without experts that answer alone; see `columns_of`."""
         name = self._opened.get(visitor)
         if self.links is None or name is None:
             return self.engine.columns
@@ -162,7 +169,7 @@ class LiveRuns:
         for kept in (self._opened, self._solo, self._solo_asked):
             kept.pop(visitor, None)
 
-    async def run(self, visitor: str, prompt: str, sampling: Sampling) -> AsyncIterator[Frame]:
+    async def run(self, visitor: str, prompt: str, sampling: Sampling) -> AsyncGenerator[Frame]:
         """Answer a prompt in the place taken by `begin`.
 
         Leaving the iterator early, by closing or cancelling it, ends the computation within one step.

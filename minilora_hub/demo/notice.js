@@ -5,7 +5,9 @@ function paint() {
   const now = props.value;
   box.dataset.phase = (now && now.phase) || "none";
   box.querySelector(".ml-notice-words").textContent = (now && now.words) || "";
-  box.querySelector(".ml-notice-back").hidden = box.dataset.phase !== "shown";
+  const back = box.querySelector(".ml-notice-back");
+  back.hidden = !["shown", "stored"].includes(box.dataset.phase);
+  back.textContent = box.dataset.phase === "stored" ? "Start afresh" : "Show this page's own adapters";
 }
 
 watch("value", paint);

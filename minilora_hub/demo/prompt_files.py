@@ -7,7 +7,7 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-from minilora_hub.demo.storage import number_from_environment
+from minilora_hub.demo.limits import whole_number
 from minilora_hub.errors import PageError
 from minilora_hub.json_documents import strict_json
 
@@ -30,16 +30,16 @@ class FileLimits:
         Raises:
             ValueError: it is no whole number of at least 1.
         """
-        return cls(number_from_environment("MINILORA_BATCH_ROWS", cls.rows))
+        return cls(whole_number("MINILORA_BATCH_ROWS", cls.rows))
 
 
 def read_prompts(file: Path, limits: FileLimits | None = None) -> list[str]:
     """Read the prompts of a file: a line each (.txt), or the field ``prompt`` of each row (.jsonl, .csv).
 
-    Empty lines are passed over. A .jsonl row may also be a bare text, and a .csv of one column needs no header ``prompt``.
+    Empty lines are passed over. A .jsonl row may also be a bare text; a .csv of one column needs no header.
 
     Raises:
-        PageError: the file is of another kind, too large, not UTF-8 or empty, or a row is wrong; the message says which.
+        PageError: the file is of another kind, too large, not UTF-8, empty, or a row is wrong; the message says it.
     """
     limits = limits or FileLimits()
     kind = file.suffix.lower()
@@ -98,7 +98,9 @@ def _csv_rows(text: str) -> list[tuple[int, str]]:
     elif all(len(row) == 1 for _, row in rows):
         place = 0
     else:
-        raise PageError(f"line 1: a file of several columns needs a header with {COLUMN!r}; found {', '.join(header)[:80]}")
+        raise PageError(
+            f"line 1: a file of several columns needs a header with {COLUMN!r}; found {', '.join(header)[:80]}"
+        )
     prompts = []
     for number, row in rows:
         if len(row) <= place or not row[place].strip():

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from minilora_hub.demo.frames import text_of
 from minilora_hub.errors import PageError
 from minilora_hub.json_documents import Scalar, strict_json
 
@@ -62,7 +63,7 @@ class Record:
 
     @property
     def columns(self) -> list[dict[str, Any]]:
-        """What each column showed: ``about``, ``state``, ``text`` and the numbers."""
+        """What each column showed: ``about``, ``state``, ``log`` and the numbers."""
         return list(self.stage["columns"])
 
     @property
@@ -92,7 +93,7 @@ class Record:
             if version != VERSION:
                 raise PageError(f"it was stored by another version of minilora_hub ({version!r})")
             record = cls(weights=tuple(Weights(**one) for one in content.pop("weights")), **content)
-            texts = [column["text"] for column in record.columns]
+            texts = [text_of(column) for column in record.columns]
             if not record.names or len(texts) != len(record.weights) or not isinstance(record.sampling, dict):
                 raise ValueError("its columns do not fit together")
         except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -113,7 +114,7 @@ def exported_json(record: Record) -> str:
             "kind": column["about"]["kind"],
             "weights": weights.hash,
             "revision": weights.revision,
-            "answer": column["text"],
+            "answer": text_of(column),
             "ended": column["state"],
             "error": column["error"],
             "tokens": column["tokens"],
@@ -143,7 +144,7 @@ def exported_markdown(record: Record) -> str:
         name = escaped(column["about"]["name"])
         numbers = [_number(column, *one) for one in (("tokens", "{:d}"), ("rate", "{:.1f}"), ("first", "{:.2f} s"))]
         lines.append(f"| {name} | {escaped(column['about']['facts'])} | {' | '.join(numbers)} |")
-        answers.append(f"## {name}\n\n{fenced(column['text']) if column['text'] else 'No text.'}")
+        answers.append(f"## {name}\n\n{fenced(text_of(column)) if text_of(column) else 'No text.'}")
         if column["error"]:
             answers.append(f"Failed: {escaped(column['error'])}")
     told = f"{escaped(record.status['words'])} {record.time}. Base: {escaped(record.base)}. Settings: {settings}."

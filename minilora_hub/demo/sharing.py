@@ -1,4 +1,4 @@
-"""Comparisons that visitors chose to share: on disk, under ids that nobody can guess, the oldest making room. No Gradio."""
+"""Comparisons that visitors shared: on disk, under ids that nobody can guess, the oldest making room. No Gradio."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from minilora_hub.demo.limits import whole_number
 from minilora_hub.demo.record import Record
-from minilora_hub.demo.storage import locked, number_from_environment, write_whole
+from minilora_hub.demo.storage import locked, write_whole
 from minilora_hub.errors import PageError
 
 IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{22}", re.ASCII)
@@ -29,8 +30,8 @@ class ShareLimits:
         Raises:
             ValueError: one of them is no whole number of at least 1.
         """
-        megabytes = number_from_environment("MINILORA_SHARED_MEGABYTES", cls.total_bytes // 10**6)
-        return cls(number_from_environment("MINILORA_SHARED", cls.count), megabytes * 10**6)
+        megabytes = whole_number("MINILORA_SHARED_MEGABYTES", cls.total_bytes // 10**6)
+        return cls(whole_number("MINILORA_SHARED", cls.count), megabytes * 10**6)
 
 
 class SharedComparisons:
@@ -56,9 +57,8 @@ class SharedComparisons:
         """
         content = record.to_json().encode("utf-8", "replace")
         if len(content) > min(self.limits.bytes_each, self.limits.total_bytes):
-            raise PageError(
-                f"this comparison is {len(content) / 1e6:,.1f} MB: at most {self.limits.bytes_each / 1e6:g} MB are shared"
-            )
+            largest = f"{self.limits.bytes_each / 1e6:g} MB"
+            raise PageError(f"this comparison is {len(content) / 1e6:,.1f} MB: at most {largest} are shared")
         identifier = secrets.token_urlsafe(16)
         try:
             with locked(self.folder):

@@ -1,4 +1,4 @@
-"""Where a page keeps what outlives it (votes, shared comparisons), and how it is written: whole or not at all. No Gradio."""
+"""Where a page keeps what outlives it: votes and shared comparisons, written whole or not at all. No Gradio."""
 
 from __future__ import annotations
 
@@ -26,18 +26,6 @@ def data_folder() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Application Support" / "minilora_hub"
     return Path.home() / ".local" / "share" / "minilora_hub"
-
-
-def number_from_environment(variable: str, default: int) -> int:
-    """Read a limit from an environment variable.
-
-    Raises:
-        ValueError: it is no whole number of at least 1.
-    """
-    text = os.environ.get(variable) or str(default)
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise ValueError(f"{variable}={text!r}: must be a whole number of at least 1")
-    return int(text)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 from minilora_hub.errors import MissingExtraError
 
@@ -19,14 +20,14 @@ except ImportError as error:
 
 from minilora_hub.compare.engine import CompareEngine
 from minilora_hub.demo.api import wire_api
+from minilora_hub.demo.board_page import build_board
 from minilora_hub.demo.components import HERE, page_script, page_style
 from minilora_hub.demo.describing import describe_columns, headline
-from minilora_hub.demo.extras import build_extras
+from minilora_hub.demo.extras import build_extras, open_memory, open_runs
 from minilora_hub.demo.frames import idle_stage
 from minilora_hub.demo.layout import build_parts
 from minilora_hub.demo.limits import PageLimits
 from minilora_hub.demo.linked import LinkedAdapters
-from minilora_hub.demo.live import LiveRuns
 from minilora_hub.demo.wiring import wire_link, wire_run
 
 EXAMPLES = (
@@ -49,6 +50,8 @@ def build_demo(
     examples: Sequence[str] = EXAMPLES,
     max_new_tokens: int = 96,
     limits: PageLimits | None = None,
+    data: Path | None = None,
+    allowed: Sequence[Path] = (),
 ) -> gr.Blocks:
     """Build the page for the models of an engine.
 
@@ -60,18 +63,22 @@ def build_demo(
         examples: prompts to start from; choosing one runs it.
         max_new_tokens: where the length setting starts.
         limits: what a visitor may ask for, and how many at once.
+        data: folder for votes and shared comparisons. Default: ``$MINILORA_DATA``, or the user's folder for data.
+        allowed: folders of adapters, which visitors can choose by the name of their folder; never by a path.
 
     Returns:
         The page, to be handed to `launch`.
     """
-    runs = LiveRuns(engine, links, limits)
+    memory = open_memory(data)
+    runs = open_runs(engine, links, memory, tuple(allowed), limits)
     with gr.Blocks(title="minilora · compare", analytics_enabled=False, fill_width=True) as demo:
         stage = idle_stage(describe_columns(engine, engine.columns))
         parts = build_parts(headline(engine, title), stage, examples, max_new_tokens)
-        build_extras(demo, runs, parts)
-        wire_run(demo, runs, parts)
+        start = wire_run(demo, runs, parts)
         wire_link(demo, runs, parts)
+        build_extras(demo, runs, parts, memory, start)
         wire_api(runs)
+    build_board(demo, memory.visits)
     return demo
 
 
@@ -114,6 +121,7 @@ def launch(
         run_history=False,
         mcp_server=mcp,
         max_threads=200,  # also Gradio's bound on runs and those who wait, which `live.py` keeps in a line of its own
+        max_file_size="1mb",
         footer_links=[],
         favicon_path=HERE / "favicon.svg",
         theme=gr.themes.Base(font=SYSTEM_FONTS, font_mono=SYSTEM_MONO, radius_size="sm"),

@@ -50,6 +50,7 @@ class Visits:
         """Start without visitors."""
         self.votes, self.shared = votes, shared
         self._kept: OrderedDict[str, list[Kept]] = OrderedDict()
+        self._shown: dict[str, Kept] = {}
         self._lock = threading.Lock()
 
     def keep(self, visitor: str, record: Record, order: tuple[int, ...] | None = None) -> Kept:
@@ -66,8 +67,30 @@ class Visits:
                 older.closed = older.closed or "a newer comparison was run"
             mine.append(kept)
             del mine[:-KEPT]
+            self._shown[visitor] = kept
             while len(self._kept) > VISITORS:
-                self._kept.popitem(last=False)
+                self._shown.pop(self._kept.popitem(last=False)[0], None)
+        return kept
+
+    def show(self, visitor: str, kept: Kept) -> None:
+        """Remember that a visitor looks at this one: from the history, or one that somebody shared."""
+        with self._lock:
+            for one in self._kept.setdefault(visitor, []):
+                one.closed = one.closed or "another comparison was opened"
+            self._shown[visitor] = kept
+
+    def shown(self, visitor: str) -> Kept:
+        """Return what a visitor looks at.
+
+        Raises:
+            PageError: nothing was run, or its names are still hidden.
+        """
+        with self._lock:
+            kept = self._shown.get(visitor)
+        if kept is None:
+            raise PageError("nothing was run yet")
+        if not kept.closed:
+            raise PageError("vote first: it would show the names")
         return kept
 
     def history(self, visitor: str) -> list[Kept]:
@@ -149,3 +172,4 @@ class Visits:
         """Forget a visitor who left."""
         with self._lock:
             self._kept.pop(visitor, None)
+            self._shown.pop(visitor, None)

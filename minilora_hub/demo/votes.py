@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from minilora_hub.demo.frames import text_of
 from minilora_hub.demo.record import Record, answer_hash, now
 from minilora_hub.demo.storage import append_line, locked
 from minilora_hub.errors import AdapterError, PageError
@@ -83,14 +84,16 @@ def vote_on(record: Record, identifier: str, order: tuple[int, ...], choice: int
     """Write down what a visitor chose; `choice` is an index into the comparison's columns, `TIE` or `ALL_BAD`."""
     candidates = tuple(
         Candidate(
-            column["about"]["name"], column["about"]["kind"], weights.hash, answer_hash(column["text"]), weights.revision
+            column["about"]["name"],
+            column["about"]["kind"],
+            weights.hash,
+            answer_hash(text_of(column)),
+            weights.revision,
         )
         for column, weights in zip(record.columns, record.weights, strict=True)
     )
     fingerprint = record.weights[0].hash
-    return Vote(
-        identifier, now(), record.prompt, record.sampling, record.base, fingerprint, candidates, order, choice
-    )
+    return Vote(identifier, now(), record.prompt, record.sampling, record.base, fingerprint, candidates, order, choice)
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 
 import gradio as gr
+from gradio.events import Dependency
 
-from minilora_hub.compare.engine import Sampling
+from minilora_hub.demo.components import QUIET
 from minilora_hub.demo.describing import describe_columns, headline
 from minilora_hub.demo.frames import Comparison, Frame, idle_stage
 from minilora_hub.demo.layout import Parts
 from minilora_hub.demo.live import LiveRuns
+from minilora_hub.demo.settings import next_seed, sampling_from
 from minilora_hub.demo.solo import Solo
 from minilora_hub.errors import MiniLoraError
-
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-"""Of every event: no spinner over the page, and no endpoint or MCP tool of its own."""
 
 
 def visitor(request: gr.Request) -> str:
@@ -25,19 +24,27 @@ def visitor(request: gr.Request) -> str:
     return request.session_hash or ""
 
 
-def wire_run(demo: gr.Blocks, runs: LiveRuns, parts: Parts) -> None:
-    """A run takes its place at once, then waits in the queue for its turn; Stop and a closed tab end it."""
+def wire_run(demo: gr.Blocks, runs: LiveRuns, parts: Parts) -> Callable[..., Dependency]:
+    """A run takes its place at once, then waits in the queue for its turn; Stop and a closed tab end it.
+
+    Returns:
+        ``start(event, same_seed=False)``, which runs the prompt and the settings after an event.
+    """
+    settings = parts.settings
 
     def show(frame: Frame) -> list:
         # All of the stage each time: Gradio sends only how it differs from the one before.
         return [gr.Button(interactive=not frame.finished), frame.status, frame.stage]
 
-    def begin(request: gr.Request) -> list:
+    def begin(greedy, keep_seed, seed, request: gr.Request) -> list:
+        return [*show(runs.begin(visitor(request))), None, next_seed(greedy, keep_seed, seed)]
+
+    def begin_again(request: gr.Request) -> list:
         return [*show(runs.begin(visitor(request))), None]
 
-    async def answer(text, tokens, temperature, top_p, seed, request: gr.Request) -> AsyncIterator[list]:
+    async def answer(request: gr.Request, text, *values) -> AsyncIterator[list]:
         try:
-            sampling = Sampling(int(tokens), float(temperature), float(top_p), seed=int(seed or 0))
+            sampling = sampling_from(*values)
         except ValueError as error:
             refused = Comparison(0, runs.about(visitor(request)), text).refused(str(error))
             yield [*show(refused), None]
@@ -57,25 +64,33 @@ def wire_run(demo: gr.Blocks, runs: LiveRuns, parts: Parts) -> None:
         runs.leave(visitor(request))
 
     outputs = [parts.stop, parts.status, parts.stage, parts.finished]
-    starts = [gr.on([parts.run.click, parts.prompt.submit], begin, None, outputs, queue=False, **QUIET)]
-    for chip in parts.examples:
-        fill = chip.click(None, None, parts.prompt, js=f"() => {json.dumps(chip.value)}", **QUIET)
-        starts.append(fill.then(begin, None, outputs, queue=False, **QUIET))
-    # Its own event, so that it takes the prompt of the comparison that is shown, not one that is half typed.
-    asked = parts.stage.solo(ask_solo, None, [parts.prompt, parts.status], queue=False, **QUIET)
-    starts.append(asked.success(begin, None, outputs, queue=False, **QUIET))
-    for start in starts:
-        start.then(
+
+    def start(event: Callable[..., Dependency], same_seed: bool = False) -> Dependency:
+        if same_seed:
+            begun = event(begin_again, None, outputs, queue=False, **QUIET)
+        else:
+            inputs = [settings.greedy, settings.keep_seed, settings.seed]
+            begun = event(begin, inputs, [*outputs, settings.seed], queue=False, **QUIET)
+        return begun.then(
             answer,
-            [parts.prompt, *parts.settings],
+            [parts.prompt, *settings.inputs],
             outputs,
             concurrency_id="compute",
             concurrency_limit=None,  # `live.py` knows who waits, and tells them
             trigger_mode="always_last",
             **QUIET,
         )
+
+    start(partial(gr.on, [parts.run.click, parts.prompt.submit]))
+    for chip in parts.examples:
+        fill = chip.click(None, None, parts.prompt, js=f"() => {json.dumps(chip.value)}", **QUIET)
+        start(fill.then)
+    # Its own event, so that it takes the prompt of the comparison that is shown, not one that is half typed.
+    asked = parts.stage.solo(ask_solo, None, [parts.prompt, parts.status], queue=False, **QUIET)
+    start(asked.success, same_seed=True)
     parts.stop.click(end, queue=False, **QUIET)
     demo.unload(leave)
+    return start
 
 
 def wire_link(demo: gr.Blocks, runs: LiveRuns, parts: Parts) -> None:

@@ -8,8 +8,9 @@ import pytest
 from demo.records import column, record
 from markdown_it import MarkdownIt
 
-from minilora_hub.demo.blind import blinded, revealed, shuffled
-from minilora_hub.demo.record import Record, exported_json, exported_markdown
+from minilora_hub.demo.blind import Blindfold, revealed, shuffled
+from minilora_hub.demo.frames import text_of
+from minilora_hub.demo.record import exported_json, exported_markdown
 from minilora_hub.demo.sharing import SharedComparisons, ShareLimits
 from minilora_hub.demo.visits import KEPT, Visits
 from minilora_hub.demo.votes import ALL_BAD, TIE, VoteStore
@@ -36,8 +37,8 @@ def test_ids_are_random_and_long(tmp_path):
 
 @pytest.mark.parametrize(
     "identifier",
-    ["", ".", "..", "../votes", "/etc/passwd", "a" * 21, "a" * 23, "a" * 20 + "/x", "ａ" * 22, "a" * 21 + "\n", "..%2f",
-     "a" * 20 + "\x00b", None, 7],
+    ["", ".", "..", "../votes", "/etc/passwd", "a" * 21, "a" * 23, "a" * 20 + "/x", "\uff41" * 22, "a" * 21 + "\n",
+     "..%2f", "a" * 20 + "\x00b", None, 7],
 )  # fmt: skip
 def test_hostile_ids_are_refused(tmp_path, identifier):
     (tmp_path / "votes.json").write_text("{}")
@@ -123,17 +124,37 @@ def test_markdown_shows_hostile_texts_as_they_are():
 def test_a_blind_stage_tells_the_texts_and_nothing_else():
     """No name, kind, number, expert or error of the three is anywhere in what the browser gets."""
     stage = record(
-        column("base", "because"), column("dora", "so"), column("mix", "thus", "error", "mix: NaN in its experts")
+        column("base", "because"), column("dora", "so"), column("mix", "thus it is", "error", "mix: NaN in its experts")
     ).stage
-    for one in stage["columns"]:
-        one["experts"] = [[1, 2]]
-        one["pieces"] = [{"text": "x", "logprob": -1.0}]
-    shown = json.dumps(blinded(stage, (2, 0, 1)))
-    for secret in ("dora", "mix", "base", "DoRA", "MixLoRA", "r 2", "experts", "logprob", "12.5", "0.25", "NaN"):
+    fold = Blindfold((2, 0, 1))
+    half = [one["log"].find("\n") + 1 for one in stage["columns"]]
+    early = {
+        **stage,
+        "columns": [{**one, "log": one["log"][:end]} for one, end in zip(stage["columns"], half, strict=True)],
+    }
+    fold.stage(early)
+    shown = json.dumps(fold.stage(stage))
+    for secret in (
+        "dora",
+        "mix",
+        "base",
+        "DoRA",
+        "MixLoRA",
+        "r 2",
+        "seed",
+        "alternative",
+        "625",
+        "1000",
+        "12.5",
+        "NaN",
+    ):
         assert secret not in shown
-    columns = blinded(stage, (2, 0, 1))["columns"]
-    assert [one["text"] for one in columns] == ["thus", "because", "so"]
+    columns = fold.stage(stage)["columns"]
+    assert [text_of(one) for one in columns] == ["thus it is", "because", "so"]
     assert [one["about"]["badge"] for one in columns] == ["A", "B", "C"]
+    assert {json.dumps(one["about"] | {"name": "", "badge": ""}) for one in columns[:1]} == {
+        json.dumps(one["about"] | {"name": "", "badge": ""}) for one in columns[1:]
+    }
     assert columns[0]["error"] == "This answer failed."
     letters = {one["about"]["name"]: one["about"]["letter"] for one in revealed(stage, (2, 0, 1))["columns"]}
     assert letters == {"mix": "A", "base": "B", "dora": "C"}
@@ -215,9 +236,7 @@ def test_history_hides_what_is_to_be_voted_on_and_ends_with_the_visit(visits):
     for number in range(KEPT + 5):
         visits.keep("ana", record(prompt=f"{number}"))
     blind = visits.keep("ana", record(prompt="blind"), (0, 1, 2))
-    assert [kept.record.prompt for kept in visits.history("ana")] == [
-        f"{number}" for number in range(KEPT + 4, 5, -1)
-    ]
+    assert [kept.record.prompt for kept in visits.history("ana")] == [f"{number}" for number in range(KEPT + 4, 5, -1)]
     with pytest.raises(PageError, match="no longer kept"):
         visits.find("ana", blind.id)
     with pytest.raises(PageError, match="vote first"):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from demo.records import column, record
+from demo.records import record
 from hub.server import HubServer
 
 from minilora_hub.demo import storage

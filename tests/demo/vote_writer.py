@@ -1,4 +1,4 @@
-"""Votes until it is killed: a process for the tests of the store. ``vote_writer.py FOLDER NAME``; tells each stored id."""
+"""Votes until it is killed, for the tests of the store: ``vote_writer.py FOLDER NAME`` tells each stored id."""
 
 import sys
 from itertools import count
