@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -32,9 +33,18 @@ def demo(
     mcp: Annotated[
         bool, typer.Option("--mcp", help="Also serve the comparison as a tool for MCP clients (extra mcp).")
     ] = False,
+    allow_local: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR", help="A folder of adapter folders that visitors may choose from, by name. Repeatable."
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Compare the base and adapters on it, side by side, on a page served from this machine."""
+    """Compare the base and adapters on it, side by side, on a page served from this machine.
+
+    Votes and shared comparisons are kept in $MINILORA_DATA, or in the user's folder for data.
+    """
     port = _free_port(host, port)
     say("Starting: the first time takes a while …")
 
@@ -53,7 +63,12 @@ def demo(
     engine = CompareEngine(base, named, progress=say)
     shown = "localhost" if host in ("0.0.0.0", "::") else host  # noqa: S104
     typer.echo(f"Open http://{shown}:{port} (Ctrl-C ends it)")
-    page = build_demo(engine, links=LinkedAdapters(engine, resolve_base(base), link_limits), limits=limits)
+    page = build_demo(
+        engine,
+        links=LinkedAdapters(engine, resolve_base(base), link_limits),
+        limits=limits,
+        allowed=allow_local or (),
+    )
     launch(page, host=host, port=port, open_browser=_has_screen() if browser is None else browser, mcp=mcp)
 
 

@@ -69,7 +69,7 @@ class KeptRuns(LiveRuns):
                     )
                     if not self._hides(visitor):  # switched off meanwhile
                         hidden = None
-                    kept = self.visits.keep(visitor, record, hidden and hidden.order)
+                    kept = self.visits.keep(visitor, record, hidden.order if hidden else None)
                     if kept.closed:
                         hidden = None
                 yield hidden.frame(frame) if hidden else frame

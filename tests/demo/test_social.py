@@ -1,0 +1,541 @@
+"""Voting, the board, links, history, exports, batches, the picker: in a real browser, as visitors do them."""
+
+import csv
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from demo.test_page import ask, settled, texts, wait_for_states
+
+TESTS = Path(__file__).parents[1]
+HOSTILE = "<img src=x onerror=\"document.title='hacked'\"> & ${props} `x`"
+
+
+class Server:
+    """tests/demo/social_page.py in a process of its own."""
+
+    def __init__(self, data):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.data = data
+        self.process = subprocess.Popen(
+            [sys.executable, str(TESTS / "demo" / "social_page.py"), str(port), str(data)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"},
+        )
+        self.address = self.process.stdout.readline().strip()
+        assert self.address.startswith("http"), "the page did not start; see its traceback above"
+
+    def forwards(self):
+        """Ask the running engine how many forwards it has computed."""
+        self.process.stdin.write("forwards\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def votes(self):
+        """Read what is on the disk."""
+        file = self.data / "votes" / "votes.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def close(self):
+        """End it."""
+        self.process.stdin.close()
+        self.process.terminate()
+        self.process.wait(timeout=30)
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """One server for all tests but that of a restart."""
+    server = Server(tmp_path_factory.mktemp("data"))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def visit(server, browser):
+    """Open a page; at the end nothing may have gone wrong in the browser or left this machine."""
+    contexts, troubles, hosts = [], [], set()
+
+    def open_page(path="", width=1280, height=800, scheme="light", at=None, **settings):
+        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, **settings)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
+        page.goto((at or server.address) + path)
+        if not path.startswith("board"):
+            page.wait_for_function("document.querySelectorAll('.ml-card[data-kind]').length >= 3")
+            for name in ("#ml-prompt textarea", "#ml-run", ".ml-switch", ".ml-keeping"):
+                page.wait_for_selector(name)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert troubles == []
+    assert hosts <= {"127.0.0.1", None}  # None: data: and blob: addresses
+
+
+def run(page, prompt="Hello"):
+    """Run a prompt to its end."""
+    ask(page, prompt)
+    wait_for_states(page, "length", "eos", "eos")
+    page.wait_for_selector("[data-action=share]:enabled")
+
+
+def blind_run(page, prompt="Hello"):
+    """Switch to blind, and run a prompt until a vote can be cast."""
+    if page.get_attribute(".ml-switch", "aria-checked") != "true":
+        page.click(".ml-switch")
+        page.wait_for_selector(".ml-switch[aria-checked=true]")
+    ask(page, prompt)
+    page.wait_for_selector(".ml-blind[data-phase=open]")
+
+
+def names(page):
+    return page.locator(".ml-name").all_inner_texts()
+
+
+def words(page):
+    return page.locator(".ml-blind-words").inner_text()
+
+
+def open_panel(page, name):
+    page.get_by_role("button", name=name, exact=True).click()
+
+
+def serious(page):
+    """Serious violations that axe-core finds, each with the elements it names."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page).response["violations"]
+    return {
+        one["id"]: [node["html"][:200] for node in one["nodes"]]
+        for one in found
+        if one["impact"] in ("serious", "critical")
+    }
+
+
+# ---- blind votes ----
+
+
+def test_a_blind_vote_is_stored_and_shows_the_names(server, visit):
+    """Nothing that can be seen before the vote tells which column is which."""
+    page = visit()
+    before = len(server.votes())
+    page.click(".ml-switch")
+    page.wait_for_function("[...document.querySelectorAll('.ml-name')].every(n => n.textContent.startsWith('Answer'))")
+    assert page.locator(".ml-vote:visible").count() == 0
+    ask(page, "Hello")
+    page.wait_for_selector(".ml-blind[data-phase=open]")
+    assert names(page) == ["Answer A", "Answer B", "Answer C"]
+    assert page.locator(".ml-facts").all_inner_texts() == ["", "", ""]
+    assert page.locator(".ml-rate").all_inner_texts() == ["\N{EN DASH}"] * 3
+    assert not page.locator(".ml-heat").is_visible()
+    assert page.locator("[data-action=share]").is_disabled()
+    values = page.evaluate("JSON.stringify([...document.querySelectorAll('.ml-stage')].map(one => one.outerHTML))")
+    assert "parrot" not in values
+    shown = texts(page)
+    letter = "ABC"[shown.index("Hello")]
+    page.get_by_role("button", name=f"Answer {letter} is best").click()
+    page.wait_for_selector(".ml-blind[data-phase=told]")
+    vote = server.votes()[-1]
+    assert len(server.votes()) == before + 1
+    assert vote["order"][shown.index("Hello")] == vote["choice"]
+    chosen = vote["candidates"][vote["choice"]]["name"]
+    assert words(page) == f"Your vote is stored: {letter}, which was {chosen}."
+    page.wait_for_function("document.querySelectorAll('.ml-name')[1].textContent === 'parrot-dora'")
+    assert names(page) == ["base", "parrot-dora", "parrot-mix"]
+    badges = page.locator(".ml-badge").all_inner_texts()
+    assert badges == [f"{'ABC'[vote['order'].index(index)]} {badge}" for index, badge in enumerate("BDM")]
+    assert vote["prompt"] == "Hello"
+    assert vote["sampling"]["max_new_tokens"] == 32
+    assert vote["candidates"][1]["weights"].startswith("sha256:")
+    # The keys are without effect now.
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("1")
+    page.keyboard.press("t")
+    time.sleep(0.5)
+    assert len(server.votes()) == before + 1
+
+
+@pytest.mark.parametrize(("key", "choice"), [("t", "tie"), ("x", "all bad")])
+def test_votes_have_keys(server, visit, key, choice):
+    page = visit()
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("b")
+    page.wait_for_selector(".ml-switch[aria-checked=true]")
+    blind_run(page)
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press(key)
+    page.wait_for_selector(".ml-blind[data-phase=told]")
+    assert server.votes()[-1]["choice"] == choice
+
+
+def test_names_without_a_vote_and_a_stopped_comparison_give_none(server, visit):
+    page = visit()
+    before = len(server.votes())
+    blind_run(page)
+    page.get_by_role("button", name="Show the names without a vote").click()
+    page.wait_for_selector(".ml-blind[data-phase=told]")
+    assert words(page) == "Names shown without a vote."
+    assert names(page)[0] == "base"
+    ask(page, "a long text, " * 20)
+    page.wait_for_function("[...document.querySelectorAll('.ml-text')].every(text => text.textContent.length > 1)")
+    assert names(page)[0] == "Answer A"
+    page.keyboard.press("Escape")
+    page.wait_for_selector(".ml-blind[data-phase=told]")
+    assert words(page).startswith("No vote: an answer was stopped")
+    assert names(page)[0] == "base"
+    page.click(".ml-switch")
+    page.wait_for_selector(".ml-switch[aria-checked=false]")
+    assert len(server.votes()) == before
+
+
+def test_a_comparison_is_voted_on_once_however_often_the_browser_votes(server, visit):
+    """Three votes sent at once, and one on a page on which nothing was run."""
+    page = visit()
+    before = len(server.votes())
+    blind_run(page)
+    page.evaluate("""() => {
+        const one = document.querySelector('.ml-letter');
+        for (let i = 0; i < 3; i++) { one.disabled = false; one.click(); }
+    }""")
+    page.wait_for_selector(".ml-blind[data-phase=told]")
+    time.sleep(1)
+    assert len(server.votes()) == before + 1
+
+
+# ---- the board ----
+
+
+def test_the_board_counts_and_survives_a_restart(browser, visit, tmp_path):
+    """Empty at first; then as many votes as were cast, also after the server came back."""
+    first = Server(tmp_path)
+    try:
+        page = visit("board", at=first.address)
+        page.wait_for_selector(".ml-board[data-phase=empty]")
+        assert "Nobody has voted yet" in page.locator(".ml-board-empty").inner_text()
+        page.get_by_role("link", name="Compare").click()
+        page.wait_for_selector(".ml-switch")
+        for choice in ("A", "tie"):
+            blind_run(page)
+            page.keyboard.press("Tab")
+            page.evaluate("document.activeElement.blur()")
+            page.keyboard.press("1" if choice == "A" else "t")
+            page.wait_for_selector(".ml-blind[data-phase=told]")
+        votes = first.votes()
+    finally:
+        first.close()
+    assert len(votes) == 2
+    second = Server(tmp_path)
+    try:
+        page = visit(at=second.address)
+        page.get_by_role("link", name="Board").click()
+        page.wait_for_selector(".ml-board[data-phase=votes]")
+        assert page.locator(".ml-board-words").inner_text() == "2 votes on blind comparisons."
+        rows = page.locator(".ml-board-rows tr")
+        winner = votes[0]["candidates"][votes[0]["choice"]]["name"]
+        assert rows.count() == 3
+        assert rows.nth(0).locator(".ml-model-name").inner_text() == winner
+        assert rows.nth(0).locator(".ml-share").inner_text() == "100%"
+        assert rows.nth(0).locator(".ml-rate-words").inner_text() == "21% to 100%"  # Wilson's, of 1 in 1
+        assert rows.nth(0).locator(".ml-count-cell").all_inner_texts() == ["1", "0", "1", "0", "2"]
+        assert page.locator(".ml-board-pairs tr").count() == 2
+    finally:
+        second.close()
+
+
+# ---- again, history, links, exports ----
+
+
+def test_history_restores_prompt_settings_and_answers_and_ends_with_the_visit(visit):
+    page = visit()
+    page.locator(".ml-history summary").click()
+    assert "It is not stored" in page.locator(".ml-history-empty").inner_text()
+    run(page, HOSTILE)
+    open_panel(page, "Settings")
+    page.get_by_label("number input for Max new tokens").fill("9")
+    page.keyboard.press("Tab")
+    ask(page, "second")
+    page.wait_for_function("document.querySelectorAll('.ml-past').length === 2")
+    assert page.locator(".ml-tokens").all_inner_texts()[0] == "9"
+    past = page.locator(".ml-past")
+    assert past.nth(1).inner_text().startswith(HOSTILE)
+    past.nth(1).click()
+    page.wait_for_function("document.querySelectorAll('.ml-tokens')[0].textContent === '32'")
+    assert page.input_value("#ml-prompt textarea") == HOSTILE
+    assert page.input_value("[aria-label='number input for Max new tokens']") == "32"
+    assert texts(page)[1] == HOSTILE[:32]
+    assert page.locator(".ml-words").inner_text().startswith("From your history")
+    assert page.title() == "minilora · compare"
+    page.reload()
+    page.wait_for_selector(".ml-history summary")
+    assert page.locator(".ml-past").count() == 0
+
+
+def test_a_share_link_restores_everything_in_another_browser(server, visit):
+    """Nothing is stored before the click; the link says that what it shows is stored; nothing is computed for it."""
+    page = visit()
+    open_panel(page, "Settings")
+    page.get_by_label("number input for Max new tokens").fill("11")
+    page.keyboard.press("Tab")
+    ask(page, HOSTILE)
+    page.wait_for_selector("[data-action=share]:enabled")
+    wait_for_states(page, "length", "length", "length")
+    shown = texts(page)
+    folder = server.data / "shared"
+    kept = len(list(folder.glob("*.json"))) if folder.exists() else 0
+    page.click("[data-action=share]")
+    page.wait_for_selector(".ml-shared:visible")
+    link = page.input_value(".ml-link")
+    assert len(list(folder.glob("*.json"))) == kept + 1
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.click(".ml-copy")
+    page.wait_for_function("document.querySelector('.ml-copy').textContent === 'Copied'")
+    assert page.evaluate("navigator.clipboard.readText()") == link
+    before = server.forwards()
+    other = visit(link.removeprefix(server.address))
+    other.wait_for_selector(".ml-notice[data-phase=stored]")
+    assert other.locator(".ml-notice-words").inner_text().startswith("A stored comparison, run on 20")
+    other.wait_for_function("document.querySelectorAll('.ml-text')[1].textContent.length > 3")
+    assert texts(other) == shown
+    assert other.input_value("#ml-prompt textarea") == HOSTILE
+    assert other.input_value("[aria-label='number input for Max new tokens']") == "11"
+    assert other.title() == "minilora · compare"
+    assert server.forwards() == before
+    assert other.locator(".ml-past").count() == 0
+    with other.expect_download() as saved:
+        other.click("[data-action=json]")
+    assert json.loads(Path(saved.value.path()).read_text())["prompt"] == HOSTILE
+
+
+@pytest.mark.parametrize("identifier", ["a" * 22, "../votes/votes", "%2e%2e%2fvotes", "<b>x</b>"])
+def test_a_link_to_nothing_is_told(visit, identifier):
+    page = visit(f"?shared={identifier}")
+    page.wait_for_selector(".ml-notice[data-phase=error]")
+    assert page.locator(".ml-notice-words").inner_text().startswith("The comparison of this link is not shown: ")
+    run(page)
+
+
+def test_exports_are_files(visit):
+    page = visit()
+    assert page.locator("[data-action=json]").is_disabled()
+    run(page, "Hello 👋")
+    with page.expect_download() as saved:
+        page.click("[data-action=json]")
+    assert saved.value.suggested_filename == "minilora-hello.json"
+    content = json.loads(Path(saved.value.path()).read_text())
+    assert content["prompt"] == "Hello 👋"
+    assert [one["answer"] for one in content["columns"]] == texts(page)
+    assert [str(one["tokens"]) for one in content["columns"]] == page.locator(".ml-tokens").all_inner_texts()
+    with page.expect_download() as saved:
+        page.click("[data-action=md]")
+    assert saved.value.suggested_filename == "minilora-hello.md"
+    text = Path(saved.value.path()).read_text()
+    assert "```text\nHello 👋\n```" in text
+    assert "| parrot\\-dora |" in text or "| parrot-dora |" in text
+
+
+# ---- settings ----
+
+
+def test_the_seed_is_drawn_kept_and_taken_again(visit):
+    """Unlocked: another seed every run, shown. Again: the same seed, the same answer. Locked: it stays."""
+    page = visit()
+    open_panel(page, "Settings")
+    page.get_by_label("Greedy").uncheck()
+    page.get_by_label("number input for Temperature").fill("2")
+    page.keyboard.press("Tab")
+    seed = page.get_by_label("Seed", exact=True)
+
+    def sampled():
+        page.click("#ml-run")
+        page.wait_for_selector(".ml-status[data-phase=busy]")
+        page.wait_for_selector(".ml-status[data-phase=done]")
+        return seed.input_value(), texts(page)
+
+    page.fill("#ml-prompt textarea", "Hello")
+    first, second = sampled(), sampled()
+    assert first[0] != second[0]
+    assert first[1] != second[1]
+    page.wait_for_selector("[data-action=again]:enabled")
+    page.fill("#ml-prompt textarea", "half typed")
+    page.click("[data-action=again]")
+    page.wait_for_function("document.querySelector('#ml-prompt textarea').value === 'Hello'")
+    page.wait_for_selector(".ml-status[data-phase=busy]")
+    page.wait_for_selector(".ml-status[data-phase=done]")
+    assert (seed.input_value(), texts(page)) == second
+    page.get_by_label("Keep the seed").check()
+    assert sampled() == second
+    page.get_by_label("Greedy").check()
+    page.wait_for_function("document.querySelector('[aria-label=\"number input for Temperature\"]').disabled")
+    greedy = sampled()[1]
+    assert greedy == sampled()[1]
+    assert greedy[1] == "Hello"
+
+
+def test_top_k_and_penalty_are_obeyed(visit):
+    """Top-k 1 is greedy at any temperature; a penalty changes what the base babbles."""
+    page = visit()
+    run(page, "Hello")
+    greedy = texts(page)
+    open_panel(page, "Settings")
+    page.get_by_label("Greedy").uncheck()
+    for name, value in (("Temperature", "2"), ("Top-k (0 keeps all)", "1")):
+        page.get_by_label(f"number input for {name}").fill(value)
+        page.keyboard.press("Tab")
+    run(page, "Hello")
+    assert texts(page) == greedy
+    page.get_by_label("Greedy").check()
+    page.get_by_label("number input for Repetition penalty").fill("2")
+    page.keyboard.press("Tab")
+    page.click("#ml-run")
+    page.wait_for_selector(".ml-status[data-phase=busy]")
+    page.wait_for_selector(".ml-status[data-phase=done]")
+    assert texts(page)[1] != greedy[1]
+
+
+# ---- a file of prompts ----
+
+
+def test_a_file_of_prompts_becomes_a_table_and_files(visit, tmp_path):
+    page = visit()
+    open_panel(page, "A file of prompts")
+    file = tmp_path / "prompts.jsonl"
+    prompts = ["one", HOSTILE, "explode, please", "x" * 600]
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    page.locator("#ml-batch-file").locator("xpath=..").locator("input[type=file]").set_input_files(file)
+    page.wait_for_selector(".ml-batch[data-phase=done]")
+    assert page.locator(".ml-batch-words").inner_text() == "Done: 4 prompts. 2 with an error."
+    rows = page.locator(".ml-batch tbody tr")
+    assert page.locator(".ml-batch thead th").all_inner_texts()[1:] == ["prompt", "base", "parrot-dora", "parrot-mix"]
+    assert rows.nth(0).locator("td").all_inner_texts()[2:] == ["one", "one"]
+    assert rows.nth(1).locator("th").inner_text() == HOSTILE
+    assert "NaN" in rows.nth(2).locator("td").all_inner_texts()[2]
+    assert "must be shorter than the base's context" in rows.nth(3).inner_text()
+    assert page.title() == "minilora · compare"
+    with page.expect_download() as saved:
+        page.locator(".ml-batch [data-kind=csv]").click()
+    table = list(csv.reader(io.StringIO(Path(saved.value.path()).read_bytes().decode(), newline="")))
+    assert table[0] == ["prompt", "base", "parrot-dora", "parrot-mix", "errors"]
+    assert [row[0] for row in table[1:]] == prompts
+    assert table[1][2:4] == ["one", "one"]
+    with page.expect_download() as saved:
+        page.locator(".ml-batch [data-kind=json]").click()
+    content = json.loads(Path(saved.value.path()).read_text())
+    assert content["rows"][0]["answers"][1]["text"] == "one"
+    assert content["sampling"]["max_new_tokens"] == 32
+    run(page, "after a batch")  # the page goes on
+
+
+def test_a_batch_can_be_stopped(server, visit, tmp_path):
+    page = visit()
+    open_panel(page, "A file of prompts")
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(f"a longer prompt, number {number}" for number in range(40)))
+    page.locator("#ml-batch-file").locator("xpath=..").locator("input[type=file]").set_input_files(file)
+    page.wait_for_function("document.querySelectorAll('.ml-batch tbody tr').length >= 2")
+    page.get_by_role("region", name="Answers to a file of prompts").get_by_role("button", name="Stop").click()
+    page.wait_for_selector(".ml-batch[data-phase=done]")
+    assert page.locator(".ml-batch-words").inner_text().startswith("Stopped after ")
+    assert 2 <= page.locator(".ml-batch tbody tr").count() < 40
+    settled(server)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("p.txt", b"\xff\xfe\x00", "not UTF-8"),
+        ("p.txt", b"\n \n", "holds no prompts"),
+        ("p.jsonl", b'{"prompt": "x"}\n{"text": 1}\n', "line 2: must be"),
+        ("p.csv", b"a,b\n1,2\n", "needs a header with 'prompt'"),
+        ("p.txt", b"x\n" * 51, "51 prompts: at most 50"),
+        ("p.txt", b"y" * 9000, "line 1: 9000 characters"),
+        ("p.txt", b"z" * 600_000, "600 kB: at most 500 kB"),
+    ],
+)
+def test_a_file_that_cannot_be_run_is_told(visit, tmp_path, name, content, told):
+    page = visit()
+    open_panel(page, "A file of prompts")
+    (tmp_path / name).write_bytes(content)
+    page.locator("#ml-batch-file").locator("xpath=..").locator("input[type=file]").set_input_files(tmp_path / name)
+    page.wait_for_selector(".ml-batch[data-phase=error]")
+    assert told in page.locator(".ml-batch-words").inner_text()
+
+
+# ---- the picker ----
+
+
+def test_adapters_are_chosen_from_cards(visit):
+    """Those of the page and of the owner's folder; never a path; one to five."""
+    page = visit()
+    open_panel(page, "Adapters")
+    page.wait_for_function("document.querySelectorAll('.ml-adapter').length === 4")
+    cards = page.locator(".ml-adapter")
+    assert cards.locator(".ml-adapter-name").all_inner_texts() == [
+        "parrot-dora", "parrot-mix", "spare-dora", "spare-mix",
+    ]  # fmt: skip
+    assert cards.locator("input:checked").count() == 2
+    assert "224 parameters" in cards.nth(2).inner_text()
+    page.get_by_label("parrot-dora").uncheck()
+    page.get_by_label("parrot-mix").uncheck()
+    page.click(".ml-strong")
+    page.wait_for_selector(".ml-picker[data-phase=error]")
+    assert "choose 1 to 5" in page.locator(".ml-picker-words").inner_text()
+    for path in ("/etc", "../allowed/spare-dora", "spare-dora/..", "C:\\x", "<b>x</b>/y"):
+        page.fill("[name=hub]", path)
+        page.click(".ml-strong")
+        page.wait_for_function(
+            "path => document.querySelector('.ml-picker-words').textContent.includes(path)", arg=path.split("/")[-1][:5]
+        )
+        assert "Not changed" in page.locator(".ml-picker-words").inner_text()
+    page.fill("[name=hub]", "")
+    page.get_by_label("spare-mix").check()
+    page.click(".ml-strong")
+    page.wait_for_selector(".ml-picker[data-phase=done]")
+    assert names(page) == ["base", "spare-mix"]
+    assert page.locator("h1").inner_text().startswith("Same prompt. Two answers.")
+    ask(page, "Hello")
+    wait_for_states(page, "length", "eos")
+    assert texts(page)[1] == "Hello"
+
+
+# ---- looks ----
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everything_can_be_read_and_reached(server, visit, width, height, scheme):
+    """Blind mode, opened panels, the board: nothing to scroll sideways, no serious violation for axe-core."""
+    page = visit(width=width, height=height, scheme=scheme)
+    blind_run(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert serious(page) == {}
+    page.locator(".ml-letter").first.click()
+    page.wait_for_selector("[data-action=share]:enabled")
+    page.click("[data-action=share]")
+    page.wait_for_selector(".ml-shared:visible")
+    page.locator(".ml-history summary").click()
+    for panel in ("Settings", "Adapters", "A file of prompts"):
+        open_panel(page, panel)
+    page.wait_for_selector(".ml-adapter:visible")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert serious(page) == {}
+    page.goto(f"{server.address}board")
+    page.wait_for_selector(".ml-board[data-phase=votes]")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert serious(page) == {}
