@@ -14,7 +14,7 @@ from minilora_hub.demo.frames import text_of
 from minilora_hub.demo.record import Record, answer_hash, now
 from minilora_hub.demo.storage import append_line, locked
 from minilora_hub.errors import AdapterError, PageError
-from minilora_hub.json_documents import SCHEMA_VERSION, Document, Require, Scalar, strict_json
+from minilora_hub.json_documents import Document, Require, Scalar, strict_json
 
 TIE, ALL_BAD = "tie", "all bad"
 
@@ -58,6 +58,7 @@ class Vote(Document):
     """
 
     FILE: ClassVar[str] = "vote"
+    VERSION: ClassVar[int] = 1
 
     id: str
     time: str
@@ -68,7 +69,7 @@ class Vote(Document):
     candidates: tuple[Candidate, ...]
     order: tuple[int, ...]
     choice: int | str
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = VERSION
 
     def _check(self, require: Require) -> None:
         amount = len(self.candidates)
