@@ -10,6 +10,8 @@ push but for verifying (verify=False), nothing of it replaced:
     unrecorded    the first push of a folder without one: the base is loaded, and what the adapter computes is recorded
     published     a folder that was pulled from a repo: the base is loaded, and its verification.json compared
 
+Processor time is that of both sides, of all threads: other programs on the machine hardly move it.
+
 Rounds are interleaved; a ratio is one push over the bare commit of its own round. Imports and first calls are not
 timed.
 """
@@ -96,15 +98,16 @@ def measure(hub, scratch: Path, rounds: int) -> dict:
         "unrecorded": pushed_unrecorded,
         "published": pushed(built.folder, False),
     }
-    seconds = {name: [] for name in ways}
+    seconds, processor = {name: [] for name in ways}, {name: [] for name in ways}
     for count in range(-2, rounds):  # two rounds to warm up
         for name, way in ways.items():
             steps = way(f"ana/{name}-{count + 2}")
             next(steps)
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             next(steps, None)
             if count >= 0:
                 seconds[name].append(time.perf_counter() - start)
+                processor[name].append(time.process_time() - busy)
     return {
         "megabytes": round(sum(file.size for file in built.files) / 1e6, 1),
         "megabytes_of_base": round((base / "model.safetensors").stat().st_size / 1e6, 1),
@@ -113,6 +116,11 @@ def measure(hub, scratch: Path, rounds: int) -> dict:
         "recording_at_the_end_of_training_milliseconds": round(1000 * recording, 1),
         "bare_milliseconds": round(1000 * statistics.median(seconds["bare"]), 1),
         "push_over_bare_commit": {name: summary(seconds, name) for name in ways if name != "bare"},
+        "processor_time_over_bare_commit": {
+            name: round(statistics.median(processor[name]) / statistics.median(processor["bare"]), 2)
+            for name in ways
+            if name != "bare"
+        },
         "limit_of_trained": LIMIT,
     }
 
