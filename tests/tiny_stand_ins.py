@@ -5,6 +5,7 @@ Run as a script, it serves the page and answers ``forwards`` on stdin with the e
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -169,7 +170,8 @@ def main() -> None:
 
     with TemporaryDirectory() as folder:
         parrots = save_parrots(Path(folder), {"parrot-dora": "dora", "parrot-mix": "mixlora"})
-        engine = CompareEngine(ScriptedBase(delay=0.03), parrots, tokenizer=byte_tokenizer())
+        delay = float(os.environ.get("MINILORA_DELAY", "0.03"))
+        engine = CompareEngine(ScriptedBase(delay), parrots, tokenizer=byte_tokenizer())
     limits = PageLimits.from_environment()
     demo = build_demo(engine, title="Same prompt, three answers", examples=["Hello 👋 there", "Ünïcödé"], limits=limits)
     address = launch(demo, host="127.0.0.1", port=int(sys.argv[1]), block=False, mcp=flag("MINILORA_MCP"))

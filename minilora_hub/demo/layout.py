@@ -74,7 +74,6 @@ def build_asking() -> tuple[gr.Textbox, gr.Button, gr.Button]:
             placeholder="Ask all of them something…",
             lines=1,
             max_lines=8,
-            max_length=8000,
             container=False,
             scale=8,
             min_width=260,

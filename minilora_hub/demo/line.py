@@ -101,7 +101,7 @@ class Line:
             ValueError: too many wait already.
         """
         if self.full and len(self._waiting) >= self._longest:
-            raise ValueError(f"{len(self._waiting)} visitors are waiting already: try again in some minutes")
+            raise ValueError(f"the line is full, with {len(self._waiting)} waiting: try again in some minutes")
         ticket = Ticket(self, steps)
         self._waiting.append(ticket)
         self._admit()

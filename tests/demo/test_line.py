@@ -68,7 +68,7 @@ def test_the_line_is_bounded():
         line = Line(1, 2)
         for _ in range(3):
             line.join(5)
-        with pytest.raises(ValueError, match="2 visitors are waiting already: try again in some minutes"):
+        with pytest.raises(ValueError, match="the line is full, with 2 waiting: try again in some minutes"):
             line.join(5)
 
     asyncio.run(scene())

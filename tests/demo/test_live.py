@@ -199,7 +199,7 @@ def test_what_is_too_much_is_refused_before_it_takes_a_place(engine):
             with pytest.raises(ValueError, match=message):
                 runs.answer(prompt, Sampling(tokens), columns)
         first = runs.answer("x", Sampling(5), two)
-        with pytest.raises(ValueError, match="0 visitors are waiting already"):
+        with pytest.raises(ValueError, match="the line is full, with 0 waiting"):
             runs.answer("x", Sampling(5), two)
         assert [moment.finished async for moment in first][-1]
         assert len((await all_of(runs, "x", 5, columns=two))[0]) > 0

@@ -1,0 +1,47 @@
+"""A day of visitors: a thousand comparisons in a row over HTTP, and the server's memory is as it was.
+
+`pytest -m soak tests/demo/test_soak.py`; some minutes, on loopback.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from demo.serving import Serving
+from gradio_client import Client
+
+pytestmark = pytest.mark.soak
+
+COMPARISONS, WARM = 1000, 200
+MOST_GROWTH = 16 * 2**20
+"""Bytes over 800 comparisons: 20 kB for each. Gradio keeps a line on each event, up to 10,000 of them."""
+
+
+def resident_bytes(process: int) -> int:
+    """Memory of a process that is really there."""
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_thousand_comparisons_leave_nothing_behind():
+    """Every tenth is cancelled halfway, every seventh comes from a new visitor."""
+    with Serving(MINILORA_DELAY="0") as server:
+        client, warm = Client(server.address, verbose=False), 0
+        for number in range(COMPARISONS):
+            if number == WARM:
+                warm = resident_bytes(server.process.pid)
+            if number % 7 == 0:
+                client = Client(server.address, verbose=False)
+            prompt = f"visitor {number}"
+            if number % 10 == 0:
+                job = client.submit(prompt, max_new_tokens=400, api_name="/compare")
+                next(iter(job))
+                job.cancel()
+            else:
+                rows = client.predict(prompt, max_new_tokens=30, api_name="/compare")["rows"]
+                assert [row["text"] for row in rows[1:]] == [prompt] * 2
+        server.settled()
+        grown = resident_bytes(server.process.pid) - warm
+        assert grown <= MOST_GROWTH, f"{grown / 2**20:.1f} MiB"
+        print(f"{grown / 2**20:.1f} MiB in {COMPARISONS - WARM} comparisons")
