@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from minilora_hub.compare.engine import Column, Sampling, Update
-from minilora_hub.demo.live import LiveRuns, Moment
+from minilora_hub.demo.live import LiveRuns, Moment, waiting_words
 from minilora_hub.errors import MiniLoraError
 
 NAME = "compare"
@@ -63,10 +63,14 @@ def wire_api(runs: LiveRuns) -> None:
             raise gr.Error(f"{error}", print_exception=False) from None
         report = Report(columns, experts)
         # An MCP client gets a result as the text that str() makes of it: JSON, then, and not Python's way to write it.
+        progress = gr.Progress()  # not as an argument: it would become one of the endpoint's
         as_text = request.headers.get("x-gradio-user") == "mcp"
         try:
             async for moment in moments:
                 item = report.add(moment)
+                longest = max(row["tokens"] for row in item["rows"])
+                words = waiting_words(moment.waiting) if moment.waiting else None
+                progress((longest, sampling.max_new_tokens), desc=words, unit="tokens")
                 yield json.dumps(item, ensure_ascii=False) if as_text else item
         finally:
             await moments.aclose()

@@ -38,7 +38,9 @@ class Serving:
         )
         lines = iter(self.process.stdout.readline, "")
         self.address = next((line.strip() for line in lines if line.startswith("http")), "")
-        assert self.address, "the page did not start; see its traceback above"
+        if not self.address:
+            self.__exit__()
+            raise AssertionError("the page did not start; see its traceback above")
         return self
 
     def __exit__(self, *_: object) -> None:
