@@ -22,8 +22,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .adapted_linear import apply_dora_scale, product_dtype
-from .expert_slots import SlotsByExpert, SlotsGathered, SlotsGrouped, SlotsMasked
+from .adapted_linear import apply_dora_scale, is_only_its_product, product_dtype
+from .expert_slots import SlotsByExpert, SlotsGathered, SlotsGrouped, SlotsMasked, SlotsOfOneToken
 from .routing import Routes, current_record
 
 
@@ -142,6 +142,8 @@ class MixtureOfLoraExperts(nn.Module):
         selected, num_experts = routes.selected, self.router.shape[0]
         many = selected.numel() > num_experts
         if selected.device.type == "cpu" and not torch.compiler.is_compiling():
+            if selected.shape[0] == 1:
+                return SlotsOfOneToken(selected, routes.kept)
             if many and routes.kept is None and SlotsMasked.can(self.experts.values()):
                 return SlotsMasked(selected, num_experts)
             return SlotsByExpert(selected, routes.kept)
@@ -184,7 +186,14 @@ class MixtureOfLoraExperts(nn.Module):
         return None if mask is None else mask[..., -leading_shape[-1] :].to(device)
 
     def _project(self, name, x):
-        return self.base_block.get_submodule(name)(x)
+        layer = self._layer(name)
+        if x.shape[0] == 1 and is_only_its_product(layer):
+            return F.linear(x, layer._parameters["weight"], layer._parameters["bias"])
+        return layer(x)
+
+    def _layer(self, name):
+        modules = self._modules["base_block"]._modules
+        return modules[name] if name in modules else self.base_block.get_submodule(name)
 
     def _expert_inputs(self, shared, x, slots):
         """The input projections of every slot: shared W x + b, and the slot's expert. Lists of (slots, out)."""
@@ -210,10 +219,10 @@ class MixtureOfLoraExperts(nn.Module):
         return slots.project_down(x.to(product_dtype(x, update.lora_A)), update)
 
     def _update_of(self, name):
-        return self.experts._modules.get(name)
+        return self._modules["experts"]._modules.get(name)
 
     def _output_bias(self):
-        return getattr(self.base_block.get_submodule(self.structure.output), "bias", None)
+        return getattr(self._layer(self.structure.output), "bias", None)
 
     def _weigh_bias(self, out, weights):
         """From the output bias added once to sum_k g_k times, where the weights do not sum to one."""
@@ -224,9 +233,9 @@ class MixtureOfLoraExperts(nn.Module):
 
     def _scaled(self, name, out, slots, with_bias=True):
         """DoRA's c per slot; nothing for plain LoRA."""
-        update = self.experts[name]
+        update = self._update_of(name)
         if update.magnitude is None:
             return out
-        layer = self.base_block.get_submodule(name)
+        layer = self._layer(name)
         bias = getattr(layer, "bias", None) if with_bias else None
         return apply_dora_scale(out, update.scale(layer)[slots.expert], bias)

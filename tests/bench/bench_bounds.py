@@ -61,7 +61,7 @@ def on_the_embedded_base(limits: dict[str, float]) -> dict[str, dict[str, float]
     plain = sum(p.numel() for p in base.parameters())
     models = {
         "base": base,
-        "LoRA": lora_of(base, 16),
+        "LoRA": lora_of(base, 16).eval(),
         "DoRA": DoraForCausalLM.from_base(shared_copy(base), DoraConfig(r=16)).eval(),
         "MixLoRA": MixLoraForCausalLM.from_base(shared_copy(base), MixLoraConfig(r=16)).eval(),
     }
@@ -106,7 +106,7 @@ def python_and_launches() -> dict[str, float]:
         fill_adapter(model, scale=0.01)
     works = {
         "base": Rows(base, [None]),
-        "LoRA": Rows(lora_of(base, 16), [None]),
+        "LoRA": Rows(lora_of(base, 16).eval(), [None]),
         "DoRA": Rows(dora, [None]),
         "MixLoRA": Rows(mixlora, [None]),
         "bank, four kinds": Rows(bank.model, [None, "LoRA", "DoRA", "MixLoRA"], bank),
