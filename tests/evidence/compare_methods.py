@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("evidence-work"), help="folder for adapters and answers")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--method", action="append", choices=METHODS, help="only these; again for more")
-    parser.add_argument("--part", action="append", choices=("sweep", "seeds", "single"), help="only these")
+    parser.add_argument("--part", action="append", choices=(BASE, "sweep", "seeds", "single"), help="only these")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of this process")
     arguments = parser.parse_args()
     store = Store(arguments.results)
@@ -67,7 +67,7 @@ def wanted(store: Store, arguments: argparse.Namespace) -> list[Run]:
 def run_all(store: Store, arguments: argparse.Namespace) -> None:
     """Make what is missing and what no other process is making."""
     import torch
-    from evidence.measure import base_result, make, write_data
+    from evidence.measure import make, write_data
 
     torch.set_num_threads(arguments.threads)
     work: Path = arguments.work.resolve()
@@ -76,6 +76,8 @@ def run_all(store: Store, arguments: argparse.Namespace) -> None:
     with FileLock(locks / "data.lock"):
         if not (work / "data").is_dir():
             write_data(work / "data")
+    if not arguments.part or BASE in arguments.part:
+        make_base(store, work)
     while True:
         made = False
         for run in wanted(store, arguments):
@@ -93,14 +95,21 @@ def run_all(store: Store, arguments: argparse.Namespace) -> None:
             break  # what comes next may depend on this
         if not made:
             break
+    say(left(store))
+
+
+def make_base(store: Store, work: Path) -> None:
+    """Measure the base, unless another process does."""
+    from evidence.measure import base_result
+
     try:
-        with FileLock(locks / "base.lock", timeout=0):
+        with FileLock(work / "locks" / f"{BASE}.lock", timeout=0):
             if not store.has(BASE):
                 say("the base, zero-shot and with examples")
                 store.write(BASE, base_result(work))
+                say("the base: done")
     except Timeout:
         pass
-    say(left(store))
 
 
 def ship_all(store: Store, arguments: argparse.Namespace) -> None:

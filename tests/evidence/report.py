@@ -8,11 +8,12 @@ would turn it round, the second whether other seeds would.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from evidence.plan import METHODS, SEEDS, STEPS, TASKS, TEST_ITEMS, TITLES
+from evidence.plan import LEARNING_RATES, METHODS, SEEDS, STEPS, SWEEP_STEPS, TASKS, TEST_ITEMS, TITLES, sweep_runs
 from evidence.store import BASE, Store
 
 from minilora_hub.evaluation.metrics import Difference, paired_difference, perplexity
@@ -78,7 +79,7 @@ def larger_than_noise(difference: Difference, p: float | None) -> bool:
 
 
 def table(store: Store) -> list[str]:
-    """The table, in Markdown."""
+    """The table of the base and of each method, in Markdown."""
     head = ["", *(HEADERS[task] for task in TASKS), "mean", "held-out formats", "perplexity"]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     if store.has(BASE):
@@ -100,13 +101,28 @@ def table(store: Store) -> list[str]:
 
 def items(store: Store) -> str:
     """How many test items there are, as a text."""
-    (run, *_) = [run for method in METHODS for run in store.done("seeds", method=method)]
-    counts = sorted(len(scores(run, task)) for task in TASKS)
-    return f"{sum(counts):,}"
+    run = store.read(BASE) if store.has(BASE) else store.done("seeds")[0]
+    return f"{sum(len(scores(run, task)) for task in TASKS):,}"
 
 
 def _row(name: str, cells: list[str]) -> str:
     return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def sweep_table(store: Store) -> list[str]:
+    """Validation loss of the short runs, by learning rate."""
+    lines = ["| learning rate | " + " | ".join(f"{rate:g}" for rate in LEARNING_RATES) + " |"]
+    lines += ["| --- |" + " ---: |" * len(LEARNING_RATES)]
+    for method in METHODS:
+        losses = {run["run"]["learning_rate"]: run["validation_loss"] for run in store.done("sweep", method=method)}
+        cells = ["" if rate not in losses else _loss(losses[rate]) for rate in LEARNING_RATES]
+        if losses:
+            lines.append(_row(TITLES[method], cells))
+    return lines
+
+
+def _loss(value: float | None) -> str:
+    return "NaN" if value is None else f"{value:.3f}"
 
 
 def setting(store: Store) -> list[str]:
@@ -149,17 +165,34 @@ def matrix(store: Store, method: str) -> dict[str, dict[str, float]]:
     return found
 
 
+PICTURES: dict[str, tuple[str, Callable[[Store], bool]]] = {
+    "loss.png": ("Training loss of each method", lambda store: bool(store.done("seeds"))),
+    "matrix.png": (
+        "Exact match: trained on one task or the mix, tested on each",
+        lambda store: any(len(matrix(store, method)) > 1 for method in METHODS),
+    ),
+    "expert_load.png": (
+        "Which experts serve which task, layer by layer",
+        lambda store: any(store.done("seeds", method=method, seed=0) for method in ("mixlora", "mixdora")),
+    ),
+}
+
+
 def section(store: Store) -> str:
     """What stands between the markers of the README."""
     runs = [store.done("seeds", method=method) for method in METHODS]
     made, planned = sum(map(len, runs)), len(METHODS) * len(SEEDS)
     lines = [START, ""]
     if made < planned:
+        swept = len(store.done("sweep"))
         lines += [
-            f"These runs are not complete: {made} of {planned} are there. The command above goes on with them.",
+            f"These runs are not complete: {made} of {planned} are there, and {swept} of {len(sweep_runs())} of the "
+            "short ones that choose the learning rates. The command above goes on with them.",
             "",
         ]
-    if made:
+    if store.done("sweep"):
+        lines += [f"Validation loss after {SWEEP_STEPS} steps of 8 rows:", "", *sweep_table(store), ""]
+    if made or store.has(BASE):
         lines += [
             f"Exact match in percent on {items(store)} test items (mean ± standard deviation over seeds), "
             f"after {STEPS} steps of 8 rows; perplexity on general text, lower is better.",
@@ -171,6 +204,9 @@ def section(store: Store) -> str:
             *differences(store),
             "",
         ]
+    for name, (text, has) in PICTURES.items():
+        if has(store):
+            lines += [f"![{text}](tests/evidence/pictures/{name})", ""]
     return "\n".join([*lines, END])
 
 

@@ -147,9 +147,17 @@ def test_the_table_holds_the_means_of_the_results(store):
     assert len(runs) == len(SEEDS)
 
 
+def test_the_sweep_is_told(store):
+    rows = report.sweep_table(store)
+    assert rows[0] == "| learning rate | 0.0005 | 0.0015 | 0.0045 |"
+    assert rows[2:] == [f"| {title} | 1.000 | 0.500 | 1.000 |" for title in ("LoRA", "DoRA", "MixLoRA", "MixDoRA")]
+
+
 def test_incomplete_runs_are_said_to_be_incomplete(store, tmp_path):
-    assert "These runs are not complete: 9 of 12 are there." in report.section(store)
-    assert "not complete: 0 of 12" in report.section(Store(tmp_path / "none"))
+    assert "These runs are not complete: 9 of 12 are there, and 12 of 12 of the short" in report.section(store)
+    nothing = report.section(Store(tmp_path / "none"))
+    assert "not complete: 0 of 12" in nothing
+    assert "|" not in nothing
 
 
 def test_the_matrix_is_over_the_same_items(store, monkeypatch):
