@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +17,9 @@ from minilora_hub.cli.shared import AsJson, Debug, print_json, say
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from minilora_hub.evaluation.run import Progress, Report
+    from minilora_hub.evaluation.run import Progress
+    from minilora_hub.evaluation.setup import Adapter
+    from minilora_hub.results import Evaluation, Results
 
 LINES = 20
 """How many lines of progress a run prints where there is no terminal."""
@@ -48,6 +52,15 @@ def eval_(
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="That text. Default: Python's manual.")] = None,
     dtype: Annotated[str, typer.Option(metavar="DTYPE", help="float32, or bfloat16, which is quicker.")] = "float32",
     batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Rows of a batch at most.")] = 64,
+    lm_eval: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lm-eval", metavar="T", help="A task of lm-eval's instead of ours (extra lm-eval); again for more."
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", metavar="DIR", help="A folder with lm-eval tasks of your own.")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write everything there as JSON, and leave the adapters' folders alone."),
@@ -59,48 +72,92 @@ def eval_(
     """Measure adapters and their base on the tasks; write the numbers into each adapter's results.json."""
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ValueError(f"--out {str(out)!r}: must be a file in a folder that exists")
-    from minilora_hub.evaluation.report import as_dict, updated_results
-    from minilora_hub.evaluation.run import evaluate
-
-    with _Shown(not as_json) as shown:
-        report = evaluate(
-            adapters,
-            base=base,
-            tasks=task or None,
-            split=split,
-            held_out=held_out,
-            count=count,
-            few_shot=few_shot,
-            perplexity=perplexity,
-            text=text,
-            dtype=dtype,
-            batch_size=batch_size,
-            cache=not fresh,
-            progress=say,
-            on_progress=shown,
-        )
+    common = {"base": base, "count": count, "dtype": dtype, "batch_size": batch_size}
+    if lm_eval:
+        ours = {"--task": task, "--held-out": held_out, "--perplexity": perplexity, "--text": text}
+        given = [flag for flag, value in ours.items() if value]
+        if given:
+            raise ValueError(f"{given[0]}: is about our own tasks: leave it out beside --lm-eval, or run it on its own")
+        told = _lm_eval(adapters, lm_eval, include_path, **common)
+    else:
+        if include_path is not None:
+            raise ValueError(f"--include-path {str(include_path)!r}: must come with --lm-eval")
+        settings = {"split": split, "held_out": held_out, "few_shot": few_shot, "perplexity": perplexity, "text": text}
+        told = _tasks(adapters, task, fresh, as_json, **common, **settings)
     written = []
-    for model in report.models:
-        if out is None and model.adapter is not None and model.adapter.local:
-            written.append(updated_results(report, model).save(model.adapter.folder))
+    for _, adapter, _ in told.models:
+        if out is None and adapter is not None and adapter.local:
+            written.append(told.results(adapter).save(adapter.folder))
     if out is not None:
-        _write_json(out, as_dict(report))
+        _write_json(out, told.document)
         written.append(out)
     if as_json:
-        print_json(as_dict(report))
+        print_json(told.document)
         return
     from rich.console import Console
 
     console = Console()
     if not console.is_terminal:
         console.width = FILE_WIDTH
-    console.print(_table(report))
-    say(f"{report.seconds:.0f} s, {report.computed:,} rows computed")
+    console.print(_table(told))
+    for line in told.lines:
+        say(line)
     for path in written:
         say(f"wrote {path}")
-    fetched = [model.name for model in report.models if model.adapter is not None and not model.adapter.local]
+    fetched = [name for name, adapter, _ in told.models if adapter is not None and not adapter.local]
     if fetched and out is None:
         say(f"nothing is written for {', '.join(fetched)}, from the Hub: --out FILE keeps the numbers")
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What was measured, whoever did it.
+
+    Attributes:
+        models: name on screen, the adapter (None for the base), its numbers.
+        results: an adapter's results.json with its numbers.
+        document: all of it, for a script.
+        lines: what else is said.
+    """
+
+    models: list[tuple[str, Adapter | None, tuple[Evaluation, ...]]]
+    results: Callable[[Adapter], Results]
+    document: dict[str, Any]
+    lines: tuple[str, ...] = ()
+
+
+def _tasks(adapters: list[str], task: list[str] | None, fresh: bool, as_json: bool, **settings: Any) -> _Told:
+    from minilora_hub.evaluation.recording import as_dict, updated_results
+    from minilora_hub.evaluation.report import evaluations
+    from minilora_hub.evaluation.run import evaluate
+
+    with _Shown(not as_json) as shown:
+        report = evaluate(adapters, tasks=task or None, cache=not fresh, progress=say, on_progress=shown, **settings)
+    by_adapter = {model.adapter.name: model for model in report.models if model.adapter}
+    return _Told(
+        [(model.name, model.adapter, evaluations(report, model)) for model in report.models],
+        lambda adapter: updated_results(report, by_adapter[adapter.name]),
+        as_dict(report),
+        (f"{report.seconds:.0f} s, {report.computed:,} rows computed",),
+    )
+
+
+def _lm_eval(adapters: list[str], tasks: list[str], include_path: Path | None, **settings: Any) -> _Told:
+    from dataclasses import asdict
+
+    from minilora_hub.evaluation.lm_eval_tasks import measure
+    from minilora_hub.evaluation.recording import known_results, with_numbers
+
+    report = measure(adapters, tasks, include_path=include_path, progress=say, **settings)
+    models = [(adapter.name if adapter else "base", adapter, rows) for adapter, rows in report.models]
+    numbers = {name: rows for name, _, rows in models}
+
+    def results(adapter: Adapter) -> Results:
+        before = known_results(adapter, report.base, report.fingerprint, report.base_parameters)
+        return with_numbers(before, numbers[adapter.name])
+
+    document = {"models": [{"name": name, "numbers": [asdict(row) for row in rows]} for name, _, rows in models]}
+    return _Told(models, results, document)
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -113,20 +170,18 @@ def _write_json(path: Path, value: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _table(report: Report) -> Table:
+def _table(told: _Told) -> Table:
     """A block for each task and metric, a line a model in it: its number with the 95% interval."""
     from rich.table import Table
     from rich.text import Text
 
-    from minilora_hub.evaluation.report import evaluations
-
     table = Table.grid(padding=(0, 3, 0, 0))
-    names = [model.name for model in report.models]
-    per_model = [{(row.task, row.metric): row for row in evaluations(report, model)} for model in report.models]
-    for (task, metric), first in per_model[0].items():
+    per_model = [(name, {(row.task, row.metric): row for row in rows}) for name, _, rows in told.models]
+    for (task, metric), first in per_model[0][1].items():
+        items = "" if first.n is None else f", {first.n:,} items"
         lower = ", lower is better" if first.lower_is_better else ""
-        table.add_row(Text(f"{task}: {metric}, {first.n:,} items{lower}", style="bold"))
-        for name, rows in zip(names, per_model, strict=True):
+        table.add_row(Text(f"{task}: {metric}{items}{lower}", style="bold"))
+        for name, rows in per_model:
             row = rows.get((task, metric))
             if row is not None:
                 between = "" if row.interval is None else f"{row.interval[0]:.3g} to {row.interval[1]:.3g}"

@@ -1,4 +1,4 @@
-"""What a run says: its numbers as results.json has them, the table for a terminal, and all answers for a script."""
+"""What a run says: its numbers, each with what was measured in the same way on the base, as results.json has them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from minilora_hub.errors import AdapterError
 from minilora_hub.evaluation import metrics
 from minilora_hub.evaluation.metrics import DIGITS, Interval
 from minilora_hub.evaluation.setup import HELD_OUT, task_of
-from minilora_hub.results import RESULTS_FILE, Base, Evaluation, Part, Results, RouterUse, Sample
+from minilora_hub.results import Evaluation, Part, RouterUse, Sample
 
 if TYPE_CHECKING:
     from minilora_hub.evaluation.generation import RoutingSums
@@ -26,9 +25,6 @@ EXACT_NOTE = (
 F1_NOTE = (
     "JSON field F1: a field is right if its path and its value are those of the reference; an answer that is no JSON "
     "scores 0"
-)
-EMBEDDED_NOTE = (
-    'measured on a Q4_1 rounding of these weights, expanded to float32 (what minilora_hub calls the base "embedded")'
 )
 
 
@@ -209,12 +205,13 @@ def decoding_of(report: Report) -> str:
 def routers(report: Report, model: Model) -> tuple[RouterUse, ...]:
     """What an adapter's routers did, task by task; empty for one without."""
     return tuple(
-        RouterUse(title_of(report, key), sums.tokens, _load(sums), _mean_entropy(sums))
+        RouterUse(title_of(report, key), sums.tokens, expert_load(sums), _mean_entropy(sums))
         for key, sums in model.routing.items()
     )
 
 
-def _load(sums: RoutingSums) -> tuple[tuple[float, ...], ...]:
+def expert_load(sums: RoutingSums) -> tuple[tuple[float, ...], ...]:
+    """Each expert's share of the chosen slots, mixture by mixture."""
     return tuple(tuple(round(count / sum(layer), DIGITS) for count in layer) for layer in sums.chosen)
 
 
@@ -229,109 +226,3 @@ def samples(report: Report, model: Model) -> tuple[Sample, ...]:
         Sample(some[0].prompt, base.scores[task].answers[0], model.scores[task].answers[0])
         for task, some in report.items.items()
     )
-
-
-def updated_results(report: Report, model: Model) -> Results:
-    """An adapter's results.json with what was measured: numbers of the same task and metric are replaced, others stay.
-
-    Raises:
-        AdapterError: the results.json that lies there is damaged, or is about another method.
-    """
-    adapter = model.adapter
-    assert adapter is not None
-    if (adapter.folder / RESULTS_FILE).is_file():
-        before = Results.load(adapter.folder)
-        if before.method != adapter.method:
-            raise AdapterError(
-                f"{adapter.name}: {RESULTS_FILE}: method={before.method!r}, but the adapter is {adapter.method!r}"
-            )
-    else:
-        base = Base(
-            report.base.hub_id or report.base.path.name,
-            report.base.revision,
-            report.fingerprint if report.fingerprint != "unknown" else None,
-            report.base_parameters,
-            note=EMBEDDED_NOTE if report.base.embedded else None,
-        )
-        before = Results(adapter.method, base)
-    found = evaluations(report, model)
-    here = {(row.task, row.metric) for row in found}
-    kept = tuple(row for row in before.evaluation if (row.task, row.metric) not in here)
-    together: RoutingSums | None = None
-    for sums in model.routing.values():
-        together = sums if together is None else together + sums
-    return dataclasses.replace(
-        before,
-        evaluation=found + kept,
-        samples=samples(report, model),
-        decoding=decoding_of(report),
-        expert_load=before.expert_load if together is None else _load(together),
-        router=routers(report, model),
-    )
-
-
-def as_dict(report: Report) -> dict[str, Any]:
-    """All of a run for a script: settings, numbers, and every answer with its scores."""
-    models = []
-    for model in report.models:
-        numbers = [
-            {
-                "task": row.task,
-                "metric": row.metric,
-                "value": row.value,
-                "interval": row.interval,
-                "n": row.n,
-                "parts": [
-                    {"name": part.name, "n": part.n, "value": part.value, "interval": part.interval}
-                    for part in row.parts
-                ],
-            }
-            for row in evaluations(report, model)
-        ]
-        models.append(
-            {
-                "name": model.name,
-                "method": model.adapter.method if model.adapter else None,
-                "adapter_sha256": model.adapter.digest if model.adapter else None,
-                "few_shot": model.few_shot,
-                "numbers": numbers,
-                "router": [dataclasses.asdict(use) for use in routers(report, model)],
-                "answers": {
-                    task: [
-                        {"text": text, "exact": exact, **({} if scores.f1 is None else {"f1": scores.f1[line]})}
-                        for line, (text, exact) in enumerate(zip(scores.answers, scores.exact, strict=True))
-                    ]
-                    for task, scores in model.scores.items()
-                },
-                "negative_log_likelihoods": model.nll,
-            }
-        )
-    settings = dataclasses.asdict(report.settings)
-    return {
-        "command": command_of(report),
-        "settings": settings | {"text": None if report.settings.text is None else report.settings.text.name},
-        "base": {
-            "name": "embedded" if report.base.embedded else report.base.hub_id or report.base.path.name,
-            "fingerprint": report.fingerprint,
-        },
-        "limits": report.limits,
-        "items": {
-            task: [
-                {
-                    "prompt": item.prompt,
-                    "reference": item.completion,
-                    "difficulty": item.difficulty,
-                    "entity": item.entity,
-                    "labels": item.labels,
-                }
-                for item in items
-            ]
-            for task, items in report.items.items()
-        },
-        "general_text": None
-        if report.text is None
-        else {"name": report.text[0].name, "sha256": report.text[0].sha256, "predicted_tokens": report.text[1]},
-        "models": models,
-        "seconds": report.seconds,
-        "rows_computed": report.computed,
-    }

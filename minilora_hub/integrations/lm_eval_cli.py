@@ -19,7 +19,7 @@ def main() -> None:
         MissingExtraError: lm-eval is not installed.
     """
     try:
-        from lm_eval.__main__ import cli_evaluate  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        from lm_eval.__main__ import cli_evaluate
     except ModuleNotFoundError as error:
         if error.name not in ("lm_eval", "lm_eval.__main__"):
             raise

@@ -35,10 +35,10 @@ ROWS = [
 ]
 
 
-def scores(model, tokenizer):
+def scores(model, tokenizer, rows=ROWS):
     """Summed log-probability of each choice after its question."""
     found = []
-    for row in ROWS:
+    for row in rows:
         found.append([])
         for choice in row["choices"]:
             prompt = tokenizer(row["question"])["input_ids"]

@@ -1,0 +1,206 @@
+"""lm-eval's own tasks, run by its own library (EleutherAI's harness, 0.4), for the base and any adapter of the bank.
+
+lm-eval prepares prompts, scores and standard errors; it is handed the bank's model, whose rows follow one adapter.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from minilora_hub.compare.adapter_bank import AdapterBank
+from minilora_hub.compare.columns import load_base
+from minilora_hub.compare.engine import context_length
+from minilora_hub.errors import MissingExtraError
+from minilora_hub.evaluation.metrics import DIGITS
+from minilora_hub.evaluation.setup import Adapter, Settings, find_adapters, find_base
+from minilora_hub.results import Evaluation
+
+if TYPE_CHECKING:
+    from minilora_hub.bases import ResolvedBase
+
+Z = 1.959964
+"""Standard errors from the middle to the ends of a 95% interval."""
+
+
+@dataclass(frozen=True)
+class LmEvalReport:
+    """What lm-eval has measured.
+
+    Attributes:
+        base: on which base.
+        fingerprint: of its weights.
+        base_parameters: how many it has.
+        models: the bare base (None) and each adapter, with its numbers beside the base's.
+    """
+
+    base: ResolvedBase
+    fingerprint: str
+    base_parameters: int
+    models: tuple[tuple[Adapter | None, tuple[Evaluation, ...]], ...]
+
+
+def measure(
+    adapters: Sequence[str | Path],
+    tasks: Sequence[str],
+    *,
+    base: str | Path | None = None,
+    count: int | None = None,
+    dtype: str = "float32",
+    batch_size: int = 8,
+    include_path: Path | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> LmEvalReport:
+    """Run lm-eval tasks on the base and on adapters.
+
+    Args:
+        adapters: folders or Hub ids, all on one base.
+        tasks: names of lm-eval's tasks.
+        base: that base. Default: the one the adapters name.
+        count: the first items of each task only.
+        dtype: ``"float32"`` or ``"bfloat16"``.
+        batch_size: rows of a batch.
+        include_path: a folder with tasks of one's own, in lm-eval's format.
+        progress: called with a line at each step of loading.
+
+    Raises:
+        MissingExtraError: lm-eval is not installed.
+        MiniLoraError: the base or an adapter cannot be found or read, or does not fit.
+        ValueError: a setting is out of range, or lm-eval knows no such task; nothing is loaded then.
+    """
+    settings = Settings(tasks=tuple(tasks), count=count, dtype=dtype, batch_size=batch_size)
+    if include_path is not None and not include_path.is_dir():
+        raise ValueError(f"include_path={str(include_path)!r}: must be a folder with tasks of lm-eval")
+    found = find_adapters(adapters)
+    resolved, fingerprint = find_base(base, found)
+    manager = _manager(include_path)
+    for name in settings.tasks:
+        if name not in manager.all_tasks:
+            raise ValueError(f"lm_eval={name!r}: must be a task that lm-eval knows (lm-eval ls tasks)")
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = "embedded" if resolved.embedded else resolved.path
+    model, tokenizer, _ = load_base(where, device, getattr(torch, dtype), progress)
+    bank = AdapterBank(model)
+    for adapter in found:
+        bank.load(adapter.name, adapter.folder)
+    results: list[dict[tuple[str, str], Evaluation]] = []
+    command = _command(settings, resolved)
+    for one in (None, *found):
+        progress(f"lm-eval: {one.name if one else 'base'}")
+        with _rows_of(bank, one.name if one else None):
+            said = _run(bank.model, tokenizer, settings, manager)
+        results.append(_evaluations(said, command, results[0] if results else {}))
+    return LmEvalReport(
+        resolved,
+        fingerprint,
+        sum(parameter.numel() for parameter in model.parameters()),
+        tuple((one, tuple(rows.values())) for one, rows in zip((None, *found), results, strict=True)),
+    )
+
+
+def _manager(include_path: Path | None) -> Any:
+    """lm-eval's list of tasks."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("lm_eval"):
+            raise
+        raise MissingExtraError("lm_eval", "lm-eval") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager(include_path=None if include_path is None else str(include_path))
+
+
+@contextmanager
+def _rows_of(bank: AdapterBank, name: str | None) -> Iterator[None]:
+    """Give every row of every forward of the bank's model to one adapter, whoever calls it."""
+    with bank.use([name]), ExitStack() as rows:
+
+        def enter(module: Any, args: Any, kwargs: Any) -> None:
+            ids = kwargs.get("input_ids")
+            ids = args[0] if ids is None else ids
+            rows.enter_context(bank.rows([name] * ids.shape[0]))
+
+        def leave(*_: Any) -> None:
+            rows.pop_all().close()
+
+        handles = [
+            bank.model.register_forward_pre_hook(enter, with_kwargs=True),
+            bank.model.register_forward_hook(leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _run(model: Any, tokenizer: Any, settings: Settings, manager: Any) -> dict[str, Any]:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    language_model = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        backend="causal",
+        batch_size=settings.batch_size,
+        max_length=context_length(model),
+    )
+    said = simple_evaluate(
+        model=language_model,
+        tasks=list(settings.tasks),
+        limit=settings.count,
+        task_manager=manager,
+        log_samples=False,
+    )
+    assert said is not None  # it is None in all but the first of several processes
+    return dict(said)
+
+
+def _evaluations(
+    said: dict[str, Any], command: str, base: dict[tuple[str, str], Evaluation]
+) -> dict[tuple[str, str], Evaluation]:
+    """lm-eval's numbers by task and metric, beside the base's."""
+    found: dict[tuple[str, str], Evaluation] = {}
+    for task, numbers in said["results"].items():
+        for key, value in numbers.items():
+            metric, _, filter_name = key.partition(",")
+            if metric.endswith("_stderr") or not isinstance(value, float) or not filter_name:
+                continue
+            error = numbers.get(f"{metric}_stderr,{filter_name}")
+            shown = metric if filter_name == "none" else f"{metric} ({filter_name})"
+            value, interval = round(value, DIGITS), None
+            if isinstance(error, float):
+                interval = (round(value - Z * error, DIGITS), round(value + Z * error, DIGITS))
+            bare = base.get((task, shown))
+            found[task, shown] = Evaluation(
+                task=f"lm-eval: {task}",
+                metric=shown,
+                value=value,
+                base_value=bare.value if bare else None,
+                n=said.get("n-samples", {}).get(task, {}).get("effective"),
+                interval=interval,
+                command=command,
+                note=f"lm-eval {said.get('lm_eval_version')}, the task as it defines it, without a chat template",
+                lower_is_better=not said.get("higher_is_better", {}).get(task, {}).get(metric, True),
+                base_interval=bare.interval if bare else None,
+            )
+    return found
+
+
+def _command(settings: Settings, base: ResolvedBase) -> str:
+    """What measures this again; DIR stands for the adapter's folder."""
+    name = "embedded" if base.embedded else base.hub_id or "BASE"
+    parts = ["minilora", "eval", "DIR", "--base", name]
+    for task in settings.tasks:
+        parts += ["--lm-eval", task]
+    if settings.count is not None:
+        parts += ["--count", str(settings.count)]
+    return shlex.join([*parts, "--dtype", settings.dtype, "--batch-size", str(settings.batch_size)])
