@@ -127,8 +127,8 @@ class _Told:
 
 
 def _tasks(adapters: list[str], task: list[str] | None, fresh: bool, as_json: bool, **settings: Any) -> _Told:
-    from minilora_hub.evaluation.recording import as_dict, updated_results
-    from minilora_hub.evaluation.report import evaluations
+    from minilora_hub.evaluation.outputs import as_dict
+    from minilora_hub.evaluation.report import evaluations, updated_results
     from minilora_hub.evaluation.run import evaluate
 
     with _Shown(not as_json) as shown:
@@ -146,7 +146,7 @@ def _lm_eval(adapters: list[str], tasks: list[str], include_path: Path | None, *
     from dataclasses import asdict
 
     from minilora_hub.evaluation.lm_eval_tasks import measure
-    from minilora_hub.evaluation.recording import known_results, with_numbers
+    from minilora_hub.evaluation.report import known_results, with_numbers
 
     report = measure(adapters, tasks, include_path=include_path, progress=say, **settings)
     models = [(adapter.name if adapter else "base", adapter, rows) for adapter, rows in report.models]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,10 +112,6 @@ class _Batch:
         self._takes_positions = "position_ids" in known
         longest = max(map(len, prompts)) + max_new_tokens
         self._may_share = longest <= _window(bank.model)
-        mixture = adapter is not None and any(
-            entry.name == adapter and entry.facts.kind == "MixLoRA" for entry in bank.list()
-        )
-        self._records = mixture
         self.routing: RoutingSums | None = None
         self._cache: Any = None
         self._mask = torch.zeros(1, 0, dtype=torch.long)
@@ -166,7 +161,7 @@ class _Batch:
                 options["position_ids"] = positions.to(self._device)
         with (
             self._bank.rows([self._adapter] * ids.shape[0]),
-            record_routing() if self._records else nullcontext() as record,
+            record_routing() as record,
         ):
             output = self._bank.model(
                 input_ids=ids.to(self._device),
@@ -176,7 +171,7 @@ class _Batch:
                 **options,
             )
         self._cache = output.past_key_values
-        if record is not None and record.logits:
+        if record.logits:
             sums = routing_sums(record, mask.to(self._device), weight)
             self.routing = sums if self.routing is None else self.routing + sums
         return output.logits[:, -1].float()

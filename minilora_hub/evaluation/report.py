@@ -7,17 +7,23 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from minilora_hub.errors import AdapterError
 from minilora_hub.evaluation import metrics
 from minilora_hub.evaluation.metrics import DIGITS, Interval
 from minilora_hub.evaluation.setup import HELD_OUT, task_of
-from minilora_hub.results import Evaluation, Part, RouterUse, Sample
+from minilora_hub.results import RESULTS_FILE, Base, Evaluation, Part, Results, RouterUse, Sample
 
 if TYPE_CHECKING:
+    from minilora_hub.bases import ResolvedBase
     from minilora_hub.evaluation.generation import RoutingSums
     from minilora_hub.evaluation.items import Item
     from minilora_hub.evaluation.run import Model, Report
+    from minilora_hub.evaluation.setup import Adapter
 
 EXACT, F1, PERPLEXITY = "exact match", "JSON field F1", "perplexity"
+EMBEDDED_NOTE = (
+    'measured on a Q4_1 rounding of these weights, expanded to float32 (what minilora_hub calls the base "embedded")'
+)
 EXACT_NOTE = (
     "an answer is an exact match only if all of its text equals the reference but for white space around it: a right "
     "answer in a sentence, or a JSON record with other spacing or capitals, is none"
@@ -226,3 +232,48 @@ def samples(report: Report, model: Model) -> tuple[Sample, ...]:
         Sample(some[0].prompt, base.scores[task].answers[0], model.scores[task].answers[0])
         for task, some in report.items.items()
     )
+
+
+def updated_results(report: Report, model: Model) -> Results:
+    """An adapter's results.json with what a run has measured; see `with_numbers`.
+
+    The answers shown, how they were generated, and what the routers did are those of this run, too.
+    """
+    assert model.adapter is not None
+    before = known_results(model.adapter, report.base, report.fingerprint, report.base_parameters)
+    together: RoutingSums | None = None
+    for sums in model.routing.values():
+        together = sums if together is None else together + sums
+    return dataclasses.replace(
+        with_numbers(before, evaluations(report, model)),
+        samples=samples(report, model),
+        decoding=decoding_of(report),
+        expert_load=before.expert_load if together is None else expert_load(together),
+        router=routers(report, model),
+    )
+
+
+def known_results(adapter: Adapter, base: ResolvedBase, fingerprint: str, base_parameters: int) -> Results:
+    """The results.json that lies in an adapter's folder, or where none does, what the run knows of it.
+
+    Raises:
+        AdapterError: it is damaged, or about another method.
+    """
+    if not (adapter.folder / RESULTS_FILE).is_file():
+        note = EMBEDDED_NOTE if base.embedded else None
+        known = fingerprint if fingerprint != "unknown" else None
+        name = base.hub_id or base.path.name
+        return Results(adapter.method, Base(name, base.revision, known, base_parameters, note=note))
+    results = Results.load(adapter.folder)
+    if results.method != adapter.method:
+        raise AdapterError(
+            f"{adapter.name}: {RESULTS_FILE}: method={results.method!r}, but the adapter is {adapter.method!r}"
+        )
+    return results
+
+
+def with_numbers(results: Results, found: Sequence[Evaluation]) -> Results:
+    """Put numbers in the place of those with the same task and metric; the others stay, after them."""
+    here = {(row.task, row.metric) for row in found}
+    kept = [row for row in results.evaluation if (row.task, row.metric) not in here]
+    return dataclasses.replace(results, evaluation=(*found, *kept))

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from minilora_hub.errors import AdapterError
 from minilora_hub.evaluation import general_text, generation
 from minilora_hub.evaluation.answer_cache import AnswerCache
-from minilora_hub.evaluation.recording import as_dict, updated_results
-from minilora_hub.evaluation.report import evaluations
+from minilora_hub.evaluation.outputs import as_dict
+from minilora_hub.evaluation.report import evaluations, updated_results
 from minilora_hub.evaluation.run import evaluate
 from minilora_hub.results import Base, Evaluation, Results
 
