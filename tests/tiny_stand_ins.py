@@ -63,8 +63,8 @@ def tiny_llama(seed: int = 0, **fields) -> LlamaForCausalLM:
     return model
 
 
-def save_base_and_adapters(folder: Path) -> tuple[Path, list[Path]]:
-    """Save a tiny base and one adapter of each kind, every tensor random, as folders."""
+def save_base_and_adapters(folder: Path, noise: float = 0.3) -> tuple[Path, list[Path]]:
+    """Save a tiny base and one adapter of each kind, every tensor random, as folders; `noise` is how far from it."""
     from peft import LoraConfig, get_peft_model
 
     from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraConfig, MixLoraForCausalLM
@@ -85,7 +85,7 @@ def save_base_and_adapters(folder: Path) -> tuple[Path, list[Path]]:
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
-                    parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+                    parameter.add_(noise * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
         model.save_pretrained(folder / name)
     return base, [folder / name for name in fresh]
 

@@ -9,7 +9,6 @@ import gradio as gr
 
 from minilora_hub.demo.blind_bar import BLIND_OFF
 from minilora_hub.demo.components import component
-from minilora_hub.demo.frames import status
 from minilora_hub.demo.settings import Settings, build_settings
 
 
@@ -45,12 +44,12 @@ class Parts:
     finished: gr.State
 
 
-def build_parts(headline: dict, stage: dict, examples: Sequence[str], max_new_tokens: int) -> Parts:
+def build_parts(headline: dict, opening: dict, examples: Sequence[str], max_new_tokens: int) -> Parts:
     """Lay out the page.
 
     Args:
         headline: from `describing.headline`.
-        stage: what the columns show at first.
+        opening: what ``stage`` and ``status`` show at first.
         examples: prompts to start from.
         max_new_tokens: where the length setting starts.
     """
@@ -59,9 +58,9 @@ def build_parts(headline: dict, stage: dict, examples: Sequence[str], max_new_to
     prompt, run, stop = build_asking()
     chips = build_examples(examples)
     settings = build_settings(max_new_tokens)
-    line = component("status", value=status("idle", "Ready."), elem_id="ml-status")
+    line = component("status", value=opening["status"], elem_id="ml-status")
     blind = component("blind", value=BLIND_OFF, elem_id="ml-blind")
-    columns = component("stage", value=stage, elem_id="ml-stage")
+    columns = component("stage", value=opening["stage"], elem_id="ml-stage")
     return Parts(head, notice, prompt, run, stop, chips, settings, blind, line, columns, gr.State(None))
 
 

@@ -24,10 +24,11 @@ from minilora_hub.demo.board_page import build_board
 from minilora_hub.demo.components import HERE, page_script, page_style
 from minilora_hub.demo.describing import describe_columns, headline
 from minilora_hub.demo.extras import build_extras, open_memory, open_runs
-from minilora_hub.demo.frames import idle_stage
+from minilora_hub.demo.frames import idle_stage, status
 from minilora_hub.demo.layout import build_parts
 from minilora_hub.demo.limits import PageLimits
 from minilora_hub.demo.linked import LinkedAdapters
+from minilora_hub.demo.replay import find_replay
 from minilora_hub.demo.wiring import wire_link, wire_run
 
 EXAMPLES = (
@@ -72,8 +73,11 @@ def build_demo(
     memory = open_memory(data)
     runs = open_runs(engine, links, memory, tuple(allowed), limits)
     with gr.Blocks(title="minilora · compare", analytics_enabled=False, fill_width=True) as demo:
-        stage = idle_stage(describe_columns(engine, engine.columns))
-        parts = build_parts(headline(engine, title), stage, examples, max_new_tokens)
+        opening = find_replay(engine) or {
+            "stage": idle_stage(describe_columns(engine, engine.columns)),
+            "status": status("idle", "Ready."),
+        }
+        parts = build_parts(headline(engine, title), opening, examples, max_new_tokens)
         start = wire_run(demo, runs, parts)
         wire_link(demo, runs, parts)
         build_extras(demo, runs, parts, memory, start)

@@ -11,7 +11,7 @@ from gradio.events import Dependency
 
 from minilora_hub.demo.components import QUIET
 from minilora_hub.demo.describing import describe_columns, headline
-from minilora_hub.demo.frames import Comparison, Frame, idle_stage
+from minilora_hub.demo.frames import Comparison, Frame, idle_stage, status
 from minilora_hub.demo.layout import Parts
 from minilora_hub.demo.live import LiveRuns
 from minilora_hub.demo.settings import next_seed, sampling_from
@@ -95,22 +95,28 @@ def wire_run(demo: gr.Blocks, runs: LiveRuns, parts: Parts) -> Callable[..., Dep
 
 def wire_link(demo: gr.Blocks, runs: LiveRuns, parts: Parts) -> None:
     """When the page opens: follow ``?adapter=`` in its address, and say what became of it."""
+    unchanged = [gr.skip()] * 3
 
     async def follow(request: gr.Request) -> AsyncIterator[list]:
         name = request.query_params.get("adapter")
         if name is None:
-            yield [gr.skip(), gr.skip(), gr.skip()]
+            yield [gr.skip()] * 4
             return
-        yield [{"phase": "busy", "words": f"Fetching {name[:100]} from the Hub…"}, gr.skip(), gr.skip()]
+        yield [{"phase": "busy", "words": f"Fetching {name[:100]} from the Hub…"}, *unchanged]
         try:
             column = await runs.open(visitor(request), name)
         except MiniLoraError as error:
             words = f"The adapter of this link is not shown: {error}."
-            yield [{"phase": "error", "words": words}, gr.skip(), gr.skip()]
+            yield [{"phase": "error", "words": words}, *unchanged]
             return
         columns = (runs.engine.columns[0], column)
         words = f"{name} beside its base, as your link asked."
         stage = idle_stage(describe_columns(runs.engine, columns))
-        yield [{"phase": "shown", "words": words}, headline(runs.engine, columns=columns), stage]
+        yield [
+            {"phase": "shown", "words": words},
+            headline(runs.engine, columns=columns),
+            stage,
+            status("idle", "Ready."),
+        ]
 
-    demo.load(follow, None, [parts.notice, parts.head, parts.stage], concurrency_id="link", **QUIET)
+    demo.load(follow, None, [parts.notice, parts.head, parts.stage, parts.status], concurrency_id="link", **QUIET)

@@ -1,4 +1,4 @@
-"""tests/tiny_stand_ins.py in a process of its own, for tests that talk to the page as programs do."""
+"""A page in a process of its own: tests/tiny_stand_ins.py, or another script of that kind."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ class Serving:
     """A page over a base that never ends and two parrots, for as long as the `with` block lasts.
 
     Args:
+        script: another page's, which takes the port and `arguments`.
+        arguments: of the script.
         environment: variables of the process.
     """
 
-    def __init__(self, **environment: str) -> None:
+    def __init__(self, script: str = "tiny_stand_ins.py", *arguments: str, **environment: str) -> None:
+        self._command = [sys.executable, str(TESTS / script), str(free_port()), *arguments]
         self._environment = {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1", **environment}
 
     def __enter__(self) -> Serving:
         self.process = subprocess.Popen(
-            [sys.executable, str(TESTS / "tiny_stand_ins.py"), str(free_port())],
+            self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

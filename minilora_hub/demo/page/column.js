@@ -69,6 +69,7 @@ class Column {
   paint(now) {
     if (this.answer.take(now.log)) this.grow();
     this.now = now;
+    if (now.state === "eos") this.spans.at(-1)?.classList.toggle("ml-end", !this.answer.tokens.at(-1).t);
     this.find("error").hidden = !now.error;
     this.find("error").textContent = now.error || "";
     this.find("rate").textContent = digits(now.rate, now.rate >= 100 ? 0 : 1);
@@ -81,7 +82,6 @@ class Column {
     for (const token of this.answer.tokens.slice(this.spans.length)) {
       const span = make("span", "ml-token", token.t);
       span.tabIndex = -1;
-      if (!token.t && token.p && token.i !== undefined && /^<.*>$/.test(token.p)) span.classList.add("ml-special");
       if (token.expert !== null) {
         span.dataset.letter = letterOf(token.expert);
         span.style.setProperty("--e", hueOf(token.expert));

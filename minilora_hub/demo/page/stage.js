@@ -72,7 +72,7 @@ class Stage {
 
   // Which tokens each answer shares with the base's; only what is new is compared.
   compare(before) {
-    const visible = (tokens) => tokens.filter((token) => token.t).map((token) => token.key);
+    const visible = (tokens) => tokens.filter((token) => token.t).map((token) => token.t);
     const base = visible(this.columns[0].answer.tokens.slice(before[0]));
     this.columns.slice(1).forEach((column, index) => {
       for (const key of base) column.answer.common.addA(key);

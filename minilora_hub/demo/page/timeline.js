@@ -1,6 +1,6 @@
 // Below the columns: how far they agree, where they fork, and a slider that goes back and forth through the steps.
 
-const READING_PACE = 9; // tokens a second
+const READING_PACE = 8; // tokens a second
 const SVG = "http://www.w3.org/2000/svg";
 
 class Timeline {
