@@ -16,7 +16,12 @@ from minilora_hub.demo.layout import Parts
 from minilora_hub.demo.live import LiveRuns
 from minilora_hub.demo.settings import next_seed, sampling_from
 from minilora_hub.demo.solo import Solo
-from minilora_hub.errors import MiniLoraError
+from minilora_hub.errors import AdapterError, MiniLoraError
+
+
+def well_formed(text: str | None) -> str:
+    """Replace halves of surrogate pairs, which a browser can send and no answer can say."""
+    return (text or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def visitor(request: gr.Request) -> str:
@@ -43,6 +48,7 @@ def wire_run(demo: gr.Blocks, runs: LiveRuns, parts: Parts) -> Callable[..., Dep
         return [*show(runs.begin(visitor(request))), None]
 
     async def answer(request: gr.Request, text, *values) -> AsyncIterator[list]:
+        text = well_formed(text)
         try:
             sampling = sampling_from(*values)
         except ValueError as error:
@@ -55,10 +61,13 @@ def wire_run(demo: gr.Blocks, runs: LiveRuns, parts: Parts) -> Callable[..., Dep
     def end(request: gr.Request) -> None:
         runs.stop(visitor(request))
 
-    def ask_solo(event: gr.EventData, request: gr.Request) -> list:
+    def ask_solo(event: gr.EventData, request: gr.Request) -> str:
         told = event._data or {}
-        runs.ask_solo(visitor(request), Solo.read(told))
-        return [str(told.get("prompt") or ""), gr.skip()]
+        try:
+            runs.ask_solo(visitor(request), Solo.read(told))
+        except AdapterError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        return well_formed(str(told.get("prompt") or ""))
 
     def leave(request: gr.Request) -> None:
         runs.leave(visitor(request))
@@ -86,7 +95,7 @@ def wire_run(demo: gr.Blocks, runs: LiveRuns, parts: Parts) -> Callable[..., Dep
         fill = chip.click(None, None, parts.prompt, js=f"() => {json.dumps(chip.value)}", **QUIET)
         start(fill.then)
     # Its own event, so that it takes the prompt of the comparison that is shown, not one that is half typed.
-    asked = parts.stage.solo(ask_solo, None, [parts.prompt, parts.status], queue=False, **QUIET)
+    asked = parts.stage.solo(ask_solo, None, parts.prompt, queue=False, **QUIET)
     start(asked.success, same_seed=True)
     parts.stop.click(end, queue=False, **QUIET)
     demo.unload(leave)

@@ -252,10 +252,11 @@ def near(seen, share):
 
 def test_a_chosen_token_is_looked_into(looked_at, told):
     """Its probability, the five most probable ones, and the routing of each layer, as the engine told them."""
-    update = told.columns[MIX][7]
-    token(looked_at, MIX, 7).click(force=True)
+    at = next(index for index, text in enumerate(told.texts(MIX)) if index > 4 and text.isprintable() and text.strip())
+    update = told.columns[MIX][at]
+    token(looked_at, MIX, at).click()
     words = looked_at.locator(".ml-inspected-words").inner_text()
-    found = re.fullmatch(r"token 8 of mix · probability (.+ %) · log-probability (-\d+\.\d+)", words)
+    found = re.fullmatch(rf"token {at + 1} of mix · probability (.+ %) · log-probability (-\d+\.\d+)", words)
     assert found, words
     assert near(found[1], exp(update.logprob))
     assert abs(float(found[2]) - update.logprob) < 0.002
@@ -467,7 +468,7 @@ HOSTILE = {
     "markup": "<img src=x onerror=\"document.title='hacked'\"><script>document.title='hacked'</script>",
     "right to left": "שלום עולם \u202e abc \u2066 مرحبا",
     "controls": "a\x00b\x07c\x1b[31m\x85\u2028\u2029\ufeffd",
-    "emoji": "👩‍👩‍👧🇩🇪👋🏽" * 20,
+    "emoji": "👩‍👩‍👧🇩🇪👋🏽" * 5,
     "templates": "${props.value} {{value}} `x` </template><style>*{display:none}</style>",
     "half a character": "a\ud800b",
 }
@@ -488,7 +489,7 @@ def test_hostile_prompts_are_only_text(visit, name):
     assert phase == "done", page.locator(".ml-words").inner_text()
     assert page.title() == "minilora · compare"
     assert page.locator(".ml-card img, .ml-card script, .ml-card style").count() == 0
-    token(page, BASE, 0).click(force=True)
+    card(page, BASE).locator(".ml-answer").press("ArrowRight")
     assert page.locator(".ml-inspected-words").is_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
 
