@@ -15,7 +15,15 @@ MINILORA_MAX_WAITING   how many more may wait in line; default: 32
 A link with ``?adapter=owner/name`` shows that public adapter beside the base. What such links may cost:
 
 MINILORA_LINK_MEGABYTES   the weights of one adapter, at most; default: 200
-MINILORA_LINK_ADAPTERS    how many of them are kept in memory; default: 4
+MINILORA_LINK_ADAPTERS    how many of them are kept in memory; default: 8
+
+Votes, shared comparisons and files of prompts:
+
+MINILORA_DATA              folder for votes and shared comparisons; default: the user's folder for data
+MINILORA_VOTES_DATASET     a data set on the Hub that keeps the votes when the disk is lost; needs HF_TOKEN
+MINILORA_SHARED            how many shared comparisons are kept; default: 2000
+MINILORA_SHARED_MEGABYTES  how large they are together; default: 200
+MINILORA_BATCH_ROWS        the most prompts of one file; default: 50
 """
 
 from __future__ import annotations

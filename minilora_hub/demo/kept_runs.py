@@ -93,6 +93,11 @@ class KeptRuns(LiveRuns):
 
     # ---- which adapters ----
 
+    @property
+    def fetches(self) -> bool:
+        """Whether adapters that are not the page's own can be shown; on ZeroGPU nothing is loaded later."""
+        return self.links is not None and self._remote is None
+
     def chosen(self, visitor: str) -> list[str]:
         """Return the names of the adapters that a visitor sees."""
         try:

@@ -34,7 +34,7 @@ def view(runs: KeptRuns, visitor: str, *, phase: str = "idle", words: str = "") 
         "cards": [*_cards(runs, names)],
         "chosen": chosen,
         "limit": CHOSEN,
-        "fetches": runs.links is not None,
+        "fetches": runs.fetches,
         "phase": phase,
         "words": words,
     }

