@@ -116,9 +116,11 @@ class KeptRuns(LiveRuns):
         if not 1 <= len(names) <= CHOSEN:
             raise PageError(f"{len(names)} adapters are chosen: choose 1 to {CHOSEN}")
         own = {column.name for column in self.engine.columns[1:]}
-        for name in names:
-            if name not in own:
-                await self.fetch(name)
+        others = [name for name in names if name not in own]
+        for name in others:
+            await self.fetch(name)
+        if self.links and len([name for name in others if self.links.get(name)]) < len(others):
+            raise AdapterError(f"this page keeps {self.links.limits.kept} adapters beside its own: choose fewer")
         self.stop(visitor)
         self._opened.pop(visitor, None)
         self._chosen[visitor] = tuple(names)

@@ -256,6 +256,38 @@ def test_few_adapters_are_kept_and_the_least_recently_used_goes(hub, visit, page
     wait_for_states(second, "length", "length")
 
 
+def test_the_picker_takes_ids_of_the_hub(visit, page_server):
+    """Beside the page's own; each with a card; what cannot be shown is told, and what is shown stays."""
+    page = visit("ana/dora", "shown")
+    page.get_by_role("button", name="Adapters", exact=True).click()
+    page.wait_for_function("document.querySelectorAll('.ml-adapter').length === 2")
+    assert page.locator(".ml-pick input:checked").evaluate_all("all => all.map(one => one.value)") == ["ana/dora"]
+    for name, told in (
+        ("ana/private", "the Hub has no public repo ana/private"),
+        ("/etc/passwd", "is no id on the Hub"),
+    ):
+        page.fill("[name=hub]", name)
+        page.click(".ml-strong")
+        page.wait_for_selector(".ml-picker[data-phase=error]")
+        page.wait_for_function(
+            "told => document.querySelector('.ml-picker-words').textContent.includes(told)", arg=told
+        )
+        assert names(page) == ["base", "ana/dora"]
+    page.get_by_label("dora", exact=False).first.check()
+    page.fill("[name=hub]", "ana/mixlora")
+    page.click(".ml-strong")
+    page.wait_for_selector(".ml-picker[data-phase=done]")
+    page.wait_for_function("document.querySelectorAll('.ml-card').length === 4")
+    assert names(page) == ["base", "dora", "ana/dora", "ana/mixlora"]
+    card = page.locator(".ml-adapter", has_text="ana/mixlora")
+    assert "r 4, 4 experts, 2 active" in card.inner_text()
+    assert card.get_by_role("link").get_attribute("href").endswith("/ana/mixlora")
+    assert page.locator(".ml-notice").is_hidden()
+    ask(page, "Hello")
+    wait_for_states(page, "length", "length", "length", "length")
+    assert len(set(texts(page)[2:])) == 2
+
+
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_notice_can_be_read(visit, width, height, scheme):
