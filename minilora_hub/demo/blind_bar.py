@@ -38,7 +38,7 @@ def view(runs: KeptRuns, visitor: str) -> dict:
 
 
 def _ready() -> dict:
-    return {"phase": "ready", "letters": "", "words": "The next answers come in a random order, without names."}
+    return {"phase": "ready", "letters": "", "words": "Answers come in a random order, without names."}
 
 
 def thanks(kept: Kept, choice: str) -> dict:
@@ -93,8 +93,11 @@ def wire_blind(runs: KeptRuns, bar: gr.HTML, stage: gr.HTML, finished: gr.State)
             return [{**view(runs, visitor), "words": f"{error}"}, gr.skip()]
         return [bar_value, revealed(kept.record.stage, kept.order or ())]
 
-    def follow(request: gr.Request) -> dict:
-        return view(runs, request.session_hash or "")
+    def follow(ended: dict | None, request: gr.Request) -> dict:
+        visitor = request.session_hash or ""
+        if ended is None and runs.is_blind(visitor):  # a comparison has just begun
+            return _ready()
+        return view(runs, visitor)
 
-    finished.change(follow, None, bar, queue=False, **QUIET)
+    finished.change(follow, finished, bar, queue=False, **QUIET)
     return bar.select(act, None, [bar, stage], queue=False, **QUIET)
