@@ -1,0 +1,159 @@
+"""The comparison that the page opens with: whether the shipped adapters do it, and what a visitor sees of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from itertools import zip_longest
+
+import pytest
+from demo.serving import Serving
+from demo.test_page import ask, texts, wait_for_states
+from tiny_stand_ins import save_base_and_adapters
+
+from minilora_hub.compare.columns import shipped_adapters
+from minilora_hub.compare.engine import CompareEngine, Sampling
+from minilora_hub.demo.frames import text_of
+from minilora_hub.demo.replay import SHIPPED, difference, find_replay, record
+from minilora_hub.errors import MiniLoraError
+
+TIE = 0.05
+"""Of log-probabilities: on another processor the second of two that are as near as this may be written."""
+
+
+@pytest.fixture(scope="module")
+def recording():
+    return json.loads(SHIPPED.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def stage(recording):
+    return recording["stage"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with Serving("demo/replay_page.py", MINILORA_DATA=str(tmp_path_factory.mktemp("data"))) as server:
+        yield server
+
+
+@pytest.fixture
+def visit(server, browser):
+    contexts, troubles = [], []
+
+    def open_page(**settings):
+        context = browser.new_context(viewport={"width": 1280, "height": 900}, **settings)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.goto(server.address)
+        page.wait_for_selector(".ml-replay")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert troubles == []
+
+
+def shown_tokens(page):
+    return page.locator(".ml-token:not([hidden])").count()
+
+
+def test_the_recording_is_of_the_shipped_adapters(recording, stage):
+    """Their weights, and what they write: token by token, up to a tie. If not: python -m minilora_hub.demo.replay"""
+    engine = CompareEngine("embedded", shipped_adapters())
+    assert difference(recording, engine) is None
+    sampling = Sampling(**{**stage["sampling"], "stop": tuple(stage["sampling"]["stop"])})
+    again = [[] for _ in stage["columns"]]
+    for update in engine.stream(stage["prompt"], sampling):
+        if update.token_id is not None:
+            again[update.row].append(update)
+    for column, updates in zip(stage["columns"], again, strict=True):
+        told = [json.loads(line) for line in column["log"].split("\n")[:-1]]
+        for one, update in zip_longest([one for one in told if "i" in one], updates):
+            if one is None or update is None or one["i"] != update.token_id:
+                assert update is not None
+                assert update.alternatives[0][1] - update.alternatives[1][1] < TIE
+                break
+            assert abs(one["l"] - update.logprob) < 0.01
+
+
+def test_the_page_opens_with_it_and_plays_it(visit, stage, recording):
+    """At reading pace, labelled, without computing anything; at the end all of it is there."""
+    page = visit()
+    label = page.locator(".ml-replay").inner_text()
+    assert label.startswith("replay")
+    assert stage["prompt"] in label
+    assert recording["machine"] in label
+    assert page.locator(".ml-words").inner_text() == "Replay of a recorded run."
+    page.wait_for_function("document.querySelectorAll('.ml-token:not([hidden])').length > 6")
+    total = page.locator(".ml-token").count()
+    assert shown_tokens(page) < total
+    page.wait_for_function("!document.querySelector('.ml-token[hidden]')")
+    assert texts(page) == [text_of(column) for column in stage["columns"]]
+    assert page.locator(".ml-count").inner_text() == recording["status"]["badge"]
+
+
+def test_nothing_moves_for_those_who_asked_for_stillness(visit, stage):
+    """Reduced motion: all of it at once."""
+    page = visit(reduced_motion="reduce")
+    page.wait_for_selector(".ml-token")
+    assert page.locator(".ml-token[hidden]").count() == 0
+    assert texts(page) == [text_of(column) for column in stage["columns"]]
+
+
+def test_a_prompt_ends_it(visit, server):
+    """The label goes, and what follows is computed now."""
+    page = visit()
+    page.wait_for_selector(".ml-token")
+    before = server.forwards()
+    ask(page, "Write this number in digits: seven thousand eight hundred and ten")
+    page.wait_for_selector(".ml-replay", state="hidden")
+    wait_for_states(page, *["eos"] * page.locator(".ml-card").count())
+    assert server.forwards() > before
+    assert page.locator(".ml-words").inner_text().startswith("Done.")
+    adapters = texts(page)[1:]
+    assert any("7810" in text.replace(",", "") for text in adapters)
+
+
+def test_other_models_do_not_show_it(tmp_path, monkeypatch, recording):
+    """A page over other adapters starts empty, until it has a recording of its own; one that has aged is told."""
+    base, adapters = save_base_and_adapters(tmp_path)
+    engine = CompareEngine(base, adapters[:1], device="cpu")
+    assert find_replay(engine) is None
+    own = tmp_path / "own.json"
+    made = record(engine, "Hello", 5)
+    own.write_text(json.dumps(made))
+    monkeypatch.setenv("MINILORA_REPLAY", str(own))
+    found = find_replay(engine)
+    assert [text_of(column) for column in found["stage"]["columns"]] == [
+        text_of(column) for column in made["stage"]["columns"]
+    ]
+    own.write_text(json.dumps({**made, "weights": {"mix": "0" * 64}}))
+    with pytest.raises(MiniLoraError, match="other weights of mix; record again with"):
+        find_replay(engine)
+    own.write_text(SHIPPED.read_text(encoding="utf-8"))
+    with pytest.raises(MiniLoraError, match="it is of the columns"):
+        find_replay(engine)
+    own.write_text("[]")
+    with pytest.raises(MiniLoraError, match="must be a recording"):
+        find_replay(engine)
+    own.unlink()
+    with pytest.raises(MiniLoraError, match="cannot be read as a recording"):
+        find_replay(engine)
+
+
+def test_a_recording_is_made_by_running(tmp_path):
+    """It tells its command, day and machine, and the forwards that the engine counted."""
+    base, adapters = save_base_and_adapters(tmp_path)
+    engine = CompareEngine(base, adapters, device="cpu")
+    before = engine.forwards
+    made = record(engine, "Hello", 7)
+    assert engine.forwards - before == 4 + 7  # a short warm-up, then one forward a token
+    assert made["status"]["badge"].startswith("1 pass · 7 forwards, not 28 · first token ")
+    assert made["date"] == time.strftime("%Y-%m-%d", time.gmtime())
+    assert [column["tokens"] for column in made["stage"]["columns"]] == [7] * 4
+    assert made["machine"] in made["stage"]["replay"]
