@@ -58,8 +58,9 @@ def build_parts(headline: dict, opening: dict, examples: Sequence[str], max_new_
     prompt, run, stop = build_asking()
     chips = build_examples(examples)
     settings = build_settings(max_new_tokens)
-    line = component("status", value=opening["status"], elem_id="ml-status")
-    blind = component("blind", value=BLIND_OFF, elem_id="ml-blind")
+    with gr.Row(elem_id="ml-line"):
+        line = component("status", value=opening["status"], elem_id="ml-status")
+        blind = component("blind", value=BLIND_OFF, elem_id="ml-blind")
     columns = component("stage", value=opening["stage"], elem_id="ml-stage")
     return Parts(head, notice, prompt, run, stop, chips, settings, blind, line, columns, gr.State(None))
 

@@ -260,7 +260,7 @@ def test_a_chosen_token_is_looked_into(looked_at, told):
     assert found, words
     assert near(found[1], exp(update.logprob))
     assert abs(float(found[2]) - update.logprob) < 0.002
-    shares = looked_at.locator(".ml-choice-box:first-child .ml-share").all_inner_texts()
+    shares = looked_at.locator(".ml-choice-box:first-child .ml-probability").all_inner_texts()
     assert len(shares) == 5
     assert all(near(s, exp(logprob)) for s, (_, logprob) in zip(shares, update.alternatives, strict=True))
     assert looked_at.locator(".ml-choice-box:first-child .ml-picked").count() >= 1  # greedy: the first
@@ -309,7 +309,7 @@ def test_the_first_fork_shows_both_sides(looked_at, told, column):
     titles = looked_at.locator(".ml-choice-box h4").all_inner_texts()
     assert titles == [NAMES[column], "base, after the same text"]
     for side, update in ((0, told.columns[column][at]), (1, told.columns[BASE][at])):
-        shares = looked_at.locator(".ml-choice-box").nth(side).locator(".ml-share").all_inner_texts()
+        shares = looked_at.locator(".ml-choice-box").nth(side).locator(".ml-probability").all_inner_texts()
         assert all(near(s, exp(logprob)) for s, (_, logprob) in zip(shares, update.alternatives, strict=True))
 
 

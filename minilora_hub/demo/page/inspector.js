@@ -50,7 +50,7 @@ class Inspector {
       const share = Math.exp(logprob);
       const line = make("li", text === chosen ? "ml-picked" : "");
       line.style.setProperty("--w", share.toFixed(4));
-      line.append(make("code", "", visible(text)), make("span", "ml-share", percent(share)));
+      line.append(make("code", "", visible(text)), make("span", "ml-probability", percent(share)));
       if (text === chosen) line.append(make("span", "ml-unseen", " (written)"));
       list.append(line);
     }

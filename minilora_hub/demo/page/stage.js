@@ -44,8 +44,8 @@ class Stage {
     now.columns.forEach((column, index) => this.columns[index].paint(column));
     this.compare(before);
     this.box.dataset.blind = now.blind ? "yes" : "no";
-    if (fresh && now.replay) this.timeline.play();
     this.refresh();
+    if (fresh && now.replay) this.timeline.replay();
   }
 
   start(now, described) {

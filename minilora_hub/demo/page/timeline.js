@@ -37,6 +37,12 @@ class Timeline {
     this.label();
   }
 
+  // As `play`, from the start.
+  replay() {
+    this.slider.value = 0;
+    this.play();
+  }
+
   pause() {
     clearInterval(this.timer);
     this.timer = null;
@@ -91,7 +97,7 @@ class Timeline {
         tick.type = "button";
         tick.dataset.kind = kind;
         tick.style.setProperty("--at", (at + 0.5) / Math.max(steps, 1));
-        // Where several leave at one token, one stands above the other.
+        // Where several leave at one token, they stand beside each other.
         tick.style.setProperty("--over", forks.filter((other) => other.at === at && other.column < column).length);
         tick.setAttribute("aria-label", `${name} leaves the base at token ${at + 1}`);
         tick.addEventListener("click", () => this.pick(column));
