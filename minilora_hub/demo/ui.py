@@ -12,6 +12,8 @@ from minilora_hub.errors import MissingExtraError
 
 # Before gradio is imported: nothing on this page may ask another host for anything.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+# Gradio keeps a line on each of the last events, and goes through all of them after each: not through 10,000.
+os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "200")
 
 try:
     import gradio as gr
@@ -124,6 +126,7 @@ def launch(
         ssr_mode=False,
         run_history=False,
         mcp_server=mcp,
+        state_session_capacity=200,  # of each visitor it keeps a copy of the page; more than can be at work at once
         max_threads=200,  # also Gradio's bound on runs and those who wait, which `live.py` keeps in a line of its own
         max_file_size="1mb",
         footer_links=[],
