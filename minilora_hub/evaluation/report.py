@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from minilora_hub.errors import AdapterError
@@ -154,8 +155,13 @@ def _valued(prefix: str, groups: Sequence[Sequence[float]] | None) -> dict[str, 
     """{prefix + "value", prefix + "interval"} of scores, rounded."""
     assert groups
     value = round(metrics.mean([metrics.mean(group) for group in groups]), DIGITS)
-    interval = metrics.mean_interval(groups[0]) if len(groups) == 1 else metrics.macro_interval(groups)
+    interval = _interval(tuple(map(tuple, groups)))
     return {f"{prefix}value": value, f"{prefix}interval": _rounded(interval, value)}
+
+
+@lru_cache(maxsize=1024)  # the base's stand beside every adapter's
+def _interval(groups: tuple[tuple[float, ...], ...]) -> Interval | None:
+    return metrics.mean_interval(groups[0]) if len(groups) == 1 else metrics.macro_interval(groups)
 
 
 def _perplexity(prefix: str, model: Model, tokens: tuple[int, ...]) -> dict[str, Any]:
