@@ -48,7 +48,7 @@ class Blindfold:
             nothing = {"adapter": None, "facts": "", "experts": 0, "solo": None}
             columns.append(
                 {
-                    "about": {"name": f"Answer {letter}", "kind": "blind", "badge": letter, **nothing},
+                    "about": {"name": f"Answer {letter}", "kind": letter, "badge": letter, **nothing},
                     "state": column["state"],
                     "log": self._texts(index, column["log"]),
                     "error": "This answer failed." if column["error"] else None,

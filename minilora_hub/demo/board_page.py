@@ -13,7 +13,6 @@ from minilora_hub.errors import PageError
 def build_board(demo: gr.Blocks, visits: Visits) -> None:
     """Add the page; call it outside of the `gr.Blocks` context, as Gradio wants."""
     with demo.route("Board", "/board", show_in_navbar=False):
-        gr.Navbar(visible=False)  # the pages link to each other themselves
         page = component("board", value={"phase": "loading"}, elem_id="ml-board")
         # As a function of the page's opening: whoever reloads sees the votes of the moment.
         demo.load(lambda: view(visits), None, page, queue=False, **QUIET)

@@ -90,7 +90,6 @@ def build_extras(
         memory: from `open_memory`.
         start: from `minilora_hub.demo.wiring.wire_run`.
     """
-    gr.Navbar(visible=False)  # the pages link to each other themselves
     keeping = build_keeping()
     picker = build_picker(runs)
     build_batch(runs, parts, memory.batch)
