@@ -129,6 +129,18 @@ def open_panel(page, name):
     page.get_by_role("button", name=re.compile(f"^{name}")).click()
 
 
+def set_number(page, name, value):
+    """Type a number into a setting, and see its slider follow."""
+    slider = page.get_by_label(f"range slider for {name}")
+    for _ in range(20):  # what is typed while the panel is still opening is lost
+        page.get_by_label(f"number input for {name}").fill(value)
+        page.keyboard.press("Tab")
+        page.wait_for_timeout(200)
+        if slider.input_value() == value:
+            return
+    raise AssertionError(f"{name} stays at {slider.input_value()}")
+
+
 def serious(page):
     """Serious violations that axe-core finds, each with the elements it names."""
     from axe_playwright_python.sync_playwright import Axe
@@ -160,6 +172,7 @@ def test_a_blind_vote_is_stored_and_shows_the_names(server, visit):
     assert page.locator(".ml-vote:visible").count() == 0
     ask(page, "Hello")
     page.wait_for_selector(".ml-blind[data-phase=open]")
+    page.wait_for_function("document.querySelectorAll('.ml-name')[2].textContent === 'Answer C'")
     assert names(page) == ["Answer A", "Answer B", "Answer C"]
     assert page.locator(".ml-facts").all_inner_texts() == ["", "", ""]
     assert page.locator(".ml-rate").all_inner_texts() == ["\N{EN DASH}"] * 3
@@ -211,10 +224,9 @@ def test_names_without_a_vote_and_a_stopped_comparison_give_none(server, visit):
     page.get_by_role("button", name="Show the names without a vote").click()
     page.wait_for_selector(".ml-blind[data-phase=told]")
     assert words(page) == "Names shown without a vote."
-    assert names(page)[0] == "base"
+    page.wait_for_function("document.querySelector('.ml-name').textContent === 'base'")
     open_panel(page, "Settings")
-    page.get_by_label("number input for Max new tokens").fill("400")
-    page.keyboard.press("Tab")
+    set_number(page, "Max new tokens", "400")
     ask(page, "a long text, " * 20)
     page.wait_for_selector(".ml-blind[data-phase=ready]")
     page.wait_for_function("document.querySelector('.ml-name').textContent === 'Answer A'")
@@ -222,7 +234,7 @@ def test_names_without_a_vote_and_a_stopped_comparison_give_none(server, visit):
     page.keyboard.press("Escape")
     page.wait_for_selector(".ml-blind[data-phase=told]")
     assert words(page).startswith("No vote: an answer was stopped")
-    assert names(page)[0] == "base"
+    page.wait_for_function("document.querySelector('.ml-name').textContent === 'base'")
     page.click(".ml-switch")
     page.wait_for_selector(".ml-switch[aria-checked=false]")
     assert len(server.votes()) == before
@@ -284,10 +296,9 @@ def test_history_restores_prompt_settings_and_answers_and_ends_with_the_visit(vi
     assert "It is not stored" in page.locator(".ml-history-empty").inner_text()
     run(page, HOSTILE)
     open_panel(page, "Settings")
-    page.get_by_label("number input for Max new tokens").fill("9")
-    page.keyboard.press("Tab")
+    set_number(page, "Max new tokens", "9")
     run(page, "second")
-    assert page.locator(".ml-tokens").all_inner_texts()[0] == "9"
+    page.wait_for_function("document.querySelector('.ml-tokens').textContent === '9'")
     past = page.locator(".ml-past")
     assert past.nth(1).inner_text().startswith(HOSTILE)
     past.nth(1).click()
@@ -306,8 +317,7 @@ def test_a_share_link_restores_everything_in_another_browser(server, visit):
     """Nothing is stored before the click; the link says that what it shows is stored; nothing is computed for it."""
     page = visit()
     open_panel(page, "Settings")
-    page.get_by_label("number input for Max new tokens").fill("11")
-    page.keyboard.press("Tab")
+    set_number(page, "Max new tokens", "11")
     run(page, HOSTILE)
     shown = texts(page)
     folder = server.data / "shared"
@@ -371,8 +381,7 @@ def test_the_seed_is_drawn_kept_and_taken_again(visit):
     page = visit()
     open_panel(page, "Settings")
     page.get_by_label("Greedy").uncheck()
-    page.get_by_label("number input for Temperature").fill("2")
-    page.keyboard.press("Tab")
+    set_number(page, "Temperature", "2")
     seed = page.get_by_label("Seed", exact=True)
 
     def sampled(button="#ml-run"):
@@ -406,13 +415,11 @@ def test_top_k_and_penalty_are_obeyed(visit):
     open_panel(page, "Settings")
     page.get_by_label("Greedy").uncheck()
     for name, value in (("Temperature", "2"), ("Top-k (0 keeps all)", "1")):
-        page.get_by_label(f"number input for {name}").fill(value)
-        page.keyboard.press("Tab")
+        set_number(page, name, value)
     run(page, "Hello")
     assert texts(page) == greedy
     page.get_by_label("Greedy").check()
-    page.get_by_label("number input for Repetition penalty").fill("2")
-    page.keyboard.press("Tab")
+    set_number(page, "Repetition penalty", "2")
     run(page, "Hello")
     assert texts(page)[1] != greedy[1]
 
