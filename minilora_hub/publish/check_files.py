@@ -15,6 +15,7 @@ from pathlib import Path
 
 from minilora_hub.publish.hashes import Hashes
 from minilora_hub.publish.island import island_files
+from minilora_hub.publish.pictures import PICTURES
 from minilora_hub.publish.problems import PEFT_CONFIG, WEIGHTS, Folder, Problem
 
 MEBI = 2**20
@@ -28,7 +29,7 @@ LARGEST = {
     **dict.fromkeys(("chat_template.jinja", "additional_chat_templates/*.jinja"), MEBI),
     **dict.fromkeys(("README.md", "results.json", "verification.json"), 4 * MEBI),
     **dict.fromkeys(("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", ".gitattributes", ".eval_results/*.yaml"), MEBI),
-    **dict.fromkeys(("pictures/loss.png", "pictures/expert_load.png"), MEBI),
+    **dict.fromkeys(PICTURES, MEBI),
 }
 REQUIRED = ("config.json", WEIGHTS, "README.md", "results.json", "verification.json", "tokenizer_config.json")
 REQUIRED_PEFT = (PEFT_CONFIG, WEIGHTS, "README.md", "results.json")

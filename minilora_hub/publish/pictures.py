@@ -18,6 +18,7 @@ FOLDER = "pictures"
 LOSS = f"{FOLDER}/loss.png"
 EXPERT_LOAD = f"{FOLDER}/expert_load.png"
 EXPERT_LOAD_BY_TASK = f"{FOLDER}/expert_load_by_task.png"
+PICTURES = (LOSS, EXPERT_LOAD, EXPERT_LOAD_BY_TASK)
 DOTS_PER_INCH = 110
 INK, LINE = "#30363d", "#3b6fb6"
 
@@ -42,8 +43,7 @@ def write_pictures(results: Results, folder: Path) -> list[Path]:
     """
     wanted = wanted_pictures(results)
     written = []
-    drawn = ((LOSS, _draw_loss), (EXPERT_LOAD, _draw_expert_load), (EXPERT_LOAD_BY_TASK, _draw_load_by_task))
-    for name, draw in drawn:
+    for name, draw in zip(PICTURES, (_draw_loss, _draw_expert_load, _draw_load_by_task), strict=True):
         path = folder / name
         if name not in wanted:
             path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from publish.examples import clean_folder, full_results, write_verification
+from publish.examples import clean_folder, evaluated_results, full_results, write_verification
 from publish.spoilt_folders import (
     ADVICE,
     AWS_KEYS,
@@ -34,6 +35,7 @@ from minilora_hub.publish.card import write_card
 from minilora_hub.publish.check_files import looks_like_pickle
 from minilora_hub.publish.checks import Problem, check_folder
 from minilora_hub.recording.shapes import expected_shapes
+from minilora_hub.results import Results
 
 RIGHT_BASE = {"base_exists": lambda base, revision: True, "base_license": lambda base, revision: "apache-2.0"}
 
@@ -56,6 +58,16 @@ def found(folder: Path, **lookups) -> list[Problem]:
 @pytest.mark.parametrize("method", ["mixlora", "dora", "mixdora"])
 def test_the_clean_folder_is_clean(clean, method):
     assert found(clean[method]) == []
+
+
+def test_what_minilora_eval_adds_may_be_published(folder):
+    measured = evaluated_results()
+    results = dataclasses.replace(Results.load(folder), evaluation=measured.evaluation, router=measured.router)
+    results.save(folder)
+    write_card(folder, repo_id="author/adapter")
+    assert (folder / "pictures" / "expert_load_by_task.png").is_file()
+    write_verification(folder)
+    assert found(folder) == []
 
 
 @pytest.mark.parametrize("family", ["gemma2", "phi3", "phi", "qwen3", "gpt_neox"])
