@@ -84,10 +84,12 @@ def eval_(
             raise ValueError(f"--include-path {str(include_path)!r}: must come with --lm-eval")
         settings = {"split": split, "held_out": held_out, "few_shot": few_shot, "perplexity": perplexity, "text": text}
         told = _tasks(adapters, task, fresh, as_json, **common, **settings)
+    from minilora_hub.evaluation.outputs import save_results
+
     written = []
     for _, adapter, _ in told.models:
         if out is None and adapter is not None and adapter.local:
-            written.append(told.results(adapter).save(adapter.folder))
+            written.append(save_results(told.results(adapter), adapter.folder))
     if out is not None:
         _write_json(out, told.document)
         written.append(out)

@@ -1,14 +1,36 @@
-"""All of a run for a script: settings, items, and every answer with its scores."""
+"""Where a run goes: results.json of an adapter's folder, or all of it for a script, every answer with its scores."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilora_hub.evaluation.report import command_of, evaluations, routers
+from minilora_hub.results import RESULTS_FILE, VERIFICATION_FILE, Results, Verification
 
 if TYPE_CHECKING:
     from minilora_hub.evaluation.run import Report
+
+
+def save_results(results: Results, folder: Path) -> Path:
+    """Write results.json into an adapter's folder; a verification.json that knew the file before knows it after.
+
+    One that recorded another file is left alone: something else has changed it, which `minilora verify` then tells.
+    """
+    verification = Verification.load(folder) if (folder / VERIFICATION_FILE).is_file() else None
+    recorded = verification.sha256.get(RESULTS_FILE) if verification else None
+    known = recorded is not None and (folder / RESULTS_FILE).is_file() and recorded == _sha256(folder / RESULTS_FILE)
+    path = results.save(folder)
+    if verification is not None and known:
+        sha256 = verification.sha256 | {RESULTS_FILE: _sha256(path)}
+        dataclasses.replace(verification, sha256=sha256).save(folder)
+    return path
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def as_dict(report: Report) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -16,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from minilora_hub.errors import AdapterError
 from minilora_hub.evaluation import general_text, generation
 from minilora_hub.evaluation.answer_cache import AnswerCache
-from minilora_hub.evaluation.outputs import as_dict
+from minilora_hub.evaluation.outputs import as_dict, save_results
 from minilora_hub.evaluation.report import evaluations, updated_results
 from minilora_hub.evaluation.run import evaluate
-from minilora_hub.results import Base, Evaluation, Results
+from minilora_hub.results import Base, Evaluation, Results, Verification
 
 pytestmark = pytest.mark.usefixtures("small_tasks")
 
@@ -255,6 +256,29 @@ def test_results_have_it_all(saved, tmp_path):
     assert len(results.samples) == 4
     assert results.samples[0].adapter == model.scores["echo"].answers[0]
     assert "float32" in results.decoding
+
+
+@pytest.mark.parametrize("changed_before", [False, True])
+def test_a_verification_that_knew_the_results_knows_the_new_ones(tmp_path, changed_before):
+    """But none that recorded another file: that would hide what happened to it."""
+    first, second = Results("dora", Base("org/base")), Results("dora", Base("org/base"), license="mit")
+    old = hashlib.sha256(first.save(tmp_path).read_bytes()).hexdigest()
+    recorded = "0" * 64 if changed_before else old
+    Verification(
+        prompts=((1,),),
+        top_tokens=((1,),),
+        top_logits=((1.0,),),
+        tolerance=1e-4,
+        sha256={"results.json": recorded, "config.json": "1" * 64},
+        base_fingerprint="unknown",
+        dtype="float32",
+    ).save(tmp_path)
+    path = save_results(second, tmp_path)
+    new = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert new != old
+    expected = {"results.json": recorded if changed_before else new, "config.json": "1" * 64}
+    assert Verification.load(tmp_path).sha256 == expected
+    assert Results.load(tmp_path) == second
 
 
 def test_an_adapter_without_results_gets_them(saved, tmp_path):
