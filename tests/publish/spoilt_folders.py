@@ -230,7 +230,7 @@ SPOILT = {
     "another base in the results": (edit_results(base={"id": "org/other"}), "results", "results.json"),
     "another number of parameters": (edit_results(parameters=7), "results", "results.json"),
     "a bad field in the results": (edit_json("results.json", share=-1), "results", "results.json"),
-    "newer results": (edit_json("results.json", schema_version=2), "results", "results.json"),
+    "newer results": (edit_json("results.json", schema_version=99), "results", "results.json"),
     "a bad verification": (edit_json("verification.json", tolerance=0), "verification", "verification.json"),
     "a file changed since": (edit_json("tokenizer_config.json", x=1), "hash", "tokenizer_config.json"),
     "a better number on the card": (edit_card("**0.933**", "**0.983**"), "card-numbers", "README.md"),
