@@ -37,6 +37,11 @@ def view(runs: KeptRuns, visitor: str) -> dict:
     return {"phase": "told", "letters": "", "words": f"No vote: {kept.closed}."}
 
 
+def begun(runs: KeptRuns, visitor: str) -> dict:
+    """Return what the bar shows to a visitor while a comparison runs."""
+    return _ready() if runs.is_blind(visitor) else BLIND_OFF
+
+
 def _ready() -> dict:
     return {"phase": "ready", "letters": "", "words": "Answers come in a random order, without names."}
 
@@ -95,9 +100,7 @@ def wire_blind(runs: KeptRuns, bar: gr.HTML, stage: gr.HTML, finished: gr.State)
 
     def follow(ended: dict | None, request: gr.Request) -> dict:
         visitor = request.session_hash or ""
-        if ended is None and runs.is_blind(visitor):  # a comparison has just begun
-            return _ready()
-        return view(runs, visitor)
+        return begun(runs, visitor) if ended is None else view(runs, visitor)
 
     finished.change(follow, finished, bar, queue=False, **QUIET)
     return bar.select(act, None, [bar, stage], queue=False, **QUIET)

@@ -9,9 +9,11 @@ from functools import partial
 import gradio as gr
 from gradio.events import Dependency
 
+from minilora_hub.demo.blind_bar import begun
 from minilora_hub.demo.components import QUIET
 from minilora_hub.demo.describing import describe_columns, headline
 from minilora_hub.demo.frames import Comparison, Frame, idle_stage, status
+from minilora_hub.demo.kept_runs import KeptRuns
 from minilora_hub.demo.layout import Parts
 from minilora_hub.demo.live import LiveRuns
 from minilora_hub.demo.settings import next_seed, sampling_from
@@ -29,7 +31,7 @@ def visitor(request: gr.Request) -> str:
     return request.session_hash or ""
 
 
-def wire_run(demo: gr.Blocks, runs: LiveRuns, parts: Parts) -> Callable[..., Dependency]:
+def wire_run(demo: gr.Blocks, runs: KeptRuns, parts: Parts) -> Callable[..., Dependency]:
     """A run takes its place at once, then waits in the queue for its turn; Stop and a closed tab end it.
 
     Returns:
@@ -42,10 +44,10 @@ def wire_run(demo: gr.Blocks, runs: LiveRuns, parts: Parts) -> Callable[..., Dep
         return [gr.Button(interactive=not frame.finished), frame.status, frame.stage]
 
     def begin(greedy, keep_seed, seed, request: gr.Request) -> list:
-        return [*show(runs.begin(visitor(request))), None, next_seed(greedy, keep_seed, seed)]
+        return [*begin_again(request), next_seed(greedy, keep_seed, seed)]
 
     def begin_again(request: gr.Request) -> list:
-        return [*show(runs.begin(visitor(request))), None]
+        return [*show(runs.begin(visitor(request))), None, begun(runs, visitor(request))]
 
     async def answer(request: gr.Request, text, *values) -> AsyncIterator[list]:
         text = well_formed(text)
@@ -76,11 +78,11 @@ def wire_run(demo: gr.Blocks, runs: LiveRuns, parts: Parts) -> Callable[..., Dep
 
     def start(event: Callable[..., Dependency], same_seed: bool = False) -> Dependency:
         if same_seed:
-            begun = event(begin_again, None, outputs, queue=False, **QUIET)
+            first = event(begin_again, None, [*outputs, parts.blind], queue=False, **QUIET)
         else:
             inputs = [settings.greedy, settings.keep_seed, settings.seed]
-            begun = event(begin, inputs, [*outputs, settings.seed], queue=False, **QUIET)
-        return begun.then(
+            first = event(begin, inputs, [*outputs, parts.blind, settings.seed], queue=False, **QUIET)
+        return first.then(
             answer,
             [parts.prompt, *settings.inputs],
             outputs,

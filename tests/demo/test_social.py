@@ -337,6 +337,7 @@ def test_a_share_link_restores_everything_in_another_browser(server, visit):
     other.wait_for_function("document.querySelectorAll('.ml-text')[1].textContent.length > 3")
     assert texts(other) == shown
     assert other.input_value("#ml-prompt textarea") == HOSTILE
+    open_panel(other, "Settings")
     assert other.input_value("[aria-label='number input for Max new tokens']") == "11"
     assert other.title() == "minilora · compare"
     assert server.forwards() == before
