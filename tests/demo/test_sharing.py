@@ -152,8 +152,8 @@ def test_a_blind_stage_tells_the_texts_and_nothing_else():
     columns = fold.stage(stage)["columns"]
     assert [text_of(one) for one in columns] == ["thus it is", "because", "so"]
     assert [one["about"]["badge"] for one in columns] == ["A", "B", "C"]
-    assert {json.dumps(one["about"] | {"name": "", "badge": ""}) for one in columns[:1]} == {
-        json.dumps(one["about"] | {"name": "", "badge": ""}) for one in columns[1:]
+    assert {json.dumps(one["about"] | {"name": "", "badge": "", "kind": ""}) for one in columns[:1]} == {
+        json.dumps(one["about"] | {"name": "", "badge": "", "kind": ""}) for one in columns[1:]
     }
     assert columns[0]["error"] == "This answer failed."
     letters = {one["about"]["name"]: one["about"]["letter"] for one in revealed(stage, (2, 0, 1))["columns"]}
