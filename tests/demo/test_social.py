@@ -507,8 +507,8 @@ def test_adapters_are_chosen_from_cards(visit):
     ]  # fmt: skip
     assert cards.locator("input:checked").count() == 2
     assert "224 parameters" in cards.nth(2).inner_text()
-    page.get_by_label("parrot-dora").uncheck()
-    page.get_by_label("parrot-mix").uncheck()
+    page.get_by_role("checkbox", name="parrot-dora").uncheck()
+    page.get_by_role("checkbox", name="parrot-mix").uncheck()
     page.click(".ml-strong")
     page.wait_for_selector(".ml-picker[data-phase=error]")
     assert "choose 1 to 5" in page.locator(".ml-picker-words").inner_text()
@@ -520,7 +520,7 @@ def test_adapters_are_chosen_from_cards(visit):
         )
         assert "Not changed" in page.locator(".ml-picker-words").inner_text()
     page.fill("[name=hub]", "")
-    page.get_by_label("spare-mix").check()
+    page.get_by_role("checkbox", name="spare-mix").check()
     page.click(".ml-strong")
     page.wait_for_selector(".ml-picker[data-phase=done]")
     assert names(page) == ["base", "spare-mix"]
