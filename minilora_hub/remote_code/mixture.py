@@ -192,8 +192,8 @@ class MixtureOfLoraExperts(nn.Module):
         return layer(x)
 
     def _layer(self, name):
-        modules = self._modules["base_block"]._modules
-        return modules[name] if name in modules else self.base_block.get_submodule(name)
+        block = self.base_block
+        return block._modules[name] if name in block._modules else block.get_submodule(name)
 
     def _expert_inputs(self, shared, x, slots):
         """The input projections of every slot: shared W x + b, and the slot's expert. Lists of (slots, out)."""

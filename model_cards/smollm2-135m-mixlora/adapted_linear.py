@@ -256,7 +256,7 @@ class LowRankUpdate(nn.Module):
     def _weights_key(self):
         """Changes whenever a weight is replaced or written to; None where torch does not count writes."""
         tensors = self._parameters  # past the look-up of a module's attributes: this runs for each layer and token
-        a, b, m = tensors["lora_A"], tensors["lora_B"], tensors["magnitude"]
+        a, b, m = tensors["lora_A"], tensors["lora_B"], self.magnitude
         try:
             return a.data_ptr(), b.data_ptr(), m.data_ptr(), a._version, b._version, m._version
         except RuntimeError:  # made in inference mode
@@ -307,7 +307,7 @@ class AdaptedLinear(nn.Module):
         return linear_shape(self.base_layer)[0]
 
     def forward(self, x, *args, **kwargs):
-        layer, update = self._modules["base_layer"], self._modules["update"]
+        layer, update = self.base_layer, self.update
         if x.numel() == x.shape[-1] and not (self.training or args or kwargs) and is_only_its_product(layer):
             return self._one_row(layer, update, x)
         out = layer(x, *args, **kwargs)
@@ -335,7 +335,7 @@ class AdaptedLinear(nn.Module):
             row.addmv_(lora_b, torch.mv(lora_a, x.reshape(-1)), alpha=update.scaling)
         else:
             add_low_rank_(row.unsqueeze(0), x.reshape(1, -1), lora_a, lora_b, update.scaling)
-        if tensors["magnitude"] is not None:
+        if update.magnitude is not None:
             apply_dora_scale_(row, update.scale(layer), bias)
         return out
 
