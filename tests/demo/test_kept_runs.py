@@ -1,9 +1,9 @@
 """What a visitor's browser is sent of a blind run, and which adapters they see: without a browser."""
 
-import asyncio
 import json
 
 import pytest
+from demo.threads import run_async
 from tiny_stand_ins import ScriptedBase, byte_tokenizer, save_parrots
 
 from minilora_hub.compare.engine import CompareEngine, Sampling
@@ -18,7 +18,8 @@ from minilora_hub.errors import AdapterError, PageError
 def runs(tmp_path):
     """Runs over a base and two parrots."""
     parrots = save_parrots(tmp_path, {"parrot-dora": "dora", "parrot-mix": "mixlora"})
-    engine = CompareEngine(ScriptedBase(), parrots, tokenizer=byte_tokenizer())
+    # Slow enough that a run has several frames.
+    engine = CompareEngine(ScriptedBase(delay=0.02), parrots, tokenizer=byte_tokenizer())
     return open_runs(engine, None, open_memory(tmp_path / "data"), ())
 
 
@@ -33,7 +34,7 @@ def run(runs, visitor="ana", prompt="Hello", **hooks):
                 hooks["each"]()
         return frames
 
-    return asyncio.run(collect())
+    return run_async(collect())
 
 
 def test_nothing_that_is_sent_before_the_vote_tells_the_columns_apart(runs):
@@ -94,14 +95,14 @@ def test_a_visitor_who_leaves_is_forgotten(runs):
 
 
 def test_visitors_choose_among_what_the_page_has(runs):
-    asyncio.run(runs.choose("ana", ["parrot-mix", "parrot-mix"]))
+    run_async(runs.choose("ana", ["parrot-mix", "parrot-mix"]))
     assert runs.chosen("ana") == ["parrot-mix"]
     assert runs.chosen("bob") == ["parrot-dora", "parrot-mix"]
     for names, told in (([], "0 adapters"), (["parrot-dora", *map(str, range(5))], "6 adapters")):
         with pytest.raises(PageError, match=told):
-            asyncio.run(runs.choose("ana", names))
+            run_async(runs.choose("ana", names))
     with pytest.raises(AdapterError, match="own adapters only"):
-        asyncio.run(runs.choose("ana", ["/etc"]))
+        run_async(runs.choose("ana", ["/etc"]))
     assert runs.chosen("ana") == ["parrot-mix"]
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 
 import pytest
+from demo.threads import run_async
 
 from minilora_hub.demo.limits import VARIABLES, PageLimits, flag, whole_number
 from minilora_hub.demo.line import Line, Waiting, steps_until_place
@@ -60,7 +60,7 @@ def test_first_come_first_served():
         assert len(line) == 0
         assert [line.join(1).admitted for _ in range(3)] == [True, True, False]
 
-    asyncio.run(scene())
+    run_async(scene())
 
 
 def test_the_line_is_bounded():
@@ -71,7 +71,7 @@ def test_the_line_is_bounded():
         with pytest.raises(ValueError, match="the line is full, with 2 waiting: try again in some minutes"):
             line.join(5)
 
-    asyncio.run(scene())
+    run_async(scene())
 
 
 def test_seconds_come_from_measured_steps():
@@ -85,7 +85,7 @@ def test_seconds_come_from_measured_steps():
         assert second.waiting() == Waiting(1, pytest.approx(90 * 0.2))
         assert third.waiting() == Waiting(2, pytest.approx(130 * 0.2))
 
-    asyncio.run(scene())
+    run_async(scene())
 
 
 def test_answers_that_end_early_shorten_the_estimate():
@@ -102,7 +102,7 @@ def test_answers_that_end_early_shorten_the_estimate():
         running.stepped(50, 5.0)  # longer than they use to be: it may end any time
         assert waiting.waiting().seconds == pytest.approx(0.1)
 
-    asyncio.run(scene())
+    run_async(scene())
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import tiny_stand_ins
+from demo.threads import run_async
 
 from minilora_hub.compare.engine import CompareEngine, Sampling
 from minilora_hub.demo.limits import PageLimits
@@ -47,7 +48,7 @@ def test_sixteen_at_once_take_turns(engine):
         assert engine.forwards - before == 16 * 30
         return done
 
-    done = asyncio.run(scene())
+    done = run_async(scene())
     for moments, _ in done:
         assert ends(moments) == {0: "length", 1: "eos", 2: "eos"}
         assert sum(moment.forwards for moment in moments) == 30
@@ -73,7 +74,7 @@ def test_a_short_answer_does_not_wait_for_a_long_one(engine):
         return short, before
 
     start = engine.forwards
-    short, before = asyncio.run(scene())
+    short, before = run_async(scene())
     assert ends(short)[0] == "length"
     assert before - start < 120
 
@@ -85,7 +86,7 @@ def test_those_without_a_place_wait_in_order(engine):
         runs = LiveRuns(engine, limits=PageLimits(at_once=1))
         return await asyncio.gather(*(all_of(runs, f"visitor {number}", 150) for number in range(3)))
 
-    done = asyncio.run(scene())
+    done = run_async(scene())
     begun = []
     for number, (moments, times) in enumerate(done):
         waiting = [moment.waiting.position for moment in moments if moment.waiting]
@@ -104,7 +105,7 @@ def test_the_estimate_comes_true(engine):
         runs = LiveRuns(engine, limits=PageLimits(at_once=2))
         return await asyncio.gather(*(all_of(runs, "hello", 120) for _ in range(5)))
 
-    moments, times = asyncio.run(scene())[-1]
+    moments, times = run_async(scene())[-1]
     begins = next(when for moment, when in zip(moments, times, strict=True) if moment.forwards)
     told = [
         (moment.waiting.seconds, begins - when)
@@ -137,6 +138,7 @@ def test_whoever_leaves_frees_the_computation_within_one_step(engine, way):
             assert ends([last]) == {0: "stopped", 1: "stopped", 2: "stopped"}
         elif way == "close":
             await reading
+            before = engine.forwards
             await moments.aclose()
         elif way == "cancel":
             reading.cancel()
@@ -152,7 +154,7 @@ def test_whoever_leaves_frees_the_computation_within_one_step(engine, way):
         assert engine.forwards == settled + 5
         assert ends(again)[0] == "length"
 
-    asyncio.run(scene())
+    run_async(scene())
 
 
 def test_a_stop_while_waiting_costs_nothing(engine):
@@ -169,7 +171,7 @@ def test_a_stop_while_waiting_costs_nothing(engine):
         assert not any(update.text for moment in moments for update in moment.updates)
         long.cancel()
 
-    asyncio.run(scene())
+    run_async(scene())
 
 
 def test_one_who_breaks_the_forward_breaks_only_their_own(engine):
@@ -179,7 +181,7 @@ def test_one_who_breaks_the_forward_breaks_only_their_own(engine):
         runs = LiveRuns(engine, limits=PageLimits(at_once=3))
         return await asyncio.gather(*(all_of(runs, prompt, 20) for prompt in ("destroy it", "explode", "hello")))
 
-    destroyed, exploded, fine = (ends(moments) for moments, _ in asyncio.run(scene()))
+    destroyed, exploded, fine = (ends(moments) for moments, _ in run_async(scene()))
     assert destroyed == {0: "error", 1: "error", 2: "error"}
     assert exploded == {0: "length", 1: "error", 2: "error"}
     assert fine == {0: "length", 1: "eos", 2: "eos"}
@@ -204,7 +206,7 @@ def test_what_is_too_much_is_refused_before_it_takes_a_place(engine):
         assert [moment.finished async for moment in first][-1]
         assert len((await all_of(runs, "x", 5, columns=two))[0]) > 0
 
-    asyncio.run(scene())
+    run_async(scene())
 
 
 def test_a_long_prompt_is_read_in_turns(engine, monkeypatch):
@@ -222,4 +224,4 @@ def test_a_long_prompt_is_read_in_turns(engine, monkeypatch):
         await reader.aclose()
         return other
 
-    assert ends(asyncio.run(scene()))[0] == "length"
+    assert ends(run_async(scene()))[0] == "length"

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 from demo.serving import Serving
+from demo.threads import run_async
 
 try:
     from mcp import ClientSession
@@ -42,7 +43,7 @@ def in_session(server, scene):
         async with connected(server) as session:
             return await scene(session)
 
-    return asyncio.run(asyncio.wait_for(all_of_it(), 90))
+    return run_async(asyncio.wait_for(all_of_it(), 90))
 
 
 def test_there_is_one_tool_and_it_says_what_it_does(server):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import tiny_stand_ins
+from demo.threads import run_async
 
 from minilora_hub.compare.engine import CompareEngine, Row, Sampling
 from minilora_hub.demo import live, zero_gpu
@@ -102,7 +103,7 @@ def test_a_comparison_is_one_call_with_a_time_that_fits_it(spaces, engine):
     """The same answers as without ZeroGPU; computed elsewhere, so the engine in this process counts nothing."""
     before = engine.forwards
     asked = ("hello", Sampling(20), engine.columns)
-    there = asyncio.run(all_of(live.LiveRuns(engine).answer(*asked)))
+    there = run_async(all_of(live.LiveRuns(engine).answer(*asked)))
     assert engine.forwards == before
     ((seconds, (rows,)),) = spaces.asked
     assert [row.adapter for row in rows] == [None, "dora", "mix"]
@@ -110,7 +111,7 @@ def test_a_comparison_is_one_call_with_a_time_that_fits_it(spaces, engine):
     assert sum(moment.forwards for moment in there) == 20
 
     spaces.asked.clear()
-    here = asyncio.run(all_of(LocalRuns(engine).answer(*asked)))
+    here = run_async(all_of(LocalRuns(engine).answer(*asked)))
     assert spaces.asked == []
     assert texts(there) == texts(here) == {1: "hello", 2: "hello"} | {0: texts(here)[0]}
 
@@ -161,14 +162,14 @@ def test_whoever_leaves_ends_the_call(spaces, engine, way):
             await moments.aclose()
             await asyncio.sleep(0.5)
 
-    asyncio.run(scene())
+    run_async(scene())
     assert [process.is_alive() for process in spaces.processes] == [False]
 
 
 def test_links_are_not_followed_there(spaces, engine):
     """Nothing can be loaded once the page is served."""
     with pytest.raises(AdapterError, match="its own adapters only"):
-        asyncio.run(live.LiveRuns(engine, links=object()).fetch("ana/dora"))
+        run_async(live.LiveRuns(engine, links=object()).fetch("ana/dora"))
 
 
 def test_elsewhere_the_folder_spaces_is_no_package():
