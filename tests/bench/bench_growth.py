@@ -71,7 +71,7 @@ def at(model, *, prefill: int | None = None, context: int | None = None):
 def by_rank(base, rounds: int) -> dict[int, dict[str, float]]:
     table = {}
     for r in RANKS:
-        models = {"base": base, "LoRA": lora_of(base, r), "DoRA": dora(base, r), "MixLoRA": mixlora(base, r)}
+        models = {"base": base, "LoRA": lora_of(base, r).eval(), "DoRA": dora(base, r), "MixLoRA": mixlora(base, r)}
         table[r] = {f"{name} decode": value for name, value in _both(models, rounds, "decode").items()}
         table[r] |= {f"{name} prefill": value for name, value in _both(models, rounds, "prefill").items()}
     return table
@@ -96,7 +96,7 @@ def _both(models, rounds: int, what: str) -> dict[str, float]:
 
 
 def by_context(base, rounds: int) -> dict[int, dict[str, float]]:
-    models = {"base": base, "LoRA": lora_of(base, 16), "DoRA": dora(base), "MixLoRA": mixlora(base)}
+    models = {"base": base, "LoRA": lora_of(base, 16).eval(), "DoRA": dora(base), "MixLoRA": mixlora(base)}
     table = {}
     for context in CONTEXTS:
         found = ratios({name: at(model, context=context) for name, model in models.items()}, rounds)
