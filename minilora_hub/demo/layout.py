@@ -44,7 +44,7 @@ class Parts:
     finished: gr.State
 
 
-def build_parts(headline: dict, opening: dict, examples: Sequence[str], max_new_tokens: int) -> Parts:
+def build_parts(headline: dict, opening: dict, examples: Sequence[str], max_new_tokens: int, most_tokens: int) -> Parts:
     """Lay out the page.
 
     Args:
@@ -52,12 +52,13 @@ def build_parts(headline: dict, opening: dict, examples: Sequence[str], max_new_
         opening: what ``stage`` and ``status`` show at first.
         examples: prompts to start from.
         max_new_tokens: where the length setting starts.
+        most_tokens: where it ends.
     """
     head = component("head", value=headline)
     notice = component("notice", value={"phase": "none", "words": ""}, elem_id="ml-notice")
     prompt, run, stop = build_asking()
     chips = build_examples(examples)
-    settings = build_settings(max_new_tokens)
+    settings = build_settings(max_new_tokens, most_tokens)
     with gr.Row(elem_id="ml-line"):
         line = component("status", value=opening["status"], elem_id="ml-status")
         blind = component("blind", value=BLIND_OFF, elem_id="ml-blind")

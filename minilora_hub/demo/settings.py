@@ -44,11 +44,13 @@ class Settings:
         return [self.tokens, self.greedy, self.temperature, self.top_p, self.top_k, self.penalty, self.seed]
 
 
-def build_settings(max_new_tokens: int) -> Settings:
-    """Build them, closed; `max_new_tokens` is where the length starts."""
+def build_settings(max_new_tokens: int, most_tokens: int) -> Settings:
+    """Build them, closed; `max_new_tokens` is where the length starts, `most_tokens` where it ends."""
     with gr.Accordion("Settings", open=False, elem_id="ml-settings"):
         with gr.Row():
-            tokens = gr.Slider(1, 512, max_new_tokens, step=1, label="Max new tokens", min_width=200)
+            tokens = gr.Slider(
+                1, most_tokens, min(max_new_tokens, most_tokens), step=1, label="Max new tokens", min_width=200
+            )
             penalty = gr.Slider(1, 2, 1, step=0.05, label="Repetition penalty (1 is none)", min_width=200)
             greedy = gr.Checkbox(
                 True, label="Greedy", info="Always the most probable token: the same answer every time.", min_width=200

@@ -79,7 +79,7 @@ def build_demo(
             "stage": idle_stage(describe_columns(engine, engine.columns)),
             "status": status("idle", "Ready."),
         }
-        parts = build_parts(headline(engine, title), opening, examples, max_new_tokens)
+        parts = build_parts(headline(engine, title), opening, examples, max_new_tokens, runs.limits.tokens)
         start = wire_run(demo, runs, parts)
         wire_link(demo, runs, parts)
         build_extras(demo, runs, parts, memory, start)

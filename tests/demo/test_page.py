@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from demo.panels import set_number
 
 TESTS = Path(__file__).parents[1]
 HTML = "<img src=x onerror=\"document.title='hacked'\"><b>bold</b> & ${props} {{value}} `x`"
@@ -281,8 +282,7 @@ def test_examples_run_and_settings_apply(visit):
     """A chip fills the prompt and runs it; the length setting is obeyed."""
     page = visit()
     page.get_by_role("button", name="Settings").click()
-    page.get_by_label("number input for Max new tokens").fill("7")
-    page.keyboard.press("Tab")
+    set_number(page, "Max new tokens", "7")
     page.get_by_role("button", name="Ünïcödé").click()
     wait_for_states(page, "length", "length", "length")
     assert page.input_value("#ml-prompt textarea") == "Ünïcödé"

@@ -6,6 +6,7 @@ import re
 import time
 
 import pytest
+from demo.panels import set_number
 from demo.serving import Serving
 from demo.test_page import ask, texts, visit, wait_for_states  # noqa: F401  (a fixture)
 
@@ -30,8 +31,7 @@ def wait_for_words(page, start):
 def ask_long(page, prompt):
     """Ask for an answer of 400 tokens: twelve seconds."""
     page.get_by_role("button", name="Settings").click()
-    page.get_by_label("number input for Max new tokens").fill("400")
-    page.keyboard.press("Tab")
+    set_number(page, "Max new tokens", "400")
     ask(page, prompt)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from demo.panels import set_number
 from demo.test_page import ask, settled, texts, wait_for_states
 
 TESTS = Path(__file__).parents[1]
@@ -128,18 +129,6 @@ def words(page):
 
 def open_panel(page, name):
     page.get_by_role("button", name=re.compile(f"^{name}")).click()
-
-
-def set_number(page, name, value):
-    """Type a number into a setting, and see its slider follow."""
-    slider = page.get_by_label(f"range slider for {name}")
-    for _ in range(20):  # what is typed while the panel is still opening is lost
-        page.get_by_label(f"number input for {name}").fill(value)
-        page.keyboard.press("Tab")
-        page.wait_for_timeout(200)
-        if slider.input_value() == value:
-            return
-    raise AssertionError(f"{name} stays at {slider.input_value()}")
 
 
 def serious(page):
