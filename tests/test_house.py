@@ -23,6 +23,7 @@ LEVELS = {
     "minilora_hub.errors": 0,
     "minilora_hub.results": 0,
     "minilora_hub.tensor_names": 0,
+    "minilora_hub.user_folders": 0,
     "minilora_hub.remote_code": 0,
     "minilora_hub.integrations": 1,
     "minilora_hub.bases": 1,

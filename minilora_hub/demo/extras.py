@@ -21,9 +21,9 @@ from minilora_hub.demo.linked import LinkedAdapters
 from minilora_hub.demo.picker import build_picker, wire_picker
 from minilora_hub.demo.prompt_files import FileLimits
 from minilora_hub.demo.sharing import SharedComparisons, ShareLimits
-from minilora_hub.demo.storage import data_folder
 from minilora_hub.demo.visits import Visits
 from minilora_hub.demo.vote_sync import VoteSync, open_votes
+from minilora_hub.user_folders import data_folder
 
 
 @dataclass(frozen=True)

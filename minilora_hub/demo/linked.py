@@ -24,7 +24,7 @@ from minilora_hub.demo.adapter_cards import AdapterCard, read_card
 from minilora_hub.demo.limits import whole_number
 from minilora_hub.errors import AdapterError, MiniLoraError
 from minilora_hub.publish.hub_errors import FAILURES, explain, patiently
-from minilora_hub.publish.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, read_source
+from minilora_hub.recording.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, read_source
 from minilora_hub.results import RESULTS_FILE
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)

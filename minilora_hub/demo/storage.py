@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,19 +12,6 @@ from filelock import FileLock, Timeout
 from minilora_hub.errors import PageError
 
 LOCK_SECONDS = 20
-
-
-def data_folder() -> Path:
-    """Return where pages keep their data: ``$MINILORA_DATA``, or ``minilora_hub`` in the user's folder for data."""
-    if chosen := os.environ.get("MINILORA_DATA"):
-        return Path(chosen).expanduser()
-    if os.path.isabs(shared := os.environ.get("XDG_DATA_HOME", "")):
-        return Path(shared) / "minilora_hub"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "minilora_hub" / "Data"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "minilora_hub"
-    return Path.home() / ".local" / "share" / "minilora_hub"
 
 
 @contextmanager

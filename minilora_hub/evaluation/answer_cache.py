@@ -20,7 +20,7 @@ LIBRARIES = ("torch", "transformers", "minilora_hub")
 
 def default_folder() -> Path:
     """Where it is kept: in minilora_hub's cache."""
-    from minilora_hub.embedded import cache_root
+    from minilora_hub.user_folders import cache_root
 
     return cache_root() / "evaluation"
 

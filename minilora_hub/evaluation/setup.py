@@ -102,7 +102,7 @@ def find_adapters(names: Sequence[str | Path]) -> tuple[Adapter, ...]:
         ValueError: one is named twice.
     """
     from minilora_hub.compare.columns import find_adapter
-    from minilora_hub.publish.sources import read_source
+    from minilora_hub.recording.sources import read_source
     from minilora_hub.results import RESULTS_FILE, Results
 
     found = []

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.errors import AdapterError
+from minilora_hub.formats.folders import COMPANIONS
 from minilora_hub.formats.output import require_free, whole_folder
 from minilora_hub.formats.peft import PeftTargets, copy_peft_weights, write_peft_config
 from minilora_hub.publish.documents import (
@@ -36,23 +37,14 @@ from minilora_hub.publish.documents import (
 )
 from minilora_hub.publish.hashes import Hashes
 from minilora_hub.publish.island import island_files
-from minilora_hub.publish.sources import (
-    COMPANIONS,
-    OUR_CONFIG,
-    PEFT_FOLDER,
-    WEIGHTS,
-    Layout,
-    Source,
-    read_source,
-    recorded_before,
-    require_recorded,
-)
+from minilora_hub.publish.sources import PEFT_FOLDER, recorded_before, require_recorded
 from minilora_hub.recording.bases_of_record import BaseOfRecord, find_base, revision_of_record
 from minilora_hub.recording.inputs import GENERATION, tokenizer_folder
 from minilora_hub.recording.logits import TOLERANCES, libraries
 from minilora_hub.recording.reference import model_class, shapes_of_recording, write_dora_for_peft
 from minilora_hub.recording.reuse import Obtained, obtain_recording
 from minilora_hub.recording.shapes import Shapes
+from minilora_hub.recording.sources import OUR_CONFIG, WEIGHTS, Layout, Source, read_source
 from minilora_hub.results import VERIFICATION_FILE, Verification
 
 NOT_HASHED = (CARD, ".eval_results/", VERIFICATION_FILE)

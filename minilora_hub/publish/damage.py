@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.errors import AdapterError
-from minilora_hub.publish.sources import OUR_CONFIG, WEIGHTS
+from minilora_hub.recording.sources import OUR_CONFIG, WEIGHTS
 
 
 def read_header(data: bytes) -> tuple[dict[str, Any], int]:

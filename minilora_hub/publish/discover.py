@@ -16,7 +16,8 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.formats.folders import AdapterFolder, read_folder
 from minilora_hub.publish.damage import read_header
 from minilora_hub.publish.island import code_files, code_hash, release_of
-from minilora_hub.publish.sources import METHODS, WEIGHTS, read_source
+from minilora_hub.publish.sources import METHODS
+from minilora_hub.recording.sources import WEIGHTS, read_source
 from minilora_hub.results import RESULTS_FILE, Evaluation, Results
 
 SORTS = ("downloads", "likes", "last_modified", "created_at")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minilora_hub.errors import AdapterError, MissingExtraError
-from minilora_hub.publish.sources import Source
+from minilora_hub.recording.sources import Source
 from minilora_hub.results import RESULTS_FILE, Base, Results
 
 CARD = "README.md"

@@ -28,9 +28,10 @@ from minilora_hub.publish.hub_errors import ATTEMPTS, FAILURES, explain, patient
 from minilora_hub.publish.plan import PushPlan, plan_files, pushed_by_us
 from minilora_hub.publish.progress import Stages
 from minilora_hub.publish.sending import send, set_tag
-from minilora_hub.publish.sources import METHODS, Layout
+from minilora_hub.publish.sources import METHODS
 from minilora_hub.publish.verify import VerifyReport
 from minilora_hub.publish.verify import verify as verify_repo
+from minilora_hub.recording.sources import Layout
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.folders import COMPANIONS as COMPANIONS
-from minilora_hub.formats.folders import TOKENIZER_FILES as TOKENIZER_FILES
-from minilora_hub.formats.folders import read_json as read_json
 from minilora_hub.publish.hashes import Hashes
-from minilora_hub.recording.sources import OUR_CONFIG as OUR_CONFIG
-from minilora_hub.recording.sources import PEFT_CONFIG as PEFT_CONFIG
-from minilora_hub.recording.sources import WEIGHTS as WEIGHTS
-from minilora_hub.recording.sources import Layout as Layout
-from minilora_hub.recording.sources import Source as Source
-from minilora_hub.recording.sources import read_source as read_source
 from minilora_hub.results import VERIFICATION_FILE, Verification
 
 PEFT_FOLDER = "peft"

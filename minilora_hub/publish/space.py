@@ -17,8 +17,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceHardware, errors, get_token
 
-from minilora_hub.bases import EMBEDDED
-from minilora_hub.errors import AdapterError, PublishError
+from minilora_hub.errors import PublishError
 from minilora_hub.publish import remote as hub
 from minilora_hub.publish.build import PublishedFile
 from minilora_hub.publish.card import require_space
@@ -26,15 +25,11 @@ from minilora_hub.publish.hashes import file_sha256
 from minilora_hub.publish.hub_errors import ATTEMPTS, FAILURES, explain, is_passing, patiently, status_of, wait_after
 from minilora_hub.publish.plan import same_content
 from minilora_hub.publish.progress import Stages
-from minilora_hub.publish.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, read_json
 from minilora_hub.publish.space_files import APP, MARKER, OUR_VARIABLES, README, VENDORED, SpaceSettings, stage
+from minilora_hub.publish.space_models import find_models
+from minilora_hub.publish.space_waiting import wait_until_it_runs
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-BUSY_STAGES = frozenset({"BUILDING", "RUNNING_BUILDING", "APP_STARTING", "RUNNING_APP_STARTING"})
-LATE_SECONDS = 60.0
-"""For so long the Hub may go on to tell the stage of before the commit."""
-
 COMMIT_ATTEMPTS = 3
 
 
@@ -130,7 +125,7 @@ def push_space(
     require_space(space)
     with Stages(progress) as stages, tempfile.TemporaryDirectory(prefix="minilora-space-") as scratch:
         stages.start("Looking at the adapters")
-        base, public = _find_models(api, tuple(adapters), base, "HF_TOKEN" in secrets, dry_run)
+        base, public = find_models(api, tuple(adapters), base, "HF_TOKEN" in secrets, dry_run)
         settings = SpaceSettings(title or space.rpartition("/")[2], base, tuple(adapters), public, hardware, mcp)
         stages.start("Looking at the Space")
         state = _look(api, space, dry_run)
@@ -166,7 +161,7 @@ def push_space(
         done = SpacePush(**{**vars(plan), "dry_run": False, "commit": commit})
         if not wait:
             return done
-        return SpacePush(**{**vars(done), "stage": _wait(api, space, commit, wait, stages)})
+        return SpacePush(**{**vars(done), "stage": wait_until_it_runs(api, space, commit, wait, stages)})
 
 
 def _check_arguments(
@@ -189,67 +184,6 @@ def _check_arguments(
             raise ValueError(f"secret {name}='': must not be empty")
     if both := sorted(variables.keys() & secrets.keys()):
         raise ValueError(f"{both[0]} is given as a variable and as a secret: choose one")
-
-
-def _find_models(
-    api: HfApi, adapters: tuple[str, ...], base: str | None, has_token: bool, dry_run: bool
-) -> tuple[str, tuple[str, ...]]:
-    """Return the base, and which of base and adapters are public."""
-    named: dict[str, str] = {}
-    public, attempts = [], 1 if dry_run else ATTEMPTS
-    for name in adapters:
-        found = _adapter(api, name, attempts, dry_run)
-        if found is None:
-            continue
-        open_to_all, its_base = found
-        if open_to_all:
-            public.append(name)
-        elif not has_token:
-            raise PublishError(f"{name} is private: the Space reads it only with a token: pass --secret HF_TOKEN, too")
-        named[name] = its_base
-    if base is None and adapters:
-        bases = sorted(set(named.values()))
-        if len(bases) != 1:
-            told = "; ".join(f"{name}: {its_base}" for name, its_base in named.items()) or "the Hub was not asked"
-            raise AdapterError(f"the adapters must be for one base ({told}): name it with --base")
-        base = bases[0]
-    base = base or EMBEDDED
-    if base != EMBEDDED:
-        if os.path.isdir(base) or not HUB_ID.fullmatch(base):
-            raise ValueError(f"base={base!r}: a Space needs the id of a model on the Hub, or 'embedded'")
-        try:
-            info = patiently(lambda: api.model_info(base), attempts)
-        except errors.RepositoryNotFoundError:
-            raise AdapterError(f"the base {base} is not on the Hub, or this token may not see it") from None
-        except FAILURES as error:
-            if dry_run and status_of(error) is None:
-                return base, tuple(public)
-            raise PublishError(explain(error, base, "looking at the base")) from None
-        if not (info.private or info.gated):
-            public.append(base)
-    return base, tuple(public)
-
-
-def _adapter(api: HfApi, name: str, attempts: int, dry_run: bool) -> tuple[bool, str] | None:
-    """Return whether an adapter is public, and the base it names; None in a dry run that does not reach the Hub."""
-    try:
-        info = patiently(lambda: api.model_info(name), attempts)
-        files = {file.rfilename for file in info.siblings or []}
-        config = next((file for file in (PEFT_CONFIG, OUR_CONFIG) if file in files), None)
-        if config is None or WEIGHTS not in files:
-            raise AdapterError(f"{name} holds no adapter: {WEIGHTS} and {OUR_CONFIG} (or {PEFT_CONFIG}) must be there")
-        with tempfile.TemporaryDirectory(prefix="minilora-space-") as folder, hub.quiet(True):
-            patiently(lambda: api.hf_hub_download(name, config, revision=info.sha, local_dir=folder), attempts)
-            named = read_json(Path(folder, config)).get("base_model_name_or_path")
-    except errors.HFValidationError:
-        raise AdapterError(f"adapter {name!r}: no id on the Hub, which reads owner/name") from None
-    except errors.RepositoryNotFoundError:
-        raise AdapterError(f"{name} is not on the Hub, or this token may not see it: publish it first") from None
-    except FAILURES as error:
-        if dry_run and status_of(error) is None:
-            return None
-        raise PublishError(explain(error, name, f"looking at {name}")) from None
-    return not (info.private or info.gated), str(named)
 
 
 def _look(api: HfApi, space: str, dry_run: bool = False) -> hub.RemoteState:
@@ -359,44 +293,3 @@ def _arrived(plan: SpacePush, folder: Path, now: hub.RemoteState) -> bool:
         and same_content(folder / path, PublishedFile(path, size, file_sha256(folder / path)), there[path])
         for path, size in plan.files.items()
     )
-
-
-def _wait(api: HfApi, space: str, commit: str, seconds: float, stages: Stages, poll: float = 2.0) -> str:
-    """Look until the commit runs, or does not.
-
-    The client's own `wait_for_space` takes the first stage that is no building one, which right after a commit may
-    still be that of the commit before.
-
-    Raises:
-        PublishError: it failed, or did not run in time; the message has the log's last line.
-    """
-    began, shown = time.monotonic(), ""
-    while True:
-        try:
-            runtime = patiently(lambda: api.get_space_runtime(space))
-        except FAILURES as error:
-            raise PublishError(explain(error, space, "waiting for the Space") + "; its files are there") from None
-        now, waited = str(getattr(runtime.stage, "value", runtime.stage)), time.monotonic() - began
-        about = runtime.raw.get("sha")
-        # Where the Hub does not say which commit it tells about, a build must have been seen.
-        late = now == "NO_APP_FILE" or (about != commit if about else not shown)
-        if now not in BUSY_STAGES and (not late or waited > LATE_SECONDS):
-            if now in ("RUNNING", "PAUSED", "STOPPED"):
-                return now
-            raise PublishError(f"{space}: {now}: {_last_line(api, space, build=now == 'BUILD_ERROR')}")
-        if now in BUSY_STAGES and now != shown:
-            stages.start({"BUILDING": "Building", "RUNNING_BUILDING": "Building"}.get(now, "Starting"))
-            shown = now
-        if waited > seconds:
-            told = f"{space} does not run after {seconds:g} s ({now})"
-            raise PublishError(f"{told}: look at {api.endpoint}/spaces/{space}")
-        time.sleep(min(poll, max(0.0, seconds - waited) + 0.01))
-
-
-def _last_line(api: HfApi, space: str, *, build: bool) -> str:
-    try:
-        lines = [line.strip() for line in api.fetch_space_logs(space, build=build) if line.strip()]
-    except FAILURES:
-        lines = []
-    said = lines[-1] if lines else "its log says nothing"
-    return f"{said} (the whole log: {api.endpoint}/spaces/{space}?logs={'build' if build else 'container'})"

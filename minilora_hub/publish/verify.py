@@ -17,19 +17,14 @@ from typing import Any
 
 from minilora_hub.bases import resolve_base
 from minilora_hub.errors import AdapterError
+from minilora_hub.formats.folders import TOKENIZER_FILES
 from minilora_hub.publish.clean_process import CleanProcess
 from minilora_hub.publish.damage import damaged_copies, write_copies
 from minilora_hub.publish.hashes import file_sha256
 from minilora_hub.publish.island import code_files, code_hash, release_of
 from minilora_hub.publish.remote import fetch
-from minilora_hub.publish.sources import (
-    PEFT_CONFIG,
-    TOKENIZER_FILES,
-    WEIGHTS,
-    Source,
-    read_source,
-)
 from minilora_hub.recording.logits import TOLERANCES, difference
+from minilora_hub.recording.sources import PEFT_CONFIG, WEIGHTS, Source, read_source
 from minilora_hub.results import VERIFICATION_FILE, Verification
 
 NOT_HASHED = ("README.md", ".gitattributes", VERIFICATION_FILE)

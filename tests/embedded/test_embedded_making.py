@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from processes import run_python, silent
 
-from minilora_hub import embedded, gguf_conversion
+from minilora_hub import embedded, gguf_conversion, user_folders
 from minilora_hub.bases import resolve_base
 from minilora_hub.errors import BaseModelError, MissingExtraError
 
@@ -214,4 +214,4 @@ print(embedded.embedded_folder(cache_dir=cache))
         for name, value in ({"HOME": "/home/u"} | environment).items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "platform", platform)
-        assert embedded.cache_root() == Path(expected)
+        assert user_folders.cache_root() == Path(expected)

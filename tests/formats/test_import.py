@@ -27,7 +27,7 @@ from minilora_hub.formats.folders import read_folder
 from minilora_hub.formats.importing import import_adapter, import_as_experts
 from minilora_hub.formats.mixlora_writing import write_reference
 from minilora_hub.formats.ours import read_ours
-from minilora_hub.publish.sources import read_source
+from minilora_hub.recording.sources import read_source
 from minilora_hub.remote_code.routing import Routes
 
 FAMILIES = ("llama", "mistral", "qwen2", "gemma2", "phi", "phi3")
