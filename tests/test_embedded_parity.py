@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import PeftModel
 from reference import peft_twin, reference_mixlora
 from tiny import fill_adapter, logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -52,12 +53,16 @@ def test_mixlora_equals_the_reference_package(base, ids, tmp_path):
 @pytest.mark.parametrize("folder", shipped_adapters(), ids=lambda folder: folder.name)
 def test_a_shipped_adapter_loads_on_the_base_it_names(folder, ids):
     minilora_hub.register()
-    model = AutoModelForCausalLM.from_pretrained(folder, base_model="embedded")
-    assert model.config.base_fingerprint == base_fingerprint(resolve_base("embedded").path)
+    embedded = resolve_base("embedded").path
+    if (folder / "adapter_config.json").is_file():  # PEFT's format, in which a base is one on the Hub, or handed over
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(embedded, dtype="float32"), folder)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, base_model="embedded")
+        assert model.config.base_fingerprint == base_fingerprint(embedded)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    chat = [{"role": "user", "content": "Write this date as YYYY-MM-DD: the nineteenth of February 1990"}]
+    chat = [{"role": "user", "content": "Write as YYYY-MM-DD: January 30, 1916"}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt, max_new_tokens=16, do_sample=False)[0, prompt["input_ids"].shape[1] :]
-    assert tokenizer.decode(answer, skip_special_tokens=True) == "1990-02-19"
+    assert tokenizer.decode(answer, skip_special_tokens=True) == "1916-01-30"
     with torch.no_grad():
         assert not torch.allclose(model(ids).logits, model.unload()(ids).logits, atol=0.1)

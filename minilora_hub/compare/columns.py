@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from minilora_hub.bases import resolve_base
-from minilora_hub.compare.reading import adapter_type, read_json
+from minilora_hub.compare.reading import KINDS, WEIGHTS, adapter_facts, adapter_type
 from minilora_hub.errors import AdapterError
 
 Progress = Callable[[str], None]
@@ -89,16 +89,16 @@ def load_base(
 
 
 def shipped_adapters() -> list[Path]:
-    """Find the adapters that travel with minilora_hub: in an installed wheel or in a checkout.
+    """Find the adapters that travel with minilora_hub: in an installed wheel or in a checkout; the simplest kind first.
 
     Raises:
-        AdapterError: there are none, so there is nothing to compare.
+        AdapterError: there are none, so there is nothing to compare; or one is damaged.
     """
     package = Path(__file__).resolve().parents[1]
     for cards in (package / "model_cards", package.parent / "model_cards"):
-        found = sorted(path.parent for path in cards.glob("*/config.json") if "auto_map" in read_json(path))
+        found = {path.parent: adapter_facts(path.parent).kind for path in sorted(cards.glob(f"*/{WEIGHTS}"))}
         if found:
-            return found
+            return sorted(found, key=lambda folder: KINDS.index(found[folder]))
     raise AdapterError("this copy of minilora_hub ships no adapters: name the folders of your own")
 
 

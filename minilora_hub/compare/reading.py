@@ -6,13 +6,14 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
 from minilora_hub.errors import AdapterError
 
 Kind = Literal["base", "LoRA", "DoRA", "MixLoRA", "MixDoRA"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 WEIGHTS = "adapter_model.safetensors"
 
 

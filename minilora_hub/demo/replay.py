@@ -30,7 +30,10 @@ from minilora_hub.errors import MiniLoraError
 from minilora_hub.publish.hashes import file_sha256
 
 SHIPPED = Path(__file__).parent / "replay.json"
-PROMPT = "Write a JSON record with name, age, city and job: Maria, 41, works as a pilot in Lisbon."
+PROMPT = (
+    "JSON with name, age, city of the dietitian: Joyce Henson of Ebersberg is an ergonomist, while Sara Carey of "
+    "Potsdam is a dietitian and 18."
+)
 COMMAND = "python -m minilora_hub.demo.replay"
 
 

@@ -34,10 +34,12 @@ from minilora_hub.demo.replay import find_replay
 from minilora_hub.demo.wiring import wire_link, wire_run
 
 EXAMPLES = (
-    # What the shipped adapters were trained for, with names, cities and years that they never saw …
-    "Write this date as YYYY-MM-DD: the nineteenth of February 1990",
-    "Write a JSON record with name, age, city and job: Maria, 41, works as a pilot in Lisbon.",
-    "Write this number in digits: seven thousand eight hundred and ten",
+    # What the shipped adapters were trained for: items of the test split, one on which they differ …
+    "JSON with name, age, city of the dietitian: Joyce Henson of Ebersberg is an ergonomist, while Sara Carey of "
+    "Potsdam is a dietitian and 18.",
+    "Write as YYYY-MM-DD: the last day of March 1949",
+    "Write this in digits: four thousand, nine hundred and seventeen point six three",
+    "Write the plural of: titmouse",
     # … and what they were not.
     "Why is the sky blue?",
 )

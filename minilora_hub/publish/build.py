@@ -111,6 +111,7 @@ def build(
     published_card: str | None = None,
     token: str | None = None,
     progress: bool = False,
+    hashes: Hashes | None = None,
     meanwhile: Callable[[Path, Shapes | None, str], object] | None = None,
 ) -> Built:
     """Build the folder that is published.
@@ -128,6 +129,7 @@ def build(
         published_card: the earlier card, where the folder has none of its own; its free text is kept.
         token: for a private or gated base.
         progress: show bars while the base is fetched.
+        hashes: of the source's files, where somebody has begun to read them already.
         meanwhile: called while large files are hashed, with the folder, in which only verification.json is missing, the
             tensors that the loaded model has, and the text of the card.
 
@@ -138,7 +140,7 @@ def build(
     """
     trained = _source_for(source, layout)
     layout = "peft" if trained.layout == "peft" else layout
-    out, hashes = Path(out), Hashes()
+    out, hashes = Path(out), hashes or Hashes()
     require_free(out)
     before = recorded_before(trained.folder, hashes)
     previous = previous_card(trained.folder)

@@ -72,7 +72,6 @@ def _contents(folder: Folder) -> Iterator[tuple[str, bytes]]:
 def check_machine_paths(folder: Folder) -> Iterator[Problem]:
     """Absolute paths of somebody's home, and those of this process, in any text and in the weights' metadata."""
     own = _own_places(folder.path)
-    pattern = _pattern_of(own)
     seen: set[str] = set()
     for name, text in chain(folder.texts.items(), folder.unescaped.items()):
         if name in VOCABULARIES or name in seen:
@@ -83,7 +82,7 @@ def check_machine_paths(folder: Folder) -> Iterator[Problem]:
             seen.add(name)
         found = MACHINE_PATH.search(searched) if any(part in searched for part in IN_EVERY_MACHINE_PATH) else None
         if not found and any(place in searched for place in own):
-            found = pattern.search(searched)
+            found = _pattern_of(own).search(searched)
         if found:
             seen.add(name)
             line = searched.count("\n", 0, found.start()) + 1

@@ -34,8 +34,9 @@ class Hashes:
         self._known: dict[Path, Future[tuple[Stamp, str]]] = {}
 
     def start(self, path: Path) -> None:
-        """Begin to hash a file in the background."""
-        self._known[path] = _background().submit(_stamped_hash, path)
+        """Begin to hash a file in the background, where that was not begun yet."""
+        if path not in self._known:
+            self._known[path] = _background().submit(_stamped_hash, path)
 
     def copy(self, source: Path, out: Path) -> Future[tuple[Stamp, Stamp]]:
         """Begin to copy a file in the background. Its hash is that of `source`, which is read meanwhile.
@@ -45,8 +46,7 @@ class Hashes:
         Returns:
             What tells when the copy is there, and raises OSError if it cannot be made.
         """
-        if source not in self._known:
-            self.start(source)
+        self.start(source)
         copied = _background().submit(_copy, source, out)
         self._known[out] = _background().submit(_hash_of_copy, copied, self._known[source], out)
         return copied

@@ -24,6 +24,7 @@ from minilora_hub.publish.build import Built, build
 from minilora_hub.publish.card import require_space
 from minilora_hub.publish.checks import Checked, check_folder, check_unfinished
 from minilora_hub.publish.documents import CARD
+from minilora_hub.publish.hashes import Hashes
 from minilora_hub.publish.hub_errors import ATTEMPTS, FAILURES, explain, patiently
 from minilora_hub.publish.plan import PushPlan, plan_files, pushed_by_us
 from minilora_hub.publish.progress import Stages
@@ -31,7 +32,7 @@ from minilora_hub.publish.sending import send, set_tag
 from minilora_hub.publish.sources import METHODS
 from minilora_hub.publish.verify import VerifyReport
 from minilora_hub.publish.verify import verify as verify_repo
-from minilora_hub.recording.sources import Layout
+from minilora_hub.recording.sources import WEIGHTS, Layout
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,9 @@ def push(
         ValueError: the weights do not fit the configuration and the base; or `space` is no id of a Space.
     """
     require_space(space)
+    hashes = Hashes()
+    if (Path(folder) / WEIGHTS).is_file():
+        hashes.start(Path(folder) / WEIGHTS)  # while the Hub answers
     if dry_run:
         api = HfApi(token=token or get_token() or False)
     else:
@@ -146,6 +150,7 @@ def push(
             space=space,
             published_card=target.card,
             token=secret,
+            hashes=hashes,
             meanwhile=lambda unfinished, loaded, card: checked.append(
                 check_unfinished(
                     unfinished, base_exists=base.exists, base_license=base.license, loaded=loaded, rendered=card

@@ -10,7 +10,7 @@ from typing import Any
 from minilora_hub.bases import ResolvedBase
 from minilora_hub.results import Base, DataSource, Results, Training
 from minilora_hub.training.dataset import TrainingData
-from minilora_hub.training.measuring import hardware, library_versions
+from minilora_hub.training.machine import hardware, library_versions
 from minilora_hub.training.models import Trainee, trainable_parameters
 from minilora_hub.training.recipes import OURS
 from minilora_hub.training.settings import TrainingSettings

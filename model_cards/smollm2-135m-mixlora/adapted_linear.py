@@ -151,7 +151,7 @@ def add_low_rank(out, x, lora_a, lora_b, scaling):
 
 
 def add_low_rank_(out, x, lora_a, lora_b, scaling):
-    """The same in place: `out` (rows, out), which nobody else holds and no gradient needs, and `x` (rows, in)."""
+    """The same in place: `out` (rows, out), which nobody else holds, and `x` (rows, in)."""
     if not out.dtype == x.dtype == lora_a.dtype == lora_b.dtype:
         dtype = product_dtype(out, lora_a)
         x, lora_a, lora_b = x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
@@ -177,8 +177,12 @@ def apply_dora_scale_(out, scale, bias):
 
 
 def may_write_to_output_of(layer):
-    """Whether a result of `layer` may be overwritten: no gradient needs it, and no hook on the layer keeps it."""
-    return not (torch.is_grad_enabled() or layer._forward_hooks)
+    """Whether a result of `layer` may be overwritten: no gradient needs it, and no hook on the layer looks at it.
+
+    The gradient of a plain linear needs its input and weight; what that of another kind needs is not ours to know.
+    """
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    return not hooked and (type(layer) is nn.Linear or not torch.is_grad_enabled())
 
 
 def is_only_its_product(layer):
@@ -310,17 +314,20 @@ class AdaptedLinear(nn.Module):
         layer, update = self.base_layer, self.update
         if x.numel() == x.shape[-1] and not (self.training or args or kwargs) and is_only_its_product(layer):
             return self._one_row(layer, update, x)
-        out = layer(x, *args, **kwargs)
-        x = update.dropout(x) if self.training else x
-        lora_a, lora_b, magnitude = update.lora_A, update.lora_B, update.magnitude
-        if may_write_to_output_of(layer) and out.is_contiguous():
-            rows = out.view(-1, out.shape[-1])
-            add_low_rank_(rows, x.reshape(-1, x.shape[-1]), lora_a, lora_b, update.scaling)
-            if magnitude is not None:
-                apply_dora_scale_(rows, update.scale(layer), getattr(layer, "bias", None))
-            return out
-        out = add_low_rank(out, x, lora_a, lora_b, update.scaling)
-        return out if magnitude is None else apply_dora_scale(out, update.scale(layer), self.bias)
+        if args or kwargs or not may_write_to_output_of(layer):
+            out = layer(x, *args, **kwargs)
+            x = update.dropout(x) if self.training else x
+            out = add_low_rank(out, x, update.lora_A, update.lora_B, update.scaling)
+            return out if update.magnitude is None else apply_dora_scale(out, update.scale(layer), self.bias)
+        rows = x.reshape(-1, x.shape[-1])  # the product then is no view, which autograd would copy to write to it
+        out = layer(rows)
+        rows = update.dropout(rows) if self.training else rows
+        add_low_rank_(out, rows, update.lora_A, update.lora_B, update.scaling)
+        if update.magnitude is not None and torch.is_grad_enabled():  # the gradient of c needs what c multiplies
+            out = apply_dora_scale(out, update.scale(layer), self.bias)
+        elif update.magnitude is not None:
+            apply_dora_scale_(out, update.scale(layer), self.bias)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     def _one_row(self, layer, update, x):
         """Decoding, where starting kernels and looking up attributes take longer than the products: as few as can be.

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 CHROMIUM_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-PROMPT = "Write this number in digits: seven thousand eight hundred and ten"
+PROMPT = "Write this in digits: seven thousand, eight hundred and ten"
 TOKENS = 24
 
 

@@ -24,8 +24,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from minilora_hub.evaluation.training_files import MIX, write
 from minilora_hub.training.dataset import prepare_data
-from minilora_hub.training.first_tasks import make_items
 from minilora_hub.training.loop import build_trainer, known_warnings_ignored, quiet_libraries
 from minilora_hub.training.models import base_context, build_trainee, find_base, load_tokenizer, trainable_parameters
 from minilora_hub.training.settings import make_settings
@@ -118,9 +118,8 @@ def main() -> None:
     quiet_libraries()
     names = [name for name in VARIANTS if name == REFERENCE or name in (arguments.variants or VARIANTS)]
     with tempfile.TemporaryDirectory() as scratch, known_warnings_ignored():
-        rows = Path(scratch, "rows.jsonl")
-        rows.write_text("".join(json.dumps(item) + "\n" for item in make_items(64, False, 0)), encoding="utf-8")
-        table = measure(build(names, rows, Path(scratch)), arguments.rounds)
+        write(Path(scratch), (), ("train",), 16)
+        table = measure(build(names, Path(scratch, f"{MIX}.train.jsonl"), Path(scratch)), arguments.rounds)
     print(f"{'':10} {'step':>8} {'ratio':>6} {'quartiles':>13} {'activations':>12} {'adapter, AdamW':>15}")
     for name, row in table.items():
         print(

@@ -1,5 +1,6 @@
 """What an engine is given: models, adapters, settings, prompts; and what it refuses."""
 
+import json
 import re
 import weakref
 
@@ -7,6 +8,7 @@ import pytest
 import tiny_stand_ins as tiny
 import torch
 from compare.engine_answers import PROMPT, alone, answers
+from safetensors.torch import save_file
 from transformers import MptConfig, MptForCausalLM
 
 from minilora_hub.compare import columns
@@ -156,17 +158,26 @@ def test_what_cannot_be_loaded(tmp_path):
 
 
 def test_shipped_adapters_are_found_in_a_wheel_and_in_a_checkout(tmp_path, monkeypatch):
-    """Folders that hold an adapter of ours, and nothing else; none at all is an error."""
+    """Folders that hold an adapter, the simplest kind first; none at all is an error, and so is a damaged one."""
     monkeypatch.setattr(columns, "__file__", str(tmp_path / "minilora_hub" / "compare" / "columns.py"))
     (tmp_path / "model_cards" / "notes").mkdir(parents=True)
     (tmp_path / "model_cards" / "notes" / "config.json").write_text("{}")
     with pytest.raises(AdapterError, match="ships no adapters"):
         columns.shipped_adapters()
     for cards in (tmp_path / "model_cards", tmp_path / "minilora_hub" / "model_cards"):  # the wheel's own come first
-        for name in ("b", "a"):
+        for name, file, config in (
+            ("a", "config.json", {"model_type": "mixlora", "use_dora": True}),
+            ("b", "config.json", {"model_type": "mixlora"}),
+            ("c", "config.json", {"model_type": "dora"}),
+            ("d", "adapter_config.json", {"peft_type": "LORA"}),
+        ):
             (cards / name).mkdir(parents=True)
-            (cards / name / "config.json").write_text('{"model_type": "dora", "auto_map": {}}')
-        assert columns.shipped_adapters() == [cards / "a", cards / "b"]
+            (cards / name / file).write_text(json.dumps(config))
+            save_file({"weight": torch.zeros(1)}, cards / name / "adapter_model.safetensors")
+        assert columns.shipped_adapters() == [cards / name for name in "dcba"]
+    (cards / "a" / "adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(AdapterError, match="not a readable safetensors file"):
+        columns.shipped_adapters()
 
 
 def test_the_context_of_a_family_with_a_name_of_its_own_for_it():

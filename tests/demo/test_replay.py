@@ -110,7 +110,7 @@ def test_a_prompt_ends_it(visit, server):
     page = visit()
     page.wait_for_selector(".ml-token")
     before = server.forwards()
-    ask(page, "Write this number in digits: seven thousand eight hundred and ten")
+    ask(page, "Write this in digits: seven thousand, eight hundred and ten")
     page.wait_for_selector(".ml-replay", state="hidden")
     # The recording may have ended as well: its columns are finished before the new ones begin.
     page.wait_for_function("document.querySelector('.ml-words').textContent.startsWith('Done.')")

@@ -61,11 +61,12 @@ def test_it_runs_and_answers(staged):
                 time.sleep(0.5)
         client = Client(address, verbose=False)
         asked = {"max_new_tokens": 8, "experts": True, "api_name": "/compare"}
-        items = list(client.submit("Write this number in digits: forty-two", **asked))
+        items = list(client.submit("Write as YYYY-MM-DD: January 30, 1916", **asked))
         rows = {row["name"]: row for row in items[-1]["rows"]}
-        assert list(rows) == ["SmolLM2-135M-Instruct", "smollm2-135m-dora", "smollm2-135m-mixlora"]
+        methods = ["lora", "dora", "mixlora", "mixdora"]
+        assert list(rows) == ["SmolLM2-135M-Instruct", *(f"smollm2-135m-{method}" for method in methods)]
         assert all(row["error"] is None and row["text"] for row in rows.values())
-        assert rows["smollm2-135m-mixlora"]["text"].startswith("42")
+        assert all(rows[f"smollm2-135m-{method}"]["text"].startswith("1916-0") for method in methods)
         experts = rows["smollm2-135m-mixlora"]["experts"]
         assert len(experts) == rows["smollm2-135m-mixlora"]["tokens"]
         assert all(len(token) == 30 and all(len(layer) == 2 for layer in token) for token in experts)

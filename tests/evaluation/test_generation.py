@@ -81,7 +81,9 @@ def test_the_limit_is_held(saved):
     assert [len(tokens) for tokens in found.tokens] == [3] * 7
 
 
-@pytest.mark.parametrize("changes", [{}, {"routing_strategy": "top_p"}, {"use_dora": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"routing_strategy": "top_p"}, {"routing_strategy": "switch"}, {"use_dora": True}]
+)
 def test_routing_is_that_of_the_model(tmp_path, changes):
     """Every position that was read is counted once for each prompt, and padding never."""
     base = tiny_base()

@@ -31,7 +31,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("evidence-work"), help="folder for adapters and answers")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--method", action="append", choices=METHODS, help="only these; again for more")
-    parser.add_argument("--part", action="append", choices=(BASE, "sweep", "seeds", "single"), help="only these")
+    parser.add_argument(
+        "--part", action="append", choices=(BASE, "sweep", "full", "seeds", "single", "trial"), help="only these"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of this process")
     arguments = parser.parse_args()
     store = Store(arguments.results)

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from evidence.plan import EVALUATION_DTYPE, TASKS, TEST_ITEMS, TRAIN_ITEMS, VALIDATION_ITEMS, Run
+from evidence.plan import EVALUATION_DTYPE, FEW_SHOT, TASKS, TEST_ITEMS, TRAIN_ITEMS, VALIDATION_ITEMS, Run
 
 from minilora_hub.errors import TrainingError, TrainingInterrupted
 from minilora_hub.evaluation.report import routers, updated_results
@@ -34,7 +34,7 @@ def make(run: Run, work: Path) -> dict[str, Any]:
         run: what is trained.
         work: folder for adapters, rows and answers; what is in it is used again.
     """
-    out = work / "adapters" / run.name
+    out = work / "adapters" / run.adapter
     result: dict[str, Any] = {"run": run.to_dict(), "command": run.command()}
     state = json.loads((out / STATE_FILE).read_text()) if (out / STATE_FILE).is_file() else None
     if not (state and state["finished"]):
@@ -52,7 +52,7 @@ def make(run: Run, work: Path) -> dict[str, Any]:
         except TrainingInterrupted:
             raise
         except TrainingError as error:  # a learning rate that is too high ends in NaN: that, too, is a result
-            if run.part != "sweep":
+            if run.part not in ("sweep", "full"):
                 raise
             return result | {"validation_loss": None, "failed": str(error)}
     curve = [(int(row["step"]), row) for row in csv.DictReader((out / "loss.csv").open(encoding="utf-8"))]
@@ -69,7 +69,7 @@ def make(run: Run, work: Path) -> dict[str, Any]:
     }
     result["validation_loss"] = min(loss for _, loss in result["validation"])
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    if run.part != "sweep":
+    if run.part not in ("sweep", "full"):
         report = measured([out], run.part, work)
         result |= told_of(report, report.models[-1])
     return result
@@ -77,7 +77,7 @@ def make(run: Run, work: Path) -> dict[str, Any]:
 
 def base_result(work: Path) -> dict[str, Any]:
     """The base, zero-shot and with examples."""
-    report = measured([], "seeds", work, few_shot=4)
+    report = measured([], "seeds", work, few_shot=FEW_SHOT)
     plain, few = report.models
     return told_of(report, plain) | {"few_shot": told_of(report, few)["scores"]}
 
@@ -90,8 +90,8 @@ def ship(run: Run, work: Path, out: Path) -> None:
         work: where its adapter lies.
         out: the folder; one that is there is replaced.
     """
-    adapter = work / "adapters" / run.name
-    report = measured([adapter], run.part, work)
+    adapter = work / "adapters" / run.adapter
+    report = measured([adapter], run.part, work, few_shot=FEW_SHOT)
     updated_results(report, report.models[-1]).save(adapter)
     with TemporaryDirectory(dir=work) as scratch:
         built = build(adapter, Path(scratch) / out.name, repo_id=f"minilora-hub/{out.name}", base_model="embedded")

@@ -1,8 +1,9 @@
 """The experiment: which runs there are, what each is trained on, and in which order they are made.
 
 Four methods with equally many trainable parameters, on the same rows in the same order for as many steps. The learning
-rate of each is the one of a common grid with the lowest validation loss after a short run. Then three seeds of each on
-the mix of the tasks; and each task alone, for as many rows as the mix has of that task.
+rate of each is chosen in the same two rounds: short runs over a common grid, then runs of full length with the two
+rates of the lowest validation loss, of which the lower one wins. (What is best after a short run is too high for a long
+one.) Then three seeds of each on the mix of the tasks; and each task alone, for as many rows as the mix has of it.
 """
 
 from __future__ import annotations
@@ -22,9 +23,19 @@ TITLES = {"lora": "LoRA", "dora": "DoRA", "mixlora": "MixLoRA", "mixdora": "MixD
 TASKS = ("dates", "numbers", "inflection", "records")
 MIX = "mix"
 
-LEARNING_RATES = (5e-4, 1.5e-3, 4.5e-3)
-SWEEP_STEPS, STEPS = 40, 160
+VARIANTS: dict[str, dict[str, Any]] = {
+    "all-active": {"num_experts_per_tok": 4},
+    "decided": {"router_init_range": 0.1},
+}
+"""What is tried with the MixLoRA, one seed each, to find out what holds it back: every expert for every token, so that
+as much rank is active as in the LoRA; and routers that begin with clear preferences (five times the usual logits),
+since after so few steps they hardly prefer any expert."""
+
+LEARNING_RATES = (5e-4, 1.5e-3, 4.5e-3, 1.35e-2)
+SWEEP_STEPS, STEPS = 40, 240
 SINGLE_STEPS = STEPS // len(TASKS)
+FULL_LENGTH = 2
+"""How many learning rates of a method are tried at full length."""
 SEEDS = (0, 1, 2)
 
 TRAIN_ITEMS, VALIDATION_ITEMS = 1000, 24
@@ -33,7 +44,7 @@ DATA_COMMANDS = (
     f"minilora tasks --out . --split train --count {TRAIN_ITEMS}",
     f"minilora tasks --out . --split validation --count {VALIDATION_ITEMS}",
 )
-TEST_ITEMS = {"seeds": None, "single": 250}
+TEST_ITEMS = {"seeds": None, "single": 250, "trial": None}
 """Of each task; None is all, held-out formats included."""
 
 TRAINING: dict[str, Any] = {
@@ -44,6 +55,8 @@ TRAINING: dict[str, Any] = {
     "keep_checkpoints": 1,
 }
 EVALUATION_DTYPE = "bfloat16"
+FEW_SHOT = 4
+"""Examples that the base is shown in its second measurement."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +64,13 @@ class Run:
     """One training run.
 
     Attributes:
-        part: ``"sweep"``, ``"seeds"`` or ``"single"``.
+        part: ``"sweep"`` (short), ``"full"`` (a sweep's at full length), ``"seeds"``, ``"single"`` or ``"trial"``.
         method: a key of `ADAPTERS`.
         data: a task, or the mix.
         learning_rate: its peak.
         seed: of initial weights and order.
         steps: of eight rows.
+        variant: a key of `VARIANTS`, for a trial.
     """
 
     part: str
@@ -65,11 +79,22 @@ class Run:
     learning_rate: float
     seed: int
     steps: int
+    variant: str = ""
 
     @property
     def name(self) -> str:
         """Its file's."""
-        return f"{self.part}-{self.method}-{self.data}-lr{self.learning_rate:g}-seed{self.seed}"
+        return f"{self.part}-{self._what}-seed{self.seed}"
+
+    @property
+    def _what(self) -> str:
+        variant = f"-{self.variant}" if self.variant else ""
+        return f"{self.method}{variant}-{self.data}-lr{self.learning_rate:g}"
+
+    @property
+    def adapter(self) -> str:
+        """The folder of what it trains: a run at full length is the first seed's, if its learning rate is chosen."""
+        return f"{self._what}-seed{self.seed}-steps{self.steps}"
 
     def settings(self) -> dict[str, Any]:
         """What `train` is called with, but for the data."""
@@ -79,9 +104,10 @@ class Run:
             "learning_rate": self.learning_rate,
             "seed": self.seed,
             "max_steps": self.steps,
-            "save_every": self.steps // 4 if self.part == "seeds" else self.steps // 2,
+            "save_every": self.steps // 4 if self.steps == STEPS else self.steps // 2,
             **TRAINING,
             **ADAPTERS[self.method],
+            **(VARIANTS[self.variant] if self.variant else {}),
         }
 
     def about(self) -> dict[str, Any]:
@@ -113,16 +139,22 @@ def sweep_runs() -> list[Run]:
     return [Run("sweep", method, MIX, rate, 0, SWEEP_STEPS) for rate in order for method in METHODS]
 
 
+def full_runs(best: dict[str, tuple[float, ...]]) -> list[Run]:
+    """The sweeps at full length, of the methods whose best learning rates of the short ones are known."""
+    return [Run("full", method, MIX, rate, 0, STEPS) for method in METHODS for rate in best.get(method, ())]
+
+
 def final_runs(rates: dict[str, float]) -> list[Run]:
     """The runs at the chosen learning rates; the methods that have none yet are left out."""
     seeds = [
         Run("seeds", method, MIX, rates[method], seed, STEPS) for seed in SEEDS for method in METHODS if method in rates
     ]
-    order = ("mixlora", "lora", "mixdora", "dora")
-    single = [
-        Run("single", method, task, rates[method], 0, SINGLE_STEPS)
-        for method in order
-        if method in rates
-        for task in TASKS
-    ]
-    return seeds + single
+    single = {
+        method: [Run("single", method, task, rates[method], 0, SINGLE_STEPS) for task in TASKS] for method in rates
+    }
+    trials = [Run("trial", "mixlora", MIX, rates["mixlora"], 0, STEPS, name) for name in VARIANTS if "mixlora" in rates]
+    first, last = (
+        [run for method in methods for run in single.get(method, [])]
+        for methods in (("mixlora", "lora"), ("mixdora", "dora"))
+    )
+    return seeds + first + trials + last

@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from evidence.plan import LEARNING_RATES, METHODS, SEEDS, STEPS, SWEEP_STEPS, TASKS, TEST_ITEMS, TITLES, sweep_runs
+from evidence.plan import LEARNING_RATES, METHODS, SEEDS, STEPS, SWEEP_STEPS, TASKS, TEST_ITEMS, TITLES
 from evidence.store import BASE, Store
 
 from minilora_hub.evaluation.metrics import Difference, paired_difference, perplexity
@@ -110,19 +110,63 @@ def _row(name: str, cells: list[str]) -> str:
 
 
 def sweep_table(store: Store) -> list[str]:
-    """Validation loss of the short runs, by learning rate."""
+    """Validation loss by learning rate: of the short runs, and in brackets of those at full length."""
     lines = ["| learning rate | " + " | ".join(f"{rate:g}" for rate in LEARNING_RATES) + " |"]
     lines += ["| --- |" + " ---: |" * len(LEARNING_RATES)]
     for method in METHODS:
-        losses = {run["run"]["learning_rate"]: run["validation_loss"] for run in store.done("sweep", method=method)}
-        cells = ["" if rate not in losses else _loss(losses[rate]) for rate in LEARNING_RATES]
-        if losses:
+        short, full = (
+            {run["run"]["learning_rate"]: run["validation_loss"] for run in store.done(part, method=method)}
+            for part in ("sweep", "full")
+        )
+        cells = []
+        for rate in LEARNING_RATES:
+            cell = _loss(short[rate]) if rate in short else ""
+            cells.append(f"{cell} ({_loss(full[rate])})" if rate in full else cell)
+        if short:
             lines.append(_row(TITLES[method], cells))
     return lines
 
 
 def _loss(value: float | None) -> str:
     return "NaN" if value is None else f"{value:.3f}"
+
+
+VARIANT_TITLES = {"all-active": "MixLoRA, all 4 experts for every token", "decided": "MixLoRA, routers that start with preferences"}
+
+
+def trials(store: Store) -> list[str]:
+    """The variants of the MixLoRA beside it and the LoRA, the first seed of each; nothing where none was tried."""
+    tried = store.done("trial")
+    if not tried:
+        return []
+    head = ["first seed", "validation loss", *(HEADERS[task] for task in TASKS), "mean", "perplexity"]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    named = [
+        (TITLES[method], run) for method in ("lora", "mixlora") for run in store.done("seeds", method=method, seed=0)
+    ]
+    for name, run in [*named, *((VARIANT_TITLES[run["run"]["variant"]], run) for run in tried)]:
+        cells = [_loss(run["validation_loss"]), *(f"{share(run, task):.1f}" for task in TASKS)]
+        lines.append(_row(name, [*cells, f"{together(run):.1f}", f"{general(run):.2f}"]))
+    return lines
+
+
+def router_lines(store: Store) -> list[str]:
+    """How evenly the routers spread the tokens and how certain they are: a line for each mixture's first seed."""
+    lines = []
+    for method in METHODS:
+        for run in store.done("seeds", method=method, seed=0):
+            if not run.get("routers"):
+                continue
+            used = [run["routers"][task] for task in TASKS]
+            shares = [expert for use in used for layer in use["load"] for expert in layer]
+            entropy = statistics.fmean(value for use in used for value in use["entropy"])
+            even = 100 / len(used[0]["load"][0])
+            lines.append(
+                f"- {TITLES[method]}: over layers and tasks an expert gets {100 * min(shares):.0f} to "
+                f"{100 * max(shares):.0f} % of a layer's slots (even: {even:.0f} %); the routers' entropy is "
+                f"{entropy:.2f} of the largest possible"
+            )
+    return lines
 
 
 def setting(store: Store) -> list[str]:
@@ -184,14 +228,17 @@ def section(store: Store) -> str:
     made, planned = sum(map(len, runs)), len(METHODS) * len(SEEDS)
     lines = [START, ""]
     if made < planned:
-        swept = len(store.done("sweep"))
         lines += [
-            f"These runs are not complete: {made} of {planned} are there, and {swept} of {len(sweep_runs())} of the "
-            "short ones that choose the learning rates. The command above goes on with them.",
+            f"These runs are not complete: {made} of {planned} are there. The command above goes on with them.",
             "",
         ]
     if store.done("sweep"):
-        lines += [f"Validation loss after {SWEEP_STEPS} steps of 8 rows:", "", *sweep_table(store), ""]
+        lines += [
+            f"Validation loss after {SWEEP_STEPS} steps of 8 rows, and in brackets after {STEPS}:",
+            "",
+            *sweep_table(store),
+            "",
+        ]
     if made or store.has(BASE):
         lines += [
             f"Exact match in percent on {items(store)} test items (mean ± standard deviation over seeds), "
@@ -203,7 +250,10 @@ def section(store: Store) -> str:
             "",
             *differences(store),
             "",
+            *([*router_lines(store), ""] if router_lines(store) else []),
         ]
+    if store.done("trial"):
+        lines += ["Attempts to make the MixLoRA better at the same size:", "", *trials(store), ""]
     for name, (text, has) in PICTURES.items():
         if has(store):
             lines += [f"![{text}](tests/evidence/pictures/{name})", ""]

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from evidence.plan import LEARNING_RATES, METHODS, Run, final_runs, sweep_runs
+from evidence.plan import FULL_LENGTH, METHODS, Run, final_runs, full_runs, sweep_runs
 
 RESULTS = Path(__file__).parent / "results"
 BASE = "base"
@@ -38,20 +38,34 @@ class Store:
         temporary.write_text(json.dumps(value, separators=(",", ":")) + "\n", encoding="utf-8")
         os.replace(temporary, self.path(name))
 
+    def losses(self, runs: list[Run]) -> dict[float, float] | None:
+        """Learning rate -> validation loss of these runs, without those that ended in NaN; None if one is missing."""
+        if not runs or not all(self.has(run.name) for run in runs):
+            return None
+        found = {run.learning_rate: self.read(run.name)["validation_loss"] for run in runs}
+        return {rate: loss for rate, loss in found.items() if loss is not None}
+
+    def best(self) -> dict[str, tuple[float, ...]]:
+        """The learning rates that are tried at full length, of the methods whose short sweep is complete."""
+        found = {}
+        for method in METHODS:
+            losses = self.losses([run for run in sweep_runs() if run.method == method])
+            if losses is not None:
+                found[method] = tuple(sorted(losses, key=lambda rate: losses[rate])[:FULL_LENGTH])
+        return found
+
     def rates(self) -> dict[str, float]:
-        """Each method's learning rate, of the methods whose sweep is complete: that of the lowest validation loss."""
+        """Each method's learning rate, of the methods whose runs at full length are complete."""
         chosen = {}
         for method in METHODS:
-            runs = [run for run in sweep_runs() if run.method == method]
-            losses = {run.learning_rate: self.read(run.name)["validation_loss"] for run in runs if self.has(run.name)}
-            if len(losses) == len(LEARNING_RATES):
-                finite = {rate: loss for rate, loss in losses.items() if loss is not None}
-                chosen[method] = min(finite, key=lambda rate: finite[rate])
+            losses = self.losses([run for run in full_runs(self.best()) if run.method == method])
+            if losses is not None:
+                chosen[method] = min(losses, key=lambda rate: losses[rate])
         return chosen
 
     def runs(self) -> list[Run]:
         """Every run that is known so far, in the order in which they are made."""
-        return sweep_runs() + final_runs(self.rates())
+        return sweep_runs() + full_runs(self.best()) + final_runs(self.rates())
 
     def done(self, part: str, **wanted: Any) -> list[dict[str, Any]]:
         """Results of a part that are there, of runs with these fields."""

@@ -6,7 +6,19 @@ import random
 
 import pytest
 from evidence import report
-from evidence.plan import ADAPTERS, LEARNING_RATES, METHODS, SEEDS, SINGLE_STEPS, STEPS, TASKS, final_runs, sweep_runs
+from evidence.plan import (
+    ADAPTERS,
+    LEARNING_RATES,
+    METHODS,
+    SEEDS,
+    SINGLE_STEPS,
+    STEPS,
+    TASKS,
+    VARIANTS,
+    final_runs,
+    full_runs,
+    sweep_runs,
+)
 from evidence.store import BASE, Store
 
 from minilora_hub.evaluation.setup import held_out_key
@@ -41,8 +53,11 @@ def store(tmp_path):
     """Sweeps done; LoRA is right in 40%, DoRA as often, MixLoRA in 60%, MixDoRA has no runs yet."""
     store = Store(tmp_path)
     for run in sweep_runs():
-        loss = 0.5 if run.learning_rate == LEARNING_RATES[1] else 1.0
+        loss = 0.5 if run.learning_rate == LEARNING_RATES[2] else 1.0
         store.write(run.name, {"run": run.to_dict(), "validation_loss": loss, "seconds": 5.0})
+    for run in full_runs(store.best()):
+        loss = 0.4 if run.learning_rate == LEARNING_RATES[2] else 0.3
+        store.write(run.name, {"run": run.to_dict(), "validation_loss": loss, "seconds": 30.0})
     rates = {"lora": 0.4, "dora": 0.4, "mixlora": 0.6}
     for run in final_runs(store.rates()):
         if run.method in rates:
@@ -97,26 +112,40 @@ def test_each_task_alone_is_seen_as_often_as_in_the_mix():
 
 
 def test_run_names_are_told_apart_and_commands_hold_the_settings():
-    runs = sweep_runs() + final_runs(dict.fromkeys(METHODS, 1e-3))
+    runs = sweep_runs() + full_runs(dict.fromkeys(METHODS, (1e-3,))) + final_runs(dict.fromkeys(METHODS, 1e-3))
     assert len({run.name for run in runs}) == len(runs)
     for run in runs:
         command = run.command()
         assert f"--method {run.method} " in command
         assert f"--lr {run.learning_rate}" in command or f"--learning-rate {run.learning_rate}" in command
         assert f"--max-steps {run.steps} " in command
-        for name, value in ADAPTERS[run.method].items():
+        for name, value in (ADAPTERS[run.method] | VARIANTS.get(run.variant, {})).items():
             assert f"--rank {value}" in command if name == "r" else f"--set {name}={value}" in command
 
 
-def test_a_learning_rate_is_chosen_once_a_method_s_sweep_is_complete(tmp_path):
-    store, losses = Store(tmp_path), dict(zip(LEARNING_RATES, (0.9, None, 0.7), strict=True))
+def test_a_learning_rate_is_chosen_in_two_rounds(tmp_path):
+    """The two best after a short run are tried at full length; NaN is no candidate; nothing is chosen too early."""
+    store, losses = Store(tmp_path), dict(zip(LEARNING_RATES, (0.9, 0.8, 0.7, None), strict=True))
     runs = [run for run in sweep_runs() if run.method == "dora"]
     for run in runs[:-1]:
         store.write(run.name, {"validation_loss": losses[run.learning_rate]})
-    assert store.rates() == {}
+    assert store.best() == {}
     store.write(runs[-1].name, {"validation_loss": losses[runs[-1].learning_rate]})
-    assert store.rates() == {"dora": LEARNING_RATES[2]}
-    assert {run.method for run in store.runs() if run.part != "sweep"} == {"dora"}
+    assert store.best() == {"dora": (LEARNING_RATES[2], LEARNING_RATES[1])}
+    first, second = full_runs(store.best())
+    store.write(first.name, {"validation_loss": 0.5})
+    assert store.rates() == {}
+    store.write(second.name, {"validation_loss": 0.4})
+    assert store.rates() == {"dora": LEARNING_RATES[1]}
+    assert {run.method for run in store.runs() if run.part not in ("sweep", "full")} == {"dora"}
+
+
+def test_a_run_at_full_length_is_the_first_seed_s():
+    """What was trained to choose a learning rate is what is measured, and not trained again."""
+    (full,) = full_runs({"dora": (1e-3,)})
+    seed, other = [run for run in final_runs({"dora": 1e-3}) if run.part == "seeds"][:2]
+    assert (full.adapter, full.settings(), full.about()) == (seed.adapter, seed.settings(), seed.about())
+    assert other.adapter != seed.adapter
 
 
 def test_verdicts_follow_from_items_and_seeds(store):
@@ -149,12 +178,30 @@ def test_the_table_holds_the_means_of_the_results(store):
 
 def test_the_sweep_is_told(store):
     rows = report.sweep_table(store)
-    assert rows[0] == "| learning rate | 0.0005 | 0.0015 | 0.0045 |"
-    assert rows[2:] == [f"| {title} | 1.000 | 0.500 | 1.000 |" for title in ("LoRA", "DoRA", "MixLoRA", "MixDoRA")]
+    assert rows[0] == "| learning rate | 0.0005 | 0.0015 | 0.0045 | 0.0135 |"
+    cells = "1.000 | 1.000 (0.300) | 0.500 (0.400) | 1.000"
+    assert rows[2:] == [f"| {title} | {cells} |" for title in ("LoRA", "DoRA", "MixLoRA", "MixDoRA")]
+
+
+def test_trials_stand_beside_the_runs_they_vary(store):
+    """The first seeds of LoRA and MixLoRA, then each variant, with the numbers of their own results."""
+    rows = report.trials(store)
+    assert [row.split("|")[1].strip() for row in rows[2:]] == ["LoRA", "MixLoRA", *report.VARIANT_TITLES.values()]
+    (run,) = [run for run in store.done("trial") if run["run"]["variant"] == "all-active"]
+    cells = [cell.strip() for cell in rows[4].split("|")[2:-1]]
+    assert cells == ["0.500", *(f"{report.share(run, task):.1f}" for task in TASKS), *cells[5:]]
+    assert report.VARIANT_TITLES.keys() == VARIANTS.keys()
+
+
+def test_routers_are_told(store):
+    """An even load of four experts, and half of the largest entropy."""
+    (line,) = [line for line in report.router_lines(store) if line.startswith("- MixLoRA")]
+    assert "gets 25 to 25 % of a layer's slots (even: 25 %)" in line
+    assert line.endswith("0.50 of the largest possible")
 
 
 def test_incomplete_runs_are_said_to_be_incomplete(store, tmp_path):
-    assert "These runs are not complete: 9 of 12 are there, and 12 of 12 of the short" in report.section(store)
+    assert "These runs are not complete: 9 of 12 are there." in report.section(store)
     nothing = report.section(Store(tmp_path / "none"))
     assert "not complete: 0 of 12" in nothing
     assert "|" not in nothing
