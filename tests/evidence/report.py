@@ -131,7 +131,10 @@ def _loss(value: float | None) -> str:
     return "NaN" if value is None else f"{value:.3f}"
 
 
-VARIANT_TITLES = {"all-active": "MixLoRA, all 4 experts for every token", "decided": "MixLoRA, routers that start with preferences"}
+VARIANT_TITLES = {
+    "all-active": "MixLoRA, all 4 experts for every token",
+    "decided": "MixLoRA, routers that start with preferences",
+}
 
 
 def trials(store: Store) -> list[str]:
