@@ -181,7 +181,7 @@ def may_write_to_output_of(layer):
 
     The gradient of a plain linear needs its input and weight; what that of another kind needs is not ours to know.
     """
-    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or any(_EVERYBODYS_HOOKS)
     return not hooked and (type(layer) is nn.Linear or not torch.is_grad_enabled())
 
 

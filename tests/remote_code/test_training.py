@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from tiny import CAUSAL_LM, METHODS, fill_adapter, logits, tiny_base, tiny_config, tiny_model, token_ids
+from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
 from minilora_hub.remote_code.adapted_linear import add_low_rank, add_low_rank_, row_norms_squared
@@ -206,6 +207,74 @@ def test_a_4bit_base_that_was_evaluated_still_trains_with_the_right_gradients(me
         gradients.append({name: p.grad for name, p in model.adapter_parameters().items()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient)
+
+
+# ---- writing to the base's product ----
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_hook_on_a_base_layer_keeps_what_the_layer_gave(method, dropout, everywhere):
+    """In training the low-rank part is written into the base's product, unless somebody listens: same gradients."""
+    model = CAUSAL_LM[method].from_base(tiny_base(), tiny_config(method, lora_dropout=dropout)).train()
+    fill_adapter(model)
+    ids, kept, gradients = token_ids(), [], []
+    attention = model.base_model.layers[0].self_attn.q_proj
+    layer = attention.base_layer
+
+    def keep(module, args, out):
+        if module is layer and args[0].dim() == 3:  # DoRA's norm calls it, too, with the rows of A
+            kept.append((args[0], out))
+
+    for listening in (False, True):
+        hook = None
+        if listening:
+            hook = (
+                nn.modules.module.register_module_forward_hook(keep)
+                if everywhere
+                else layer.register_forward_hook(keep)
+            )
+        torch.manual_seed(3)
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.adapter_parameters().items()})
+        if hook is not None:
+            hook.remove()
+    ((x, out),) = kept
+    torch.testing.assert_close(out, nn.functional.linear(x, layer.weight, layer.bias))
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_training_keeps_no_more_of_a_layer_than_its_gradient_needs(method):
+    """Plain LoRA keeps x and A x; DoRA what its scale multiplies, too. The base's own product is not kept beside it."""
+    from minilora_hub.remote_code.adapted_linear import AdaptedLinear, LowRankUpdate, row_norms_squared
+
+    layer, rows, r = nn.Linear(32, 48).requires_grad_(False), 7, 4
+    dora = method == "dora"
+    update = LowRankUpdate(
+        torch.randn(r, 32),
+        torch.randn(48, r),
+        torch.ones(48) if dora else None,
+        2.0,
+        0.0,
+        row_norms_squared(layer) if dora else None,
+    )
+    adapted, kept = AdaptedLinear(layer, update).train(), []
+    weights = {tensor.data_ptr() for tensor in (*layer.parameters(), *update.parameters())}
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        adapted(torch.randn(1, rows, 32, requires_grad=True))
+    large = {
+        t.untyped_storage().data_ptr(): t.numel() for t in kept if t.data_ptr() not in weights and t.numel() > 48 * r
+    }
+    assert sorted(large.values()) == ([32 * rows, 48 * rows] if dora else [32 * rows])
 
 
 # ---- torch.compile ----
