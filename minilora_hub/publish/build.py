@@ -112,6 +112,7 @@ def build(
     token: str | None = None,
     progress: bool = False,
     hashes: Hashes | None = None,
+    passing: bool = False,
     meanwhile: Callable[[Path, Shapes | None, str], object] | None = None,
 ) -> Built:
     """Build the folder that is published.
@@ -130,6 +131,7 @@ def build(
         token: for a private or gated base.
         progress: show bars while the base is fetched.
         hashes: of the source's files, where somebody has begun to read them already.
+        passing: the folder is read once and removed: the weights may then be linked instead of copied.
         meanwhile: called while large files are hashed, with the folder, in which only verification.json is missing, the
             tensors that the loaded model has, and the text of the card.
 
@@ -146,7 +148,7 @@ def build(
     previous = previous_card(trained.folder)
     base = find_base(trained, base_id, base_model, token, progress)
     with whole_folder(out) as folder, ExitStack() as ending:
-        copied = _copy_model(trained, folder, layout, base, hashes)
+        copied = _copy_model(trained, folder, layout, base, hashes, passing)
         ending.callback(wait, [copied])  # so that nothing is written any more when a failed build is removed
         found = obtain_recording(trained, base, before, hashes.of)
         notes = [found.note] if found.note else []
@@ -186,7 +188,9 @@ def list_files(folder: Path, hashes: Hashes | None = None) -> tuple[PublishedFil
     return tuple(PublishedFile(name, paths[name].stat().st_size, hashes.of(paths[name])) for name in sorted(paths))
 
 
-def _copy_model(source: Source, folder: Path, layout: Layout, base: BaseOfRecord, hashes: Hashes) -> Future[Any]:
+def _copy_model(
+    source: Source, folder: Path, layout: Layout, base: BaseOfRecord, hashes: Hashes, link: bool
+) -> Future[Any]:
     """Copy weights, tokenizer and generation settings; what the adapter has not is the base's.
 
     Returns:
@@ -194,7 +198,7 @@ def _copy_model(source: Source, folder: Path, layout: Layout, base: BaseOfRecord
     """
     copied: Future[Any] = Future()
     if source.layout == layout == "auto":
-        copied = hashes.copy(source.folder / WEIGHTS, folder / WEIGHTS)
+        copied = hashes.copy(source.folder / WEIGHTS, folder / WEIGHTS, link=link)
     else:
         hashes.start(source.folder / WEIGHTS)
         copied.set_result(None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
@@ -38,15 +39,25 @@ class Hashes:
         if path not in self._known:
             self._known[path] = _background().submit(_stamped_hash, path)
 
-    def copy(self, source: Path, out: Path) -> Future[tuple[Stamp, Stamp]]:
+    def copy(self, source: Path, out: Path, *, link: bool = False) -> Future[tuple[Stamp, Stamp]]:
         """Begin to copy a file in the background. Its hash is that of `source`, which is read meanwhile.
 
         Where `source` does not stay the same from before it is hashed until it is copied, the copy itself is hashed.
+
+        Args:
+            source: the file.
+            out: where to.
+            link: a hard link will do, where the system makes one: for a folder that is read once and removed.
 
         Returns:
             What tells when the copy is there, and raises OSError if it cannot be made.
         """
         self.start(source)
+        if link and _link(source, out):
+            self._known[out] = self._known[source]
+            there: Future[tuple[Stamp, Stamp]] = Future()
+            there.set_result((stamp(source), stamp(out)))
+            return there
         copied = _background().submit(_copy, source, out)
         self._known[out] = _background().submit(_hash_of_copy, copied, self._known[source], out)
         return copied
@@ -70,6 +81,18 @@ class Hashes:
 def _background() -> ThreadPoolExecutor:
     # What waits for another task was handed in after it, so it never keeps that one from running.
     return ThreadPoolExecutor(2, thread_name_prefix="minilora-hash")
+
+
+def _link(source: Path, out: Path) -> bool:
+    """Whether there is a hard link now: not to an executable file, as a copy is none, nor between file systems."""
+    source = source.resolve()
+    try:
+        if source.stat().st_mode & 0o111:
+            return False
+        os.link(source, out)
+    except OSError:
+        return False
+    return True
 
 
 def _copy(source: Path, out: Path) -> tuple[Stamp, Stamp]:

@@ -57,6 +57,7 @@ def build(names: list[str], rows: Path, scratch: Path) -> dict:
                 parameter.data = weights.setdefault(plain, parameter.data)
         trainers[name], _ = build_trainer(settings, trainee, data, tokenizer, scratch / name, processes=1)
         trainers[name].create_optimizer()
+        trainers[name].current_gradient_accumulation_steps = 1  # which `train` would set
     return trainers
 
 

@@ -106,3 +106,36 @@ def test_linears_of_one_shape_get_different_weights():
 def test_the_quick_look_for_paths_misses_none(path):
     assert MACHINE_PATH.search(f"at {path}")
     assert any(part in path for part in IN_EVERY_MACHINE_PATH)
+
+
+def test_a_link_will_do_where_one_can_be_made(tmp_path, monkeypatch):
+    """The same bytes under both names, hashed once; a change afterwards is seen; else there is a copy."""
+    source, folder = tmp_path / "weights", tmp_path / "built"
+    folder.mkdir()
+    source.write_bytes(b"w" * 3_000_000)
+    hashes = Hashes()
+    hashes.copy(source, folder / "linked", link=True).result()
+    assert (folder / "linked").samefile(source)
+    assert hashes.of(folder / "linked") == hashlib.sha256(source.read_bytes()).hexdigest()
+    source.write_bytes(b"v" * 3_000_000)
+    assert hashes.of(folder / "linked") == hashlib.sha256(b"v" * 3_000_000).hexdigest()
+
+    by_name = tmp_path / "by-name"
+    by_name.symlink_to(source)
+    hashes.copy(by_name, folder / "of-a-name", link=True).result()
+    assert not (folder / "of-a-name").is_symlink()
+    assert (folder / "of-a-name").samefile(source)
+
+    source.chmod(0o755)
+    hashes.copy(source, folder / "executable", link=True).result()
+    source.chmod(0o644)
+
+    def refuse(*_):
+        raise OSError("another file system")
+
+    monkeypatch.setattr("os.link", refuse)
+    hashes.copy(source, folder / "elsewhere", link=True).result()
+    for name in ("executable", "elsewhere"):
+        assert not (folder / name).samefile(source)
+        assert (folder / name).read_bytes() == source.read_bytes()
+        assert not (folder / name).stat().st_mode & 0o111
