@@ -39,7 +39,7 @@ EXAMPLES = (
     "Potsdam is a dietitian and 18.",
     "Write as YYYY-MM-DD: the last day of March 1949",
     "Write this in digits: four thousand, nine hundred and seventeen point six three",
-    "Write the plural of: titmouse",
+    "Write the past participle of: outdo",
     # … and what they were not.
     "Why is the sky blue?",
 )

@@ -181,8 +181,7 @@ def may_write_to_output_of(layer):
 
     The gradient of a plain linear needs its input and weight; what that of another kind needs is not ours to know.
     """
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or any(_EVERYBODYS_HOOKS)
-    return not hooked and (type(layer) is nn.Linear or not torch.is_grad_enabled())
+    return not _is_heard(layer) and (not torch.is_grad_enabled() or _is_plain(layer))
 
 
 def is_only_its_product(layer):
@@ -191,12 +190,18 @@ def is_only_its_product(layer):
     Where it is, a single row goes past the module's call, which costs as much as a small product.
     """
     return (
-        type(layer) is nn.Linear
-        and not torch.is_grad_enabled()
-        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
-        and not any(_EVERYBODYS_HOOKS)
-        and not torch.compiler.is_compiling()
+        _is_plain(layer) and not torch.is_grad_enabled() and not _is_heard(layer) and not torch.compiler.is_compiling()
     )
+
+
+def _is_plain(layer):
+    """Whether it computes what nn.Linear does: it is one, and its forward was not replaced (as to fetch weights)."""
+    return type(layer) is nn.Linear and "forward" not in layer.__dict__
+
+
+def _is_heard(layer):
+    """Whether a hook sees what goes in or comes out."""
+    return layer._forward_hooks or layer._forward_pre_hooks or any(_EVERYBODYS_HOOKS)
 
 
 _EVERYBODYS_HOOKS = tuple(

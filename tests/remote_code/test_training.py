@@ -212,39 +212,43 @@ def test_a_4bit_base_that_was_evaluated_still_trains_with_the_right_gradients(me
 # ---- writing to the base's product ----
 
 
-@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("listen", ["hook", "everybody's hook", "forward"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_hook_on_a_base_layer_keeps_what_the_layer_gave(method, dropout, everywhere):
+def test_whoever_listens_to_a_base_layer_keeps_what_it_gave(method, dropout, listen, monkeypatch):
     """In training the low-rank part is written into the base's product, unless somebody listens: same gradients."""
     model = CAUSAL_LM[method].from_base(tiny_base(), tiny_config(method, lora_dropout=dropout)).train()
     fill_adapter(model)
-    ids, kept, gradients = token_ids(), [], []
-    attention = model.base_model.layers[0].self_attn.q_proj
-    layer = attention.base_layer
+    ids, kept = token_ids(), []
+    layer = model.base_model.layers[0].self_attn.q_proj.base_layer
 
     def keep(module, args, out):
         if module is layer and args[0].dim() == 3:  # DoRA's norm calls it, too, with the rows of A
             kept.append((args[0], out))
 
-    for listening in (False, True):
-        hook = None
-        if listening:
-            hook = (
-                nn.modules.module.register_module_forward_hook(keep)
-                if everywhere
-                else layer.register_forward_hook(keep)
-            )
+    def forward(x, plain=layer.forward):
+        kept.append((x, plain(x)))
+        return kept[-1][1]
+
+    def gradients():
         torch.manual_seed(3)
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
-        gradients.append({name: parameter.grad.clone() for name, parameter in model.adapter_parameters().items()})
-        if hook is not None:
-            hook.remove()
-    ((x, out),) = kept
+        return {name: parameter.grad.clone() for name, parameter in model.adapter_parameters().items()}
+
+    unheard = gradients()
+    if listen == "forward":
+        monkeypatch.setattr(layer, "forward", forward)
+        heard = gradients()
+    else:
+        everybody = nn.modules.module.register_module_forward_hook
+        with everybody(keep) if listen.startswith("everybody") else layer.register_forward_hook(keep):
+            heard = gradients()
+    x, out = kept[0]
+    assert x.dim() == 3
     torch.testing.assert_close(out, nn.functional.linear(x, layer.weight, layer.bias))
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6)
+    for name, gradient in unheard.items():
+        torch.testing.assert_close(heard[name], gradient, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["dora", "lora"])
