@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from minilora_hub import DoraConfig, DoraForCausalLM, DoraModel, MixLoraConfig, MixLoraForCausalLM, MixLoraModel
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
@@ -14,6 +15,8 @@ METHODS = ("dora", "mixlora", "mixdora")
 CAUSAL_LM = {"dora": DoraForCausalLM, "mixlora": MixLoraForCausalLM, "mixdora": MixLoraForCausalLM}
 HEADLESS = {"dora": DoraModel, "mixlora": MixLoraModel, "mixdora": MixLoraModel}
 VOCABULARY = 128
+# The name of the key/value cache in arguments and outputs: transformers 5.24 renamed it.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 TOP_P = {"routing_strategy": "top_p"}
 SWITCH = {"routing_strategy": "switch", "expert_capacity": 3, "router_jitter_noise": 0.0}
 

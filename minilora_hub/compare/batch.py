@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.answer import Answer, Update
 from minilora_hub.compare.banked_layers import BatchRows
+from minilora_hub.compare.cached_forward import CachedForward
 
 PREFILL_TOKENS = 512
 """Prompt tokens of all rows in one forward: long prompts are read in pieces, so that Stop works while they are read."""
@@ -40,13 +40,7 @@ class Batch:
             self._unread[line, longest - length :] = answer.ids[0]
             self._mask[line, longest - length :] = 1
         self._read = 0
-        self._cache: Any = None
-        parameter = next(bank.model.parameters(), None)
-        self._device = torch.device("cpu") if parameter is None else parameter.device
-        known = inspect.signature(bank.model.forward).parameters
-        # The head is a fifth of a small model's work: only where it is needed.
-        self._options = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-        self._takes_positions = "position_ids" in known
+        self._model = CachedForward(bank.model)
 
     @property
     def finished(self) -> bool:
@@ -56,7 +50,7 @@ class Batch:
     def end(self, reason: Any, error: str | None = None) -> list[Update]:
         """End every row, and give the cache back."""
         ended = sorted((answer.end(reason, error) for answer in self._live), key=lambda update: update.row)
-        self._live, self._cache = [], None
+        self._live, self._model.cache = [], None
         return ended
 
     def step(self) -> list[Update]:
@@ -88,21 +82,15 @@ class Batch:
         width = max(PREFILL_LEAST, PREFILL_TOKENS // len(self._live))
         chunk, self._unread = self._unread[:, :width], self._unread[:, width:]
         seen = self._read + chunk.shape[1]
-        options: dict[str, Any] = dict(self._options)
+        options: dict[str, Any] = {}
         if not self._mask.all():
-            mask = self._mask[:, :seen].to(self._device)
+            mask = self._mask[:, :seen].to(self._model.device)
             options["attention_mask"] = mask
-            if self._takes_positions:
+            if self._model.takes_positions:
                 options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, self._read :]
-        output = self._bank.model(
-            input_ids=chunk.to(self._device),
-            past_key_values=self._cache,
-            use_cache=True,
-            return_dict=True,
-            **options,
-        )
-        self._cache, self._read = output.past_key_values, seen
-        return output.logits[:, -1]
+        logits = self._model(chunk, **options)
+        self._read = seen
+        return logits
 
     def _drop_finished(self) -> None:
         kept = [line for line, answer in enumerate(self._live) if not answer.finished]
@@ -111,10 +99,10 @@ class Batch:
         self._live = [self._live[line] for line in kept]
         if kept:
             lines = torch.tensor(kept)
-            self._cache.batch_select_indices(lines.to(self._device))
+            self._model.keep_rows(lines)
             self._mask = self._mask[lines]
         else:
-            self._cache = None
+            self._model.cache = None
 
 
 def _order(bank: AdapterBank, answer: Answer) -> tuple:

@@ -8,7 +8,6 @@ measured in the same run.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from minilora_hub.compare.adapter_bank import AdapterBank
+from minilora_hub.compare.cached_forward import CachedForward
 from minilora_hub.errors import AdapterError
 from minilora_hub.remote_code.routing import RoutingRecord, record_routing
 
@@ -105,15 +105,10 @@ class _Batch:
         self, bank: AdapterBank, adapter: str | None, prompts: Sequence[Sequence[int]], max_new_tokens: int
     ) -> None:
         self._bank, self._adapter, self._prompts = bank, adapter, prompts
-        parameter = next(bank.model.parameters())
-        self._device = parameter.device
-        known = inspect.signature(bank.model.forward).parameters
-        self._options = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-        self._takes_positions = "position_ids" in known
+        self._model = CachedForward(bank.model)
         longest = max(map(len, prompts)) + max_new_tokens
         self._may_share = longest <= _window(bank.model)
         self.routing: RoutingSums | None = None
-        self._cache: Any = None
         self._mask = torch.zeros(1, 0, dtype=torch.long)
 
     def read_prompts(self) -> torch.Tensor:
@@ -126,7 +121,7 @@ class _Batch:
             start = torch.tensor([list(self._prompts[0][:common])])
             self._forward(start, torch.ones_like(start), weight=count)
             every = torch.zeros(count, dtype=torch.long)
-            self._cache.batch_select_indices(every.to(self._device))
+            self._model.keep_rows(every)
             self._mask = self._mask[every]
         else:
             common = 0
@@ -144,7 +139,7 @@ class _Batch:
         """Read one more token of each row in `lines`; the other rows leave. Returns their logits."""
         if len(lines) < self._mask.shape[0]:
             kept = torch.tensor(lines)
-            self._cache.batch_select_indices(kept.to(self._device))
+            self._model.keep_rows(kept)
             self._mask = self._mask[kept]
         ids = torch.tensor(tokens).unsqueeze(1)  # (rows, 1)
         return self._forward(ids, torch.ones_like(ids))
@@ -153,28 +148,21 @@ class _Batch:
         """Read (rows, seq) new tokens; `mask` is 0 on padding. Each token counts `weight` times in the routing."""
         seen = self._mask.shape[1]
         self._mask = torch.cat([self._mask, mask], dim=1)  # (rows, all tokens so far)
-        options: dict[str, Any] = dict(self._options)
+        options: dict[str, Any] = {}
         if not self._mask.all():
-            options["attention_mask"] = self._mask.to(self._device)
-            if self._takes_positions:
+            options["attention_mask"] = self._mask.to(self._model.device)
+            if self._model.takes_positions:
                 positions = (self._mask.cumsum(dim=1) - 1).clamp_min(0)[:, seen:]
-                options["position_ids"] = positions.to(self._device)
+                options["position_ids"] = positions.to(self._model.device)
         with (
             self._bank.rows([self._adapter] * ids.shape[0]),
             record_routing() as record,
         ):
-            output = self._bank.model(
-                input_ids=ids.to(self._device),
-                past_key_values=self._cache,
-                use_cache=True,
-                return_dict=True,
-                **options,
-            )
-        self._cache = output.past_key_values
+            logits = self._model(ids, **options)
         if record.logits:
-            sums = routing_sums(record, mask.to(self._device), weight)
+            sums = routing_sums(record, mask.to(self._model.device), weight)
             self.routing = sums if self.routing is None else self.routing + sums
-        return output.logits[:, -1].float()
+        return logits.float()
 
 
 def routing_sums(record: RoutingRecord, mask: torch.Tensor, weight: int = 1) -> RoutingSums:

@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from transformers import AutoModelForCausalLM
 from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraConfig, MixLoraForCausalLM
 from minilora_hub.bases import resolve_base
 from minilora_hub.compare.adapter_bank import AdapterBank
+from minilora_hub.compare.cached_forward import CachedForward
 from minilora_hub.compare.columns import shared_copy
 
 CONTEXT = 64
@@ -55,28 +57,23 @@ class Rows:
     """A batch that decodes one token at a time, from its own cache, on a model that may be a bank's."""
 
     def __init__(self, model, names, bank=None):
-        self.model, self.names, self.bank = model, names, bank
-        self.cache = None
+        self.forward, self.names, self.bank = CachedForward(model), names, bank
 
     @torch.inference_mode()
     def step(self, tokens: int = 4) -> float:
-        if self.cache is None:
+        if self.forward.cache is None:
             self._forward(torch.arange(CONTEXT).repeat(len(self.names), 1) + 100)
         token = torch.full((len(self.names), 1), 42)
         started = time.perf_counter()
         for _ in range(tokens):
             self._forward(token)
         took = (time.perf_counter() - started) / tokens
-        self.cache.crop(-tokens)
+        self.forward.cache.crop(-tokens)
         return took
 
     def _forward(self, ids):
-        if self.bank is None:
-            output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        else:
-            with self.bank.rows(self.names):
-                output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache = output.past_key_values
+        with nullcontext() if self.bank is None else self.bank.rows(self.names):
+            self.forward(ids)
 
 
 def main() -> None:

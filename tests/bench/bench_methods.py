@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from peft import LoraConfig, get_peft_model
 from reference import reference_mixlora
-from tiny import fill_adapter
-from transformers import AutoModelForCausalLM
+from tiny import CACHE, fill_adapter
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraConfig, MixLoraForCausalLM
 from minilora_hub.bases import resolve_base
@@ -78,11 +78,12 @@ def prefill(model, state, tokens: int = PREFILL) -> float:
 @torch.no_grad()
 def decode(model, state, tokens: int = 4, context: int = CONTEXT) -> float:
     if "cache" not in state:
-        state["cache"] = model(input_ids=torch.arange(context)[None] + 100, use_cache=True).past_key_values
+        state["cache"] = DynamicCache()
+        model(input_ids=torch.arange(context)[None] + 100, use_cache=True, **{CACHE: state["cache"]})
     token = torch.tensor([[42]])
     started = time.perf_counter()
     for _ in range(tokens):
-        model(input_ids=token, past_key_values=state["cache"], use_cache=True)
+        model(input_ids=token, **{CACHE: state["cache"]}, use_cache=True)
     took = (time.perf_counter() - started) / tokens
     state["cache"].crop(-tokens)
     return took

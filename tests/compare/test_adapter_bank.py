@@ -60,8 +60,8 @@ def test_decoding_with_a_cache(bank, models, count):
     names = (["mix-3", "mixdora", "lora", None, "dora", "mix-top-p", "rslora", "mix", "patterns"])[:count]
     ids = different_prompts(count, 6)
     with torch.no_grad(), bank.use(names), bank.rows(names):
-        cache = bank.model(ids[:, :3], use_cache=True).past_key_values
-        steps = [bank.model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(3, 6)]
+        cache = {tiny.CACHE: bank.model(ids[:, :3], use_cache=True)[tiny.CACHE]}
+        steps = [bank.model(ids[:, at : at + 1], **cache).logits for at in range(3, 6)]
     for row, name in enumerate(names):
         expected = tiny.logits(models[name], ids[row : row + 1])[0, 3:]
         assert (torch.cat(steps, dim=1)[row] - expected).abs().max() < 1e-4, name

@@ -4,6 +4,7 @@ import pytest
 import torch
 from reference import plain_balance, plain_mixture, plain_switch, plain_top_p
 from tiny import (
+    CACHE,
     FAMILIES,
     OTHER_FAMILIES,
     SWITCH,
@@ -179,7 +180,7 @@ def test_token_by_token_with_a_cache_equals_one_call(strategy):
     outputs = model(ids[:, :5], use_cache=True)
     steps = [outputs.logits]
     for t in range(5, 12):
-        outputs = model(ids[:, t : t + 1], past_key_values=outputs.past_key_values, use_cache=True)
+        outputs = model(ids[:, t : t + 1], use_cache=True, **{CACHE: outputs[CACHE]})
         steps.append(outputs.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), logits(model, ids), rtol=0, atol=1e-4)
 
