@@ -479,6 +479,9 @@ class AdaptedModel(PreTrainedModel):
     def set_output_embeddings(self, value):
         self.base.set_output_embeddings(value)
 
+    def resize_token_embeddings(self, *args, **kwargs):
+        return self.base.resize_token_embeddings(*args, **kwargs)  # which keeps its size in its own attributes, too
+
     @property
     def accepts_loss_kwargs(self):
         """Whether the base's forward takes `num_items_in_batch`; Trainer asks."""
