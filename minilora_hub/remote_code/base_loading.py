@@ -8,6 +8,7 @@ trained. Here both are errors, so that loading an adapter gives the base it was 
 from contextlib import contextmanager
 
 import torch
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from .adapter_files import first_names
@@ -25,11 +26,14 @@ def load_checked(loader, name_or_path, **arguments):
         **arguments: passed to `from_pretrained`.
 
     Raises:
-        ValueError: the checkpoint lacks a tensor or has another shape for it; the message names it. Tensors beyond
-            those of the model (a head, another tower) are no error, nor is a missing one that is tied to another.
+        ValueError: the checkpoint is damaged, lacks a tensor or has another shape for it; the message names it. A
+            missing tensor that is tied to another is no error, nor are those beyond the model's (a head, a tower).
     """
     arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are named below
-    model, report = loader.from_pretrained(name_or_path, **arguments)
+    try:
+        model, report = loader.from_pretrained(name_or_path, **arguments)
+    except SafetensorError as error:
+        raise ValueError(f"the checkpoint {str(name_or_path)!r} is damaged ({error}): get it again") from error
     missing = sorted(report["missing_keys"])
     problems = [
         f"{name} has the shape {tuple(found)} there, {tuple(wanted)} is required"
