@@ -140,10 +140,16 @@ class AdaptedModel(PreTrainedModel):
         elif config.base_model_name_or_path is None:
             config.base_model_name_or_path = base.config.name_or_path or None
         config.base_fingerprint = cls._fingerprint(config, cache_dir)
-        if not loaded and config.base_fingerprint != UNKNOWN:
+        files_are_here = config.base_fingerprint != UNKNOWN
+        if not loaded and files_are_here:
             refuse_adapted(base)
             cls._refuse_other_weights(base, config)
-        digests = tensor_digests(base) if loaded or config.base_fingerprint != UNKNOWN else None
+        elif not loaded and base.config.name_or_path:
+            logger.warning(
+                f"The files of {config.base_model_name_or_path!r} are not on this machine, so it was not checked that "
+                "the base has their weights."
+            )
+        digests = tensor_digests(base) if loaded or files_are_here else None
         model = cls(config, base=base, seed=seed, adapter_dtype=adapter_dtype)
         model._remember_base(digests, cache_dir)
         return model
@@ -344,8 +350,15 @@ class AdaptedModel(PreTrainedModel):
         Args:
             folder: folder, made if missing.
             **kwargs: passed to the base's `save_pretrained` (`max_shard_size`, …).
+
+        Raises:
+            ValueError: the folder is the one that holds the base as it was, whose files may still be in use.
         """
-        tokenizer = self._base_tokenizer() if self.config.base_model_name_or_path else None
+        name = self.config.base_model_name_or_path
+        here = name and local_folder(_source(name), self.config.base_model_revision, self._base_cache_dir)
+        if here and os.path.exists(folder) and os.path.samefile(folder, here):
+            raise ValueError(f"folder={str(folder)!r}: holds the base as it was loaded; another folder is required")
+        tokenizer = self._base_tokenizer() if name else None
         with self._plain_base() as base:
             base.save_pretrained(folder, **kwargs)
         if tokenizer is not None:
@@ -388,8 +401,7 @@ class AdaptedModel(PreTrainedModel):
         before = self._base_as_named if (self._base_as_named or ())[:2] == (name, revision) else None
         if before is None and folder is None:
             return  # it was handed in under the name of files that are not here
-        names = {} if state_dict is None else {id(p): n for n, p in self.named_parameters() if n in state_dict}
-        given = {key: state_dict[parameter] for key, parameter in names.items()}
+        given = {id(p): state_dict[n] for n, p in self.named_parameters() if n in (state_dict or {})}
         with self._plain_base() as base:
             digests = tensor_digests(base, given)
             if before is not None and same_digests(before[2], digests):
@@ -438,7 +450,7 @@ class AdaptedModel(PreTrainedModel):
         return base
 
     def merge(self):
-        """Fold the adapter into the base's weights and give the base back: a plain model. DoRA only.
+        """Fold the adapter into the base's weights and give the base back: a plain model, without a name. DoRA only.
 
         Raises:
             ValueError: this is a mixture, or a base weight is quantised or offloaded. Nothing is changed then.

@@ -36,7 +36,7 @@ def load_checked(loader, name_or_path, **arguments):
         raise ValueError(f"the checkpoint {str(name_or_path)!r} is damaged ({error}): get it again") from error
     missing = sorted(report["missing_keys"])
     problems = [
-        f"{name} has the shape {tuple(found)} there, {tuple(wanted)} is required"
+        f"{name} has the shape {tuple(found)} there instead of {tuple(wanted)}"
         for name, found, wanted in sorted(report["mismatched_keys"])
     ]
     if missing:
@@ -106,7 +106,7 @@ def differing_tensors(base, folder, given=None):
         if value is None or name in absent:
             found.append(f"{name} is not in the files")
         elif tensor.shape != value.shape:
-            found.append(f"{name} has the shape {tuple(tensor.shape)}, in the files {tuple(value.shape)}")
+            found.append(f"{name} has the shape {tuple(tensor.shape)} instead of {tuple(value.shape)}")
         elif not _is_same(tensor.detach(), value):
             found.append(f"{name} has other values")
     return found + [f"{name} is in the files only" for name in theirs]

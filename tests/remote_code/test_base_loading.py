@@ -122,7 +122,7 @@ def test_tensors_under_other_names_are_told(rename, shown, base_folder):
 def test_a_misshapen_tensor_is_named_with_both_shapes(base_folder):
     edit_checkpoint(base_folder, lambda tensors: tensors.update({UP: torch.ones(3, 5)}))
     for arguments in ({}, {"ignore_mismatched_sizes": True}):
-        with pytest.raises(ValueError, match=rf"{UP} has the shape \(3, 5\) there, \(48, 32\) is required"):
+        with pytest.raises(ValueError, match=rf"{UP} has the shape \(3, 5\) there instead of \(48, 32\)"):
             load_checked(AutoModelForCausalLM, base_folder, **arguments)
 
 
@@ -199,7 +199,7 @@ def other_weights(base):
 
 def test_a_model_with_other_weights_than_its_files_is_refused(base_folder):
     expected = {
-        "resized": r"model\.embed_tokens\.weight has the shape \(140, 32\), in the files \(128, 32\)",
+        "resized": r"model\.embed_tokens\.weight has the shape \(140, 32\) instead of \(128, 32\)",
         "edited": r"model\.embed_tokens\.weight has other values",
         "merged": r"model\.layers\.0\.self_attn\.q_proj\.weight has other values",
         "new head": r"lm_head\.bias is not in the files",
@@ -285,6 +285,8 @@ def test_an_adapter_on_a_merged_base_needs_that_base_saved(method, base_folder, 
         second.save_pretrained(tmp_path / "second")
     assert not (tmp_path / "second").exists()
     second.save_base(tmp_path / "merged")
+    with pytest.raises(ValueError, match=r"folder='.*merged': holds the base as it was loaded"):
+        second.save_base(tmp_path / "merged")
     loaded = saved_and_loaded(second, tmp_path / "second")
     assert loaded.config.base_model_name_or_path == str(tmp_path / "merged")
     assert loaded.config.base_fingerprint == base_fingerprint(tmp_path / "merged")
@@ -402,3 +404,46 @@ def test_an_unnamed_base_is_saved_without_a_name(tmp_path):
     unknown = MixLoraForCausalLM.from_base(tiny_base(), tiny_config("mixlora", base_model_name_or_path="org/elsewhere"))
     unknown.save_pretrained(tmp_path / "unknown")
     assert unknown.config.base_fingerprint == UNKNOWN
+
+
+def test_files_that_are_not_there_are_told(base_folder, tmp_path, caplog):
+    """A model from a GGUF file, or from a cache elsewhere: nothing to compare it with."""
+    from transformers.utils import logging
+
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    (base_folder / CHECKPOINT).rename(base_folder / "model.gguf")
+    library = logging.get_logger("transformers")
+    library.addHandler(caplog.handler)
+    try:
+        model = DoraForCausalLM.from_base(base, tiny_config("dora"))
+    finally:
+        library.removeHandler(caplog.handler)
+    assert f"The files of '{base_folder}' are not on this machine, so it was not checked" in caplog.text
+    with pytest.raises(ValueError, match=r"cannot be compared with them \(OSError: .*call save_base\(folder\)"):
+        model.save_pretrained(tmp_path / "adapter")
+    model.save_base(tmp_path / "saved")
+    saved_and_loaded(model, tmp_path / "adapter")
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "its_own"
+class Own(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_base_with_code_of_its_own_is_compared_too(tmp_path):
+    tiny_base().save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "own.py").write_text(CODE)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config |= {"model_type": "its_own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", trust_remote_code=True)
+    assert differing_tensors(base, tmp_path / "base") == []
+    DoraForCausalLM.from_base(base, tiny_config("dora")).save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", trust_remote_code=True)
+    base.model.norm.weight.data += 1
+    with pytest.raises(ValueError, match=r"names '.*base'.*model\.norm\.weight has other values"):
+        DoraForCausalLM.from_base(base, tiny_config("dora"))
