@@ -24,6 +24,7 @@ CODE_FILES = (
     "mixture.py",
     "modeling_minilora.py",
     "routing.py",
+    "trainer_support.py",
 )
 CHECKPOINT_FILES = (
     "model.safetensors",

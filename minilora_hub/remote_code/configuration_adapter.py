@@ -1,9 +1,12 @@
 """What the configurations of MixLoRA and DoRA adapters share: hyper-parameters of the update, and which base it is for.
 
 A configuration names its base (id, revision, fingerprint) and carries the base's own configuration as `text_config`,
-the name under which transformers and TRL look for the language model inside a wrapper.
+the name under which transformers and TRL look for the language model inside a wrapper. Everything public that is not
+the adapter's is read from there and written there: what a tool sets on `model.config` (Trainer sets ``use_cache``), the
+base must see, and what it reads (``num_key_value_heads``) must be the base's.
 """
 
+import dataclasses
 import difflib
 import inspect
 import math
@@ -14,6 +17,12 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 FORMAT_VERSION = 1
 """Version of the published layout (tensor names and configuration fields). A newer one is refused by name."""
+
+
+ABOUT_THE_REPO = frozenset(
+    ("architectures", "auto_map", "dtype", "name_or_path", "torch_dtype", "transformers_version")
+)
+"""What transformers keeps in any configuration and what is said here of the adapter: the base has values of its own."""
 
 
 def require(ok, argument, value, need):
@@ -66,6 +75,7 @@ class AdapterConfig(PreTrainedConfig):
     """
 
     sub_configs = {"text_config": AutoConfig}
+    text_config = None  # until there is one
 
     def __init__(
         self,
@@ -104,12 +114,16 @@ class AdapterConfig(PreTrainedConfig):
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
         self.base_fingerprint = base_fingerprint
-        self.text_config = _base_config(text_config) if isinstance(text_config, dict) else text_config
         self._refuse_misspelt(kwargs)
         self._check()
         # The word embeddings belong to the base, which ties them itself.
         kwargs.pop("tie_word_embeddings", None)
-        super().__init__(tie_word_embeddings=False, **kwargs)
+        super().__init__(**kwargs)
+        # Last: what transformers sets as defaults in the lines above is not meant for the base.
+        self.text_config = _base_config(text_config) if isinstance(text_config, dict) else text_config
+        for name in ("_attn_implementation", "_experts_implementation"):  # these go on to sub-configurations when set
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name))
 
     def _refuse_misspelt(self, kwargs):
         """PreTrainedConfig keeps unknown keys as attributes, so a misspelt field would be ignored in silence."""
@@ -120,36 +134,85 @@ class AdapterConfig(PreTrainedConfig):
                     f"{key}={kwargs[key]!r}: {type(self).__name__} has no such field; did you mean {close[0]!r}?"
                 )
 
-    # What scripts written for plain models read from `model.config`; everything else is under `text_config`.
-    @property
-    def vocab_size(self):
-        return self.text_config.vocab_size
+    # ---- what is the base's ----
 
-    @property
-    def hidden_size(self):
-        return self.text_config.hidden_size
+    def __init_subclass__(cls, *args, **kwargs):
+        super().__init_subclass__(*args, **kwargs)
+        shared = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+        is_value = {name: isinstance(inspect.getattr_static(cls, name), property) for name in dir(cls)}
+        methods = {name for name in dir(cls) if not is_value[name] and name not in shared}
+        cls._own_names = frozenset(methods | cls._own_fields() | ABOUT_THE_REPO)
 
-    @property
-    def num_hidden_layers(self):
-        return self.text_config.num_hidden_layers
+    def _is_own(self, name):
+        """Whether an attribute is the adapter's: one of its fields, a method, or private."""
+        return name.startswith("_") or name in self._own_names
 
-    @property
-    def num_attention_heads(self):
-        return self.text_config.num_attention_heads
+    def __getattribute__(self, name):
+        base = super().__getattribute__("__dict__").get("text_config")
+        if base is None or name.startswith("_") or name in self._own_names:
+            return super().__getattribute__(name)
+        return getattr(base, name)
 
-    @property
-    def max_position_embeddings(self):
-        return self.text_config.max_position_embeddings
+    def __setattr__(self, name, value):
+        if name == "text_config":
+            self._hand_over(value)
+        if self.text_config is None or self._is_own(name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.text_config, name, value)
+            self._set_on_base.add(name)
+
+    def __delattr__(self, name):
+        if self.text_config is None or self._is_own(name):
+            super().__delattr__(name)
+        else:
+            delattr(self.text_config, name)
+            self._set_on_base.discard(name)
+
+    def _hand_over(self, base):
+        """Give another base's configuration what was set here for the base, so that nothing set is lost."""
+        changes = self.base_changes()
+        for name in [name for name in vars(self) if not self._is_own(name)]:
+            del self.__dict__[name]
+        if base is not None:
+            for name, value in changes.items():
+                setattr(base, name, value)
+        self.__dict__["_set_on_base"] = set() if base is None else set(changes)
+
+    def base_changes(self):
+        """{name: value} of what was set on this configuration and is the base's."""
+        if self.text_config is not None:
+            given = {name: getattr(self.text_config, name) for name in sorted(self._set_on_base)}
+        else:
+            defaults = vars(PreTrainedConfig())
+            given = {name: value for name, value in vars(self).items() if not self._is_own(name)}
+            given = {name: value for name, value in given.items() if name not in defaults or defaults[name] != value}
+        # transformers keeps this one under a private name where it is an argument of from_pretrained.
+        return given | ({"output_attentions": True} if self.__dict__.get("_output_attentions") else {})
+
+    def get_text_config(self, decoder=None, encoder=None):
+        """The configuration of the base's language model, which lies deeper in a base that also sees or hears."""
+        base = self.text_config
+        return self if base is None else base.get_text_config(decoder=decoder, encoder=encoder)
+
+    # ---- files ----
+
+    def to_dict(self):
+        fields = super().to_dict()
+        for of_this_process in ("_set_on_base", "quantization_config"):  # the latter is the base's, under text_config
+            fields.pop(of_this_process, None)
+        return fields
 
     def to_diff_dict(self):
         """What config.json holds: every field of the adapter, defaults included, and nothing about this machine."""
         fields, values = super().to_diff_dict(), self.to_dict()
         fields.update((name, values[name]) for name in self._own_fields() if name in values)
-        fields.pop("use_cache", None)  # Trainer sets it on any model; the base's own counts
+        fields.pop("quantization_config", None)
         if self.text_config is not None:
             fields["text_config"] = self.text_config.to_diff_dict()
-            # How this process holds the base is its own choice, and `_name_or_path` may be a local folder.
-            for runtime_only in ("_name_or_path", "quantization_config", "transformers_version"):
+            # How this process holds the base is its own choice, `_name_or_path` may be a local folder, and Trainer
+            # sets `use_cache` on any model.
+            for runtime_only in ("_name_or_path", "quantization_config", "transformers_version", "use_cache"):
                 fields["text_config"].pop(runtime_only, None)
         return fields
 

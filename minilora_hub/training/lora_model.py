@@ -19,6 +19,7 @@ from minilora_hub.remote_code.adapter_files import ADAPTER_FILE, write_adapter
 from minilora_hub.remote_code.base_structure import find_decoder_layers
 from minilora_hub.remote_code.configuration_minilora import AdapterConfig
 from minilora_hub.remote_code.modeling_minilora import GenerateOnBase
+from minilora_hub.remote_code.trainer_support import takes_base_arguments
 from minilora_hub.tensor_names import to_peft
 
 
@@ -37,9 +38,11 @@ class LoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
     config_class = LoraConfig
     auto_class = AutoModelForCausalLM
 
-    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+    @takes_base_arguments
+    def forward(self, input_ids: Any = None, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
         """The base's forward, with the adapter in it: same arguments, same outputs."""
-        return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        kwargs = kwargs if labels is None else {**kwargs, "labels": labels}
+        return self.base(**self._base_arguments(input_ids, args, kwargs))
 
     def save_pretrained(  # type: ignore[override]  # as on `AdaptedModel`
         self,
