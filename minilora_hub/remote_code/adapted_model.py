@@ -76,7 +76,8 @@ class AdaptedModel(PreTrainedModel):
         config.dtype = base.dtype
         config._attn_implementation = base.config._attn_implementation  # before: it goes on to what text_config is now
         config.text_config = base.config
-        config.name_or_path = config.name_or_path or base.config.name_or_path
+        # Where this model comes from, which trainers load again: TRL's DPOTrainer as the model to compare with.
+        config.name_or_path = config.name_or_path or (config.base_model_name_or_path and base.config.name_or_path) or ""
         super().__init__(config)
         self._trainable_before = [p for p in base.parameters() if p.requires_grad]
         attach(base, config, sites, tensors, seed, adapter_dtype)

@@ -138,10 +138,7 @@ class AdapterConfig(PreTrainedConfig):
 
     def __init_subclass__(cls, *args, **kwargs):
         super().__init_subclass__(*args, **kwargs)
-        shared = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-        is_value = {name: isinstance(inspect.getattr_static(cls, name), property) for name in dir(cls)}
-        methods = {name for name in dir(cls) if not is_value[name] and name not in shared}
-        cls._own_names = frozenset(methods | cls._own_fields() | ABOUT_THE_REPO)
+        cls._own_names = _names_of_the_adapter(cls)
 
     def _is_own(self, name):
         """Whether an attribute is the adapter's: one of its fields, a method, or private."""
@@ -171,13 +168,15 @@ class AdapterConfig(PreTrainedConfig):
 
     def _hand_over(self, base):
         """Give another base's configuration what was set here for the base, so that nothing set is lost."""
+        if base is None:
+            self.__dict__["_set_on_base"] = set()
+            return
         changes = self.base_changes()
         for name in [name for name in vars(self) if not self._is_own(name)]:
             del self.__dict__[name]
-        if base is not None:
-            for name, value in changes.items():
-                setattr(base, name, value)
-        self.__dict__["_set_on_base"] = set() if base is None else set(changes)
+        for name, value in changes.items():
+            setattr(base, name, value)
+        self.__dict__["_set_on_base"] = set(changes)
 
     def base_changes(self):
         """{name: value} of what was set on this configuration and is the base's."""
@@ -262,6 +261,16 @@ class AdapterConfig(PreTrainedConfig):
         r = _match_pattern(self.rank_pattern, path, r)
         alpha = _match_pattern(self.alpha_pattern, path, alpha)
         return r, alpha / (math.sqrt(r) if self.use_rslora else r)
+
+
+def _names_of_the_adapter(config_class):
+    """Public attributes of a configuration that are the adapter's: its fields and methods, but no value of any model's."""
+    shared = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    names = {name for name in dir(config_class) if not isinstance(inspect.getattr_static(config_class, name), property)}
+    return frozenset((names - shared) | config_class._own_fields() | ABOUT_THE_REPO)
+
+
+AdapterConfig._own_names = _names_of_the_adapter(AdapterConfig)
 
 
 def _base_config(fields):

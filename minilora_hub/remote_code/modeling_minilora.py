@@ -155,9 +155,7 @@ class MixtureForward:
         """Forward of the base with `arguments`, all by name, and what was asked of the routers."""
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        return_dict = arguments.get("return_dict")
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        arguments["return_dict"] = True
+        return_dict, arguments["return_dict"] = arguments.get("return_dict"), True
         labels, attention_mask = arguments.get("labels"), arguments.get("attention_mask")
         weights = router_loss_weights(self.config) if self.training and labels is not None else {}
         tell_padding = self.training and routing_of(self.config).needs_token_mask
@@ -180,7 +178,7 @@ class MixtureForward:
             fields["loss"] = fields["loss"] + penalty.to(fields["loss"].device)
         known = {name: fields[name] for name in fields if name in output_class.__dataclass_fields__}
         result = output_class(**known)
-        return result if return_dict else result.to_tuple()
+        return result if return_dict is not False else result.to_tuple()
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, *args, **kwargs):
         """What is padding goes along with a checkpointed layer, where the routing depends on it."""
