@@ -264,7 +264,7 @@ class AdapterConfig(PreTrainedConfig):
 
 
 def _names_of_the_adapter(config_class):
-    """Public attributes of a configuration that are the adapter's: its fields and methods, but no value of any model's."""
+    """Public attributes of a configuration that are the adapter's: its fields and methods, no value of any model's."""
     shared = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     names = {name for name in dir(config_class) if not isinstance(inspect.getattr_static(config_class, name), property)}
     return frozenset((names - shared) | config_class._own_fields() | ABOUT_THE_REPO)

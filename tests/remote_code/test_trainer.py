@@ -1,4 +1,4 @@
-"""Our models under other people's trainers: configuration, arguments, checkpoints and losses are those of a plain model."""
+"""Our models under other people's trainers: configuration, arguments, checkpoints and losses of a plain model."""
 
 import copy
 import inspect
@@ -11,8 +11,8 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from tiny import CAUSAL_LM, HEADLESS, METHODS, fill_adapter, logits, tiny_base, tiny_config, tiny_model, token_ids
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -49,8 +49,8 @@ def fresh(method, base=None, **changes):
 
 def arguments(folder, kind=TrainingArguments, **changes):
     settings = {
-        "max_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 0.0, "save_strategy": "no", "logging_steps": 1,
-        "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 0,
+        "max_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 0.0, "save_strategy": "no",
+        "logging_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 0,
     }  # fmt: skip
     return kind(str(folder), **settings | changes)
 
@@ -99,7 +99,7 @@ def test_what_is_set_on_the_configuration_is_set_on_the_base(family):
     assert not hasattr(theirs, "num_experts_per_tok")
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])  # noqa: S301
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
 def test_copies_of_a_configuration_are_copies_of_the_bases_too(copied):
     config = fresh("dora").config
     other = copied(config)
@@ -200,7 +200,7 @@ def test_rows_laid_end_to_end_do_not_see_each_other(method, tmp_path):
 
 def test_a_column_that_the_base_takes_reaches_it(tmp_path):
     model = fresh("dora")
-    row, positions = sum(IDS, []), [0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4, 5]
+    row, positions = [i for ids in IDS for i in ids], [0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4, 5]
     rows = Dataset.from_dict({"input_ids": [row], "labels": [row], "position_ids": [positions], "unknown": [[1]]})
     seen = []
     model.base.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
@@ -224,9 +224,9 @@ def trainer_of(kind, model, folder, **changes):
 
 
 def word_tokenizer():
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(128)}, unk_token="t3"))  # noqa: S106
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(128)}, unk_token="t3"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t2")  # noqa: S106
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t2")
 
 
 @pytest.mark.parametrize("kind", [Trainer, SFTTrainer])
