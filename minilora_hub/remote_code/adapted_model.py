@@ -28,7 +28,8 @@ from .adapter_files import (
     write_adapter,
 )
 from .attach import adapter_parameters, attach, detach, expected_tensors
-from .base_structure import LinearSite, plan_sites
+from .base_structure import LinearSite, find_decoder_layers, plan_sites
+from .probe import settle_targets
 from .trainer_support import by_name, find_in_state_dict, takes_base_arguments, without_wrappers, write_checkpoint
 
 logger = logging.get_logger(__name__)
@@ -146,7 +147,13 @@ class AdaptedModel(PreTrainedModel):
         elif config.base_model_name_or_path is None:
             config.base_model_name_or_path = base.config.name_or_path or None
         config.base_fingerprint = cls._fingerprint(config, cache_dir)
+        settle_targets(base, config, cls._refused_linears(base))
         return cls(config, base=base, seed=seed, adapter_dtype=adapter_dtype)
+
+    @classmethod
+    def _refused_linears(cls, base):
+        """{path: reason} of linears that a subclass cannot adapt."""
+        return {}
 
     @classmethod
     def _load_base(cls, config, trust_remote_code, arguments):
@@ -379,7 +386,10 @@ class AdaptedModel(PreTrainedModel):
     @property
     def base_model(self):
         """The decoder without its head, as in transformers' own models."""
-        return self.base.base_model
+        decoder = self.base.base_model
+        if decoder is self.base and self.can_generate():  # Llama 4's text model does not say which part it is
+            decoder = self.base.get_submodule(find_decoder_layers(self.base)[0].rpartition(".")[0])
+        return decoder
 
     def get_input_embeddings(self):
         return self.base.get_input_embeddings()

@@ -23,6 +23,7 @@ CODE_FILES = (
     "expert_slots.py",
     "mixture.py",
     "modeling_minilora.py",
+    "probe.py",
     "routing.py",
     "trainer_support.py",
 )

@@ -60,8 +60,8 @@ class AdapterConfig(PreTrainedConfig):
             Default: ``2 * r``.
         lora_dropout: dropout probability on the input of the low-rank path, in training only.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
-        target_modules: ``"all-linear"`` (every linear in the decoder layers), or a list of module names or path
-            endings such as ``["q_proj", "mlp.down_proj"]``.
+        target_modules: ``"all-linear"`` (every linear in the decoder layers that an adapter has an effect on), or a
+            list of module names or path endings such as ``["q_proj", "mlp.down_proj", "layers.3.mlp.up_proj"]``.
         rank_pattern: ranks that differ from `r`: path ending or regular expression -> rank.
         alpha_pattern: the same for `lora_alpha`.
         base_model_name_or_path: Hub id, folder or registered alias of the base.

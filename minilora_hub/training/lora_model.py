@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig as PeftLoraConfig
+from peft import TaskType
 from transformers import AutoModelForCausalLM
 from transformers.generation import GenerationMixin
 
@@ -44,6 +46,19 @@ class LoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
         kwargs = kwargs if labels is None else {**kwargs, "labels": labels}
         return self.base(**self._base_arguments(input_ids, args, kwargs))
 
+    @classmethod
+    def _refused_linears(cls, base: Any) -> dict[str, str]:
+        """What PEFT refuses: it is to read what is saved."""
+        from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+        refused: dict[str, str] = {}
+        for path, _ in base.named_modules():
+            try:
+                _check_lora_target_modules_mamba(PeftLoraConfig(), base, path.rpartition(".")[2])
+            except ValueError:
+                refused[path] = "PEFT, in whose format a LoRA is saved, refuses it on this kind of base"
+        return refused
+
     def save_pretrained(  # type: ignore[override]  # as on `AdaptedModel`
         self,
         save_directory: Any,
@@ -72,9 +87,6 @@ class LoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
             tokenizer.save_pretrained(folder)
 
     def _peft_config(self) -> str:
-        from peft import LoraConfig as PeftLoraConfig
-        from peft import TaskType
-
         ours = self.config
         paths = [site.path for site in self.sites]
         names = sorted({path.rpartition(".")[2] for path in paths})
