@@ -44,22 +44,32 @@ def settle_targets(base, config, refused=None):
     Raises:
         ValueError: a name in `target_modules` stands for such modules only, or the base cannot be run.
     """
-    if layer_device(base.get_input_embeddings()).type == "meta":
+    if not can_run(base):
         return
     sites, asked = plan_sites(base, config), config.target_modules
     reasons = {**find_without_effect(base, sites), **(refused or {})}
     useless = [site for site in sites if site.path in reasons]
     kept = {name for site in sites if site.path not in reasons for name in _names(site)}
     if useless:
-        paths = _listed({site.path: reasons[site.path] for site in useless})
+        told = {site.path: reasons[site.path] for site in useless}
         named = [] if asked == "all-linear" else asked
         lost = [target for target in named if not any(matches_target(name, [target]) for name in kept)]
         if lost or not kept or not all(isinstance(site, LinearSite) for site in useless):
-            raise ValueError(f"target_modules={lost or asked!r}: an adapter would have no effect on {paths}")
-        warnings.warn(f"target_modules={asked!r}: left out is {paths}", TargetsWarning, stacklevel=4)
+            raise ValueError(f"target_modules={lost or asked!r}: an adapter would have no effect on {_listed(told)}")
+        warn_of_left_out(asked, told)
         config.target_modules = _shortest(kept, {name for site in useless for name in _names(site)})
     if asked == "all-linear":
         _warn_of_fused_experts(base, kept)
+
+
+def can_run(base):
+    """Whether `base` holds weights: a skeleton on the meta device does not, offloaded ones are fetched when it runs."""
+    return layer_device(base.get_input_embeddings()).type != "meta"
+
+
+def warn_of_left_out(asked, reasons):
+    """Warn that of the targets `asked` for, the modules in `reasons`, {path: reason}, get no adapter."""
+    warnings.warn(f"target_modules={asked!r}: left out is {_listed(reasons)}", TargetsWarning, stacklevel=5)
 
 
 def _names(site):
