@@ -32,7 +32,9 @@ from .adapter_files import (
 )
 from .attach import adapter_parameters, attach, detach, expected_tensors, replace_module
 from .base_loading import differing_tensors, load_checked, refuse_unknown_tokens, same_digests, tensor_digests
-from .base_structure import LinearSite, plan_sites, refuse_adapted
+from .base_structure import LinearSite, find_decoder_layers, plan_sites, refuse_adapted
+from .probe import settle_targets
+from .trainer_support import by_name, find_in_state_dict, takes_base_arguments, without_wrappers, write_checkpoint
 
 logger = logging.get_logger(__name__)
 
@@ -41,6 +43,14 @@ ADAPTER_ONLY_ARGUMENTS = ("revision", "code_revision", "subfolder", "trust_remot
 SHARED_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
 HOLDS_AN_ADAPTER = "holds_merged_adapter"  # attribute of a base into which an adapter was merged
 PUSH_ARGUMENTS = tuple(inspect.signature(PreTrainedModel.push_to_hub).parameters)
+KNOWN_OF_THE_BASE = (
+    "hf_device_map",
+    "hf_quantizer",
+    "quantization_method",
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
+    "loss_type",
+)
 
 
 class AdaptedModel(PreTrainedModel):
@@ -72,9 +82,11 @@ class AdaptedModel(PreTrainedModel):
         # Everything that can be wrong is found before the base is changed.
         sites = plan_sites(base, config)
         tensors = None if adapter_file is None else read_adapter(adapter_file, expected_tensors(config, sites))
-        config.text_config = base.config
         config.dtype = base.dtype
-        config._attn_implementation = base.config._attn_implementation
+        config._attn_implementation = base.config._attn_implementation  # before: it goes on to what text_config is now
+        config.text_config = base.config
+        # Where this model comes from, which trainers load again: TRL's DPOTrainer as the model to compare with.
+        config.name_or_path = config.name_or_path or (config.base_model_name_or_path and base.config.name_or_path) or ""
         super().__init__(config)
         self._trainable_before = [p for p in base.parameters() if p.requires_grad]
         attach(base, config, sites, tensors, seed, adapter_dtype)
@@ -83,7 +95,7 @@ class AdaptedModel(PreTrainedModel):
         self.base = base
         self.sites = sites
         self.supports_gradient_checkpointing = base.supports_gradient_checkpointing
-        for name in ("hf_device_map", "hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        for name in KNOWN_OF_THE_BASE:
             if hasattr(base, name):
                 setattr(self, name, getattr(base, name))
         self.post_init()
@@ -95,6 +107,11 @@ class AdaptedModel(PreTrainedModel):
     def adapter_parameters(self):
         """{canonical name: parameter} of the adapter: ``layers.<i>.<path in the layer>.<lora_A, lora_B, …>``."""
         return adapter_parameters(self.base, self.sites)
+
+    def _adapter_names(self):
+        """{name of a parameter of this model: its canonical name} of the adapter's parameters."""
+        canonical = {id(parameter): name for name, parameter in self.adapter_parameters().items()}
+        return {name: canonical[id(p)] for name, p in self.named_parameters() if id(p) in canonical}
 
     def num_adapter_parameters(self):
         """Number of trainable values the adapter adds to the base."""
@@ -124,6 +141,7 @@ class AdaptedModel(PreTrainedModel):
                 lacks a tensor; or a model that is handed in has other weights than the files it names.
         """
         config = copy.deepcopy(config)
+        config.text_config, config.name_or_path = None, ""  # another base's, where it is the configuration of a model
         cache_dir = base_arguments.get("cache_dir")
         loaded = isinstance(base, (str, os.PathLike))
         if loaded:
@@ -150,6 +168,7 @@ class AdaptedModel(PreTrainedModel):
                 "the base has their weights."
             )
         digests = tensor_digests(base) if loaded or files_are_here else None
+        settle_targets(base, config, cls._refused_linears(base))
         model = cls(config, base=base, seed=seed, adapter_dtype=adapter_dtype)
         model._remember_base(digests, cache_dir)
         return model
@@ -177,6 +196,11 @@ class AdaptedModel(PreTrainedModel):
         config, self._base_cache_dir = self.config, cache_dir
         if digests is not None:
             self._base_as_named = (config.base_model_name_or_path, config.base_model_revision, digests)
+
+    @classmethod
+    def _refused_linears(cls, base):
+        """{path: reason} of linears that a subclass cannot adapt."""
+        return {}
 
     @classmethod
     def _load_base(cls, config, trust_remote_code, arguments):
@@ -257,7 +281,7 @@ class AdaptedModel(PreTrainedModel):
         digests = tensor_digests(base) if quantised else None
         model = cls(config, base=base, adapter_file=file, adapter_dtype=dtype)
         model._remember_base(digests, shared.get("cache_dir"))
-        model.name_or_path = str(pretrained_model_name_or_path)
+        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         model._load_generation_config(pretrained_model_name_or_path, where)
         model.eval()
         info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
@@ -286,7 +310,9 @@ class AdaptedModel(PreTrainedModel):
         # AutoConfig has absorbed attn_implementation by now: without this the base would silently keep its default.
         if config._attn_implementation is not None:
             kwargs.setdefault("attn_implementation", config._attn_implementation)
-        base = cls._load_base(config, trust_remote_code, {"dtype": asked or config.dtype or "auto", **shared, **kwargs})
+        # So it is with all that was set on the configuration for the base (AutoConfig absorbs use_cache=False, too).
+        arguments = {"dtype": asked or config.dtype or "auto", **config.base_changes(), **shared, **kwargs}
+        base = cls._load_base(config, trust_remote_code, arguments)
         trained_on, found = config.base_fingerprint, cls._fingerprint(config, shared.get("cache_dir"))
         if UNKNOWN not in (trained_on, found) and trained_on != found:
             warnings.warn(
@@ -295,6 +321,18 @@ class AdaptedModel(PreTrainedModel):
                 stacklevel=4,
             )
         return base, asked
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """Load weights as torch does; those of the whole adapter alone, as in Trainer's checkpoints, are no part of it.
+
+        Args: see `torch.nn.Module.load_state_dict`.
+        """
+        names = {without_wrappers(name): name for name in self._adapter_names()}
+        given = {without_wrappers(name): tensor for name, tensor in state_dict.items()}
+        if given.keys() != names.keys():
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        loaded = super().load_state_dict({names[n]: given[n] for n in given}, strict=False, assign=assign)
+        return type(loaded)([], loaded.unexpected_keys)  # the base's weights are where they belong
 
     # ---- saving ----
 
@@ -306,24 +344,27 @@ class AdaptedModel(PreTrainedModel):
         Args:
             save_directory: folder, made if missing.
             state_dict: weights to save instead of the current ones, under this model's parameter names (as Trainer
-                passes).
+                passes) or those of a wrapper around it.
             push_to_hub: also upload the folder (see `push_to_hub`); `repo_id`, `token` and the like go into `kwargs`.
             tokenizer: the tokenizer to save. Default: the base's own, where it lies on this machine.
             **kwargs: the arguments of `push_to_hub`; others that transformers knows (`safe_serialization`,
                 `max_shard_size`, …) have nothing to act on here.
 
         Raises:
-            ValueError: the base has other weights than the files of the one that is named, or the tokenizer has more
-                tokens than the base. Nothing is written then.
+            ValueError: the base has other weights than the files of the one that is named, the tokenizer has more
+                tokens than the base, or `state_dict` lacks a tensor of the adapter. Nothing is written then.
         """
+        if not kwargs.get("is_main_process", True):
+            return
         self._check_before_saving(state_dict, tokenizer)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        parameters = self.adapter_parameters()
-        if state_dict is not None:
-            names = {id(parameter): name for name, parameter in self.named_parameters()}
-            parameters = {name: state_dict[names[id(parameter)]] for name, parameter in parameters.items()}
-        write_adapter(folder / ADAPTER_FILE, {name: tensor.cpu() for name, tensor in parameters.items()})
+        names = self._adapter_names()
+        state = dict(self.named_parameters()) if state_dict is None else state_dict
+        held = find_in_state_dict(names, state)
+        tensors = {held[name]: state[held[name]].detach().cpu() for name in names}
+        write_adapter(folder / ADAPTER_FILE, {canonical: tensors[held[name]] for name, canonical in names.items()})
+        write_checkpoint(folder, tensors)
         config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__]
         config.auto_map = auto_map(config)
@@ -477,7 +518,10 @@ class AdaptedModel(PreTrainedModel):
     @property
     def base_model(self):
         """The decoder without its head, as in transformers' own models."""
-        return self.base.base_model
+        decoder = self.base.base_model
+        if decoder is self.base and self.can_generate():  # Llama 4's text model does not say which part it is
+            decoder = self.base.get_submodule(find_decoder_layers(self.base)[0].rpartition(".")[0])
+        return decoder
 
     def get_input_embeddings(self):
         return self.base.get_input_embeddings()
@@ -498,11 +542,17 @@ class AdaptedModel(PreTrainedModel):
     def accepts_loss_kwargs(self):
         """Whether the base's forward takes `num_items_in_batch`; Trainer asks."""
         parameters = inspect.signature(self.base.forward).parameters.values()
-        return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        return getattr(self.base, "accepts_loss_kwargs", takes_any)
 
-    def forward(self, input_ids=None, attention_mask=None, **kwargs):
-        """The base's forward, with the adapter in it."""
-        return self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+    @takes_base_arguments
+    def forward(self, input_ids=None, *args, **kwargs):
+        """The base's forward, with the adapter in it: same arguments, same outputs."""
+        return self.base(**self._base_arguments(input_ids, args, kwargs))
+
+    def _base_arguments(self, input_ids, args, kwargs):
+        """A call's arguments by name. Positional ones come in the base's order."""
+        return by_name(self.base.forward, (input_ids, *args), kwargs) if args else {"input_ids": input_ids, **kwargs}
 
 
 def _source(name):

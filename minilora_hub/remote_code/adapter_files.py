@@ -24,7 +24,9 @@ CODE_FILES = (
     "expert_slots.py",
     "mixture.py",
     "modeling_minilora.py",
+    "probe.py",
     "routing.py",
+    "trainer_support.py",
 )
 CHECKPOINT_FILES = (
     "model.safetensors",
