@@ -151,6 +151,11 @@ class MixtureForward:
         self.announced.withdraw()
         return super().unload()
 
+    def save_base(self, folder, **kwargs):
+        self.announced.withdraw()  # the base's own configuration is saved, without what was put into it
+        super().save_base(folder, **kwargs)
+        self.announced = AnnouncedMixture(self.base.config.get_text_config(), router_loss_weights(self.config))
+
     def _forward(self, output_class, output_router_logits, output_routing, arguments):
         """Forward of the base with `arguments`, all by name, and what was asked of the routers."""
         if output_router_logits is None:

@@ -75,7 +75,12 @@ class LoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
             push_to_hub: not used: `minilora push` publishes.
             tokenizer: saved beside it, where given.
             **kwargs: what transformers passes has nothing to act on here.
+
+        Raises:
+            ValueError: the base has other weights than the files of the one that is named, or the tokenizer has more
+                tokens than the base. Nothing is written then.
         """
+        self._check_before_saving(state_dict, tokenizer)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         layers_path, _ = find_decoder_layers(self.base)
