@@ -12,6 +12,7 @@ import inspect
 import math
 import re
 import sys
+from typing import ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -76,6 +77,7 @@ class AdapterConfig(PreTrainedConfig):
 
     sub_configs = {"text_config": AutoConfig}
     text_config = None  # until there is one
+    _own_names: ClassVar[frozenset[str]] = frozenset()  # filled in below
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Where fresh adapters go: only where a trial run of the base shows that they have an effect; 33 architectures."""
+"""Where fresh adapters go: only where a trial run of the base shows that they have an effect, in many architectures."""
 
 import copy
 import re
