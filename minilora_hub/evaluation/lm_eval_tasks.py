@@ -18,6 +18,7 @@ import torch
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.columns import load_base
 from minilora_hub.compare.engine import context_length
+from minilora_hub.compare.prompting import Promptings
 from minilora_hub.errors import MissingExtraError
 from minilora_hub.evaluation.metrics import DIGITS
 from minilora_hub.evaluation.setup import Adapter, Settings, find_adapters, find_base
@@ -89,14 +90,17 @@ def measure(
     where = "embedded" if resolved.embedded else resolved.path
     model, tokenizer, _ = load_base(where, device, getattr(torch, dtype), progress)
     bank = AdapterBank(model)
+    promptings = Promptings(model, tokenizer)
+    tokenizers = {None: tokenizer} | {adapter.name: promptings.of(adapter.folder).tokenizer for adapter in found}
     for adapter in found:
         bank.load(adapter.name, adapter.folder)
     results: list[dict[tuple[str, str], Evaluation]] = []
     command = _command(settings, resolved)
     for one in (None, *found):
         progress(f"lm-eval: {one.name if one else 'base'}")
-        with _rows_of(bank, one.name if one else None):
-            said = _run(bank.model, tokenizer, settings, manager)
+        name = one.name if one else None
+        with _rows_of(bank, name):
+            said = _run(bank.model, tokenizers[name], settings, manager)
         results.append(_evaluations(said, command, results[0] if results else {}))
     return LmEvalReport(
         resolved,
