@@ -98,9 +98,9 @@ def measure(
     command = _command(settings, resolved)
     for one in (None, *found):
         progress(f"lm-eval: {one.name if one else 'base'}")
-        name = one.name if one else None
-        with _rows_of(bank, name):
-            said = _run(bank.model, tokenizers[name], settings, manager)
+        row_of = one.name if one else None
+        with _rows_of(bank, row_of):
+            said = _run(bank.model, tokenizers[row_of], settings, manager)
         results.append(_evaluations(said, command, results[0] if results else {}))
     return LmEvalReport(
         resolved,

@@ -95,7 +95,10 @@ def read_folder(folder: str | Path) -> AdapterFolder:
             strategy = config.get("routing_strategy")
             ours = "peft_version" in config or strategy in ("top_k", "top_p")
             return AdapterFolder(folder, "peft-mixlora" if ours else "reference", "mixlora", config)
-        raise AdapterError(f"{ADAPTER_CONFIG}: peft_type={kind!r}: 'LORA' and 'MIXLORA' are understood, nothing else")
+        raise AdapterError(
+            f"adapter {folder.name!r}: peft_type={kind!r} in {ADAPTER_CONFIG}: 'LORA' and 'MIXLORA' are understood, "
+            "nothing else"
+        )
     if not (folder / OUR_CONFIG).is_file():
         raise AdapterError(f"adapter {folder.name!r}: neither {OUR_CONFIG} nor {ADAPTER_CONFIG} is there")
     config = read_json(folder / OUR_CONFIG)
@@ -105,7 +108,10 @@ def read_folder(folder: str | Path) -> AdapterFolder:
     architectures = config.get("architectures")
     if isinstance(kind, str) and isinstance(architectures, list) and architectures:
         return AdapterFolder(folder, "checkpoint", str(architectures[0]), config)
-    raise AdapterError(f"{OUR_CONFIG}: model_type={kind!r}: neither an adapter nor a model with architectures")
+    raise AdapterError(
+        f"adapter {folder.name!r}: model_type={kind!r} in {OUR_CONFIG}: neither an adapter nor a model with "
+        "architectures"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

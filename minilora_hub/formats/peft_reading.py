@@ -312,6 +312,6 @@ def _check_targets(source: AdapterFolder, model: Any, adapted: set[str]) -> None
     except (TypeError, ValueError, AttributeError, re.error) as error:
         raise AdapterError(f"{ADAPTER_CONFIG}: target_modules={targets!r}: {error}") from error
     for path in sorted(wanted - adapted):
-        raise AdapterError(f"{path}: target_modules={str(targets)[:200]!r} names it, but there are no tensors for it")
+        raise AdapterError(f"{path}: target_modules names it, but there are no tensors for it")
     for path in sorted(adapted - wanted):
         raise AdapterError(f"{path}: there are tensors for it, but target_modules={targets!r} does not name it")
