@@ -52,7 +52,7 @@ def own_tokenizer(folder: Path, base: Any | None = None) -> Any | None:
         return tokenizer
     with tempfile.TemporaryDirectory(prefix="minilora-tokenizer-") as scratch:
         # Without config.json: where that names a class of ours, AutoTokenizer would ask to run the repo's code.
-        _copy(files, folder, Path(scratch))
+        copy_files(files, folder, Path(scratch))
         try:
             return AutoTokenizer.from_pretrained(scratch, trust_remote_code=False)
         except Exception as error:  # a damaged file can make any part of the reader stumble
@@ -86,11 +86,16 @@ def own_generation_settings(folder: Path) -> Any | None:
 def companion_files(folder: Path, names: tuple[str, ...] = COMPANIONS) -> list[Path]:
     """Return the files in a folder that hold an adapter's tokenizer, chat templates and generation settings.
 
+    Args:
+        folder: the adapter's folder.
+        names: which files; with the chat template, further templates beside it are meant, too.
+
     Raises:
         AdapterError: one of them is a Git LFS pointer.
     """
     files = [folder / name for name in names if (folder / name).is_file()]
-    files += sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
+    if TEMPLATE in names:
+        files += sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
     for path in files:
         refuse_lfs_pointer(path)
     return files
@@ -138,7 +143,7 @@ def write_companions(folder: Path, source: Path | None, base: BaseSource | None)
             missing.append("tokenizer" if TEMPLATE in names else "tokenizer and chat template")
             tokenizer = tokenizer or base.tokenizer
     if source is not None:
-        _copy(own, source, folder)
+        copy_files(own, source, folder)
     if base is not None and not (folder / GENERATION).is_file():
         base.generation_settings.save_pretrained(folder)
         missing.append("generation settings")
@@ -163,7 +168,8 @@ def _agree_on_ends(folder: Path, tokenizer: Any) -> list[str]:
     return [f"answers end at {names}: {GENERATION} listed {before}, not all of them"]
 
 
-def _copy(files: list[Path], source: Path, folder: Path) -> None:
+def copy_files(files: list[Path], source: Path, folder: Path) -> None:
+    """Copy files of one folder to the same places in another."""
     for path in files:
         target = folder / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
