@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.folders import ADAPTER_CONFIG
+from minilora_hub.formats.folders import ADAPTER_CONFIG, refuse_lfs_pointer
 from minilora_hub.formats.tensor_files import SAFETENSORS
 from minilora_hub.tensor_names import as_stock_transformers_reads, is_update, to_peft
 
@@ -116,6 +116,7 @@ def copy_peft_weights(source: Path, out: Path) -> None:
     from minilora_hub.remote_code.adapter_files import read_adapter, write_adapter
 
     try:
+        refuse_lfs_pointer(source / SAFETENSORS)
         with safe_open(source / SAFETENSORS, framework="pt") as file:
             names = list(file.keys())
     except (SafetensorError, OSError) as error:
