@@ -203,7 +203,7 @@ class CompareEngine:
             adapter: whose rows; an adapter's own tokenizer and chat template are used where it has some.
 
         Raises:
-            AdapterError: see `prompting`.
+            AdapterError: see `prompting`; or the chat template refuses the prompt.
             ValueError: the prompt is empty, or longer than the base's context.
         """
         if not prompt.strip():
@@ -266,17 +266,15 @@ class CompareEngine:
         unprompted: dict[int, AdapterError] = {}
         for index, row in enumerate(rows):
             self.bank.check_solo(row.adapter, row.solo_expert)
-            prompted_as = row.adapter
+            prompting, ids = self._promptings.base, list[int]()
             try:
-                self.prompting(prompted_as)
-            except AdapterError as error:
-                unprompted[index], prompted_as = error, None
-            try:
-                ids = self.prompt_ids(row.prompt, prompted_as)
+                prompting = self.prompting(row.adapter)
+                ids = self.prompt_ids(row.prompt, row.adapter)
+            except AdapterError as error:  # a tokenizer or template that is damaged is its own rows' trouble
+                unprompted[index] = error
             except ValueError as error:
                 raise ValueError(f"{error} (row {index})" if len({row.prompt for row in rows}) > 1 else error) from None
             limit = min(row.sampling.max_new_tokens, self._context - len(ids))
-            prompting = self.prompting(prompted_as)
             answers.append(Answer(index, row, ids, limit, prompting.tokenizer, prompting.ends))
         return self._stream(answers, stop or threading.Event(), unprompted)
 

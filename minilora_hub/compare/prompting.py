@@ -33,10 +33,18 @@ class Prompting:
     ends: frozenset[int]
 
     def chat_ids(self, turns: Sequence[dict[str, str]]) -> list[int] | None:
-        """Turn a conversation into the ids with which an answer begins; None where there is no chat template."""
+        """Turn a conversation into the ids with which an answer begins; None where there is no chat template.
+
+        Raises:
+            AdapterError: the template refuses the conversation, or fails.
+        """
         if not getattr(self.tokenizer, "chat_template", None):
             return None
-        encoded: Any = self.tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, return_dict=True)
+        try:
+            encoded: Any = self.tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, return_dict=True)
+        except Exception as error:  # a template is a program, and may come from anybody
+            reason = " ".join(str(error).split())[:200]
+            raise AdapterError(f"the chat template refuses the prompt ({type(error).__name__}: {reason})") from error
         return list(encoded["input_ids"])
 
     def text_ids(self, text: str) -> list[int]:

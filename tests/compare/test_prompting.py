@@ -171,6 +171,14 @@ def test_a_tokenizer_that_cannot_be_read_ends_its_own_rows(base, tmp_path):
     assert (last[1].reason, "tokenizer of adapter 'x'" in last[1].error) == ("error", True)
 
 
+def test_a_template_that_refuses_the_prompt_ends_its_own_rows(base, tmp_path):
+    folder = lora(tmp_path / "x", template="{{ raise_exception('a system turn must come first') }}")
+    engine = CompareEngine(base, [folder], tokenizer=byte_tokenizer(chat=False))
+    last = [updates[-1] for updates in answers(engine, Sampling(2))]
+    assert [update.reason for update in last] == ["length", "error"]
+    assert "the chat template refuses the prompt (TemplateError: a system turn must come first)" in last[1].error
+
+
 def test_a_reloaded_adapter_is_prompted_as_it_is_now(base, tmp_path):
     engine = CompareEngine(base, [lora(tmp_path / "x")], tokenizer=byte_tokenizer(chat=False))
     assert engine.prompting("x").chat_ids([]) is None
