@@ -64,7 +64,7 @@ class Prompting:
     def differs_from(self, other: Prompting) -> list[str]:
         """Say in what it differs from the base's, a few words each; nothing where it is prompted in the same way."""
         words = []
-        if self.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+        if self.tokenizer is not other.tokenizer and self.tokenizer.get_vocab() != other.tokenizer.get_vocab():
             words.append("own tokenizer")
         if getattr(self.tokenizer, "chat_template", None) != getattr(other.tokenizer, "chat_template", None):
             words.append("own chat template" if getattr(self.tokenizer, "chat_template", None) else "no chat template")
@@ -103,9 +103,11 @@ class Promptings:
             digest.update(f"{path.relative_to(folder)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
         key = digest.hexdigest()
         if key not in self._tokenizers:
-            self._tokenizers[key] = own_tokenizer(folder, self.base.tokenizer) if files else None
+            found = own_tokenizer(folder, self.base.tokenizer) if files else None
+            if found is not None:
+                self._check_ids(folder, found)
+            self._tokenizers[key] = found
         tokenizer = self._tokenizers[key] or self.base.tokenizer
-        self._check_ids(folder, tokenizer)
         settings = own_generation_settings(folder) or self._settings
         return Prompting(tokenizer, frozenset(end_token_ids(tokenizer, settings)))
 

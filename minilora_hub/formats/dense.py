@@ -60,7 +60,7 @@ def export_dense(
     wanted = _dtype(located.config, dtype)
     adapter = read_adapter(found, located)  # before the base's weights are loaded in vain
     model = _plain_base(located, dequantize)
-    notes = _merge(model, *adapter)
+    notes = [*_other_base(found, located), *_merge(model, *adapter)]
     require_space(out, sum(parameter.numel() for parameter in model.parameters()) * wanted.itemsize)
     model.to(wanted)
     model.config.dtype = wanted
@@ -98,6 +98,17 @@ def _plain_base(base: BaseSource, dequantize: bool) -> Any:
             "pass dequantize=True (--dequantize), or another base= (--base), such as the one it was made from"
         )
     return base.load(torch.float32).dequantize().float()
+
+
+def _other_base(found: AdapterFolder, base: BaseSource) -> list[str]:
+    """Say so where the adapter was trained on other weights than it is merged into."""
+    trained_on = found.base_fingerprint
+    if trained_on == "unknown" or base.fingerprint in ("unknown", trained_on):
+        return []
+    return [
+        f"the adapter was trained on a base with fingerprint {trained_on[:19]}…, and {base.name!r} has "
+        f"{base.fingerprint[:19]}…: what is merged may answer otherwise than its author saw"
+    ]
 
 
 def _merge(model: Any, config: Any, tensors: dict[str, Any], sites: list[Any]) -> list[str]:

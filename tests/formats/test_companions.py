@@ -220,3 +220,7 @@ def test_the_base_that_an_adapter_was_trained_on_stays_written(sources, base, tm
     add_experts(sources["mixlora"], tmp_path / "out", [0], base=str(other))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["base_fingerprint"] == before
     assert before.startswith("sha256:")
+    notes = export_adapter(sources["dora"], tmp_path / "dense", "dense", base=str(other)).notes
+    assert any(f"trained on a base with fingerprint {before[:19]}" in note for note in notes)
+    notes = export_adapter(sources["dora"], tmp_path / "dense2", "dense", base=str(base)).notes
+    assert not any("fingerprint" in note for note in notes)
