@@ -7,13 +7,14 @@ kept.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from minilora_hub.compare.engine import Column, CompareEngine
 from minilora_hub.demo.adapter_cards import AdapterCard, read_card
 from minilora_hub.demo.limits import whole_number
 from minilora_hub.errors import AdapterError, MiniLoraError
+from minilora_hub.formats.companions import TEMPLATE
 from minilora_hub.publish.hub_errors import FAILURES, explain, patiently
 from minilora_hub.recording.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, read_source
 from minilora_hub.results import RESULTS_FILE
@@ -80,6 +82,7 @@ class LinkedAdapters:
         self._engine, self._base, self.limits = engine, base, limits or Limits()
         self._kept: OrderedDict[str, Column] = OrderedDict()
         self._commits: dict[str, str | None] = {}
+        self._blobs: dict[str, dict[str, str | None]] = {}  # name -> {file: git's hash of it}, before it is loaded
         self.cards: dict[str, AdapterCard] = {}
         self._lock = threading.Lock()
 
@@ -100,7 +103,7 @@ class LinkedAdapters:
 
         check_name(name)
         try:
-            self._commits[name] = _download(name, folder, self.limits.weight_bytes)
+            self._commits[name], self._blobs[name] = _download(name, folder, self.limits.weight_bytes)
         except (errors.RepositoryNotFoundError, errors.GatedRepoError):
             raise AdapterError(f"the Hub has no public repo {name}") from None
         except FAILURES as error:
@@ -122,6 +125,8 @@ class LinkedAdapters:
         except Exception as error:  # a stranger's files: whatever is wrong with them, the page goes on
             message = " ".join(str(error).replace(f"{folder}/", "").split())[:300]
             raise AdapterError(f"{name} cannot be loaded: {message}") from None
+        if has_other_template(self._blobs.pop(name, {}), self._engine.tokenizer):
+            column = replace(column, detail=f"{column.detail}, with the base's chat template, not its own")
         commit = self._commits.pop(name, None)
         self.cards[name] = read_card(name, folder, repo=name if commit else None, revision=commit)
         with self._lock:
@@ -194,11 +199,22 @@ def check_settings(config: dict[str, Any], *, peft: bool) -> None:
             raise AdapterError(f"{name[:60]} is set in adapter_config.json: a page loads plain LoRA and DoRA only")
 
 
-def _download(name: str, folder: Path, largest: int) -> str | None:
+def has_other_template(blobs: dict[str, str | None], tokenizer: Any) -> bool:
+    """Whether a repo brings a chat template that is not the base's: a page does not run the templates of strangers.
+
+    Args:
+        blobs: ``{file: git's hash of its content}`` of the repo.
+        tokenizer: the base's.
+    """
+    text = str(tokenizer.chat_template or "").encode()
+    return blobs.get(TEMPLATE) not in (None, hashlib.sha1(b"blob %d\0" % len(text) + text).hexdigest())  # noqa: S324
+
+
+def _download(name: str, folder: Path, largest: int) -> tuple[str | None, dict[str, str | None]]:
     """Fetch the files that are needed, at one commit, once their sizes are known. Without a token: what is public.
 
     Returns:
-        The commit.
+        The commit, and git's hash of each file of the repo.
     """
     from huggingface_hub import HfApi
 
@@ -219,7 +235,7 @@ def _download(name: str, folder: Path, largest: int) -> str | None:
     with quiet(True):
         for file in sizes:
             patiently(_fetching(api, name, file, info.sha, folder), attempts=2)
-    return info.sha
+    return info.sha, {file.rfilename: file.blob_id for file in info.siblings or []}
 
 
 def _fetching(api: Any, name: str, file: str, commit: str | None, folder: Path) -> Callable[[], object]:

@@ -13,7 +13,8 @@ from typing import Any
 from minilora_hub.bases import EMBEDDED
 from minilora_hub.embedded import HUB_ID
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.folders import AdapterFolder, read_folder
+from minilora_hub.formats.folders import AdapterFolder, read_folder, refuse_lfs_pointer
+from minilora_hub.formats.reading import check_settings
 from minilora_hub.publish.damage import read_header
 from minilora_hub.publish.island import code_files, code_hash, release_of
 from minilora_hub.publish.sources import METHODS
@@ -123,7 +124,7 @@ def info(
         progress: show bars on stderr while files are fetched.
 
     Raises:
-        AdapterError: it is not there, or is no adapter of a known kind.
+        AdapterError: it is not there, is no adapter of a known kind, or has a setting that cannot be honoured.
     """
     folder, commit = Path(repo_or_dir), None
     if not folder.is_dir():
@@ -131,6 +132,7 @@ def info(
 
         folder, commit = fetch(os.fspath(repo_or_dir), revision=revision, token=token, progress=progress)
     found = read_folder(folder)
+    check_settings(found)
     if found.dialect not in ("minilora", "peft") or not (folder / WEIGHTS).is_file():
         return _in_another_format(found, os.fspath(repo_or_dir), commit)
     source = read_source(folder)
@@ -194,6 +196,7 @@ def count_values(weights: Path) -> int:
     Raises:
         AdapterError: it is no safetensors file.
     """
+    refuse_lfs_pointer(weights)
     with weights.open("rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")

@@ -27,7 +27,7 @@ from .adapter_files import (
     read_adapter,
     write_adapter,
 )
-from .attach import adapter_parameters, attach, detach, expected_tensors
+from .attach import adapter_parameters, attach, detach, expected_tensors, weight_holders
 from .base_loading import load_checked, tensor_digests
 from .base_naming import HOLDS_AN_ADAPTER, NamedBase
 from .base_structure import LinearSite, find_decoder_layers, plan_sites, refuse_adapted
@@ -388,7 +388,8 @@ class AdaptedModel(NamedBase, PreTrainedModel):
         """Fold the adapter into the base's weights and give the base back: a plain model, without a name. DoRA only.
 
         Raises:
-            ValueError: this is a mixture, or a base weight is quantised or offloaded. Nothing is changed then.
+            ValueError: this is a mixture, or a base weight is quantised, offloaded or shared with another module.
+                Nothing is changed then.
         """
         if not all(isinstance(site, LinearSite) for site in self.sites):
             top_k = self.config.routing_strategy == "top_k"
@@ -398,6 +399,13 @@ class AdaptedModel(NamedBase, PreTrainedModel):
             )
         layers = [self.base.get_submodule(site.path) for site in self.sites]
         merged = [layer.merged_weight() for layer in layers]
+        holders = weight_holders(self.base)
+        for site, layer in zip(self.sites, layers, strict=True):
+            held_by = holders[id(layer.base_layer.weight)]
+            if others := [path for path in held_by if self.base.get_submodule(path) is not layer]:
+                raise ValueError(
+                    f"cannot merge into {site.path}: {', '.join(others)} shares its weight, and would change with it"
+                )
         with torch.no_grad():
             for layer, weight in zip(layers, merged, strict=True):
                 layer.base_layer.weight.copy_(weight)

@@ -6,10 +6,12 @@ import hashlib
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
 from evaluation.small_tasks import SIZES, TASKS, small_tasks  # noqa: F401  a fixture
+from peft import PeftModel
 from tiny import CAUSAL_LM
 from tiny_stand_ins import byte_tokenizer, save_base_and_adapters, tiny_llama
 from transformers import AutoModelForCausalLM
@@ -75,6 +77,38 @@ def test_the_answers_are_those_of_generate(saved):
                 answer = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
                 assert shown.scores[key].answers[line] == answer.strip()
                 assert shown.scores[key].exact[line] == (answer.strip() == item.completion)
+
+
+def test_an_adapter_is_asked_with_its_own_chat_template(saved, tmp_path):
+    """And its answers end where that ends a turn; the base, which has none, is asked with the text alone."""
+    base, adapters = tmp_path / "base", saved[1]
+    tiny_llama().save_pretrained(base)
+    byte_tokenizer(chat=False).save_pretrained(base)
+    shutil.copytree(adapters[2], tmp_path / "lora")
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|assistant|>{% endfor %}[answer]"
+    (tmp_path / "lora" / "chat_template.jinja").write_text(template)
+    lines = []
+    report = evaluate(
+        [tmp_path / "lora"], base=base, tasks=["echo"], count=4, cache=False, few_shot=0, progress=lines.append
+    )
+    assert lines[-2:] == [
+        "  answers end at <|end|> <|user|>",
+        f"  + {tmp_path / 'lora'}: LoRA, r 4, own chat template, ends at <|end|> <|user|> <|assistant|>",
+    ]
+    tokenizer = byte_tokenizer(chat=False)
+    models = [tiny_llama(), PeftModel.from_pretrained(tiny_llama(), adapters[2]).eval()]
+    for model, shown, wrap in zip(models, report.models, ("{}", "[user]{}<|assistant|>[answer]"), strict=True):
+        for item, answer in zip(report.items["echo"], shown.scores["echo"].answers, strict=True):
+            ids = tokenizer(wrap.format(item.prompt), return_tensors="pt")["input_ids"]
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=report.limits["echo"],
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=[256, 257] if wrap == "{}" else [256, 257, 258],
+            )
+            assert answer == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
 def report_examples(task):
