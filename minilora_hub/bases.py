@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minilora_hub.embedded import HUB_ID, embedded_folder
-from minilora_hub.errors import BaseModelError
+from minilora_hub.errors import AdapterError, BaseModelError
 
 EMBEDDED = "embedded"
 
@@ -172,7 +172,13 @@ def _from_hub(
 
 
 def _require_config(folder: Path, asked: str) -> None:
+    from minilora_hub.formats.plain_files import require_plain_indexes
+
     if (folder / "config.json").is_file():
+        try:
+            require_plain_indexes(folder)
+        except AdapterError as error:
+            raise BaseModelError(f"base {asked!r}: {error}") from error
         return
     if (folder / "adapter_config.json").is_file():
         raise BaseModelError(f"base {asked!r} is an adapter, not a base model: pass the base it was trained on")

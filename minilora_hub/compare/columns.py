@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from minilora_hub.bases import resolve_base
 from minilora_hub.compare.reading import KINDS, WEIGHTS, adapter_facts, adapter_type
 from minilora_hub.errors import AdapterError
+from minilora_hub.formats.code_references import require_no_other_code
 
 Progress = Callable[[str], None]
 
@@ -52,11 +53,12 @@ def find_adapter(name: str | Path) -> FoundAdapter:
     """Find an adapter by its folder or its id on the Hub, which is fetched; nothing of it is run.
 
     Raises:
-        AdapterError: there is none, or it is of no known kind.
+        AdapterError: there is none, it is of no known kind, or it leads to code elsewhere.
     """
     folder = Path(name)
     if folder.is_dir() or not HUB_ID.fullmatch(str(name)):
         adapter_type(folder)
+        require_no_other_code(folder)
         return FoundAdapter(folder.resolve().name, folder)
     from minilora_hub.publish.discover import pull
 
@@ -65,6 +67,7 @@ def find_adapter(name: str | Path) -> FoundAdapter:
     except AdapterError as error:
         raise AdapterError(f"adapter {str(name)!r}: there is no such folder, and on the Hub: {error}") from None
     adapter_type(folder)
+    require_no_other_code(folder)
     return FoundAdapter(str(name).rpartition("/")[2], folder)
 
 
@@ -81,9 +84,9 @@ def load_base(
     resolved = resolve_base(base)
     # On a CPU, fp32 is both the quickest and the exact choice; elsewhere the checkpoint's own dtype.
     wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
-    model: Any = AutoModelForCausalLM.from_pretrained(resolved.path, dtype=wanted)
+    model: Any = AutoModelForCausalLM.from_pretrained(resolved.path, dtype=wanted, trust_remote_code=False)
     model.to(device)
-    tokenizer = AutoTokenizer.from_pretrained(resolved.path)
+    tokenizer = AutoTokenizer.from_pretrained(resolved.path, trust_remote_code=False)
     progress(f"  {_millions(_size(model))} parameters on {device} ({time.perf_counter() - started:.1f} s)")
     return model, tokenizer, (resolved.hub_id or resolved.path.name).rpartition("/")[2]
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from minilora_hub.errors import AdapterError
+from minilora_hub.formats.code_references import require_no_other_code
 
 Kind = Literal["base", "LoRA", "DoRA", "MixLoRA", "MixDoRA"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -64,9 +65,10 @@ def adapter_facts(folder: Path) -> AdapterFacts:
     """Read an adapter's kind and size; no tensor is read, and nothing of the folder is run.
 
     Raises:
-        AdapterError: the folder is missing, damaged, or holds no adapter of a known kind.
+        AdapterError: the folder is missing, damaged, holds no adapter of a known kind, or leads to code elsewhere.
     """
     found = adapter_type(folder)
+    require_no_other_code(folder)
     settings = read_json(folder / ("adapter_config.json" if found == "peft" else "config.json"))
     detail = f"r {settings.get('r')}"
     kind: Kind = "DoRA" if found == "dora" or settings.get("use_dora") else "LoRA"
@@ -87,10 +89,11 @@ def read_adapter_folder(folder: Path, base: nn.Module) -> tuple[Any, list[Any], 
         Its configuration, the places it takes in the base, and {canonical name: tensor}.
 
     Raises:
-        AdapterError: the folder is missing or holds no adapter of a known kind.
+        AdapterError: the folder is missing, holds no adapter of a known kind, or leads to code elsewhere.
         ValueError: it is damaged or does not fit the base; the message names the tensor or the field.
     """
     found = adapter_type(folder)
+    require_no_other_code(folder)
     if found == "peft":
         from minilora_hub.formats.peft_lora import read_peft_lora
 

@@ -231,7 +231,9 @@ def _token_ids(folder: Path, base: BaseSource, prompts: Sequence[str] | None) ->
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     else:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(base.location, revision=base.revision, config=base.config)
+            tokenizer = AutoTokenizer.from_pretrained(
+                base.location, revision=base.revision, config=base.config, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             if prompts is not None:
                 raise AdapterError("prompts: neither the adapter nor its base has a tokenizer to read them") from error

@@ -79,7 +79,7 @@ def from_peft_layout(folder: str | Path, out: str | Path, base: str | None = Non
     if not name:
         raise AdapterError(f"{folder / PEFT_CONFIG}: names no base (base_model_name_or_path); pass base=")
     source = str(resolve_base(EMBEDDED).path) if name == EMBEDDED else name
-    described = _Base(AutoConfig.from_pretrained(source, revision=revision))
+    described = _Base(AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False))
     config = _island_config(peft_config, folder)
     tensors = _canonical(read_adapter(folder / ADAPTER_FILE), folder)
     chosen = described.targets_in(tensors)
@@ -116,7 +116,7 @@ class _Base:
         from minilora_hub.remote_code.base_structure import find_decoder_layers, linears_in
 
         with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(config)
+            self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         self.config = config
         self.layers_path, layers = find_decoder_layers(self.model)
         self.linears = {

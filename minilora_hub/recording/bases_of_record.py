@@ -129,7 +129,7 @@ def load_base(found: ResolvedBase) -> Any:
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a push shows its own
     try:
-        model = AutoModelForCausalLM.from_pretrained(found.path, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(found.path, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise BaseModelError(f"base {found.name!r} cannot be loaded: {error}") from error
     finally:

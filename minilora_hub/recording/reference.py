@@ -161,7 +161,7 @@ def _tokenizer(folder: Path) -> Any | None:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, Path(scratch, name))
         try:
-            return AutoTokenizer.from_pretrained(scratch)
+            return AutoTokenizer.from_pretrained(scratch, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             if (folder / "tokenizer.json").is_file():
                 return PreTrainedTokenizerFast.from_pretrained(scratch)

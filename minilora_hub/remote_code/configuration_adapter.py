@@ -148,9 +148,10 @@ class AdapterConfig(PreTrainedConfig):
         fields.pop("use_cache", None)  # Trainer sets it on any model; the base's own counts
         if self.text_config is not None:
             fields["text_config"] = self.text_config.to_diff_dict()
-            # How this process holds the base is its own choice, and `_name_or_path` may be a local folder.
-            for runtime_only in ("_name_or_path", "quantization_config", "transformers_version"):
-                fields["text_config"].pop(runtime_only, None)
+            # How this process holds the base is its own choice, `_name_or_path` may be a local folder, and the code
+            # that `auto_map` names lies in the base's repo.
+            for left_out in ("_name_or_path", "auto_map", "quantization_config", "transformers_version"):
+                fields["text_config"].pop(left_out, None)
         return fields
 
     @classmethod

@@ -36,7 +36,7 @@ def build_peft_model(settings: TrainingSettings, resolved: ResolvedBase, argumen
     from minilora_hub.remote_code.base_structure import keep_4bit_weights_exact
 
     try:
-        base = AutoModelForCausalLM.from_pretrained(resolved.path, **arguments)
+        base = AutoModelForCausalLM.from_pretrained(resolved.path, trust_remote_code=False, **arguments)
     except (OSError, ValueError) as error:
         raise BaseModelError(f"base {resolved.name!r} cannot be loaded: {' '.join(str(error).split())}") from error
     keep_4bit_weights_exact(base)
@@ -80,7 +80,7 @@ def make_up_for_rounding(model: Any, resolved: ResolvedBase) -> None:
     from peft.tuners.lora import Linear4bit
     from transformers import AutoModelForCausalLM
 
-    exact: Any = AutoModelForCausalLM.from_pretrained(resolved.path, dtype="auto")
+    exact: Any = AutoModelForCausalLM.from_pretrained(resolved.path, dtype="auto", trust_remote_code=False)
     layers = {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, Linear4bit)}
     if not layers:
         raise TrainingError(f"LoftQ: base {resolved.name!r} has no 4-bit linear once it is quantised")
