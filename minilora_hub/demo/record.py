@@ -78,8 +78,8 @@ class Record:
         return all(column["state"] in ("eos", "length", "stop") for column in self.columns)
 
     @property
-    def bytes(self) -> int:
-        """Memory that it takes."""
+    def memory(self) -> int:
+        """Bytes of memory that it takes."""
         return _size_of(self.__dict__, set())
 
     def to_json(self) -> str:

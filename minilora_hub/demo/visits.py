@@ -51,7 +51,7 @@ class Kept:
         id: of this comparison, random.
         closed: why it cannot be voted on (any more); None while it can.
         shared: its id in the store of shared comparisons, None if it was not shared.
-        bytes: memory that it takes.
+        bytes: of memory that it takes.
     """
 
     record: Record
@@ -63,7 +63,7 @@ class Kept:
 
     def __post_init__(self) -> None:
         """Measure it."""
-        self.bytes = self.record.bytes
+        self.bytes = self.record.memory
 
 
 @dataclass
@@ -84,7 +84,7 @@ class _Visit:
             if self.bytes <= limit:
                 return
             if oldest is not self.shown:
-                self.kept.remove(oldest)
+                self.kept = [one for one in self.kept if one is not oldest]
 
 
 class Visits:
