@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.embedded import HUB_ID, embedded_folder
-from minilora_hub.errors import BaseModelError
+from minilora_hub.errors import AdapterError, BaseModelError
 
 EMBEDDED = "embedded"
 
@@ -99,7 +99,7 @@ def load_model(base: ResolvedBase, **arguments: Any) -> Any:
     from minilora_hub.remote_code.base_loading import load_checked
 
     try:
-        return load_checked(AutoModelForCausalLM, base.path, **arguments)
+        return load_checked(AutoModelForCausalLM, base.path, trust_remote_code=False, **arguments)
     except (OSError, ValueError) as error:
         raise BaseModelError(f"base {base.name!r} cannot be loaded: {' '.join(str(error).split())}") from error
 
@@ -193,7 +193,13 @@ def _from_hub(
 
 
 def _require_config(folder: Path, asked: str) -> None:
+    from minilora_hub.formats.plain_files import require_plain_indexes
+
     if (folder / "config.json").is_file():
+        try:
+            require_plain_indexes(folder)
+        except AdapterError as error:
+            raise BaseModelError(f"base {asked!r}: {error}") from error
         return
     if (folder / "adapter_config.json").is_file():
         raise BaseModelError(f"base {asked!r} is an adapter, not a base model: pass the base it was trained on")

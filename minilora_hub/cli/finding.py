@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from minilora_hub.cli.shared import AsJson, Debug, Revision, print_json, size_text
+from minilora_hub.cli.shared import AsJson, Debug, Revision, print_json, say, size_text
 
 Sort = Literal["downloads", "likes", "last_modified", "created_at"]
 Method = Literal["mixlora", "dora", "lora"]
@@ -56,6 +56,7 @@ def info(
     for row in found.evaluation:
         base = f" (base {row.base_value:g})" if row.base_value is not None else ""
         rows.append((row.task, f"{row.metric} {row.value:g}{base}"))
+    rows += [("warning", warning) for warning in found.warnings]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         typer.echo(f"{name:<{width}}  {value}")
@@ -99,6 +100,10 @@ def pull(
     debug: Debug = False,
 ) -> None:
     """Fetch an adapter, and print the folder it is in."""
+    from minilora_hub.publish.discover import code_warnings
     from minilora_hub.publish.discover import pull as fetch
 
-    typer.echo(str(fetch(repo, revision=revision, out=out)))
+    folder = fetch(repo, revision=revision, out=out)
+    for warning in code_warnings(folder):
+        say(f"warning: {warning}")
+    typer.echo(str(folder))

@@ -30,7 +30,7 @@ from minilora_hub.formats.base_source import BaseSource
 from minilora_hub.formats.folders import naming
 from minilora_hub.formats.reading import read_adapter
 from minilora_hub.recording.sources import read_source
-from minilora_hub.remote_code.adapted_linear import keep_4bit_weights_exact, plain_weight
+from minilora_hub.remote_code.adapted_linear import keep_4bit_weights_exact, linear_shape, plain_weight
 from minilora_hub.remote_code.attach import build_modules
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
 
@@ -158,6 +158,12 @@ class AdapterBank:
     def find(self, name: str) -> BankEntry | None:
         """Return an adapter by its name; None where none of this name is registered."""
         return self._entries.get(name)
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """{path: (out_features, in_features)} of every linear of the base, the head included."""
+        found = ((path, linear_shape(module)) for path, module in self._plain.named_modules())
+        return {path: shape for path, shape in found if shape}
 
     def memory(self) -> BankMemory:
         """Report what is held in memory."""

@@ -52,7 +52,7 @@ def find_adapter(name: str | Path) -> FoundAdapter:
     """Find an adapter by its folder or its id on the Hub, which is fetched; nothing of it is run.
 
     Raises:
-        AdapterError: there is none, or it is of no known kind.
+        AdapterError: there is none, it is of no known kind, or it leads to code elsewhere.
     """
     folder = Path(name)
     if folder.is_dir() or not HUB_ID.fullmatch(str(name)):
@@ -111,7 +111,7 @@ def load_base(
     wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
     model = load_model(resolved, dtype=wanted)
     model.to(device)
-    tokenizer = AutoTokenizer.from_pretrained(resolved.path)
+    tokenizer = AutoTokenizer.from_pretrained(resolved.path, trust_remote_code=False)
     progress(f"  {_millions(_size(model))} parameters on {device} ({time.perf_counter() - started:.1f} s)")
     return model, tokenizer, (resolved.hub_id or resolved.path.name).rpartition("/")[2]
 

@@ -36,7 +36,7 @@ def adapter_facts(folder: Path) -> AdapterFacts:
     """Read an adapter's kind and size; no tensor is read, and nothing of the folder is run.
 
     Raises:
-        AdapterError: the folder is missing, damaged, or holds no adapter of a known kind.
+        AdapterError: the folder is missing, damaged, holds no adapter of a known kind, or leads to code elsewhere.
     """
     source = read_source(folder)
     settings = source.config

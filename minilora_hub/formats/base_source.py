@@ -167,7 +167,7 @@ def skeleton(config: Any, blocks: bool = True) -> Any:
 
     try:
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(config)
+            base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         layers = find_decoder_layers(base)[1]
         if blocks:
             _make_blocks_real(layers)

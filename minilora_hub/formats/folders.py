@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minilora_hub.errors import AdapterError
+from minilora_hub.formats.code_references import require_no_other_code
 from minilora_hub.json_documents import strict_json
 
 Dialect = Literal["minilora", "peft", "peft-mixlora", "reference", "checkpoint"]
@@ -77,7 +78,18 @@ class AdapterFolder:
 
 
 def read_folder(folder: str | Path) -> AdapterFolder:
-    """Tell which dialect a folder is written in.
+    """Tell which dialect a folder is written in, before something of it is loaded.
+
+    Raises:
+        AdapterError: there is no such folder, it holds nothing that is known here, or it leads to code elsewhere.
+    """
+    found = describe_folder(folder)
+    require_no_other_code(found.folder)
+    return found
+
+
+def describe_folder(folder: str | Path) -> AdapterFolder:
+    """Tell which dialect a folder is written in, where nothing of it is to be loaded.
 
     Raises:
         AdapterError: there is no such folder, or it holds nothing that is known here.

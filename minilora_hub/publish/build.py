@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.errors import AdapterError
+from minilora_hub.formats.code_references import require_no_other_code
 from minilora_hub.formats.companions import TEMPLATE, TOKENIZING, companion_files, copy_files
 from minilora_hub.formats.output import require_free, whole_folder
 from minilora_hub.formats.peft import PeftTargets, copy_peft_weights, write_peft_config
@@ -176,6 +177,7 @@ def _source_for(folder: str | Path, layout: str) -> Source:
     if layout not in ("auto", "peft"):
         raise ValueError(f"layout={layout!r}: must be 'auto' or 'peft'")
     source = read_source(folder)
+    require_no_other_code(source.folder)
     if layout == "peft" and source.method == "mixlora":
         raise AdapterError("layout='peft': PEFT has no MixLoRA; publish it with the layout 'auto'")
     return source

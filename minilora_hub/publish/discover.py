@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -13,9 +14,10 @@ from typing import Any
 from minilora_hub.bases import EMBEDDED
 from minilora_hub.embedded import HUB_ID
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.folders import AdapterFolder, read_folder, refuse_lfs_pointer
+from minilora_hub.formats.code_references import code_references
+from minilora_hub.formats.folders import AdapterFolder, describe_folder, refuse_lfs_pointer
+from minilora_hub.formats.plain_files import read_header
 from minilora_hub.formats.reading import check_settings
-from minilora_hub.publish.damage import read_header
 from minilora_hub.publish.island import code_files, code_hash, release_of
 from minilora_hub.publish.sources import METHODS
 from minilora_hub.recording.sources import WEIGHTS, read_source
@@ -74,6 +76,7 @@ class AdapterInfo:
         seconds: how long that took.
         data: names of what it was trained on.
         evaluation: measured results.
+        warnings: what leads to code outside the adapter's own folder; nothing here loads such an adapter.
     """
 
     name: str
@@ -92,6 +95,7 @@ class AdapterInfo:
     seconds: float | None = None
     data: tuple[str, ...] = ()
     evaluation: tuple[Evaluation, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON has it."""
@@ -131,7 +135,7 @@ def info(
         from minilora_hub.publish.remote import fetch
 
         folder, commit = fetch(os.fspath(repo_or_dir), revision=revision, token=token, progress=progress)
-    found = read_folder(folder)
+    found = describe_folder(folder)
     check_settings(found)
     if found.dialect not in ("minilora", "peft") or not (folder / WEIGHTS).is_file():
         return _in_another_format(found, os.fspath(repo_or_dir), commit)
@@ -157,7 +161,13 @@ def info(
         seconds=training.seconds if training else None,
         data=tuple(source.name for source in training.data) if training else (),
         evaluation=results.evaluation if results else (),
+        warnings=code_warnings(folder),
     )
+
+
+def code_warnings(folder: Path) -> tuple[str, ...]:
+    """Say what in a folder leads to code elsewhere, a line each; empty if nothing does."""
+    return tuple(str(reference) for reference in code_references(folder) if reference.problem)
 
 
 def _files(folder: Path) -> dict[str, int]:
@@ -187,6 +197,7 @@ def _in_another_format(found: AdapterFolder, name: str, commit: str | None) -> A
         parameters=sum(count_values(path) for path in weights) if weights else None,
         bytes=sum(files.values()),
         files=files,
+        warnings=code_warnings(found.folder),
     )
 
 
@@ -197,19 +208,8 @@ def count_values(weights: Path) -> int:
         AdapterError: it is no safetensors file.
     """
     refuse_lfs_pointer(weights)
-    with weights.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        header, _ = read_header(start + file.read(min(length, 100 * 2**20)))
-    count = 0
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        values = 1
-        for size in entry["shape"]:
-            values *= size
-        count += values
-    return count
+    header, _ = read_header(weights)
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 def list_adapters(

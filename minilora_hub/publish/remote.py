@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, constants, errors, get_token, snapshot_downlo
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from minilora_hub.errors import AdapterError, PublishError
+from minilora_hub.formats.plain_files import require_plain_names
 from minilora_hub.publish.hub_errors import ATTEMPTS, FAILURES, explain, patiently, status_of
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -124,13 +125,15 @@ def fetch(repo_id: str, *, revision: str | None, token: str | None, progress: bo
         The folder, and the commit.
 
     Raises:
-        AdapterError: there is no such repo or revision, or the Hub cannot be reached.
+        AdapterError: there is no such repo or revision, the Hub cannot be reached, or the repo lists files elsewhere.
     """
     try:
         with quiet(not progress):
             if not constants.HF_HUB_OFFLINE:
                 # Asked for by itself: the download alone would be content with an old copy of what is gone.
-                revision = patiently(partial(HfApi(token=token).model_info, repo_id, revision=revision)).sha
+                info = patiently(partial(HfApi(token=token).model_info, repo_id, revision=revision))
+                require_plain_names((file.rfilename for file in info.siblings or []), repo_id)
+                revision = info.sha
             folder = Path(patiently(partial(snapshot_download, repo_id, revision=revision, token=token)))
     except errors.HFValidationError:
         raise AdapterError(f"{repo_id!r} is neither a folder nor an id on the Hub (owner/name)") from None

@@ -19,6 +19,20 @@ def read_source(folder: str | Path) -> Source:
     Raises:
         AdapterError: the folder is missing, or holds no adapter that can be published; the message says what to do.
     """
+    source = read_configuration(folder)
+    if not (source.folder / WEIGHTS).is_file():
+        raise AdapterError(
+            f"adapter {source.folder.name!r}: no {WEIGHTS}; save it with save_pretrained, not as a pickle"
+        )
+    return source
+
+
+def read_configuration(folder: str | Path) -> Source:
+    """Read which adapter a folder describes, whose weights need not be there yet.
+
+    Raises:
+        AdapterError: the folder is missing, or describes no adapter that can be published.
+    """
     source = read_folder(folder)
     if source.dialect == "checkpoint":
         raise AdapterError(f"{source.folder.name!r} is a whole model ({source.method}), not an adapter")
@@ -26,9 +40,5 @@ def read_source(folder: str | Path) -> Source:
         raise AdapterError(
             f"adapter {source.folder.name!r} is a MixLoRA in the format {source.dialect!r}: convert it with "
             "`minilora import`"
-        )
-    if not (source.folder / WEIGHTS).is_file():
-        raise AdapterError(
-            f"adapter {source.folder.name!r}: no {WEIGHTS}; save it with save_pretrained, not as a pickle"
         )
     return source

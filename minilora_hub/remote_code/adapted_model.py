@@ -72,7 +72,7 @@ class AdaptedModel(NamedBase, PreTrainedModel):
         if base is None:
             if config.text_config is None:
                 raise ValueError(f"{type(self).__name__}: a base, or a configuration with text_config, is required")
-            base = self.auto_class.from_config(config.text_config)
+            base = self.auto_class.from_config(config.text_config, trust_remote_code=False)
         # Everything that can be wrong is found before the base is changed.
         sites = plan_sites(base, config)
         tensors = None if adapter_file is None else read_adapter(adapter_file, expected_tensors(config, sites))
@@ -361,7 +361,7 @@ class AdaptedModel(NamedBase, PreTrainedModel):
         source = base_source(name)
         try:  # saving must not need the network
             return AutoTokenizer.from_pretrained(
-                source, revision=self.config.base_model_revision, local_files_only=True
+                source, revision=self.config.base_model_revision, local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError) as error:
             logger.warning(f"No tokenizer was saved: none found with the base {name!r} ({error}). Pass tokenizer=.")

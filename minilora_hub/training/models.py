@@ -33,7 +33,7 @@ def load_tokenizer(resolved: ResolvedBase) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolved.path)
+        tokenizer = AutoTokenizer.from_pretrained(resolved.path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise BaseModelError(f"base {resolved.name!r}: its tokenizer cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:
@@ -50,7 +50,7 @@ def base_context(resolved: ResolvedBase) -> int:
     """How many tokens the base takes at once, from its configuration."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(resolved.path).get_text_config(decoder=True)
+    config = AutoConfig.from_pretrained(resolved.path, trust_remote_code=False).get_text_config(decoder=True)
     length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     return int(length or 2048)
 
