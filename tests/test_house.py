@@ -22,6 +22,7 @@ ISLAND = PACKAGE / "remote_code"
 LEVELS = {
     "minilora_hub.errors": 0,
     "minilora_hub.results": 0,
+    "minilora_hub.end_tokens": 0,
     "minilora_hub.tensor_names": 0,
     "minilora_hub.user_folders": 0,
     "minilora_hub.remote_code": 0,
