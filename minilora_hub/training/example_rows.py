@@ -94,6 +94,7 @@ class ExampleWriter:
         self._path, self._waiting, self._tokens = path, list[Example](), 0
         self._places, self._lengths, self._learned = list[str](), list[int](), list[int]()
         with self._errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)  # whoever reads an older one keeps it
             self._writer = pyarrow.ipc.new_stream(str(path), self._schema)
 

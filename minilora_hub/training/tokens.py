@@ -149,7 +149,8 @@ class Encoder:
             raise self._written_differently(index)
         raise _CannotBeExact(
             f"turn {index + 1}: its first characters join the last token of the prompt, so generation would write "
-            "other tokens: begin it with another character, e.g. without white space"
+            "other tokens: begin it with another character, e.g. no white space, or write the rendered prompt and the "
+            "answer as texts, with --set chat=false"
         )
 
     def _answer_stop(self, alone: list[int], ids: list[int], start: int, index: int) -> int:
@@ -181,14 +182,12 @@ class Encoder:
         return list(encoded["input_ids"])
 
     def _template(self, messages: list[dict[str, Any]], tools: Any, **settings: Any) -> Any:
-        from jinja2 import TemplateError
-
         try:
             if self._now is not None:
                 template = self.tokenizer.get_chat_template(None, tools)
                 settings["chat_template"] = dated_template(template, self._now)
             return self.tokenizer.apply_chat_template(messages, tools=tools, **settings)
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+        except Exception as error:  # a template is a program of the base's author
             raise _CannotBeExact(f"the chat template refuses it: {' '.join(str(error).split())[:200]}") from error
 
     # ---- plain text ----
