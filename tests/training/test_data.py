@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import resource
+import tracemalloc
 
 import pyarrow
 import pytest
@@ -243,3 +245,34 @@ def test_held_out_rows_follow_the_seed_and_are_not_learned(tokenizer, tmp_path):
     assert len({data.sha256, other.sha256}) == 2
     with pytest.raises(DataError, match="holds out all 20 rows"):
         prepare_data(settings(file, validation=0.99), tokenizer, 512, tmp_path)
+
+
+def test_tokens_are_streamed_to_a_file_and_not_held_in_memory(tokenizer, tmp_path):
+    """200,000 tokens and their labels: as lists of Python integers they are 3.2 MB, and were all held."""
+    rows = 400
+    small, file = tmp_path / "small.jsonl", tmp_path / "d.jsonl"
+    small.write_text('{"text": "a"}\n' * 2)
+    file.write_text("".join(json.dumps({"text": f"{index:05}" + "x" * 494}) + "\n" for index in range(rows)))
+    prepare_data(settings(small, validation=0.5), tokenizer, 512, tmp_path / "small")  # imports
+    tracemalloc.start()
+    data = prepare_data(settings(file, validation=0.1), tokenizer, 512, tmp_path / "rows")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert data.tokens == data.learned_tokens == 500 * rows * 9 // 10
+    assert peak < 1_800_000
+    assert (tmp_path / "rows" / "train.arrow").stat().st_size > 8 * 500 * rows
+    assert data.place_of(data.validation[3].input_ids) == data.validation[3].place
+    assert data.place_of([1, 2, 3]) is None
+    assert data.largest_id == tokenizer.eos_token_id
+
+
+def test_a_full_disk_is_said_with_the_folder(tokenizer, tmp_path):
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps({"text": "x" * 500}) + "\n" for _ in range(100)))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        with pytest.raises(DataError, match=r"tokens cannot be kept in '.*rows' \(.*\): make room, or set TMPDIR"):
+            prepare_data(settings(file), tokenizer, 512, tmp_path / "rows")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
