@@ -27,6 +27,7 @@ from minilora_hub.training.data import BadRow, Row
 
 IGNORED = -100
 DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+AS_TEXTS = "write the rendered prompt and the answer as texts, with --set chat=false"
 MARKS = ("weight", "loss")
 """Fields of a message that say whether it is learned; the chat template does not get them."""
 
@@ -112,14 +113,18 @@ class Encoder:
         turns, ids = self._whole(messages, tools)
         learned = [self.loss_on == "all"] * len(ids)
         for index, turn in enumerate(turns):
-            if turn["role"] != "assistant" or index < first:
+            is_learned = _is_learned(messages[index])
+            if self.loss_on == "all" and turn["role"] != "assistant" and not is_learned:
+                raise _CannotBeExact(f"turn {index + 1}: has weight 0, which is for the assistant's turns alone")
+            in_prompt = turn["role"] != "assistant" or index < first
+            if in_prompt and (self.loss_on != "all" or is_learned):
                 continue
             start = self._answer_start(turns, index, tools, ids)
             last = index == len(turns) - 1
             stop = self._answer_stop(ids if last else self._ids(turns[: index + 1], tools), ids, start, index)
             if last and ids[stop - 1] not in self.ends:
                 ids, stop, learned = self._with_eos(ids), len(ids) + 1, [*learned, True]
-            learned[start:stop] = [_is_learned(messages[index])] * (stop - start)
+            learned[start:stop] = [is_learned] * (stop - start)
         return ids, learned
 
     def _whole(self, messages: list[dict[str, Any]], tools: Any) -> tuple[list[dict[str, Any]], list[int]]:
@@ -149,8 +154,7 @@ class Encoder:
             raise self._written_differently(index)
         raise _CannotBeExact(
             f"turn {index + 1}: its first characters join the last token of the prompt, so generation would write "
-            "other tokens: begin it with another character, e.g. no white space, or write the rendered prompt and the "
-            "answer as texts, with --set chat=false"
+            f"other tokens: begin it with another character, e.g. no white space, or {AS_TEXTS}"
         )
 
     def _answer_stop(self, alone: list[int], ids: list[int], start: int, index: int) -> int:
@@ -174,7 +178,7 @@ class Encoder:
     def _written_differently(index: int) -> _CannotBeExact:
         return _CannotBeExact(
             f"turn {index + 1}: the chat template writes it differently alone than in the whole conversation, "
-            "so its tokens cannot be told apart: make a row of prompt and completion for each answer"
+            f"so its tokens cannot be told apart: make a row of prompt and completion for each answer, or {AS_TEXTS}"
         )
 
     def _ids(self, messages: list[dict[str, Any]], tools: Any, opened: bool = False) -> list[int]:

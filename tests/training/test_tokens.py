@@ -256,8 +256,13 @@ def test_a_message_of_weight_0_is_not_learned_and_not_seen_by_the_template(mark)
     assert text_of(tokenizer, example.labels) == "the sky<|end|>"
     everything = encode(tokenizer, "messages", {"messages": messages}, loss_on="all")
     assert text_of(tokenizer, everything.labels) == text_of(tokenizer, plain.input_ids).replace("yes<|end|>", "", 1)
+    pair = {"prompt": messages[:3], "completion": messages[3:]}
+    assert encode(tokenizer, "prompt and completion", pair, loss_on="all") == everything
     messages[3] |= mark
     assert encode(tokenizer, "messages", {"messages": messages}).reason == "has nothing to learn"
+    messages[0] |= mark
+    refused = encode(tokenizer, "messages", {"messages": messages}, loss_on="all")
+    assert refused.reason == "turn 1: has weight 0, which is for the assistant's turns alone"
 
 
 # ---- the date ----
