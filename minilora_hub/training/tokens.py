@@ -216,16 +216,16 @@ class Encoder:
         The tokenizer's own special tokens are at the start, also of an empty text, unless the text begins with what a
         rendered chat begins with, which has them already. Its own end is not: the end of a row is decided here.
         """
-        bare = self._tokens(text)
-        if bare and bare[0] in self._openings:
-            return bare
+        if text.startswith(self._openings):
+            return self._tokens(text)
         ids: list[int] = self.tokenizer(text)["input_ids"]
-        before_end = ids[:-1]
-        ended = ids[-1:] == [self.tokenizer.eos_token_id] and before_end[len(before_end) - len(bare) :] == bare
-        return before_end if ended else ids
+        if ids[-1:] != [self.tokenizer.eos_token_id]:
+            return ids
+        bare, before_end = self._tokens(text), ids[:-1]
+        return before_end if before_end[len(before_end) - len(bare) :] == bare else ids
 
     @cached_property
-    def _openings(self) -> frozenset[int]:
+    def _openings(self) -> tuple[str, ...]:
         """The special tokens with which a rendered chat begins: BOS, or that of a first turn."""
         found = {self.tokenizer.bos_token_id}
         user = {"role": "user", "content": "Question"}
@@ -234,7 +234,8 @@ class Encoder:
                 found.add(self._ids(turns, None)[0] if self.has_template else None)
             except (_CannotBeExact, IndexError):
                 continue  # many templates know no system's turn
-        return frozenset(found & {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder})
+        special = found & {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        return tuple(self.tokenizer.convert_ids_to_tokens(sorted(special)))
 
     def _following(self, text: str) -> list[int]:
         """A text's ids in the middle of another: after a line break, before which SentencePiece puts its space."""

@@ -7,7 +7,7 @@ from datetime import datetime
 import pytest
 from tiny_stand_ins import byte_tokenizer
 from tiny_tokenizers import END_OF_TURN, KINDS, tokenizer_of
-from tokenizers import normalizers
+from tokenizers import normalizers, processors
 from transformers import ByT5Tokenizer
 
 from minilora_hub.training.data import BadRow, Row
@@ -100,6 +100,20 @@ def test_a_plain_text_begins_as_the_tokenizer_begins_it_and_ends_once(kind):
     assert encode(tokenizer, "text", {"text": "the sky"}).input_ids == [*ids, tokenizer.eos_token_id]
     ended = encode(tokenizer, "text", {"text": f"the sky{tokenizer.eos_token}\n"}).input_ids
     assert ended == tokenizer(f"the sky{tokenizer.eos_token}\n")["input_ids"]
+
+
+def test_a_tokenizer_that_ends_every_text_by_itself_ends_it_once():
+    tokenizer = byte_tokenizer(chat=False)
+    end = ("<|end|>", tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|end|>", pair=None, special_tokens=[end]
+    )
+    assert tokenizer("a")["input_ids"] == [*tokenizer("a", add_special_tokens=False)["input_ids"], end[1]]
+    for text, expected in [("a", "a<|end|>"), ("a<|end|>", "a<|end|>"), ("a<|end|>\n", "a<|end|>\n")]:
+        assert tokenizer.decode(encode(tokenizer, "text", {"text": text}).input_ids) == expected
+    example = encode(tokenizer, "prompt and completion", {"prompt": "a", "completion": "b"})
+    assert tokenizer.decode(example.input_ids) == "ab<|end|>"
+    assert text_of(tokenizer, example.labels) == "b<|end|>"
 
 
 @pytest.mark.parametrize("kind", KINDS)
