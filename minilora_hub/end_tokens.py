@@ -16,7 +16,7 @@ def end_token_ids(tokenizer: Any, generation_config: Any) -> list[int]:
     """Return the ids of all tokens that end an answer, without duplicates.
 
     Args:
-        tokenizer: a tokenizer of transformers.
+        tokenizer: a tokenizer of transformers, or None for the generation settings' tokens alone.
         generation_config: the base's GenerationConfig, or None.
 
     Returns:
@@ -26,7 +26,9 @@ def end_token_ids(tokenizer: Any, generation_config: Any) -> list[int]:
     listed = getattr(generation_config, "eos_token_id", None)
     if listed is None:
         listed = []
-    candidates = [*([listed] if isinstance(listed, int) else listed), tokenizer.eos_token_id, end_of_turn_id(tokenizer)]
+    candidates = [listed] if isinstance(listed, int) else list(listed)
+    if tokenizer is not None:
+        candidates += [tokenizer.eos_token_id, end_of_turn_id(tokenizer)]
     return list(dict.fromkeys(int(token) for token in candidates if token is not None))
 
 
