@@ -13,7 +13,15 @@ from huggingface_hub import HfApi, constants, errors, get_token, snapshot_downlo
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from minilora_hub.errors import AdapterError, PublishError
-from minilora_hub.publish.hub_errors import ATTEMPTS, FAILURES, explain, patiently, status_of
+from minilora_hub.publish.hub_errors import (
+    ATTEMPTS,
+    FAILURES,
+    explain,
+    patiently,
+    root_cause,
+    server_message,
+    status_of,
+)
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token with the role write"
@@ -117,6 +125,26 @@ def tags_of(api: HfApi, repo_id: str, attempts: int = ATTEMPTS) -> dict[str, str
     return {tag.name: tag.target_commit for tag in refs.tags}
 
 
+def require_pull_requests(api: HfApi, repo_id: str, attempts: int = ATTEMPTS) -> None:
+    """Refuse a repo in which no pull request can be opened; a Hub that does not know them would change the branch.
+
+    Raises:
+        PublishError: it takes none, or cannot be asked.
+    """
+    discussions = partial(api.get_repo_discussions, repo_id, discussion_type="pull_request")
+    try:
+        patiently(lambda: next(iter(discussions()), None), attempts)
+    except FAILURES as error:
+        status = status_of(error)
+        if status in (401, 429) or status is None or status >= 500:
+            raise PublishError(explain(error, repo_id, "looking at the pull requests")) from None
+        told = f"HTTP {status}: {server_message(root_cause(error))}"
+        raise PublishError(
+            f"create_pr=True: the Hub at {api.endpoint} takes no pull requests for {repo_id} ({told}): push to a repo "
+            "of your own, or to a branch of this one"
+        ) from None
+
+
 def fetch(repo_id: str, *, revision: str | None, token: str | None, progress: bool) -> tuple[Path, str]:
     """Fetch a repo into the Hub's cache.
 
@@ -167,7 +195,12 @@ class BaseOnHub:
                 self._known[base, revision] = True
             except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
                 self._known[base, revision] = None
-        return self._known[base, revision]
+            except FAILURES as error:
+                self._known[base, revision] = error
+        known = self._known[base, revision]
+        if isinstance(known, BaseException):
+            raise known
+        return known
 
 
 def quiet(wanted: bool) -> AbstractContextManager[Any]:

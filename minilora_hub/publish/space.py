@@ -126,7 +126,8 @@ def push_space(
     with Stages(progress) as stages, tempfile.TemporaryDirectory(prefix="minilora-space-") as scratch:
         stages.start("Looking at the adapters")
         base, public = find_models(api, tuple(adapters), base, "HF_TOKEN" in secrets, dry_run)
-        settings = SpaceSettings(title or space.rpartition("/")[2], base, tuple(adapters), public, hardware, mcp)
+        title = title or space.rpartition("/")[2]
+        settings = SpaceSettings(title, base, tuple(adapters), public, hardware, mcp, api.endpoint)
         stages.start("Looking at the Space")
         state = _look(api, space, dry_run)
         if state.exists and not state.private and private:
