@@ -114,11 +114,8 @@ def _from_hub(
     progress: bool,
 ) -> Path:
     from huggingface_hub import errors, snapshot_download
-    from huggingface_hub.utils import tqdm
 
-    class SilentBar(tqdm):  # type: ignore[misc]
-        def __init__(self, *args: object, **kwargs: object) -> None:
-            super().__init__(*args, **(kwargs | {"disable": True}))
+    from minilora_hub.download_bar import download_bar
 
     at = f" at revision {revision!r}" if revision else ""
     otherwise = f'or pass a local folder or "{EMBEDDED}" as the base'
@@ -131,7 +128,7 @@ def _from_hub(
             local_files_only=local_files_only,
             allow_patterns=WANTED_FILES,
             ignore_patterns=UNWANTED_FILES,
-            tqdm_class=None if progress else SilentBar,
+            tqdm_class=download_bar(repo, progress),
         )
     except errors.HFValidationError as error:
         raise BaseModelError(f"base {repo!r} is neither a folder nor a valid Hub id (owner/name)") from error

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from minilora_hub.bases import resolve_base
 from minilora_hub.compare.reading import KINDS, WEIGHTS, adapter_facts, adapter_type
 from minilora_hub.errors import AdapterError
+from minilora_hub.quiet import quiet_libraries
 
 Progress = Callable[[str], None]
 
@@ -81,7 +82,8 @@ def load_base(
     resolved = resolve_base(base)
     # On a CPU, fp32 is both the quickest and the exact choice; elsewhere the checkpoint's own dtype.
     wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
-    model: Any = AutoModelForCausalLM.from_pretrained(resolved.path, dtype=wanted)
+    with quiet_libraries():
+        model: Any = AutoModelForCausalLM.from_pretrained(resolved.path, dtype=wanted)
     model.to(device)
     tokenizer = AutoTokenizer.from_pretrained(resolved.path)
     progress(f"  {_millions(_size(model))} parameters on {device} ({time.perf_counter() - started:.1f} s)")

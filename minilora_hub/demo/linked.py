@@ -24,6 +24,7 @@ from minilora_hub.demo.adapter_cards import AdapterCard, read_card
 from minilora_hub.demo.limits import whole_number
 from minilora_hub.errors import AdapterError, MiniLoraError
 from minilora_hub.publish.hub_errors import FAILURES, explain, patiently
+from minilora_hub.quiet import quiet_libraries
 from minilora_hub.recording.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, read_source
 from minilora_hub.results import RESULTS_FILE
 
@@ -202,8 +203,6 @@ def _download(name: str, folder: Path, largest: int) -> str | None:
     """
     from huggingface_hub import HfApi
 
-    from minilora_hub.publish.remote import quiet
-
     api = HfApi(token=False)
     info = patiently(lambda: api.model_info(name, files_metadata=True), attempts=2)
     sizes = {file.rfilename: file.size for file in info.siblings or [] if file.rfilename in FETCHED}
@@ -216,7 +215,7 @@ def _download(name: str, folder: Path, largest: int) -> str | None:
             raise AdapterError(
                 f"{file} of {name} is {told}; through a link this page fetches at most {limit / 1e6:g} MB"
             )
-    with quiet(True):
+    with quiet_libraries():
         for file in sizes:
             patiently(_fetching(api, name, file, info.sha, folder), attempts=2)
     return info.sha

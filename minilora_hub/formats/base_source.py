@@ -10,6 +10,7 @@ from typing import Any
 
 from minilora_hub.bases import EMBEDDED, resolve_base
 from minilora_hub.errors import AdapterError, BaseModelError
+from minilora_hub.quiet import quiet_libraries
 
 LENGTH = 65_537  # a prime, so that no two rows of a matrix are alike
 LARGE_BLOCK = 2**28  # parameters from which a block is called in half the bytes
@@ -84,7 +85,8 @@ class BaseSource:
         from transformers import AutoModelForCausalLM
 
         folder = resolve_base(self.name, revision=self.revision).path
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
+        with quiet_libraries():
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
 
     def save_companions(self, folder: Path) -> bool:
         """Save its tokenizer and generation settings; return whether it has a tokenizer that can be read."""

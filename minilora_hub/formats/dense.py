@@ -10,6 +10,7 @@ from minilora_hub.formats.base_source import BaseSource, find_base, hub_name
 from minilora_hub.formats.checkpoint import require_space, write_card
 from minilora_hub.formats.folders import AdapterFolder, copy_companions, read_folder
 from minilora_hub.formats.output import require_free, whole_folder
+from minilora_hub.quiet import quiet_libraries
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -62,7 +63,8 @@ def export_dense(
     with whole_folder(out) as folder:
         # A dequantised model still remembers how its checkpoint was packed, and cannot pack it again.
         quantised = getattr(located.config, "quantization_config", None) is not None
-        merged.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=not quantised)
+        with quiet_libraries():
+            merged.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=not quantised)
         if not copy_companions(found.folder, folder):
             located.save_companions(folder)
         _write_card(folder, found, located, str(wanted).removeprefix("torch."))

@@ -34,6 +34,7 @@ from minilora_hub.publish.sending import send, set_tag
 from minilora_hub.publish.sources import METHODS
 from minilora_hub.publish.verify import VerifyReport
 from minilora_hub.publish.verify import verify as verify_repo
+from minilora_hub.quiet import quiet_libraries
 from minilora_hub.recording.bases_of_record import published_base
 from minilora_hub.recording.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, Layout, Source, read_source
 from minilora_hub.results import RESULTS_FILE, Results
@@ -75,6 +76,7 @@ class PushResult:
         }
 
 
+@quiet_libraries()
 def push(
     folder: str | os.PathLike[str],
     repo_id: str,
@@ -171,7 +173,7 @@ def push(
         stages.end()
         if dry_run or (confirm is not None and not confirm(plan)):
             return PushResult(plan, dry_run=True)
-        commit, url = _send(target, plan, built, message, progress, stages)
+        commit, url = _send(target, plan, built, message, stages)
         report = None
         if verify:
             stages.start("Verifying")
@@ -268,14 +270,10 @@ class _Target:
         return plan
 
 
-def _send(
-    target: _Target, plan: PushPlan, built: Built, message: str | None, progress: bool, stages: Stages
-) -> tuple[str, str]:
+def _send(target: _Target, plan: PushPlan, built: Built, message: str | None, stages: Stages) -> tuple[str, str]:
     """Make the commit, and the tag; return the commit and where to look at it."""
-    # The client draws a bar for each large file itself.
-    stages.start(f"Sending {len(plan.sends)} of {len(plan.files)} files", spinner=False)
-    with hub.quiet(not progress):
-        commit, url = send(target.api, plan, built.folder, target.state, message or _message(built))
+    stages.start(f"Sending {len(plan.sends)} of {len(plan.files)} files")
+    commit, url = send(target.api, plan, built.folder, target.state, message or _message(built))
     if target.tag:
         stages.start("Tagging")
         set_tag(target.api, target.repo_id, target.tag, commit)
@@ -361,11 +359,10 @@ def _tagged(api: HfApi, repo_id: str, tag: str, dry_run: bool) -> str | None:
 
 def _reader(api: HfApi, repo_id: str, commit: str | None) -> Callable[[str], bytes]:
     def read(path: str) -> bytes:
-        with hub.quiet(True):
-            try:
-                return Path(patiently(lambda: api.hf_hub_download(repo_id, path, revision=commit))).read_bytes()
-            except FAILURES as error:
-                raise PublishError(explain(error, repo_id, f"reading {path} of the repo")) from None
+        try:
+            return Path(patiently(lambda: api.hf_hub_download(repo_id, path, revision=commit))).read_bytes()
+        except FAILURES as error:
+            raise PublishError(explain(error, repo_id, f"reading {path} of the repo")) from None
 
     return read
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, errors, get_token, snapshot_download
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+from minilora_hub.download_bar import download_bar
 from minilora_hub.errors import AdapterError, PublishError
 from minilora_hub.publish.hub_errors import (
     ATTEMPTS,
@@ -22,6 +21,7 @@ from minilora_hub.publish.hub_errors import (
     server_message,
     status_of,
 )
+from minilora_hub.quiet import quiet_libraries
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token with the role write"
@@ -155,11 +155,12 @@ def fetch(repo_id: str, *, revision: str | None, token: str | None, progress: bo
         AdapterError: there is no such repo or revision, or the Hub cannot be reached.
     """
     try:
-        with quiet(not progress):
+        with quiet_libraries():
             if not constants.HF_HUB_OFFLINE:
                 # Asked for by itself: the download alone would be content with an old copy of what is gone.
                 revision = patiently(partial(HfApi(token=token).model_info, repo_id, revision=revision)).sha
-            folder = Path(patiently(partial(snapshot_download, repo_id, revision=revision, token=token)))
+            download = partial(snapshot_download, tqdm_class=download_bar(repo_id, progress))
+            folder = Path(patiently(partial(download, repo_id, revision=revision, token=token)))
     except errors.HFValidationError:
         raise AdapterError(f"{repo_id!r} is neither a folder nor an id on the Hub (owner/name)") from None
     except FAILURES as error:
@@ -201,16 +202,3 @@ class BaseOnHub:
         if isinstance(known, BaseException):
             raise known
         return known
-
-
-def quiet(wanted: bool) -> AbstractContextManager[Any]:
-    """Without the client's progress bars, where that is wanted."""
-    return _NoBars() if wanted and not are_progress_bars_disabled() else nullcontext()
-
-
-class _NoBars:
-    def __enter__(self) -> None:
-        disable_progress_bars()
-
-    def __exit__(self, *_: object) -> None:
-        enable_progress_bars()

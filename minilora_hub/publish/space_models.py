@@ -12,8 +12,8 @@ from huggingface_hub import HfApi, errors
 from minilora_hub.bases import EMBEDDED
 from minilora_hub.errors import AdapterError, PublishError
 from minilora_hub.formats.folders import read_json
-from minilora_hub.publish import remote as hub
 from minilora_hub.publish.hub_errors import ATTEMPTS, FAILURES, explain, patiently, status_of
+from minilora_hub.quiet import quiet_libraries
 from minilora_hub.recording.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -66,7 +66,7 @@ def _adapter(api: HfApi, name: str, attempts: int, dry_run: bool) -> tuple[bool,
         config = next((file for file in (PEFT_CONFIG, OUR_CONFIG) if file in files), None)
         if config is None or WEIGHTS not in files:
             raise AdapterError(f"{name} holds no adapter: {WEIGHTS} and {OUR_CONFIG} (or {PEFT_CONFIG}) must be there")
-        with tempfile.TemporaryDirectory(prefix="minilora-space-") as folder, hub.quiet(True):
+        with tempfile.TemporaryDirectory(prefix="minilora-space-") as folder, quiet_libraries():
             patiently(lambda: api.hf_hub_download(name, config, revision=info.sha, local_dir=folder), attempts)
             named = read_json(Path(folder, config)).get("base_model_name_or_path")
     except errors.HFValidationError:

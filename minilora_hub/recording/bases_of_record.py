@@ -9,6 +9,7 @@ from typing import Any
 from minilora_hub.bases import EMBEDDED, ResolvedBase, resolve_base
 from minilora_hub.embedded import HUB_ID
 from minilora_hub.errors import AdapterError, BaseModelError
+from minilora_hub.quiet import quiet_libraries
 from minilora_hub.recording.sources import Source
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -123,16 +124,11 @@ def load_base(found: ResolvedBase) -> Any:
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     dtype: Any = "auto" if wanted_dtype(found) == "auto" else torch.float32
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # a push shows its own
     try:
-        model = AutoModelForCausalLM.from_pretrained(found.path, dtype=dtype)
+        with quiet_libraries():
+            model = AutoModelForCausalLM.from_pretrained(found.path, dtype=dtype)
     except (OSError, ValueError) as error:
         raise BaseModelError(f"base {found.name!r} cannot be loaded: {error}") from error
-    finally:
-        if bar:
-            logging.enable_progress_bar()
     return model.eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from minilora_hub.errors import MiniLoraError, TrainingError, TrainingInterrupted
+from minilora_hub.quiet import quiet_libraries
 from minilora_hub.training.plan import Plan, Shape, make_plan
 from minilora_hub.training.requirements import check_requirements
 from minilora_hub.training.run_state import RunState, read_state
@@ -83,19 +83,19 @@ def train(
         TrainingError: settings or data are wrong, or the training had to stop; the message says what is kept.
         TrainingInterrupted: a signal stopped it, after a checkpoint was saved.
     """
-    # On a CPU it tells, when it is first imported, of a kernel that is not needed here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     out = Path(out)
     said = overrides | {"method": method, "base": base, "data": data}
     settings = _resumed_settings(out, said, config) if resume else None
     if settings is None:
         settings = make_settings(read_yaml(Path(config)) if config else {}, said)
-    check_requirements(settings)
-    if not resume and not dry_run:
-        _require_empty(out)
-    from minilora_hub.training.loop import known_warnings_ignored
+    with quiet_libraries():  # as some are imported
+        check_requirements(settings)
+        if not resume and not dry_run:
+            _require_empty(out)
+        import datasets  # noqa: F401  whose bars are switched off below
 
-    with known_warnings_ignored():
+        from minilora_hub.training.loop import known_warnings_ignored
+    with quiet_libraries(), known_warnings_ignored():
         run = _Run(out, settings, resume, progress)
         result = run.execute(dry_run, on_plan)
         # The model that was trained is gone by now, so its memory can hold the base once more.
@@ -143,11 +143,10 @@ class _Run:
 
     def execute(self, dry_run: bool, on_plan: Callable[[Plan, TrainingSettings], None] | None) -> TrainResult:
         from minilora_hub.training.dataset import prepare_data
-        from minilora_hub.training.loop import build_trainer, quiet_libraries
+        from minilora_hub.training.loop import build_trainer
         from minilora_hub.training.models import base_context, build_trainee, find_base, load_tokenizer
         from minilora_hub.training.trainer import CHECKPOINTS
 
-        quiet_libraries()
         resolved = find_base(self.settings, self.progress)
         tokenizer = load_tokenizer(resolved)
         data = prepare_data(self.settings, tokenizer, base_context(resolved))
