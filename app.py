@@ -33,6 +33,7 @@ import os
 import sys
 
 from minilora_hub.errors import MiniLoraError
+from minilora_hub.quiet import quiet_process
 
 
 def main() -> None:
@@ -58,6 +59,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        with quiet_process():
+            main()
     except (MiniLoraError, ValueError) as error:  # a variable that is wrong: one line in the Space's log
         sys.exit(f"app.py: {error}")

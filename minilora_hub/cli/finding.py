@@ -10,7 +10,7 @@ import typer
 
 from minilora_hub.cli.shared import AsJson, Debug, Revision, print_json, say, size_text
 
-Sort = Literal["downloads", "likes", "last_modified", "created_at"]
+Sort = Literal["downloads", "likes", "last_modified", "created_at", "trending_score"]
 Method = Literal["mixlora", "dora", "lora"]
 
 
@@ -82,9 +82,10 @@ def list_(
     if not found:
         typer.echo("No adapter was found.")
         return
-    heads = ("adapter", "method", "downloads", "likes", "updated", "license")
+    dated = "created" if sort == "created_at" else "updated"
+    heads = ("adapter", "method", "downloads", "likes", dated, "license")
     rows = [
-        (row.id, row.method or "", str(row.downloads), str(row.likes), row.updated or "", row.license or "")
+        (row.id, row.method or "", str(row.downloads), str(row.likes), getattr(row, dated) or "", row.license or "")
         for row in found
     ]
     widths = [max(len(cell) for cell in column) for column in zip(heads, *rows, strict=True)]

@@ -32,6 +32,7 @@ from minilora_hub.formats.folders import describe_folder
 from minilora_hub.formats.ours import our_config
 from minilora_hub.formats.plain_files import require_plain_files, require_plain_names, require_true_sizes
 from minilora_hub.publish.hub_errors import FAILURES, explain, patiently
+from minilora_hub.quiet import quiet_libraries
 from minilora_hub.recording.sources import WEIGHTS, read_configuration
 from minilora_hub.results import RESULTS_FILE
 
@@ -275,12 +276,10 @@ class _Repo:
 
     def fetch(self, files: Iterable[str], folder: Path, limit: int) -> None:
         """Fetch those of `files` that there are, each of at most `limit` bytes; none if one is larger."""
-        from minilora_hub.publish.remote import quiet
-
         there = [file for file in files if file in self.sizes]
         for file in there:
             self.check_size(file, limit)
-        with quiet(True):
+        with quiet_libraries():
             for file in there:
                 patiently(self._fetching(file, folder), attempts=2)
 

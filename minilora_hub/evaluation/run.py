@@ -27,6 +27,7 @@ from minilora_hub.evaluation.generation import RoutingSums, generate
 from minilora_hub.evaluation.metrics import exact_match, json_field_f1, require_library
 from minilora_hub.evaluation.prompts import Prompts
 from minilora_hub.evaluation.setup import Adapter, Settings, find_adapters, find_base, find_items, find_tasks, task_of
+from minilora_hub.recording.inputs import base_inputs, why_unknown
 
 if TYPE_CHECKING:
     from minilora_hub.bases import ResolvedBase
@@ -176,8 +177,9 @@ class _Run:
     ) -> None:
         self._settings, self._tasks, self._adapters = settings, tasks, adapters
         self._base, self._fingerprint = base, fingerprint
-        # Without a fingerprint nothing tells this base from another.
-        self._cache = None if fingerprint == "unknown" else cache
+        # Kept only where everything that determines the base's answers is in the key.
+        self._cache = None if why_unknown(base, fingerprint) else cache
+        self._base_inputs = base_inputs(base, fingerprint)
         self._say, self._on_progress = progress, on_progress
         self._items = find_items(tasks, settings)
         self._text: GeneralText | None = None
@@ -239,7 +241,7 @@ class _Run:
         cache = AnswerCache(
             self._cache,
             {
-                "base": self._fingerprint,
+                "base": self._base_inputs,
                 "adapter": adapter and adapter.digest,
                 "dtype": self._settings.dtype,
                 "device": next(bank.model.parameters()).device.type,

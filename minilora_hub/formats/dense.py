@@ -12,6 +12,7 @@ from minilora_hub.formats.companions import write_companions
 from minilora_hub.formats.folders import AdapterFolder, read_folder
 from minilora_hub.formats.output import require_free, whole_folder
 from minilora_hub.formats.reading import read_adapter
+from minilora_hub.quiet import quiet_libraries
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -67,7 +68,8 @@ def export_dense(
     with whole_folder(out) as folder:
         # A dequantised model still remembers how its checkpoint was packed, and cannot pack it again.
         quantised = getattr(located.config, "quantization_config", None) is not None
-        model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=not quantised)
+        with quiet_libraries():
+            model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=not quantised)
         notes += write_companions(folder, found.folder, located)
         _write_card(folder, found, located, str(wanted).removeprefix("torch."))
     return notes

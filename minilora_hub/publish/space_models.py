@@ -14,8 +14,8 @@ from minilora_hub.bases import EMBEDDED
 from minilora_hub.errors import AdapterError, PublishError
 from minilora_hub.formats.code_references import CONFIGURATION_FILES, code_references
 from minilora_hub.formats.folders import read_json
-from minilora_hub.publish import remote as hub
 from minilora_hub.publish.hub_errors import ATTEMPTS, FAILURES, explain, patiently, status_of
+from minilora_hub.quiet import quiet_libraries
 from minilora_hub.recording.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -69,7 +69,7 @@ def _adapter(api: HfApi, name: str, attempts: int, dry_run: bool) -> tuple[bool,
         configurations = [file for file in CONFIGURATION_FILES if file in files]
         if config is None or WEIGHTS not in files:
             raise AdapterError(f"{name} holds no adapter: {WEIGHTS} and {OUR_CONFIG} (or {PEFT_CONFIG}) must be there")
-        with tempfile.TemporaryDirectory(prefix="minilora-space-") as folder, hub.quiet(True):
+        with tempfile.TemporaryDirectory(prefix="minilora-space-") as folder, quiet_libraries():
             for file in configurations:
                 patiently(partial(api.hf_hub_download, name, file, revision=info.sha, local_dir=folder), attempts)
             for reference in code_references(Path(folder), files):

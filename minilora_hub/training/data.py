@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.errors import DataError
+from minilora_hub.quiet import quiet_libraries
 from minilora_hub.training.row_formats import (
     ROLES,
     as_messages,
@@ -190,16 +191,15 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
 def _read_hub(name: str, split: str, revision: str | None) -> Iterator[tuple[str, Any]]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
-    from datasets.utils.logging import disable_progress_bar, enable_progress_bar
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
         validate_repo_id(name)
     except HFValidationError as error:
         raise DataError(f"data {name!r}: neither a file nor a valid id of a data set (owner/name)") from error
-    disable_progress_bar()
     try:
-        rows = load_dataset(name, split=split, revision=revision)
+        with quiet_libraries():
+            rows = load_dataset(name, split=split, revision=revision)
     except DatasetNotFoundError as error:
         at = f" at revision {revision!r}" if revision else ""
         raise DataError(
@@ -208,8 +208,6 @@ def _read_hub(name: str, split: str, revision: str | None) -> Iterator[tuple[str
         ) from error
     except Exception as error:  # one of many libraries read it, each with errors of its own
         raise DataError(f"data {name!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
-    finally:
-        enable_progress_bar()
     for number, fields in enumerate(rows, 1):
         yield f"{name} ({split}), row {number}", without_nulls(fields)
 

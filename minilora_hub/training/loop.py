@@ -17,16 +17,6 @@ from minilora_hub.training.plan import Shape, shape_of
 from minilora_hub.training.settings import TrainingSettings
 
 
-def quiet_libraries() -> None:
-    """Keep the libraries' own bars and notes off the screen: one bar is enough."""
-    import datasets
-    from transformers.utils import logging as transformers_logging
-
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-
-
 @contextmanager
 def known_warnings_ignored() -> Iterator[None]:
     """Warnings of the libraries about each other, and about what is taken care of here."""

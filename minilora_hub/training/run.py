@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 
 from minilora_hub.end_tokens import end_token_ids
 from minilora_hub.errors import MiniLoraError, TrainingError, TrainingInterrupted
+from minilora_hub.quiet import quiet_libraries
 from minilora_hub.training.folder_lock import folder_lock, is_empty
 from minilora_hub.training.plan import Plan, Shape, make_plan
 from minilora_hub.training.requirements import check_requirements
@@ -85,17 +85,18 @@ def train(
         TrainingError: settings or data are wrong, or the training had to stop; the message says what is kept.
         TrainingInterrupted: a signal stopped it, after a checkpoint was saved.
     """
-    # On a CPU it tells, when it is first imported, of a kernel that is not needed here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     out = Path(out)
     said = overrides | {"method": method, "base": base, "data": data}
     settings = _resumed_settings(out, said, config) if resume else None
     if settings is None:
         settings = make_settings(read_yaml(Path(config)) if config else {}, said)
-    check_requirements(settings)
-    from minilora_hub.training.loop import known_warnings_ignored
+    with quiet_libraries():  # as some are imported
+        check_requirements(settings)
+        import datasets  # noqa: F401  whose bars are switched off below
 
-    with known_warnings_ignored():
+        from minilora_hub.training.loop import known_warnings_ignored
+
+    with quiet_libraries(), known_warnings_ignored():
         run = _Run(out, settings, resume, progress)
         # One process of several writes.
         with folder_lock(out) if run.main and not dry_run else nullcontext():
@@ -154,7 +155,7 @@ class _Run:
     ) -> TrainResult:
         """Run, with the rows' tokens in a folder."""
         from minilora_hub.training.dataset import prepare_data
-        from minilora_hub.training.loop import build_trainer, quiet_libraries
+        from minilora_hub.training.loop import build_trainer
         from minilora_hub.training.models import (
             base_context,
             base_generation_config,
@@ -165,7 +166,6 @@ class _Run:
         )
         from minilora_hub.training.trainer import CHECKPOINTS
 
-        quiet_libraries()
         before = self._state_before()
         begun = (before and before.begun) or self._now()
         resolved = find_base(self.settings, self.progress)

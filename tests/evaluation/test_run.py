@@ -17,7 +17,7 @@ from tiny_stand_ins import byte_tokenizer, save_base_and_adapters, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from minilora_hub.errors import AdapterError
-from minilora_hub.evaluation import general_text, generation
+from minilora_hub.evaluation import answer_cache, general_text, generation
 from minilora_hub.evaluation.answer_cache import AnswerCache
 from minilora_hub.evaluation.outputs import as_dict, save_results
 from minilora_hub.evaluation.report import evaluations, updated_results
@@ -202,15 +202,13 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(saved, tmp_path, monkeypatc
     assert told(again) == told(whole)
 
 
-@pytest.mark.parametrize("changed", ["weights", "settings", "prompts"])
+@pytest.mark.parametrize("changed", ["weights", "settings", "prompts", "base"])
 def test_what_was_computed_is_not_taken_for_something_else(saved, tmp_path, changed, monkeypatch):
     from safetensors.torch import load_file, save_file
 
     base, adapters = saved
-    folder = tmp_path / "dora"
-    folder.mkdir()
-    for path in adapters[1].iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    base = shutil.copytree(base, tmp_path / "base")
+    folder = shutil.copytree(adapters[1], tmp_path / "dora")
 
     def once(**settings):
         options = {"tasks": ["echo"], "few_shot": 0, "cache": tmp_path / "cache", "batch_size": 4}
@@ -226,16 +224,22 @@ def test_what_was_computed_is_not_taken_for_something_else(saved, tmp_path, chan
     elif changed == "settings":
         assert once(dtype="bfloat16").computed == 2 * SIZES["test"]
         assert once(batch_size=5).computed > 0
+    elif changed == "base":
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+        assert once().computed == 2 * SIZES["test"], "its weights are the same, and compute something else"
     else:
         assert once(split="validation").computed == 2 * SIZES["validation"]
 
 
-def test_a_cache_of_other_libraries_is_not_used(tmp_path, monkeypatch):
+@pytest.mark.parametrize("changed", ["library/torch", "code/remote_code/routing.py", "code/evaluation/generation.py"])
+def test_a_cache_of_other_libraries_or_code_is_not_used(tmp_path, monkeypatch, changed):
     cache = AnswerCache(tmp_path, {"base": "x"})
     cache.put(cache.key({"a": 1}), [1])
     again = AnswerCache(tmp_path, {"base": "x"})
     assert again.get(again.key({"a": 1})) == [1]
-    monkeypatch.setattr("minilora_hub.evaluation.answer_cache.version", lambda name: "9")
+    assert changed in answer_cache.CODE_AND_LIBRARIES
+    monkeypatch.setitem(answer_cache.CODE_AND_LIBRARIES, changed, "9")
     other = AnswerCache(tmp_path, {"base": "x"})
     assert other.get(other.key({"a": 1})) is None
 
