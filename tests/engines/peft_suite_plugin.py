@@ -2,7 +2,8 @@
 
 Used by `peft_suite.py`, which says what it is for. Its options: ``--minilora absent`` leaves PEFT as it is;
 ``registered`` calls `minilora_hub.register()`; ``cases`` also adds MIXLORA to the cases of the tests of decoder models
-and custom models, and leaves all others out. ``--outcomes FILE`` writes one JSON line per test: node id, outcome, reason.
+and custom models, and leaves all others out. ``--outcomes FILE`` writes one JSON line per test: [node id, outcome,
+reason].
 """
 
 from __future__ import annotations
@@ -132,6 +133,11 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
         ours = [item for item in items if "MixLora " in item.name]
         config.hook.pytest_deselected(items=[item for item in items if item not in ours])
         items[:] = ours
+
+
+def pytest_collectreport(report: Any) -> None:
+    if report.failed:
+        _OUTCOMES[report.nodeid] = (report.outcome, _reason(report))
 
 
 def pytest_runtest_logreport(report: Any) -> None:

@@ -122,6 +122,18 @@ def test_every_layer_says_its_shape(family):
         assert base.get_submodule(name)(x).shape == (1, layer.out_features), name
 
 
+# ---- what is refused ----
+
+
+def test_a_bias_that_is_set_later_is_refused_too():
+    """PEFT would train every bias, and the adapter's file would hold none."""
+    config, base = mixlora(), tiny_base("phi")
+    config.bias = "all"
+    with pytest.raises(ValueError, match=r"bias='all': must be \"none\""):
+        get_peft_model(base, config)
+    assert all(parameter.requires_grad for parameter in base.parameters())
+
+
 # ---- a second adapter beside what PEFT trains whole ----
 
 
