@@ -14,6 +14,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minilora_hub.embedded import HUB_ID, embedded_folder
 from minilora_hub.errors import BaseModelError
@@ -81,6 +82,26 @@ def resolve_base(
     folder = _from_hub(asked, revision, token, cache_dir, local_files_only, progress)
     commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
     return ResolvedBase(asked, folder, asked, commit, embedded=False)
+
+
+def load_model(base: ResolvedBase, **arguments: Any) -> Any:
+    """Load a base as a causal language model; its own remote code stays off.
+
+    Args:
+        base: which one.
+        **arguments: passed to `from_pretrained` (`dtype`, `quantization_config`, …).
+
+    Raises:
+        BaseModelError: it cannot be loaded, or its checkpoint lacks a tensor; the message names it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from minilora_hub.remote_code.base_loading import load_checked
+
+    try:
+        return load_checked(AutoModelForCausalLM, base.path, **arguments)
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"base {base.name!r} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def _is_path(name: str | os.PathLike[str]) -> bool:

@@ -8,13 +8,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from minilora_hub.bases import resolve_base
+from minilora_hub.bases import load_model, resolve_base
 from minilora_hub.compare.reading import KINDS, WEIGHTS, adapter_facts, adapter_type
 from minilora_hub.errors import AdapterError
 
@@ -75,13 +74,16 @@ def load_base(
 
     Returns:
         The model, its tokenizer, and what it is called on screen.
+
+    Raises:
+        BaseModelError: it cannot be found or loaded, or its checkpoint lacks a tensor.
     """
     started = time.perf_counter()
     progress(f"Loading the base {str(base)!r} …")
     resolved = resolve_base(base)
     # On a CPU, fp32 is both the quickest and the exact choice; elsewhere the checkpoint's own dtype.
     wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
-    model: Any = AutoModelForCausalLM.from_pretrained(resolved.path, dtype=wanted)
+    model = load_model(resolved, dtype=wanted)
     model.to(device)
     tokenizer = AutoTokenizer.from_pretrained(resolved.path)
     progress(f"  {_millions(_size(model))} parameters on {device} ({time.perf_counter() - started:.1f} s)")

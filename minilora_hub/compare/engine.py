@@ -25,6 +25,7 @@ from minilora_hub.compare.batch import Batch
 from minilora_hub.compare.columns import Progress, find_adapter, load_base
 from minilora_hub.compare.reading import Kind
 from minilora_hub.compare.sampling import Sampling
+from minilora_hub.remote_code.base_loading import refuse_unknown_tokens
 
 __all__ = ["Column", "CompareEngine", "Row", "Sampling", "Update"]
 
@@ -114,6 +115,7 @@ class CompareEngine:
         self._forwards = 0
         _decoder(self.bank.model).register_forward_pre_hook(self._count)
         self._context = context_length(self.bank.model)
+        self._rows = embedding_rows(self.bank.model)
         self._ends = end_tokens(self.bank.model, tokenizer)
         size = sum(parameter.numel() for parameter in self.bank.model.parameters())
         self.columns: tuple[Column, ...] = (Column(name, "base", detail=f"{size / 1e6:.1f} M parameters"),)
@@ -173,7 +175,7 @@ class CompareEngine:
         """Turn a prompt into the ids every row reads: a chat of one user turn where the tokenizer has a template.
 
         Raises:
-            ValueError: the prompt is empty, or longer than the base's context.
+            ValueError: the prompt is empty, longer than the base's context, or has a token that the base does not know.
         """
         if not prompt.strip():
             raise ValueError("prompt='': must hold some text")
@@ -187,6 +189,7 @@ class CompareEngine:
             raise ValueError(
                 f"prompt of {len(ids)} tokens: must be shorter than the base's context of {self._context} tokens"
             )
+        refuse_unknown_tokens(ids, self._rows, self.tokenizer)
         return ids
 
     def stream(
@@ -288,6 +291,12 @@ def context_length(model: nn.Module) -> int:
     config = getattr(config, "text_config", None) or config
     # MPT has its own name for it.
     return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 2**31
+
+
+def embedding_rows(model: Any) -> int:
+    """The number of token ids that a model can read."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    return 2**31 if embedding is None else int(embedding.weight.shape[0])
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

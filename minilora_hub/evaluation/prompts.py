@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from minilora_hub.evaluation.setup import task_of
+from minilora_hub.remote_code.base_loading import refuse_unknown_tokens
 
 if TYPE_CHECKING:
     from minilora_hub.evaluation.items import Item, Task
@@ -24,6 +25,7 @@ class Prompts:
         items: as `setup.find_items` gives them.
         settings: of the run.
         context: the most tokens that the base can read.
+        rows: rows of the base's embedding.
         margin: tokens that an answer may have beyond the longest reference.
 
     Attributes:
@@ -39,10 +41,11 @@ class Prompts:
         items: dict[str, tuple[Item, ...]],
         settings: Settings,
         context: int,
+        rows: int,
         margin: int,
     ) -> None:
         """Choose the examples, and find the limits."""
-        self._tokenizer, self._context = tokenizer, context
+        self._tokenizer, self._context, self._rows = tokenizer, context, rows
         self._has_template = bool(getattr(tokenizer, "chat_template", None))
         self.limits: dict[str, int] = {}
         self.examples: dict[str, tuple[Item, ...]] = {}
@@ -61,7 +64,7 @@ class Prompts:
         """Key of `items` -> the prompt of each item, as token ids, after so many examples.
 
         Raises:
-            ValueError: a prompt and its answer do not fit into the base's context.
+            ValueError: a prompt and its answer do not fit into the base's context, or the base does not know a token.
         """
         return {key: [self._encode(key, item, shown) for item in some] for key, some in items.items()}
 
@@ -83,6 +86,7 @@ class Prompts:
                 f"task={key!r}: a prompt of {len(ids)} tokens and an answer of {self.limits[key]} do not fit into "
                 f"the base's context of {self._context}" + (": show fewer examples" if shown else "")
             )
+        refuse_unknown_tokens(ids, self._rows, self._tokenizer)
         return ids
 
 

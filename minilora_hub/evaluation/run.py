@@ -19,13 +19,14 @@ import torch
 
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.columns import load_base
-from minilora_hub.compare.engine import context_length, end_tokens
+from minilora_hub.compare.engine import context_length, embedding_rows, end_tokens
 from minilora_hub.evaluation.answer_cache import AnswerCache, default_folder
 from minilora_hub.evaluation.general_text import ROWS, GeneralText, negative_log_likelihoods, read_text, windows_of
 from minilora_hub.evaluation.generation import RoutingSums, generate
 from minilora_hub.evaluation.metrics import exact_match, json_field_f1, require_library
 from minilora_hub.evaluation.prompts import Prompts
 from minilora_hub.evaluation.setup import Adapter, Settings, find_adapters, find_base, find_items, find_tasks, task_of
+from minilora_hub.remote_code.base_loading import refuse_unknown_tokens
 
 if TYPE_CHECKING:
     from minilora_hub.bases import ResolvedBase
@@ -192,7 +193,8 @@ class _Run:
         model, tokenizer, _ = load_base(name, device, getattr(torch, settings.dtype), self._say)
         self._ends = end_tokens(model, tokenizer)
         self._tokenizer = tokenizer
-        self._prompts = Prompts(tokenizer, self._tasks, self._items, settings, context_length(model), MARGIN)
+        rows = embedding_rows(model)
+        self._prompts = Prompts(tokenizer, self._tasks, self._items, settings, context_length(model), rows, MARGIN)
         self._bank = AdapterBank(model)
         for adapter in self._adapters:
             facts = self._bank.load(adapter.name, adapter.folder).facts
@@ -200,6 +202,8 @@ class _Run:
         self._windows: list[list[int]] = []
         if self._text is not None:
             self._windows = windows_of(tokenizer, self._text)
+            for window in self._windows:
+                refuse_unknown_tokens(window, rows, tokenizer)
         plan = [Model(None), *([Model(None, settings.few_shot)] if settings.few_shot else [])]
         plan += [Model(adapter) for adapter in self._adapters]
         # A row that cannot be asked is told before the first is computed.

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.bases import EMBEDDED, resolve_base
+from minilora_hub.bases import EMBEDDED, load_model, resolve_base
 from minilora_hub.errors import AdapterError, BaseModelError
 
 LENGTH = 65_537  # a prime, so that no two rows of a matrix are alike
@@ -80,11 +80,12 @@ class BaseSource:
         return str(find_decoder_layers(self.skeleton)[0])
 
     def load(self, dtype: Any = "auto") -> Any:
-        """Load it, on the processor, in eval mode."""
-        from transformers import AutoModelForCausalLM
+        """Load it, on the processor, in eval mode.
 
-        folder = resolve_base(self.name, revision=self.revision).path
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
+        Raises:
+            BaseModelError: it cannot be loaded, or its checkpoint lacks a tensor.
+        """
+        return load_model(resolve_base(self.name, revision=self.revision), dtype=dtype)
 
     def save_companions(self, folder: Path) -> bool:
         """Save its tokenizer and generation settings; return whether it has a tokenizer that can be read."""

@@ -19,6 +19,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from minilora_hub.remote_code.base_structure import LinearSite, MixtureSite, find_decoder_layers, linears_in, plan_sites
+from minilora_hub.remote_code.probe import can_run, find_without_effect, warn_of_left_out
 
 OWN_NAMES = {
     "base_layer",
@@ -116,6 +117,11 @@ def plan_adapter(model: Any, config: Any, adapter_name: str, matches: Callable[[
     sites = plan_sites(model, everywhere)
     prefix, layers = find_decoder_layers(model)
     linears = {f"{prefix}.{index}.{path}" for index, layer in enumerate(layers) for path in linears_in(layer)}
+    if _are_all(config.target_modules) and can_run(model):
+        useless = find_without_effect(model, sites)
+        if useless:
+            warn_of_left_out("all-linear", useless)
+        linears -= useless.keys()
     blocks = _blocks(sites, prefix, len(layers))
     asked = copy.copy(config)
     asked.target_modules = _resolved(config.target_modules, model, linears, prefix)
@@ -161,9 +167,13 @@ def _blocks(sites: list[Any], prefix: str, count: int) -> set[str]:
     return {f"{prefix}.{index}.{path}" for index in range(count) for path in inner}
 
 
+def _are_all(targets: Any) -> bool:
+    return targets is None or (isinstance(targets, str) and targets.lower() == "all-linear")
+
+
 def _resolved(targets: Any, model: nn.Module, linears: set[str], prefix: str) -> Any:
     """The targets, where they are "all-linear" as the shortest names that match these linears only."""
-    if not (targets is None or (isinstance(targets, str) and targets.lower() == "all-linear")):
+    if not _are_all(targets):
         return targets
     others = {path.rpartition(".")[2] for path, _ in model.named_modules() if path not in linears}
     names = set()

@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from minilora_hub.bases import EMBEDDED, ResolvedBase, resolve_base
+from minilora_hub.bases import EMBEDDED, ResolvedBase, load_model, resolve_base
 from minilora_hub.embedded import HUB_ID
-from minilora_hub.errors import AdapterError, BaseModelError
+from minilora_hub.errors import AdapterError
 from minilora_hub.recording.sources import Source
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -119,20 +119,16 @@ def load_base(found: ResolvedBase) -> Any:
     """Load a base on the processor, ready to compute logits.
 
     Raises:
-        BaseModelError: it cannot be loaded.
+        BaseModelError: it cannot be loaded, or its checkpoint lacks a tensor.
     """
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     dtype: Any = "auto" if wanted_dtype(found) == "auto" else torch.float32
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a push shows its own
     try:
-        model = AutoModelForCausalLM.from_pretrained(found.path, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"base {found.name!r} cannot be loaded: {error}") from error
+        return load_model(found, dtype=dtype)
     finally:
         if bar:
             logging.enable_progress_bar()
-    return model.eval()

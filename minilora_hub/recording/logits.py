@@ -35,10 +35,19 @@ class TopLogits:
 
 
 def prompt_ids(tokenizer: Any | None, vocabulary: int) -> tuple[tuple[int, ...], ...]:
-    """Return the fixed prompts as token ids; without a tokenizer, fixed ids spread over the vocabulary."""
+    """Return the fixed prompts as token ids; without a tokenizer, fixed ids spread over the vocabulary.
+
+    Raises:
+        ValueError: the tokenizer gives an id that is not in the base's vocabulary.
+    """
     if tokenizer is None:
         return tuple(tuple((7 + 31 * start + 97 * i) % vocabulary for i in range(12)) for start in range(3))
-    return tuple(tuple(tokenizer(text)["input_ids"]) for text in PROMPTS)
+    from minilora_hub.remote_code.base_loading import refuse_unknown_tokens
+
+    prompts = tuple(tuple(tokenizer(text)["input_ids"]) for text in PROMPTS)
+    for prompt in prompts:
+        refuse_unknown_tokens(prompt, vocabulary, tokenizer)
+    return prompts
 
 
 def record(model: Any, prompts: Sequence[Sequence[int]]) -> TopLogits:

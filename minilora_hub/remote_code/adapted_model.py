@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,32 @@ from .adapter_files import (
     UNKNOWN,
     base_fingerprint,
     cached_commit,
+    first_names,
+    local_folder,
     read_adapter,
     write_adapter,
 )
-from .attach import adapter_parameters, attach, detach, expected_tensors
-from .base_structure import LinearSite, plan_sites
+from .attach import adapter_parameters, attach, detach, expected_tensors, replace_module
+from .base_loading import differing_tensors, load_checked, refuse_unknown_tokens, same_digests, tensor_digests
+from .base_structure import LinearSite, find_decoder_layers, plan_sites, refuse_adapted
+from .probe import settle_targets
+from .trainer_support import by_name, find_in_state_dict, takes_base_arguments, without_wrappers, write_checkpoint
 
 logger = logging.get_logger(__name__)
 
 # Arguments of from_pretrained that say where the adapter is, and those that reach adapter and base alike.
 ADAPTER_ONLY_ARGUMENTS = ("revision", "code_revision", "subfolder", "trust_remote_code", "adapter_kwargs", "_from_auto")
 SHARED_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
+HOLDS_AN_ADAPTER = "holds_merged_adapter"  # attribute of a base into which an adapter was merged
 PUSH_ARGUMENTS = tuple(inspect.signature(PreTrainedModel.push_to_hub).parameters)
+KNOWN_OF_THE_BASE = (
+    "hf_device_map",
+    "hf_quantizer",
+    "quantization_method",
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
+    "loss_type",
+)
 
 
 class AdaptedModel(PreTrainedModel):
@@ -55,6 +70,9 @@ class AdaptedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     auto_class: Any = None  # AutoModel or AutoModelForCausalLM: what loads the base
+    # What the base was when it was last known to be the one that is named: name, revision, digests of its tensors.
+    _base_as_named = None
+    _base_cache_dir = None
 
     def __init__(self, config, base=None, adapter_file=None, seed=0, adapter_dtype=None):
         if base is None:
@@ -64,9 +82,11 @@ class AdaptedModel(PreTrainedModel):
         # Everything that can be wrong is found before the base is changed.
         sites = plan_sites(base, config)
         tensors = None if adapter_file is None else read_adapter(adapter_file, expected_tensors(config, sites))
-        config.text_config = base.config
         config.dtype = base.dtype
-        config._attn_implementation = base.config._attn_implementation
+        config._attn_implementation = base.config._attn_implementation  # before: it goes on to what text_config is now
+        config.text_config = base.config
+        # Where this model comes from, which trainers load again: TRL's DPOTrainer as the model to compare with.
+        config.name_or_path = config.name_or_path or (config.base_model_name_or_path and base.config.name_or_path) or ""
         super().__init__(config)
         self._trainable_before = [p for p in base.parameters() if p.requires_grad]
         attach(base, config, sites, tensors, seed, adapter_dtype)
@@ -75,7 +95,7 @@ class AdaptedModel(PreTrainedModel):
         self.base = base
         self.sites = sites
         self.supports_gradient_checkpointing = base.supports_gradient_checkpointing
-        for name in ("hf_device_map", "hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        for name in KNOWN_OF_THE_BASE:
             if hasattr(base, name):
                 setattr(self, name, getattr(base, name))
         self.post_init()
@@ -87,6 +107,11 @@ class AdaptedModel(PreTrainedModel):
     def adapter_parameters(self):
         """{canonical name: parameter} of the adapter: ``layers.<i>.<path in the layer>.<lora_A, lora_B, …>``."""
         return adapter_parameters(self.base, self.sites)
+
+    def _adapter_names(self):
+        """{name of a parameter of this model: its canonical name} of the adapter's parameters."""
+        canonical = {id(parameter): name for name, parameter in self.adapter_parameters().items()}
+        return {name: canonical[id(p)] for name, p in self.named_parameters() if id(p) in canonical}
 
     def num_adapter_parameters(self):
         """Number of trainable values the adapter adds to the base."""
@@ -101,6 +126,7 @@ class AdaptedModel(PreTrainedModel):
         (Not so under the routing strategies ``"top_p"`` and ``"switch"``, whose weights do not sum to one.)
 
         Takes ownership of a model that is handed in: its modules are replaced in place. `unload` gives it back.
+        A model that names files on this machine is compared with them.
 
         Args:
             base: a model, a Hub id, a folder, or a registered alias such as ``"embedded"``.
@@ -111,11 +137,14 @@ class AdaptedModel(PreTrainedModel):
             **base_arguments: passed to the base's from_pretrained (`dtype`, `device_map`, `revision`, …).
 
         Raises:
-            ValueError: the base is adapted already, is not understood, or has none of the targets.
+            ValueError: the base is adapted already, is not understood, or has none of the targets; its checkpoint
+                lacks a tensor; or a model that is handed in has other weights than the files it names.
         """
         config = copy.deepcopy(config)
+        config.text_config, config.name_or_path = None, ""  # another base's, where it is the configuration of a model
         cache_dir = base_arguments.get("cache_dir")
-        if isinstance(base, (str, os.PathLike)):
+        loaded = isinstance(base, (str, os.PathLike))
+        if loaded:
             config.base_model_name_or_path = str(base)
             config.base_model_revision = base_arguments.pop("revision", None)
             base = cls._load_base(config, base_trust_remote_code, base_arguments)
@@ -129,21 +158,63 @@ class AdaptedModel(PreTrainedModel):
         elif config.base_model_name_or_path is None:
             config.base_model_name_or_path = base.config.name_or_path or None
         config.base_fingerprint = cls._fingerprint(config, cache_dir)
-        return cls(config, base=base, seed=seed, adapter_dtype=adapter_dtype)
+        files_are_here = config.base_fingerprint != UNKNOWN
+        if not loaded and files_are_here:
+            refuse_adapted(base)
+            cls._refuse_other_weights(base, config)
+        elif not loaded and base.config.name_or_path:
+            logger.warning(
+                f"The files of {config.base_model_name_or_path!r} are not on this machine, so it was not checked that "
+                "the base has their weights."
+            )
+        digests = tensor_digests(base) if loaded or files_are_here else None
+        settle_targets(base, config, cls._refused_linears(base))
+        model = cls(config, base=base, seed=seed, adapter_dtype=adapter_dtype)
+        model._remember_base(digests, cache_dir)
+        return model
+
+    @classmethod
+    def _refuse_other_weights(cls, base, config):
+        name = config.base_model_name_or_path
+        folder = local_folder(_source(name), config.base_model_revision)
+        try:
+            differing = differing_tensors(base, folder)
+        except Exception as error:  # whatever a base's own loading raises
+            raise ValueError(
+                f"base: this {type(base).__name__} cannot be compared with the files of {name!r}, which it names "
+                f"({type(error).__name__}: {error}): pass that name instead of the model"
+            ) from error
+        if differing:
+            raise ValueError(
+                f"base: this {type(base).__name__} names {name!r}, but has other weights than its files "
+                f"({first_names(differing)}), so loading the adapter would give another model: save it to a folder, "
+                "base.save_pretrained(folder), and pass the folder"
+            )
+
+    def _remember_base(self, digests, cache_dir):
+        """Keep what the base was when it was the one that is named, or None; and where its files were found."""
+        config, self._base_cache_dir = self.config, cache_dir
+        if digests is not None:
+            self._base_as_named = (config.base_model_name_or_path, config.base_model_revision, digests)
+
+    @classmethod
+    def _refused_linears(cls, base):
+        """{path: reason} of linears that a subclass cannot adapt."""
+        return {}
 
     @classmethod
     def _load_base(cls, config, trust_remote_code, arguments):
         name, revision = config.base_model_name_or_path, config.base_model_revision
         if name is None:
             raise ValueError("base_model_name_or_path=None: the configuration names no base; pass base_model=")
-        source = BASE_ALIASES[name]() if name in BASE_ALIASES else name
+        source = _source(name)
         # AutoModel looks for a PEFT adapter first, and would ask the network without these.
         offline = {key: arguments[key] for key in ("local_files_only", "cache_dir") if key in arguments}
         if offline:
             arguments = {"adapter_kwargs": offline, **arguments}
         try:
-            return cls.auto_class.from_pretrained(
-                source, revision=revision, trust_remote_code=trust_remote_code, **arguments
+            return load_checked(
+                cls.auto_class, source, revision=revision, trust_remote_code=trust_remote_code, **arguments
             )
         except (OSError, ValueError) as error:
             hint = "pass base_model=<a folder or another Hub id>"
@@ -157,8 +228,7 @@ class AdaptedModel(PreTrainedModel):
         name = config.base_model_name_or_path
         if name is None:
             return UNKNOWN
-        source = BASE_ALIASES[name]() if name in BASE_ALIASES else name
-        return base_fingerprint(source, config.base_model_revision, cache_dir)
+        return base_fingerprint(_source(name), config.base_model_revision, cache_dir)
 
     # ---- loading ----
 
@@ -206,8 +276,12 @@ class AdaptedModel(PreTrainedModel):
         config = copy.deepcopy(config)
         file = cached_file(pretrained_model_name_or_path, ADAPTER_FILE, **where)
         base, dtype = cls._base_for_adapter(config, base_model, base_revision, base_trust_remote_code, kwargs, shared)
+        # Only a quantised base, which saving would otherwise have to load once more beside this one.
+        quantised = base is not base_model and getattr(base, "hf_quantizer", None) is not None
+        digests = tensor_digests(base) if quantised else None
         model = cls(config, base=base, adapter_file=file, adapter_dtype=dtype)
-        model.name_or_path = str(pretrained_model_name_or_path)
+        model._remember_base(digests, shared.get("cache_dir"))
+        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         model._load_generation_config(pretrained_model_name_or_path, where)
         model.eval()
         info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
@@ -236,7 +310,9 @@ class AdaptedModel(PreTrainedModel):
         # AutoConfig has absorbed attn_implementation by now: without this the base would silently keep its default.
         if config._attn_implementation is not None:
             kwargs.setdefault("attn_implementation", config._attn_implementation)
-        base = cls._load_base(config, trust_remote_code, {"dtype": asked or config.dtype or "auto", **shared, **kwargs})
+        # So it is with all that was set on the configuration for the base (AutoConfig absorbs use_cache=False, too).
+        arguments = {"dtype": asked or config.dtype or "auto", **config.base_changes(), **shared, **kwargs}
+        base = cls._load_base(config, trust_remote_code, arguments)
         trained_on, found = config.base_fingerprint, cls._fingerprint(config, shared.get("cache_dir"))
         if UNKNOWN not in (trained_on, found) and trained_on != found:
             warnings.warn(
@@ -245,6 +321,18 @@ class AdaptedModel(PreTrainedModel):
                 stacklevel=4,
             )
         return base, asked
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """Load weights as torch does; those of the whole adapter alone, as in Trainer's checkpoints, are no part of it.
+
+        Args: see `torch.nn.Module.load_state_dict`.
+        """
+        names = {without_wrappers(name): name for name in self._adapter_names()}
+        given = {without_wrappers(name): tensor for name, tensor in state_dict.items()}
+        if given.keys() != names.keys():
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        loaded = super().load_state_dict({names[n]: given[n] for n in given}, strict=False, assign=assign)
+        return type(loaded)([], loaded.unexpected_keys)  # the base's weights are where they belong
 
     # ---- saving ----
 
@@ -256,19 +344,27 @@ class AdaptedModel(PreTrainedModel):
         Args:
             save_directory: folder, made if missing.
             state_dict: weights to save instead of the current ones, under this model's parameter names (as Trainer
-                passes).
+                passes) or those of a wrapper around it.
             push_to_hub: also upload the folder (see `push_to_hub`); `repo_id`, `token` and the like go into `kwargs`.
             tokenizer: the tokenizer to save. Default: the base's own, where it lies on this machine.
             **kwargs: the arguments of `push_to_hub`; others that transformers knows (`safe_serialization`,
                 `max_shard_size`, …) have nothing to act on here.
+
+        Raises:
+            ValueError: the base has other weights than the files of the one that is named, the tokenizer has more
+                tokens than the base, or `state_dict` lacks a tensor of the adapter. Nothing is written then.
         """
+        if not kwargs.get("is_main_process", True):
+            return
+        self._check_before_saving(state_dict, tokenizer)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        parameters = self.adapter_parameters()
-        if state_dict is not None:
-            names = {id(parameter): name for name, parameter in self.named_parameters()}
-            parameters = {name: state_dict[names[id(parameter)]] for name, parameter in parameters.items()}
-        write_adapter(folder / ADAPTER_FILE, {name: tensor.cpu() for name, tensor in parameters.items()})
+        names = self._adapter_names()
+        state = dict(self.named_parameters()) if state_dict is None else state_dict
+        held = find_in_state_dict(names, state)
+        tensors = {held[name]: state[held[name]].detach().cpu() for name in names}
+        write_adapter(folder / ADAPTER_FILE, {canonical: tensors[held[name]] for name, canonical in names.items()})
+        write_checkpoint(folder, tensors)
         config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__]
         config.auto_map = auto_map(config)
@@ -287,12 +383,88 @@ class AdaptedModel(PreTrainedModel):
                 kwargs.pop("repo_id", folder.name), **{k: v for k, v in kwargs.items() if k in PUSH_ARGUMENTS}
             )
 
+    def save_base(self, folder, **kwargs):
+        """Write the base as it is now, without the adapter, to a folder, and name that folder as the adapter's base.
+
+        For a base that is to be found nowhere else: an adapter was merged into it, or its embeddings were resized.
+
+        Args:
+            folder: folder, made if missing.
+            **kwargs: passed to the base's `save_pretrained` (`max_shard_size`, …).
+
+        Raises:
+            ValueError: the folder is the one that holds the base as it was, whose files may still be in use.
+        """
+        name = self.config.base_model_name_or_path
+        here = name and local_folder(_source(name), self.config.base_model_revision, self._base_cache_dir)
+        if here and os.path.exists(folder) and os.path.samefile(folder, here):
+            raise ValueError(f"folder={str(folder)!r}: holds the base as it was loaded; another folder is required")
+        tokenizer = self._base_tokenizer() if name else None
+        with self._plain_base() as base:
+            base.save_pretrained(folder, **kwargs)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        self.config.base_model_name_or_path, self.config.base_model_revision = str(folder), None
+        self.config.base_fingerprint = self._fingerprint(self.config, None)
+
+    @contextmanager
+    def _plain_base(self):
+        """The base without the adapter, for a moment."""
+        modules = {site.path: self.base.get_submodule(site.path) for site in self.sites}
+        detach(self.base, self.sites)
+        try:
+            yield self.base
+        finally:
+            for path, module in modules.items():
+                replace_module(self.base, path, module)
+
+    def _check_before_saving(self, state_dict, tokenizer):
+        """Raise unless loading what is about to be saved gives this model."""
+        name = self.config.base_model_name_or_path
+        if name is not None:
+            self._require_base_as_named(name, state_dict)
+        elif getattr(self.base, HOLDS_AN_ADAPTER, False):
+            raise ValueError(
+                "base_model_name_or_path=None: an adapter was merged into the base, so nothing that has a name holds "
+                "its weights: call save_base(folder) first, which writes the base there and names it"
+            )
+        if tokenizer is not None:
+            rows = self.get_input_embeddings().weight.shape[0]
+            surplus = sorted(token for token in tokenizer.get_vocab().values() if token >= rows)
+            own = self._base_tokenizer() if surplus and name is not None else None
+            if own is not None:  # some bases never use the last tokens of their own tokenizer
+                known = set(own.get_vocab().values())
+                refuse_unknown_tokens([token for token in surplus if token not in known], rows, tokenizer)
+
+    def _require_base_as_named(self, name, state_dict):
+        revision = self.config.base_model_revision
+        folder = local_folder(_source(name), revision, self._base_cache_dir)
+        before = self._base_as_named if (self._base_as_named or ())[:2] == (name, revision) else None
+        if before is None and folder is None:
+            return  # it was handed in under the name of files that are not here
+        given = {id(p): state_dict[n] for n, p in self.named_parameters() if n in (state_dict or {})}
+        with self._plain_base() as base:
+            digests = tensor_digests(base, given)
+            if before is not None and same_digests(before[2], digests):
+                return
+            try:
+                differing = ["its files are gone"] if folder is None else differing_tensors(base, folder, given)
+            except Exception as error:  # whatever a base's own loading raises
+                differing = [f"{type(error).__name__}: {error}"]
+        if differing:
+            raise ValueError(
+                f"the base has other weights than the files of {name!r}, or cannot be compared with them "
+                f"({first_names(differing)}), so loading the adapter would give another model: call save_base(folder) "
+                "first, which writes the base there and names it"
+            )
+        self._base_as_named = (name, revision, digests)
+
     def _base_tokenizer(self):
         name = self.config.base_model_name_or_path
         if name is None:
             logger.warning("No tokenizer was saved: this model does not know which base it is on. Pass tokenizer=.")
             return None
-        source = BASE_ALIASES[name]() if name in BASE_ALIASES else name
+        source = _source(name)
         try:  # saving must not need the network
             return AutoTokenizer.from_pretrained(
                 source, revision=self.config.base_model_revision, local_files_only=True
@@ -319,7 +491,7 @@ class AdaptedModel(PreTrainedModel):
         return base
 
     def merge(self):
-        """Fold the adapter into the base's weights and give the base back: a plain model. DoRA only.
+        """Fold the adapter into the base's weights and give the base back: a plain model, without a name. DoRA only.
 
         Raises:
             ValueError: this is a mixture, or a base weight is quantised or offloaded. Nothing is changed then.
@@ -335,14 +507,21 @@ class AdaptedModel(PreTrainedModel):
         with torch.no_grad():
             for layer, weight in zip(layers, merged, strict=True):
                 layer.base_layer.weight.copy_(weight)
-        return self.unload()
+        base = self.unload()
+        # Its weights are those of no name any more.
+        base.name_or_path = base.config.name_or_path = ""
+        setattr(base, HOLDS_AN_ADAPTER, True)
+        return base
 
     # ---- what the base knows better ----
 
     @property
     def base_model(self):
         """The decoder without its head, as in transformers' own models."""
-        return self.base.base_model
+        decoder = self.base.base_model
+        if decoder is self.base and self.can_generate():  # Llama 4's text model does not say which part it is
+            decoder = self.base.get_submodule(find_decoder_layers(self.base)[0].rpartition(".")[0])
+        return decoder
 
     def get_input_embeddings(self):
         return self.base.get_input_embeddings()
@@ -356,15 +535,29 @@ class AdaptedModel(PreTrainedModel):
     def set_output_embeddings(self, value):
         self.base.set_output_embeddings(value)
 
+    def resize_token_embeddings(self, *args, **kwargs):
+        return self.base.resize_token_embeddings(*args, **kwargs)  # which keeps its size in its own attributes, too
+
     @property
     def accepts_loss_kwargs(self):
         """Whether the base's forward takes `num_items_in_batch`; Trainer asks."""
         parameters = inspect.signature(self.base.forward).parameters.values()
-        return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        return getattr(self.base, "accepts_loss_kwargs", takes_any)
 
-    def forward(self, input_ids=None, attention_mask=None, **kwargs):
-        """The base's forward, with the adapter in it."""
-        return self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+    @takes_base_arguments
+    def forward(self, input_ids=None, *args, **kwargs):
+        """The base's forward, with the adapter in it: same arguments, same outputs."""
+        return self.base(**self._base_arguments(input_ids, args, kwargs))
+
+    def _base_arguments(self, input_ids, args, kwargs):
+        """A call's arguments by name. Positional ones come in the base's order."""
+        return by_name(self.base.forward, (input_ids, *args), kwargs) if args else {"input_ids": input_ids, **kwargs}
+
+
+def _source(name):
+    """The folder or Hub id that a base's name stands for."""
+    return BASE_ALIASES[name]() if name in BASE_ALIASES else name
 
 
 def auto_map(config):

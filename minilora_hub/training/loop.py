@@ -64,11 +64,14 @@ def build_trainer(
         rows = pack_dataset(rows, recipe.max_length or max(len(row) for row in rows["input_ids"]), "bfd")
     shape = shape_of(settings, len(rows), processes)
     checked = GradientsChecked()
+    arguments = _arguments(settings, shape, out, validated=bool(data.validation))
+    if not _can_balance_base(trainee.model):
+        arguments.router_aux_loss_coef = 0.0
     trainer = AdapterTrainer(
         recipe=recipe,
         places={tuple(example.input_ids): example.place for example in (*data.train, *data.validation)},
         model=trainee.model,
-        args=_arguments(settings, shape, out, validated=bool(data.validation)),
+        args=arguments,
         train_dataset=rows,
         eval_dataset=_rows(data.validation) if data.validation else None,
         processing_class=tokenizer,
@@ -81,6 +84,12 @@ def build_trainer(
     if packed:
         _require_rows_kept_apart(trainee.model, data.train)
     return trainer, shape
+
+
+def _can_balance_base(model: Any) -> bool:
+    """Whether TRL can compute the balance loss of a sparse base: it reads `num_experts`, which Llama 4 lacks."""
+    config = model.config.get_text_config(decoder=True)
+    return hasattr(model, "announced") or hasattr(config, "num_experts") or not hasattr(config, "output_router_logits")
 
 
 def _rows(examples: list[Example]) -> Any:

@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig as PeftLoraConfig
+from peft import TaskType
 from transformers import AutoModelForCausalLM
 from transformers.generation import GenerationMixin
 
@@ -19,6 +21,7 @@ from minilora_hub.remote_code.adapter_files import ADAPTER_FILE, write_adapter
 from minilora_hub.remote_code.base_structure import find_decoder_layers
 from minilora_hub.remote_code.configuration_minilora import AdapterConfig
 from minilora_hub.remote_code.modeling_minilora import GenerateOnBase
+from minilora_hub.remote_code.trainer_support import takes_base_arguments
 from minilora_hub.tensor_names import to_peft
 
 
@@ -37,9 +40,24 @@ class LoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
     config_class = LoraConfig
     auto_class = AutoModelForCausalLM
 
-    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+    @takes_base_arguments
+    def forward(self, input_ids: Any = None, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
         """The base's forward, with the adapter in it: same arguments, same outputs."""
-        return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        kwargs = kwargs if labels is None else {**kwargs, "labels": labels}
+        return self.base(**self._base_arguments(input_ids, args, kwargs))
+
+    @classmethod
+    def _refused_linears(cls, base: Any) -> dict[str, str]:
+        """What PEFT refuses: it is to read what is saved."""
+        from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+        refused: dict[str, str] = {}
+        for path, _ in base.named_modules():
+            try:
+                _check_lora_target_modules_mamba(PeftLoraConfig(), base, path.rpartition(".")[2])
+            except ValueError:
+                refused[path] = "PEFT, in whose format a LoRA is saved, refuses it on this kind of base"
+        return refused
 
     def save_pretrained(  # type: ignore[override]  # as on `AdaptedModel`
         self,
@@ -57,7 +75,12 @@ class LoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
             push_to_hub: not used: `minilora push` publishes.
             tokenizer: saved beside it, where given.
             **kwargs: what transformers passes has nothing to act on here.
+
+        Raises:
+            ValueError: the base has other weights than the files of the one that is named, or the tokenizer has more
+                tokens than the base. Nothing is written then.
         """
+        self._check_before_saving(state_dict, tokenizer)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         layers_path, _ = find_decoder_layers(self.base)
@@ -69,9 +92,6 @@ class LoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
             tokenizer.save_pretrained(folder)
 
     def _peft_config(self) -> str:
-        from peft import LoraConfig as PeftLoraConfig
-        from peft import TaskType
-
         ours = self.config
         paths = [site.path for site in self.sites]
         names = sorted({path.rpartition(".")[2] for path in paths})

@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.bases import ResolvedBase
-from minilora_hub.errors import BaseModelError, TrainingError
+from minilora_hub.bases import ResolvedBase, load_model
+from minilora_hub.errors import TrainingError
 from minilora_hub.training.peft_configs import config_class_of
 from minilora_hub.training.settings import TrainingSettings
 
@@ -31,14 +31,11 @@ def build_peft_model(settings: TrainingSettings, resolved: ResolvedBase, argumen
         ValueError: PEFT refuses the configuration or the base.
     """
     from peft import TaskType, get_peft_model
-    from transformers import AutoModelForCausalLM, set_seed
+    from transformers import set_seed
 
     from minilora_hub.remote_code.base_structure import keep_4bit_weights_exact
 
-    try:
-        base = AutoModelForCausalLM.from_pretrained(resolved.path, **arguments)
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"base {resolved.name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    base = load_model(resolved, **arguments)
     keep_4bit_weights_exact(base)
     chosen = dict(settings.recipe.adapter)
     config_class = config_class_of(chosen)
@@ -78,9 +75,8 @@ def make_up_for_rounding(model: Any, resolved: ResolvedBase) -> None:
     import bitsandbytes as bnb
     import torch
     from peft.tuners.lora import Linear4bit
-    from transformers import AutoModelForCausalLM
 
-    exact: Any = AutoModelForCausalLM.from_pretrained(resolved.path, dtype="auto")
+    exact = load_model(resolved, dtype="auto")
     layers = {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, Linear4bit)}
     if not layers:
         raise TrainingError(f"LoftQ: base {resolved.name!r} has no 4-bit linear once it is quantised")

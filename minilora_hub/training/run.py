@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -99,7 +101,8 @@ def train(
         run = _Run(out, settings, resume, progress)
         result = run.execute(dry_run, on_plan)
         # The model that was trained is gone by now, so its memory can hold the base once more.
-        return replace(result, notes=run.record()) if record and result.main and not dry_run else result
+        recorded = run.record() if record and result.main and not dry_run else ()
+        return replace(result, notes=(*result.notes, *recorded))
 
 
 def _resumed_settings(out: Path, said: dict[str, Any], config: str | Path | None) -> TrainingSettings | None:
@@ -152,7 +155,8 @@ class _Run:
         tokenizer = load_tokenizer(resolved)
         data = prepare_data(self.settings, tokenizer, base_context(resolved))
         state = self._state(data)
-        trainee = build_trainee(self.settings, resolved)
+        with told_of_targets() as notes:
+            trainee = build_trainee(self.settings, resolved)
         with TemporaryDirectory() as scratch:  # a trainer makes its folder at once, and a plan must leave none
             trainer, shape = build_trainer(self.settings, trainee, data, tokenizer, Path(scratch), self.processes)
         plan = make_plan(self.settings, data, trainee, shape, tokenizer.pad_token_id, trainer.args.device)
@@ -160,7 +164,7 @@ class _Run:
             on_plan(plan, self.settings)
         skipped = tuple(f"{row.place}: {row.reason}" for row in data.skipped)
         if dry_run:
-            return TrainResult(self.out, 0, None, None, None, 0.0, plan, skipped, self.main)
+            return TrainResult(self.out, 0, None, None, None, 0.0, plan, skipped, self.main, tuple(notes))
         if self.main:
             self.out.mkdir(parents=True, exist_ok=True)
             self.settings.save(self.out)
@@ -185,6 +189,7 @@ class _Run:
             plan=plan,
             skipped=skipped,
             main=self.main,
+            notes=tuple(notes),
         )
 
     def record(self) -> tuple[str, ...]:
@@ -245,6 +250,22 @@ class _Run:
                 stop.number,
             )
         return elapsed()
+
+
+@contextmanager
+def told_of_targets() -> Iterator[list[str]]:
+    """Collect what is said inside of targets that were left out, instead of letting it be printed."""
+    from minilora_hub.remote_code.probe import TargetsWarning
+
+    notes: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", TargetsWarning)
+        yield notes
+    for warning in caught:
+        if issubclass(warning.category, TargetsWarning):
+            notes.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def _has_accelerator() -> bool:
