@@ -17,6 +17,7 @@ from peft import LoraConfig
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
+from transformers import PreTrainedModel
 
 from minilora_hub.remote_code.base_structure import LinearSite, MixtureSite, find_decoder_layers, linears_in, plan_sites
 from minilora_hub.remote_code.probe import can_run, find_without_effect, warn_of_left_out
@@ -117,7 +118,8 @@ def plan_adapter(model: Any, config: Any, adapter_name: str, matches: Callable[[
     sites = plan_sites(model, everywhere)
     prefix, layers = find_decoder_layers(model)
     linears = {f"{prefix}.{index}.{path}" for index, layer in enumerate(layers) for path in linears_in(layer)}
-    if _are_all(config.target_modules) and can_run(model):
+    # How a model from elsewhere is called is not known, so it is not run.
+    if _are_all(config.target_modules) and isinstance(model, PreTrainedModel) and can_run(model):
         useless = find_without_effect(model, sites)
         if useless:
             warn_of_left_out("all-linear", useless)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -13,6 +15,7 @@ from peft.tuners.tuners_utils import inspect_matched_modules
 from safetensors.torch import load_file
 from tiny import logits, tiny_base, token_ids
 from tiny_peft import STRATEGIES, adapter_tensors, fill, lora, mixlora, peft_model
+from torch import nn
 
 from minilora_hub.integrations.peft_layer import MixLoraLayer
 
@@ -272,3 +275,31 @@ def test_pefts_own_configuration_of_a_lora_is_not_changed():
     peft_model().add_adapter("lora", config)
     assert type(config) is LoraConfig
     assert config.peft_type == peft.PeftType.LORA
+
+
+# ---- models from elsewhere ----
+
+
+class Classifier(nn.Module):
+    """Decoder layers in a model that is not one of transformers' classes: token ids -> two classes."""
+
+    def __init__(self):
+        super().__init__()
+        base = tiny_base(head=False)
+        self.config, self.decoder, self.classifier = base.config, base, nn.Linear(32, 2)
+
+    def forward(self, ids):
+        return self.classifier(self.decoder(ids).last_hidden_state.mean(dim=1))
+
+
+def test_a_model_that_is_not_of_transformers(tmp_path):
+    torch.manual_seed(0)
+    plain = Classifier().eval()
+    base, ids = copy.deepcopy(plain), token_ids()
+    model = get_peft_model(copy.deepcopy(plain), mixlora(task_type=None, modules_to_save=["classifier"]))
+    torch.testing.assert_close(model(ids), plain(ids), atol=1e-5, rtol=1e-5)  # fresh
+    fill(model)
+    want = model.eval()(ids)
+    assert (want - plain(ids)).abs().max() > 0.01
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(base, tmp_path)(ids), want)
