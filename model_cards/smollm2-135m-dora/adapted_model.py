@@ -19,16 +19,20 @@ from transformers.utils import cached_file, logging
 
 from .adapter_files import (
     ADAPTER_FILE,
-    BASE_ALIASES,
     CODE_FILES,
     UNKNOWN,
     base_fingerprint,
+    base_source,
     cached_commit,
     read_adapter,
     write_adapter,
 )
-from .attach import adapter_parameters, attach, detach, expected_tensors
-from .base_structure import LinearSite, plan_sites
+from .attach import adapter_parameters, attach, detach, expected_tensors, weight_holders
+from .base_loading import load_checked, tensor_digests
+from .base_naming import HOLDS_AN_ADAPTER, NamedBase
+from .base_structure import LinearSite, find_decoder_layers, plan_sites, refuse_adapted
+from .probe import settle_targets
+from .trainer_support import by_name, find_in_state_dict, takes_base_arguments, without_wrappers, write_checkpoint
 
 logger = logging.get_logger(__name__)
 
@@ -36,9 +40,17 @@ logger = logging.get_logger(__name__)
 ADAPTER_ONLY_ARGUMENTS = ("revision", "code_revision", "subfolder", "trust_remote_code", "adapter_kwargs", "_from_auto")
 SHARED_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
 PUSH_ARGUMENTS = tuple(inspect.signature(PreTrainedModel.push_to_hub).parameters)
+KNOWN_OF_THE_BASE = (
+    "hf_device_map",
+    "hf_quantizer",
+    "quantization_method",
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
+    "loss_type",
+)
 
 
-class AdaptedModel(PreTrainedModel):
+class AdaptedModel(NamedBase, PreTrainedModel):
     """What the four public classes share: building, loading, saving, merging and taking off an adapter.
 
     Attributes:
@@ -60,13 +72,15 @@ class AdaptedModel(PreTrainedModel):
         if base is None:
             if config.text_config is None:
                 raise ValueError(f"{type(self).__name__}: a base, or a configuration with text_config, is required")
-            base = self.auto_class.from_config(config.text_config)
+            base = self.auto_class.from_config(config.text_config, trust_remote_code=False)
         # Everything that can be wrong is found before the base is changed.
         sites = plan_sites(base, config)
         tensors = None if adapter_file is None else read_adapter(adapter_file, expected_tensors(config, sites))
-        config.text_config = base.config
         config.dtype = base.dtype
-        config._attn_implementation = base.config._attn_implementation
+        config._attn_implementation = base.config._attn_implementation  # before: it goes on to what text_config is now
+        config.text_config = base.config
+        # Where this model comes from, which trainers load again: TRL's DPOTrainer as the model to compare with.
+        config.name_or_path = config.name_or_path or (config.base_model_name_or_path and base.config.name_or_path) or ""
         super().__init__(config)
         self._trainable_before = [p for p in base.parameters() if p.requires_grad]
         attach(base, config, sites, tensors, seed, adapter_dtype)
@@ -75,7 +89,7 @@ class AdaptedModel(PreTrainedModel):
         self.base = base
         self.sites = sites
         self.supports_gradient_checkpointing = base.supports_gradient_checkpointing
-        for name in ("hf_device_map", "hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        for name in KNOWN_OF_THE_BASE:
             if hasattr(base, name):
                 setattr(self, name, getattr(base, name))
         self.post_init()
@@ -87,6 +101,11 @@ class AdaptedModel(PreTrainedModel):
     def adapter_parameters(self):
         """{canonical name: parameter} of the adapter: ``layers.<i>.<path in the layer>.<lora_A, lora_B, …>``."""
         return adapter_parameters(self.base, self.sites)
+
+    def _adapter_names(self):
+        """{name of a parameter of this model: its canonical name} of the adapter's parameters."""
+        canonical = {id(parameter): name for name, parameter in self.adapter_parameters().items()}
+        return {name: canonical[id(p)] for name, p in self.named_parameters() if id(p) in canonical}
 
     def num_adapter_parameters(self):
         """Number of trainable values the adapter adds to the base."""
@@ -101,6 +120,7 @@ class AdaptedModel(PreTrainedModel):
         (Not so under the routing strategies ``"top_p"`` and ``"switch"``, whose weights do not sum to one.)
 
         Takes ownership of a model that is handed in: its modules are replaced in place. `unload` gives it back.
+        A model that names files on this machine is compared with them.
 
         Args:
             base: a model, a Hub id, a folder, or a registered alias such as ``"embedded"``.
@@ -111,11 +131,14 @@ class AdaptedModel(PreTrainedModel):
             **base_arguments: passed to the base's from_pretrained (`dtype`, `device_map`, `revision`, …).
 
         Raises:
-            ValueError: the base is adapted already, is not understood, or has none of the targets.
+            ValueError: the base is adapted already, is not understood, or has none of the targets; its checkpoint
+                lacks a tensor; or a model that is handed in has other weights than the files it names.
         """
         config = copy.deepcopy(config)
+        config.text_config, config.name_or_path = None, ""  # another base's, where it is the configuration of a model
         cache_dir = base_arguments.get("cache_dir")
-        if isinstance(base, (str, os.PathLike)):
+        loaded = isinstance(base, (str, os.PathLike))
+        if loaded:
             config.base_model_name_or_path = str(base)
             config.base_model_revision = base_arguments.pop("revision", None)
             base = cls._load_base(config, base_trust_remote_code, base_arguments)
@@ -129,21 +152,39 @@ class AdaptedModel(PreTrainedModel):
         elif config.base_model_name_or_path is None:
             config.base_model_name_or_path = base.config.name_or_path or None
         config.base_fingerprint = cls._fingerprint(config, cache_dir)
-        return cls(config, base=base, seed=seed, adapter_dtype=adapter_dtype)
+        files_are_here = config.base_fingerprint != UNKNOWN
+        if not loaded and files_are_here:
+            refuse_adapted(base)
+            cls._refuse_other_weights(base, config)
+        elif not loaded and base.config.name_or_path:
+            logger.warning(
+                f"The files of {config.base_model_name_or_path!r} are not on this machine, so it was not checked that "
+                "the base has their weights."
+            )
+        digests = tensor_digests(base) if loaded or files_are_here else None
+        settle_targets(base, config, cls._refused_linears(base))
+        model = cls(config, base=base, seed=seed, adapter_dtype=adapter_dtype)
+        model._remember_base(digests, cache_dir)
+        return model
+
+    @classmethod
+    def _refused_linears(cls, base):
+        """{path: reason} of linears that a subclass cannot adapt."""
+        return {}
 
     @classmethod
     def _load_base(cls, config, trust_remote_code, arguments):
         name, revision = config.base_model_name_or_path, config.base_model_revision
         if name is None:
             raise ValueError("base_model_name_or_path=None: the configuration names no base; pass base_model=")
-        source = BASE_ALIASES[name]() if name in BASE_ALIASES else name
+        source = base_source(name)
         # AutoModel looks for a PEFT adapter first, and would ask the network without these.
         offline = {key: arguments[key] for key in ("local_files_only", "cache_dir") if key in arguments}
         if offline:
             arguments = {"adapter_kwargs": offline, **arguments}
         try:
-            return cls.auto_class.from_pretrained(
-                source, revision=revision, trust_remote_code=trust_remote_code, **arguments
+            return load_checked(
+                cls.auto_class, source, revision=revision, trust_remote_code=trust_remote_code, **arguments
             )
         except (OSError, ValueError) as error:
             hint = "pass base_model=<a folder or another Hub id>"
@@ -157,8 +198,7 @@ class AdaptedModel(PreTrainedModel):
         name = config.base_model_name_or_path
         if name is None:
             return UNKNOWN
-        source = BASE_ALIASES[name]() if name in BASE_ALIASES else name
-        return base_fingerprint(source, config.base_model_revision, cache_dir)
+        return base_fingerprint(base_source(name), config.base_model_revision, cache_dir)
 
     # ---- loading ----
 
@@ -206,8 +246,12 @@ class AdaptedModel(PreTrainedModel):
         config = copy.deepcopy(config)
         file = cached_file(pretrained_model_name_or_path, ADAPTER_FILE, **where)
         base, dtype = cls._base_for_adapter(config, base_model, base_revision, base_trust_remote_code, kwargs, shared)
+        # Only a quantised base, which saving would otherwise have to load once more beside this one.
+        quantised = base is not base_model and getattr(base, "hf_quantizer", None) is not None
+        digests = tensor_digests(base) if quantised else None
         model = cls(config, base=base, adapter_file=file, adapter_dtype=dtype)
-        model.name_or_path = str(pretrained_model_name_or_path)
+        model._remember_base(digests, shared.get("cache_dir"))
+        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         model._load_generation_config(pretrained_model_name_or_path, where)
         model.eval()
         info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
@@ -236,7 +280,9 @@ class AdaptedModel(PreTrainedModel):
         # AutoConfig has absorbed attn_implementation by now: without this the base would silently keep its default.
         if config._attn_implementation is not None:
             kwargs.setdefault("attn_implementation", config._attn_implementation)
-        base = cls._load_base(config, trust_remote_code, {"dtype": asked or config.dtype or "auto", **shared, **kwargs})
+        # So it is with all that was set on the configuration for the base (AutoConfig absorbs use_cache=False, too).
+        arguments = {"dtype": asked or config.dtype or "auto", **config.base_changes(), **shared, **kwargs}
+        base = cls._load_base(config, trust_remote_code, arguments)
         trained_on, found = config.base_fingerprint, cls._fingerprint(config, shared.get("cache_dir"))
         if UNKNOWN not in (trained_on, found) and trained_on != found:
             warnings.warn(
@@ -245,6 +291,18 @@ class AdaptedModel(PreTrainedModel):
                 stacklevel=4,
             )
         return base, asked
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """Load weights as torch does; those of the whole adapter alone, as in Trainer's checkpoints, are no part of it.
+
+        Args: see `torch.nn.Module.load_state_dict`.
+        """
+        names = {without_wrappers(name): name for name in self._adapter_names()}
+        given = {without_wrappers(name): tensor for name, tensor in state_dict.items()}
+        if given.keys() != names.keys():
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        loaded = super().load_state_dict({names[n]: given[n] for n in given}, strict=False, assign=assign)
+        return type(loaded)([], loaded.unexpected_keys)  # the base's weights are where they belong
 
     # ---- saving ----
 
@@ -256,19 +314,27 @@ class AdaptedModel(PreTrainedModel):
         Args:
             save_directory: folder, made if missing.
             state_dict: weights to save instead of the current ones, under this model's parameter names (as Trainer
-                passes).
+                passes) or those of a wrapper around it.
             push_to_hub: also upload the folder (see `push_to_hub`); `repo_id`, `token` and the like go into `kwargs`.
             tokenizer: the tokenizer to save. Default: the base's own, where it lies on this machine.
             **kwargs: the arguments of `push_to_hub`; others that transformers knows (`safe_serialization`,
                 `max_shard_size`, …) have nothing to act on here.
+
+        Raises:
+            ValueError: the base has other weights than the files of the one that is named, the tokenizer has more
+                tokens than the base, or `state_dict` lacks a tensor of the adapter. Nothing is written then.
         """
+        if not kwargs.get("is_main_process", True):
+            return
+        self._check_before_saving(state_dict, tokenizer)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        parameters = self.adapter_parameters()
-        if state_dict is not None:
-            names = {id(parameter): name for name, parameter in self.named_parameters()}
-            parameters = {name: state_dict[names[id(parameter)]] for name, parameter in parameters.items()}
-        write_adapter(folder / ADAPTER_FILE, {name: tensor.cpu() for name, tensor in parameters.items()})
+        names = self._adapter_names()
+        state = dict(self.named_parameters()) if state_dict is None else state_dict
+        held = find_in_state_dict(names, state)
+        tensors = {held[name]: state[held[name]].detach().cpu() for name in names}
+        write_adapter(folder / ADAPTER_FILE, {canonical: tensors[held[name]] for name, canonical in names.items()})
+        write_checkpoint(folder, tensors)
         config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__]
         config.auto_map = auto_map(config)
@@ -292,10 +358,10 @@ class AdaptedModel(PreTrainedModel):
         if name is None:
             logger.warning("No tokenizer was saved: this model does not know which base it is on. Pass tokenizer=.")
             return None
-        source = BASE_ALIASES[name]() if name in BASE_ALIASES else name
+        source = base_source(name)
         try:  # saving must not need the network
             return AutoTokenizer.from_pretrained(
-                source, revision=self.config.base_model_revision, local_files_only=True
+                source, revision=self.config.base_model_revision, local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError) as error:
             logger.warning(f"No tokenizer was saved: none found with the base {name!r} ({error}). Pass tokenizer=.")
@@ -319,10 +385,11 @@ class AdaptedModel(PreTrainedModel):
         return base
 
     def merge(self):
-        """Fold the adapter into the base's weights and give the base back: a plain model. DoRA only.
+        """Fold the adapter into the base's weights and give the base back: a plain model, without a name. DoRA only.
 
         Raises:
-            ValueError: this is a mixture, or a base weight is quantised or offloaded. Nothing is changed then.
+            ValueError: this is a mixture, or a base weight is quantised, offloaded or shared with another module.
+                Nothing is changed then.
         """
         if not all(isinstance(site, LinearSite) for site in self.sites):
             top_k = self.config.routing_strategy == "top_k"
@@ -332,17 +399,31 @@ class AdaptedModel(PreTrainedModel):
             )
         layers = [self.base.get_submodule(site.path) for site in self.sites]
         merged = [layer.merged_weight() for layer in layers]
+        holders = weight_holders(self.base)
+        for site, layer in zip(self.sites, layers, strict=True):
+            held_by = holders[id(layer.base_layer.weight)]
+            if others := [path for path in held_by if self.base.get_submodule(path) is not layer]:
+                raise ValueError(
+                    f"cannot merge into {site.path}: {', '.join(others)} shares its weight, and would change with it"
+                )
         with torch.no_grad():
             for layer, weight in zip(layers, merged, strict=True):
                 layer.base_layer.weight.copy_(weight)
-        return self.unload()
+        base = self.unload()
+        # Its weights are those of no name any more.
+        base.name_or_path = base.config.name_or_path = ""
+        setattr(base, HOLDS_AN_ADAPTER, True)
+        return base
 
     # ---- what the base knows better ----
 
     @property
     def base_model(self):
         """The decoder without its head, as in transformers' own models."""
-        return self.base.base_model
+        decoder = self.base.base_model
+        if decoder is self.base and self.can_generate():  # Llama 4's text model does not say which part it is
+            decoder = self.base.get_submodule(find_decoder_layers(self.base)[0].rpartition(".")[0])
+        return decoder
 
     def get_input_embeddings(self):
         return self.base.get_input_embeddings()
@@ -356,15 +437,24 @@ class AdaptedModel(PreTrainedModel):
     def set_output_embeddings(self, value):
         self.base.set_output_embeddings(value)
 
+    def resize_token_embeddings(self, *args, **kwargs):
+        return self.base.resize_token_embeddings(*args, **kwargs)  # which keeps its size in its own attributes, too
+
     @property
     def accepts_loss_kwargs(self):
         """Whether the base's forward takes `num_items_in_batch`; Trainer asks."""
         parameters = inspect.signature(self.base.forward).parameters.values()
-        return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        return getattr(self.base, "accepts_loss_kwargs", takes_any)
 
-    def forward(self, input_ids=None, attention_mask=None, **kwargs):
-        """The base's forward, with the adapter in it."""
-        return self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+    @takes_base_arguments
+    def forward(self, input_ids=None, *args, **kwargs):
+        """The base's forward, with the adapter in it: same arguments, same outputs."""
+        return self.base(**self._base_arguments(input_ids, args, kwargs))
+
+    def _base_arguments(self, input_ids, args, kwargs):
+        """A call's arguments by name. Positional ones come in the base's order."""
+        return by_name(self.base.forward, (input_ids, *args), kwargs) if args else {"input_ids": input_ids, **kwargs}
 
 
 def auto_map(config):

@@ -17,13 +17,17 @@ CODE_FILES = (
     "adapted_model.py",
     "adapter_files.py",
     "attach.py",
+    "base_loading.py",
+    "base_naming.py",
     "base_structure.py",
     "configuration_adapter.py",
     "configuration_minilora.py",
     "expert_slots.py",
     "mixture.py",
     "modeling_minilora.py",
+    "probe.py",
     "routing.py",
+    "trainer_support.py",
 )
 CHECKPOINT_FILES = (
     "model.safetensors",
@@ -84,7 +88,8 @@ def check_tensors(path, tensors, expected):
     missing = sorted(expected.keys() - tensors.keys())
     surplus = sorted(tensors.keys() - expected.keys())
     if missing or surplus:
-        parts = [f"{what} {_first(names)}" for what, names in (("missing", missing), ("surplus", surplus)) if names]
+        both = (("missing", missing), ("surplus", surplus))
+        parts = [f"{what} {first_names(names)}" for what, names in both if names]
         raise ValueError(f"{path} does not fit this configuration and base: {'; '.join(parts)}")
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != tuple(shape):
@@ -94,9 +99,15 @@ def check_tensors(path, tensors, expected):
             )
 
 
-def _first(names, count=3):
+def first_names(names, count=3):
+    """The first of many names, and how many there are."""
     rest = len(names) - count
     return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "") + f" ({len(names)} in all)" * (rest > 0)
+
+
+def base_source(name):
+    """The folder or Hub id that a base's name stands for."""
+    return BASE_ALIASES[name]() if name in BASE_ALIASES else name
 
 
 def base_fingerprint(name_or_path, revision=None, cache_dir=None):
@@ -130,6 +141,12 @@ def cached_commit(name_or_path, revision=None, cache_dir=None):
         return None
     config = _local_file(name_or_path, "config.json", revision, cache_dir)
     return None if config is None else os.path.basename(os.path.dirname(config))
+
+
+def local_folder(name_or_path, revision=None, cache_dir=None):
+    """Where a base lies on this machine: its folder, or a Hub id's snapshot in the local cache; None if nowhere."""
+    config = _local_file(name_or_path, "config.json", revision, cache_dir)
+    return None if config is None else os.path.dirname(config)
 
 
 def _local_file(name_or_path, name, revision, cache_dir):

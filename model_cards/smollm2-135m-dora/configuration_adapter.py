@@ -1,19 +1,29 @@
 """What the configurations of MixLoRA and DoRA adapters share: hyper-parameters of the update, and which base it is for.
 
 A configuration names its base (id, revision, fingerprint) and carries the base's own configuration as `text_config`,
-the name under which transformers and TRL look for the language model inside a wrapper.
+the name under which transformers and TRL look for the language model inside a wrapper. Everything public that is not
+the adapter's is read from there and written there: what a tool sets on `model.config` (Trainer sets ``use_cache``), the
+base must see, and what it reads (``num_key_value_heads``) must be the base's.
 """
 
+import dataclasses
 import difflib
 import inspect
 import math
 import re
 import sys
+from typing import ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 FORMAT_VERSION = 1
 """Version of the published layout (tensor names and configuration fields). A newer one is refused by name."""
+
+
+ABOUT_THE_REPO = frozenset(
+    ("architectures", "auto_map", "dtype", "name_or_path", "torch_dtype", "transformers_version")
+)
+"""What transformers keeps in any configuration and what is said here of the adapter: the base has values of its own."""
 
 
 def require(ok, argument, value, need):
@@ -51,8 +61,8 @@ class AdapterConfig(PreTrainedConfig):
             Default: ``2 * r``.
         lora_dropout: dropout probability on the input of the low-rank path, in training only.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
-        target_modules: ``"all-linear"`` (every linear in the decoder layers), or a list of module names or path
-            endings such as ``["q_proj", "mlp.down_proj"]``.
+        target_modules: ``"all-linear"`` (every linear in the decoder layers that an adapter has an effect on), or a
+            list of module names or path endings such as ``["q_proj", "mlp.down_proj", "layers.3.mlp.up_proj"]``.
         rank_pattern: ranks that differ from `r`: path ending or regular expression -> rank.
         alpha_pattern: the same for `lora_alpha`.
         base_model_name_or_path: Hub id, folder or registered alias of the base.
@@ -66,6 +76,8 @@ class AdapterConfig(PreTrainedConfig):
     """
 
     sub_configs = {"text_config": AutoConfig}
+    text_config = None  # until there is one
+    _own_names: ClassVar[frozenset[str]] = frozenset()  # filled in below
 
     def __init__(
         self,
@@ -104,12 +116,16 @@ class AdapterConfig(PreTrainedConfig):
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
         self.base_fingerprint = base_fingerprint
-        self.text_config = _base_config(text_config) if isinstance(text_config, dict) else text_config
         self._refuse_misspelt(kwargs)
         self._check()
         # The word embeddings belong to the base, which ties them itself.
         kwargs.pop("tie_word_embeddings", None)
-        super().__init__(tie_word_embeddings=False, **kwargs)
+        super().__init__(**kwargs)
+        # Last: what transformers sets as defaults in the lines above is not meant for the base.
+        self.text_config = _base_config(text_config) if isinstance(text_config, dict) else text_config
+        for name in ("_attn_implementation", "_experts_implementation"):  # these go on to sub-configurations when set
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name))
 
     def _refuse_misspelt(self, kwargs):
         """PreTrainedConfig keeps unknown keys as attributes, so a misspelt field would be ignored in silence."""
@@ -120,37 +136,85 @@ class AdapterConfig(PreTrainedConfig):
                     f"{key}={kwargs[key]!r}: {type(self).__name__} has no such field; did you mean {close[0]!r}?"
                 )
 
-    # What scripts written for plain models read from `model.config`; everything else is under `text_config`.
-    @property
-    def vocab_size(self):
-        return self.text_config.vocab_size
+    # ---- what is the base's ----
 
-    @property
-    def hidden_size(self):
-        return self.text_config.hidden_size
+    def __init_subclass__(cls, *args, **kwargs):
+        super().__init_subclass__(*args, **kwargs)
+        cls._own_names = _names_of_the_adapter(cls)
 
-    @property
-    def num_hidden_layers(self):
-        return self.text_config.num_hidden_layers
+    def _is_own(self, name):
+        """Whether an attribute is the adapter's: one of its fields, a method, or private."""
+        return name.startswith("_") or name in self._own_names
 
-    @property
-    def num_attention_heads(self):
-        return self.text_config.num_attention_heads
+    def __getattribute__(self, name):
+        base = super().__getattribute__("__dict__").get("text_config")
+        if base is None or name.startswith("_") or name in self._own_names:
+            return super().__getattribute__(name)
+        return getattr(base, name)
 
-    @property
-    def max_position_embeddings(self):
-        return self.text_config.max_position_embeddings
+    def __setattr__(self, name, value):
+        if name == "text_config":
+            self._hand_over(value)
+        if self.text_config is None or self._is_own(name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.text_config, name, value)
+            self._set_on_base.add(name)
+
+    def __delattr__(self, name):
+        if self.text_config is None or self._is_own(name):
+            super().__delattr__(name)
+        else:
+            delattr(self.text_config, name)
+            self._set_on_base.discard(name)
+
+    def _hand_over(self, base):
+        """Give another base's configuration what was set here for the base, so that nothing set is lost."""
+        if base is None:
+            self.__dict__["_set_on_base"] = set()
+            return
+        changes = self.base_changes()
+        for name in [name for name in vars(self) if not self._is_own(name)]:
+            del self.__dict__[name]
+        for name, value in changes.items():
+            setattr(base, name, value)
+        self.__dict__["_set_on_base"] = set(changes)
+
+    def base_changes(self):
+        """{name: value} of what was set on this configuration and is the base's."""
+        if self.text_config is not None:
+            given = {name: getattr(self.text_config, name) for name in sorted(self._set_on_base)}
+        else:
+            defaults = vars(PreTrainedConfig())
+            given = {name: value for name, value in vars(self).items() if not self._is_own(name)}
+            given = {name: value for name, value in given.items() if name not in defaults or defaults[name] != value}
+        # transformers keeps this one under a private name where it is an argument of from_pretrained.
+        return given | ({"output_attentions": True} if self.__dict__.get("_output_attentions") else {})
+
+    def get_text_config(self, decoder=None, encoder=None):
+        """The configuration of the base's language model, which lies deeper in a base that also sees or hears."""
+        base = self.text_config
+        return self if base is None else base.get_text_config(decoder=decoder, encoder=encoder)
+
+    # ---- files ----
+
+    def to_dict(self):
+        fields = super().to_dict()
+        for of_this_process in ("_set_on_base", "quantization_config"):  # the latter is the base's, under text_config
+            fields.pop(of_this_process, None)
+        return fields
 
     def to_diff_dict(self):
         """What config.json holds: every field of the adapter, defaults included, and nothing about this machine."""
         fields, values = super().to_diff_dict(), self.to_dict()
         fields.update((name, values[name]) for name in self._own_fields() if name in values)
-        fields.pop("use_cache", None)  # Trainer sets it on any model; the base's own counts
+        fields.pop("quantization_config", None)
         if self.text_config is not None:
             fields["text_config"] = self.text_config.to_diff_dict()
-            # How this process holds the base is its own choice, and `_name_or_path` may be a local folder.
-            for runtime_only in ("_name_or_path", "quantization_config", "transformers_version"):
-                fields["text_config"].pop(runtime_only, None)
+            # How this process holds the base is its own choice, `_name_or_path` may be a local folder, Trainer sets
+            # `use_cache` on any model, and the code that `auto_map` names lies in the base's repo.
+            for name in ("_name_or_path", "auto_map", "quantization_config", "transformers_version", "use_cache"):
+                fields["text_config"].pop(name, None)
         return fields
 
     @classmethod
@@ -199,6 +263,16 @@ class AdapterConfig(PreTrainedConfig):
         r = _match_pattern(self.rank_pattern, path, r)
         alpha = _match_pattern(self.alpha_pattern, path, alpha)
         return r, alpha / (math.sqrt(r) if self.use_rslora else r)
+
+
+def _names_of_the_adapter(config_class):
+    """Public attributes of a configuration that are the adapter's: its fields and methods, no value of any model's."""
+    shared = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    names = {name for name in dir(config_class) if not isinstance(inspect.getattr_static(config_class, name), property)}
+    return frozenset((names - shared) | config_class._own_fields() | ABOUT_THE_REPO)
+
+
+AdapterConfig._own_names = _names_of_the_adapter(AdapterConfig)
 
 
 def _base_config(fields):

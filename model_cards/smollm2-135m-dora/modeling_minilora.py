@@ -21,6 +21,7 @@ from .routing import (
     router_losses,
     routing_of,
 )
+from .trainer_support import shift_labels_of, takes_base_arguments
 
 
 @dataclass
@@ -150,23 +151,25 @@ class MixtureForward:
         self.announced.withdraw()
         return super().unload()
 
-    def _forward(
-        self, output_class, input_ids, attention_mask, output_router_logits, output_routing, return_dict, kwargs
-    ):
+    def save_base(self, folder, **kwargs):
+        self.announced.withdraw()  # the base's own configuration is saved, without what was put into it
+        super().save_base(folder, **kwargs)
+        self.announced = AnnouncedMixture(self.base.config.get_text_config(), router_loss_weights(self.config))
+
+    def _forward(self, output_class, output_router_logits, output_routing, arguments):
+        """Forward of the base with `arguments`, all by name, and what was asked of the routers."""
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        labels = kwargs.get("labels")
+        return_dict, arguments["return_dict"] = arguments.get("return_dict"), True
+        labels, attention_mask = arguments.get("labels"), arguments.get("attention_mask")
         weights = router_loss_weights(self.config) if self.training and labels is not None else {}
         tell_padding = self.training and routing_of(self.config).needs_token_mask
         if not (output_router_logits or output_routing or weights or tell_padding):
-            outputs, routing = (
-                self.base(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs),
-                {},
-            )
+            outputs, routing = self.base(**arguments), {}
         else:
             is_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
             with record_routing(attention_mask if is_mask else None) as record:
-                outputs = self.base(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+                outputs = self.base(**arguments)
             routing = self._router_losses(record) if output_router_logits or weights else {}
             if output_router_logits:
                 routing["router_logits"] = tuple(record.logits)
@@ -175,7 +178,7 @@ class MixtureForward:
                 routing["routing_weights"] = tuple(record.weights)
         fields = {**outputs, **routing}
         if weights:
-            share = share_of_items(labels, kwargs.get("num_items_in_batch"))
+            share = share_of_items(labels, arguments.get("num_items_in_batch"))
             penalty = sum(weight * routing[name] for name, weight in weights.items()) * share
             fields["loss"] = fields["loss"] + penalty.to(fields["loss"].device)
         known = {name: fields[name] for name in fields if name in output_class.__dataclass_fields__}
@@ -226,9 +229,11 @@ class DoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
     config_class = DoraConfig
     auto_class = AutoModelForCausalLM
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+    @takes_base_arguments
+    def forward(self, input_ids=None, *args, labels=None, **kwargs):
         """The base's forward, with the adapter in it: same arguments, same outputs."""
-        return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        kwargs = kwargs if labels is None else {**kwargs, "labels": labels}
+        return self.base(**self._base_arguments(input_ids, args, kwargs))
 
 
 class MixLoraModel(MixtureForward, AdaptedModel):
@@ -237,19 +242,11 @@ class MixLoraModel(MixtureForward, AdaptedModel):
     config_class = MixLoraConfig
     auto_class = AutoModel
 
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        output_router_logits=None,
-        output_routing=False,
-        return_dict=None,
-        **kwargs,
-    ):
+    @takes_base_arguments
+    def forward(self, input_ids=None, *args, output_router_logits=None, output_routing=False, **kwargs):
         """The base's forward plus routing outputs: see `MixLoraForCausalLM.forward`."""
-        return self._forward(
-            MixLoraModelOutput, input_ids, attention_mask, output_router_logits, output_routing, return_dict, kwargs
-        )
+        arguments = self._base_arguments(input_ids, args, kwargs)
+        return self._forward(MixLoraModelOutput, output_router_logits, output_routing, arguments)
 
 
 class MixLoraForCausalLM(MixtureForward, GenerateOnBase, AdaptedModel, GenerationMixin):
@@ -258,33 +255,27 @@ class MixLoraForCausalLM(MixtureForward, GenerateOnBase, AdaptedModel, Generatio
     config_class = MixLoraConfig
     auto_class = AutoModelForCausalLM
 
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        labels=None,
-        output_router_logits=None,
-        output_routing=False,
-        return_dict=None,
-        **kwargs,
-    ):
+    @takes_base_arguments
+    def forward(self, input_ids=None, *args, labels=None, output_router_logits=None, output_routing=False, **kwargs):
         """The base's forward plus routing outputs.
 
         Args:
             input_ids: (batch, seq).
-            attention_mask: (batch, seq), 0 on padding, which does not count in the balance loss.
+            *args: the base's other arguments, in its order.
             labels: (batch, seq), -100 where there is no loss. In training the balance loss times its coefficient is
                 added.
             output_router_logits: also return `router_logits` and `aux_loss`. Default: the configuration's.
             output_routing: also return `selected_experts` and `routing_weights`.
-            return_dict: False for a tuple.
-            **kwargs: the base's other arguments.
+            **kwargs: the base's other arguments, among them `attention_mask`, (batch, seq), 0 on padding, which does
+                not count in the balance loss, and `return_dict`, False for a tuple.
 
         Returns:
             MixLoraCausalLMOutput.
         """
-        if labels is not None:
-            kwargs["labels"] = labels
-        return self._forward(
-            MixLoraCausalLMOutput, input_ids, attention_mask, output_router_logits, output_routing, return_dict, kwargs
-        )
+        kwargs = kwargs if labels is None else {**kwargs, "labels": labels}
+        arguments = self._base_arguments(input_ids, args, kwargs)
+        return self._forward(MixLoraCausalLMOutput, output_router_logits, output_routing, arguments)
+
+
+for _model_class in (DoraForCausalLM, MixLoraForCausalLM):
+    shift_labels_of(_model_class)

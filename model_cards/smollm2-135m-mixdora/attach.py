@@ -48,7 +48,7 @@ def attach(base, config, sites, tensors=None, seed=0, dtype=None):
     Args: see `build_modules`.
     """
     for path, module in build_modules(base, config, sites, tensors, seed, dtype).items():
-        _replace(base, path, module)
+        replace_module(base, path, module)
 
 
 def build_modules(base, config, sites, tensors=None, seed=0, dtype=None):
@@ -75,7 +75,7 @@ def detach(base, sites):
     """Take the adapter out of `base` again."""
     for site in sites:
         module = base.get_submodule(site.path)
-        _replace(base, site.path, module.base_layer if isinstance(site, LinearSite) else module.base_block)
+        replace_module(base, site.path, module.base_layer if isinstance(site, LinearSite) else module.base_block)
 
 
 def adapter_parameters(base, sites):
@@ -93,7 +93,17 @@ def adapter_parameters(base, sites):
     return parameters
 
 
-def _replace(base, path, module):
+def weight_holders(base):
+    """{id of a parameter: paths of the modules that hold it}. A tied weight has several."""
+    holders = {}
+    for path, module in base.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(path.removesuffix(".base_layer"))
+    return holders
+
+
+def replace_module(base, path, module):
+    """Put a module into `base` at a path."""
     parent, _, name = path.rpartition(".")
     setattr(base.get_submodule(parent), name, module)
 

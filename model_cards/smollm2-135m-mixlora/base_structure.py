@@ -77,7 +77,12 @@ class MixtureSite:
 
 
 def find_decoder_layers(base):
-    """(path, ModuleList) of the decoder layers of `base`."""
+    """(path, ModuleList) of the decoder layers of `base`: of its language model, where it has other parts beside it.
+
+    Raises:
+        ValueError: there is none, or there are several and nothing says which; the message has their paths.
+    """
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
     count = base.config.get_text_config(decoder=True).num_hidden_layers
     found = [
         (path, module)
@@ -86,12 +91,21 @@ def find_decoder_layers(base):
         and len(module) == count
         and all(any(linear_shape(part) for part in layer.modules()) for layer in module)
     ]
+    inside = {id(module) for module in decoder.modules()}
+    found = [item for item in found if id(item[1]) in inside] or found
     if not found:
         raise ValueError(
             f"base {type(base).__name__}: found no list of {count} decoder layers (config.num_hidden_layers) "
             "with linears in it"
         )
-    return min(found, key=lambda item: item[0].count("."))
+    depth = min(path.count(".") for path, _ in found)
+    outermost = [item for item in found if item[0].count(".") == depth]
+    if len(outermost) > 1:
+        raise ValueError(
+            f"base {type(base).__name__}: which list of {count} layers (config.num_hidden_layers) is the language "
+            f"model's? It has {[path for path, _ in outermost]}, and its get_decoder() does not tell"
+        )
+    return outermost[0]
 
 
 def linears_in(layer):
@@ -141,11 +155,15 @@ def plan_sites(base, config):
             block_path, structure = found if config.has_mixture(index) else (None, None)
         for path, shape in shapes.items():
             in_block = block_path is not None and path.startswith(block_path + ".")
-            if not in_block and matches_target(path, config.target_modules):
+            if not in_block and matches_target(f"{name}.{path}", config.target_modules):
                 sites.append(LinearSite(f"{name}.{path}", f"{where}.{path}", *shape))
         if structure is not None:
             paths = {projection: f"{block_path}.{projection}" for projection in (*structure.inputs, structure.output)}
-            targets = [(p, *shapes[path]) for p, path in paths.items() if matches_target(path, config.target_modules)]
+            targets = [
+                (p, *shapes[path])
+                for p, path in paths.items()
+                if matches_target(f"{name}.{path}", config.target_modules)
+            ]
             if targets:
                 hidden_size = shapes[paths[structure.output]][0]
                 sites.append(
@@ -157,12 +175,12 @@ def plan_sites(base, config):
 
 def _check_targets(config, layers, sites):
     available = sorted({path for layer in layers for path in linears_in(layer)})
+    names = [f"layers.{i}.{path}" for i, layer in enumerate(layers) for path in linears_in(layer)]
     if config.target_modules != "all-linear":
-        unknown = [t for t in config.target_modules if not any(matches_target(path, [t]) for path in available)]
+        unknown = [t for t in config.target_modules if not any(matches_target(name, [t]) for name in names)]
         if unknown:
             raise ValueError(f"target_modules={unknown}: the base has no such linear in its layers; it has {available}")
     for field in ("rank_pattern", "alpha_pattern"):
-        names = [f"layers.{i}.{path}" for i, layer in enumerate(layers) for path in linears_in(layer)]
         for key in getattr(config, field):
             if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names):
                 raise ValueError(f"{field}[{key!r}]: matches no linear in the base's layers; it has {available}")

@@ -1,0 +1,251 @@
+"""Where adapters would have an effect, found by running the base once on a few tokens.
+
+A module that looks like a linear need not be called as one: Mamba reads the weight of its `dt_proj`, Llama 4's router
+returns a tuple, and a result may be used where no gradient passes. An adapter there would never learn, or change what
+merging gives. So before a fresh adapter is built, the base runs on a few tokens in training and in evaluation (fused
+kernels differ), and each module must be called, give a tensor, and pass a gradient on.
+"""
+
+import inspect
+import re
+import warnings
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .adapted_linear import layer_device, linear_shape
+from .base_structure import LinearSite, find_decoder_layers, matches_target, plan_sites
+
+logger = logging.get_logger(__name__)
+
+
+class TargetsWarning(UserWarning):
+    """What a fresh adapter was asked to be on and is not."""
+
+
+TOKENS = 8
+KEPT_BUFFER = 2**20
+"""Number of values up to which a buffer is copied before the base runs. Larger ones are quantised weights."""
+
+
+def settle_targets(base, config, refused=None):
+    """Make `target_modules` of a fresh adapter's configuration name only what an adapter has an effect on.
+
+    What is found to be without one is left out of "all-linear", which becomes a list of names then, with a warning that
+    names it. A base that lies on the meta device cannot be run and is passed over.
+
+    Args:
+        base: the plain base. It stays as it is.
+        config: the adapter's configuration. It is changed.
+        refused: {path: reason} of modules that may not be adapted for another reason.
+
+    Raises:
+        ValueError: a name in `target_modules` stands for such modules only, or the base cannot be run.
+    """
+    if not can_run(base):
+        return
+    sites, asked = plan_sites(base, config), config.target_modules
+    reasons = {**find_without_effect(base, sites), **(refused or {})}
+    useless = [site for site in sites if site.path in reasons]
+    kept = {name for site in sites if site.path not in reasons for name in _names(site)}
+    if useless:
+        told = {site.path: reasons[site.path] for site in useless}
+        named = [] if asked == "all-linear" else asked
+        lost = [target for target in named if not any(matches_target(name, [target]) for name in kept)]
+        if lost or not kept or not all(isinstance(site, LinearSite) for site in useless):
+            raise ValueError(f"target_modules={lost or asked!r}: an adapter would have no effect on {_listed(told)}")
+        warn_of_left_out(asked, told)
+        config.target_modules = _shortest(kept, {name for site in useless for name in _names(site)})
+    if asked == "all-linear":
+        _warn_of_fused_experts(base, kept)
+
+
+def can_run(base):
+    """Whether `base` holds weights: a skeleton on the meta device does not, offloaded ones are fetched when it runs."""
+    return layer_device(base.get_input_embeddings()).type != "meta"
+
+
+def warn_of_left_out(asked, reasons):
+    """Warn that of the targets `asked` for, the modules in `reasons`, {path: reason}, get no adapter."""
+    warnings.warn(f"target_modules={asked!r}: left out is {_listed(reasons)}", TargetsWarning, stacklevel=5)
+
+
+def _names(site):
+    """Canonical names of the linears that a site adapts."""
+    if isinstance(site, LinearSite):
+        return [site.name]
+    return [f"{site.name}.{projection}" for projection, _, _ in site.targets]
+
+
+def _listed(reasons, most=3):
+    """Paths by their reason, the first few of each."""
+    by_reason = {}
+    for path, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(path)
+    return "; ".join(
+        f"{', '.join(paths[:most])}{f' and {len(paths) - most} more' * (len(paths) > most)}: {reason}"
+        for reason, paths in by_reason.items()
+    )
+
+
+def _shortest(kept, left_out):
+    """Names that match what is kept and nothing of what is left out: last parts, paths in a layer, or whole names."""
+    for first in (-1, 2, 0):
+        names = sorted({".".join(name.split(".")[first:]) for name in kept})
+        if not any(matches_target(name, names) for name in left_out):
+            break
+    return names
+
+
+def _warn_of_fused_experts(base, kept):
+    """Warn where the experts of a sparse mixture are parameters of their own, on which no adapter goes."""
+    fields = vars(base.config.get_text_config(decoder=True)).items()
+    counts = {value for name, value in fields if "experts" in name and isinstance(value, int)}
+    prefix, layers = find_decoder_layers(base)
+    fused = {}
+    for index, layer in enumerate(layers):
+        for path, module in layer.named_modules():
+            if linear_shape(module) or isinstance(module, nn.modules.conv._ConvNd):
+                continue
+            for name, parameter in module.named_parameters(recurse=False):
+                is_stack = parameter.dim() == 3 and parameter.shape[0] in counts
+                if is_stack or ("experts" in path.split(".") and parameter.dim() > 1):
+                    fused.setdefault(f"{path}.{name}", []).append(index)
+    if fused:
+        learning = sorted({".".join(name.split(".")[2:]) for name in kept})
+        layers_of = sorted({index for indices in fused.values() for index in indices})
+        warnings.warn(
+            f"target_modules='all-linear': the experts of this base are stacked parameters, not linears, and get no "
+            f"adapter: left out is {', '.join(fused)} in {len(layers_of)} of {len(layers)} layers ({prefix}."
+            f"{layers_of[0]}…); adapted is {', '.join(learning)}",
+            TargetsWarning,
+            stacklevel=5,
+        )
+
+
+# ---- running the base ----
+
+
+def find_without_effect(base, sites):
+    """{path: reason} of the sites on which an adapter would have no effect.
+
+    One expert of several that are modules of their own need not be called by a few tokens: one of its kind must be.
+
+    Args:
+        base: the plain base; weights may be quantised or offloaded. Weights, buffers, modes and random states stay.
+        sites: from `plan_sites`.
+
+    Raises:
+        ValueError: the base could not be run.
+    """
+    first, reasons = {}, {}
+    for site in sites:
+        module = base.get_submodule(site.path)
+        if first.setdefault(module, site.path) != site.path:
+            reasons[site.path] = f"it is {first[module]} again"
+    with _as_it_was(base):
+        for training in (True, False):
+            base.train(training)
+            for path, reason in _run(base, sites, training).items():
+                reasons.setdefault(path, reason)
+    kinds = {site.path: re.sub(r"\.\d+(?=\.)", ".*", site.name.removeprefix("layers.")) for site in sites}
+    alive = {kinds[site.path] for site in sites if site.path not in reasons}
+    return {path: reason for path, reason in reasons.items() if reason != NEVER_CALLED or kinds[path] not in alive}
+
+
+NEVER_CALLED = "the base does not call it (its weight is read directly, or not used)"
+
+
+def _run(base, sites, training):
+    """{path: reason} from one forward pass, and in training from a backward pass through it."""
+    reasons = {site.path: NEVER_CALLED for site in sites}
+    leaves, hooks = {}, []
+
+    def look_at(path):
+        def hook(module, args, out):
+            if not isinstance(out, torch.Tensor):
+                reasons[path] = f"it returns a {type(out).__name__} instead of a tensor"
+                return None
+            reasons.pop(path, None)
+            if not training:
+                return None
+            if path not in leaves:
+                leaves[path] = torch.zeros((), dtype=out.dtype, device=out.device, requires_grad=True)
+            return out + leaves[path]  # what an adapter adds; its gradient shows whether it is used
+
+        return hook
+
+    try:
+        for site in sites:
+            hooks.append(base.get_submodule(site.path).register_forward_hook(look_at(site.path)))
+        with torch.inference_mode(False), torch.set_grad_enabled(training):
+            out = _output(base)
+    except Exception as error:
+        raise ValueError(
+            f"base {type(base).__name__}: it could not be run on {TOKENS} tokens, which shows where an adapter has an "
+            f"effect ({type(error).__name__}: {error})"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if training:
+        for path, gradient in _gradients(out, leaves).items():
+            if gradient is None:
+                reasons[path] = "no gradient reaches it"
+    return reasons
+
+
+def _output(base):
+    """What the base makes of a few tokens, none of which stands for an image or a sound."""
+    config = base.config.get_text_config(decoder=True)
+    marks = {
+        value
+        for name, value in base.config.to_dict().items()
+        if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
+    }
+    usable = [token for token in range(config.vocab_size) if token not in marks][:TOKENS]
+    ids = torch.tensor([usable], device=layer_device(base.get_input_embeddings()))
+    parameters = inspect.signature(base.forward).parameters
+    outputs = base(input_ids=ids, **({"use_cache": False} if "use_cache" in parameters else {}))
+    return outputs["logits"] if "logits" in outputs else outputs[0]
+
+
+def _gradients(out, leaves):
+    try:
+        found = torch.autograd.grad(out.float().sum(), list(leaves.values()), allow_unused=True)
+    except (RuntimeError, NotImplementedError) as error:  # a kernel that has no backward
+        logger.warning(f"Whether every adapter gets a gradient could not be found out: {error}")
+        return {}
+    return dict(zip(leaves, found, strict=True))
+
+
+@contextmanager
+def _as_it_was(base):
+    """Inside, the base may be run in any mode; afterwards it is as before, and so are the random states."""
+    modes = [(module, module.training) for module in base.modules()]
+    checkpointing = [module for module in base.modules() if getattr(module, "gradient_checkpointing", False)]
+    buffers = [(module, dict(module._buffers)) for module in base.modules()]
+    copies = [
+        (buffer, buffer.clone()) for buffer in base.buffers() if buffer.numel() <= KEPT_BUFFER and not buffer.is_meta
+    ]
+    devices = sorted({parameter.device.index for parameter in base.parameters() if parameter.device.type == "cuda"})
+    for module in checkpointing:
+        module.gradient_checkpointing = False
+    try:
+        with torch.random.fork_rng(devices), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the libraries say of a run, they say again of the next one
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for module in checkpointing:
+            module.gradient_checkpointing = True
+        for module, before in buffers:
+            module._buffers.clear()
+            module._buffers.update(before)
+        with torch.no_grad():
+            for buffer, copied in copies:
+                if not torch.equal(buffer, copied):
+                    buffer.copy_(copied)
