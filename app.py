@@ -23,6 +23,7 @@ MINILORA_DATA              folder for votes and shared comparisons; default: the
 MINILORA_VOTES_DATASET     a data set on the Hub that keeps the votes when the disk is lost; needs HF_TOKEN
 MINILORA_SHARED            how many shared comparisons are kept; default: 2000
 MINILORA_SHARED_MEGABYTES  how large they are together; default: 200
+MINILORA_KEPT_MEGABYTES    memory for what was run for visitors who are here, together; default: 500
 MINILORA_BATCH_ROWS        the most prompts of one file; default: 50
 """
 

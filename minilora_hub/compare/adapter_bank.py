@@ -26,7 +26,7 @@ from minilora_hub.compare.banked_layers import BankedBlock, BankedLinear, BatchR
 from minilora_hub.compare.columns import shared_copy
 from minilora_hub.compare.reading import AdapterFacts, adapter_facts, read_adapter_folder
 from minilora_hub.errors import AdapterError
-from minilora_hub.remote_code.adapted_linear import keep_4bit_weights_exact, plain_weight
+from minilora_hub.remote_code.adapted_linear import keep_4bit_weights_exact, linear_shape, plain_weight
 from minilora_hub.remote_code.attach import build_modules
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
 
@@ -150,6 +150,12 @@ class AdapterBank:
     def list(self) -> list[BankEntry]:
         """Every registered adapter, in the order of registration; any thread may ask while another loads."""
         return [*self._entries.values()]
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """{path: (out_features, in_features)} of every linear of the base, the head included."""
+        found = ((path, linear_shape(module)) for path, module in self._plain.named_modules())
+        return {path: shape for path, shape in found if shape}
 
     def memory(self) -> BankMemory:
         """Report what is held in memory."""

@@ -12,6 +12,7 @@ from minilora_hub.demo.adapter_cards import AdapterCard, read_card
 from minilora_hub.demo.linked import LinkedAdapters
 from minilora_hub.demo.record import UNKNOWN, Weights
 from minilora_hub.errors import AdapterError
+from minilora_hub.formats.plain_files import require_plain_files
 
 CHOSEN = 5
 """The most adapters beside the base."""
@@ -60,7 +61,10 @@ class Catalogue:
             return linked
         with self._lock:
             if name not in self._cards:
-                self._cards[name] = read_card(name, self._folder(name))
+                folder = self._folder(name)
+                if name in self.folders:
+                    require_plain_files(folder)
+                self._cards[name] = read_card(name, folder)
             return self._cards[name]
 
     def weights(self, names: Iterable[str]) -> tuple[Weights, ...]:

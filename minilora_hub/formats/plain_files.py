@@ -81,7 +81,7 @@ def require_plain_indexes(folder: Path) -> None:
     Raises:
         AdapterError: it does, or is no index.
     """
-    for path in sorted(folder.rglob(INDEX)):
+    for path in sorted(folder.glob(INDEX)):
         try:
             shards = set(strict_json(path.read_bytes())["weight_map"].values())
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -53,6 +53,20 @@ def read_source(folder: str | Path) -> Source:
     Raises:
         AdapterError: the folder is missing, or holds no adapter that can be published; the message says what to do.
     """
+    source = read_configuration(folder)
+    if not (source.folder / WEIGHTS).is_file():
+        raise AdapterError(
+            f"adapter {source.folder.name!r}: no {WEIGHTS}; save it with save_pretrained, not as a pickle"
+        )
+    return source
+
+
+def read_configuration(folder: str | Path) -> Source:
+    """Read which adapter a folder describes, whose weights need not be there yet.
+
+    Raises:
+        AdapterError: the folder is missing, or describes no adapter that can be published.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise AdapterError(f"adapter {str(folder)!r}: no such folder")
@@ -62,15 +76,11 @@ def read_source(folder: str | Path) -> Source:
             raise AdapterError(
                 f"{PEFT_CONFIG}: peft_type={config.get('peft_type')!r}: 'LORA' can be published, nothing else"
             )
-        source = Source(folder, "dora" if config.get("use_dora") else "lora", "peft", config)
-    else:
-        config = read_json(folder / OUR_CONFIG)
-        if config.get("model_type") not in ("mixlora", "dora"):
-            raise AdapterError(
-                f"{OUR_CONFIG}: model_type={config.get('model_type')!r}: an adapter has 'mixlora' or 'dora', "
-                f"or {PEFT_CONFIG} beside it"
-            )
-        source = Source(folder, str(config["model_type"]), "auto", config)
-    if not (folder / WEIGHTS).is_file():
-        raise AdapterError(f"adapter {folder.name!r}: no {WEIGHTS}; save it with save_pretrained, not as a pickle")
-    return source
+        return Source(folder, "dora" if config.get("use_dora") else "lora", "peft", config)
+    config = read_json(folder / OUR_CONFIG)
+    if config.get("model_type") not in ("mixlora", "dora"):
+        raise AdapterError(
+            f"{OUR_CONFIG}: model_type={config.get('model_type')!r}: an adapter has 'mixlora' or 'dora', "
+            f"or {PEFT_CONFIG} beside it"
+        )
+    return Source(folder, str(config["model_type"]), "auto", config)
