@@ -67,7 +67,7 @@ def find_adapter(name: str | Path) -> FoundAdapter:
     except AdapterError as error:
         raise AdapterError(f"adapter {str(name)!r}: there is no such folder, and on the Hub: {error}") from None
     adapter_type(folder)
-    require_no_other_code(folder)
+    require_no_other_code(folder, str(name))
     return FoundAdapter(str(name).rpartition("/")[2], folder)
 
 

@@ -92,19 +92,19 @@ def code_references(folder: Path, files: Collection[str] | None = None) -> list[
     return found
 
 
-def require_no_other_code(folder: Path, files: Collection[str] | None = None) -> None:
+def require_no_other_code(folder: Path, name: str | None = None) -> None:
     """Refuse an adapter that leads to code outside its own folder, before anything of it is loaded.
 
     Args:
         folder: the adapter.
-        files: see `code_references`.
+        name: what the error calls it. Default: the folder's name.
 
     Raises:
         AdapterError: it does; the message names the file and the entry.
     """
-    for reference in code_references(folder, files):
+    for reference in code_references(folder):
         if reference.problem:
-            raise AdapterError(f"adapter {folder.name!r} is not loaded: {reference}")
+            raise AdapterError(f"adapter {name or folder.name!r} is not loaded: {reference}")
 
 
 def _references_in(path: Path, file: str, files: Collection[str]) -> Iterator[CodeReference]:
