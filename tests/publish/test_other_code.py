@@ -48,7 +48,7 @@ def marker(hub, tmp_path):
 
 @pytest.fixture(params=ATTACKS)
 def attacked(request, hub, good, tmp_path, marker):
-    """Return the file that leads elsewhere, and an attacked DoRA and LoRA: in folders, and on the Hub as ana/<method>."""
+    """Return the file that leads elsewhere, and an attacked DoRA and LoRA, in folders and on the Hub as ana/METHOD."""
     folders = {}
     for method in ("dora", "lora"):
         folder = folders[method] = Path(shutil.copytree(good[method], tmp_path / method))
