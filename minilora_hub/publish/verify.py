@@ -240,7 +240,7 @@ def _other_code(source: Source, released: bool) -> str | None:
     given, expected = source.config.get("auto_map"), own_auto_map(source.config["model_type"])
     if given != expected:
         return f"{OUR_CONFIG}: auto_map={str(given)[:200]}: must be {expected}, the classes of this code"
-    return next((str(reference) for reference in references if not reference.own), None)
+    return next((f"{reference}, which is no class of ours" for reference in references if not reference.own), None)
 
 
 def _fetch_base(source: Source, found: _Findings, token: str | None, progress: bool) -> bool:
