@@ -55,7 +55,7 @@ class CodeReference:
 
     def __str__(self) -> str:
         """Say it in one line."""
-        return f"{self.file}: {self.text}" + (f", {self.problem}" if self.problem else "")
+        return f"{self.file}: {self.text}" + (f": {self.problem}" if self.problem else "")
 
 
 def own_auto_map(model_type: object) -> dict[str, str] | None:
@@ -118,15 +118,13 @@ def _references_in(path: Path, file: str, files: Collection[str]) -> Iterator[Co
 
     try:
         if (size := path.stat().st_size) > LARGEST:
-            yield CodeReference(
-                file, f"has {size:,} bytes", f"and is not read: a configuration has at most {LARGEST:,}"
-            )
+            yield CodeReference(file, f"has {size:,} bytes", f"it is not read, a configuration has at most {LARGEST:,}")
             return
         json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=collect)
     except OSError as error:
         raise AdapterError(f"{file} cannot be read: {error}") from error
     except RecursionError:  # where transformers calls the same parser, the stack may have room for it
-        yield CodeReference(file, "is nested too deeply", "and is not read")
+        yield CodeReference(file, "is nested too deeply", "it is not read")
         return
     except ValueError:
         return  # transformers cannot read it either
@@ -152,11 +150,11 @@ def _of_map(value: Any, file: str, files: Collection[str]) -> Iterator[CodeRefer
         said = f"auto_map names {text[:100]!r}"
         named = MODULE_AND_CLASS.fullmatch(text)
         if "--" in text:
-            yield CodeReference(file, said, f"code of another repo: {REMEDY}")
+            yield CodeReference(file, said, f"code of another repo; {REMEDY}")
         elif named is None:
-            yield CodeReference(file, said, f"which is no module.Class: {REMEDY}")
+            yield CodeReference(file, said, f"that is no module.Class; {REMEDY}")
         elif f"{named['module']}.py" not in files:
-            yield CodeReference(file, said, f"and there is no {named['module']}.py beside it: {REMEDY}")
+            yield CodeReference(file, said, f"there is no {named['module']}.py beside it; {REMEDY}")
         else:
             yield CodeReference(file, said)
 

@@ -28,10 +28,10 @@ def write(folder, files):
 @pytest.mark.parametrize(
     ("files", "told"),
     [
-        ({"config.json": OURS | {"auto_map": {"AutoConfig": "a/b--c.D"}}}, "names 'a/b--c.D', code of another repo"),
+        ({"config.json": OURS | {"auto_map": {"AutoConfig": "a/b--c.D"}}}, "names 'a/b--c.D': code of another repo"),
         ({"config.json": OURS | {"auto_map": {"AutoConfig": "gone.D"}}}, "there is no gone.py beside it"),
-        ({"config.json": OURS | {"auto_map": {"AutoConfig": "../x.D"}}}, "which is no module.Class"),
-        ({"config.json": OURS | {"auto_map": {"AutoConfig": 7}}}, "which is no module.Class"),
+        ({"config.json": OURS | {"auto_map": {"AutoConfig": "../x.D"}}}, "that is no module.Class"),
+        ({"config.json": OURS | {"auto_map": {"AutoConfig": 7}}}, "that is no module.Class"),
         ({"config.json": OURS | {"text_config": {"auto_map": {"AutoModel": "a/b--c.D"}}}}, "code of another repo"),
         ({"config.5.0.json": {"auto_map": {"AutoConfig": "a/b--c.D"}}}, "config.5.0.json: auto_map names"),
         ({"Config.JSON": {"auto_map": {"AutoConfig": "a/b--c.D"}}}, "Config.JSON: auto_map names"),
@@ -81,7 +81,7 @@ def test_what_an_adapter_needs_is_its_own(tmp_path):
 def test_a_huge_configuration_is_not_read(tmp_path):
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(LARGEST + 1)
-    with pytest.raises(AdapterError, match="has 67,108,865 bytes, and is not read"):
+    with pytest.raises(AdapterError, match="has 67,108,865 bytes: it is not read"):
         require_no_other_code(tmp_path)
 
 

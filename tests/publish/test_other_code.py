@@ -8,7 +8,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -160,3 +164,21 @@ def test_the_page_refuses_it_from_a_link_and_in_the_picker(attacked, hub, base_f
     (card,) = view(runs, "ana")["cards"]
     assert file in card["facts"][0]
     assert [column.kind for column in runs.columns_of("ana")] == ["base"]
+
+
+def test_the_snippet_without_trust_loads_an_adapter(hub, good, tmp_path):
+    """docs/load.md: model and tokenizer, with the installed classes, and none of the repo's code."""
+    page = (Path(__file__).parents[2] / "docs" / "load.md").read_text(encoding="utf-8")
+    _, snippet = re.findall(r"```python\n(.*?)```", page, re.S)
+    files = {path.name: path.read_bytes() for path in good["mixlora"].iterdir() if path.is_file()}
+    hub.add_repo("user/adapter", files=files)
+    script = f"""
+{snippet}
+import sys
+assert type(model) is minilora_hub.MixLoraForCausalLM
+assert tokenizer("Hello")["input_ids"]
+assert not [name for name in sys.modules if name.startswith("transformers_modules")]
+"""
+    environment = os.environ | hub.environment(cache_dir=tmp_path / "hf")
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
