@@ -195,7 +195,8 @@ def _snippet(folder: Path, results: Results, name: str, revision: str | None, st
         if revision
         else ['# The commit\'s hash instead of "main" pins the code and weights that you have looked at.']
     )
-    trust = "" if stock else ", trust_remote_code=True"
+    # A tokenizer needs no code: without this transformers would ask, as config.json names classes of the repo.
+    trust, tokenizer_trust = ("", "") if stock else (", trust_remote_code=True", ", trust_remote_code=False")
     # For PEFT's format transformers takes a plain `revision` for the base's, too; this one is the adapter's alone.
     pinned = 'adapter_kwargs={"revision": revision}' if stock else f"revision=revision{trust}"
     template = folder / "tokenizer_config.json"
@@ -218,7 +219,7 @@ def _snippet(folder: Path, results: Results, name: str, revision: str | None, st
         "",
         *pin,
         f"repo, revision = {json.dumps(name)}, {at}",
-        f"tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision{trust})",
+        f"tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision{tokenizer_trust})",
         f"model = AutoModelForCausalLM.from_pretrained(repo, {pinned})",
         "",
         *inputs,
