@@ -69,7 +69,7 @@ def can_run(base):
 
 def warn_of_left_out(asked, reasons):
     """Warn that of the targets `asked` for, the modules in `reasons`, {path: reason}, get no adapter."""
-    warnings.warn(f"target_modules={asked!r}: left out is {_listed(reasons)}", TargetsWarning, stacklevel=5)
+    warnings.warn(f"target_modules={asked!r}: left out is {_listed(reasons)}", TargetsWarning, stacklevel=4)
 
 
 def _names(site):
@@ -121,7 +121,7 @@ def _warn_of_fused_experts(base, kept):
             f"adapter: left out is {', '.join(fused)} in {len(layers_of)} of {len(layers)} layers ({prefix}."
             f"{layers_of[0]}…); adapted is {', '.join(learning)}",
             TargetsWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
 
 

@@ -7,12 +7,14 @@ import warnings
 import pytest
 import torch
 from accelerate import cpu_offload
+from peft import PeftModel, get_peft_model
 from tiny import CAUSAL_LM, METHODS, fill_adapter, logits, tiny_base, tiny_config, token_ids
 from tiny_architectures import ARCHITECTURES, tiny_architecture, tiny_vision_language
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraForCausalLM
+import minilora_hub
+from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraForCausalLM, MixLoraPeftConfig
 from minilora_hub.remote_code import probe
 from minilora_hub.remote_code.base_structure import find_decoder_layers, linears_in, plan_sites
 from minilora_hub.remote_code.probe import TargetsWarning, find_without_effect
@@ -203,6 +205,24 @@ def test_a_linear_that_is_in_two_layers_is_adapted_once():
     ids = token_ids()
     model.train()(ids, labels=ids).loss.backward()
     assert all(parameter.grad is not None for parameter in model.adapter_parameters().values())
+
+
+def test_mixlora_in_peft_leaves_out_what_has_no_effect(tmp_path):
+    minilora_hub.register()
+    base = tiny_base()
+    for layer in base.model.layers:
+        layer.self_attn.unused = nn.Linear(32, 32)
+    plain = copy.deepcopy(base)
+    config = MixLoraPeftConfig(r=4, num_experts=4, top_k=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    with pytest.warns(TargetsWarning, match=rf"left out is model\.layers\.0\.self_attn\.unused, .*{NOT_CALLED}"):
+        model = get_peft_model(base, config)
+    assert "model.layers.0.self_attn.unused" not in model.targeted_module_names
+    ids = token_ids()
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(plain, tmp_path)
+    assert torch.equal(logits(loaded.eval()), logits(model.eval()))
 
 
 def test_named_targets_on_a_sparse_base_say_nothing_of_its_experts():
