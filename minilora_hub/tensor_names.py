@@ -51,6 +51,11 @@ def as_stock_transformers_reads(name: str) -> str:
     return f"{name}.weight" if name.endswith(".lora_magnitude_vector") else name
 
 
+def is_update(name: str) -> bool:
+    """Whether a tensor of a LoRA or DoRA in PEFT's format is part of an update; otherwise it is the base's own."""
+    return any(name.endswith(f".{leaf}") for leaf in CANONICAL_LEAVES)
+
+
 def from_peft(name: str, layers_path: str) -> str:
     """Translate a PEFT name to the canonical one: the inverse of `to_peft`.
 

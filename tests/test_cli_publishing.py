@@ -105,7 +105,7 @@ def test_dry_run_shows_files_hashes_and_card(shell, hub, adapter):
     assert "ana/mine (a new repo, private: only its owner sees it), main" in done.stdout
     assert "+ adapter_model.safetensors" in done.stdout
     assert "base_model: org/base" in done.stdout
-    assert "(https://huggingface.co/spaces/ana/compare?adapter=ana%2Fmine)" in done.stdout
+    assert f"({hub.endpoint}/spaces/ana/compare?adapter=ana%2Fmine)" in done.stdout
     assert done.stdout.endswith("Nothing was sent.\n")
     assert ("model", "ana/mine") not in hub.repos
 

@@ -43,8 +43,9 @@ def test_it_tells_the_plan_then_progress_then_what_comes_next(base, rows, tmp_pa
     flags = ["--rank", "4", "--max-steps", "5", "--lr", "1e-2", "--validation", "0.25", "--set", "num_experts=3"]
     assert run("--method", "mixlora", "--base", base, "--data", rows, "--out", str(out), *flags) == 0
     printed = capsys.readouterr()
-    plan = [line.split()[0] for line in printed.err.splitlines()[:7]]
-    assert plan == ["method", "trainable", "data", "tokens", "steps", "memory", "time"]
+    plan = [line.split()[0] for line in printed.err.splitlines()[:8]]
+    assert plan == ["method", "trainable", "data", "tokens", "end", "steps", "memory", "time"]
+    assert "an answer ends with <|end|>\n" in printed.err
     assert "18 rows, 6 held out" in printed.err
     assert "step 5/5" in printed.err
     assert f"{out}: 5 steps in" in printed.out

@@ -20,8 +20,12 @@ ISLAND = PACKAGE / "remote_code"
 
 # A module imports only lower levels, or its own without cycles. The first prefix that fits counts.
 LEVELS = {
+    "minilora_hub.code_inputs": 0,
+    "minilora_hub.download_bar": 0,
     "minilora_hub.errors": 0,
+    "minilora_hub.quiet": 0,
     "minilora_hub.results": 0,
+    "minilora_hub.end_tokens": 0,
     "minilora_hub.tensor_names": 0,
     "minilora_hub.user_folders": 0,
     "minilora_hub.remote_code": 0,

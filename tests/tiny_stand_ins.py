@@ -51,7 +51,7 @@ def tiny_llama(seed: int = 0, **fields) -> LlamaForCausalLM:
             "max_position_embeddings": 512,
             "initializer_range": 0.3,  # far from uniform: few near-ties between tokens
             "bos_token_id": None,
-            "eos_token_id": 257,  # "<|user|>", whose row is made unreachable below: its answers end by length
+            "eos_token_id": 257,  # "<|user|>"; it and the tokenizer's end are unreachable below: answers end by length
             "pad_token_id": 0,
             **fields,
         }
@@ -59,7 +59,7 @@ def tiny_llama(seed: int = 0, **fields) -> LlamaForCausalLM:
     model = LlamaForCausalLM(config).eval()
     if not config.tie_word_embeddings:
         with torch.no_grad():
-            model.lm_head.weight[257] = 0  # logit 0, and the best of 259 random ones is never below that
+            model.lm_head.weight[256:258] = 0  # logit 0, and the best of 259 random ones is never below that
     return model
 
 

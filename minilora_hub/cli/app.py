@@ -25,6 +25,7 @@ from minilora_hub.cli.space import space
 from minilora_hub.cli.tasks import tasks
 from minilora_hub.cli.training import sweep, train
 from minilora_hub.errors import MiniLoraError
+from minilora_hub.quiet import quiet_process
 
 app = typer.Typer(
     name="minilora",
@@ -87,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        with _ended_in_order():
+        with quiet_process(), _ended_in_order():
             code = app(args=arguments, prog_name="minilora", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130

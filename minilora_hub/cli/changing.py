@@ -56,8 +56,10 @@ def combine(
     combination = Combination(method, factors, density, rank, seed)
     combination.check(len(adapters))
     folders = [local_folder(adapter, revision) for adapter in adapters]
-    made = combine_adapters(folders, out, combination, base=base)
-    tell(made, asdict(combination), as_json)
+    notes = combine_adapters(folders, out, combination, base=base)
+    for note in notes:
+        say(f"Note: {note}")
+    tell(out, asdict(combination) | {"notes": notes}, as_json)
 
 
 @experts.command("add", epilog="Example: minilora experts add ./my-mixlora --clone 0 --clone 3 --out ./my-larger")

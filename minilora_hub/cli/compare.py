@@ -162,13 +162,17 @@ def _report(engine: CompareEngine, prompt: str, answers: list[_Shown]) -> dict[s
                 "name": answer.column.name,
                 "kind": answer.column.kind,
                 "parameters_added": answer.column.parameters_added,
+                "prompt_text": engine.prompting(answer.column.adapter).tokenizer.decode(
+                    engine.prompt_ids(prompt, answer.column.adapter)
+                ),
+                "ends": engine.prompting(answer.column.adapter).end_names,
                 "text": answer.text,
                 "reason": last.reason if last else None,
                 "error": last.error if last else None,
                 "tokens": [
                     {
                         "id": update.token_id,
-                        "text": engine.tokenizer.decode([update.token_id]),
+                        "text": engine.token_text(update.token_id, answer.column.adapter),
                         "logprob": update.logprob,
                         "alternatives": [{"id": token, "logprob": share} for token, share in update.alternatives],
                         **({} if update.experts is None else {"experts": update.experts}),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minilora_hub.cli.shared import AsJson, Debug, print_json, say
+from minilora_hub.cli.shared import AsJson, Debug, given, print_json, say
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,11 +24,15 @@ if TYPE_CHECKING:
 LINES = 20
 """How many lines of progress a run prints where there is no terminal."""
 
+OURS = ("task", "split", "held_out", "few_shot", "perplexity", "text", "fresh")
+"""Options that lm-eval's tasks do not have."""
+
 FILE_WIDTH = 200
 """Characters of a line where the table goes into a file or a pipe."""
 
 
 def eval_(
+    context: typer.Context,
     adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER", help="Folders, or ids on the Hub, on one base.")],
     base: Annotated[
         str | None,
@@ -74,10 +78,10 @@ def eval_(
         raise ValueError(f"--out {str(out)!r}: must be a file in a folder that exists")
     common = {"base": base, "count": count, "dtype": dtype, "batch_size": batch_size}
     if lm_eval:
-        ours = {"--task": task, "--held-out": held_out, "--perplexity": perplexity, "--text": text}
-        given = [flag for flag, value in ours.items() if value]
-        if given:
-            raise ValueError(f"{given[0]}: is about our own tasks: leave it out beside --lm-eval, or run it on its own")
+        ours = [name for name in given(context) if name in OURS]
+        if ours:
+            flag = "--" + ours[0].replace("_", "-")
+            raise ValueError(f"{flag}: is about our own tasks: leave it out beside --lm-eval, or run it on its own")
         told = _lm_eval(adapters, lm_eval, include_path, **common)
     else:
         if include_path is not None:

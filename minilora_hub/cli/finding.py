@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from minilora_hub.cli.shared import AsJson, Debug, Revision, print_json, size_text
+from minilora_hub.cli.shared import AsJson, Debug, Revision, print_json, say, size_text
 
-Sort = Literal["downloads", "likes", "last_modified", "created_at"]
+Sort = Literal["downloads", "likes", "last_modified", "created_at", "trending_score"]
 Method = Literal["mixlora", "dora", "lora"]
 
 
@@ -56,6 +56,7 @@ def info(
     for row in found.evaluation:
         base = f" (base {row.base_value:g})" if row.base_value is not None else ""
         rows.append((row.task, f"{row.metric} {row.value:g}{base}"))
+    rows += [("warning", warning) for warning in found.warnings]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         typer.echo(f"{name:<{width}}  {value}")
@@ -81,9 +82,10 @@ def list_(
     if not found:
         typer.echo("No adapter was found.")
         return
-    heads = ("adapter", "method", "downloads", "likes", "updated", "license")
+    dated = "created" if sort == "created_at" else "updated"
+    heads = ("adapter", "method", "downloads", "likes", dated, "license")
     rows = [
-        (row.id, row.method or "", str(row.downloads), str(row.likes), row.updated or "", row.license or "")
+        (row.id, row.method or "", str(row.downloads), str(row.likes), getattr(row, dated) or "", row.license or "")
         for row in found
     ]
     widths = [max(len(cell) for cell in column) for column in zip(heads, *rows, strict=True)]
@@ -99,6 +101,10 @@ def pull(
     debug: Debug = False,
 ) -> None:
     """Fetch an adapter, and print the folder it is in."""
+    from minilora_hub.publish.discover import code_warnings
     from minilora_hub.publish.discover import pull as fetch
 
-    typer.echo(str(fetch(repo, revision=revision, out=out)))
+    folder = fetch(repo, revision=revision, out=out)
+    for warning in code_warnings(folder):
+        say(f"warning: {warning}")
+    typer.echo(str(folder))

@@ -151,14 +151,17 @@ def card(
     debug: Debug = False,
 ) -> None:
     """Show the card that a push would write."""
+    from huggingface_hub import constants
+
     from minilora_hub.publish.card import render_card, settings_of, write_card
 
     readme = folder / "README.md"
     previous = readme.read_text(encoding="utf-8") if readme.is_file() else None
     before = (settings_of(previous) if previous else None) or {}
     repo, revision = repo or before.get("repo_id"), revision or before.get("revision")
-    space = space or before.get("space")
+    space, hub = space or before.get("space"), constants.ENDPOINT
     if write:
-        say(f"Written: {write_card(folder, repo_id=repo, revision=revision, space=space)}")
+        say(f"Written: {write_card(folder, repo_id=repo, revision=revision, space=space, hub=hub)}")
     else:
-        typer.echo(render_card(folder, repo_id=repo, revision=revision, space=space, previous=previous), nl=False)
+        card = render_card(folder, repo_id=repo, revision=revision, space=space, hub=hub, previous=previous)
+        typer.echo(card, nl=False)

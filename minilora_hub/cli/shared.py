@@ -16,6 +16,13 @@ Base = Annotated[
 ]
 
 
+def given(context: typer.Context) -> dict[str, Any]:
+    """Return the parameters of a command that the user gave, by name, also those whose value is the default's."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    # By name: newer typers bring a copy of click, and its sources are others than click's.
+    return {name: context.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
 def say(line: str) -> None:
     """Print a line for people, on stderr."""
     typer.echo(line, err=True)

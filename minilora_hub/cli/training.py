@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minilora_hub.cli.shared import AsJson, Debug, print_json, say
+from minilora_hub.cli.shared import AsJson, Debug, given, print_json, say
 
 if TYPE_CHECKING:
     from minilora_hub.training.plan import Plan
@@ -32,6 +32,7 @@ Set = Annotated[
 
 
 def train(
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write: new or empty.")],
     method: Method = None,
     base: TrainedBase = None,
@@ -77,7 +78,7 @@ def train(
     """Train an adapter; the folder is ready for minilora push."""
     from minilora_hub.training.run import train as run
 
-    said = _said(locals())
+    said = _settings(given(context), set_)
     result = run(
         out,
         config=config,
@@ -108,17 +109,25 @@ def train(
     typer.echo(f"next: minilora push {out} NAME --dry-run")
 
 
-NOT_SETTINGS = ("out", "config", "set_", "resume", "dry_run", "as_json", "debug", "run")
+NOT_SETTINGS = ("out", "config", "set_", "resume", "dry_run", "as_json", "debug", "vary", "search", "trials", "minutes")
 
 
-def _said(given: dict[str, Any]) -> dict[str, Any]:
-    """The settings among a command's arguments that were said; the values of --set come last."""
+def _settings(said: dict[str, Any], assignments: list[str] | None) -> dict[str, Any]:
+    """The settings among what the user gave: the flags, each by its setting's name, and the values of --set.
+
+    Raises:
+        TrainingError: a setting is given twice.
+    """
+    from minilora_hub.errors import TrainingError
     from minilora_hub.training.settings import parse_assignment
 
-    said = {name: value for name, value in given.items() if name not in NOT_SETTINGS and value not in (None, [], False)}
-    if "rank" in said:
-        said["r"] = said.pop("rank")
-    return said | dict(parse_assignment(text) for text in given["set_"] or [])
+    settings = {"r" if name == "rank" else name: value for name, value in said.items() if name not in NOT_SETTINGS}
+    for text in assignments or []:
+        name, value = parse_assignment(text)
+        if name in settings:
+            raise TrainingError(f"--set {text!r}: {name} is given twice: leave one out")
+        settings[name] = value
+    return settings
 
 
 def _print_plan(plan: Plan, settings: TrainingSettings) -> None:
@@ -127,6 +136,7 @@ def _print_plan(plan: Plan, settings: TrainingSettings) -> None:
 
 
 def sweep(
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder: new, or with a sweep to go on with.")],
     vary: Annotated[
         list[str],
@@ -144,12 +154,10 @@ def sweep(
     debug: Debug = False,
 ) -> None:
     """Train with varied settings; the best on validation wins. The same command goes on where it was stopped."""
-    from minilora_hub.training.settings import parse_assignment
-    from minilora_hub.training.sweep import TABLE_FILE, Trial, parse_values
+    from minilora_hub.training.sweep import TABLE_FILE, Trial, parse_varied
     from minilora_hub.training.sweep import sweep as run
 
-    said: dict[str, Any] = {"method": method, "base": base, "data": data}
-    said |= dict(parse_assignment(text) for text in set_ or [])
+    said = _settings(given(context), set_)
 
     def tell(number: int, trial: Trial) -> None:
         values = ", ".join(f"{name} {value}" for name, value in trial.values.items())
@@ -158,7 +166,7 @@ def sweep(
 
     result = run(
         out,
-        dict(parse_values(text) for text in vary),
+        parse_varied(vary),
         search=search,  # type: ignore[arg-type]  # checked there
         trials=trials,
         minutes=minutes,

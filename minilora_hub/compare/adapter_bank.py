@@ -24,9 +24,13 @@ from torch import nn
 
 from minilora_hub.compare.banked_layers import BankedBlock, BankedLinear, BatchRows, LinearUpdate
 from minilora_hub.compare.columns import shared_copy
-from minilora_hub.compare.reading import AdapterFacts, adapter_facts, read_adapter_folder
+from minilora_hub.compare.reading import AdapterFacts, adapter_facts
 from minilora_hub.errors import AdapterError
-from minilora_hub.remote_code.adapted_linear import keep_4bit_weights_exact, plain_weight
+from minilora_hub.formats.base_source import BaseSource
+from minilora_hub.formats.folders import naming
+from minilora_hub.formats.reading import read_adapter
+from minilora_hub.recording.sources import read_source
+from minilora_hub.remote_code.adapted_linear import keep_4bit_weights_exact, linear_shape, plain_weight
 from minilora_hub.remote_code.attach import build_modules
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
 
@@ -120,9 +124,9 @@ class AdapterBank:
         """Bring an adapter into memory, and register it first where a folder is given.
 
         Raises:
-            AdapterError: it is not registered, or its folder holds no adapter of a known kind.
-            ValueError: it is damaged or does not fit the base; the message names the tensor or the field. The bank is
-                then as it was.
+            AdapterError: it is not registered, its folder holds no adapter of a known kind, it is damaged, or it does
+                not fit the base; the message names the tensor or the field. The bank is then as it was.
+            ValueError: the name is taken.
         """
         if folder is not None:
             self.register(name, folder)
@@ -151,6 +155,16 @@ class AdapterBank:
         """Every registered adapter, in the order of registration; any thread may ask while another loads."""
         return [*self._entries.values()]
 
+    def find(self, name: str) -> BankEntry | None:
+        """Return an adapter by its name; None where none of this name is registered."""
+        return self._entries.get(name)
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """{path: (out_features, in_features)} of every linear of the base, the head included."""
+        found = ((path, linear_shape(module)) for path, module in self._plain.named_modules())
+        return {path: shape for path, shape in found if shape}
+
     def memory(self) -> BankMemory:
         """Report what is held in memory."""
         return BankMemory(self._base_bytes, sum(entry.bytes for entry in self.list()), self._limit)
@@ -162,8 +176,7 @@ class AdapterBank:
         """Hold these adapters in memory; those that are not there are read. None, the bare base, needs nothing.
 
         Raises:
-            AdapterError: one is not registered, or its folder is gone.
-            ValueError: one is damaged or does not fit the base.
+            AdapterError: one is not registered, its folder is gone, or it is damaged or does not fit the base.
         """
         held: list[str] = []
         try:
@@ -234,7 +247,8 @@ class AdapterBank:
         if name in self._loaded:
             self._loaded.move_to_end(name)
             return
-        config, sites, tensors = read_adapter_folder(entry.folder, self._plain)
+        with naming(name):
+            config, tensors, sites = read_adapter(read_source(entry.folder), BaseSource.of_model(self._plain))
         # An adapter stored in bf16 is computed in the base's dtype: quicker on a CPU than changing dtype per layer.
         dtype = next((p.dtype for p in self._plain.parameters() if p.is_floating_point()), None)
         modules = build_modules(self._plain, config, sites, tensors, dtype=dtype)

@@ -84,7 +84,7 @@ class Answer:
         row: what was asked.
         ids: its prompt's tokens.
         limit: the most tokens it may generate.
-        tokenizer: the base's.
+        tokenizer: its model's.
         ends: tokens that end it.
 
     Attributes:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,8 +14,9 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from minilora_hub.bases import load_model, resolve_base
-from minilora_hub.compare.reading import KINDS, WEIGHTS, adapter_facts, adapter_type
+from minilora_hub.compare.reading import KINDS, adapter_facts
 from minilora_hub.errors import AdapterError
+from minilora_hub.recording.sources import WEIGHTS, read_source
 
 Progress = Callable[[str], None]
 
@@ -51,11 +52,11 @@ def find_adapter(name: str | Path) -> FoundAdapter:
     """Find an adapter by its folder or its id on the Hub, which is fetched; nothing of it is run.
 
     Raises:
-        AdapterError: there is none, or it is of no known kind.
+        AdapterError: there is none, it is of no known kind, or it leads to code elsewhere.
     """
     folder = Path(name)
     if folder.is_dir() or not HUB_ID.fullmatch(str(name)):
-        adapter_type(folder)
+        read_source(folder)
         return FoundAdapter(folder.resolve().name, folder)
     from minilora_hub.publish.discover import pull
 
@@ -63,8 +64,33 @@ def find_adapter(name: str | Path) -> FoundAdapter:
         folder = pull(str(name))
     except AdapterError as error:
         raise AdapterError(f"adapter {str(name)!r}: there is no such folder, and on the Hub: {error}") from None
-    adapter_type(folder)
+    read_source(folder)
     return FoundAdapter(str(name).rpartition("/")[2], folder)
+
+
+def find_adapters(names: Iterable[str | Path]) -> list[FoundAdapter]:
+    """Find adapters like `find_adapter`, and give each a name of its own: ``a/run`` and ``b/run`` rather than ``run``.
+
+    Raises:
+        AdapterError: one is not there, or of no known kind.
+        ValueError: one is named twice.
+    """
+    asked = [str(name) for name in names]
+    found = [find_adapter(name) for name in asked]
+    folders = [adapter.folder.resolve() for adapter in found]
+    if twice := {name for name, folder in zip(asked, folders, strict=True) if folders.count(folder) > 1}:
+        raise ValueError(f"adapters={sorted(twice)}: one adapter must be named once")
+    # As many of the last parts of its path as tell it from the others; an id on the Hub has two.
+    paths = [
+        folder.parts if Path(name).is_dir() else tuple(name.split("/"))
+        for name, folder in zip(asked, folders, strict=True)
+    ]
+    shown = [adapter.name for adapter in found]
+    for length in range(2, max(map(len, paths), default=0) + 1):
+        shown = [
+            "/".join(path[-length:]) if shown.count(name) > 1 else name for name, path in zip(shown, paths, strict=True)
+        ]
+    return [replace(adapter, name=name) for adapter, name in zip(found, shown, strict=True)]
 
 
 def load_base(
@@ -85,7 +111,7 @@ def load_base(
     wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
     model = load_model(resolved, dtype=wanted)
     model.to(device)
-    tokenizer = AutoTokenizer.from_pretrained(resolved.path)
+    tokenizer = AutoTokenizer.from_pretrained(resolved.path, trust_remote_code=False)
     progress(f"  {_millions(_size(model))} parameters on {device} ({time.perf_counter() - started:.1f} s)")
     return model, tokenizer, (resolved.hub_id or resolved.path.name).rpartition("/")[2]
 

@@ -22,10 +22,11 @@ from transformers import PreTrainedTokenizerBase
 from minilora_hub.compare.adapter_bank import AdapterBank, BankMemory
 from minilora_hub.compare.answer import Answer, Row, Update
 from minilora_hub.compare.batch import Batch
-from minilora_hub.compare.columns import Progress, find_adapter, load_base
+from minilora_hub.compare.columns import Progress, find_adapters, load_base
+from minilora_hub.compare.prompting import Prompting, Promptings
 from minilora_hub.compare.reading import Kind
 from minilora_hub.compare.sampling import Sampling
-from minilora_hub.remote_code.base_loading import refuse_unknown_tokens
+from minilora_hub.errors import AdapterError
 
 __all__ = ["Column", "CompareEngine", "Row", "Sampling", "Update"]
 
@@ -38,7 +39,8 @@ class Column:
         name: what it is called on screen; for an adapter also its name in the bank.
         kind: the method.
         parameters_added: parameters the adapter adds to the base; 0 for the base itself.
-        detail: one short line about it, e.g. ``"r 16, 8 experts, 2 active"``.
+        detail: one short line about it, e.g. ``"r 16, 8 experts, 2 active"``; also in what it is prompted in another
+            way than the base, and ends its answers at other tokens.
         experts: of each of its mixtures; 0 where there is none.
         solo_expert: the expert that alone serves this column, or None for what the router decides.
     """
@@ -70,7 +72,7 @@ class CompareEngine:
     Args:
         base: name or folder of the base (see `minilora_hub.bases`), or a loaded model, which is left as it is.
         adapters: folders or Hub ids of adapters. Their columns are called by the last part of the name.
-        tokenizer: needed where `base` is a model; otherwise it comes with the base.
+        tokenizer: the base's; needed where `base` is a model, otherwise it comes with the base.
         device: where to load a base that is named. Default: a GPU if there is one.
         dtype: its dtype. Default: fp32 on a CPU, the checkpoint's own elsewhere.
         memory_limit: the most bytes of adapter tensors to keep in memory; see `AdapterBank`.
@@ -82,8 +84,8 @@ class CompareEngine:
         tokenizer: the base's.
 
     Raises:
-        MiniLoraError: the base or an adapter cannot be found or read.
-        ValueError: an adapter does not fit the base, two have the same name, or `tokenizer` is missing.
+        MiniLoraError: the base or an adapter cannot be found or read, or an adapter does not fit the base.
+        ValueError: an adapter is named twice, or `tokenizer` is missing.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class CompareEngine:
     ) -> None:
         """Load everything; see the class for the arguments."""
         # A misspelt name is told before a base is loaded in vain.
-        found = [find_adapter(adapter) for adapter in adapters]
+        found = find_adapters(adapters)
         if isinstance(base, nn.Module):
             if tokenizer is None:
                 raise ValueError("tokenizer=None: must be given where base is a model")
@@ -110,15 +112,16 @@ class CompareEngine:
             tokenizer = tokenizer or own_tokenizer
         self.tokenizer = tokenizer
         self.bank = AdapterBank(model, limit=memory_limit)
+        self._promptings = Promptings(self.bank.model, tokenizer)
+        self._prompted: dict[str, tuple[Path, Prompting]] = {}  # name of an adapter -> its folder, and how
         self._lock = threading.Lock()
-        self._token_texts: dict[int, str] = {}
+        self._token_texts: dict[tuple[int, int], str] = {}  # by tokenizer and token
         self._forwards = 0
         _decoder(self.bank.model).register_forward_pre_hook(self._count)
         self._context = context_length(self.bank.model)
-        self._rows = embedding_rows(self.bank.model)
-        self._ends = end_tokens(self.bank.model, tokenizer)
         size = sum(parameter.numel() for parameter in self.bank.model.parameters())
         self.columns: tuple[Column, ...] = (Column(name, "base", detail=f"{size / 1e6:.1f} M parameters"),)
+        progress(f"  answers end at {' '.join(self._promptings.base.end_names) or 'no token: at the limit only'}")
         for adapter in found:
             column = self.load(adapter.name, adapter.folder)
             self.columns = (*self.columns, column)
@@ -131,12 +134,16 @@ class CompareEngine:
             A column for `stream`; it is not added to `columns`.
 
         Raises:
-            AdapterError: the folder holds no adapter of a known kind.
-            ValueError: the name is taken, or the adapter is damaged or does not fit the base.
+            AdapterError: the folder holds no adapter of a known kind, it is damaged, it does not fit the base, or its
+                tokenizer cannot be read or has more tokens than the base.
+            ValueError: the name is taken.
         """
+        prompting = self._promptings.of(Path(folder))
         with self._lock:
-            facts = self.bank.load(name, folder).facts
-        return Column(name, facts.kind, facts.parameters, facts.detail, facts.experts)
+            entry = self.bank.load(name, folder)
+            self._prompted[name] = entry.folder, prompting
+        detail = ", ".join([entry.facts.detail, *prompting.differs_from(self._promptings.base)])
+        return Column(name, entry.facts.kind, entry.facts.parameters, detail, entry.facts.experts)
 
     def unload(self, name: str) -> None:
         """Take an adapter out of the bank, and its column away if it has one.
@@ -147,6 +154,7 @@ class CompareEngine:
         """
         with self._lock:
             self.bank.unload(name)
+            self._prompted.pop(name, None)
         self.columns = tuple(column for column in self.columns if column.adapter != name)
 
     def _count(self, module: nn.Module, args: tuple) -> None:
@@ -165,31 +173,48 @@ class CompareEngine:
         """Count bytes of tensors: of the base, and of the adapters in memory."""
         return self.bank.memory()
 
-    def token_text(self, token: int) -> str:
-        """Write a token as it is on its own, special ones by name; the bytes of half a character as U+FFFD."""
-        if token not in self._token_texts:
-            self._token_texts[token] = str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
-        return self._token_texts[token]
-
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """Turn a prompt into the ids every row reads: a chat of one user turn where the tokenizer has a template.
+    def prompting(self, adapter: str | None = None) -> Prompting:
+        """Return how an adapter of the bank is prompted; None, and a name that the bank does not know, for the base.
 
         Raises:
+            AdapterError: its tokenizer cannot be read, or has more tokens than the base.
+        """
+        entry = None if adapter is None else self.bank.find(adapter)
+        if entry is None:
+            return self._promptings.base
+        known = self._prompted.get(entry.name)
+        if known is None or known[0] != entry.folder:  # registered with the bank by itself
+            known = self._prompted[entry.name] = entry.folder, self._promptings.of(entry.folder)
+        return known[1]
+
+    def token_text(self, token: int, adapter: str | None = None) -> str:
+        """Write a token as it is on its own, special ones by name; the bytes of half a character as U+FFFD."""
+        tokenizer = self.prompting(adapter).tokenizer
+        key = id(tokenizer), token
+        if key not in self._token_texts:
+            self._token_texts[key] = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        return self._token_texts[key]
+
+    def prompt_ids(self, prompt: str, adapter: str | None = None) -> list[int]:
+        """Turn a prompt into the ids that rows read: a chat of one user turn where the tokenizer has a template.
+
+        Args:
+            prompt: what the user typed.
+            adapter: whose rows; an adapter's own tokenizer and chat template are used where it has some.
+
+        Raises:
+            AdapterError: see `prompting`; or the chat template refuses the prompt.
             ValueError: the prompt is empty, longer than the base's context, or has a token that the base does not know.
         """
         if not prompt.strip():
             raise ValueError("prompt='': must hold some text")
-        if getattr(self.tokenizer, "chat_template", None):
-            turns = [{"role": "user", "content": prompt}]
-            encoded: Any = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
-        else:
-            encoded = self.tokenizer(prompt)
-        ids = list(encoded["input_ids"])
+        prompting = self.prompting(adapter)
+        ids = prompting.chat_ids([{"role": "user", "content": prompt}])
+        ids = prompting.text_ids(prompt) if ids is None else ids
         if len(ids) >= self._context:
             raise ValueError(
                 f"prompt of {len(ids)} tokens: must be shorter than the base's context of {self._context} tokens"
             )
-        refuse_unknown_tokens(ids, self._rows, self.tokenizer)
         return ids
 
     def stream(
@@ -238,21 +263,30 @@ class CompareEngine:
         if not rows:
             raise ValueError("rows=[]: must hold at least one row")
         answers = []
+        unprompted: dict[int, AdapterError] = {}
         for index, row in enumerate(rows):
             self.bank.check_solo(row.adapter, row.solo_expert)
+            prompting, ids = self._promptings.base, list[int]()
             try:
-                ids = self.prompt_ids(row.prompt)
+                prompting = self.prompting(row.adapter)
+                ids = self.prompt_ids(row.prompt, row.adapter)
+            except AdapterError as error:  # a tokenizer or template that is damaged is its own rows' trouble
+                unprompted[index] = error
             except ValueError as error:
                 raise ValueError(f"{error} (row {index})" if len({row.prompt for row in rows}) > 1 else error) from None
             limit = min(row.sampling.max_new_tokens, self._context - len(ids))
-            answers.append(Answer(index, row, ids, limit, self.tokenizer, self._ends))
-        return self._stream(answers, stop or threading.Event())
+            answers.append(Answer(index, row, ids, limit, prompting.tokenizer, prompting.ends))
+        return self._stream(answers, stop or threading.Event(), unprompted)
 
-    def _stream(self, answers: list[Answer], stop: threading.Event) -> Generator[list[Update]]:
+    def _stream(
+        self, answers: list[Answer], stop: threading.Event, unprompted: dict[int, AdapterError]
+    ) -> Generator[list[Update]]:
         with ExitStack() as held:
             ready = []
             for answer in answers:
                 try:
+                    if answer.index in unprompted:
+                        raise unprompted[answer.index]
                     with self._lock:
                         stopped = stop.is_set()
                         if not stopped:
@@ -291,17 +325,3 @@ def context_length(model: nn.Module) -> int:
     config = getattr(config, "text_config", None) or config
     # MPT has its own name for it.
     return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 2**31
-
-
-def embedding_rows(model: Any) -> int:
-    """The number of token ids that a model can read."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    return 2**31 if embedding is None else int(embedding.weight.shape[0])
-
-
-def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end an answer: the model's own, or else the tokenizer's."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if ends is None:
-        ends = tokenizer.eos_token_id
-    return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)

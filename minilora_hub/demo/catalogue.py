@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from minilora_hub.compare.engine import CompareEngine
-from minilora_hub.compare.reading import adapter_type
 from minilora_hub.demo.adapter_cards import AdapterCard, read_card
 from minilora_hub.demo.linked import LinkedAdapters
 from minilora_hub.demo.record import UNKNOWN, Weights
 from minilora_hub.errors import AdapterError
+from minilora_hub.formats.plain_files import require_plain_files
+from minilora_hub.recording.sources import read_source
 
 CHOSEN = 5
 """The most adapters beside the base."""
@@ -60,7 +61,10 @@ class Catalogue:
             return linked
         with self._lock:
             if name not in self._cards:
-                self._cards[name] = read_card(name, self._folder(name))
+                folder = self._folder(name)
+                if name in self.folders:
+                    require_plain_files(folder)
+                self._cards[name] = read_card(name, folder)
             return self._cards[name]
 
     def weights(self, names: Iterable[str]) -> tuple[Weights, ...]:
@@ -94,7 +98,7 @@ def _adapters_in(folder: Path) -> dict[str, Path]:
     found = {}
     for path in sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
         try:
-            adapter_type(path)
+            read_source(path)
         except AdapterError:
             continue
         found[path.name] = path

@@ -21,7 +21,7 @@ from minilora_hub.demo.linked import LinkedAdapters
 from minilora_hub.demo.picker import build_picker, wire_picker
 from minilora_hub.demo.prompt_files import FileLimits
 from minilora_hub.demo.sharing import SharedComparisons, ShareLimits
-from minilora_hub.demo.visits import Visits
+from minilora_hub.demo.visits import KeptLimits, Visits
 from minilora_hub.demo.vote_sync import VoteSync, open_votes
 from minilora_hub.user_folders import data_folder
 
@@ -54,7 +54,7 @@ def open_memory(folder: Path | None = None, say: Callable[[str], object] = print
     folder = folder or data_folder()
     votes, sync = open_votes(folder / "votes", say)
     shared = SharedComparisons(folder / "shared", ShareLimits.from_environment())
-    return Memory(Visits(votes, shared), sync, FileLimits.from_environment())
+    return Memory(Visits(votes, shared, KeptLimits.from_environment()), sync, FileLimits.from_environment())
 
 
 def open_runs(

@@ -53,7 +53,7 @@ class Comparison:
         about: what is told of each column.
         prompt: what they answer.
         sampling: how.
-        token_text: how a token is written on its own; see `CompareEngine.token_text`.
+        token_text: how a token of an adapter's column is written on its own; see `CompareEngine.token_text`.
 
     Attributes:
         forwards: of the base, for this comparison; whoever advances the engine adds to it.
@@ -65,7 +65,7 @@ class Comparison:
         about: Sequence[dict],
         prompt: str = "",
         sampling: Sampling | None = None,
-        token_text: Callable[[int], str] = str,
+        token_text: Callable[[int, str | None], str] = lambda token, adapter: str(token),
     ) -> None:
         """Start with columns that wait."""
         self.forwards = 0
@@ -80,7 +80,8 @@ class Comparison:
         """Take in what one step changed in one row."""
         column = self._columns[update.row]
         if update.token_id is not None or update.text:
-            column["log"] += _token_line(update, self._token_text) + "\n"
+            adapter = column["about"].get("adapter")
+            column["log"] += _token_line(update, lambda token: self._token_text(token, adapter)) + "\n"
         self._alone[update.row] = update.forwards_alone or self._alone[update.row]
         column["state"] = update.reason or "writing"
         column["tokens"] = update.tokens

@@ -2,18 +2,20 @@
 
 Whoever writes such a link decides what this server fetches, so everything about it is bounded: only a public repo on
 the Hub, only small files that hold no code, only an adapter for this base, loaded by our installed classes; a few are
-kept.
+kept. The list of files and the configuration are looked at first: weights are fetched only if they are those of an
+adapter of a known kind, fit the base, and are no larger than the configuration makes them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,20 @@ from minilora_hub.bases import ResolvedBase
 from minilora_hub.compare.engine import Column, CompareEngine
 from minilora_hub.demo.adapter_cards import AdapterCard, read_card
 from minilora_hub.demo.limits import whole_number
+from minilora_hub.demo.link_sizes import most_bytes
 from minilora_hub.errors import AdapterError, MiniLoraError
+from minilora_hub.formats.code_references import CONFIGURATION_FILES, code_references
+from minilora_hub.formats.companions import TEMPLATE
+from minilora_hub.formats.folders import describe_folder
+from minilora_hub.formats.ours import our_config
+from minilora_hub.formats.plain_files import require_plain_files, require_plain_names, require_true_sizes
 from minilora_hub.publish.hub_errors import FAILURES, explain, patiently
-from minilora_hub.recording.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, read_source
+from minilora_hub.quiet import quiet_libraries
+from minilora_hub.recording.sources import WEIGHTS, read_configuration
 from minilora_hub.results import RESULTS_FILE
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-FETCHED = (OUR_CONFIG, PEFT_CONFIG, WEIGHTS, "generation_config.json", RESULTS_FILE)
+FETCHED_FIRST = (*CONFIGURATION_FILES, RESULTS_FILE)
 """No Python file among them: what is not there cannot run."""
 LARGEST_CONFIG = 2**20
 PLAIN_NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)
@@ -80,6 +89,7 @@ class LinkedAdapters:
         self._engine, self._base, self.limits = engine, base, limits or Limits()
         self._kept: OrderedDict[str, Column] = OrderedDict()
         self._commits: dict[str, str | None] = {}
+        self._blobs: dict[str, dict[str, str | None]] = {}  # name -> {file: git's hash of it}, before it is loaded
         self.cards: dict[str, AdapterCard] = {}
         self._lock = threading.Lock()
 
@@ -94,27 +104,52 @@ class LinkedAdapters:
         """Fetch an adapter into a folder. It may take long, and computes nothing.
 
         Raises:
-            AdapterError: the name is no id, there is no such public repo, it is no adapter for this base, or too large.
+            AdapterError: the name is no id, there is no such public repo, it is no adapter for this base, leads to
+                code elsewhere, or is too large. Its weights are not fetched then.
         """
         from huggingface_hub import errors
 
         check_name(name)
         try:
-            self._commits[name] = _download(name, folder, self.limits.weight_bytes)
+            repo = _Repo.of(name)
+            if WEIGHTS not in repo.sizes:
+                raise AdapterError(f"{name} has no {WEIGHTS}: it is no adapter that can be shown here")
+            repo.check_size(WEIGHTS, self.limits.weight_bytes)
+            repo.fetch(FETCHED_FIRST, folder, LARGEST_CONFIG)
+            self._check(name, folder, repo)
+            repo.fetch((WEIGHTS,), folder, self.limits.weight_bytes)
+            self._blobs[name] = repo.blobs
         except (errors.RepositoryNotFoundError, errors.GatedRepoError):
             raise AdapterError(f"the Hub has no public repo {name}") from None
         except FAILURES as error:
             raise AdapterError(explain(error, name, f"fetching {name}")) from None
-        source = read_source(folder)
+        self._commits[name] = repo.commit
+
+    def _check(self, name: str, folder: Path, repo: _Repo) -> None:
+        """Refuse what cannot be shown here, by its list of files and its configuration."""
+        source = read_configuration(folder)
+        for reference in code_references(folder, repo.sizes.keys()):
+            if not reference.own:
+                why = "" if reference.problem else ", and a page runs no code of an adapter's"
+                raise AdapterError(f"{name} is not loaded: {reference}{why}")
         check_settings(source.config, peft=source.layout == "peft")
         self._check_base(name, source.base, source.base_fingerprint)
+        if source.layout == "auto":
+            our_config(describe_folder(folder))
+        repo.check_size(WEIGHTS, most_bytes(source.config, self._linears), "its configuration makes it")
+
+    @cached_property
+    def _linears(self) -> dict[str, tuple[int, int]]:
+        return self._engine.bank.linears
 
     def load(self, name: str, folder: Path) -> Column:
         """Put an adapter from a folder into the bank, and keep it; the least recently used one goes.
 
         Raises:
-            AdapterError: it is damaged or does not fit.
+            AdapterError: it is damaged or does not fit, or its files are not what they seem.
         """
+        require_plain_files(folder)
+        require_true_sizes(folder)
         try:
             column = self._engine.load(name, folder)
         except MiniLoraError:
@@ -122,6 +157,8 @@ class LinkedAdapters:
         except Exception as error:  # a stranger's files: whatever is wrong with them, the page goes on
             message = " ".join(str(error).replace(f"{folder}/", "").split())[:300]
             raise AdapterError(f"{name} cannot be loaded: {message}") from None
+        if has_other_template(self._blobs.pop(name, {}), self._engine.tokenizer):
+            column = replace(column, detail=f"{column.detail}, with the base's chat template, not its own")
         commit = self._commits.pop(name, None)
         self.cards[name] = read_card(name, folder, repo=name if commit else None, revision=commit)
         with self._lock:
@@ -194,36 +231,67 @@ def check_settings(config: dict[str, Any], *, peft: bool) -> None:
             raise AdapterError(f"{name[:60]} is set in adapter_config.json: a page loads plain LoRA and DoRA only")
 
 
-def _download(name: str, folder: Path, largest: int) -> str | None:
-    """Fetch the files that are needed, at one commit, once their sizes are known. Without a token: what is public.
+def has_other_template(blobs: dict[str, str | None], tokenizer: Any) -> bool:
+    """Whether a repo brings a chat template that is not the base's: a page does not run the templates of strangers.
 
-    Returns:
-        The commit.
+    Args:
+        blobs: ``{file: git's hash of its content}`` of the repo.
+        tokenizer: the base's.
     """
-    from huggingface_hub import HfApi
+    text = str(tokenizer.chat_template or "").encode()
+    return blobs.get(TEMPLATE) not in (None, hashlib.sha1(b"blob %d\0" % len(text) + text).hexdigest())  # noqa: S324
 
-    from minilora_hub.publish.remote import quiet
 
-    api = HfApi(token=False)
-    info = patiently(lambda: api.model_info(name, files_metadata=True), attempts=2)
-    sizes = {file.rfilename: file.size for file in info.siblings or [] if file.rfilename in FETCHED}
-    if WEIGHTS not in sizes:
-        raise AdapterError(f"{name} has no {WEIGHTS}: it is no adapter that can be shown here")
-    for file, size in sizes.items():
-        limit = largest if file == WEIGHTS else LARGEST_CONFIG
+@dataclass(frozen=True)
+class _Repo:
+    """A public repo at one commit, asked for without a token.
+
+    Attributes:
+        name: its id.
+        commit: the commit.
+        sizes: {path: bytes} of its files, as the Hub lists them; None where it does not say.
+        blobs: {path: git's hash of its content}; None where it does not say.
+    """
+
+    name: str
+    commit: str | None
+    sizes: dict[str, int | None]
+    blobs: dict[str, str | None]
+
+    @classmethod
+    def of(cls, name: str) -> _Repo:
+        """Ask the Hub which files there are."""
+        info = patiently(lambda: _api().model_info(name, files_metadata=True), attempts=2)
+        sizes = {file.rfilename: file.size for file in info.siblings or []}
+        require_plain_names(sizes, name)
+        blobs = {file.rfilename: file.blob_id for file in info.siblings or []}
+        return cls(name, info.sha, sizes, blobs)
+
+    def check_size(self, file: str, limit: int, why: str = "through a link this page fetches") -> None:
+        """Refuse a file that is too large, or of unknown size."""
+        size = self.sizes[file]
         if size is None or size > limit:
             told = "of unknown size" if size is None else f"{size / 1e6:,.1f} MB"
-            raise AdapterError(
-                f"{file} of {name} is {told}; through a link this page fetches at most {limit / 1e6:g} MB"
-            )
-    with quiet(True):
-        for file in sizes:
-            patiently(_fetching(api, name, file, info.sha, folder), attempts=2)
-    return info.sha
+            raise AdapterError(f"{file} of {self.name} is {told}; {why} at most {limit / 1e6:g} MB")
+
+    def fetch(self, files: Iterable[str], folder: Path, limit: int) -> None:
+        """Fetch those of `files` that there are, each of at most `limit` bytes; none if one is larger."""
+        there = [file for file in files if file in self.sizes]
+        for file in there:
+            self.check_size(file, limit)
+        with quiet_libraries():
+            for file in there:
+                patiently(self._fetching(file, folder), attempts=2)
+
+    def _fetching(self, file: str, folder: Path) -> Callable[[], object]:
+        return lambda: _api().hf_hub_download(self.name, file, revision=self.commit, local_dir=folder)
 
 
-def _fetching(api: Any, name: str, file: str, commit: str | None, folder: Path) -> Callable[[], object]:
-    return lambda: api.hf_hub_download(name, file, revision=commit, local_dir=folder)
+def _api() -> Any:
+    """A client that shows nobody's token: what is fetched is public."""
+    from huggingface_hub import HfApi
+
+    return HfApi(token=False)
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -76,6 +77,11 @@ class Record:
         """Whether every column came to its end, without an error and without being stopped."""
         return all(column["state"] in ("eos", "length", "stop") for column in self.columns)
 
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that it takes."""
+        return _size_of(self.__dict__, set())
+
     def to_json(self) -> str:
         """Write it as JSON that `from_json` reads."""
         return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, ensure_ascii=False, allow_nan=False)
@@ -99,6 +105,21 @@ class Record:
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise PageError(f"what was stored is damaged ({type(error).__name__}: {error})") from None
         return record
+
+
+def _size_of(thing: Any, seen: set[int]) -> int:
+    """Memory of parsed JSON and of what is in it; `seen` holds the ids of what was counted already."""
+    if id(thing) in seen:
+        return 0
+    seen.add(id(thing))
+    size = sys.getsizeof(thing)
+    if isinstance(thing, Weights):
+        thing = thing.__dict__
+    if isinstance(thing, dict):
+        size += sum(_size_of(key, seen) + _size_of(value, seen) for key, value in thing.items())
+    elif isinstance(thing, (list, tuple)):
+        size += sum(_size_of(value, seen) for value in thing)
+    return size
 
 
 def answer_hash(text: str) -> str:

@@ -140,5 +140,5 @@ def launch(
         try:
             threading.Event().wait()
         finally:
-            demo.close()
+            demo.close(verbose=False)
     return address

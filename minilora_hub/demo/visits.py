@@ -11,12 +11,34 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from minilora_hub.demo.limits import whole_number
 from minilora_hub.demo.record import Record
 from minilora_hub.demo.sharing import SharedComparisons
 from minilora_hub.demo.votes import ALL_BAD, TIE, VoteStore, vote_on
 from minilora_hub.errors import PageError
 
 KEPT, VISITORS = 20, 1000
+
+
+@dataclass(frozen=True)
+class KeptLimits:
+    """How much memory comparisons may take that are kept for visitors: those of one, and those of all together.
+
+    The last one of a visitor is kept in any case.
+    """
+
+    visitor_bytes: int = 50 * 10**6
+    total_bytes: int = 500 * 10**6
+
+    @classmethod
+    def from_environment(cls) -> KeptLimits:
+        """Read MINILORA_KEPT_MEGABYTES, for all visitors together; one may take a tenth of it.
+
+        Raises:
+            ValueError: it is no whole number of at least 1.
+        """
+        total = whole_number("MINILORA_KEPT_MEGABYTES", cls.total_bytes // 10**6) * 10**6
+        return cls(total // 10, total)
 
 
 @dataclass
@@ -29,6 +51,7 @@ class Kept:
         id: of this comparison, random.
         closed: why it cannot be voted on (any more); None while it can.
         shared: its id in the store of shared comparisons, None if it was not shared.
+        bytes: of memory that it takes.
     """
 
     record: Record
@@ -36,6 +59,32 @@ class Kept:
     id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
     closed: str | None = None
     shared: str | None = None
+    bytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Measure it."""
+        self.bytes = self.record.memory
+
+
+@dataclass
+class _Visit:
+    """What is kept of one visitor: what was run for them, the oldest first, and what they look at."""
+
+    kept: list[Kept] = field(default_factory=list)
+    shown: Kept | None = None
+
+    @property
+    def bytes(self) -> int:
+        everything = [*self.kept, *([self.shown] if self.shown else [])]
+        return sum({one.id: one.bytes for one in everything}.values())
+
+    def make_room(self, limit: int) -> None:
+        """Let the oldest go that are neither the last one nor looked at, until the others take `limit` bytes."""
+        for oldest in self.kept[:-1]:
+            if self.bytes <= limit:
+                return
+            if oldest is not self.shown:
+                self.kept = [one for one in self.kept if one is not oldest]
 
 
 class Visits:
@@ -44,40 +93,53 @@ class Visits:
     Args:
         votes: where votes go.
         shared: where shared comparisons go.
+        limits: how much memory the comparisons may take.
     """
 
-    def __init__(self, votes: VoteStore, shared: SharedComparisons) -> None:
+    def __init__(self, votes: VoteStore, shared: SharedComparisons, limits: KeptLimits | None = None) -> None:
         """Start without visitors."""
-        self.votes, self.shared = votes, shared
-        self._kept: OrderedDict[str, list[Kept]] = OrderedDict()
-        self._shown: dict[str, Kept] = {}
+        self.votes, self.shared, self.limits = votes, shared, limits or KeptLimits()
+        self._visits: OrderedDict[str, _Visit] = OrderedDict()
         self._lock = threading.Lock()
 
     def keep(self, visitor: str, record: Record, order: tuple[int, ...] | None = None) -> Kept:
-        """Remember a comparison that has ended; the oldest of this visitor, or of the visitors, makes room."""
+        """Remember a comparison that has ended; this visitor's oldest, or who was here longest ago, makes room."""
         kept = Kept(record, order)
         if order is None:
             kept.closed = "only a blind comparison is voted on"
         elif not record.complete:
             kept.closed = "an answer was stopped or failed: run it again to vote"
         with self._lock:
-            mine = self._kept.setdefault(visitor, [])
-            self._kept.move_to_end(visitor)
-            for older in mine:
+            visit = self._visit_of(visitor)
+            for older in visit.kept:
                 older.closed = older.closed or "a newer comparison was run"
-            mine.append(kept)
-            del mine[:-KEPT]
-            self._shown[visitor] = kept
-            while len(self._kept) > VISITORS:
-                self._shown.pop(self._kept.popitem(last=False)[0], None)
+            visit.kept.append(kept)
+            del visit.kept[:-KEPT]
+            visit.shown = kept
+            self._make_room(visit)
         return kept
+
+    def _visit_of(self, visitor: str) -> _Visit:
+        """Return what is kept of a visitor who is here now."""
+        visit = self._visits.setdefault(visitor, _Visit())
+        self._visits.move_to_end(visitor)
+        return visit
+
+    def _make_room(self, current: _Visit) -> None:
+        """Forget what is beyond the limits: of the current visitor, then whole visitors, the longest absent first."""
+        current.make_room(min(self.limits.visitor_bytes, self.limits.total_bytes))
+        total = sum(visit.bytes for visit in self._visits.values())
+        while len(self._visits) > 1 and (len(self._visits) > VISITORS or total > self.limits.total_bytes):
+            total -= self._visits.popitem(last=False)[1].bytes
 
     def show(self, visitor: str, kept: Kept) -> None:
         """Remember that a visitor looks at this one: from the history, or one that somebody shared."""
         with self._lock:
-            for one in self._kept.setdefault(visitor, []):
+            visit = self._visit_of(visitor)
+            for one in visit.kept:
                 one.closed = one.closed or "another comparison was opened"
-            self._shown[visitor] = kept
+            visit.shown = kept
+            self._make_room(visit)
 
     def shown(self, visitor: str) -> Kept:
         """Return what a visitor looks at.
@@ -86,7 +148,8 @@ class Visits:
             PageError: nothing was run, or its names are still hidden.
         """
         with self._lock:
-            kept = self._shown.get(visitor)
+            visit = self._visits.get(visitor)
+            kept = visit.shown if visit else None
         if kept is None:
             raise PageError("nothing was run yet")
         if not kept.closed:
@@ -96,7 +159,8 @@ class Visits:
     def history(self, visitor: str) -> list[Kept]:
         """Return what was run for a visitor, the newest first; what is still to be voted on is not among it."""
         with self._lock:
-            kept = [*self._kept.get(visitor, ())]
+            visit = self._visits.get(visitor)
+            kept = [*visit.kept] if visit else []
         return [one for one in reversed(kept) if one.closed]
 
     def find(self, visitor: str, identifier: str) -> Kept:
@@ -117,8 +181,9 @@ class Visits:
             PageError: nothing was.
         """
         with self._lock:
-            if self._kept.get(visitor):
-                return self._kept[visitor][-1]
+            visit = self._visits.get(visitor)
+            if visit and visit.kept:
+                return visit.kept[-1]
         raise PageError("nothing was run yet")
 
     def vote(self, visitor: str, choice: str) -> Kept:
@@ -171,5 +236,4 @@ class Visits:
     def forget(self, visitor: str) -> None:
         """Forget a visitor who left."""
         with self._lock:
-            self._kept.pop(visitor, None)
-            self._shown.pop(visitor, None)
+            self._visits.pop(visitor, None)

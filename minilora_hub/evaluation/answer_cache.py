@@ -1,8 +1,9 @@
 """What was computed, kept in files: a run that is stopped goes on where it was, and a base is measured once.
 
 A file for each model (base and adapter), a line for each batch. A line's key is a hash of everything that determines
-what the batch computes: the weights, the prompts of the whole batch, the limits, the dtype, the libraries. So an answer
-is never taken for that of other weights or other settings, and a run that is resumed gives what it would have given.
+what the batch computes: the weights, the prompts of the whole batch, the limits, the dtype, the code that computes it,
+the libraries. So an answer is never taken for that of other weights, settings or code, and a run that is resumed gives
+what it would have given.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
-LIBRARIES = ("torch", "transformers", "minilora_hub")
+from minilora_hub.code_inputs import code_inputs, library_inputs
+
+FORMAT = 2
+# Hashed as this module is imported: what a file says later is not what this process runs.
+CODE_AND_LIBRARIES = code_inputs("minilora_hub.evaluation.run") | library_inputs()
 
 
 def default_folder() -> Path:
@@ -53,7 +56,7 @@ class AnswerCache:
 
     def __init__(self, folder: Path | None, model: dict[str, Any]) -> None:
         """Read what is there. A line that was not written to its end is as good as none."""
-        self._model = {"format": FORMAT, **model} | {name: version(name) for name in LIBRARIES}
+        self._model = {"format": FORMAT, **model} | CODE_AND_LIBRARIES
         self._path = None if folder is None else folder / f"{digest_of(self._model)[:32]}.jsonl"
         self._known: dict[str, Any] = {}
         self._torn = False

@@ -17,11 +17,11 @@ import torch
 
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.columns import load_base
-from minilora_hub.compare.engine import context_length, embedding_rows
+from minilora_hub.compare.engine import context_length
+from minilora_hub.compare.prompting import Prompting, Promptings
 from minilora_hub.errors import MissingExtraError
 from minilora_hub.evaluation.metrics import DIGITS
 from minilora_hub.evaluation.setup import Adapter, Settings, find_adapters, find_base
-from minilora_hub.remote_code.base_loading import refuse_unknown_tokens
 from minilora_hub.results import Evaluation
 
 if TYPE_CHECKING:
@@ -90,14 +90,17 @@ def measure(
     where = "embedded" if resolved.embedded else resolved.path
     model, tokenizer, _ = load_base(where, device, getattr(torch, dtype), progress)
     bank = AdapterBank(model)
+    promptings = Promptings(model, tokenizer)
+    promptings_of = {None: promptings.base} | {adapter.name: promptings.of(adapter.folder) for adapter in found}
     for adapter in found:
         bank.load(adapter.name, adapter.folder)
     results: list[dict[tuple[str, str], Evaluation]] = []
     command = _command(settings, resolved)
     for one in (None, *found):
         progress(f"lm-eval: {one.name if one else 'base'}")
-        with _rows_of(bank, one.name if one else None, tokenizer):
-            said = _run(bank.model, tokenizer, settings, manager)
+        row_of = one.name if one else None
+        with _rows_of(bank, row_of, promptings_of[row_of]):
+            said = _run(bank.model, promptings_of[row_of].tokenizer, settings, manager)
         results.append(_evaluations(said, command, results[0] if results else {}))
     return LmEvalReport(
         resolved,
@@ -120,15 +123,14 @@ def _manager(include_path: Path | None) -> Any:
 
 
 @contextmanager
-def _rows_of(bank: AdapterBank, name: str | None, tokenizer: Any) -> Iterator[None]:
+def _rows_of(bank: AdapterBank, name: str | None, prompting: Prompting) -> Iterator[None]:
     """Give every row of every forward of the bank's model to one adapter, whoever calls it."""
-    known = embedding_rows(bank.model)
     with bank.use([name]), ExitStack() as rows:
 
         def enter(module: Any, args: Any, kwargs: Any) -> None:
             ids = kwargs.get("input_ids")
             ids = args[0] if ids is None else ids
-            refuse_unknown_tokens([int(ids.max())], known, tokenizer)
+            prompting.known([int(ids.max())])
             rows.enter_context(bank.rows([name] * ids.shape[0]))
 
         def leave(*_: Any) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from minilora_hub.evaluation.setup import task_of
-from minilora_hub.remote_code.base_loading import refuse_unknown_tokens
 
 if TYPE_CHECKING:
+    from minilora_hub.compare.prompting import Prompting
     from minilora_hub.evaluation.items import Item, Task
     from minilora_hub.evaluation.setup import Settings
 
@@ -20,7 +20,7 @@ class Prompts:
     """Turns items into token ids.
 
     Args:
-        tokenizer: the base's.
+        tokenizer: the base's, in whose tokens the limits are counted.
         tasks: name -> task.
         items: as `setup.find_items` gives them.
         settings: of the run.
@@ -41,12 +41,10 @@ class Prompts:
         items: dict[str, tuple[Item, ...]],
         settings: Settings,
         context: int,
-        rows: int,
         margin: int,
     ) -> None:
         """Choose the examples, and find the limits."""
-        self._tokenizer, self._context, self._rows = tokenizer, context, rows
-        self._has_template = bool(getattr(tokenizer, "chat_template", None))
+        self._tokenizer, self._context = tokenizer, context
         self.limits: dict[str, int] = {}
         self.examples: dict[str, tuple[Item, ...]] = {}
         for key, some in items.items():
@@ -60,33 +58,32 @@ class Prompts:
         encoded = self._tokenizer([item.completion for item in items], add_special_tokens=False)
         return [len(ids) for ids in encoded["input_ids"]]
 
-    def of(self, items: dict[str, tuple[Item, ...]], shown: int) -> dict[str, list[list[int]]]:
+    def of(self, items: dict[str, tuple[Item, ...]], shown: int, prompting: Prompting) -> dict[str, list[list[int]]]:
         """Key of `items` -> the prompt of each item, as token ids, after so many examples.
+
+        Args:
+            items: as for the class.
+            shown: how many examples.
+            prompting: of the model that is asked.
 
         Raises:
             ValueError: a prompt and its answer do not fit into the base's context, or the base does not know a token.
         """
-        return {key: [self._encode(key, item, shown) for item in some] for key, some in items.items()}
+        return {key: [self._encode(key, item, shown, prompting) for item in some] for key, some in items.items()}
 
-    def _encode(self, key: str, item: Item, shown: int) -> list[int]:
+    def _encode(self, key: str, item: Item, shown: int, prompting: Prompting) -> list[int]:
         examples = self.examples[task_of(key)][:shown]
-        if self._has_template:
-            turns = [turn for example in examples for turn in _turns(example.prompt, example.completion)]
-            turns += _turns(item.prompt)
-            encoded = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
-            ids = list(encoded["input_ids"])
-        else:
-            # As in training: the answer follows the prompt, and the tokenizer's own end comes after neither.
+        turns = [turn for example in examples for turn in _turns(example.prompt, example.completion)]
+        ids = prompting.chat_ids([*turns, *_turns(item.prompt)])
+        if ids is None:
+            # As in training: the answer follows the prompt.
             text = "".join(f"{example.prompt}{example.completion}\n\n" for example in examples) + item.prompt
-            ids = list(self._tokenizer(text)["input_ids"])
-            if ids and ids[-1] == self._tokenizer.eos_token_id:
-                ids.pop()
+            ids = prompting.text_ids(text)
         if len(ids) + self.limits[key] > self._context:
             raise ValueError(
                 f"task={key!r}: a prompt of {len(ids)} tokens and an answer of {self.limits[key]} do not fit into "
                 f"the base's context of {self._context}" + (": show fewer examples" if shown else "")
             )
-        refuse_unknown_tokens(ids, self._rows, self._tokenizer)
         return ids
 
 

@@ -19,14 +19,15 @@ import torch
 
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.columns import load_base
-from minilora_hub.compare.engine import context_length, embedding_rows, end_tokens
+from minilora_hub.compare.engine import context_length
+from minilora_hub.compare.prompting import Prompting, Promptings
 from minilora_hub.evaluation.answer_cache import AnswerCache, default_folder
 from minilora_hub.evaluation.general_text import ROWS, GeneralText, negative_log_likelihoods, read_text, windows_of
 from minilora_hub.evaluation.generation import RoutingSums, generate
 from minilora_hub.evaluation.metrics import exact_match, json_field_f1, require_library
 from minilora_hub.evaluation.prompts import Prompts
 from minilora_hub.evaluation.setup import Adapter, Settings, find_adapters, find_base, find_items, find_tasks, task_of
-from minilora_hub.remote_code.base_loading import refuse_unknown_tokens
+from minilora_hub.recording.inputs import base_inputs, why_unknown
 
 if TYPE_CHECKING:
     from minilora_hub.bases import ResolvedBase
@@ -176,8 +177,9 @@ class _Run:
     ) -> None:
         self._settings, self._tasks, self._adapters = settings, tasks, adapters
         self._base, self._fingerprint = base, fingerprint
-        # Without a fingerprint nothing tells this base from another.
-        self._cache = None if fingerprint == "unknown" else cache
+        # Kept only where everything that determines the base's answers is in the key.
+        self._cache = None if why_unknown(base, fingerprint) else cache
+        self._base_inputs = base_inputs(base, fingerprint)
         self._say, self._on_progress = progress, on_progress
         self._items = find_items(tasks, settings)
         self._text: GeneralText | None = None
@@ -191,26 +193,28 @@ class _Run:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         name = "embedded" if self._base.embedded else self._base.path
         model, tokenizer, _ = load_base(name, device, getattr(torch, settings.dtype), self._say)
-        self._ends = end_tokens(model, tokenizer)
-        self._tokenizer = tokenizer
-        rows = embedding_rows(model)
-        self._prompts = Prompts(tokenizer, self._tasks, self._items, settings, context_length(model), rows, MARGIN)
+        promptings = Promptings(model, tokenizer)
+        self._promptings: dict[str | None, Prompting] = {None: promptings.base}
+        self._say(f"  answers end at {' '.join(promptings.base.end_names) or 'no token: at the limit only'}")
+        self._prompts = Prompts(tokenizer, self._tasks, self._items, settings, context_length(model), MARGIN)
         self._bank = AdapterBank(model)
         for adapter in self._adapters:
+            prompting = self._promptings[adapter.name] = promptings.of(adapter.folder)
             facts = self._bank.load(adapter.name, adapter.folder).facts
-            self._say(f"  + {adapter.name}: {facts.kind}, {facts.detail}")
+            detail = ", ".join([facts.detail, *prompting.differs_from(promptings.base)])
+            self._say(f"  + {adapter.name}: {facts.kind}, {detail}")
         self._windows: list[list[int]] = []
         if self._text is not None:
             self._windows = windows_of(tokenizer, self._text)
             for window in self._windows:
-                refuse_unknown_tokens(window, rows, tokenizer)
+                promptings.base.known(window)
         plan = [Model(None), *([Model(None, settings.few_shot)] if settings.few_shot else [])]
         plan += [Model(adapter) for adapter in self._adapters]
         # A row that cannot be asked is told before the first is computed.
-        prompts = {shown: self._prompts.of(self._items, shown) for shown in sorted({one.few_shot for one in plan})}
+        prompts = [self._prompts.of(self._items, one.few_shot, self._prompting_of(one)) for one in plan]
         measured = [one for one in plan if not one.few_shot]
         self._total = len(plan) * sum(map(len, self._items.values())) + len(measured) * len(self._windows)
-        models = tuple(self._measure(one, prompts[one.few_shot], self._bank) for one in plan)
+        models = tuple(self._measure(one, rows, self._bank) for one, rows in zip(plan, prompts, strict=True))
         text = None
         if self._text is not None:
             text = (self._text, tuple(len(window) - 1 for window in self._windows))
@@ -228,13 +232,16 @@ class _Run:
             computed=self._computed,
         )
 
+    def _prompting_of(self, model: Model) -> Prompting:
+        return self._promptings[model.adapter.name if model.adapter else None]
+
     def _measure(self, model: Model, prompts: dict[str, list[list[int]]], bank: AdapterBank) -> Model:
         """Everything about one model."""
         adapter = model.adapter
         cache = AnswerCache(
             self._cache,
             {
-                "base": self._fingerprint,
+                "base": self._base_inputs,
                 "adapter": adapter and adapter.digest,
                 "dtype": self._settings.dtype,
                 "device": next(bank.model.parameters()).device.type,
@@ -255,20 +262,21 @@ class _Run:
     ) -> tuple[TaskScores, RoutingSums | None]:
         name = model.adapter.name if model.adapter else None
         limit = self._prompts.limits[key]
+        prompting = self._prompting_of(model)
         texts: dict[int, str] = {}
         routing: RoutingSums | None = None
         for lines in self._batches(key, prompts):
             asked = [prompts[line] for line in lines]
-            place = cache.key({"prompts": asked, "limit": limit, "ends": sorted(self._ends)})
+            place = cache.key({"prompts": asked, "limit": limit, "ends": sorted(prompting.ends)})
             value = cache.get(place)
             computed = value is None
             if value is None:
-                generated = generate(self._bank, name, asked, limit, self._ends)
+                generated = generate(self._bank, name, asked, limit, prompting.ends)
                 sums = generated.routing
                 value = {"tokens": generated.tokens, "routing": sums and vars(sums)}
                 cache.put(place, value)
             for line, tokens in zip(lines, value["tokens"], strict=True):
-                texts[line] = str(self._tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+                texts[line] = str(prompting.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
             if value["routing"]:
                 sums = RoutingSums(**value["routing"])
                 routing = sums if routing is None else routing + sums

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from minilora_hub.bases import EMBEDDED, load_model, resolve_base
@@ -34,7 +33,9 @@ class BaseSource:
     @classmethod
     def of_model(cls, model: Any) -> BaseSource:
         """Describe a base that is loaded, and stands for its own skeleton."""
-        source = cls(name=str(getattr(model.config, "name_or_path", "") or "base"), hub_id=None, location="")
+        name = str(getattr(model.config, "name_or_path", "") or "base")
+        # Only the last part of a folder: this name is shown to visitors of a page.
+        source = cls(name=os.path.basename(name) if os.path.isabs(name) else name, hub_id=None, location="")
         source.__dict__.update(config=model.config, skeleton=model)
         return source
 
@@ -87,23 +88,32 @@ class BaseSource:
         """
         return load_model(resolve_base(self.name, revision=self.revision), dtype=dtype)
 
-    def save_companions(self, folder: Path) -> bool:
-        """Save its tokenizer and generation settings; return whether it has a tokenizer that can be read."""
-        from transformers import AutoTokenizer, GenerationConfig
+    def weight(self, path: str) -> Any:
+        """Return the weight of one of its modules, for which a base that is not loaded is loaded as a whole."""
+        weight = self.skeleton.get_submodule(path).weight
+        return self.load().get_submodule(path).weight if weight.is_meta else weight
+
+    @cached_property
+    def tokenizer(self) -> Any | None:
+        """Its tokenizer; None where it has none that can be read."""
+        from transformers import AutoTokenizer
 
         try:
-            settings = GenerationConfig.from_pretrained(self.location, revision=self.revision or "main")
-        except (OSError, ValueError):
-            settings = GenerationConfig.from_model_config(self.config)
-        settings.save_pretrained(folder)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
+            return AutoTokenizer.from_pretrained(
                 self.location, revision=self.revision, config=self.config, trust_remote_code=False
             )
         except (OSError, ValueError, KeyError, TypeError, ImportError):
-            return False
-        tokenizer.save_pretrained(folder)
-        return True
+            return None
+
+    @cached_property
+    def generation_settings(self) -> Any:
+        """Its GenerationConfig."""
+        from transformers import GenerationConfig
+
+        try:
+            return GenerationConfig.from_pretrained(self.location, revision=self.revision or "main")
+        except (OSError, ValueError):
+            return GenerationConfig.from_model_config(self.config)
 
 
 def find_base(named: str | None, given: str | None, revision: str | None = None) -> BaseSource:
@@ -157,7 +167,7 @@ def skeleton(config: Any, blocks: bool = True) -> Any:
 
     try:
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(config)
+            base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         layers = find_decoder_layers(base)[1]
         if blocks:
             _make_blocks_real(layers)

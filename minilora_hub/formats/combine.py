@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.base_source import BaseSource, find_base
-from minilora_hub.formats.folders import AdapterFolder, read_folder
+from minilora_hub.formats.companions import common_source
+from minilora_hub.formats.folders import AdapterFolder, naming, read_folder
 from minilora_hub.formats.output import whole_folder
 from minilora_hub.formats.peft_conversion import write_normalised
 from minilora_hub.formats.peft_reading import PeftAdapter, Update, read_peft
@@ -72,7 +73,7 @@ def combine(
     *,
     base: str | None = None,
     base_revision: str | None = None,
-) -> Path:
+) -> list[str]:
     """Combine LoRA adapters into a new one, in PEFT's format.
 
     Args:
@@ -83,7 +84,7 @@ def combine(
         base_revision: its revision on the Hub.
 
     Returns:
-        The folder.
+        What the user should know, a line each.
 
     Raises:
         AdapterError: an adapter is no LoRA, or they do not fit together. Nothing is written then.
@@ -91,8 +92,7 @@ def combine(
     combination.check(len(sources))
     adapters = read_loras(sources, base, base_revision)
     with whole_folder(out) as folder:
-        write_normalised(folder, combined(adapters, combination))
-    return Path(out)
+        return write_normalised(folder, combined(adapters, combination), common_source([Path(one) for one in sources]))
 
 
 def read_loras(sources: Sequence[str | Path], base: str | None, base_revision: str | None) -> list[PeftAdapter]:
@@ -108,7 +108,11 @@ def read_loras(sources: Sequence[str | Path], base: str | None, base_revision: s
     if base is None and len(names) > 1:
         raise AdapterError(f"the adapters name {len(names)} bases, {names[0]!r} and {names[1]!r}: pass base= (--base)")
     shared = find_base(names[0] if names else None, base, base_revision)
-    return [read_peft(adapter, shared) for adapter in found]
+    adapters = []
+    for adapter in found:
+        with naming(adapter.folder.name):
+            adapters.append(read_peft(adapter, shared))
+    return adapters
 
 
 def combined(adapters: Sequence[PeftAdapter], combination: Combination) -> PeftAdapter:

@@ -8,8 +8,11 @@ from typing import Any, Literal
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.base_source import BaseSource, find_base, hub_name
 from minilora_hub.formats.checkpoint import require_space, write_card
-from minilora_hub.formats.folders import AdapterFolder, copy_companions, read_folder
+from minilora_hub.formats.companions import write_companions
+from minilora_hub.formats.folders import AdapterFolder, read_folder
 from minilora_hub.formats.output import require_free, whole_folder
+from minilora_hub.formats.reading import read_adapter
+from minilora_hub.quiet import quiet_libraries
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -23,10 +26,11 @@ def export_dense(
     dtype: DType = "auto",
     dequantize: bool = False,
     max_shard_size: str = "5GB",
-) -> Path:
+) -> list[str]:
     """Merge a LoRA or DoRA into its base and write the result as a normal checkpoint.
 
-    The merge is computed in float32; the result has the dtype that is asked for.
+    The merge is computed in float32; the result has the dtype that is asked for. Where the adapter is on the head and
+    the base ties its head to its embeddings, the checkpoint has both, no longer tied.
 
     Args:
         source: the adapter's folder: a DoRA of ours, or LoRA or DoRA in PEFT's format.
@@ -37,7 +41,7 @@ def export_dense(
         max_shard_size: largest file of weights, as ``save_pretrained`` takes it.
 
     Returns:
-        The folder.
+        What the user should know, a line each.
 
     Raises:
         AdapterError: the adapter is a MixLoRA, its base is quantised and `dequantize` is off, or they do not fit.
@@ -53,20 +57,22 @@ def export_dense(
         )
     if found.dialect == "checkpoint":
         raise AdapterError(f"{found.folder.name!r} is a whole model ({found.method}), not an adapter")
-    located = find_base(found.base, base, found.config.get("base_model_revision") or found.config.get("revision"))
+    located = find_base(found.base, base, found.base_revision)
     wanted = _dtype(located.config, dtype)
+    adapter = read_adapter(found, located)  # before the base's weights are loaded in vain
     model = _plain_base(located, dequantize)
+    notes = [*_other_base(found, located), *_merge(model, *adapter)]
     require_space(out, sum(parameter.numel() for parameter in model.parameters()) * wanted.itemsize)
-    merged = _merged(found, model).to(wanted)
-    merged.config.dtype = wanted
+    model.to(wanted)
+    model.config.dtype = wanted
     with whole_folder(out) as folder:
         # A dequantised model still remembers how its checkpoint was packed, and cannot pack it again.
         quantised = getattr(located.config, "quantization_config", None) is not None
-        merged.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=not quantised)
-        if not copy_companions(found.folder, folder):
-            located.save_companions(folder)
+        with quiet_libraries():
+            model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=not quantised)
+        notes += write_companions(folder, found.folder, located)
         _write_card(folder, found, located, str(wanted).removeprefix("torch."))
-    return Path(out)
+    return notes
 
 
 def _dtype(config: Any, asked: DType) -> Any:
@@ -93,23 +99,65 @@ def _plain_base(base: BaseSource, dequantize: bool) -> Any:
             f"base {base.name!r} is quantised ({getattr(method, 'value', method)}): merging needs its weights open; "
             "pass dequantize=True (--dequantize), or another base= (--base), such as the one it was made from"
         )
-    model = base.load(torch.float32)
-    model = model.dequantize()
-    return model.float()
+    return base.load(torch.float32).dequantize().float()
 
 
-def _merged(found: AdapterFolder, model: Any) -> Any:
-    """The base with the adapter in its weights; takes over `model`."""
-    if found.dialect == "minilora":
-        from minilora_hub import DoraForCausalLM
+def _other_base(found: AdapterFolder, base: BaseSource) -> list[str]:
+    """Say so where the adapter was trained on other weights than it is merged into."""
+    trained_on = found.base_fingerprint
+    if trained_on == "unknown" or base.fingerprint in ("unknown", trained_on):
+        return []
+    return [
+        f"the adapter was trained on a base with fingerprint {trained_on[:19]}…, and {base.name!r} has "
+        f"{base.fingerprint[:19]}…: what is merged may answer otherwise than its author saw"
+    ]
 
-        return DoraForCausalLM.from_pretrained(str(found.folder), base_model=model).merge()
-    from minilora_hub.formats.peft import with_peft
 
-    try:
-        return with_peft(model, found.folder).merge_and_unload(safe_merge=True)
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise AdapterError(f"adapter {found.folder.name!r} does not fit the base: {error}") from error
+def _merge(model: Any, config: Any, tensors: dict[str, Any], sites: list[Any]) -> list[str]:
+    """Write an adapter into the weights of a base; return what the user should know, a line each.
+
+    Raises:
+        AdapterError: another module than the head shares a weight with an adapted one, and would change with it.
+    """
+    import torch
+
+    from minilora_hub.remote_code.attach import build_modules, weight_holders
+
+    notes = []
+    holders = weight_holders(model)
+    for path, adapted in build_modules(model, config, sites, tensors).items():
+        layer = adapted.base_layer
+        merged = adapted.merged_weight()
+        if others := [other for other in holders[id(layer.weight)] if not _is_same_place(model, other, path)]:
+            _untie_head(model, path, layer, others)
+            notes.append(
+                f"{path} is written apart from {', '.join(others)}, to which the base ties it: the adapter changes "
+                f"{path} alone (tie_word_embeddings is false, {merged.numel():,} parameters more)"
+            )
+        with torch.no_grad():
+            layer.weight.copy_(merged)
+    return notes
+
+
+def _is_same_place(model: Any, path: str, other: str) -> bool:
+    """Whether two paths lead to one attribute of one module, which an adapter replaces for both."""
+    (parent, _, name), (other_parent, _, other_name) = path.rpartition("."), other.rpartition(".")
+    return name == other_name and model.get_submodule(parent) is model.get_submodule(other_parent)
+
+
+def _untie_head(model: Any, path: str, layer: Any, others: list[str]) -> None:
+    """Give the head a weight of its own, and say so in the configuration; see `_merge`."""
+    import torch
+
+    if layer is not model.get_output_embeddings():
+        raise AdapterError(f"{path}: {', '.join(others)} shares its weight in this base, and would change with it")
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        config.tie_word_embeddings = False
+    if f"{path}.weight" in model.get_expanded_tied_weights_keys(all_submodels=True):
+        raise AdapterError(
+            f"{path}: {type(model).__name__} always ties it to {', '.join(others)}: an adapter on it cannot be merged"
+        )
 
 
 def _write_card(folder: Path, found: AdapterFolder, base: BaseSource, dtype: str) -> None:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.base_source import BaseSource, find_base
-from minilora_hub.formats.folders import AdapterFolder, copy_companions, read_folder
+from minilora_hub.formats.companions import own_tokenizer
+from minilora_hub.formats.folders import AdapterFolder, read_folder
 from minilora_hub.formats.ours import our_config, read_ours, write_ours
 from minilora_hub.formats.output import require_free, whole_folder
 
@@ -188,8 +189,7 @@ def _write(
 
     ids = _token_ids(found.folder, base, prompts)
     with whole_folder(out) as folder:
-        notes = [note for note in write_ours(folder, new, tensors, base) if "tokenizer" not in note]
-        copy_companions(found.folder, folder)
+        notes = write_ours(folder, new, tensors, base, found.folder)
         model = model or _model(found, base)
         blocks = _mixture_names(model)
         before, load = _outputs(model, ids, config.num_experts)
@@ -224,18 +224,10 @@ def _mixture_names(model: Any) -> list[str]:
 
 def _token_ids(folder: Path, base: BaseSource, prompts: Sequence[str] | None) -> list[list[int]]:
     """The prompts as token ids; without a tokenizer, fixed ids spread over the vocabulary."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    tokenizer: Any = None
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    else:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(base.location, revision=base.revision, config=base.config)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            if prompts is not None:
-                raise AdapterError("prompts: neither the adapter nor its base has a tokenizer to read them") from error
+    tokenizer = own_tokenizer(folder) or base.tokenizer
     if tokenizer is None:
+        if prompts is not None:
+            raise AdapterError("prompts: neither the adapter nor its base has a tokenizer to read them")
         size = base.config.get_text_config(decoder=True).vocab_size
         return [[(7 + 31 * start + 97 * i) % size for i in range(12)] for start in range(len(PROMPTS))]
     ids = [list(tokenizer(text)["input_ids"]) for text in (prompts or PROMPTS)]

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.base_source import find_base
+from minilora_hub.formats.base_source import BaseSource, find_base
+from minilora_hub.formats.companions import write_companions
 from minilora_hub.formats.dense import DType, export_dense
 from minilora_hub.formats.folders import AdapterFolder, read_folder
 from minilora_hub.formats.mixlora_writing import write_reference
@@ -64,7 +65,7 @@ def export_adapter(
     """
     require_free(out)
     if to == "dense":
-        return Exported(export_dense(source, out, base=base, dtype=dtype, dequantize=dequantize), to)
+        return Exported(Path(out), to, tuple(export_dense(source, out, base=base, dtype=dtype, dequantize=dequantize)))
     found = read_folder(source)
     if found.dialect != "minilora":
         what = {"peft": "in PEFT's format", "reference": "in the reference format", "checkpoint": "a whole model"}
@@ -72,29 +73,31 @@ def export_adapter(
             f"{found.folder.name!r} is {what.get(found.dialect, found.dialect)}: --to {to} takes an adapter in our "
             "format, which `minilora import` makes"
         )
-    if to in ("mixtral", "moe"):
-        return _to_moe(found, Path(out), to, base, dtype, announce, progress)
-    located = find_base(found.base, base, found.config.get("base_model_revision"))
+    located = find_base(found.base, base, found.base_revision)
     config, tensors, sites = read_ours(found, located)
-    notes: list[str] = []
+    if to in ("mixtral", "moe"):
+        return _to_moe(found, located, Path(out), to, base, dtype, announce, progress)
     if to == "mixlora" and found.method != "mixlora":
         raise AdapterError(
             f"adapter {found.folder.name!r} is a {found.method}: the reference format holds MixLoRA only"
         )
     if to == "peft" and found.method == "mixlora":
-        return _to_peft_mixlora(found, Path(out))
+        return _to_peft_mixlora(found, located, Path(out))
     with whole_folder(out) as folder:
         if to == "peft":
             named = located.hub_id or located.name
             targets = peft_targets(sites, located.skeleton)
             write_peft_folder(folder, config, tensors, targets, named, located.commit)
+            notes = []
         else:
             notes = write_reference(folder, config, tensors, located)
+        notes += write_companions(folder, found.folder, located)
     return Exported(Path(out), to, tuple(notes))
 
 
 def _to_moe(
     found: AdapterFolder,
+    located: BaseSource,
     out: Path,
     to: str,
     base: str | None,
@@ -113,15 +116,16 @@ def _to_moe(
     only = "MixtralForCausalLM" if to == "mixtral" else None
     if announce is not None:
         announce(plan_moe(model, only))
-    export_moe(model, out, companions=found.folder, only=only, progress=progress)
-    return Exported(out, to)
+    notes = export_moe(model, out, companions=found.folder, base=located, only=only, progress=progress)
+    return Exported(out, to, tuple(notes))
 
 
-def _to_peft_mixlora(found: AdapterFolder, out: Path) -> Exported:
+def _to_peft_mixlora(found: AdapterFolder, located: BaseSource, out: Path) -> Exported:
     """A MixLoRA as the PEFT method of minilora_hub."""
     from minilora_hub.formats.peft_mixlora import to_peft_layout
 
     with whole_folder(out) as folder:
         to_peft_layout(found.folder, folder)
+        notes = write_companions(folder, found.folder, located)
     note = "PEFT reads it where minilora_hub is installed and minilora_hub.register() was called; stock PEFT does not"
-    return Exported(out, "peft", (note,))
+    return Exported(out, "peft", (note, *notes))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from minilora_hub.errors import AdapterError
+from minilora_hub.formats.code_references import require_no_other_code
 from minilora_hub.json_documents import strict_json
 
 Dialect = Literal["minilora", "peft", "peft-mixlora", "reference", "checkpoint"]
+Layout = Literal["auto", "peft"]
 
 OUR_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 # What transformers reads beside the weights. Everything else in the folder of a training run stays at home.
@@ -28,6 +31,7 @@ COMPANIONS = (
     "vocab.txt",
 )
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,41 @@ class AdapterFolder:
     @property
     def base(self) -> str | None:
         """The base it names."""
-        named = self.config.get("base_model_name_or_path")
-        return named if isinstance(named, str) and named else None
+        return self._text("base_model_name_or_path")
+
+    @property
+    def base_revision(self) -> str | None:
+        """The commit of the base it names."""
+        return self._text("base_model_revision" if self.dialect == "minilora" else "revision")
+
+    @property
+    def base_fingerprint(self) -> str:
+        """The hash of the base's weights it was trained on; most formats have no place for one."""
+        return self._text("base_fingerprint") or "unknown"
+
+    @property
+    def layout(self) -> Layout:
+        """How it is published: ``"auto"`` with our code, ``"peft"`` as stock transformers loads it."""
+        return "auto" if self.dialect == "minilora" else "peft"
+
+    def _text(self, name: str) -> str | None:
+        value = self.config.get(name)
+        return value if isinstance(value, str) and value else None
 
 
 def read_folder(folder: str | Path) -> AdapterFolder:
-    """Tell which dialect a folder is written in.
+    """Tell which dialect a folder is written in, before something of it is loaded.
+
+    Raises:
+        AdapterError: there is no such folder, it holds nothing that is known here, or it leads to code elsewhere.
+    """
+    found = describe_folder(folder)
+    require_no_other_code(found.folder)
+    return found
+
+
+def describe_folder(folder: str | Path) -> AdapterFolder:
+    """Tell which dialect a folder is written in, where nothing of it is to be loaded.
 
     Raises:
         AdapterError: there is no such folder, or it holds nothing that is known here.
@@ -74,7 +107,10 @@ def read_folder(folder: str | Path) -> AdapterFolder:
             strategy = config.get("routing_strategy")
             ours = "peft_version" in config or strategy in ("top_k", "top_p")
             return AdapterFolder(folder, "peft-mixlora" if ours else "reference", "mixlora", config)
-        raise AdapterError(f"{ADAPTER_CONFIG}: peft_type={kind!r}: 'LORA' and 'MIXLORA' are understood, nothing else")
+        raise AdapterError(
+            f"adapter {folder.name!r}: peft_type={kind!r} in {ADAPTER_CONFIG}: 'LORA' and 'MIXLORA' are understood, "
+            "nothing else"
+        )
     if not (folder / OUR_CONFIG).is_file():
         raise AdapterError(f"adapter {folder.name!r}: neither {OUR_CONFIG} nor {ADAPTER_CONFIG} is there")
     config = read_json(folder / OUR_CONFIG)
@@ -84,7 +120,10 @@ def read_folder(folder: str | Path) -> AdapterFolder:
     architectures = config.get("architectures")
     if isinstance(kind, str) and isinstance(architectures, list) and architectures:
         return AdapterFolder(folder, "checkpoint", str(architectures[0]), config)
-    raise AdapterError(f"{OUR_CONFIG}: model_type={kind!r}: neither an adapter nor a model with architectures")
+    raise AdapterError(
+        f"adapter {folder.name!r}: model_type={kind!r} in {OUR_CONFIG}: neither an adapter nor a model with "
+        "architectures"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -94,13 +133,14 @@ def read_json(path: Path) -> dict[str, Any]:
         AdapterError: it is missing or is not one.
     """
     try:
+        refuse_lfs_pointer(path)
         content = strict_json(path.read_bytes())
     except FileNotFoundError:
         raise AdapterError(f"adapter {path.parent.name!r}: no {path.name}") from None
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{path.name} cannot be read: {error}") from error
+        raise AdapterError(f"{path.parent.name}/{path.name} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise AdapterError(f"{path.name} must hold a JSON object, got a {type(content).__name__}")
+        raise AdapterError(f"{path.parent.name}/{path.name} must hold a JSON object, got a {type(content).__name__}")
     return content
 
 
@@ -110,12 +150,30 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
-def copy_companions(source: Path, folder: Path) -> bool:
-    """Copy an adapter's tokenizer and generation settings; return whether it has a tokenizer of its own."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    return any((source / name).is_file() for name in TOKENIZER_FILES)
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put an adapter's name before the message of an AdapterError that does not hold it: there may be several."""
+    try:
+        yield
+    except AdapterError as error:
+        if name in str(error):
+            raise
+        raise AdapterError(f"adapter {name!r}: {error}") from error
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raise an AdapterError where a file is what Git leaves in place of a large one that it did not fetch.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        raise AdapterError(
+            f"{path.name} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`, or download the "
+            "repo with `hf download`"
+        )
 
 
 class Settings:

@@ -6,18 +6,20 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.base_source import find_base
+from minilora_hub.formats.base_source import BaseSource, find_base
 from minilora_hub.formats.combine import read_loras
+from minilora_hub.formats.companions import common_source
 from minilora_hub.formats.experts_from_loras import OnAttention, experts_from_loras
 from minilora_hub.formats.folders import AdapterFolder, read_folder
 from minilora_hub.formats.mixlora import ReferenceDora, read_reference
 from minilora_hub.formats.ours import write_ours
 from minilora_hub.formats.output import require_free, whole_folder
 from minilora_hub.formats.peft_conversion import as_dora, write_normalised
+from minilora_hub.formats.peft_mixlora import read_peft_mixlora
 from minilora_hub.formats.peft_reading import read_peft
-from minilora_hub.formats.tensor_files import read_tensors
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ def import_adapter(
     """Import one adapter: the reference MixLoRA format, or LoRA, rsLoRA and DoRA in PEFT's.
 
     A MixLoRA or DoRA becomes a folder in our format; plain LoRA stays in PEFT's, which stock transformers loads,
-    checked and written anew. Either is ready for a push.
+    checked and written anew. Either is ready for a push. Its own tokenizer, chat template and generation settings come
+    along; the base's stand in for what it has not.
 
     Args:
         source: the adapter's folder.
@@ -67,20 +70,20 @@ def import_adapter(
         raise AdapterError(f"adapter {found.folder.name!r} is in minilora_hub's own format already: push it as it is")
     if found.dialect == "checkpoint":
         raise AdapterError(f"{found.folder.name!r} is a whole model ({found.method}), not an adapter")
-    if found.dialect == "peft-mixlora":
-        return _from_peft_mixlora(found, Path(out), base)
     located = find_base(found.base, base, base_revision)
     notes: list[str] = []
     with whole_folder(out) as folder:
-        if found.dialect == "reference":
+        if found.dialect == "peft-mixlora":
+            notes = write_ours(folder, *_of_peft_method(found, located), located, found.folder)
+        elif found.dialect == "reference":
             config, tensors, notes = read_reference(found, located, reference_dora)
-            notes += write_ours(folder, config, tensors, located)
+            notes += write_ours(folder, config, tensors, located, found.folder)
         else:
             adapter = read_peft(found, located)
             if found.method == "dora":
-                notes += write_ours(folder, *as_dora(adapter), located)
+                notes += write_ours(folder, *as_dora(adapter), located, found.folder)
             else:
-                write_normalised(folder, adapter)
+                notes += write_normalised(folder, adapter, found.folder)
     return Imported(Path(out), found.method, found.dialect, tuple(notes))
 
 
@@ -106,20 +109,17 @@ def import_as_experts(
         config, tensors, notes = experts_from_loras(
             adapters, num_experts_per_tok=num_experts_per_tok, attention=attention, seed=seed
         )
-        notes += write_ours(folder, config, tensors, adapters[0].base)
+        source = common_source([Path(one) for one in sources])
+        notes += write_ours(folder, config, tensors, adapters[0].base, source)
     return Imported(Path(out), "mixlora", "peft", tuple(notes))
 
 
-def _from_peft_mixlora(found: AdapterFolder, out: Path, base: str | None) -> Imported:
-    """A MixLoRA that was saved by the PEFT method of minilora_hub."""
-    from minilora_hub.formats.peft_mixlora import from_peft_layout
-
-    read_tensors(found.folder)  # strictly, before anything else looks at them
+def _of_peft_method(found: AdapterFolder, base: BaseSource) -> tuple[Any, dict[str, Any]]:
+    """Read a MixLoRA that was saved by the PEFT method of minilora_hub."""
     try:
-        with whole_folder(out) as folder, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # PEFT passes over settings that it does not know
-            from_peft_layout(found.folder, folder, base)
+            return read_peft_mixlora(found, base)
     except (ValueError, TypeError, KeyError, AttributeError, OSError, UserWarning) as error:
         reason = " ".join(str(error).split())[:300]
         raise AdapterError(f"adapter {found.folder.name!r} cannot be read as a MixLoRA of PEFT's: {reason}") from error
-    return Imported(out, "mixlora", found.dialect)

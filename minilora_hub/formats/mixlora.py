@@ -62,8 +62,7 @@ def read_reference(
 
     settings = Settings(source.config)
     notes: list[str] = []
-    _refuse_other_tasks(settings)
-    fields = _common_fields(settings) | _expert_fields(settings) | _routing_fields(settings)
+    fields = read_fields(source)
     fields["target_modules"] = _targets(settings, base, notes)
     _check_activation(settings, base)
     use_dora = fields.pop("use_dora")
@@ -88,11 +87,18 @@ def read_reference(
     return config, tensors, notes
 
 
-def _refuse_other_tasks(settings: Settings) -> None:
+def read_fields(source: AdapterFolder) -> dict[str, Any]:
+    """Read the fields of a MixLoraConfig from adapter_config.json, but for the targets, which depend on the base.
+
+    Raises:
+        AdapterError: one is missing, of the wrong type, or cannot be honoured.
+    """
+    settings = Settings(source.config)
     if settings.get("task_type", str, "CAUSAL_LM") != "CAUSAL_LM":
         raise settings.error("task_type", "only CAUSAL_LM can be imported")
     if settings.get("bias", str, "none") != "none":
         raise settings.error("bias", "adapters with biases cannot be honoured")
+    return _common_fields(settings) | _expert_fields(settings) | _routing_fields(settings)
 
 
 def _common_fields(settings: Settings) -> dict[str, Any]:

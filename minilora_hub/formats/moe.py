@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.base_source import hub_name
+from minilora_hub.formats.base_source import BaseSource, hub_name
 from minilora_hub.formats.checkpoint import require_space, write_card, write_shards
-from minilora_hub.formats.folders import copy_companions
+from minilora_hub.formats.companions import write_companions
 from minilora_hub.formats.moe_architectures import (
     ARCHITECTURES,
     GRANITE_MOE,
@@ -89,19 +89,26 @@ def plan_moe(model: Any, only: str | None = None) -> MoePlan:
 
 
 def export_moe(
-    model: Any, out: str | Path, *, companions: Path | None = None, only: str | None = None, progress: Any = None
-) -> Path:
+    model: Any,
+    out: str | Path,
+    *,
+    companions: Path | None = None,
+    base: BaseSource | None = None,
+    only: str | None = None,
+    progress: Any = None,
+) -> list[str]:
     """Write a MixLoRA as a native mixture-of-experts checkpoint.
 
     Args:
         model: a `MixLoraForCausalLM`. It is left as it is.
         out: the folder, which must be empty or not there yet. It appears whole or not at all.
-        companions: a folder whose tokenizer is copied.
+        companions: the adapter's folder, whose tokenizer, chat template and generation settings are copied.
+        base: the base, whose tokenizer is written where the adapter has none.
         only: the class it must become. Default: the one of the base's family.
         progress: called with (shards written, shards in all).
 
     Returns:
-        The folder.
+        What the user should know, a line each.
 
     Raises:
         AdapterError: no architecture computes the same, the folder is not empty, or the disk is too full. Nothing is
@@ -114,10 +121,9 @@ def export_moe(
         write_shards(folder, _parts(model, plan, progress), plan.shards)
         plan.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
-        if companions is not None:
-            copy_companions(companions, folder)
+        notes = [] if companions is None else write_companions(folder, companions, base)
         _write_card(folder, model, plan)
-    return Path(out)
+    return notes
 
 
 def moe_config(model: Any, only: str | None = None) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.base_source import BaseSource
+from minilora_hub.formats.companions import write_companions
 from minilora_hub.formats.folders import AdapterFolder
 from minilora_hub.formats.tensor_files import SAFETENSORS, read_tensors
 
@@ -52,14 +53,17 @@ def check_against_base(
     return sites
 
 
-def write_ours(folder: Path, config: Any, tensors: dict[str, torch.Tensor], base: BaseSource) -> list[str]:
-    """Write config.json, the tensors, the code that loads them, the base's tokenizer and generation settings.
+def write_ours(
+    folder: Path, config: Any, tensors: dict[str, torch.Tensor], base: BaseSource, source: Path | None
+) -> list[str]:
+    """Write config.json, the tensors, the code that loads them, tokenizer and generation settings.
 
     Args:
         folder: an existing, empty folder.
         config: a MixLoraConfig or DoraConfig. It is left as it is.
         tensors: ``{canonical name: tensor}``, which are checked against the base.
         base: the base.
+        source: the folder that the adapter comes from; see `write_companions`.
 
     Returns:
         What the user should know, a line each.
@@ -73,7 +77,8 @@ def write_ours(folder: Path, config: Any, tensors: dict[str, torch.Tensor], base
     check_against_base(config, tensors, base)
     config = copy.deepcopy(config)
     config.base_model_name_or_path, config.base_model_revision = base.name, base.commit
-    config.base_fingerprint = base.fingerprint
+    if config.base_fingerprint == adapter_files.UNKNOWN:  # else it says what the adapter was trained on
+        config.base_fingerprint = base.fingerprint
     config.text_config = base.config
     config.architectures = [f"{CLASSES[config.model_type]}ForCausalLM"]
     config.auto_map = auto_map(config)
@@ -82,9 +87,7 @@ def write_ours(folder: Path, config: Any, tensors: dict[str, torch.Tensor], base
     code = Path(adapter_files.__file__).parent
     for name in adapter_files.CODE_FILES:
         shutil.copyfile(code / name, folder / name)
-    if base.save_companions(folder):
-        return []
-    return [f"no tokenizer was found with the base {base.name!r}: the adapter has none"]
+    return write_companions(folder, source, base)
 
 
 def read_ours(source: AdapterFolder, base: BaseSource) -> tuple[Any, dict[str, torch.Tensor], list[Any]]:

@@ -12,9 +12,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.folders import ADAPTER_CONFIG
+from minilora_hub.formats.folders import ADAPTER_CONFIG, refuse_lfs_pointer
 from minilora_hub.formats.tensor_files import SAFETENSORS
-from minilora_hub.tensor_names import as_stock_transformers_reads, to_peft
+from minilora_hub.tensor_names import as_stock_transformers_reads, is_update, to_peft
 
 
 def write_peft_config(folder: Path, config: dict[str, Any], base_id: str, base_revision: str | None) -> None:
@@ -107,21 +107,26 @@ def lora_settings(**settings: Any) -> dict[str, Any]:
 
 
 def copy_peft_weights(source: Path, out: Path) -> None:
-    """Copy adapter_model.safetensors; magnitudes that stock transformers would not find are renamed."""
+    """Copy adapter_model.safetensors, without the base's own weights that PEFT saves beside an adapter on the head.
+
+    Magnitudes that stock transformers would not find are renamed.
+    """
     from safetensors import safe_open
 
     from minilora_hub.remote_code.adapter_files import read_adapter, write_adapter
 
     try:
+        refuse_lfs_pointer(source / SAFETENSORS)
         with safe_open(source / SAFETENSORS, framework="pt") as file:
             names = list(file.keys())
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{SAFETENSORS} is not a readable safetensors file ({error})") from error
-    if all(as_stock_transformers_reads(name) == name for name in names):
+    if all(is_update(name) and as_stock_transformers_reads(name) == name for name in names):
         shutil.copyfile(source / SAFETENSORS, out / SAFETENSORS)
         return
     tensors = read_adapter(source / SAFETENSORS)
-    write_adapter(out / SAFETENSORS, {as_stock_transformers_reads(name): tensor for name, tensor in tensors.items()})
+    kept = {as_stock_transformers_reads(name): tensor for name, tensor in tensors.items() if is_update(name)}
+    write_adapter(out / SAFETENSORS, kept)
 
 
 def target_names(paths: list[str], base: Any) -> list[str]:

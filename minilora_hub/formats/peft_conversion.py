@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.base_source import BaseSource
+from minilora_hub.formats.companions import write_companions
 from minilora_hub.formats.ours import check_against_base
 from minilora_hub.formats.peft import lora_settings, target_names, write_peft_config
 from minilora_hub.formats.peft_reading import PeftAdapter
@@ -19,8 +20,17 @@ if TYPE_CHECKING:
     import torch
 
 
-def write_normalised(folder: Path, adapter: PeftAdapter) -> None:
-    """Write an adapter in PEFT's format as PEFT of this version writes it, as safetensors."""
+def write_normalised(folder: Path, adapter: PeftAdapter, source: Path | None) -> list[str]:
+    """Write an adapter in PEFT's format as PEFT of this version writes it, as safetensors.
+
+    Args:
+        folder: an existing, empty folder.
+        adapter: the adapter.
+        source: the folder that it comes from; see `write_companions`.
+
+    Returns:
+        What the user should know, a line each.
+    """
     from minilora_hub.remote_code.adapter_files import write_adapter
 
     targets = target_names(sorted(adapter.updates), adapter.base.skeleton)
@@ -28,6 +38,7 @@ def write_normalised(folder: Path, adapter: PeftAdapter) -> None:
     base = adapter.base
     write_peft_config(folder, fields, base.hub_id or base.name, base.commit)
     write_adapter(folder / SAFETENSORS, adapter.tensors())
+    return write_companions(folder, source, base)
 
 
 def as_dora(adapter: PeftAdapter) -> tuple[Any, dict[str, torch.Tensor]]:

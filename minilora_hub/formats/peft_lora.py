@@ -1,15 +1,11 @@
-"""A LoRA or DoRA of PEFT's format for a base that is loaded: in the terms in which the island puts adapters in."""
+"""A LoRA or DoRA of PEFT's format in the terms in which the published code puts adapters into a base."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from minilora_hub.errors import AdapterError
 from minilora_hub.formats.base_source import BaseSource
-from minilora_hub.formats.folders import read_folder
+from minilora_hub.formats.folders import AdapterFolder
 from minilora_hub.formats.peft_reading import read_peft
 from minilora_hub.remote_code.adapted_linear import linear_shape
 from minilora_hub.remote_code.base_structure import LinearSite
@@ -30,29 +26,26 @@ class PeftLoraConfig(DoraConfig):
         return self.of_linears[path]
 
 
-def read_peft_lora(folder: Path, base: nn.Module) -> tuple[PeftLoraConfig, list[LinearSite], dict[str, Any]]:
+def read_peft_lora(source: AdapterFolder, base: BaseSource) -> tuple[PeftLoraConfig, dict[str, Any], list[LinearSite]]:
     """Read a LoRA or DoRA for `base`, which is only looked at. It may sit on any linear, the head included.
 
     Returns:
-        The configuration, the linears it sits on, and {name of the linear and the leaf: tensor}; names are the base's
+        The configuration, {name of the linear and the leaf: tensor}, and the linears it sits on; names are the base's
         own paths.
 
     Raises:
         AdapterError: a setting cannot be honoured, or a tensor is missing, surplus, misshapen or not finite; the
             message names it.
     """
-    source = read_folder(folder)
-    if source.dialect != "peft":
-        raise AdapterError(f"adapter {str(folder)!r}: not a LoRA or DoRA in PEFT's format")
-    adapter = read_peft(source, BaseSource.of_model(base))
+    adapter = read_peft(source, base)
     sites, of_linears = [], {}
     tensors: dict[str, Any] = {}
     for path, update in adapter.updates.items():
-        out_features, in_features = linear_shape(base.get_submodule(path))
+        out_features, in_features = linear_shape(base.skeleton.get_submodule(path))
         sites.append(LinearSite(path, path, out_features, in_features))
         of_linears[path] = (update.lora_a.shape[0], update.scaling)
         tensors |= {f"{path}.lora_A": update.lora_a, f"{path}.lora_B": update.lora_b}
         if update.magnitude is not None:
             tensors[f"{path}.magnitude"] = update.magnitude
     settings = {name: adapter.config[name] for name in ("r", "lora_alpha", "use_rslora", "use_dora")}
-    return PeftLoraConfig(**settings, of_linears=of_linears), sites, tensors
+    return PeftLoraConfig(**settings, of_linears=of_linears), tensors, sites

@@ -5,18 +5,15 @@ The base is needed for the names of its modules only: it is built from its confi
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.bases import EMBEDDED, resolve_base
 from minilora_hub.errors import AdapterError
+from minilora_hub.formats.base_source import BaseSource, skeleton
+from minilora_hub.formats.folders import AdapterFolder
+from minilora_hub.formats.tensor_files import read_tensors
 from minilora_hub.json_documents import strict_json
-from minilora_hub.tensor_names import CANONICAL_LAYERS, canonical_of_peft_mixlora, to_peft_mixlora
-
-PEFT_CONFIG = "adapter_config.json"
-COPIED = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "generation_config")
-"""Beginnings of the names of files that mean the same in both layouts."""
+from minilora_hub.tensor_names import CANONICAL_LAYERS, PEFT_PREFIX, canonical_of_peft_mixlora, to_peft_mixlora
 
 
 def to_peft_layout(folder: str | Path, out: str | Path) -> Path:
@@ -39,65 +36,39 @@ def to_peft_layout(folder: str | Path, out: str | Path) -> Path:
     if _field(folder / "config.json", "model_type") != "mixlora":
         raise AdapterError(f"{folder}: not a MixLoRA of ours (its config.json says model_type mixlora)")
     config = MixLoraConfig.from_pretrained(folder)
-    base = _Base(config.text_config)
+    base = _Base(skeleton(config.text_config, blocks=False))
     tensors = read_adapter(folder / ADAPTER_FILE)
     base.check(folder / ADAPTER_FILE, tensors, config)
     peft_config = _peft_config(config, base, base.targets_in(tensors))
     out.mkdir(parents=True, exist_ok=True)
     peft_config.save_pretrained(str(out))
     write_adapter(out / ADAPTER_FILE, {to_peft_mixlora(name, base.layers_path): t for name, t in tensors.items()})
-    _copy_shared(folder, out)
     return out
 
 
-def from_peft_layout(folder: str | Path, out: str | Path, base: str | None = None) -> Path:
-    """Write a MixLoRA in PEFT's layout as a folder of ours: the inverse of `to_peft_layout`.
-
-    Args:
-        folder: a folder in PEFT's layout, with adapter_config.json and adapter_model.safetensors.
-        out: the folder to write, empty or not there yet.
-        base: another base than adapter_config.json names: a Hub id, a folder or "embedded". Only its config.json is
-            read.
+def read_peft_mixlora(source: AdapterFolder, base: BaseSource) -> tuple[Any, dict[str, Any]]:
+    """Read a MixLoRA in PEFT's layout: the inverse of `to_peft_layout`.
 
     Returns:
-        The folder that was written.
+        A MixLoraConfig and ``{canonical name: tensor}``; `write_ours` checks them against the base.
 
     Raises:
-        AdapterError: it is no MixLoRA in PEFT's layout, has something that ours cannot say, or `out` is not empty.
+        AdapterError: a tensor is damaged or elsewhere than the base's layers, or ours cannot say something.
+        UserWarning, ValueError, TypeError, KeyError, AttributeError: PEFT cannot read the settings.
     """
-    from transformers import AutoConfig
-
     from minilora_hub.integrations.peft_method import MixLoraPeftConfig
-    from minilora_hub.remote_code.adapted_model import auto_map
-    from minilora_hub.remote_code.adapter_files import ADAPTER_FILE, CODE_FILES, read_adapter, write_adapter
 
-    folder, out = Path(folder), _empty_folder(out)
-    if _field(folder / PEFT_CONFIG, "peft_type") != "MIXLORA":
-        raise AdapterError(f"{folder}: not a MixLoRA in PEFT's layout (its {PEFT_CONFIG} says peft_type MIXLORA)")
+    folder = source.folder
+    described = _Base(base.skeleton)
     peft_config = MixLoraPeftConfig.from_pretrained(str(folder))
-    name, revision = (base, None) if base else (peft_config.base_model_name_or_path, peft_config.revision)
-    if not name:
-        raise AdapterError(f"{folder / PEFT_CONFIG}: names no base (base_model_name_or_path); pass base=")
-    source = str(resolve_base(EMBEDDED).path) if name == EMBEDDED else name
-    described = _Base(AutoConfig.from_pretrained(source, revision=revision))
     config = _island_config(peft_config, folder)
-    tensors = _canonical(read_adapter(folder / ADAPTER_FILE), folder)
+    tensors = _canonical(read_tensors(folder), described.layers_path)
     chosen = described.targets_in(tensors)
     config.target_modules = "all-linear" if chosen == described.linears else described.island_targets(chosen, folder)
     for pattern in ("rank_pattern", "alpha_pattern"):
         setattr(config, pattern, _moved(getattr(config, pattern), described.layers_path, CANONICAL_LAYERS))
-    described.check(folder / ADAPTER_FILE, tensors, config)
-    config.base_model_name_or_path, config.base_model_revision = name, revision
-    config.text_config, config.dtype = described.config, described.config.dtype
-    config.architectures, config.auto_map = ["MixLoraForCausalLM"], auto_map(config)
-    out.mkdir(parents=True, exist_ok=True)
-    config.to_json_file(out / "config.json")
-    write_adapter(out / ADAPTER_FILE, tensors)
-    island = Path(__file__).parent.parent / "remote_code"
-    for code in CODE_FILES:
-        shutil.copyfile(island / code, out / code)
-    _copy_shared(folder, out)
-    return out
+    config.dtype = described.config.dtype
+    return config, tensors
 
 
 class _Base:
@@ -109,15 +80,10 @@ class _Base:
         linears: {canonical path of a linear in the layers: (out_features, in_features)}.
     """
 
-    def __init__(self, config: Any) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
+    def __init__(self, model: Any) -> None:
         from minilora_hub.remote_code.base_structure import find_decoder_layers, linears_in
 
-        with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(config)
-        self.config = config
+        self.model, self.config = model, model.config
         self.layers_path, layers = find_decoder_layers(self.model)
         self.linears = {
             f"layers.{index}.{path}": shape
@@ -189,17 +155,15 @@ def _empty_folder(out: str | Path) -> Path:
     return out
 
 
-def _copy_shared(folder: Path, out: Path) -> None:
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name.startswith(COPIED):
-            shutil.copyfile(path, out / path.name)
-
-
-def _canonical(tensors: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _canonical(tensors: dict[str, Any], layers_path: str) -> dict[str, Any]:
+    start = f"{PEFT_PREFIX}{layers_path}."
+    for name in tensors:
+        if not name.startswith(start):
+            raise AdapterError(f"{name}: not a tensor under {start!r}, where the base has its layers")
     try:
         return {canonical_of_peft_mixlora(name): tensor for name, tensor in tensors.items()}
     except ValueError as error:
-        raise AdapterError(f"{folder}: {error}") from error
+        raise AdapterError(str(error)) from error
 
 
 def _moved(pattern: dict[str, Any], old: str, new: str) -> dict[str, Any]:

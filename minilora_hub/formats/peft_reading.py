@@ -9,18 +9,26 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.base_source import BaseSource
 from minilora_hub.formats.folders import ADAPTER_CONFIG, AdapterFolder, Settings
 from minilora_hub.formats.tensor_files import read_tensors
-from minilora_hub.tensor_names import join_peft, split_peft
+from minilora_hub.tensor_names import PEFT_PREFIX, join_peft, split_peft
 
 if TYPE_CHECKING:
     import torch
 
+Value = TypeVar("Value")
+
 NUMBER = (int, float)
+WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+}
+"""What a model that was saved inside of a wrapper has in the names of its tensors."""
 REFUSED = {
     "alora_invocation_tokens": "an adapter that is on for a part of the text only",
     "arrow_config": "routing between adapters",
@@ -98,20 +106,19 @@ def read_peft(source: AdapterFolder, base: BaseSource) -> PeftAdapter:
     """
     from minilora_hub.remote_code.adapted_linear import linear_shape
 
-    config = _read_config(source)
+    config = read_settings(source)
     modules = dict(base.skeleton.named_modules())
-    parts = _parts(read_tensors(source.folder), config["use_dora"])
-    _check_targets(source, modules, set(parts))
+    tensors_of_file = read_tensors(source.folder)
+    _drop_base_copies(tensors_of_file, base)
+    parts = split_tensors(tensors_of_file, config["use_dora"])
+    for path in sorted(parts):
+        if path not in modules or linear_shape(modules[path]) is None:
+            raise AdapterError(f"{path}: {_why_no_linear(path, base)}")
+    _check_targets(source, base.skeleton, set(parts))
+    _check_layout(config["fan_in_fan_out"], {path: modules[path] for path in sorted(parts)})
     updates = {}
     for path, tensors in sorted(parts.items()):
-        shape = linear_shape(modules[path]) if path in modules else None
-        if shape is None:
-            raise AdapterError(f"{path}: the base {base.name!r} ({base.config.model_type}) has no such linear")
-        if config["fan_in_fan_out"] != (type(modules[path]).__name__ == "Conv1D"):
-            raise AdapterError(
-                f"{ADAPTER_CONFIG}: fan_in_fan_out={config['fan_in_fan_out']}: the base's {path} is a "
-                f"{type(modules[path]).__name__}; it is True for Conv1D and False for Linear"
-            )
+        shape = linear_shape(modules[path])
         r, scaling = _rank_and_scaling(config, path)
         expected = {"lora_A": (r, shape[1]), "lora_B": (shape[0], r), "magnitude": (shape[0],)}
         for leaf, tensor in tensors.items():
@@ -124,11 +131,16 @@ def read_peft(source: AdapterFolder, base: BaseSource) -> PeftAdapter:
     return PeftAdapter(config, updates, base)
 
 
-def _read_config(source: AdapterFolder) -> dict[str, Any]:
+def read_settings(source: AdapterFolder) -> dict[str, Any]:
+    """Read adapter_config.json; see `PeftAdapter.config`. Torch is not needed.
+
+    Raises:
+        AdapterError: a setting is missing, out of range, or changes the result in a way that cannot be honoured.
+    """
     settings = Settings(source.config)
     for name, what in REFUSED.items():
         settings.asked.add(name)
-        if source.config.get(name) not in (None, False, [], {}):
+        if _is_set(source.config.get(name)):
             raise settings.error(name, f"{what} cannot be honoured")
     if settings.get("task_type", str, "CAUSAL_LM") != "CAUSAL_LM":
         raise settings.error("task_type", "only CAUSAL_LM can be imported")
@@ -162,9 +174,14 @@ def _read_config(source: AdapterFolder) -> dict[str, Any]:
     settings.require("target_modules", (str, list))
     known = settings.asked | PASSED_OVER
     for name, value in source.config.items():
-        if name not in known and value not in (None, False, [], {}):
+        if name not in known and _is_set(value):
             raise settings.error(name, "this setting is not known here, so it cannot be honoured")
     return config
+
+
+def _is_set(value: Any) -> bool:
+    """Whether a setting asks for something. A number does, 0 included: its default is not known."""
+    return value is not None and value is not False and value not in ([], {})
 
 
 def _is_pattern(key: str) -> bool:
@@ -175,10 +192,25 @@ def _is_pattern(key: str) -> bool:
     return len(key) <= 300
 
 
-def _parts(tensors: dict[str, torch.Tensor], use_dora: bool) -> dict[str, dict[str, torch.Tensor]]:
-    """{path of the linear: {"lora_A", "lora_B" and for DoRA "magnitude": tensor}}, each of them complete."""
-    parts: dict[str, dict[str, torch.Tensor]] = {}
+def split_tensors(tensors: dict[str, Value], use_dora: bool) -> dict[str, dict[str, Value]]:
+    """Group the tensors of a file, or what stands for them, by the linear that they belong to.
+
+    Returns:
+        ``{path of the linear: {"lora_A", "lora_B" and for DoRA "magnitude": tensor}}``, each of them complete.
+
+    Raises:
+        AdapterError: a name is not that of a LoRA or DoRA tensor, or an update is incomplete.
+    """
+    parts: dict[str, dict[str, Value]] = {}
     for name, tensor in tensors.items():
+        for part, wrapper in WRAPPERS.items():
+            if part in name:
+                raise AdapterError(
+                    f"{name}: {part!r} in a tensor's name comes from saving the model inside of {wrapper}'s wrapper: "
+                    "save the model that the wrapper holds"
+                )
+        if ".lora_embedding_" in name:
+            raise AdapterError(f"{name}: an update of token embeddings cannot be honoured, only those of linears")
         try:
             path, leaf = split_peft(name)
         except ValueError as error:
@@ -204,26 +236,82 @@ def _rank_and_scaling(config: dict[str, Any], path: str) -> tuple[int, float]:
     return r, alpha / (math.sqrt(r) if config["use_rslora"] else r)
 
 
-def _check_targets(source: AdapterFolder, modules: dict[str, Any], adapted: set[str]) -> None:
-    """The linears that the settings name are those that have tensors."""
+def _check_layout(fan_in_fan_out: bool, adapted: dict[str, Any]) -> None:
+    """Raise an AdapterError where `fan_in_fan_out` is true of none of the linears. One setting may cover both kinds."""
+    kinds = {path: type(module).__name__ for path, module in adapted.items()}
+    if not any((kind == "Conv1D") == fan_in_fan_out for kind in kinds.values()):
+        path, kind = next(iter(kinds.items()))
+        raise AdapterError(
+            f"{ADAPTER_CONFIG}: fan_in_fan_out={fan_in_fan_out}: the base's {path} is a {kind}; it is True for Conv1D "
+            "and False for Linear"
+        )
+
+
+def _drop_base_copies(tensors: dict[str, torch.Tensor], base: BaseSource) -> None:
+    """Drop the base's embeddings, which PEFT saves beside an update of them, after comparing them with the base's own.
+
+    Raises:
+        AdapterError: they differ, so the adapter belongs to other embeddings than the base has.
+    """
+    model = base.skeleton
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for path in [path for path, module in model.named_modules() if any(module is one for one in embeddings)]:
+        for name in (f"{PEFT_PREFIX}{path}.weight", f"{PEFT_PREFIX}{path}.base_layer.weight"):
+            if name in tensors and not _same_values(tensors.pop(name), base.weight(path)):
+                raise AdapterError(
+                    f"{name}: differs from {path} of the base {base.name!r}: resized or trained embeddings cannot be "
+                    "honoured"
+                )
+
+
+def _same_values(copy: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether two tensors are the same but for the dtype they are held in."""
+    import torch
+
+    if copy.shape != own.shape:
+        return False
+    own = own.detach().cpu()
+    return torch.equal(copy, own.to(copy.dtype)) or torch.equal(copy.to(own.dtype), own)
+
+
+def _why_no_linear(path: str, base: BaseSource) -> str:
+    """Say what keeps a tensor's path from being one of the base's linears."""
+    kind = f"the base {base.name!r} ({base.config.model_type})"
+    found = re.fullmatch(r"(?:(.+?)\.)?(\d+)\.(.+)", path)
+    layers_path = base.layers_path
+    if found and (found[1] or "") != layers_path and f"{layers_path}.{found[2]}.{found[3]}" in _linears(base.skeleton):
+        return (
+            f"the adapter's tensors are under {found[1] or 'no prefix'!r}, and {kind} has its layers under "
+            f"{layers_path!r}: it was trained on another class of this model; pass base= (--base) of that class"
+        )
+    return f"{kind} has no such linear"
+
+
+def _linears(model: Any) -> set[str]:
+    from minilora_hub.remote_code.adapted_linear import linear_shape
+
+    return {path for path, module in model.named_modules() if linear_shape(module)}
+
+
+def _check_targets(source: AdapterFolder, model: Any, adapted: set[str]) -> None:
+    """Raise an AdapterError unless the linears that the settings name are those that have tensors."""
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    from minilora_hub.remote_code.adapted_linear import linear_shape
-
-    names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
     targets = source.config["target_modules"]
+    names = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    chosen: dict[str, Any] = {name: source.config.get(name) for name in names}
+    linears = _linears(model)
+    named = targets
+    if isinstance(targets, str) and targets.lower() == "all-linear":  # as in PEFT: every one but the head
+        head = model.get_output_embeddings()
+        named = [path for path in linears if model.get_submodule(path) is not head]
     try:
-        chosen: dict[str, Any] = {name: source.config.get(name) for name in names}
-        config = LoraConfig(**chosen)
-        linears = [path for path, module in modules.items() if linear_shape(module)]
-        if targets == "all-linear":
-            return
+        config = LoraConfig(target_modules=named, **chosen)
         wanted = {path for path in linears if check_target_module_exists(config, path)}
     except (TypeError, ValueError, AttributeError, re.error) as error:
         raise AdapterError(f"{ADAPTER_CONFIG}: target_modules={targets!r}: {error}") from error
     for path in sorted(wanted - adapted):
         raise AdapterError(f"{path}: target_modules names it, but there are no tensors for it")
     for path in sorted(adapted - wanted):
-        if path in modules:
-            raise AdapterError(f"{path}: there are tensors for it, but target_modules={targets!r} does not name it")
+        raise AdapterError(f"{path}: there are tensors for it, but target_modules={targets!r} does not name it")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.folders import read_json
+from minilora_hub.formats.folders import read_json, refuse_lfs_pointer
 from minilora_hub.json_documents import strict_json
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
     tensors = {}
     try:
+        refuse_lfs_pointer(path)
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -79,6 +80,7 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     """
     import torch
 
+    refuse_lfs_pointer(path)
     size = path.stat().st_size
     if zipfile.is_zipfile(path):
         try:

@@ -119,8 +119,6 @@ class MixLoraPeftConfig(PeftConfig):
         )
         if self.routing_strategy not in STRATEGIES:
             raise ValueError(f"routing_strategy={self.routing_strategy!r}: must be one of {list(STRATEGIES)}")
-        if self.bias != "none":
-            raise ValueError(f'bias={self.bias!r}: must be "none": a MixLoRA trains no bias of the base')
         for name in ("target_modules", "exclude_modules"):
             setattr(self, name, _as_list(getattr(self, name)))
         self._resolve_expert_lora()
@@ -151,6 +149,8 @@ class MixLoraPeftConfig(PeftConfig):
         What goes where (`target_modules` and the like) is decided in PEFT's ways, and is not part of it.
         """
         assert self.expert_lora is not None
+        if self.bias != "none":  # here, since PEFT would train what is set on the configuration later
+            raise ValueError(f'bias={self.bias!r}: must be "none": a MixLoRA trains no bias of the base')
         routing = {ours: getattr(self, theirs) for theirs, ours in ISLAND_NAMES.items()}
         try:
             return MixLoraConfig(

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from minilora_hub.integrations.peft_sites import Plan
-from minilora_hub.remote_code.adapted_linear import LowRankUpdate, layer_device
+from minilora_hub.remote_code.adapted_linear import LowRankUpdate, compute_dtype, layer_device, linear_shape
 from minilora_hub.remote_code.attach import build_modules
 from minilora_hub.remote_code.base_structure import LinearSite
 from minilora_hub.remote_code.routing import router_loss_weights
@@ -41,14 +41,18 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
 
     Args:
         base_layer: a linear or a feed-forward block of the base.
+        site: its site. A block maps the hidden size to itself.
     """
 
     adapter_layer_names = ("moe_lora",)
     other_param_names = ()
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, site: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
+        linear = isinstance(site, LinearSite)
+        self.in_features = site.in_features if linear else site.hidden_size
+        self.out_features = site.out_features if linear else site.hidden_size
         self.moe_lora = nn.ModuleDict()
         self._disable_adapters = False
         self._active_adapter: list[str] = []
@@ -74,14 +78,6 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         current: Any = self.current
         return self.base_layer(*args, **kwargs) if current is None else current(*args, **kwargs)
-
-    @property
-    def in_features(self) -> Any:
-        return self.base_layer.in_features
-
-    @property
-    def out_features(self) -> Any:
-        return self.base_layer.out_features
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         refuse_several(adapter_names)
@@ -134,5 +130,5 @@ def build_module(model: nn.Module, site: Any, plan: Plan, config: Any) -> nn.Mod
             update.__class__ = PeftUpdate
     if not isinstance(site, LinearSite):
         module.loss_weights = router_loss_weights(plan.config)
-    module.to(plan.dtype_of(base))
+    module.to(compute_dtype(next(part for part in base.modules() if linear_shape(part))))
     return module.train(base.training)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import peft
 import torch
@@ -20,6 +21,7 @@ from peft import PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
 from peft.utils.integrations import init_empty_weights
+from peft.utils.other import set_additional_trainable_modules
 from torch import nn
 
 from minilora_hub.errors import MiniLoraError
@@ -36,11 +38,13 @@ class MixLoraModel(BaseTuner):
 
     prefix = "moe_"  # PEFT warns of an adapter whose name is part of it, as "mixlora", "mix" and "lora" should not be
     tuner_layer_cls = MixLoraLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # of a LoRA beside a MixLoRA
 
     # ---- putting in ----
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if isinstance(peft_config, PeerLoraConfig):
+            return super()._prepare_adapter_config(peft_config, model_config)
         return peft_config  # no targets means all linears; `plan_adapter` decides
 
     def inject_adapter(
@@ -51,63 +55,52 @@ class MixLoraModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Plan and build everything first, so that a failure leaves the model as it was; then PEFT's own injection."""
+        """Put an adapter in. Everything is planned and built first, so that a failure leaves the model as it was.
+
+        This replaces PEFT's loop over the modules, which skips what is inside a layer that carries an adapter already:
+        the linears of a feed-forward block. What PEFT does after its loop is done here in the same way.
+        """
         if state_dict is not None:
             raise ValueError("state_dict: where a MixLoRA goes is said by its configuration, not by a file's tensors")
         config: Any = as_peer(self.peft_config[adapter_name])
         self.peft_config[adapter_name] = config
-        if isinstance(config, PeerLoraConfig) and config.target_modules is None:
-            config.target_modules = self._default_lora_targets(model)
+        config = self._prepare_adapter_config(config, self.get_model_config(model))
+        self._check_tied_modules(model, config)
         first = not any(isinstance(module, MixLoraLayer) for module in model.modules())
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad] if first else []
+        trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         with plain_base(model, MixLoraLayer), init_empty_weights() if low_cpu_mem_usage else nullcontext():
             plan = plan_adapter(model, config, adapter_name, check_target_module_exists)
             built = {site.path: build_module(model, site, plan, config) for site in plan.sites}
-        self._plan, self._built = plan.as_seen_in(model, MixLoraLayer), built
-        patterns = config.rank_pattern, config.alpha_pattern
-        config.rank_pattern, config.alpha_pattern = {}, {}  # checked by the plan; PEFT would look for blocks only
-        targets, config.target_modules = config.target_modules, plan.target_modules
-        seen = list(self.targeted_module_names)
-        try:
-            with undone_on_failure(model, adapter_name):
-                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, None)
-        finally:
-            config.rank_pattern, config.alpha_pattern = patterns
-            if targets is not None and targets != "all-linear":
-                config.target_modules = targets
-            del self._plan, self._built
-        self.targeted_module_names = list(dict.fromkeys([*seen, *plan.linears]))
+        places = [(site, *holder_of(model, site.path, MixLoraLayer)) for site in plan.sites]
+        if config.exclude_modules and not plan.excluded:
+            warnings.warn(f"exclude_modules={config.exclude_modules!r}: excludes no module of the base", stacklevel=2)
+        config.target_modules = plan.target_modules
+        with undone_on_failure(model, adapter_name):
+            for site, holder, name in places:
+                layer: Any = getattr(holder, name)
+                if not isinstance(layer, MixLoraLayer):
+                    layer = MixLoraLayer(layer, site)
+                    setattr(holder, name, layer)
+                layer.add(adapter_name, built[site.path])
+            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            self._mark_only_adapters_as_trainable(model)
+            set_additional_trainable_modules(
+                model=model,
+                peft_config=config,
+                model_config=self.get_model_config(model),
+                adapter_name=adapter_name,
+                activate_adapter=adapter_name in self.active_adapters,
+            )
+        self.targeted_module_names = list(dict.fromkeys([*self.targeted_module_names, *plan.linears]))
         if first:
-            self._trainable_before = trainable
+            self._trainable_before = [parameter for parameter, was in trainable.items() if was]
+        else:
+            for parameter, was in trainable.items():
+                parameter.requires_grad_(was)
         RouterLoss.on(model, MixLoraLayer).refresh()
 
-    @staticmethod
-    def _default_lora_targets(model: Any) -> Any:
-        kind = model.config.model_type
-        if kind not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
-            raise ValueError(f"target_modules=None: PEFT has no default for a base of type {kind!r}; name them")
-        return set(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[kind])
-
-    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
-        return self._plan.decision(key)
-
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        for path in self._plan.paths_at[current_key]:
-            holder, name = holder_of(self.model, path, MixLoraLayer)
-            layer: Any = getattr(holder, name)
-            if not isinstance(layer, MixLoraLayer):
-                layer = MixLoraLayer(layer)
-                setattr(holder, name, layer)
-            layer.add(adapter_name, self._built[path])
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError("PEFT's loop over the modules, which calls this, is not used: see inject_adapter")
 
     # ---- using ----
 
@@ -135,6 +128,7 @@ class MixLoraModel(BaseTuner):
         # Layers choose a successor among their own adapters; here all take the same one.
         if was_active and self.peft_config:
             self.set_adapter(sorted(self.peft_config)[0])
+        RouterLoss.on(self.model, MixLoraLayer).refresh()
 
     def _check_merge_allowed(self) -> NoReturn:
         raise ValueError(CANNOT_MERGE)
@@ -184,6 +178,9 @@ class MixLoraModel(BaseTuner):
 @contextmanager
 def undone_on_failure(model: Any, adapter_name: str) -> Iterator[None]:
     """If what is inside fails, take an adapter out that was not there before, so that no half-loaded one stays."""
+    if not isinstance(model, nn.Module):  # PEFT says what is wrong with it
+        yield
+        return
     before = [module for module in model.modules() if isinstance(module, MixLoraLayer)]
     known = any(adapter_name in layer.moe_lora for layer in before)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -216,7 +213,6 @@ def _take_out(model: Any, adapter_name: str, before: list[MixLoraLayer]) -> None
 
 HOOKS = (
     "_check_merge_allowed",
-    "_check_target_module_exists",
     "_create_and_replace",
     "_get_adapter_state_dict",
     "_prepare_adapter_config",
@@ -265,13 +261,12 @@ def _adapt_peft_model() -> None:
 
     @functools.wraps(add_adapter)
     def add(self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
-        if self.peft_type == MIXLORA:
-            peft_config = as_peer(peft_config)
-        return add_adapter(self, adapter_name, peft_config, *args, **kwargs)
+        config = as_peer(peft_config) if _carries_mixloras(self) else peft_config
+        return add_adapter(self, adapter_name, config, *args, **kwargs)
 
     @functools.wraps(load_adapter)
     def load(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        with undone_on_failure(self, adapter_name) if self.peft_type == MIXLORA else nullcontext():
+        with undone_on_failure(self, adapter_name) if _carries_mixloras(self) else nullcontext():
             return load_adapter(self, model_id, adapter_name, *args, **kwargs)
 
     @functools.wraps(from_pretrained)
@@ -281,6 +276,12 @@ def _adapt_peft_model() -> None:
 
     PeftModel.add_adapter, PeftModel.load_adapter = add, load  # type: ignore[method-assign]
     PeftModel.from_pretrained = classmethod(from_file)  # type: ignore[method-assign,assignment]
+
+
+def _carries_mixloras(peft_model: Any) -> bool:
+    """Whether a model of PEFT is one of MixLoRAs."""
+    # PEFT calls methods of PeftModel on a PeftMixedModel, too, which is another class.
+    return isinstance(getattr(peft_model, "base_model", None), MixLoraModel)
 
 
 register()

@@ -10,14 +10,15 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from peft import LoraConfig
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
+from transformers import PreTrainedModel
 
-from minilora_hub.remote_code.adapted_linear import compute_dtype, linear_shape
 from minilora_hub.remote_code.base_structure import LinearSite, MixtureSite, find_decoder_layers, linears_in, plan_sites
 from minilora_hub.remote_code.probe import can_run, find_without_effect, warn_of_left_out
 
@@ -34,7 +35,7 @@ OWN_NAMES = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
     """Where one adapter goes.
 
@@ -43,74 +44,54 @@ class Plan:
         sites: the island's sites, under the base's own paths.
         linears: paths of the linears that are adapted.
         target_modules: names of the targets, resolved where the configuration says "all-linear".
-        excluded: path -> what PEFT answered about a module that the configuration excludes.
-        paths_at: key at which PEFT meets a site -> paths of the sites there: a block hides what is inside it.
+        excluded: whether the configuration excludes any module.
     """
 
     config: Any
     sites: list[Any]
     linears: list[str]
     target_modules: Any
-    excluded: dict[str, Any]
-    paths_at: dict[str, list[str]] = field(default_factory=dict)
-
-    def as_seen_in(self, model: nn.Module, layer_class: type) -> Plan:
-        """Return the plan with `paths_at` and `excluded` as in a model that may carry adapters already."""
-        wrapped = {path for path, module in model.named_modules() if isinstance(module, layer_class)}
-
-        def key_of(path: str) -> str:
-            parts = path.split(".")
-            ancestors = (".".join(parts[:end]) for end in range(1, len(parts)))
-            return next((ancestor for ancestor in ancestors if ancestor in wrapped), path)
-
-        paths_at: dict[str, list[str]] = {}
-        for site in self.sites:
-            paths_at.setdefault(key_of(site.path), []).append(site.path)
-        # An exclusion inside a wrapped block is told at the layer's own key, which nothing else uses.
-        excluded = {}
-        for path, answer in self.excluded.items():
-            key = key_of(path)
-            excluded[path if key == path else key.rpartition(".")[0]] = answer
-        return replace(self, paths_at=paths_at, excluded=excluded)
-
-    def decision(self, key: str) -> Any:
-        """What PEFT asks about every module: whether this adapter goes there."""
-        return True if key in self.paths_at else self.excluded.get(key, False)
-
-    def dtype_of(self, base: nn.Module) -> torch.dtype:
-        """The dtype that `base`, a linear or a block of them, computes in."""
-        return compute_dtype(next(module for module in base.modules() if linear_shape(module)))
+    excluded: bool
 
 
 @contextmanager
 def plain_base(model: nn.Module, layer_class: type) -> Iterator[None]:
-    """Inside, the model is the plain base, whatever adapters of ours it carries."""
+    """Inside, the model is the plain base, whatever adapters of ours and modules trained beside them it carries."""
     places: list[tuple[nn.Module, str, Any]] = []
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, layer_class):
+            if isinstance(child, (layer_class, AuxiliaryTrainingWrapper)):
                 places.append((module, name, child))
     known = model.__dict__.pop("peft_config", None)
-    for parent, name, layer in places:
-        parent._modules[name] = layer.base_layer
+    for parent, name, wrapper in places:
+        own = isinstance(wrapper, layer_class)
+        parent._modules[name] = wrapper.base_layer if own else wrapper.original_module
     try:
         yield
     finally:
-        for parent, name, layer in places:
-            parent._modules[name] = layer
+        for parent, name, wrapper in places:
+            parent._modules[name] = wrapper
         if known is not None:
             model.__dict__["peft_config"] = known
 
 
 def holder_of(model: nn.Module, path: str, layer_class: Any) -> tuple[nn.Module, str]:
-    """(module, name) that hold the module at this path of the plain base, through the layers around it."""
-    *parents, name = path.split(".")
+    """(module, name) that hold the module at this path of the plain base, through the layers around it.
+
+    Raises:
+        ValueError: the module, or one that it is a part of, is trained whole for another adapter.
+    """
     module: Any = model
-    for part in parents:
-        module = getattr(module, part)
-        if isinstance(module, layer_class):
-            module = module.base_layer
-    return module, name
+    parts = path.split(".")
+    for depth, part in enumerate(parts, start=1):
+        holder = module.base_layer if isinstance(module, layer_class) else module
+        module = getattr(holder, part)
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            raise ValueError(
+                f"target_modules: {path} cannot be adapted: {'.'.join(parts[:depth])} is in modules_to_save of "
+                f"{sorted(module._adapters)}"
+            )
+    return holder, part
 
 
 def plan_adapter(model: Any, config: Any, adapter_name: str, matches: Callable[[Any, str], Any]) -> Plan:
@@ -137,7 +118,8 @@ def plan_adapter(model: Any, config: Any, adapter_name: str, matches: Callable[[
     sites = plan_sites(model, everywhere)
     prefix, layers = find_decoder_layers(model)
     linears = {f"{prefix}.{index}.{path}" for index, layer in enumerate(layers) for path in linears_in(layer)}
-    if _are_all(config.target_modules) and can_run(model):
+    # How a model from elsewhere is called is not known, so it is not run.
+    if _are_all(config.target_modules) and isinstance(model, PreTrainedModel) and can_run(model):
         useless = find_without_effect(model, sites)
         if useless:
             warn_of_left_out("all-linear", useless)
@@ -147,18 +129,30 @@ def plan_adapter(model: Any, config: Any, adapter_name: str, matches: Callable[[
     asked.target_modules = _resolved(config.target_modules, model, linears, prefix)
     answers = {path: matches(asked, path) for path, _ in model.named_modules() if path}
     _check_targets(asked, answers, linears, blocks, model)
-    in_block = {path for path in linears for block in blocks if answers.get(block) and path.startswith(block + ".")}
-    chosen = {path for path in linears if answers[path] or (answers[path] is False and path in in_block)}
+    chosen = {path for path in linears if _is_chosen(path, answers, blocks)}
     sites = [kept for site in sites if (kept := _narrowed(site, chosen)) is not None]
     if ours.model_type == "mixlora" and not any(isinstance(site, MixtureSite) for site in sites):
         raise ValueError(
             f"target_modules={config.target_modules}: a MixLoRA needs at least one projection of a feed-forward block; "
             f"the base's blocks are {sorted(blocks)[:3]}…"
         )
+    if not chosen:
+        raise NoMatchingPeftModuleError(f"target_modules={config.target_modules!r}: matches no linear of the base")
     targeted = [path for path in answers if path in chosen]
     _check_patterns(config, targeted)
-    excluded = {path: answer for path, answer in answers.items() if not answer and answer not in (False, None)}
+    excluded = any(_is_excluded(answer) for answer in answers.values())
     return Plan(ours, sites, targeted, asked.target_modules, excluded)
+
+
+def _is_excluded(answer: Any) -> bool:
+    """Whether PEFT's answer is that the configuration excludes the module, not that it does not name it."""
+    return not answer and answer not in (False, None)
+
+
+def _is_chosen(path: str, answers: dict[str, Any], blocks: set[str]) -> bool:
+    """Whether a linear is named, or stands in a feed-forward block that is; and neither of the two is excluded."""
+    given = [answers[path], *(answers[block] for block in blocks if path.startswith(block + "."))]
+    return any(given) and not any(_is_excluded(answer) for answer in given)
 
 
 def _check_name(model: nn.Module, name: str) -> None:

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.folders import COMPANIONS
+from minilora_hub.formats.code_references import require_no_other_code
+from minilora_hub.formats.companions import TEMPLATE, TOKENIZING, companion_files, copy_files
 from minilora_hub.formats.output import require_free, whole_folder
 from minilora_hub.formats.peft import PeftTargets, copy_peft_weights, write_peft_config
 from minilora_hub.publish.documents import (
@@ -176,6 +177,7 @@ def _source_for(folder: str | Path, layout: str) -> Source:
     if layout not in ("auto", "peft"):
         raise ValueError(f"layout={layout!r}: must be 'auto' or 'peft'")
     source = read_source(folder)
+    require_no_other_code(source.folder)
     if layout == "peft" and source.method == "mixlora":
         raise AdapterError("layout='peft': PEFT has no MixLoRA; publish it with the layout 'auto'")
     return source
@@ -207,11 +209,10 @@ def _copy_model(
         write_peft_config(folder, source.config, base.id, base.revision)
         hashes.start(folder / WEIGHTS)
     tokenizer = tokenizer_folder(source, base.found)
-    for name in COMPANIONS:
-        found = (source.folder if name == GENERATION else tokenizer) / name
-        found = found if found.is_file() or name != GENERATION else base.found.path / name
-        if found.is_file():
-            shutil.copyfile(found, folder / name)
+    copy_files(companion_files(tokenizer, TOKENIZING), tokenizer, folder)
+    copy_files(companion_files(base.found.path, (GENERATION,)), base.found.path, folder)
+    # An adapter may have these without a tokenizer of its own.
+    copy_files(companion_files(source.folder, (GENERATION, TEMPLATE)), source.folder, folder)
     return copied
 
 

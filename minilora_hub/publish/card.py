@@ -21,7 +21,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from minilora_hub.errors import AdapterError
 from minilora_hub.json_documents import strict_json
 from minilora_hub.publish import free_text, markdown
-from minilora_hub.publish.card_facts import adapter_rows, summary, training_rows
+from minilora_hub.publish.card_facts import PUBLIC_HUB, adapter_rows, summary, training_rows
 from minilora_hub.publish.card_metadata import front_matter
 from minilora_hub.publish.island import code_files, code_hash, release_of
 from minilora_hub.publish.pictures import EXPERT_LOAD, EXPERT_LOAD_BY_TASK, LOSS, wanted_pictures, write_pictures
@@ -39,6 +39,7 @@ def render_card(
     repo_id: str | None,
     revision: str | None = None,
     space: str | None = None,
+    hub: str | None = None,
     previous: str | None = None,
 ) -> str:
     """Render the card of an adapter folder.
@@ -48,6 +49,7 @@ def render_card(
         repo_id: where it is published; None writes the folder's name.
         revision: the tag or commit that the load snippet pins. None: ``"main"``, with a word on pinning.
         space: id of the Space that "try it" opens; None gives the local command.
+        hub: address of the Hub that links lead to. None: the public one.
         previous: an earlier card, whose free-text sections are kept.
 
     Returns:
@@ -60,6 +62,7 @@ def render_card(
     if repo_id is not None:
         validate_repo_id(repo_id)
     require_space(space)
+    hub = hub or PUBLIC_HUB
     results = Results.load(folder)
     config = read_config(folder)
     kept = free_text.sections_of(previous) if previous else {}
@@ -71,21 +74,21 @@ def render_card(
     stock = not (folder / "config.json").is_file()  # PEFT's layout: no code comes along, none is needed
     text = _template().render(
         front_matter=front_matter(results, title, stock),
-        settings=_settings(repo_id, revision, space),
+        settings=_settings(repo_id, revision, space, hub),
         title=markdown.inline(title),
-        summary=summary(results, config),
+        summary=summary(results, config, hub),
         results=results,
         base=results.base,
         method=results.method,
         stock=stock,
         snippet=_snippet(folder, results, name, revision, stock),
-        space_link=f"https://huggingface.co/spaces/{space}?adapter={quote(repo_id or '', safe='')}" if space else None,
+        space_link=f"{hub}/spaces/{space}?adapter={quote(repo_id or '', safe='')}" if space else None,
         local_demo=_local_demo(results, repo_id, title),
         commands=list(dict.fromkeys(row.command for row in results.evaluation if row.command)),
         notes=list(dict.fromkeys(row.note for row in results.evaluation if row.note)),
         few_shot=sorted({row.few_shot for row in results.evaluation if row.few_shot_value is not None}),
         parts=[(row, part) for row in results.evaluation for part in row.parts],
-        adapter_rows=adapter_rows(results, config),
+        adapter_rows=adapter_rows(results, config, hub),
         as_mixtral=config.get("routing_strategy") == "top_k",
         training_rows=training_rows(training) if training else [],
         load_picture=EXPERT_LOAD if EXPERT_LOAD in wanted else None,
@@ -102,7 +105,14 @@ def render_card(
     return free_text.squeeze(text)
 
 
-def write_card(folder: Path, *, repo_id: str | None, revision: str | None = None, space: str | None = None) -> Path:
+def write_card(
+    folder: Path,
+    *,
+    repo_id: str | None,
+    revision: str | None = None,
+    space: str | None = None,
+    hub: str | None = None,
+) -> Path:
     """Write README.md and its pictures into a folder; the free text of the README that lies there is kept.
 
     Raises:
@@ -117,7 +127,7 @@ def write_card(folder: Path, *, repo_id: str | None, revision: str | None = None
             f"putting it between `<!-- minilora:free-text intro -->` and `{free_text.CLOSE}` in a card that "
             "`minilora card` has written"
         )
-    text = render_card(folder, repo_id=repo_id, revision=revision, space=space, previous=previous)
+    text = render_card(folder, repo_id=repo_id, revision=revision, space=space, hub=hub, previous=previous)
     write_pictures(Results.load(folder), folder)
     path.write_text(text, encoding="utf-8", newline="\n")
     return path
@@ -132,13 +142,13 @@ def require_space(space: str | None) -> None:
 
 
 def settings_of(card: str) -> dict[str, str | None] | None:
-    """What a card was rendered with (`repo_id`, `revision`, `space`), or None if it is not one of ours."""
+    """What a card was rendered with (`repo_id`, `revision`, `space`, `hub`), or None if it is not one of ours."""
     found = SETTINGS.search(card)
     try:
         settings = json.loads(found[1]) if found else None
     except ValueError:
         return None
-    if not isinstance(settings, dict) or settings.keys() != {"repo_id", "revision", "space"}:
+    if not isinstance(settings, dict) or settings.keys() - {"hub"} != {"repo_id", "revision", "space"}:
         return None
     return settings if all(value is None or isinstance(value, str) for value in settings.values()) else None
 
@@ -182,9 +192,11 @@ def _template() -> Template:
     return environment.get_template("card.md.jinja")
 
 
-def _settings(repo_id: str | None, revision: str | None, space: str | None) -> str:
-    settings = json.dumps({"repo_id": repo_id, "revision": revision, "space": space})
-    return settings.replace(">", "\\u003e")  # so that no revision ends the comment
+def _settings(repo_id: str | None, revision: str | None, space: str | None, hub: str) -> str:
+    settings = {"repo_id": repo_id, "revision": revision, "space": space}
+    if hub != PUBLIC_HUB:  # without it a card is what earlier versions wrote
+        settings["hub"] = hub
+    return json.dumps(settings).replace(">", "\\u003e")  # so that no revision ends the comment
 
 
 def _snippet(folder: Path, results: Results, name: str, revision: str | None, stock: bool) -> str:
@@ -195,7 +207,8 @@ def _snippet(folder: Path, results: Results, name: str, revision: str | None, st
         if revision
         else ['# The commit\'s hash instead of "main" pins the code and weights that you have looked at.']
     )
-    trust = "" if stock else ", trust_remote_code=True"
+    # A tokenizer needs no code: without this transformers would ask, as config.json names classes of the repo.
+    trust, tokenizer_trust = ("", "") if stock else (", trust_remote_code=True", ", trust_remote_code=False")
     # For PEFT's format transformers takes a plain `revision` for the base's, too; this one is the adapter's alone.
     pinned = 'adapter_kwargs={"revision": revision}' if stock else f"revision=revision{trust}"
     template = folder / "tokenizer_config.json"
@@ -218,7 +231,7 @@ def _snippet(folder: Path, results: Results, name: str, revision: str | None, st
         "",
         *pin,
         f"repo, revision = {json.dumps(name)}, {at}",
-        f"tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision{trust})",
+        f"tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision{tokenizer_trust})",
         f"model = AutoModelForCausalLM.from_pretrained(repo, {pinned})",
         "",
         *inputs,

@@ -11,18 +11,19 @@ from minilora_hub.results import Base, Results, Training
 METHOD_NAMES = {"mixlora": "MixLoRA", "dora": "DoRA", "lora": "LoRA"}
 PAPERS = {"mixlora": "2404.15159", "dora": "2402.09353", "lora": "2106.09685"}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+PUBLIC_HUB = "https://huggingface.co"
 Rows = list[tuple[str, str]]
 
 
-def base_link(base: Base) -> str:
-    """The base's id, as a link to it where it is an id."""
+def base_link(base: Base, hub: str) -> str:
+    """The base's id, as a link to its page on a Hub where it is an id."""
     if not HUB_ID.fullmatch(base.id):
         return code(base.id)
     tree = f"/tree/{base.revision}" if base.revision and HUB_ID.fullmatch(base.revision) else ""
-    return f"[{inline(base.id)}](https://huggingface.co/{base.id}{tree})"
+    return f"[{inline(base.id)}]({hub}/{base.id}{tree})"
 
 
-def summary(results: Results, config: dict[str, Any]) -> str:
+def summary(results: Results, config: dict[str, Any], hub: str) -> str:
     """The first sentences of the card."""
     method = results.method
     kind = {
@@ -33,7 +34,7 @@ def summary(results: Results, config: dict[str, Any]) -> str:
     }[method]
     return (
         f"A [{METHOD_NAMES[method]}](https://arxiv.org/abs/{PAPERS[method]}) adapter ({kind}) for "
-        f"{base_link(results.base)}: {_size(results)}."
+        f"{base_link(results.base, hub)}: {_size(results)}."
     )
 
 
@@ -76,7 +77,7 @@ def _size(results: Results) -> str:
     return f"{number(results.parameters)} parameters{share}"
 
 
-def adapter_rows(results: Results, config: dict[str, Any]) -> Rows:
+def adapter_rows(results: Results, config: dict[str, Any], hub: str) -> Rows:
     """What the adapter is: method, settings, base."""
     base = results.base
     rows = [
@@ -104,7 +105,7 @@ def adapter_rows(results: Results, config: dict[str, Any]) -> Rows:
         ("Dropout", number(config.get("lora_dropout"))),
         ("Scaling", "alpha / √rank" if config.get("use_rslora") else "alpha / rank"),
         ("Parameters", f"{number(results.parameters)} ({percent(results.share)} of the base's)"),
-        ("Base", base_link(base)),
+        ("Base", base_link(base, hub)),
         ("Base parameters", number(base.parameters)),
         ("Base revision", code(base.revision)),
         ("Base fingerprint", code(base.fingerprint)),

@@ -86,7 +86,17 @@ def check_base(folder: Folder, exists: BaseExists) -> Iterator[Problem]:
         remedy = "write the id on the Hub of the same weights: owner/name"
         yield Problem("base-local", file, f"{field} is {what}", remedy)
         return
-    at = f" at revision {revision!r}" if revision else ""
+    yield from check_existence(file, base, revision, exists)
+    if not revision or not COMMIT.fullmatch(revision):
+        message = f"base_model_revision={revision!r} is no commit: the base may change under the adapter"
+        yield Problem(
+            "base-unpinned", file, message, "set it to the commit of the base it was trained on", blocking=False
+        )
+
+
+def check_existence(file: str, base: str, revision: str | None, exists: BaseExists) -> Iterator[Problem]:
+    """The base that `file` names is on the Hub, at the revision it names."""
+    field, at = f"base_model_name_or_path={base!r}", f" at revision {revision!r}" if revision else ""
     reason = ""
     try:
         found = exists(base, revision)
@@ -98,11 +108,13 @@ def check_base(folder: Folder, exists: BaseExists) -> Iterator[Problem]:
     elif not found:
         remedy = "check id and revision; a private base is found with your token, but not by those you publish for"
         yield Problem("base-not-found", file, f"{field}: the Hub has no such model{at}", remedy)
-    if not revision or not COMMIT.fullmatch(revision):
-        message = f"base_model_revision={revision!r} is no commit: the base may change under the adapter"
-        yield Problem(
-            "base-unpinned", file, message, "set it to the commit of the base it was trained on", blocking=False
-        )
+
+
+def check_own_license(license: str | None) -> Iterator[Problem]:
+    """The adapter has a licence."""
+    if not license:
+        message = "license is not set: without one nobody may use the adapter"
+        yield Problem("license-missing", RESULTS_FILE, message, "set it in results.json: minilora push --license ID")
 
 
 def check_license(folder: Folder, license_of: BaseLicense) -> Iterator[Problem]:
@@ -111,9 +123,7 @@ def check_license(folder: Folder, license_of: BaseLicense) -> Iterator[Problem]:
     if isinstance(results, AdapterError):
         return  # found by another check
     own = results.license_name if results.license == "other" and results.license_name else results.license
-    if not own:
-        message = "license is not set: without one nobody may use the adapter"
-        yield Problem("license-missing", RESULTS_FILE, message, "set it in results.json: minilora push --license ID")
+    yield from check_own_license(own)
     base, revision = base_of(folder)
     if not base or not is_hub_id(base):
         return

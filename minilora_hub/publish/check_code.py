@@ -6,14 +6,13 @@ import ast
 import hashlib
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
 
+from minilora_hub.formats.code_references import code_references, own_auto_map
 from minilora_hub.publish.island import island_files
 from minilora_hub.publish.problems import Folder, Problem
 
 REBUILD = "build the folder again with this version of minilora_hub: minilora push does"
 RUNNERS = {"eval", "exec", "compile", "__import__"}
-ENTRIES = {"mixlora": "MixLora", "dora": "Dora"}
 
 
 def check_island(folder: Folder) -> Iterator[Problem]:
@@ -67,26 +66,12 @@ def _check_source(folder: Folder, name: str) -> Iterator[Problem]:
 
 def check_auto_map(folder: Folder) -> Iterator[Problem]:
     """Entries that make transformers run code: those of config.json must be this repo's own classes, others absent."""
-    prefix = ENTRIES.get(str(folder.config.get("model_type")))
-    expected = prefix and {
-        "AutoConfig": f"configuration_minilora.{prefix}Config",
-        "AutoModel": f"modeling_minilora.{prefix}Model",
-        "AutoModelForCausalLM": f"modeling_minilora.{prefix}ForCausalLM",
-    }
-    for name, content in folder.json_files.items():
-        if name == "config.json" and not folder.peft_layout:
-            if expected and content.get("auto_map") != expected:
-                message = f"auto_map={str(content.get('auto_map'))[:200]}: must be {expected}"
-                yield Problem("auto-map", name, message, REBUILD)
-            content = {key: value for key, value in content.items() if key != "auto_map"}
-        if name not in ("tokenizer.json", "results.json", "verification.json") and _has_key(content, "auto_map"):
-            message = "has an auto_map: loading it would run code that is not the adapter's"
-            yield Problem(
-                "auto-map", name, message, "remove the entry; a tokenizer with code of its own cannot come along"
-            )
-
-
-def _has_key(content: Any, key: str) -> bool:
-    if isinstance(content, dict):
-        return key in content or any(_has_key(value, key) for value in content.values())
-    return isinstance(content, list) and any(_has_key(value, key) for value in content)
+    expected = None if folder.peft_layout else own_auto_map(folder.config.get("model_type"))
+    if expected and folder.config.get("auto_map") != expected:
+        message = f"auto_map={str(folder.config.get('auto_map'))[:200]}: must be {expected}"
+        yield Problem("auto-map", "config.json", message, REBUILD)
+    for reference in code_references(folder.path):
+        if not reference.own:
+            message = f"{reference.text}: loading it would run code that is not the adapter's"
+            remedy = "remove the entry; a tokenizer with code of its own cannot come along"
+            yield Problem("auto-map", reference.file, message, remedy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -13,14 +14,19 @@ from typing import Any
 from minilora_hub.bases import EMBEDDED
 from minilora_hub.embedded import HUB_ID
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.folders import AdapterFolder, read_folder
-from minilora_hub.publish.damage import read_header
+from minilora_hub.formats.code_references import code_references
+from minilora_hub.formats.folders import AdapterFolder, describe_folder, refuse_lfs_pointer
+from minilora_hub.formats.plain_files import read_header
+from minilora_hub.formats.reading import check_settings
 from minilora_hub.publish.island import code_files, code_hash, release_of
 from minilora_hub.publish.sources import METHODS
 from minilora_hub.recording.sources import WEIGHTS, read_source
 from minilora_hub.results import RESULTS_FILE, Evaluation, Results
 
-SORTS = ("downloads", "likes", "last_modified", "created_at")
+SORTS = ("downloads", "likes", "last_modified", "created_at", "trending_score")
+LISTED = ["author", "cardData", "createdAt", "downloads", "lastModified", "likes", "private", "tags", "trendingScore"]
+LOOKED_AT = 1000
+"""How many models are looked at on a Hub that does not search by tag."""
 METHOD_TAGS = ("mixlora", "dora", "lora")
 SHOWN_SETTINGS = (
     "r",
@@ -73,6 +79,7 @@ class AdapterInfo:
         seconds: how long that took.
         data: names of what it was trained on.
         evaluation: measured results.
+        warnings: what leads to code outside the adapter's own folder; nothing here loads such an adapter.
     """
 
     name: str
@@ -91,6 +98,7 @@ class AdapterInfo:
     seconds: float | None = None
     data: tuple[str, ...] = ()
     evaluation: tuple[Evaluation, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON has it."""
@@ -106,6 +114,7 @@ class ListedAdapter:
     bases: tuple[str, ...] = field(default=())
     downloads: int = 0
     likes: int = 0
+    created: str | None = None
     updated: str | None = None
     license: str | None = None
     private: bool = False
@@ -123,14 +132,15 @@ def info(
         progress: show bars on stderr while files are fetched.
 
     Raises:
-        AdapterError: it is not there, or is no adapter of a known kind.
+        AdapterError: it is not there, is no adapter of a known kind, or has a setting that cannot be honoured.
     """
     folder, commit = Path(repo_or_dir), None
     if not folder.is_dir():
         from minilora_hub.publish.remote import fetch
 
         folder, commit = fetch(os.fspath(repo_or_dir), revision=revision, token=token, progress=progress)
-    found = read_folder(folder)
+    found = describe_folder(folder)
+    check_settings(found)
     if found.dialect not in ("minilora", "peft") or not (folder / WEIGHTS).is_file():
         return _in_another_format(found, os.fspath(repo_or_dir), commit)
     source = read_source(folder)
@@ -155,7 +165,13 @@ def info(
         seconds=training.seconds if training else None,
         data=tuple(source.name for source in training.data) if training else (),
         evaluation=results.evaluation if results else (),
+        warnings=code_warnings(folder),
     )
+
+
+def code_warnings(folder: Path) -> tuple[str, ...]:
+    """Say what in a folder leads to code elsewhere, a line each; empty if nothing does."""
+    return tuple(str(reference) for reference in code_references(folder) if reference.problem)
 
 
 def _files(folder: Path) -> dict[str, int]:
@@ -185,6 +201,7 @@ def _in_another_format(found: AdapterFolder, name: str, commit: str | None) -> A
         parameters=sum(count_values(path) for path in weights) if weights else None,
         bytes=sum(files.values()),
         files=files,
+        warnings=code_warnings(found.folder),
     )
 
 
@@ -194,19 +211,9 @@ def count_values(weights: Path) -> int:
     Raises:
         AdapterError: it is no safetensors file.
     """
-    with weights.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        header, _ = read_header(start + file.read(min(length, 100 * 2**20)))
-    count = 0
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        values = 1
-        for size in entry["shape"]:
-            values *= size
-        count += values
-    return count
+    refuse_lfs_pointer(weights)
+    header, _ = read_header(weights)
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 def list_adapters(
@@ -222,12 +229,13 @@ def list_adapters(
     Args:
         base: the base's id; ``"embedded"`` is the model that stands for. Default: any base.
         method: ``"mixlora"``, ``"dora"`` or ``"lora"``. Default: any, or without a base: MixLoRA and DoRA.
-        sort: ``"downloads"``, ``"likes"``, ``"last_modified"`` or ``"created_at"``. Default: downloads.
+        sort: what comes first, the most or the newest: ``"downloads"``, ``"likes"``, ``"last_modified"``,
+            ``"created_at"`` or ``"trending_score"``. Default: downloads.
         limit: how many at most.
         token: to see your private ones, too. Default: the one of ``hf auth login``.
 
     Raises:
-        PublishError: the Hub cannot be asked.
+        PublishError: the Hub cannot be asked, or it does not search by tag and has too many models to look at each.
         ValueError: `method` or `sort` is none of those.
     """
     from minilora_hub.errors import PublishError
@@ -239,25 +247,47 @@ def list_adapters(
         raise ValueError(f"sort={sort!r}: must be one of {SORTS}")
     base = HUB_ID if base == EMBEDDED else base
     methods: list[str | None] = [method] if method else [None] if base else ["mixlora", "dora"]
-    found: dict[str, ListedAdapter] = {}
+    sort = sort or "downloads"
+    found: dict[str, Any] = {}
     for tag in methods:
         wanted = ([f"base_model:adapter:{base}"] if base else []) + ([tag] if tag else [])
         try:
-            models = patiently(partial(_search, token, wanted, sort or "downloads", limit))
-            found |= {model.id: _listed(model) for model in models}
+            found |= {model.id: model for model in patiently(partial(_search, token, wanted, sort, limit))}
         except FAILURES as error:
             raise PublishError(explain(error, base or "the Hub", "listing adapters")) from None
-    if len(methods) == 1:
-        return list(found.values())
-    key = {"last_modified": "updated", "created_at": "updated", None: "downloads"}.get(sort, sort)
-    ordered = sorted(found.values(), key=lambda model: getattr(model, key or "downloads") or 0, reverse=True)
-    return ordered[:limit]
+    models = list(found.values())
+    if len(methods) > 1:  # the Hub has sorted each method's; sorting keeps the order of those without a value
+        known = [model for model in models if getattr(model, sort) is not None]
+        unknown = [model for model in models if getattr(model, sort) is None]
+        models = sorted(known, key=lambda model: getattr(model, sort), reverse=True) + unknown
+    return [_listed(model) for model in models[:limit]]
 
 
 def _search(token: str | None, wanted: list[str], sort: Any, limit: int) -> list[Any]:
+    """Search by tags. A Hub that ignores them answers with other models: then each of its models is looked at.
+
+    Raises:
+        PublishError: there are too many of them.
+    """
     from huggingface_hub import HfApi
 
-    return list(HfApi(token=token).list_models(filter=wanted, sort=sort, limit=limit, full=True, cardData=True))
+    from minilora_hub.errors import PublishError
+
+    api = HfApi(token=token)
+
+    def has_tags(model: Any) -> bool:
+        return {tag.casefold() for tag in wanted} <= {tag.casefold() for tag in model.tags or []}
+
+    models = list(api.list_models(filter=wanted, sort=sort, limit=limit, expand=LISTED))  # type: ignore[arg-type]
+    if all(map(has_tags, models)):
+        return models
+    models = list(api.list_models(sort=sort, limit=LOOKED_AT + 1, expand=LISTED))  # type: ignore[arg-type]
+    if len(models) > LOOKED_AT:
+        raise PublishError(
+            f"listing adapters: the Hub at {api.endpoint} does not search by tag, and has more than {LOOKED_AT} "
+            "models: its adapters cannot be found"
+        )
+    return list(filter(has_tags, models))[:limit]
 
 
 def _listed(model: Any) -> ListedAdapter:
@@ -270,6 +300,7 @@ def _listed(model: Any) -> ListedAdapter:
         bases=tuple(tag.removeprefix(prefix) for tag in tags if tag.startswith(prefix)),
         downloads=model.downloads or 0,
         likes=model.likes or 0,
+        created=model.created_at.date().isoformat() if model.created_at else None,
         updated=model.last_modified.date().isoformat() if model.last_modified else None,
         license=card.get("license"),
         private=bool(model.private),

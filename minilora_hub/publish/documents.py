@@ -89,6 +89,8 @@ def card_to_keep(own: str | None, published: str | None, notes: list[str]) -> st
 def write_card(folder: Path, repo_id: str, revision: str | None, space: str | None, previous: str | None) -> str:
     """Write the card and what goes with it, and return it. It tells of the files that are there already.
 
+    Its links lead to the Hub that is pushed to (``HF_ENDPOINT``).
+
     Args:
         folder: the folder, with everything else in it.
         repo_id: see `render_card`.
@@ -96,6 +98,8 @@ def write_card(folder: Path, repo_id: str, revision: str | None, space: str | No
         space: see `render_card`; default: the one that `previous` names.
         previous: an earlier card of ours, whose free text is kept.
     """
+    from huggingface_hub import constants
+
     from minilora_hub.publish.card import render_card, settings_of
     from minilora_hub.publish.card_metadata import eval_results_files
 
@@ -104,6 +108,8 @@ def write_card(folder: Path, repo_id: str, revision: str | None, space: str | No
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     space = space or (before["space"] if before else None)
-    card = render_card(folder, repo_id=repo_id, revision=revision, space=space, previous=previous)
+    card = render_card(
+        folder, repo_id=repo_id, revision=revision, space=space, hub=constants.ENDPOINT, previous=previous
+    )
     (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
     return card

@@ -37,15 +37,14 @@ class Stages:
         elif self._status is not None:
             self._status.stop()
 
-    def start(self, name: str, *, spinner: bool = True) -> None:
-        """Begin a stage, and end the one before. Without a spinner where something else draws bars."""
+    def start(self, name: str) -> None:
+        """Begin a stage, and end the one before."""
         if self._console is None:
             return
         self.end()
         self._name, self._started = name, time.perf_counter()
         self._status = self._console.status(f"{name} …")
-        if spinner:
-            self._status.start()
+        self._status.start()
 
     def end(self) -> None:
         """End the stage that runs, if one does."""

@@ -13,26 +13,31 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from huggingface_hub import HfApi, get_token
 
 from minilora_hub.errors import AdapterError, PublishError
 from minilora_hub.publish import free_text
 from minilora_hub.publish import remote as hub
-from minilora_hub.publish.build import Built, build
+from minilora_hub.publish.build import Built, PublishedFile, build
 from minilora_hub.publish.card import require_space
+from minilora_hub.publish.check_base import check_existence, check_own_license
 from minilora_hub.publish.checks import Checked, check_folder, check_unfinished
 from minilora_hub.publish.documents import CARD
 from minilora_hub.publish.hashes import Hashes
 from minilora_hub.publish.hub_errors import ATTEMPTS, FAILURES, explain, patiently
-from minilora_hub.publish.plan import PushPlan, plan_files, pushed_by_us
+from minilora_hub.publish.plan import PushPlan, plan_files, pushed_by_us, same_content
+from minilora_hub.publish.problems import Problem
 from minilora_hub.publish.progress import Stages
 from minilora_hub.publish.sending import send, set_tag
 from minilora_hub.publish.sources import METHODS
 from minilora_hub.publish.verify import VerifyReport
 from minilora_hub.publish.verify import verify as verify_repo
-from minilora_hub.recording.sources import WEIGHTS, Layout
+from minilora_hub.quiet import quiet_libraries
+from minilora_hub.recording.bases_of_record import published_base
+from minilora_hub.recording.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, Layout, Source, read_source
+from minilora_hub.results import RESULTS_FILE, Results
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class PushResult:
         }
 
 
+@quiet_libraries()
 def push(
     folder: str | os.PathLike[str],
     repo_id: str,
@@ -135,8 +141,11 @@ def push(
     with Stages(progress) as stages, tempfile.TemporaryDirectory(prefix="minilora-push-") as scratch:
         stages.start("Looking at the repo")
         target = _Target.of(api, repo_id, revision, tag, private, create_pr, dry_run)
-        stages.start("Building")
         base = hub.BaseOnHub(api, 1 if dry_run else ATTEMPTS)
+        source = read_source(Path(folder))
+        target.refuse_taken_tag(source, layout, hashes)
+        _refuse_before_building(source, base_id, license, base)
+        stages.start("Building")
         checked: list[Checked] = []
         built = build(
             Path(folder),
@@ -164,7 +173,7 @@ def push(
         stages.end()
         if dry_run or (confirm is not None and not confirm(plan)):
             return PushResult(plan, dry_run=True)
-        commit, url = _send(target, plan, built, message, progress, stages)
+        commit, url = _send(target, plan, built, message, stages)
         report = None
         if verify:
             stages.start("Verifying")
@@ -215,9 +224,31 @@ class _Target:
         state, branch = _look(api, repo_id, revision, dry_run), revision or "main"
         tagged = _tagged(api, repo_id, tag, dry_run) if tag and state.exists else None
         _refuse_early(state, repo_id, branch, private, create_pr, tag)
+        if create_pr:
+            hub.require_pull_requests(api, repo_id, 1 if dry_run else ATTEMPTS)
         card = _published_card(_reader(api, repo_id, state.head), state, repo_id)
         private = state.private if state.exists else private
         return cls(api, repo_id, branch, tag, private, create_pr, state, tagged, card)
+
+    def refuse_taken_tag(self, source: Source, layout: Layout, hashes: Hashes) -> None:
+        """Refuse a tag that this push would have to move, as far as that can be told before anything is built.
+
+        On the newest commit it may stay where the push turns out to change nothing: with other weights it will not.
+        """
+        if self.tagged is None:
+            return
+        weights, there = source.folder / WEIGHTS, (self.state.files or {}).get(WEIGHTS)
+        if self.tagged == self.state.head and there is not None:
+            # A DoRA is written anew for PEFT's layout; everything else is published byte by byte.
+            rewritten = source.method == "dora" and "peft" in (source.layout, layout)
+            known = PublishedFile(WEIGHTS, weights.stat().st_size, hashes.of(weights))
+            if rewritten or same_content(weights, known, there):
+                return
+        self._refuse_tag()
+
+    def _refuse_tag(self) -> NoReturn:
+        on = (self.tagged or "")[:12]
+        raise PublishError(f"the tag {self.tag!r} is on {on} already: choose another one, or delete it first")
 
     def plan(self, built: Built, notes: tuple[str, ...]) -> PushPlan:
         """Say what sending a built folder here would do, and refuse to move a tag."""
@@ -235,20 +266,14 @@ class _Target:
             notes=built.notes + notes,
         )
         if self.tagged and (plan.sends or self.tagged != self.state.head):
-            raise PublishError(
-                f"the tag {self.tag!r} is on {self.tagged[:12]} already: choose another one, or delete it first"
-            )
+            self._refuse_tag()
         return plan
 
 
-def _send(
-    target: _Target, plan: PushPlan, built: Built, message: str | None, progress: bool, stages: Stages
-) -> tuple[str, str]:
+def _send(target: _Target, plan: PushPlan, built: Built, message: str | None, stages: Stages) -> tuple[str, str]:
     """Make the commit, and the tag; return the commit and where to look at it."""
-    # The client draws a bar for each large file itself.
-    stages.start(f"Sending {len(plan.sends)} of {len(plan.files)} files", spinner=False)
-    with hub.quiet(not progress):
-        commit, url = send(target.api, plan, built.folder, target.state, message or _message(built))
+    stages.start(f"Sending {len(plan.sends)} of {len(plan.files)} files")
+    commit, url = send(target.api, plan, built.folder, target.state, message or _message(built))
     if target.tag:
         stages.start("Tagging")
         set_tag(target.api, target.repo_id, target.tag, commit)
@@ -272,6 +297,21 @@ def check(built: Built, base: hub.BaseOnHub, earlier: Checked | None = None) -> 
     problems = check_folder(
         built.folder, base_exists=base.exists, base_license=base.license, hashes=built.hashes, earlier=earlier
     )
+    return _refuse(problems)
+
+
+def _refuse_before_building(source: Source, base_id: str | None, license: str | None, base: hub.BaseOnHub) -> None:
+    """Refuse what `check` would refuse after the long work, where the configuration and results.json tell it."""
+    name, revision = published_base(source, base_id)
+    config = OUR_CONFIG if source.layout == "auto" else PEFT_CONFIG
+    problems = list(check_existence(config, name, revision, base.exists))
+    if (source.folder / RESULTS_FILE).is_file():
+        license = license or Results.load(source.folder).license
+    _refuse([*problems, *check_own_license(license)])
+
+
+def _refuse(problems: list[Problem]) -> tuple[str, ...]:
+    """Raise AdapterError where one of the problems is blocking; return the others, a line each."""
     lines = [f"{problem.file or 'the folder'}: {problem.message}; {problem.remedy}" for problem in problems]
     blocking = [line for line, problem in zip(lines, problems, strict=True) if problem.blocking]
     if blocking:
@@ -319,11 +359,10 @@ def _tagged(api: HfApi, repo_id: str, tag: str, dry_run: bool) -> str | None:
 
 def _reader(api: HfApi, repo_id: str, commit: str | None) -> Callable[[str], bytes]:
     def read(path: str) -> bytes:
-        with hub.quiet(True):
-            try:
-                return Path(patiently(lambda: api.hf_hub_download(repo_id, path, revision=commit))).read_bytes()
-            except FAILURES as error:
-                raise PublishError(explain(error, repo_id, f"reading {path} of the repo")) from None
+        try:
+            return Path(patiently(lambda: api.hf_hub_download(repo_id, path, revision=commit))).read_bytes()
+        except FAILURES as error:
+            raise PublishError(explain(error, repo_id, f"reading {path} of the repo")) from None
 
     return read
 

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import re
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, errors, get_token, snapshot_download
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+from minilora_hub.download_bar import download_bar
 from minilora_hub.errors import AdapterError, PublishError
-from minilora_hub.publish.hub_errors import ATTEMPTS, FAILURES, explain, patiently, status_of
+from minilora_hub.formats.plain_files import require_plain_names
+from minilora_hub.publish.hub_errors import (
+    ATTEMPTS,
+    FAILURES,
+    explain,
+    patiently,
+    root_cause,
+    server_message,
+    status_of,
+)
+from minilora_hub.quiet import quiet_libraries
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token with the role write"
@@ -117,6 +126,26 @@ def tags_of(api: HfApi, repo_id: str, attempts: int = ATTEMPTS) -> dict[str, str
     return {tag.name: tag.target_commit for tag in refs.tags}
 
 
+def require_pull_requests(api: HfApi, repo_id: str, attempts: int = ATTEMPTS) -> None:
+    """Refuse a repo in which no pull request can be opened; a Hub that does not know them would change the branch.
+
+    Raises:
+        PublishError: it takes none, or cannot be asked.
+    """
+    discussions = partial(api.get_repo_discussions, repo_id, discussion_type="pull_request")
+    try:
+        patiently(lambda: next(iter(discussions()), None), attempts)
+    except FAILURES as error:
+        status = status_of(error)
+        if status in (401, 429) or status is None or status >= 500:
+            raise PublishError(explain(error, repo_id, "looking at the pull requests")) from None
+        told = f"HTTP {status}: {server_message(root_cause(error))}"
+        raise PublishError(
+            f"create_pr=True: the Hub at {api.endpoint} takes no pull requests for {repo_id} ({told}): push to a repo "
+            "of your own, or to a branch of this one"
+        ) from None
+
+
 def fetch(repo_id: str, *, revision: str | None, token: str | None, progress: bool) -> tuple[Path, str]:
     """Fetch a repo into the Hub's cache.
 
@@ -124,14 +153,17 @@ def fetch(repo_id: str, *, revision: str | None, token: str | None, progress: bo
         The folder, and the commit.
 
     Raises:
-        AdapterError: there is no such repo or revision, or the Hub cannot be reached.
+        AdapterError: there is no such repo or revision, the Hub cannot be reached, or the repo lists files elsewhere.
     """
     try:
-        with quiet(not progress):
+        with quiet_libraries():
             if not constants.HF_HUB_OFFLINE:
                 # Asked for by itself: the download alone would be content with an old copy of what is gone.
-                revision = patiently(partial(HfApi(token=token).model_info, repo_id, revision=revision)).sha
-            folder = Path(patiently(partial(snapshot_download, repo_id, revision=revision, token=token)))
+                info = patiently(partial(HfApi(token=token).model_info, repo_id, revision=revision))
+                require_plain_names((file.rfilename for file in info.siblings or []), repo_id)
+                revision = info.sha
+            download = partial(snapshot_download, tqdm_class=download_bar(repo_id, progress))
+            folder = Path(patiently(partial(download, repo_id, revision=revision, token=token)))
     except errors.HFValidationError:
         raise AdapterError(f"{repo_id!r} is neither a folder nor an id on the Hub (owner/name)") from None
     except FAILURES as error:
@@ -167,17 +199,9 @@ class BaseOnHub:
                 self._known[base, revision] = True
             except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
                 self._known[base, revision] = None
-        return self._known[base, revision]
-
-
-def quiet(wanted: bool) -> AbstractContextManager[Any]:
-    """Without the client's progress bars, where that is wanted."""
-    return _NoBars() if wanted and not are_progress_bars_disabled() else nullcontext()
-
-
-class _NoBars:
-    def __enter__(self) -> None:
-        disable_progress_bars()
-
-    def __exit__(self, *_: object) -> None:
-        enable_progress_bars()
+            except FAILURES as error:
+                self._known[base, revision] = error
+        known = self._known[base, revision]
+        if isinstance(known, BaseException):
+            raise known
+        return known

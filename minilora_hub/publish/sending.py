@@ -14,6 +14,8 @@ from minilora_hub.publish.hub_errors import (
     explain,
     is_passing,
     patiently,
+    root_cause,
+    server_message,
     status_of,
     wait_after,
 )
@@ -60,14 +62,23 @@ def _commit(api: HfApi, plan: PushPlan, folder: Path, parent: str | None, messag
         CommitOperationDelete(file.path) if file.sha256 is None else _addition(file.path, file.sha256, folder)
         for file in plan.sends
     ]
-    made = api.create_commit(
-        plan.repo_id,
-        operations,
-        commit_message=message,
-        revision=plan.revision,
-        create_pr=plan.create_pr,
-        parent_commit=parent,
-    )
+    try:
+        made = api.create_commit(
+            plan.repo_id,
+            operations,
+            commit_message=message,
+            revision=plan.revision,
+            create_pr=plan.create_pr,
+            parent_commit=parent,
+        )
+    except KeyError:
+        if not plan.create_pr:
+            raise
+        # The client looks for the pull request's address in the answer to a commit that was made.
+        raise PublishError(
+            f"the Hub at {api.endpoint} has opened no pull request: it has committed to {plan.revision} of "
+            f"{plan.repo_id} itself; look at it there"
+        ) from None
     return made.oid, made.pr_url or made.commit_url
 
 
@@ -104,8 +115,11 @@ def _made_after_all(
     if not now.exists:
         raise PublishError(f"{plan.repo_id} was deleted while files were sent: push again to make it anew")
     if now.head == before.head:
-        if status_of(error) == 412:
-            raise PublishError(explain(error, plan.repo_id, "committing") + "; nothing was overwritten") from None
+        status = status_of(error)
+        if status in (409, 412):  # which otherwise says that somebody else has committed, and nobody has
+            what = "opening the pull request" if plan.create_pr else "committing"
+            told = f"the Hub refused it (HTTP {status}: {server_message(root_cause(error))})"
+            raise PublishError(f"{what}: {told}; nothing was changed in {plan.repo_id}") from None
         return None
     if not plan.create_pr and now.head is not None and arrived(plan.files, folder, now):
         return now.head, f"{api.endpoint}/{plan.repo_id}/commit/{now.head}"

@@ -28,6 +28,7 @@ from minilora_hub.publish.progress import Stages
 from minilora_hub.publish.space_files import APP, MARKER, OUR_VARIABLES, README, VENDORED, SpaceSettings, stage
 from minilora_hub.publish.space_models import find_models
 from minilora_hub.publish.space_waiting import wait_until_it_runs
+from minilora_hub.quiet import quiet_libraries
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 COMMIT_ATTEMPTS = 3
@@ -74,6 +75,7 @@ class SpacePush:
         return asdict(self)
 
 
+@quiet_libraries()
 def push_space(
     space: str,
     adapters: Sequence[str] = (),
@@ -126,7 +128,8 @@ def push_space(
     with Stages(progress) as stages, tempfile.TemporaryDirectory(prefix="minilora-space-") as scratch:
         stages.start("Looking at the adapters")
         base, public = find_models(api, tuple(adapters), base, "HF_TOKEN" in secrets, dry_run)
-        settings = SpaceSettings(title or space.rpartition("/")[2], base, tuple(adapters), public, hardware, mcp)
+        title = title or space.rpartition("/")[2]
+        settings = SpaceSettings(title, base, tuple(adapters), public, hardware, mcp, api.endpoint)
         stages.start("Looking at the Space")
         state = _look(api, space, dry_run)
         if state.exists and not state.private and private:
@@ -155,9 +158,8 @@ def push_space(
             return plan
         stages.start("Setting it up")
         state = _set_up(api, plan, secrets, state)
-        stages.start(f"Sending {len(paths)} files", spinner=False)
-        with hub.quiet(not progress):
-            commit = _commit(api, plan, folder, state)
+        stages.start(f"Sending {len(paths)} files")
+        commit = _commit(api, plan, folder, state)
         done = SpacePush(**{**vars(plan), "dry_run": False, "commit": commit})
         if not wait:
             return done
@@ -209,7 +211,7 @@ def _require_ours(api: HfApi, space: str, state: hub.RemoteState) -> None:
     card = ""
     if README in (state.files or {}):
         try:
-            with tempfile.TemporaryDirectory(prefix="minilora-space-") as folder, hub.quiet(True):
+            with tempfile.TemporaryDirectory(prefix="minilora-space-") as folder:
                 path = api.hf_hub_download(space, README, repo_type="space", revision=state.head, local_dir=folder)
                 card = Path(path).read_text(encoding="utf-8", errors="replace")
         except FAILURES as error:

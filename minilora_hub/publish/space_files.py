@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 from minilora_hub.embedded import HUB_ID
 from minilora_hub.errors import PublishError
+from minilora_hub.publish.card_facts import PUBLIC_HUB
 
 PACKAGE = Path(__file__).resolve().parents[1]
 APP, README, REQUIREMENTS = "app.py", "README.md", "requirements.txt"
@@ -46,6 +47,7 @@ class SpaceSettings:
         public: those of base and adapters that everybody may download.
         hardware: what it asks for; None leaves that to the Hub.
         mcp: whether the page is a tool for MCP clients, too.
+        hub: address of the Hub that links lead to.
     """
 
     title: str
@@ -54,6 +56,7 @@ class SpaceSettings:
     public: tuple[str, ...] = ()
     hardware: str | None = None
     mcp: bool = False
+    hub: str = PUBLIC_HUB
 
     @property
     def zero_gpu(self) -> bool:
@@ -166,10 +169,10 @@ def space_card(settings: SpaceSettings) -> str:
         # Fetched while the Space is built, so that it starts sooner. Building knows no secret: public repos only.
         **({"preload_from_hub": public} if public else {}),
     }
-    shown = "\n".join(f"- [{name}](https://huggingface.co/{name})" for name in settings.adapters)
+    shown = "\n".join(f"- [{name}]({settings.hub}/{name})" for name in settings.adapters)
     return (
         f"---\n{yaml_dump(fields)}---\n\n{MARKER}\n\n"
-        f"One prompt, answered side by side by [{base}](https://huggingface.co/{base}) and adapters on it, in one "
+        f"One prompt, answered side by side by [{base}]({settings.hub}/{base}) and adapters on it, in one "
         "batched pass.\n\n"
         + (f"{shown}\n\n" if shown else "The adapters are those that travel with minilora_hub.\n\n")
         + "`?adapter=owner/name` in the address shows any small public adapter for this base. The Space's variables "

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi, errors
 
 from minilora_hub.bases import EMBEDDED
 from minilora_hub.errors import AdapterError, PublishError
+from minilora_hub.formats.code_references import CONFIGURATION_FILES, code_references
 from minilora_hub.formats.folders import read_json
-from minilora_hub.publish import remote as hub
 from minilora_hub.publish.hub_errors import ATTEMPTS, FAILURES, explain, patiently, status_of
+from minilora_hub.quiet import quiet_libraries
 from minilora_hub.recording.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -64,10 +66,15 @@ def _adapter(api: HfApi, name: str, attempts: int, dry_run: bool) -> tuple[bool,
         info = patiently(lambda: api.model_info(name), attempts)
         files = {file.rfilename for file in info.siblings or []}
         config = next((file for file in (PEFT_CONFIG, OUR_CONFIG) if file in files), None)
+        configurations = [file for file in CONFIGURATION_FILES if file in files]
         if config is None or WEIGHTS not in files:
             raise AdapterError(f"{name} holds no adapter: {WEIGHTS} and {OUR_CONFIG} (or {PEFT_CONFIG}) must be there")
-        with tempfile.TemporaryDirectory(prefix="minilora-space-") as folder, hub.quiet(True):
-            patiently(lambda: api.hf_hub_download(name, config, revision=info.sha, local_dir=folder), attempts)
+        with tempfile.TemporaryDirectory(prefix="minilora-space-") as folder, quiet_libraries():
+            for file in configurations:
+                patiently(partial(api.hf_hub_download, name, file, revision=info.sha, local_dir=folder), attempts)
+            for reference in code_references(Path(folder), files):
+                if reference.problem:  # the Space itself would refuse it when it starts
+                    raise AdapterError(f"{name} cannot be shown: {reference}")
             named = read_json(Path(folder, config)).get("base_model_name_or_path")
     except errors.HFValidationError:
         raise AdapterError(f"adapter {name!r}: no id on the Hub, which reads owner/name") from None

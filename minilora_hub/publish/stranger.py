@@ -5,10 +5,11 @@ the libraries print goes to stderr. The parent judges; this only loads, computes
 
     target, revision     folder or Hub id of the adapter, and its commit
     layout               "auto" (the repo's own code, through AutoModel) or "peft"
-    base                 another base than the adapter names: a folder or a Hub id; null for the named one
+    base                 another base than the adapter names: a folder; null for the named one
     dtype                "float32", …
     prompts, tokens      token ids of each prompt, and the tokens whose logits are wanted
-    copies               {name: folder} of damaged copies, which must be refused
+    copy                 a copy of the weights beside their configuration, to be damaged, or null
+    damages              {name: [offset, bytes in hexadecimal]}: written into the copy in turns, it must be refused
     peft                 folder of the same adapter in PEFT's format, or null
     tokenizer            whether the adapter has one, to be loaded too
 """
@@ -17,7 +18,9 @@ import json
 import os
 import sys
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -46,18 +49,20 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """Load, compute, and try what must fail."""
     dtype = getattr(torch, job["dtype"])
     if job["tokenizer"]:
-        AutoTokenizer.from_pretrained(job["target"], revision=job["revision"], trust_remote_code=True)
+        AutoTokenizer.from_pretrained(job["target"], revision=job["revision"], trust_remote_code=False)
     if job["layout"] == "peft":
         stock = load_peft_layout(job, dtype)
         return {"class": class_name(stock), "logits": logits(stock, job)}
     # A `None` would name another base, or none.
     given = {"base_model": job["base"]} if job["base"] else {}
-    where = {"revision": job["revision"], "trust_remote_code": True}
-    model: Any = AutoModelForCausalLM.from_pretrained(job["target"], dtype=dtype, **where, **given)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        job["target"], revision=job["revision"], dtype=dtype, trust_remote_code=True, **given
+    )
     answer: dict[str, Any] = {"class": class_name(model), "logits": logits(model, job), "refusals": {}}
     base = model.unload()
-    for name, folder in job["copies"].items():
-        answer["refusals"][name] = refusal(type(model), folder, base)
+    for name, (offset, content) in job["damages"].items():
+        with damaged(job["copy"], offset, bytes.fromhex(content)) as folder:
+            answer["refusals"][name] = refusal(type(model), folder, base)
     if job["peft"]:
         answer["peft"] = logits(with_peft(base, job["peft"]), job)
     return answer
@@ -66,8 +71,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 def load_peft_layout(job: dict[str, Any], dtype: torch.dtype) -> Any:
     """Load PEFT's own layout: through AutoModel, unless another base is asked for."""
     if not job["base"]:
-        return AutoModelForCausalLM.from_pretrained(job["target"], revision=job["revision"], dtype=dtype)
-    base = AutoModelForCausalLM.from_pretrained(job["base"], dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(
+            job["target"], revision=job["revision"], dtype=dtype, trust_remote_code=False
+        )
+    base = AutoModelForCausalLM.from_pretrained(job["base"], dtype=dtype, trust_remote_code=False)
     return with_peft(base, job["target"])
 
 
@@ -78,6 +85,26 @@ def with_peft(base: Any, folder: str) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         return PeftModel.from_pretrained(base, folder).eval()
+
+
+@contextmanager
+def damaged(weights: str, offset: int, content: bytes) -> Iterator[str]:
+    """Write some bytes into the copy of the weights, and put back afterwards what was there; return its folder."""
+    with open(weights, "r+b") as file:
+        file.seek(offset)
+        before = file.read(len(content))
+        write_at(file, offset, content)
+        try:
+            yield os.path.dirname(weights)
+        finally:
+            write_at(file, offset, before)
+
+
+def write_at(file: BinaryIO, offset: int, content: bytes) -> None:
+    """Write some bytes, for other readers of the file to see."""
+    file.seek(offset)
+    file.write(content)
+    file.flush()
 
 
 def refusal(model_class: Any, folder: str, base: Any) -> str | None:

@@ -1,9 +1,11 @@
 """Proof that a published adapter works: it is loaded where minilora_hub cannot be imported, and computes what its
 verification.json says.
 
-First the files are read, and nothing is run: their hashes, and whether the code is a release of ours. Code that nobody
-knows is refused here unless `trust_remote_code` says otherwise. Then a process of its own (`stranger.py`) loads the
-adapter through AutoModel, compares logits, and tries damaged copies, which must be refused.
+First the files are read, and nothing is run: whether they are plain files, their hashes, and whether the code is a
+release of ours that nothing leads away from. verification.json is the repo's own, so its hashes tell of damage and not
+of intent. Code that nobody knows is refused here unless `trust_remote_code` says otherwise, and a pointer to the code
+of another repo in any case. The base is fetched here as well: the process of its own (`stranger.py`) that then loads
+the adapter through AutoModel, compares logits and tries damaged weights has neither a token nor the network.
 """
 
 from __future__ import annotations
@@ -15,16 +17,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.bases import resolve_base
-from minilora_hub.errors import AdapterError
+from minilora_hub.bases import EMBEDDED, resolve_base
+from minilora_hub.errors import AdapterError, BaseModelError
+from minilora_hub.formats.code_references import code_references, own_auto_map
 from minilora_hub.formats.folders import TOKENIZER_FILES
+from minilora_hub.formats.plain_files import require_plain_files, require_true_sizes
 from minilora_hub.publish.clean_process import CleanProcess
-from minilora_hub.publish.damage import damaged_copies, write_copies
+from minilora_hub.publish.damage import copy_for_damage, damages
 from minilora_hub.publish.hashes import file_sha256
 from minilora_hub.publish.island import code_files, code_hash, release_of
 from minilora_hub.publish.remote import fetch
 from minilora_hub.recording.logits import TOLERANCES, difference
-from minilora_hub.recording.sources import PEFT_CONFIG, WEIGHTS, Source, read_source
+from minilora_hub.recording.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, Source, read_source
 from minilora_hub.results import VERIFICATION_FILE, Verification
 
 NOT_HASHED = ("README.md", ".gitattributes", VERIFICATION_FILE)
@@ -108,7 +112,8 @@ def verify(
         repo_or_dir: Hub id, or a folder as it is published.
         revision: branch, tag or commit on the Hub. Default: main.
         base_model: load the base from there, e.g. ``"embedded"`` or a folder. Default: the one the adapter names.
-        trust_remote_code: run code that is no release of ours. Known code runs in any case.
+        trust_remote_code: run code of the repo that is no release of ours. Known code runs in any case, and code of
+            other repos in none.
         token: for private repos. Default: the one of ``hf auth login``.
         progress: show bars on stderr while files are fetched.
 
@@ -119,7 +124,7 @@ def verify(
         AdapterError: the repo or folder is not there, or the Hub cannot be reached.
         BaseModelError: `base_model` cannot be found.
     """
-    with CleanProcess(token=token) as stranger:
+    with CleanProcess() as stranger:
         return verify_with(
             stranger,
             repo_or_dir,
@@ -150,6 +155,8 @@ def verify_with(
     if checked is not None:
         source, verification = checked
         base = str(resolve_base(base_model, token=token, progress=progress).path) if base_model else None
+        if base is None and not _fetch_base(source, found, token, progress):
+            return VerifyReport(name, commit, tuple(found.steps), found.code)
         # Of PEFT's layout the copy in the cache: there transformers would look for the adapter's commit in the base.
         by_name = commit is not None and source.layout == "auto"
         target = (name, commit) if by_name else (str(folder.resolve()), None)
@@ -160,6 +167,7 @@ def verify_with(
 def _check_files(folder: Path, found: _Findings, trust: bool) -> tuple[Source, Verification] | None:
     """Read everything, run nothing. None where it ends here."""
     try:
+        require_plain_files(folder)
         source = read_source(folder)
         verification = Verification.load(folder)
     except AdapterError as error:
@@ -171,6 +179,11 @@ def _check_files(folder: Path, found: _Findings, trust: bool) -> tuple[Source, V
     hashes = _check_hashes(folder, verification, found)
     trusted = _check_code(source, code, found, trust)
     limits = _check_settings(verification, found)
+    if hashes and trusted and limits:
+        try:
+            require_true_sizes(folder)
+        except AdapterError as error:
+            hashes = found.add("files", False, str(error))
     return (source, verification) if hashes and trusted and limits else None
 
 
@@ -198,16 +211,50 @@ def _check_hashes(folder: Path, verification: Verification, found: _Findings) ->
 
 
 def _check_code(source: Source, code: dict[str, Path], found: _Findings, trust: bool) -> bool:
+    release = release_of(found.code) if found.code else None
+    elsewhere = _other_code(source, released=release is not None)
+    if elsewhere:
+        return found.add("code", False, f"{elsewhere}: nothing was run")
     if source.layout == "peft":
         named = "it has none, and needs none" if not code else f"PEFT's layout needs none, but there is {min(code)}"
         return found.add("code", not code, named)
-    release = release_of(found.code) if found.code else None
     if release:
         return found.add("code", True, f"released by minilora_hub ({release}), {found.code}")
     if trust:
         return found.add("code", True, f"unknown, and trusted by your word, {found.code}")
     need = "nothing was run; read it, and pass trust_remote_code=True (--trust-remote-code) to run it"
     return found.add("code", False, f"{found.code or 'there is none'} is no release of minilora_hub: {need}")
+
+
+def _other_code(source: Source, released: bool) -> str | None:
+    """Say what would make a library run other code than that which is hashed; None if nothing would.
+
+    Args:
+        source: the adapter.
+        released: whether its code is a release of ours: then our own classes are all that it may name.
+    """
+    references = code_references(source.folder)
+    away = next((str(reference) for reference in references if reference.problem), None)
+    if away or source.layout == "peft" or not released:
+        return away
+    given, expected = source.config.get("auto_map"), own_auto_map(source.config["model_type"])
+    if given != expected:
+        return f"{OUR_CONFIG}: auto_map={str(given)[:200]}: must be {expected}, the classes of this code"
+    return next((f"{reference}, which is no class of ours" for reference in references if not reference.own), None)
+
+
+def _fetch_base(source: Source, found: _Findings, token: str | None, progress: bool) -> bool:
+    """Bring the base that the adapter names into the Hub's cache, as the other process has no network."""
+    # Of PEFT's layout AutoModel takes the newest base, whatever revision is named.
+    revision = source.base_revision if source.layout == "auto" else None
+    try:
+        if not source.base or source.base == EMBEDDED:
+            need = "pass the base that it was trained on, base_model= (--base)"
+            raise BaseModelError(f"base_model_name_or_path={source.base!r} is no id on the Hub: {need}")
+        resolve_base(source.base, revision=revision, token=token, progress=progress)
+    except BaseModelError as error:
+        return found.add("loading", False, str(error))
+    return True
 
 
 def _check_settings(verification: Verification, found: _Findings) -> bool:
@@ -232,13 +279,14 @@ def _check_behaviour(
 ) -> None:
     """Load it in the other process, and judge what comes back."""
     peft = source.folder / "peft"
-    try:
-        copies_of = damaged_copies(source.folder)
-    except AdapterError as error:
-        found.add("loading", False, str(error))
-        return
     with tempfile.TemporaryDirectory(prefix="minilora-damaged-") as scratch:
-        copies = write_copies(copies_of, source.folder, Path(scratch))
+        try:
+            ours = source.layout == "auto"
+            wrong = damages(source.folder / WEIGHTS) if ours else {}
+            copy = str(copy_for_damage(source.folder, Path(scratch))) if ours else None
+        except AdapterError as error:
+            found.add("loading", False, str(error))
+            return
         answer = stranger.run(
             {
                 "target": target[0],
@@ -248,8 +296,9 @@ def _check_behaviour(
                 "dtype": verification.dtype,
                 "prompts": verification.prompts,
                 "tokens": verification.top_tokens,
-                "copies": {name: str(path) for name, path in copies.items()} if source.layout == "auto" else {},
-                "peft": str(peft.resolve()) if source.layout == "auto" and (peft / PEFT_CONFIG).is_file() else None,
+                "copy": copy,
+                "damages": {name: [damage.offset, damage.content.hex()] for name, damage in wrong.items()},
+                "peft": str(peft.resolve()) if ours and (peft / PEFT_CONFIG).is_file() else None,
                 "tokenizer": any((source.folder / name).is_file() for name in TOKENIZER_FILES),
             },
             found.code,
@@ -257,9 +306,9 @@ def _check_behaviour(
     if "error" in answer:
         found.add("loading", False, answer["error"])
         return
-    ours = bool(OWN_CLASS.fullmatch(answer["class"]))
-    came = ours if source.layout == "auto" else answer["class"].split(".")[0] in ("transformers", "peft")
-    found.add("loading", came, f"{answer['class']}, from {'the repo' if ours else 'an installed package'}")
+    from_repo = bool(OWN_CLASS.fullmatch(answer["class"]))
+    came = from_repo if ours else answer["class"].split(".")[0] in ("transformers", "peft")
+    found.add("loading", came, f"{answer['class']}, from {'the repo' if from_repo else 'an installed package'}")
     hint = "" if base else "; if it was trained on other weights than the base's repo holds, pass base_model= (--base)"
     found.difference = _compare("logits", answer["logits"], verification, found, hint)
     for name, message in answer.get("refusals", {}).items():

@@ -122,13 +122,6 @@ def load_base(found: ResolvedBase) -> Any:
         BaseModelError: it cannot be loaded, or its checkpoint lacks a tensor.
     """
     import torch
-    from transformers.utils import logging
 
     dtype: Any = "auto" if wanted_dtype(found) == "auto" else torch.float32
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # a push shows its own
-    try:
-        return load_model(found, dtype=dtype)
-    finally:
-        if bar:
-            logging.enable_progress_bar()
+    return load_model(found, dtype=dtype)

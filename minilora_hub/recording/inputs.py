@@ -4,7 +4,7 @@
     tokenizer/…   sha256 of every tokenizer file: the adapter's, or the base's where the adapter has none
     base/…        fingerprint of the base's weights, which are hashed again only if they were touched since (they are
                   large; see `weights_stamp`); sha256 of every JSON file beside them (configuration, index)
-    code/…        sha256 of the island, which the model is made of, and of the code that records
+    code/…        sha256 of the code that records, and of everything of ours that it imports
     library/…     full versions of the libraries that tokenise, load and compute
     dtype         the one that is asked for
 
@@ -17,27 +17,23 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from minilora_hub.bases import ResolvedBase
+from minilora_hub.code_inputs import code_inputs, library_inputs
 from minilora_hub.formats.folders import COMPANIONS, TOKENIZER_FILES, read_json
 from minilora_hub.recording.bases_of_record import wanted_dtype
 from minilora_hub.recording.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, Source
 
 Digest = Callable[[Path], str]
 
-LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "bitsandbytes")
-"""Their full versions: a build for CUDA is another library than one for the processor. accelerate places weights for
-PEFT; bitsandbytes computes on a base that is quantised with it."""
 GENERATION = "generation_config.json"
 TOKENIZING = tuple(name for name in COMPANIONS if name not in (GENERATION, "chat_template.jinja"))
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
 
-PACKAGE = Path(__file__).resolve().parents[1]
-CODE = ("remote_code/*.py", "recording/*.py", "formats/peft.py", "tensor_names.py")
+# Hashed as this module is imported: what a file says later is not what this process runs.
+CODE_AND_LIBRARIES = code_inputs("minilora_hub.recording.reference") | library_inputs()
 
 
 def file_digest(path: Path) -> str:
@@ -82,10 +78,14 @@ def inputs_of(source: Source, base: ResolvedBase, fingerprint: str, digest: Dige
     tokenizer = tokenizer_folder(source, base)
     found = {f"adapter/{name}": digest(source.folder / name) for name in (config, WEIGHTS)}
     found |= {f"tokenizer/{name}": digest(tokenizer / name) for name in TOKENIZING if (tokenizer / name).is_file()}
-    found |= {"base/fingerprint": fingerprint, "dtype": wanted_dtype(base)}
+    found |= base_inputs(base, fingerprint, digest)
+    return found | {"dtype": wanted_dtype(base)} | CODE_AND_LIBRARIES
+
+
+def base_inputs(base: ResolvedBase, fingerprint: str, digest: Digest = file_digest) -> dict[str, str]:
+    """Return what a base's logits depend on: its weights, and the JSON files beside them, tokenizer aside."""
     beside = (path for path in sorted(base.path.glob("*.json")) if path.name not in COMPANIONS)
-    found |= {f"base/{path.name}": digest(path) for path in beside}
-    return found | code_inputs() | library_inputs()
+    return {"base/fingerprint": fingerprint} | {f"base/{path.name}": digest(path) for path in beside}
 
 
 def why_unknown(base: ResolvedBase, fingerprint: str) -> str | None:
@@ -97,27 +97,3 @@ def why_unknown(base: ResolvedBase, fingerprint: str) -> str | None:
     settings = read_json(base.path / "config.json").get("quantization_config") or {}
     method = settings.get("quant_method", "bitsandbytes") if isinstance(settings, dict) else "unknown"
     return None if method == "bitsandbytes" else f"the base is quantised ({method})"
-
-
-@cache
-def code_inputs() -> dict[str, str]:
-    """Hash the code that makes up the model and that records it."""
-    paths = sorted(path for pattern in CODE for path in PACKAGE.glob(pattern))
-    return {f"code/{path.relative_to(PACKAGE).as_posix()}": file_digest(path) for path in paths}
-
-
-@cache
-def library_inputs() -> dict[str, str]:
-    """Return the versions of the libraries that compute logits, as far as they are installed."""
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[f"library/{name}"] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """Return the names of what is not the same, sorted."""
-    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))

@@ -6,15 +6,15 @@ folder is run, and nothing of the model that was trained is used.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.errors import AdapterError
-from minilora_hub.formats.folders import COMPANIONS, TOKENIZER_FILES
+from minilora_hub.formats.base_source import BaseSource
+from minilora_hub.formats.companions import own_tokenizer
 from minilora_hub.formats.peft import PeftTargets, peft_targets, with_peft, write_peft_folder
+from minilora_hub.formats.reading import read_adapter
 from minilora_hub.recording.bases_of_record import BaseOfRecord, load_base
 from minilora_hub.recording.document import Recording
 from minilora_hub.recording.inputs import tokenizer_folder
@@ -48,7 +48,7 @@ def make_recording(
     dtype = str(model_of_base.dtype).removeprefix("torch.")
     base_parameters = sum(parameter.numel() for parameter in model_of_base.parameters())
     vocabulary = int(model_of_base.get_input_embeddings().num_embeddings)
-    prompts = prompt_ids(_tokenizer(tokenizer_folder(source, base.found)), vocabulary)
+    prompts = prompt_ids(own_tokenizer(tokenizer_folder(source, base.found)), vocabulary)
     if before is not None and (before.dtype, before.base_fingerprint) != (dtype, inputs["base/fingerprint"]):
         before = None
     look = _look_at_peft if source.layout == "peft" else _look_at_ours
@@ -98,6 +98,7 @@ def _look_at_peft(
     source: Source, base: Any, dtype: str, prompts: Sequence[Sequence[int]], before: Verification | None
 ) -> tuple[TopLogits, float | None, dict[str, Any]]:
     of_base = sum(parameter.numel() for parameter in base.parameters())
+    read_adapter(source, BaseSource.of_model(base))  # PEFT passes over what it does not know
     model = with_peft(base, source.folder)
     parameters = sum(parameter.numel() for parameter in model.parameters()) - of_base
     return record(model, prompts), _gap(model, before), {"parameters": parameters}
@@ -148,21 +149,3 @@ def model_class(source: Source) -> Any:
     from minilora_hub import DoraForCausalLM, MixLoraForCausalLM
 
     return MixLoraForCausalLM if source.method == "mixlora" else DoraForCausalLM
-
-
-def _tokenizer(folder: Path) -> Any | None:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    with tempfile.TemporaryDirectory(prefix="minilora-tokenizer-") as scratch:
-        # Without config.json: where that names a class of ours, AutoTokenizer would ask to run the repo's code.
-        for name in COMPANIONS:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, Path(scratch, name))
-        try:
-            return AutoTokenizer.from_pretrained(scratch)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if (folder / "tokenizer.json").is_file():
-                return PreTrainedTokenizerFast.from_pretrained(scratch)
-            raise AdapterError(f"the tokenizer of the adapter cannot be loaded: {error}") from error

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minilora_hub.bases import ResolvedBase
+from minilora_hub.code_inputs import changes
 from minilora_hub.errors import AdapterError
 from minilora_hub.recording.bases_of_record import BaseOfRecord, require_trained_on
 from minilora_hub.recording.document import RECORDING_FILE, Recording
-from minilora_hub.recording.inputs import Digest, changes, file_digest, inputs_of, weights_stamp, why_unknown
+from minilora_hub.recording.inputs import Digest, file_digest, inputs_of, weights_stamp, why_unknown
 from minilora_hub.recording.reference import make_recording
 from minilora_hub.recording.sources import Source, read_source
 from minilora_hub.results import Verification

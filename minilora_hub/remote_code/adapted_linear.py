@@ -17,6 +17,7 @@ where W A^T is the base layer applied to the r rows of A. At inference only c [o
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import Conv1D
 
 TINY_NORM = 1e-12
 """Smallest row norm that is divided by: a base row of zeros then gives zeros, not NaN."""
@@ -353,12 +354,13 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self):
-        """c * (W + s B A), [out, in], in the base weight's dtype.
+        """c * (W + s B A) in the base weight's dtype and layout: [out, in], or [in, out] where it is a Conv1D.
 
         Raises:
             ValueError: the base weight is quantised or offloaded.
         """
-        weight = plain_weight(self.base_layer)
+        transposed = isinstance(self.base_layer, Conv1D) and not self.base_layer.weight.is_meta
+        weight = self.base_layer.weight.mT if transposed else plain_weight(self.base_layer)
         if weight is None:
             raise ValueError(
                 f"cannot merge into a {type(self.base_layer).__name__} (quantised, offloaded or not a plain linear): "
@@ -368,4 +370,4 @@ class AdaptedLinear(nn.Module):
         merged = weight.float() + update.scaling * (update.lora_B.float() @ update.lora_A.float())
         if update.magnitude is not None:
             merged *= update.scale(self.base_layer)[:, None]
-        return merged.to(weight.dtype)
+        return (merged.mT if transposed else merged).to(weight.dtype)

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,17 @@ from transformers.utils import cached_file, logging
 
 from .adapter_files import (
     ADAPTER_FILE,
-    BASE_ALIASES,
     CODE_FILES,
     UNKNOWN,
     base_fingerprint,
+    base_source,
     cached_commit,
-    first_names,
-    local_folder,
     read_adapter,
     write_adapter,
 )
-from .attach import adapter_parameters, attach, detach, expected_tensors, replace_module
-from .base_loading import differing_tensors, load_checked, refuse_unknown_tokens, same_digests, tensor_digests
+from .attach import adapter_parameters, attach, detach, expected_tensors, weight_holders
+from .base_loading import load_checked, tensor_digests
+from .base_naming import HOLDS_AN_ADAPTER, NamedBase
 from .base_structure import LinearSite, find_decoder_layers, plan_sites, refuse_adapted
 from .probe import settle_targets
 from .trainer_support import by_name, find_in_state_dict, takes_base_arguments, without_wrappers, write_checkpoint
@@ -41,7 +39,6 @@ logger = logging.get_logger(__name__)
 # Arguments of from_pretrained that say where the adapter is, and those that reach adapter and base alike.
 ADAPTER_ONLY_ARGUMENTS = ("revision", "code_revision", "subfolder", "trust_remote_code", "adapter_kwargs", "_from_auto")
 SHARED_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
-HOLDS_AN_ADAPTER = "holds_merged_adapter"  # attribute of a base into which an adapter was merged
 PUSH_ARGUMENTS = tuple(inspect.signature(PreTrainedModel.push_to_hub).parameters)
 KNOWN_OF_THE_BASE = (
     "hf_device_map",
@@ -53,7 +50,7 @@ KNOWN_OF_THE_BASE = (
 )
 
 
-class AdaptedModel(PreTrainedModel):
+class AdaptedModel(NamedBase, PreTrainedModel):
     """What the four public classes share: building, loading, saving, merging and taking off an adapter.
 
     Attributes:
@@ -70,15 +67,12 @@ class AdaptedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     auto_class: Any = None  # AutoModel or AutoModelForCausalLM: what loads the base
-    # What the base was when it was last known to be the one that is named: name, revision, digests of its tensors.
-    _base_as_named = None
-    _base_cache_dir = None
 
     def __init__(self, config, base=None, adapter_file=None, seed=0, adapter_dtype=None):
         if base is None:
             if config.text_config is None:
                 raise ValueError(f"{type(self).__name__}: a base, or a configuration with text_config, is required")
-            base = self.auto_class.from_config(config.text_config)
+            base = self.auto_class.from_config(config.text_config, trust_remote_code=False)
         # Everything that can be wrong is found before the base is changed.
         sites = plan_sites(base, config)
         tensors = None if adapter_file is None else read_adapter(adapter_file, expected_tensors(config, sites))
@@ -174,30 +168,6 @@ class AdaptedModel(PreTrainedModel):
         return model
 
     @classmethod
-    def _refuse_other_weights(cls, base, config):
-        name = config.base_model_name_or_path
-        folder = local_folder(_source(name), config.base_model_revision)
-        try:
-            differing = differing_tensors(base, folder)
-        except Exception as error:  # whatever a base's own loading raises
-            raise ValueError(
-                f"base: this {type(base).__name__} cannot be compared with the files of {name!r}, which it names "
-                f"({type(error).__name__}: {error}): pass that name instead of the model"
-            ) from error
-        if differing:
-            raise ValueError(
-                f"base: this {type(base).__name__} names {name!r}, but has other weights than its files "
-                f"({first_names(differing)}), so loading the adapter would give another model: save it to a folder, "
-                "base.save_pretrained(folder), and pass the folder"
-            )
-
-    def _remember_base(self, digests, cache_dir):
-        """Keep what the base was when it was the one that is named, or None; and where its files were found."""
-        config, self._base_cache_dir = self.config, cache_dir
-        if digests is not None:
-            self._base_as_named = (config.base_model_name_or_path, config.base_model_revision, digests)
-
-    @classmethod
     def _refused_linears(cls, base):
         """{path: reason} of linears that a subclass cannot adapt."""
         return {}
@@ -207,7 +177,7 @@ class AdaptedModel(PreTrainedModel):
         name, revision = config.base_model_name_or_path, config.base_model_revision
         if name is None:
             raise ValueError("base_model_name_or_path=None: the configuration names no base; pass base_model=")
-        source = _source(name)
+        source = base_source(name)
         # AutoModel looks for a PEFT adapter first, and would ask the network without these.
         offline = {key: arguments[key] for key in ("local_files_only", "cache_dir") if key in arguments}
         if offline:
@@ -228,7 +198,7 @@ class AdaptedModel(PreTrainedModel):
         name = config.base_model_name_or_path
         if name is None:
             return UNKNOWN
-        return base_fingerprint(_source(name), config.base_model_revision, cache_dir)
+        return base_fingerprint(base_source(name), config.base_model_revision, cache_dir)
 
     # ---- loading ----
 
@@ -383,91 +353,15 @@ class AdaptedModel(PreTrainedModel):
                 kwargs.pop("repo_id", folder.name), **{k: v for k, v in kwargs.items() if k in PUSH_ARGUMENTS}
             )
 
-    def save_base(self, folder, **kwargs):
-        """Write the base as it is now, without the adapter, to a folder, and name that folder as the adapter's base.
-
-        For a base that is to be found nowhere else: an adapter was merged into it, or its embeddings were resized.
-
-        Args:
-            folder: folder, made if missing.
-            **kwargs: passed to the base's `save_pretrained` (`max_shard_size`, …).
-
-        Raises:
-            ValueError: the folder is the one that holds the base as it was, whose files may still be in use.
-        """
-        name = self.config.base_model_name_or_path
-        here = name and local_folder(_source(name), self.config.base_model_revision, self._base_cache_dir)
-        if here and os.path.exists(folder) and os.path.samefile(folder, here):
-            raise ValueError(f"folder={str(folder)!r}: holds the base as it was loaded; another folder is required")
-        tokenizer = self._base_tokenizer() if name else None
-        with self._plain_base() as base:
-            base.save_pretrained(folder, **kwargs)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        self.config.base_model_name_or_path, self.config.base_model_revision = str(folder), None
-        self.config.base_fingerprint = self._fingerprint(self.config, None)
-
-    @contextmanager
-    def _plain_base(self):
-        """The base without the adapter, for a moment."""
-        modules = {site.path: self.base.get_submodule(site.path) for site in self.sites}
-        detach(self.base, self.sites)
-        try:
-            yield self.base
-        finally:
-            for path, module in modules.items():
-                replace_module(self.base, path, module)
-
-    def _check_before_saving(self, state_dict, tokenizer):
-        """Raise unless loading what is about to be saved gives this model."""
-        name = self.config.base_model_name_or_path
-        if name is not None:
-            self._require_base_as_named(name, state_dict)
-        elif getattr(self.base, HOLDS_AN_ADAPTER, False):
-            raise ValueError(
-                "base_model_name_or_path=None: an adapter was merged into the base, so nothing that has a name holds "
-                "its weights: call save_base(folder) first, which writes the base there and names it"
-            )
-        if tokenizer is not None:
-            rows = self.get_input_embeddings().weight.shape[0]
-            surplus = sorted(token for token in tokenizer.get_vocab().values() if token >= rows)
-            own = self._base_tokenizer() if surplus and name is not None else None
-            if own is not None:  # some bases never use the last tokens of their own tokenizer
-                known = set(own.get_vocab().values())
-                refuse_unknown_tokens([token for token in surplus if token not in known], rows, tokenizer)
-
-    def _require_base_as_named(self, name, state_dict):
-        revision = self.config.base_model_revision
-        folder = local_folder(_source(name), revision, self._base_cache_dir)
-        before = self._base_as_named if (self._base_as_named or ())[:2] == (name, revision) else None
-        if before is None and folder is None:
-            return  # it was handed in under the name of files that are not here
-        given = {id(p): state_dict[n] for n, p in self.named_parameters() if n in (state_dict or {})}
-        with self._plain_base() as base:
-            digests = tensor_digests(base, given)
-            if before is not None and same_digests(before[2], digests):
-                return
-            try:
-                differing = ["its files are gone"] if folder is None else differing_tensors(base, folder, given)
-            except Exception as error:  # whatever a base's own loading raises
-                differing = [f"{type(error).__name__}: {error}"]
-        if differing:
-            raise ValueError(
-                f"the base has other weights than the files of {name!r}, or cannot be compared with them "
-                f"({first_names(differing)}), so loading the adapter would give another model: call save_base(folder) "
-                "first, which writes the base there and names it"
-            )
-        self._base_as_named = (name, revision, digests)
-
     def _base_tokenizer(self):
         name = self.config.base_model_name_or_path
         if name is None:
             logger.warning("No tokenizer was saved: this model does not know which base it is on. Pass tokenizer=.")
             return None
-        source = _source(name)
+        source = base_source(name)
         try:  # saving must not need the network
             return AutoTokenizer.from_pretrained(
-                source, revision=self.config.base_model_revision, local_files_only=True
+                source, revision=self.config.base_model_revision, local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError) as error:
             logger.warning(f"No tokenizer was saved: none found with the base {name!r} ({error}). Pass tokenizer=.")
@@ -494,7 +388,8 @@ class AdaptedModel(PreTrainedModel):
         """Fold the adapter into the base's weights and give the base back: a plain model, without a name. DoRA only.
 
         Raises:
-            ValueError: this is a mixture, or a base weight is quantised or offloaded. Nothing is changed then.
+            ValueError: this is a mixture, or a base weight is quantised, offloaded or shared with another module.
+                Nothing is changed then.
         """
         if not all(isinstance(site, LinearSite) for site in self.sites):
             top_k = self.config.routing_strategy == "top_k"
@@ -504,6 +399,13 @@ class AdaptedModel(PreTrainedModel):
             )
         layers = [self.base.get_submodule(site.path) for site in self.sites]
         merged = [layer.merged_weight() for layer in layers]
+        holders = weight_holders(self.base)
+        for site, layer in zip(self.sites, layers, strict=True):
+            held_by = holders[id(layer.base_layer.weight)]
+            if others := [path for path in held_by if self.base.get_submodule(path) is not layer]:
+                raise ValueError(
+                    f"cannot merge into {site.path}: {', '.join(others)} shares its weight, and would change with it"
+                )
         with torch.no_grad():
             for layer, weight in zip(layers, merged, strict=True):
                 layer.base_layer.weight.copy_(weight)
@@ -553,11 +455,6 @@ class AdaptedModel(PreTrainedModel):
     def _base_arguments(self, input_ids, args, kwargs):
         """A call's arguments by name. Positional ones come in the base's order."""
         return by_name(self.base.forward, (input_ids, *args), kwargs) if args else {"input_ids": input_ids, **kwargs}
-
-
-def _source(name):
-    """The folder or Hub id that a base's name stands for."""
-    return BASE_ALIASES[name]() if name in BASE_ALIASES else name
 
 
 def auto_map(config):

@@ -18,6 +18,7 @@ CODE_FILES = (
     "adapter_files.py",
     "attach.py",
     "base_loading.py",
+    "base_naming.py",
     "base_structure.py",
     "configuration_adapter.py",
     "configuration_minilora.py",
@@ -102,6 +103,11 @@ def first_names(names, count=3):
     """The first of many names, and how many there are."""
     rest = len(names) - count
     return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "") + f" ({len(names)} in all)" * (rest > 0)
+
+
+def base_source(name):
+    """The folder or Hub id that a base's name stands for."""
+    return BASE_ALIASES[name]() if name in BASE_ALIASES else name
 
 
 def base_fingerprint(name_or_path, revision=None, cache_dir=None):

@@ -93,6 +93,15 @@ def adapter_parameters(base, sites):
     return parameters
 
 
+def weight_holders(base):
+    """{id of a parameter: paths of the modules that hold it}. A tied weight has several."""
+    holders = {}
+    for path, module in base.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(path.removesuffix(".base_layer"))
+    return holders
+
+
 def replace_module(base, path, module):
     """Put a module into `base` at a path."""
     parent, _, name = path.rpartition(".")

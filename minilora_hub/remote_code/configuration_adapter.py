@@ -211,10 +211,10 @@ class AdapterConfig(PreTrainedConfig):
         fields.pop("quantization_config", None)
         if self.text_config is not None:
             fields["text_config"] = self.text_config.to_diff_dict()
-            # How this process holds the base is its own choice, `_name_or_path` may be a local folder, and Trainer
-            # sets `use_cache` on any model.
-            for runtime_only in ("_name_or_path", "quantization_config", "transformers_version", "use_cache"):
-                fields["text_config"].pop(runtime_only, None)
+            # How this process holds the base is its own choice, `_name_or_path` may be a local folder, Trainer sets
+            # `use_cache` on any model, and the code that `auto_map` names lies in the base's repo.
+            for name in ("_name_or_path", "auto_map", "quantization_config", "transformers_version", "use_cache"):
+                fields["text_config"].pop(name, None)
         return fields
 
     @classmethod

@@ -6,8 +6,9 @@ Three kinds of row are known by their fields, the first that fits:
     prompt, completion   texts, or lists of messages
     text                 plain text
 
-Other fields are ignored, but for `tools`, which the chat template gets. A row that cannot be used is a `BadRow`, which
-says where it is and what is wrong. Nothing here loads torch.
+ShareGPT's and Alpaca's rows become messages (see `row_formats`). Other fields are ignored, but for `tools`, which the
+chat template gets. A message with `weight` 0 (or `loss` false) is not learned. A row that cannot be used is a `BadRow`,
+which says where it is and what is wrong. Nothing here loads torch.
 """
 
 from __future__ import annotations
@@ -20,10 +21,21 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.errors import DataError
+from minilora_hub.quiet import quiet_libraries
+from minilora_hub.training.row_formats import (
+    ROLES,
+    as_messages,
+    half_a_character,
+    parsed_tools,
+    refusal,
+    turn_problem,
+    without_nulls,
+)
 
 KINDS = {"messages": ("messages",), "prompt and completion": ("prompt", "completion"), "text": ("text",)}
 SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet")
-ROLES = ("system", "developer", "user", "assistant", "tool")
+PARQUET_ROWS = 1000
+"""Rows of a Parquet file that are Python objects at one time."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +140,11 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
 
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(lines(), strict=True)
-    heads = next(reader, None)
-    if heads is None:
-        return
-    start = reader.line_num + 1
     try:
+        heads = next(reader, None)
+        if heads is None:
+            return
+        start = reader.line_num + 1
         for cells in reader:
             place, start = f"{path.name}:{start}", reader.line_num + 1
             if not cells:
@@ -142,14 +154,18 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
                 continue
             yield place, _parsed_cells(dict(zip(heads, cells, strict=True)))
     except csv.Error as error:
-        raise DataError(f"{path.name}:{reader.line_num}: is no CSV ({error})") from error
+        old = "new-line character" in str(error)
+        reason = (
+            "has lines that end with CR alone, as on an old Mac: save it with LF" if old else f"is no CSV ({error})"
+        )
+        raise DataError(f"{path.name}:{max(reader.line_num, 1)}: {reason}") from error
 
 
 def _parsed_cells(fields: dict[str, str]) -> dict[str, Any]:
     """Lists of messages are JSON inside their cell; every other cell is text."""
     parsed: dict[str, Any] = dict(fields)
-    for name in ("messages", "prompt", "completion", "tools"):
-        if fields.get(name, "").lstrip().startswith("[{"):
+    for name in ("messages", "prompt", "completion", "conversations", "history"):
+        if fields.get(name, "").lstrip().startswith(("[{", "[[")):
             try:
                 parsed[name] = json.loads(fields[name])
             except ValueError:
@@ -164,27 +180,26 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         file = parquet.ParquetFile(path)
         number = 0
-        for batch in file.iter_batches():
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS):
             for fields in batch.to_pylist():
                 number += 1
-                yield f"{path.name}, row {number}", fields
-    except pyarrow.ArrowException as error:
+                yield f"{path.name}, row {number}", without_nulls(fields)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path.name}: is no readable Parquet file ({str(error).splitlines()[0]})") from error
 
 
 def _read_hub(name: str, split: str, revision: str | None) -> Iterator[tuple[str, Any]]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
-    from datasets.utils.logging import disable_progress_bar, enable_progress_bar
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
         validate_repo_id(name)
     except HFValidationError as error:
         raise DataError(f"data {name!r}: neither a file nor a valid id of a data set (owner/name)") from error
-    disable_progress_bar()
     try:
-        rows = load_dataset(name, split=split, revision=revision)
+        with quiet_libraries():
+            rows = load_dataset(name, split=split, revision=revision)
     except DatasetNotFoundError as error:
         at = f" at revision {revision!r}" if revision else ""
         raise DataError(
@@ -193,16 +208,22 @@ def _read_hub(name: str, split: str, revision: str | None) -> Iterator[tuple[str
         ) from error
     except Exception as error:  # one of many libraries read it, each with errors of its own
         raise DataError(f"data {name!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
-    finally:
-        enable_progress_bar()
     for number, fields in enumerate(rows, 1):
-        yield f"{name} ({split}), row {number}", fields
+        yield f"{name} ({split}), row {number}", without_nulls(fields)
 
 
 def checked(place: str, value: Any) -> Row | BadRow:
     """A parsed value as a row of a known kind, or what is wrong with it."""
     if not isinstance(value, dict):
         return BadRow(place, f"is a {type(value).__name__}: each row must be an object with named fields")
+    reason = refusal(value)
+    if reason:
+        return BadRow(place, reason)
+    try:
+        value = as_messages({name: content for name, content in value.items() if content is not None})
+        value["tools"] = parsed_tools(value.get("tools"))
+    except ValueError as error:
+        return BadRow(place, str(error))
     present = {name for name, content in value.items() if content is not None}
     kind = next((kind for kind, names in KINDS.items() if present.issuperset(names)), None)
     if kind is None:
@@ -210,11 +231,18 @@ def checked(place: str, value: Any) -> Row | BadRow:
             missing = set(names) - present
             if missing < set(names):
                 return BadRow(place, f"has no {' and no '.join(sorted(missing))} beside {sorted(set(names) & present)}")
-        return BadRow(place, f"has the fields {sorted(present)}; needed are messages, prompt and completion, or text")
+        return BadRow(
+            place,
+            f"has the fields {sorted(present)}; needed are messages, prompt and completion, text, conversations, or "
+            "instruction and output",
+        )
     problem = _problem(kind, value)
     if problem:
         return BadRow(place, problem)
     kept = {name: value[name] for name in (*KINDS[kind], "tools") if value.get(name) is not None}
+    half = half_a_character(kept)
+    if half:
+        return BadRow(place, f"holds half a character, {half}, which no tokenizer can read: repair the text")
     return Row(place, kind, kept)
 
 
@@ -249,7 +277,11 @@ def _messages_problem(name: str, value: Any) -> str | None:
         return f"{name} must be a list of messages, got {type(value).__name__}{'' if value else ' without any'}"
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, dict) or turn.get("role") not in ROLES:
-            return f"{name}, turn {number}: must have a role, one of {', '.join(ROLES)}"
+            found = f"got {turn.get('role')!r}" if isinstance(turn, dict) else f"got {type(turn).__name__}"
+            return f"{name}, turn {number}: must have a role, one of {', '.join(ROLES)}; {found}"
         if not isinstance(turn.get("content"), str) and not turn.get("tool_calls"):
             return f"{name}, turn {number}: must have a content, a text"
+        problem = turn_problem(turn)
+        if problem:
+            return f"{name}, turn {number}: {problem}"
     return None

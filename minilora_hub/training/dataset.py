@@ -6,13 +6,18 @@ import hashlib
 import json
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from minilora_hub.errors import DataError
 from minilora_hub.training.data import BadRow, read_rows
+from minilora_hub.training.example_rows import ExampleRows, ExampleWriter
 from minilora_hub.training.settings import TrainingSettings
-from minilora_hub.training.tokens import IGNORED, Encoder, Example
+from minilora_hub.training.tokens import Encoder
 
 SHOWN = 2
 
@@ -22,43 +27,63 @@ class TrainingData:
     """What a run learns from and is validated on.
 
     Attributes:
-        train: examples.
-        validation: held-out examples; empty where there is no validation.
+        train: the examples.
+        validation: held-out ones; empty where there is no validation.
         skipped: the rows that were left out.
         kinds: kind of row -> how many.
     """
 
-    train: list[Example]
-    validation: list[Example] = field(default_factory=list)
+    train: ExampleRows
+    validation: ExampleRows
     skipped: list[BadRow] = field(default_factory=list)
     kinds: dict[str, int] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
         """Tokens in the training rows."""
-        return sum(len(example.input_ids) for example in self.train)
+        return sum(self.train.lengths)
 
     @property
     def learned_tokens(self) -> int:
         """Those of them that have a loss."""
-        return sum(label != IGNORED for example in self.train for label in example.labels)
+        return sum(self.train.learned)
 
     @property
     def sha256(self) -> str:
         """Hash of every token and label, so that a resumed run can tell whether the data is the same."""
         digest = hashlib.sha256()
-        for example in (*self.train, *self.validation):
+        for example in chain(self.train, self.validation):
             digest.update(json.dumps([example.input_ids, example.labels]).encode())
         return digest.hexdigest()
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token id in it."""
+        return max(self.train.largest_id, self.validation.largest_id)
 
-def prepare_data(settings: TrainingSettings, tokenizer: Any, context: int) -> TrainingData:
+    def place_of(self, ids: list[int]) -> str | None:
+        """Return where the row with these ids came from; None if there is none."""
+        return self.train.place_of(ids) or self.validation.place_of(ids)
+
+
+def prepare_data(
+    settings: TrainingSettings,
+    tokenizer: Any,
+    context: int,
+    folder: Path,
+    *,
+    ends: Sequence[int] | None = None,
+    now: datetime | None = None,
+) -> TrainingData:
     """Read, check and tokenize the rows, and hold some out.
 
     Args:
         settings: which data, and how rows are cut and learned.
         tokenizer: the base's.
         context: the base's context, in tokens.
+        folder: where the tokens are kept, in files; it must stay as long as they are used.
+        ends: see `Encoder`.
+        now: see `Encoder`.
 
     Raises:
         DataError: a row cannot be used and bad rows are not skipped, or none is left; the message names file and line.
@@ -72,12 +97,15 @@ def prepare_data(settings: TrainingSettings, tokenizer: Any, context: int) -> Tr
         truncate=recipe.truncate,
         loss_on=recipe.loss_on,
         chat=recipe.chat,
+        ends=ends,
+        now=now,
     )
     skipped: list[BadRow] = []
     kinds: Counter[str] = Counter()
-    train = _examples(settings.data, settings, encoder, skipped, kinds)
+    train = _examples(settings.data, settings, encoder, folder / "train.arrow", skipped, kinds)
     if settings.validation_data:
-        validation = _examples(settings.validation_data, settings, encoder, skipped, Counter())
+        file = folder / "validation.arrow"
+        validation = _examples(settings.validation_data, settings, encoder, file, skipped, Counter())
     else:
         train, validation = _hold_out(train, recipe.validation, recipe.seed)
     return TrainingData(train, validation, skipped, dict(kinds))
@@ -87,17 +115,19 @@ def _examples(
     sources: tuple[str, ...],
     settings: TrainingSettings,
     encoder: Encoder,
+    file: Path,
     skipped: list[BadRow],
     kinds: Counter[str],
-) -> list[Example]:
-    examples, bad = [], []
+) -> ExampleRows:
+    writer, bad = ExampleWriter(file), []
     for row in read_rows(sources, split=settings.data_split, revision=settings.data_revision):
         example = row if isinstance(row, BadRow) else encoder.encode(row)
         if isinstance(example, BadRow):
             bad.append(example)
         else:
-            examples.append(example)
+            writer.add(example)
             kinds[row.kind] += 1  # type: ignore[union-attr]
+    examples = writer.finish()
     if bad and not settings.skip_bad_rows:
         shown = "; ".join(f"{row.place}: {row.reason}" for row in bad[:SHOWN])
         more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
@@ -108,9 +138,9 @@ def _examples(
     return examples
 
 
-def _hold_out(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+def _hold_out(examples: ExampleRows, share: float, seed: int) -> tuple[ExampleRows, ExampleRows]:
     if not share:
-        return examples, []
+        return examples, examples.select([])
     count = max(1, round(len(examples) * share))
     if count >= len(examples):
         raise DataError(
@@ -118,6 +148,6 @@ def _hold_out(examples: list[Example], share: float, seed: int) -> tuple[list[Ex
         )
     chosen = set(random.Random(seed).sample(range(len(examples)), count))  # noqa: S311  not for security
     return (
-        [example for index, example in enumerate(examples) if index not in chosen],
-        [example for index, example in enumerate(examples) if index in chosen],
+        examples.select([index for index in range(len(examples)) if index not in chosen]),
+        examples.select(sorted(chosen)),
     )

@@ -11,20 +11,10 @@ from typing import Any
 
 from minilora_hub.errors import TrainingError
 from minilora_hub.training.dataset import TrainingData
+from minilora_hub.training.example_rows import ExampleRows
 from minilora_hub.training.models import Trainee, compute_dtype
 from minilora_hub.training.plan import Shape, shape_of
 from minilora_hub.training.settings import TrainingSettings
-from minilora_hub.training.tokens import Example
-
-
-def quiet_libraries() -> None:
-    """Keep the libraries' own bars and notes off the screen: one bar is enough."""
-    import datasets
-    from transformers.utils import logging as transformers_logging
-
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
 
 
 @contextmanager
@@ -57,11 +47,11 @@ def build_trainer(
 
     recipe = settings.recipe
     packed = recipe.batching == "packed"
-    rows = _rows(data.train)
+    rows = data.train.dataset
     if packed:
         from trl.data_utils import pack_dataset
 
-        rows = pack_dataset(rows, recipe.max_length or max(len(row) for row in rows["input_ids"]), "bfd")
+        rows = pack_dataset(rows, recipe.max_length or max(data.train.lengths), "bfd")
     shape = shape_of(settings, len(rows), processes)
     checked = GradientsChecked()
     arguments = _arguments(settings, shape, out, validated=bool(data.validation))
@@ -69,11 +59,11 @@ def build_trainer(
         arguments.router_aux_loss_coef = 0.0
     trainer = AdapterTrainer(
         recipe=recipe,
-        places={tuple(example.input_ids): example.place for example in (*data.train, *data.validation)},
+        place_of=data.place_of,
         model=trainee.model,
         args=arguments,
         train_dataset=rows,
-        eval_dataset=_rows(data.validation) if data.validation else None,
+        eval_dataset=data.validation.dataset if data.validation else None,
         processing_class=tokenizer,
         callbacks=[checked, *_peft_callbacks(settings, trainee, shape)],
     )
@@ -90,14 +80,6 @@ def _can_balance_base(model: Any) -> bool:
     """Whether TRL can compute the balance loss of a sparse base: it reads `num_experts`, which Llama 4 lacks."""
     config = model.config.get_text_config(decoder=True)
     return hasattr(model, "announced") or hasattr(config, "num_experts") or not hasattr(config, "output_router_logits")
-
-
-def _rows(examples: list[Example]) -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_dict(
-        {"input_ids": [example.input_ids for example in examples], "labels": [example.labels for example in examples]}
-    )
 
 
 def _peft_callbacks(settings: TrainingSettings, trainee: Trainee, shape: Shape) -> list[Any]:
@@ -160,11 +142,11 @@ def _arguments(settings: TrainingSettings, shape: Shape, out: Path, validated: b
     return SFTConfig(**arguments | {checkpointing: recipe.gradient_checkpointing})
 
 
-def _require_rows_kept_apart(model: Any, examples: list[Example]) -> None:
+def _require_rows_kept_apart(model: Any, examples: ExampleRows) -> None:
     """Two rows laid end to end must give the logits that each gives alone, on this base with this attention."""
     import torch
 
-    rows = [example.input_ids[:24] for example in examples[:2]]
+    rows = [examples[index].input_ids[:24] for index in range(min(2, len(examples)))]
     if len(rows) < 2:
         return
     device = next(model.parameters()).device

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minilora_hub.bases import ResolvedBase, resolve_base
+from minilora_hub.end_tokens import end_token_ids
 from minilora_hub.errors import BaseModelError, TrainingError
 from minilora_hub.training.recipes import OURS
 from minilora_hub.training.settings import TrainingSettings
@@ -29,13 +30,24 @@ class Trainee:
 
 
 def load_tokenizer(resolved: ResolvedBase) -> Any:
-    """The base's tokenizer, with a padding token, which training needs and some bases lack."""
+    """The base's tokenizer, with a padding token, which training needs and some bases lack.
+
+    Raises:
+        BaseModelError: it cannot be loaded, or has no eos token.
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolved.path)
+        tokenizer = AutoTokenizer.from_pretrained(resolved.path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise BaseModelError(f"base {resolved.name!r}: its tokenizer cannot be loaded: {error}") from error
+    if tokenizer.eos_token is None:
+        known = end_token_ids(tokenizer, base_generation_config(resolved))
+        example = tokenizer.convert_ids_to_tokens(known[0]) if known else "</s>"
+        raise BaseModelError(
+            f"base {resolved.name!r}: its tokenizer has no eos token, so no answer would end: write one into its "
+            f'tokenizer_config.json, e.g. "eos_token": "{example}"'
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -50,9 +62,34 @@ def base_context(resolved: ResolvedBase) -> int:
     """How many tokens the base takes at once, from its configuration."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(resolved.path).get_text_config(decoder=True)
+    config = AutoConfig.from_pretrained(resolved.path, trust_remote_code=False).get_text_config(decoder=True)
     length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     return int(length or 2048)
+
+
+def base_generation_config(resolved: ResolvedBase) -> Any:
+    """The base's generation settings, from its folder; those that its configuration implies where it has none."""
+    from transformers import AutoConfig, GenerationConfig
+
+    if (resolved.path / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(resolved.path)
+    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(resolved.path))
+
+
+def check_embedding(model: Any, tokenizer: Any, largest: int, resolved: ResolvedBase) -> None:
+    """Check that a base has an embedding for every token of the data, up to the id `largest`.
+
+    Raises:
+        BaseModelError: it has fewer; the message names the token.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise BaseModelError(
+            f"base {resolved.name!r}: its tokenizer writes {token!r} as id {largest}, "
+            f"and the base has embeddings for {rows} ids: use the tokenizer that it was made with, or resize the "
+            "embeddings (resize_token_embeddings), train them and save the base"
+        )
 
 
 def compute_dtype(settings: TrainingSettings) -> Any:

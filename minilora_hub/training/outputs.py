@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.bases import ResolvedBase
+from minilora_hub.end_tokens import end_token_ids
 from minilora_hub.results import Base, DataSource, Results, Training
 from minilora_hub.training.dataset import TrainingData
 from minilora_hub.training.machine import hardware, library_versions
@@ -33,6 +34,7 @@ def write_result(
     trainee: Trainee,
     data: TrainingData,
     tokenizer: Any,
+    ends: list[int],
     history: list[dict[str, float]],
     seconds: float,
 ) -> Results | None:
@@ -45,12 +47,15 @@ def write_result(
         trainee: the trained model.
         data: what it learned from.
         tokenizer: saved beside the adapter.
+        ends: ids of the tokens that end an answer, for the saved generation settings.
         history: the trainer's log.
         seconds: wall time of the training, resumed parts included.
 
     Returns:
         What is in results.json; None for a method whose format cannot be published, which has none.
     """
+    generation = _generation_config(settings, trainee)
+    generation.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
     if settings.method in OURS:
         _cast_for_saving(settings, trainee)
         trainee.model.save_pretrained(out, tokenizer=tokenizer)
@@ -66,6 +71,33 @@ def write_result(
     results = describe(settings, resolved, trainee, data, history, seconds)
     results.save(out)
     return results
+
+
+def _generation_config(settings: TrainingSettings, trainee: Trainee) -> Any:
+    model = trainee.model if settings.method in OURS else trainee.model.get_base_model()
+    return model.generation_config
+
+
+def note_on_ends(
+    settings: TrainingSettings, generation_config: Any, ends: list[int], tokenizer: Any
+) -> tuple[str, ...]:
+    """Return what the user should know where the saved generation settings are not those that loading will use.
+
+    Args:
+        settings: what was asked for.
+        generation_config: the base's own.
+        ends: ids of the tokens that end an answer.
+        tokenizer: the base's.
+    """
+    known = end_token_ids(None, generation_config)
+    lacking = [token for token in ends if token not in known]
+    if not lacking or (settings.method in OURS and settings.method != "lora"):
+        return ()
+    names = " and ".join(tokenizer.convert_ids_to_tokens(lacking))
+    return (
+        f"answers end with {names}, which the base's own generation settings do not know, and PEFT reads none from an "
+        f"adapter's folder: generate with eos_token_id={ends}, or with GenerationConfig.from_pretrained(this folder)",
+    )
 
 
 def _cast_for_saving(settings: TrainingSettings, trainee: Trainee) -> None:

@@ -48,6 +48,7 @@ class Plan:
         activation_bytes: what a forward pass of the longest rows keeps for the backward pass.
         seconds: expected time; None where nothing was measured.
         packed: whether a step's rows are packed ones.
+        ends: the tokens that end an answer: what is learned ends with one, and generation stops at each.
     """
 
     trainable: int
@@ -65,6 +66,7 @@ class Plan:
     activation_bytes: int | None
     seconds: float | None
     packed: bool = False
+    ends: tuple[str, ...] = ()
 
     def lines(self) -> list[tuple[str, str]]:
         """The plan for people: (what, how much)."""
@@ -78,6 +80,7 @@ class Plan:
             ("trainable", f"{self.trainable:,} parameters, {self.share:.2%} of the base"),
             ("data", f"{self.rows:,} rows{held}{skipped}"),
             ("tokens", f"{self.tokens:,} in an epoch, {self.learned_tokens:,} learned; longest row {self.longest:,}"),
+            ("end", f"an answer ends with {' or '.join(self.ends)}"),
             ("steps", f"{self.steps:,} of {self.batch} {'packed ' * self.packed}row{'s' * (self.batch > 1)}"),
             ("memory", f"about {size(memory)}: {parts}"),
             ("time", "unknown" if self.seconds is None else f"about {duration(self.seconds)}"),
@@ -121,7 +124,13 @@ def shape_of(settings: TrainingSettings, rows: int, processes: int) -> Shape:
 
 
 def make_plan(
-    settings: TrainingSettings, data: TrainingData, trainee: Trainee, shape: Shape, pad: int, device: Any
+    settings: TrainingSettings,
+    data: TrainingData,
+    trainee: Trainee,
+    shape: Shape,
+    tokenizer: Any,
+    ends: list[int],
+    device: Any,
 ) -> Plan:
     """The plan; one batch of typical rows goes forward and backward through a trainer's model, and leaves no trace.
 
@@ -130,14 +139,15 @@ def make_plan(
         data: the rows.
         trainee: the model.
         shape: steps and batches.
-        pad: id of the padding token.
+        tokenizer: the base's, with a padding token.
+        ends: ids of the tokens that end an answer.
         device: where it trains.
     """
     trainable = sum(parameter.numel() for parameter in trainable_parameters(trainee.model).values())
     frozen = [parameter for parameter in trainee.model.parameters() if not parameter.requires_grad]
     base_bytes = sum(parameter.numel() * parameter.element_size() for parameter in frozen)
-    lengths = sorted((len(example.input_ids) for example in data.train), reverse=True)
-    seconds, kept, tokens = _probe(trainee.model, data, shape.micro_batch, pad, device)
+    lengths = sorted(data.train.lengths, reverse=True)
+    seconds, kept, tokens = _probe(trainee.model, data, shape.micro_batch, tokenizer.pad_token_id, device)
     longest_batch = lengths[0] * min(shape.micro_batch, len(lengths))
     packed = settings.recipe.batching == "packed"
     if packed:
@@ -159,6 +169,7 @@ def make_plan(
         activation_bytes=round(kept / tokens * longest_batch),
         seconds=seconds * shape.accumulation * shape.steps,
         packed=packed,
+        ends=tuple(tokenizer.convert_ids_to_tokens(ends)),
     )
 
 
@@ -166,9 +177,9 @@ def _probe(model: Any, data: TrainingData, rows: int, pad: int, device: Any) -> 
     """(seconds, bytes kept for the backward pass, tokens) of a micro-batch of rows around the median length."""
     import torch
 
-    by_length = sorted(data.train, key=lambda example: len(example.input_ids))
+    by_length = sorted(range(len(data.train)), key=data.train.lengths.__getitem__)
     middle = len(by_length) // 2
-    chosen = by_length[max(0, middle - rows // 2) :][:rows]
+    chosen = [data.train[index] for index in by_length[max(0, middle - rows // 2) :][:rows]]
     width = max(len(example.input_ids) for example in chosen)
     ids = torch.full((len(chosen), width), pad, device=device)
     labels = torch.full((len(chosen), width), -100, device=device)

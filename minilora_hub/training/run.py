@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import gc
-import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from minilora_hub.end_tokens import end_token_ids
 from minilora_hub.errors import MiniLoraError, TrainingError, TrainingInterrupted
+from minilora_hub.quiet import quiet_libraries
+from minilora_hub.training.folder_lock import folder_lock, is_empty
 from minilora_hub.training.plan import Plan, Shape, make_plan
 from minilora_hub.training.requirements import check_requirements
 from minilora_hub.training.run_state import RunState, read_state
 from minilora_hub.training.settings import SETTINGS_FILE, TrainingSettings, make_settings, read_yaml
-
-if TYPE_CHECKING:
-    from minilora_hub.training.dataset import TrainingData
 
 
 @dataclass(frozen=True)
@@ -85,24 +85,28 @@ def train(
         TrainingError: settings or data are wrong, or the training had to stop; the message says what is kept.
         TrainingInterrupted: a signal stopped it, after a checkpoint was saved.
     """
-    # On a CPU it tells, when it is first imported, of a kernel that is not needed here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     out = Path(out)
     said = overrides | {"method": method, "base": base, "data": data}
     settings = _resumed_settings(out, said, config) if resume else None
     if settings is None:
         settings = make_settings(read_yaml(Path(config)) if config else {}, said)
-    check_requirements(settings)
-    if not resume and not dry_run:
-        _require_empty(out)
-    from minilora_hub.training.loop import known_warnings_ignored
+    with quiet_libraries():  # as some are imported
+        check_requirements(settings)
+        import datasets  # noqa: F401  whose bars are switched off below
 
-    with known_warnings_ignored():
+        from minilora_hub.training.loop import known_warnings_ignored
+
+    with quiet_libraries(), known_warnings_ignored():
         run = _Run(out, settings, resume, progress)
-        result = run.execute(dry_run, on_plan)
-        # The model that was trained is gone by now, so its memory can hold the base once more.
-        recorded = run.record() if record and result.main and not dry_run else ()
-        return replace(result, notes=(*result.notes, *recorded))
+        # One process of several writes.
+        with folder_lock(out) if run.main and not dry_run else nullcontext():
+            if run.main and not resume and not dry_run:
+                _require_empty(out)
+            result = run.execute(dry_run, on_plan)
+            if record and result.main and not dry_run:
+                # The model that was trained is gone by now, so its memory can hold the base once more.
+                result = replace(result, notes=(*result.notes, *run.record()))
+            return result
 
 
 def _resumed_settings(out: Path, said: dict[str, Any], config: str | Path | None) -> TrainingSettings | None:
@@ -123,9 +127,7 @@ def _resumed_settings(out: Path, said: dict[str, Any], config: str | Path | None
 
 
 def _require_empty(out: Path) -> None:
-    if out.is_file():
-        raise TrainingError(f"out={str(out)!r}: is a file")
-    if out.is_dir() and any(out.iterdir()):
+    if not is_empty(out):
         known = (out / SETTINGS_FILE).is_file()
         hint = (
             "it holds a run: pass --resume to go on with it, or another --out" if known else "it must be empty or new"
@@ -145,21 +147,42 @@ class _Run:
         self.progress = progress and self.main
 
     def execute(self, dry_run: bool, on_plan: Callable[[Plan, TrainingSettings], None] | None) -> TrainResult:
+        with TemporaryDirectory(prefix="minilora-rows-", ignore_cleanup_errors=True) as folder:
+            return self._execute(Path(folder), dry_run, on_plan)
+
+    def _execute(
+        self, folder: Path, dry_run: bool, on_plan: Callable[[Plan, TrainingSettings], None] | None
+    ) -> TrainResult:
+        """Run, with the rows' tokens in a folder."""
         from minilora_hub.training.dataset import prepare_data
-        from minilora_hub.training.loop import build_trainer, quiet_libraries
-        from minilora_hub.training.models import base_context, build_trainee, find_base, load_tokenizer
+        from minilora_hub.training.loop import build_trainer
+        from minilora_hub.training.models import (
+            base_context,
+            base_generation_config,
+            build_trainee,
+            check_embedding,
+            find_base,
+            load_tokenizer,
+        )
         from minilora_hub.training.trainer import CHECKPOINTS
 
-        quiet_libraries()
+        before = self._state_before()
+        begun = (before and before.begun) or self._now()
         resolved = find_base(self.settings, self.progress)
         tokenizer = load_tokenizer(resolved)
-        data = prepare_data(self.settings, tokenizer, base_context(resolved))
-        state = self._state(data)
+        generation = base_generation_config(resolved)
+        ends = end_token_ids(tokenizer, generation)
+        now = datetime.fromisoformat(begun)
+        data = prepare_data(self.settings, tokenizer, base_context(resolved), folder, ends=ends, now=now)
+        state = before or RunState(data.sha256, begun=begun)
+        if state.data_sha256 != data.sha256:
+            raise TrainingError("--resume: the data is not what the run began with: restore it, or begin anew")
         with told_of_targets() as notes:
             trainee = build_trainee(self.settings, resolved)
-        with TemporaryDirectory() as scratch:  # a trainer makes its folder at once, and a plan must leave none
-            trainer, shape = build_trainer(self.settings, trainee, data, tokenizer, Path(scratch), self.processes)
-        plan = make_plan(self.settings, data, trainee, shape, tokenizer.pad_token_id, trainer.args.device)
+        check_embedding(trainee.model, tokenizer, max(data.largest_id, tokenizer.pad_token_id), resolved)
+        scratch = folder / "plan"  # a trainer makes its folder at once, and a plan must leave none
+        trainer, shape = build_trainer(self.settings, trainee, data, tokenizer, scratch, self.processes)
+        plan = make_plan(self.settings, data, trainee, shape, tokenizer, ends, trainer.args.device)
         if on_plan is not None and self.main:
             on_plan(plan, self.settings)
         skipped = tuple(f"{row.place}: {row.reason}" for row in data.skipped)
@@ -173,10 +196,12 @@ class _Run:
         seconds = self._train(trainer, shape, state)
         history = trainer.state.log_history
         if self.main:
-            from minilora_hub.training.outputs import write_result
+            from minilora_hub.training.outputs import note_on_ends, write_result
 
-            write_result(self.out, self.settings, resolved, trainee, data, tokenizer, history, state.seconds + seconds)
+            took = state.seconds + seconds
+            write_result(self.out, self.settings, resolved, trainee, data, tokenizer, ends, history, took)
             state.after(seconds, finished=True).save(self.out)
+            notes += note_on_ends(self.settings, generation, ends, tokenizer)
         trainer.accelerator.wait_for_everyone()
         losses = [entry["loss"] for entry in history if "loss" in entry]
         return TrainResult(
@@ -211,15 +236,21 @@ class _Run:
             return (f"what the adapter computes could not be recorded, a push does it: {reason}",)
         return ()
 
-    def _state(self, data: TrainingData) -> RunState:
+    def _state_before(self) -> RunState | None:
+        """The state of the run that is resumed; None if a new one begins."""
         before = read_state(self.out) if self.resume else None
-        if before is None:
-            return RunState(data.sha256)
-        if before.finished:
+        if before is not None and before.finished:
             raise TrainingError(f"--resume: the run in {str(self.out)!r} is finished: pass another --out for a new one")
-        if before.data_sha256 != data.sha256:
-            raise TrainingError("--resume: the data is not what the run began with: restore it, or begin anew")
         return before
+
+    def _now(self) -> str:
+        """The time in ISO format, the same on all processes."""
+        now = [datetime.now().isoformat(timespec="seconds")]
+        if self.processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            broadcast_object_list(now)
+        return now[0]
 
     def _train(self, trainer: Any, shape: Shape, state: RunState) -> float:
         """Train, and return the seconds it took."""

@@ -20,11 +20,13 @@ class RunState:
         data_sha256: hash of its tokens and labels.
         seconds: training time up to the last checkpoint.
         finished: whether the result is written.
+        begun: when it began, in ISO format: the date that a chat template writes, also after a resume on another day.
     """
 
     data_sha256: str
     seconds: float = 0.0
     finished: bool = False
+    begun: str | None = None
 
     def save(self, out: Path) -> None:
         """Write ``run.json``, whole or not at all."""

@@ -144,9 +144,12 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if not equals or not name.strip():
         raise TrainingError(f"--set {text!r}: must be NAME=VALUE, e.g. --set num_experts=4")
     try:
-        return name.strip(), yaml.safe_load(value)
+        parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise TrainingError(f"--set {text!r}: the value cannot be read ({error})") from error
+    if parsed is None:
+        raise TrainingError(f"--set {text!r}: has no value: leave it out for the default")
+    return name.strip().replace("-", "_"), parsed
 
 
 def _plain(value: Any) -> Any:
@@ -174,6 +177,8 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
         items = [value] if isinstance(value, (str, os.PathLike)) else value
         if not isinstance(items, (list, tuple)):
             raise TrainingError(f"{name}={value!r}: must be a list of texts")
+        if "" in items:
+            raise TrainingError(f"{name}={value!r}: holds an empty text: leave it out")
         return tuple(str(item) for item in items)
     if kind is str and isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -182,6 +187,8 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
         return float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
+    if value == "" and kind is str:
+        raise TrainingError(f"{name}='': is empty: leave it out for the default")
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         need = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[kind]
         raise TrainingError(f"{name}={value!r}: must be {need}")
@@ -229,6 +236,7 @@ def _check_ranges(settings: TrainingSettings) -> None:
     require(recipe.loraplus_ratio is None or recipe.loraplus_ratio >= 1, "loraplus_ratio", "must be at least 1")
     require(recipe.weight_decay >= 0, "weight_decay", "must be at least 0")
     require(recipe.max_grad_norm >= 0, "max_grad_norm", "must be at least 0")
+    require(0 <= recipe.seed < 2**32, "seed", "must be at least 0 and below 2**32")
     micro = recipe.micro_batch_size
     require(micro is None or recipe.batch_size % micro == 0, "micro_batch_size", "must divide batch_size")
     validated = bool(settings.validation_data) or recipe.validation > 0

@@ -4,30 +4,40 @@
     tpe     optuna's tree-structured Parzen estimator chooses values out of lists and ranges
 
 Each trial is a training run in a folder of its own, named after its values, and as ready to publish as any other. What
-is known so far lies in ``sweep.json``; a sweep that was killed goes on with the trial it was in.
+is known so far lies in ``sweep.json``; a sweep that was killed goes on with the trial it was in. As its trials are
+compared with each other, that is refused where code, libraries, data or base have changed since.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from minilora_hub.code_inputs import changes, code_inputs, library_inputs
 from minilora_hub.errors import DataError, MissingExtraError, TrainingError, TrainingInterrupted
+from minilora_hub.recording.inputs import base_inputs, file_digest
+from minilora_hub.training.folder_lock import folder_lock, is_empty
 from minilora_hub.training.run import TrainResult, train
 from minilora_hub.training.run_state import STATE_FILE
-from minilora_hub.training.settings import make_settings, read_yaml
+from minilora_hub.training.settings import TrainingSettings, make_settings, read_yaml
 
 SWEEP_FILE, TABLE_FILE, PLOT_FILE = "sweep.json", "sweep.csv", "sweep.png"
 DEFAULT_VALIDATION = 0.1
 DEFAULT_TRIALS = 20
 TRIES = 1000
+SHOWN = 3
+
+# Hashed as this module is imported: what a file says later is not what this process runs.
+CODE_AND_LIBRARIES = code_inputs("minilora_hub.training.sweep") | library_inputs("trl", "datasets", "optuna")
 
 Search = Literal["grid", "tpe"]
 
@@ -115,34 +125,55 @@ def sweep(
         TrainingInterrupted: a signal stopped it; the same call goes on.
     """
     out = Path(out)
-    _check(vary, search, said)
-    if not (said.get("validation") or said.get("validation_data")):
-        said = said | {"validation": DEFAULT_VALIDATION}
+    _check(vary, search, said, trials, minutes)
+    config = read_yaml(Path(said["config"])) if said.get("config") else {}
+    said = said | _validation(config, said, vary)
     # What is wrong with every trial stops here, and is not a failure of each.
     example = {name: values.low if isinstance(values, Range) else values[0] for name, values in vary.items()}
-    make_settings(read_yaml(Path(said["config"])) if said.get("config") else {}, _settings(said) | example)
-    done = _read(out, vary, search, said)
-    candidates = _grid(vary) if search == "grid" else _tpe(vary, int(said.get("seed") or 0), done)
-    most = trials or (_size(vary) if search == "grid" else DEFAULT_TRIALS)
-    for number in range(1, most + 1):
-        trial = _next(candidates, done, number)
-        if trial is None or trial.state != "running":
-            continue
-        finished = [other for other in done if other.state == "finished"]
-        used = sum(other.seconds for other in done)
-        expected = used / len(finished) if finished else 0.0
-        if minutes is not None and used + expected > minutes * 60:
-            done = [other for other in done if other is not trial]
-            break
-        _write(out, vary, search, said, done)
-        if on_trial:
-            on_trial(number, trial)
-        ended = _run(out, trial, said, progress)
-        done[done.index(trial)] = ended
-        _write(out, vary, search, said, done)
-        if on_trial:
-            on_trial(number, ended)
-    return _finish(out, list(vary), done, most)
+    settings = make_settings(config, _settings(said) | example)
+    asked = _asked(vary, search, said) | {"inputs": _inputs(settings, vary, said.get("config"), progress)}
+    with folder_lock(out) if os.environ.get("RANK", "0") == "0" else nullcontext():  # one process of several writes
+        done = _read(out, asked)
+        candidates = _grid(vary) if search == "grid" else _tpe(vary, settings.recipe.seed, done)
+        most = trials if trials is not None else (_size(vary) if search == "grid" else DEFAULT_TRIALS)
+        for number in range(1, most + 1):
+            trial = _next(candidates, done, number)
+            if trial is None or trial.state != "running":
+                continue
+            finished = [other for other in done if other.state == "finished"]
+            used = sum(other.seconds for other in done)
+            expected = used / len(finished) if finished else 0.0
+            if minutes is not None and used + expected > minutes * 60:
+                done = [other for other in done if other is not trial]
+                break
+            _write(out, asked, done)
+            if on_trial:
+                on_trial(number, trial)
+            ended = _run(out, trial, said, progress)
+            done[done.index(trial)] = ended
+            _write(out, asked, done)
+            if on_trial:
+                on_trial(number, ended)
+        return _finish(out, list(vary), done, most)
+
+
+def _validation(config: dict[str, Any], said: dict[str, Any], vary: dict[str, Any]) -> dict[str, float]:
+    """The share of rows that is held out, where neither the file nor the caller says on what to validate.
+
+    Raises:
+        TrainingError: they say that nothing is held out.
+    """
+    asked: dict[str, Any] = {}
+    for source in (config, said):
+        asked |= {name.replace("-", "_"): value for name, value in source.items() if value is not None}
+    if asked.get("validation_data"):
+        return {}
+    varied = vary.get("validation", [asked.get("validation", DEFAULT_VALIDATION)])
+    if 0 in ([varied.low] if isinstance(varied, Range) else varied):
+        raise TrainingError(
+            "validation=0: a sweep compares runs on held-out rows: pass a share above 0, or validation_data"
+        )
+    return {} if "validation" in asked or "validation" in vary else {"validation": DEFAULT_VALIDATION}
 
 
 def _settings(said: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +239,28 @@ def parse_values(text: str) -> tuple[str, list[Any] | Range]:
     raise TrainingError(f"--vary {text!r}: must be NAME=VALUE,VALUE,… or NAME=LOW..HIGH")
 
 
-def _check(vary: dict[str, list[Any] | Range], search: str, said: dict[str, Any]) -> None:
+def parse_varied(texts: Sequence[str]) -> dict[str, list[Any] | Range]:
+    """Several texts for `parse_values` as {name: values}.
+
+    Raises:
+        TrainingError: one is written in another way, or a name is given twice.
+    """
+    varied: dict[str, list[Any] | Range] = {}
+    for text in texts:
+        name, values = parse_values(text)
+        if name in varied:
+            raise TrainingError(f"--vary {text!r}: {name} is given twice: list all its values in one")
+        varied[name] = values
+    return varied
+
+
+def _check(
+    vary: dict[str, list[Any] | Range], search: str, said: dict[str, Any], trials: int | None, minutes: float | None
+) -> None:
+    if trials is not None and trials < 1:
+        raise TrainingError(f"trials={trials!r}: must be at least 1")
+    if minutes is not None and not minutes > 0:
+        raise TrainingError(f"minutes={minutes!r}: must be above 0")
     if search not in ("grid", "tpe"):
         raise TrainingError(f"search={search!r}: must be grid or tpe")
     if not vary:
@@ -276,10 +328,27 @@ def _asked(vary: dict[str, list[Any] | Range], search: str, said: dict[str, Any]
     return {"search": search, "vary": varied, "said": {k: v for k, v in fixed.items() if v is not None}}
 
 
-def _read(out: Path, vary: dict[str, Any], search: str, said: dict[str, Any]) -> list[Trial]:
+def _inputs(
+    settings: TrainingSettings, vary: dict[str, Any], config: str | Path | None, progress: bool
+) -> dict[str, str]:
+    """Return what a trial's result depends on beside its settings: files, the base, code and libraries."""
+    from minilora_hub.bases import resolve_base
+    from minilora_hub.remote_code.adapter_files import base_fingerprint
+
+    files = {*vary.get("data", settings.data), *vary.get("validation_data", settings.validation_data)}
+    files |= {os.fspath(config)} if config else set()
+    found = {f"file/{name}": file_digest(Path(name)) for name in sorted(files) if Path(name).is_file()}
+    for name in vary.get("base", [settings.base]):
+        base = resolve_base(name, revision=settings.base_revision, progress=progress)
+        inputs = base_inputs(base, base_fingerprint(str(base.path)))
+        found[f"base/{name}"] = hashlib.sha256(repr(inputs).encode()).hexdigest()
+    return found | CODE_AND_LIBRARIES
+
+
+def _read(out: Path, asked: dict[str, Any]) -> list[Trial]:
     file = out / SWEEP_FILE
     if not file.is_file():
-        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        if not is_empty(out):
             raise TrainingError(f"out={str(out)!r}: must be empty or new, or hold a sweep")
         return []
     try:
@@ -287,16 +356,22 @@ def _read(out: Path, vary: dict[str, Any], search: str, said: dict[str, Any]) ->
         known = [Trial(**trial) for trial in content["trials"]]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise TrainingError(f"{SWEEP_FILE} in {out.name!r} cannot be read ({error}): begin in another --out") from error
-    asked = json.loads(json.dumps(_asked(vary, search, said)))
+    asked = json.loads(json.dumps(asked))
     for part in ("search", "vary", "said"):
         if content.get(part) != asked[part]:
             raise TrainingError(f"out={str(out)!r} holds a sweep with other settings ({part}): pass another --out")
+    if changed := changes(content.get("inputs") or {}, asked["inputs"]):
+        more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+        raise TrainingError(
+            f"out={str(out)!r} holds trials that cannot be compared with new ones, because these have changed since: "
+            f"{', '.join(changed[:SHOWN])}{more}; pass another --out"
+        )
     return known
 
 
-def _write(out: Path, vary: dict[str, Any], search: str, said: dict[str, Any], trials: list[Trial]) -> None:
+def _write(out: Path, asked: dict[str, Any], trials: list[Trial]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    content = _asked(vary, search, said) | {"trials": [asdict(trial) for trial in trials]}
+    content = asked | {"trials": [asdict(trial) for trial in trials]}
     temporary = out / f".{SWEEP_FILE}.{os.getpid()}"
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, out / SWEEP_FILE)

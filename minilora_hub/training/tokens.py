@@ -1,21 +1,35 @@
 """Rows as token ids and labels: which tokens are learned, and that they are exactly the ones generation will meet.
 
-A chat is rendered by the tokenizer's own template, and cut where each of the assistant's turns begins and ends. The
-places are found by rendering the conversation up to there, which is exact only if each such text is the start of the
-whole one; a template that writes earlier turns differently once later ones follow is refused for such a row, and so is
-never trained with labels that are off. Each piece is tokenized on its own, as generation does with its prompt. What
-the template writes after the end-of-turn token is no answer: it has no loss.
+A chat is tokenized once, as a whole, by `apply_chat_template`: those are the row's ids. An answer begins where the ids
+end that generation is given as its prompt, and ends with the token that generation stops at. Both places are found by
+comparing ids, so they hold for every tokenizer, with or without offsets. A row in which the prompt's ids are not the
+beginning of the whole is refused: pieces that are tokenized apart would train what inference never sees (SentencePiece
+puts a space before a piece; a token may reach over a boundary; a template may drop earlier reasoning).
+
+Only where a template ends an answer with no token at all, the tokenizer's eos token is added after the last one.
+
+A plain prompt and its completion are tokenized together in the same way. Where a token would reach over the boundary,
+the completion's tokens follow the prompt's, as they do in generation, if together they decode to the same text.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
 from typing import Any
 
+from minilora_hub.end_tokens import end_token_ids
 from minilora_hub.training.data import BadRow, Row
 
 IGNORED = -100
+DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+AS_TEXTS = "write the rendered prompt and the answer as texts, with --set chat=false"
+MARKS = ("weight", "loss")
+"""Fields of a message that say whether it is learned; the chat template does not get them."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,8 @@ class Encoder:
         truncate: cut longer rows at their end; otherwise they are bad rows.
         loss_on: ``"completions"`` or ``"all"``.
         chat: write texts in `prompt` as the user's turn, where the tokenizer has a chat template.
+        ends: ids of the tokens that end an answer. Default: those of the tokenizer and its chat template.
+        now: the time for chat templates that write the date. Default: that of each call.
     """
 
     def __init__(
@@ -46,22 +62,22 @@ class Encoder:
         truncate: bool = False,
         loss_on: str = "completions",
         chat: bool = True,
+        ends: Sequence[int] | None = None,
+        now: datetime | None = None,
     ) -> None:
         self.tokenizer, self.max_length, self.truncate, self.loss_on = tokenizer, max_length, truncate, loss_on
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         self.chat = chat and self.has_template
+        self.ends = frozenset(end_token_ids(tokenizer, None) if ends is None else ends)
+        self._now = now if "strftime_now" in str(getattr(tokenizer, "chat_template", None)) else None
 
     def encode(self, row: Row) -> Example | BadRow:
         """One row as tokens, or why that cannot be done exactly."""
         try:
-            pieces = self._pieces(row)
+            ids, learned = self._encoded(row)
         except _CannotBeExact as error:
             return BadRow(row.place, str(error))
-        ids: list[int] = []
-        labels: list[int] = []
-        for tokens, learned in pieces:
-            ids += tokens
-            labels += tokens if learned or self.loss_on == "all" else [IGNORED] * len(tokens)
+        labels = [token if kept else IGNORED for token, kept in zip(ids, learned, strict=True)]
         if len(ids) > self.max_length:
             if not self.truncate:
                 reason = f"has {len(ids)} tokens, max_length is {self.max_length}: raise it, or pass --truncate"
@@ -71,77 +87,214 @@ class Encoder:
             return BadRow(row.place, "has nothing to learn" + (" once it is cut" if self.truncate else ""))
         return Example(row.place, ids, labels)
 
-    def _pieces(self, row: Row) -> list[tuple[list[int], bool]]:
-        """(tokens, whether they are learned), in order."""
+    def _encoded(self, row: Row) -> tuple[list[int], list[bool]]:
+        """The row's ids, and for each whether it is learned."""
         fields = row.fields
         if row.kind == "text":
-            return [(self._closed(self._tokens(fields["text"], special=True)), True)]
+            ids = self._closed(self._plain(fields["text"]))
+            return ids, [True] * len(ids)
+        tools = fields.get("tools")
         if row.kind == "messages":
-            return self._chat(fields["messages"], fields.get("tools"))
+            return self._chat(fields["messages"], tools)
         prompt, completion = fields["prompt"], fields["completion"]
         if not isinstance(prompt, str):
-            return self._chat([*prompt, *completion], fields.get("tools"), first=len(prompt))
+            return self._chat([*prompt, *completion], tools, first=len(prompt))
         if self.chat:
-            # As generation sees it: the prompt with the opening of the answer, then the answer and its end.
-            start = self._render([{"role": "user", "content": prompt}], opened=True)
-            return [(self._tokens(start), False), (self._closed(self._tokens(completion)), True)]
-        # The base's own special tokens at the start belong to the prompt, also where that is empty.
-        return [(self._tokens(prompt, special=True), False), (self._closed(self._tokens(completion)), True)]
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+            return self._chat(turns, tools)
+        return self._continued(prompt, completion)
 
-    def _chat(self, messages: list[dict[str, Any]], tools: Any, first: int = 0) -> list[tuple[list[int], bool]]:
+    # ---- chats ----
+
+    def _chat(self, messages: list[dict[str, Any]], tools: Any, first: int = 0) -> tuple[list[int], list[bool]]:
+        """The whole conversation; the assistant's turns from the `first` message on are its answers."""
         if not self.has_template:
             raise _CannotBeExact("is a chat, but the base's tokenizer has no chat template: use prompt and completion")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        whole = self._render(messages, tools=tools)
-        pieces, done = [], 0
-        for index, turn in enumerate(messages):
-            if turn["role"] != "assistant" or index < first:
+        turns, ids = self._whole(messages, tools)
+        learned = [self.loss_on == "all"] * len(ids)
+        for index, turn in enumerate(turns):
+            is_learned = _is_learned(messages[index])
+            if self.loss_on == "all" and turn["role"] != "assistant" and not is_learned:
+                raise _CannotBeExact(f"turn {index + 1}: has weight 0, which is for the assistant's turns alone")
+            in_prompt = turn["role"] != "assistant" or index < first
+            if in_prompt and (self.loss_on != "all" or is_learned):
                 continue
-            start = self._render(messages[:index], tools=tools, opened=True)
-            end = self._render(messages[: index + 1], tools=tools)
-            if not (whole.startswith(end) and end.startswith(start) and len(start) >= done):
-                raise _CannotBeExact(
-                    f"turn {index + 1}: the chat template writes it differently alone than in the whole conversation, "
-                    "so its tokens cannot be told apart: make a row of prompt and completion for each answer"
-                )
-            answer = self._tokens(whole[len(start) : len(end)])
-            kept = self._up_to_end_of_turn(answer)
-            pieces += [(self._tokens(whole[done : len(start)]), False), (answer[:kept], True), (answer[kept:], False)]
-            done = len(end)
-        pieces.append((self._tokens(whole[done:]), False))
-        while pieces and not pieces[-1][1]:  # nothing is learned after the last answer
-            pieces.pop()
-        return pieces
+            start = self._answer_start(turns, index, tools, ids)
+            last = index == len(turns) - 1
+            stop = self._answer_stop(ids if last else self._ids(turns[: index + 1], tools), ids, start, index)
+            if last and ids[stop - 1] not in self.ends:
+                ids, stop, learned = self._with_eos(ids), len(ids) + 1, [*learned, True]
+            learned[start:stop] = [is_learned] * (stop - start)
+        return ids, learned
 
-    def _render(self, messages: list[dict[str, Any]], tools: Any = None, opened: bool = False) -> str:
-        from jinja2 import TemplateError
+    def _whole(self, messages: list[dict[str, Any]], tools: Any) -> tuple[list[dict[str, Any]], list[int]]:
+        """The messages as the template takes them, and all ids.
 
-        if not messages:
-            raise _CannotBeExact("starts with the assistant: a chat needs a turn before it")
+        Arguments of tool calls that are JSON text are parsed, which is what templates expect; one that writes them as
+        text refuses them parsed, and gets them as they are.
+        """
+        given = [{name: value for name, value in turn.items() if name not in MARKS} for turn in messages]
+        parsed = [_with_parsed_arguments(turn) for turn in given]
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=opened
-            )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
-            raise _CannotBeExact(f"the chat template refuses it: {' '.join(str(error).split())[:200]}") from error
-        return str(text)
+            return parsed, self._ids(parsed, tools)
+        except _CannotBeExact:
+            if parsed == given:
+                raise
+            return given, self._ids(given, tools)
 
-    def _tokens(self, text: str, special: bool = False) -> list[int]:
-        if not text and not special:
-            return []
-        ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
-        # Some tokenizers end a text by themselves; the end of a row is decided here.
-        return ids[:-1] if special and ids and ids[-1] == self.tokenizer.eos_token_id else ids
+    def _answer_start(self, turns: list[dict[str, Any]], index: int, tools: Any, ids: list[int]) -> int:
+        """How many ids generation is given before it writes this turn; they must be the beginning of `ids`."""
+        if not index:
+            raise _CannotBeExact("starts with the assistant: a chat needs a turn before it")
+        prompt = self._ids(turns[:index], tools, opened=True)
+        if ids[: len(prompt)] == prompt:
+            return len(prompt)
+        opened = self._template(turns[:index], tools, tokenize=False, add_generation_prompt=True)
+        if not self._template(turns, tools, tokenize=False).startswith(opened):
+            raise self._written_differently(index)
+        raise _CannotBeExact(
+            f"turn {index + 1}: its first characters join the last token of the prompt, so generation would write "
+            f"other tokens: begin it with another character, e.g. no white space, or {AS_TEXTS}"
+        )
+
+    def _answer_stop(self, alone: list[int], ids: list[int], start: int, index: int) -> int:
+        """Where the turn ends, its end token included; `alone` is the conversation up to it.
+
+        After the first end token a template may write white space and other end tokens, which follow the last turn only
+        in some: they need not be in the whole conversation, and are not learned.
+        """
+        same = _common(alone, ids)
+        places = [place for place in range(start, same) if ids[place] in self.ends]
+        for place in places:
+            if not self.tokenizer.decode([t for t in alone[place + 1 :] if t not in self.ends]).strip():
+                return place + 1
+        if same < len(alone):
+            raise self._written_differently(index)
+        if places:
+            return places[-1] + 1
+        return same + (same < len(ids) and ids[same] in self.ends)  # some begin the next turn with what ends this one
+
+    @staticmethod
+    def _written_differently(index: int) -> _CannotBeExact:
+        return _CannotBeExact(
+            f"turn {index + 1}: the chat template writes it differently alone than in the whole conversation, "
+            f"so its tokens cannot be told apart: make a row of prompt and completion for each answer, or {AS_TEXTS}"
+        )
+
+    def _ids(self, messages: list[dict[str, Any]], tools: Any, opened: bool = False) -> list[int]:
+        encoded = self._template(messages, tools, tokenize=True, return_dict=True, add_generation_prompt=opened)
+        return list(encoded["input_ids"])
+
+    def _template(self, messages: list[dict[str, Any]], tools: Any, **settings: Any) -> Any:
+        try:
+            if self._now is not None:
+                template = self.tokenizer.get_chat_template(None, tools)
+                settings["chat_template"] = dated_template(template, self._now)
+            return self.tokenizer.apply_chat_template(messages, tools=tools, **settings)
+        except Exception as error:  # a template is a program of the base's author
+            raise _CannotBeExact(f"the chat template refuses it: {' '.join(str(error).split())[:200]}") from error
+
+    # ---- plain text ----
+
+    def _continued(self, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
+        """A plain prompt, whose ids are those that generation is given, and the completion after it."""
+        given, ids = self._plain(prompt), self._plain(prompt + completion)
+        if ids[: len(given)] != given:
+            joined = [*given, *self._following(completion)]
+            if self._decoded(joined) != self._decoded(ids):
+                raise _CannotBeExact(
+                    "the completion's first characters join the prompt's last token, and apart they are another text: "
+                    "move white space from the end of the prompt to the beginning of the completion"
+                )
+            ids = joined
+        ids = self._closed(ids)
+        return ids, [self.loss_on == "all"] * len(given) + [True] * (len(ids) - len(given))
+
+    def _plain(self, text: str) -> list[int]:
+        """A text's ids as generation is given them.
+
+        The tokenizer's own special tokens are at the start, also of an empty text, unless the text begins with what a
+        rendered chat begins with, which has them already. Its own end is not: the end of a row is decided here.
+        """
+        if text.startswith(self._openings):
+            return self._tokens(text)
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        if ids[-1:] != [self.tokenizer.eos_token_id]:
+            return ids
+        bare, before_end = self._tokens(text), ids[:-1]
+        return before_end if before_end[len(before_end) - len(bare) :] == bare else ids
+
+    @cached_property
+    def _openings(self) -> tuple[str, ...]:
+        """The special tokens with which a rendered chat begins: BOS, or that of a first turn."""
+        found = {self.tokenizer.bos_token_id}
+        user = {"role": "user", "content": "Question"}
+        for turns in ([user], [{"role": "system", "content": "Answer"}, user]):
+            try:
+                found.add(self._ids(turns, None)[0] if self.has_template else None)
+            except (_CannotBeExact, IndexError):
+                continue  # many templates know no system's turn
+        special = found & {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        return tuple(self.tokenizer.convert_ids_to_tokens(sorted(special)))
+
+    def _following(self, text: str) -> list[int]:
+        """A text's ids in the middle of another: after a line break, before which SentencePiece puts its space."""
+        before, after = self._tokens("\n"), self._tokens("\n" + text)
+        return after[len(before) :] if after[: len(before)] == before else self._tokens(text)
+
+    def _tokens(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def _closed(self, ids: list[int]) -> list[int]:
-        end = self.tokenizer.eos_token_id
-        return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+        """The ids with the eos token, unless an end token is the last that is not white space."""
+        for token in reversed(ids):
+            if token in self.ends:
+                return ids
+            if self.tokenizer.decode([token]).strip():
+                break
+        return self._with_eos(ids)
 
-    def _up_to_end_of_turn(self, answer: list[int]) -> int:
-        """How many tokens of an answer there are up to its last end token; all of them where there is none."""
-        end = self.tokenizer.eos_token_id
-        places = [index for index, token in enumerate(answer) if token == end]
-        return places[-1] + 1 if places else len(answer)
+    def _with_eos(self, ids: list[int]) -> list[int]:
+        if self.tokenizer.eos_token_id is None:
+            raise _CannotBeExact("has no end: the tokenizer has no eos token")
+        return [*ids, self.tokenizer.eos_token_id]
+
+
+def dated_template(template: str, now: datetime) -> str:
+    """Write a time into a chat template in place of its calls of `strftime_now`, which tell the time of the call.
+
+    A call whose format is no literal stays. (transformers replaces a function that is passed to a template.)
+    """
+    return DATE_CALL.sub(lambda call: json.dumps(now.strftime(call[2])), template)
+
+
+def _is_learned(turn: dict[str, Any]) -> bool:
+    return bool(turn.get("weight", 1)) and bool(turn.get("loss", True))
+
+
+def _with_parsed_arguments(turn: dict[str, Any]) -> dict[str, Any]:
+    """The message with the arguments of its tool calls as objects, not as JSON text."""
+    if not turn.get("tool_calls"):
+        return turn
+    calls = []
+    for call in turn["tool_calls"]:
+        function = call.get("function", call)
+        if isinstance(function.get("arguments"), str):
+            function = function | {"arguments": json.loads(function["arguments"] or "{}")}
+            call = call | {"function": function} if "function" in call else function
+        calls.append(call)
+    return turn | {"tool_calls": calls}
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """With how many equal ids the lists begin."""
+    if other[: len(one)] == one:
+        return len(one)
+    different = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(different, min(len(one), len(other)))
 
 
 class _CannotBeExact(Exception):  # noqa: N818  it becomes a BadRow

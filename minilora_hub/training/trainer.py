@@ -91,13 +91,13 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
 
     Args:
         recipe: how it is trained.
-        places: token ids of a row -> where the row is, to say which batch a NaN came from.
+        place_of: tells where the row with these token ids is, to say which batch a NaN came from.
         **kwargs: SFTTrainer's own.
     """
 
-    def __init__(self, *, recipe: Recipe, places: dict[tuple[int, ...], str], **kwargs: Any) -> None:
+    def __init__(self, *, recipe: Recipe, place_of: Callable[[list[int]], str | None], **kwargs: Any) -> None:
         model = kwargs["model"]
-        self.recipe, self.places = recipe, places
+        self.recipe, self.place_of = recipe, place_of
         self.on_saved: Callable[[], None] = lambda: None
         self._last_inputs: dict[str, Any] | None = None
         exact = {name: parameter.data for name, parameter in trainable_parameters(model).items()}
@@ -155,7 +155,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         else:
             rows = [row[keep.bool()] for row, keep in zip(ids, mask, strict=True)]
         for row in rows:
-            found.append(self.places.get(tuple(row.tolist()), "a part of a row"))
+            found.append(self.place_of(row.tolist()) or "a part of a row")
         return found
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

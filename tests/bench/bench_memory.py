@@ -56,10 +56,12 @@ def put_on(base, method: str, folder: Path):
     if method == "base":
         return base
     if method == "LoRA":
-        from minilora_hub.formats.peft_lora import read_peft_lora
+        from minilora_hub.formats.base_source import BaseSource
+        from minilora_hub.formats.folders import read_folder
+        from minilora_hub.formats.reading import read_adapter
         from minilora_hub.remote_code.attach import attach
 
-        config, sites, tensors = read_peft_lora(folder / "LoRA", base)
+        config, tensors, sites = read_adapter(read_folder(folder / "LoRA"), BaseSource.of_model(base))
         base.requires_grad_(False)
         attach(base, config, sites, tensors)
         return base

@@ -49,7 +49,7 @@ def build(names: list[str], rows: Path, scratch: Path) -> dict:
         settings = make_settings({"base": "embedded", "data": str(rows), "r": 16}, VARIANTS[name])
         resolved = find_base(settings, progress=True)
         tokenizer = load_tokenizer(resolved)
-        data = prepare_data(settings, tokenizer, base_context(resolved))
+        data = prepare_data(settings, tokenizer, base_context(resolved), scratch / name)
         trainee = build_trainee(settings, resolved)
         for path, parameter in trainee.model.named_parameters():
             if not parameter.requires_grad:

@@ -119,7 +119,7 @@ def test_peft_settings_that_are_no_numbers_are_named(folders, tmp_path, changes)
         field = list(changes)[-1] if "r" not in changes else "r"
         settings |= changes
     path.write_text(json.dumps(settings))
-    with pytest.raises((AdapterError, ValueError), match=rf"\b{field}\b.*(must be|is missing)|Infinity"):
+    with pytest.raises(AdapterError, match=rf"\b{field}\b.*(must be|is missing)|Infinity"):
         AdapterBank(tiny.tiny_base()).load("adapter", tmp_path / "adapter")
 
 
@@ -133,7 +133,7 @@ def test_settings_of_ours_that_make_no_sense_are_named(folders, tmp_path, change
     shutil.copytree(folders["dora"], tmp_path / "adapter")
     path = tmp_path / "adapter" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    with pytest.raises((AdapterError, ValueError), match=rf"\b{next(iter(changes))}\b.*must be"):
+    with pytest.raises(AdapterError, match=rf"\b{next(iter(changes))}\b.*must be|Infinity is not a number"):
         AdapterBank(tiny.tiny_base()).load("adapter", tmp_path / "adapter")
 
 

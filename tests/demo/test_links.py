@@ -187,7 +187,7 @@ def test_a_link_shows_that_adapter_beside_the_base(visit, models, name, kind):
         ("ana/other-weights", "was trained on other weights of org/base than this page runs"),
         ("ana/slow-regex", "rank_pattern: a page reads plain names of modules only"),
         ("ana/pissa", "changes the base's own weights"),
-        ("ana/imports", "megatron_config is set"),
+        ("ana/imports", "megatron_config makes PEFT import the module"),
         ("local/dora", "the Hub has no public repo local/dora"),
         ("../local/dora", "is no id on the Hub"),
         ("/etc", "is no id on the Hub"),

@@ -8,11 +8,12 @@ import pytest
 from demo.records import column, record
 from markdown_it import MarkdownIt
 
+from minilora_hub.demo import visits as visits_module
 from minilora_hub.demo.blind import Blindfold, revealed, shuffled
 from minilora_hub.demo.frames import text_of
 from minilora_hub.demo.record import exported_json, exported_markdown
 from minilora_hub.demo.sharing import SharedComparisons, ShareLimits
-from minilora_hub.demo.visits import KEPT, Visits
+from minilora_hub.demo.visits import KEPT, Kept, KeptLimits, Visits
 from minilora_hub.demo.votes import ALL_BAD, TIE, VoteStore
 from minilora_hub.errors import PageError
 
@@ -254,3 +255,72 @@ def test_a_comparison_is_shared_once_and_only_when_asked(visits):
     assert not visits.shared.folder.exists()
     assert visits.share(kept) == visits.share(kept)
     assert len(list(visits.shared.folder.glob("*.json"))) == 1
+
+
+LONG = 100_000
+
+
+def of_visitors(tmp_path, **limits):
+    """Visits under these limits."""
+    return Visits(VoteStore(tmp_path / "votes"), SharedComparisons(tmp_path / "shared"), KeptLimits(**limits))
+
+
+def test_a_comparison_knows_what_it_takes():
+    """The texts and the logs, and each of them once."""
+    small, large = record(), record(column("base", "word " * 1000), prompt="x" * LONG)
+    assert 3_000 < small.memory < 20_000
+    logs = sum(len(one["log"]) for one in large.columns)
+    assert LONG + logs < large.memory < LONG + logs + 20_000
+
+
+def test_a_visitors_comparisons_are_bounded_in_bytes(tmp_path):
+    """The oldest go; the last one stays, however large it is."""
+    visits = of_visitors(tmp_path, visitor_bytes=int(3.5 * LONG), total_bytes=10 * LONG)
+    for number in range(5):
+        visits.keep("ana", record(prompt=f"{number}" * LONG))
+    assert [kept.record.prompt[0] for kept in visits.history("ana")] == ["4", "3", "2"]
+    visits.keep("ana", record(prompt="5" * 8 * LONG))
+    assert [kept.record.prompt[0] for kept in visits.history("ana")] == ["5"]
+    visits.keep("ana", record(prompt="6"))
+    assert [kept.record.prompt[0] for kept in visits.history("ana")] == ["6"]
+
+
+def test_what_a_visitor_looks_at_counts_and_stays(tmp_path):
+    """One of their own that is old by now, or one that somebody shared."""
+    visits = of_visitors(tmp_path, visitor_bytes=int(3.5 * LONG), total_bytes=10 * LONG)
+    for number in range(3):
+        visits.keep("ana", record(prompt=f"{number}" * LONG))
+    oldest = visits.history("ana")[-1]
+    visits.show("ana", oldest)
+    assert visits.shown("ana") is oldest
+    visits.show("ana", Kept(record(prompt="s" * 2 * LONG), closed="it is a stored comparison"))
+    assert [kept.record.prompt[0] for kept in visits.history("ana")] == ["2"]
+    assert visits.shown("ana").record.prompt[0] == "s"
+
+
+@pytest.mark.parametrize("way", ["keep", "show"])
+def test_all_visitors_together_are_bounded_in_bytes(tmp_path, monkeypatch, way):
+    """Those who were here longest ago make room, also for visitors who only look at what others have shared."""
+    monkeypatch.setattr(visits_module, "VISITORS", 6)
+    visits = of_visitors(tmp_path, visitor_bytes=5 * LONG, total_bytes=int(4.5 * LONG))
+    for number in range(9):
+        one = record(prompt="x" * LONG)
+        visits.keep(f"{number}", one) if way == "keep" else visits.show(f"{number}", Kept(one, closed="stored"))
+        visits.shown(f"{number}")
+    for number in range(9):
+        if number < 5:
+            with pytest.raises(PageError, match="nothing was run yet"):
+                visits.shown(f"{number}")
+        else:
+            assert visits.shown(f"{number}").record.prompt == "x" * LONG
+    for number in range(20):
+        visits.keep(f"small {number}", record())
+    assert sum(bool(visits.history(f"small {number}")) for number in range(20)) == 6
+
+
+def test_the_owner_says_how_much(monkeypatch):
+    monkeypatch.setenv("MINILORA_KEPT_MEGABYTES", "80")
+    assert KeptLimits.from_environment() == KeptLimits(8 * 10**6, 80 * 10**6)
+    monkeypatch.setenv("MINILORA_KEPT_MEGABYTES", "0")
+    with pytest.raises(ValueError, match="MINILORA_KEPT_MEGABYTES='0'"):
+        KeptLimits.from_environment()

@@ -6,16 +6,18 @@ import hashlib
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
 from evaluation.small_tasks import SIZES, TASKS, small_tasks  # noqa: F401  a fixture
+from peft import PeftModel
 from tiny import CAUSAL_LM
 from tiny_stand_ins import byte_tokenizer, save_base_and_adapters, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from minilora_hub.errors import AdapterError
-from minilora_hub.evaluation import general_text, generation
+from minilora_hub.evaluation import answer_cache, general_text, generation
 from minilora_hub.evaluation.answer_cache import AnswerCache
 from minilora_hub.evaluation.outputs import as_dict, save_results
 from minilora_hub.evaluation.report import evaluations, updated_results
@@ -75,6 +77,38 @@ def test_the_answers_are_those_of_generate(saved):
                 answer = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
                 assert shown.scores[key].answers[line] == answer.strip()
                 assert shown.scores[key].exact[line] == (answer.strip() == item.completion)
+
+
+def test_an_adapter_is_asked_with_its_own_chat_template(saved, tmp_path):
+    """And its answers end where that ends a turn; the base, which has none, is asked with the text alone."""
+    base, adapters = tmp_path / "base", saved[1]
+    tiny_llama().save_pretrained(base)
+    byte_tokenizer(chat=False).save_pretrained(base)
+    shutil.copytree(adapters[2], tmp_path / "lora")
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|assistant|>{% endfor %}[answer]"
+    (tmp_path / "lora" / "chat_template.jinja").write_text(template)
+    lines = []
+    report = evaluate(
+        [tmp_path / "lora"], base=base, tasks=["echo"], count=4, cache=False, few_shot=0, progress=lines.append
+    )
+    assert lines[-2:] == [
+        "  answers end at <|end|> <|user|>",
+        f"  + {tmp_path / 'lora'}: LoRA, r 4, own chat template, ends at <|end|> <|user|> <|assistant|>",
+    ]
+    tokenizer = byte_tokenizer(chat=False)
+    models = [tiny_llama(), PeftModel.from_pretrained(tiny_llama(), adapters[2]).eval()]
+    for model, shown, wrap in zip(models, report.models, ("{}", "[user]{}<|assistant|>[answer]"), strict=True):
+        for item, answer in zip(report.items["echo"], shown.scores["echo"].answers, strict=True):
+            ids = tokenizer(wrap.format(item.prompt), return_tensors="pt")["input_ids"]
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=report.limits["echo"],
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=[256, 257] if wrap == "{}" else [256, 257, 258],
+            )
+            assert answer == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
 def report_examples(task):
@@ -168,15 +202,13 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(saved, tmp_path, monkeypatc
     assert told(again) == told(whole)
 
 
-@pytest.mark.parametrize("changed", ["weights", "settings", "prompts"])
+@pytest.mark.parametrize("changed", ["weights", "settings", "prompts", "base"])
 def test_what_was_computed_is_not_taken_for_something_else(saved, tmp_path, changed, monkeypatch):
     from safetensors.torch import load_file, save_file
 
     base, adapters = saved
-    folder = tmp_path / "dora"
-    folder.mkdir()
-    for path in adapters[1].iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    base = shutil.copytree(base, tmp_path / "base")
+    folder = shutil.copytree(adapters[1], tmp_path / "dora")
 
     def once(**settings):
         options = {"tasks": ["echo"], "few_shot": 0, "cache": tmp_path / "cache", "batch_size": 4}
@@ -192,16 +224,22 @@ def test_what_was_computed_is_not_taken_for_something_else(saved, tmp_path, chan
     elif changed == "settings":
         assert once(dtype="bfloat16").computed == 2 * SIZES["test"]
         assert once(batch_size=5).computed > 0
+    elif changed == "base":
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+        assert once().computed == 2 * SIZES["test"], "its weights are the same, and compute something else"
     else:
         assert once(split="validation").computed == 2 * SIZES["validation"]
 
 
-def test_a_cache_of_other_libraries_is_not_used(tmp_path, monkeypatch):
+@pytest.mark.parametrize("changed", ["library/torch", "code/remote_code/routing.py", "code/evaluation/generation.py"])
+def test_a_cache_of_other_libraries_or_code_is_not_used(tmp_path, monkeypatch, changed):
     cache = AnswerCache(tmp_path, {"base": "x"})
     cache.put(cache.key({"a": 1}), [1])
     again = AnswerCache(tmp_path, {"base": "x"})
     assert again.get(again.key({"a": 1})) == [1]
-    monkeypatch.setattr("minilora_hub.evaluation.answer_cache.version", lambda name: "9")
+    assert changed in answer_cache.CODE_AND_LIBRARIES
+    monkeypatch.setitem(answer_cache.CODE_AND_LIBRARIES, changed, "9")
     other = AnswerCache(tmp_path, {"base": "x"})
     assert other.get(other.key({"a": 1})) is None
 

@@ -6,7 +6,7 @@
     python tests/evidence/compare_methods.py ship      # seed 0 of each method into model_cards/, as it is published
 
 Several processes may run at once, each with other runs. The results are small files in tests/evidence/results; adapters
-and answers go into --work. The plan is in plan.py.
+and answers go into --work, into a folder of their own for each state of the code. The plan is in plan.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evidence.plan import METHODS, SEEDS, Run, final_runs
-from evidence.store import BASE, RESULTS, Store
+from evidence.store import BASE, CODE, RESULTS, Store
 from filelock import FileLock, Timeout
 
 
@@ -36,7 +36,10 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of this process")
     arguments = parser.parse_args()
+    arguments.work = arguments.work.resolve() / CODE[:12]
     store = Store(arguments.results)
+    if others := store.of_other_code():
+        say(f"other code has made {len(others)} of the results, e.g. {others[0]}: move them away to make them anew")
     if arguments.what == "run":
         from minilora_hub.errors import TrainingInterrupted
 
@@ -72,7 +75,7 @@ def run_all(store: Store, arguments: argparse.Namespace) -> None:
     from evidence.measure import make, write_data
 
     torch.set_num_threads(arguments.threads)
-    work: Path = arguments.work.resolve()
+    work: Path = arguments.work
     locks = work / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks / "data.lock"):
@@ -123,7 +126,7 @@ def ship_all(store: Store, arguments: argparse.Namespace) -> None:
         chosen = not arguments.method or run.method in arguments.method
         if chosen and run.part == "seeds" and run.seed == SEEDS[0] and store.has(run.name):
             out = cards / f"smollm2-135m-{run.method}"
-            ship(run, arguments.work.resolve(), out)
+            ship(run, arguments.work, out)
             say(f"wrote {out}")
 
 

@@ -9,8 +9,12 @@ from typing import Any
 
 from evidence.plan import FULL_LENGTH, METHODS, Run, final_runs, full_runs, sweep_runs
 
+from minilora_hub.code_inputs import code_hash
+
 RESULTS = Path(__file__).parent / "results"
 BASE = "base"
+CODE = code_hash("minilora_hub.training.run", "minilora_hub.evaluation.run")
+"""Hash of the code that trains and measures. Adapters, rows and answers of other code are not used again."""
 
 
 class Store:
@@ -32,11 +36,16 @@ class Store:
         return json.loads(self.path(name).read_text(encoding="utf-8"))
 
     def write(self, name: str, value: dict[str, Any]) -> None:
-        """Keep a result: whole or not at all."""
+        """Keep a result, with the code that made it: whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".{name}.{os.getpid()}"
-        temporary.write_text(json.dumps(value, separators=(",", ":")) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(value | {"code": CODE}, separators=(",", ":")) + "\n", encoding="utf-8")
         os.replace(temporary, self.path(name))
+
+    def of_other_code(self) -> list[str]:
+        """Names of the results that other code has made than this: they may not be comparable with new ones."""
+        names = [BASE, *(run.name for run in self.runs())]
+        return [name for name in names if self.has(name) and self.read(name).get("code") != CODE]
 
     def losses(self, runs: list[Run]) -> dict[float, float] | None:
         """Learning rate -> validation loss of these runs, without those that ended in NaN; None if one is missing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -19,7 +20,7 @@ from evidence.plan import (
     full_runs,
     sweep_runs,
 )
-from evidence.store import BASE, Store
+from evidence.store import BASE, CODE, Store
 
 from minilora_hub.evaluation.setup import held_out_key
 from minilora_hub.training.settings import make_settings
@@ -105,6 +106,16 @@ def test_methods_have_equally_many_parameters_within_five_percent():
         sizes[method] = sum(parameter.numel() for parameter in adapted.adapter_parameters().values())
     assert max(sizes.values()) / min(sizes.values()) < 1.05, sizes
     assert 2 * 30 * max(sizes.values()) < 10_000_000  # bytes in bfloat16
+
+
+def test_results_of_other_code_are_told_apart(store):
+    assert store.of_other_code() == []
+    name = sweep_runs()[0].name
+    assert store.read(name)["code"] == CODE
+    for other in ({"code": "0"}, {}):
+        value = {key: value for key, value in store.read(name).items() if key != "code"}
+        store.path(name).write_text(json.dumps(value | other))
+        assert store.of_other_code() == [name]
 
 
 def test_each_task_alone_is_seen_as_often_as_in_the_mix():

@@ -12,7 +12,8 @@ from tiny import fill_adapter, logits, tiny_base, tiny_config
 
 from minilora_hub import MixLoraConfig, MixLoraForCausalLM, register
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.peft_mixlora import from_peft_layout, to_peft_layout
+from minilora_hub.formats.importing import import_adapter
+from minilora_hub.formats.peft_mixlora import to_peft_layout
 from minilora_hub.remote_code.adapter_files import ADAPTER_FILE
 
 register()
@@ -49,7 +50,7 @@ def test_there_and_back(case, base_folder, tmp_path):
     peft_model = PeftModel.from_pretrained(tiny_base(), tmp_path / "peft")
     assert torch.equal(logits(peft_model), logits(model))
 
-    from_peft_layout(tmp_path / "peft", tmp_path / "again")
+    import_adapter(tmp_path / "peft", tmp_path / "again")
     ours, again = (load_file(tmp_path / name / ADAPTER_FILE) for name in ("ours", "again"))
     assert ours.keys() == again.keys()
     assert all(torch.equal(ours[name], again[name]) and ours[name].dtype == again[name].dtype for name in ours)
@@ -65,7 +66,7 @@ def test_a_peft_layout_saved_by_peft_becomes_ours(base_folder, tmp_path):
     saved(base_folder, tmp_path / "ours")
     to_peft_layout(tmp_path / "ours", tmp_path / "peft")
     PeftModel.from_pretrained(tiny_base(), tmp_path / "peft").save_pretrained(tmp_path / "resaved")
-    from_peft_layout(tmp_path / "resaved", tmp_path / "again", base=str(base_folder))
+    import_adapter(tmp_path / "resaved", tmp_path / "again", base=str(base_folder))
     ours, again = (load_file(tmp_path / name / ADAPTER_FILE) for name in ("ours", "again"))
     assert ours.keys() == again.keys()
     assert all(torch.equal(ours[name], again[name]) for name in ours)
@@ -118,10 +119,10 @@ def test_what_ours_cannot_say_is_named(base_folder, tmp_path):
         base.name_or_path = str(base_folder)
         get_peft_model(base, MixLoraPeftConfig(r=4, num_experts=4, **arguments)).save_pretrained(tmp_path / name)
         with pytest.raises(AdapterError, match=message):
-            from_peft_layout(tmp_path / name, tmp_path / "out")
+            import_adapter(tmp_path / name, tmp_path / "out")
     with pytest.raises(AdapterError, match="not a MixLoRA of ours"):
         to_peft_layout(tmp_path / "saved", tmp_path / "out")
-    with pytest.raises(AdapterError, match="not a MixLoRA in PEFT's layout"):
-        from_peft_layout(base_folder, tmp_path / "out")
+    with pytest.raises(AdapterError, match="a whole model"):
+        import_adapter(base_folder, tmp_path / "out")
     with pytest.raises(AdapterError, match="empty"):
         to_peft_layout(base_folder, base_folder)

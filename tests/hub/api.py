@@ -89,7 +89,7 @@ def auth_check(call: Call) -> Answer:
 @route("GET", "/api/(?P<type>model|dataset|space)s")
 def list_repos(call: Call) -> Answer:
     """Search: author, words in the id, tags, newest or most downloaded first."""
-    query, asked = call.query, set(call.query.get("filter", []))
+    query, asked = call.query, set(call.query.get("filter", []) if call.hub.searches_tags else [])
     words = [word.lower() for word in query.get("search", [])]
     authors, pipelines = query.get("author", []), query.get("pipeline_tag", [])
     infos = []
@@ -136,6 +136,7 @@ def describe(repo: Repo, commit: Commit, blobs: bool = False) -> dict[str, Any]:
         "disabled": False,
         "downloads": repo.downloads,
         "likes": repo.likes,
+        "trendingScore": repo.trending,
         "tags": tags_of(repo, commit),
         "cardData": card,
         "siblings": siblings,

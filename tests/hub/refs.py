@@ -19,13 +19,18 @@ def list_refs(call: Call) -> Answer:
 
     found = {"branches": refs(repo.branches.items(), "refs/heads/"), "tags": refs(repo.tags.items(), "refs/tags/")}
     pulls = [(str(number), pull.head) for number, pull in repo.pulls.items()]
-    return Answer.of_json({**found, "converts": [], "pullRequests": refs(pulls, "refs/pr/")})
+    proposed = {} if call.hub.pull_requests == "ignored" else {"pullRequests": refs(pulls, "refs/pr/")}
+    return Answer.of_json({**found, "converts": [], **proposed})
 
 
 @route("GET", rf"{API}/discussions")
 def list_discussions(call: Call) -> Answer:
     """List the open pull requests; there are no plain discussions."""
     repo = call.repo()
+    if call.hub.pull_requests == "refused":
+        raise HubError(403, "Pull requests are disabled for this repository")
+    if call.hub.pull_requests == "ignored":
+        raise HubError(404, "no such page")
     found = [
         {
             "num": pull.number,

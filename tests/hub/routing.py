@@ -71,8 +71,11 @@ class Call:
 
     @property
     def create_pr(self) -> bool:
-        """Whether the commit is to open a pull request."""
-        return self.flag("create_pr")
+        """Whether the commit is to open a pull request, on a Hub that knows what that is."""
+        asked = self.flag("create_pr") and self.hub.pull_requests != "ignored"
+        if asked and self.hub.pull_requests == "refused":
+            raise HubError(403, "Pull requests are disabled for this repository")
+        return asked
 
     def repo(self) -> Repo:
         """Return the repository of the path, if the caller may see it."""

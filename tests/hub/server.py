@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from . import api, downloads, refs, spaces, trees, uploads  # noqa: F401  importing them registers their routes
@@ -49,8 +49,16 @@ class HubServer:
     """A Hub on a free port of 127.0.0.1, for as long as the `with` block lasts."""
 
     def __init__(self, lfs_threshold: int = 10 * 2**20) -> None:
-        """Prepare an empty Hub; files above `lfs_threshold` bytes go through LFS whatever their name."""
+        """Prepare an empty Hub; files above `lfs_threshold` bytes go through LFS whatever their name.
+
+        Attributes:
+            pull_requests: "open" where commits may open them; "refused" where they are turned off; "ignored" on a Hub
+                that does not know them: it makes the commit on the branch itself.
+            searches_tags: whether a search by tag is one; else it answers with every model.
+        """
         self.lfs_threshold = lfs_threshold
+        self.pull_requests: Literal["open", "refused", "ignored"] = "open"
+        self.searches_tags = True
         self.repos: dict[tuple[str, str], Repo] = {}
         self.requests: list[RequestRecord] = []
         self.failures: list[str] = []

@@ -113,6 +113,7 @@ class Repo:
     sdk: str | None = None
     downloads: int = 0
     likes: int = 0
+    trending: int = 0
     objects: dict[str, bytes] = field(default_factory=dict)
     branches: dict[str, Commit] = field(default_factory=dict)
     tags: dict[str, Commit] = field(default_factory=dict)

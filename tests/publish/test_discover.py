@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
+from huggingface_hub.hf_api import ModelSort_T
 from tiny_stand_ins import tiny_llama
 
 from minilora_hub import push
 from minilora_hub.errors import AdapterError, PublishError
-from minilora_hub.publish.discover import info, list_adapters, pull
+from minilora_hub.publish.discover import SORTS, info, list_adapters, pull
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
@@ -84,6 +86,44 @@ def test_listing(published, monkeypatch):
     assert list_adapters("embedded") == []
     monkeypatch.setenv("HF_TOKEN", "")
     assert "ana/mixlora" not in {row.id for row in list_adapters("org/base")}
+
+
+@pytest.mark.parametrize("base", [None, "org/base"])
+def test_every_order_is_the_hubs(hub, base):
+    """Of two methods, which are two searches, and of one base: made in one order, changed in another."""
+    card = "---\ntags: [{}]\nbase_model: org/base\nbase_model_relation: adapter\n---\n"
+    for number, method in enumerate(["dora", "mixlora", "dora", "mixlora"]):
+        repo = hub.add_repo(f"ana/{number}", files={"README.md": card.format(method).encode()})
+        repo.downloads, repo.likes, repo.trending = (number * step % 5 for step in (2, 3, 4))
+        repo.created_at = f"2025-01-0{1 + (number + 1) % 4}T10:00:00.000Z"
+    for number in (2, 0, 3, 1):
+        hub.repo(f"ana/{number}").push({"x": b""})
+    expected = {
+        "downloads": "2130",
+        "likes": "3120",
+        "trending_score": "1230",
+        "created_at": "2103",
+        "last_modified": "1302",
+    }
+    for sort, order in expected.items():
+        found = list_adapters(base, sort=sort)
+        assert [row.id for row in found] == [f"ana/{number}" for number in order], sort
+        assert [row.id for row in list_adapters(base, sort=sort, limit=2)] == [row.id for row in found[:2]]
+    assert found[0].created == "2025-01-03"
+    assert set(SORTS) == set(get_args(ModelSort_T)) == expected.keys()
+
+
+def test_a_hub_that_does_not_search_by_tag(published, monkeypatch):
+    """Its other models are left out, and where they are too many, that is said."""
+    right = {base: list_adapters(base) for base in (None, "org/base")}
+    published.searches_tags = False
+    published.repo("org/base").downloads = 99
+    for base, found in right.items():
+        assert list_adapters(base) == found
+        assert list_adapters(base, limit=1) == found[:1]
+    monkeypatch.setattr("minilora_hub.publish.discover.LOOKED_AT", 3)
+    with pytest.raises(PublishError, match="does not search by tag, and has more than 3 models"):
+        list_adapters("org/base")
 
 
 def test_listing_what_cannot_be(published):

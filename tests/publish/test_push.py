@@ -6,9 +6,11 @@ import json
 import re
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from minilora_hub import push
 from minilora_hub.errors import AdapterError, PublishError
+from minilora_hub.publish.card import settings_of
 from minilora_hub.publish.island import island_files
 
 # The client uploads LFS files with an argument that its own HTTP library deprecates.
@@ -140,9 +142,71 @@ def test_tag_branch_and_pull_request(hub, ana, trained, copy_of):
     assert repo.commit("main").oid == first.commit
 
 
+@pytest.fixture
+def forbid_building(monkeypatch):
+    """A function after which building, which takes minutes on a real base, fails the test."""
+    return lambda: monkeypatch.setattr(
+        "minilora_hub.publish.push.build", lambda *args, **kwargs: pytest.fail("it was built")
+    )
+
+
+@pytest.mark.parametrize("method", ["mixlora", "lora"])
+def test_a_taken_tag_is_told_before_anything_is_built(hub, ana, trained, copy_of, method, forbid_building):
+    """Where it is on an older commit; and where it is on the newest, and the weights are others than there."""
+    first = quick(trained[method], tag="v1")
+    assert quick(trained[method], tag="v1").commit == first.commit
+    forbid_building()
+    folder = copy_of(method)
+    weights = folder / "adapter_model.safetensors"
+    save_file({name: tensor * 2 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(PublishError, match=f"the tag 'v1' is on {first.commit[:12]} already: choose another one"):
+        quick(folder, tag="v1")
+    hub.repo("ana/adapter").push({"notes.txt": b"x"})
+    with pytest.raises(PublishError, match=f"the tag 'v1' is on {first.commit[:12]} already: choose another one"):
+        quick(trained[method], tag="v1")
+
+
+def test_a_missing_base_or_licence_is_told_before_anything_is_built(hub, ana, copy_of, base_folder, forbid_building):
+    forbid_building()
+    folder = copy_of("dora")
+    with pytest.raises(AdapterError, match=r"base_model_name_or_path='org/gone': the Hub has no such model"):
+        quick(folder, base_id="org/gone", base_model=str(base_folder))
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps(results | {"license": None}))
+    with pytest.raises(AdapterError, match=r"results.json: license is not set"):
+        quick(folder)
+    (folder / "results.json").unlink()
+    with pytest.raises(AdapterError, match=r"results.json: license is not set"):
+        quick(folder)
+    with pytest.raises(pytest.fail.Exception, match="it was built"):
+        quick(folder, license="mit")
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"), [("refused", "HTTP 403: Pull requests are disabled"), ("ignored", "HTTP 404: no such page")]
+)
+def test_a_hub_without_pull_requests(hub, ana, trained, kind, told, forbid_building):
+    forbid_building()
+    repo = hub.add_repo("ben/adapter", files={"README.md": b"theirs"})
+    hub.pull_requests = kind
+    match = rf"create_pr=True: the Hub at {hub.endpoint} takes no pull requests for ben/adapter \({told}"
+    with pytest.raises(PublishError, match=match):
+        quick(trained["dora"], "ben/adapter", create_pr=True)
+    assert (repo.files(), repo.pulls) == ({"README.md": b"theirs"}, {})
+
+
+def test_links_of_a_card_lead_to_the_hub_that_is_pushed_to(hub, ana, trained):
+    quick(trained["mixlora"], space="ana/compare")
+    card = tree(hub)["README.md"].decode()
+    assert f"[org/base]({hub.endpoint}/org/base)" in card
+    assert f"]({hub.endpoint}/spaces/ana/compare?adapter=ana%2Fadapter)" in card
+    assert "huggingface.co/" not in card.partition("<!-- minilora:card")[2]
+    assert settings_of(card)["hub"] == hub.endpoint
+
+
 def test_the_space_that_a_card_opens_is_kept(hub, ana, trained):
     first = quick(trained["dora"], space="ana/compare")
-    link = b"https://huggingface.co/spaces/ana/compare?adapter=ana%2Fadapter"
+    link = f"{hub.endpoint}/spaces/ana/compare?adapter=ana%2Fadapter".encode()
     assert link in tree(hub)["README.md"]
     assert quick(trained["dora"]).commit == first.commit
     quick(trained["dora"], space="team/other")

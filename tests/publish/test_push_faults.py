@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from contextlib import suppress
 
@@ -42,6 +43,8 @@ def ready(hub, monkeypatch, trained, base_folder, tmp_path):
     monkeypatch.setenv("HF_TOKEN", token)
     built = build(trained["dora"], tmp_path / "built", repo_id="ana/case", base_model=str(base_folder))
     monkeypatch.setattr("minilora_hub.publish.push.build", lambda *args, **kwargs: built)
+    shutil.copytree(trained["dora"], tmp_path / "a folder")
+    monkeypatch.chdir(tmp_path)
     # It asks the Hub for the base only, through the same calls as the rest; it takes longer than all of that.
     monkeypatch.setattr("minilora_hub.publish.push.check", lambda *args: ())
     return hub, token, built
@@ -132,6 +135,33 @@ def test_a_pull_request_is_not_opened_twice(ready):
         assert (struck.fired, list(repo.pulls)) == (1, [1])
         assert (repo.commit("refs/pr/1").oid, repo.files("main")) == (result.commit, OLD)
         assert result.url.endswith("/discussions/1")
+
+
+@pytest.mark.parametrize("create_pr", [True, False])
+@pytest.mark.parametrize("status", [409, 412])
+def test_a_conflict_where_nobody_has_committed_is_not_told_as_one(ready, status, create_pr):
+    """In the Hub's own words: it may take no pull requests, or refuse for another reason."""
+    hub, _, _ = ready
+    repo = hub.add_repo("ana/case", files=OLD, private=True)
+    hub.faults.add(kind="status", status=status, path_regex="/commit/", times=None)
+    what = "opening the pull request" if create_pr else "committing"
+    with pytest.raises(
+        PublishError, match=rf"^{what}: the Hub refused it \(HTTP {status}: an injected fault\)"
+    ) as told:
+        push_to("ana/case", create_pr=create_pr)
+    assert "somebody else" not in str(told.value)
+    assert (repo.files(), repo.pulls) == (OLD, {})
+
+
+def test_a_hub_that_commits_to_the_branch_instead_is_told(ready, monkeypatch):
+    """Which only the answer to the commit tells, where it lists pull requests all the same."""
+    hub, _, _ = ready
+    hub.add_repo("ana/case", files=OLD, private=True)
+    monkeypatch.setattr("minilora_hub.publish.remote.require_pull_requests", lambda *args: None)
+    monkeypatch.setattr("minilora_hub.publish.sending._pull_requests", lambda *args: {})
+    hub.pull_requests = "ignored"
+    with pytest.raises(PublishError, match="has opened no pull request: it has committed to main of ana/case itself"):
+        push_to("ana/case", create_pr=True)
 
 
 @pytest.mark.parametrize("times", [1, None])

@@ -17,7 +17,7 @@ from minilora_hub import push
 from minilora_hub.errors import AdapterError
 from minilora_hub.publish.build import build
 from minilora_hub.publish.checks import check_folder
-from minilora_hub.recording import bases_of_record, inputs
+from minilora_hub.recording import bases_of_record, inputs, reuse
 from minilora_hub.recording.document import RECORDING_FILE, Recording
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -173,22 +173,23 @@ def test_the_same_base_elsewhere_is_the_same(fresh, built, base):
     assert built(folder).recorded.reused
 
 
-def test_every_code_file_and_library_counts(fresh, built, monkeypatch):
+def test_every_code_file_and_library_counts(fresh, built):
     folder = fresh()
     built(folder)
-    code, libraries = inputs.code_inputs(), inputs.library_inputs()
+    known = inputs.CODE_AND_LIBRARIES
     kinds = {name.partition("/")[0] for name in Recording.load(folder).inputs}
     assert kinds == {"adapter", "tokenizer", "base", "code", "library", "dtype"}
-    assert {"code/remote_code/adapted_linear.py", "code/recording/logits.py", "code/formats/peft.py"} <= code.keys()
-    assert {"library/torch", "library/transformers", "library/tokenizers"} <= libraries.keys()
-    for function, known in (("code_inputs", code), ("library_inputs", libraries)):
-        for name in known:
-            with monkeypatch.context() as patched:
-                patched.setattr(inputs, function, lambda known=known, name=name: known | {name: "another"})
-                made = built(folder)
-            assert (made.recorded.reused, name in made.recorded.reason) == (False, True), name
-            reseal(folder, inputs=Recording.load(folder).inputs | known)
-            shutil.rmtree(made.folder)
+    assert {"code/remote_code/adapted_linear.py", "code/recording/logits.py", "code/formats/peft.py"} <= known.keys()
+    # What they import counts as well.
+    assert {"code/formats/tensor_files.py", "code/bases.py", "code/results.py"} <= known.keys()
+    assert {"library/torch", "library/transformers", "library/tokenizers"} <= known.keys()
+    good = Recording.load(folder).inputs
+    for name in known:
+        reseal(folder, inputs=good | {name: "another"})
+        kept, why = reuse._kept(folder)[0], f"changed since it was recorded: {name}"
+        assert reuse._why_not(kept, good, None, "") == why
+    made = built(folder)
+    assert (made.recorded.reused, name in made.recorded.reason) == (False, True)
     assert built(folder).recorded.reused
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,8 @@ def test_a_new_space(hub, push):
     card = card_of(files)
     assert (card["title"], card["sdk"], card["app_file"]) == ("Compare mine", "gradio", "app.py")
     assert card["models"] == ["org/base", "ana/dora", "ana/lora"]
+    links = re.findall(r"\]\((.*?)\)", files["README.md"].decode())
+    assert links == [f"{hub.endpoint}/{name}" for name in card["models"]]
     assert card["preload_from_hub"] == ["org/base", "ana/dora", "ana/lora"]
     assert card["suggested_hardware"] == "zero-a10g"
     assert "torch==2.10.0" in files["requirements.txt"].decode().splitlines()

@@ -57,6 +57,8 @@ def test_a_good_folder(stranger, good, base_folder, method):
     if method != "lora":
         expected |= {"strict: a missing tensor", "strict: a value that is no number"}
         assert steps(report)["loading"].detail.startswith("transformers_modules.")
+        assert ".lora_" in steps(report)["strict: a missing tensor"].detail  # one of them, under its own name
+        assert "values that are not finite" in steps(report)["strict: a value that is no number"].detail
     assert set(steps(report)) == expected | ({"peft/"} if method == "dora" else set())
     assert report.difference < 1e-4
     assert json.loads(json.dumps(report.to_dict()))["ok"]
@@ -75,6 +77,104 @@ def test_unknown_code_is_refused_before_it_runs(stranger, copied, base_folder, t
     trusted = verify_with(stranger, folder, base_model=str(base_folder), trust_remote_code=True)
     assert trusted.ok, trusted.problem
     assert trace.exists()
+
+
+SPY = """
+import json, os, pathlib, socket
+import huggingface_hub
+found = {{"variables": dict(os.environ), "token": huggingface_hub.get_token(), "home": str(pathlib.Path.home())}}
+found["offline"] = huggingface_hub.constants.is_offline_mode()
+pathlib.Path({trace!r}).write_text(json.dumps(found))
+"""
+
+
+def test_the_process_has_no_token_and_asks_nobody(hub, copied, tmp_path, monkeypatch):
+    """A private adapter and its private base, fetched with a token; what then runs has neither token nor network."""
+    folder, trace = copied(), tmp_path / "what it saw"
+    code = folder / "modeling_minilora.py"
+    code.write_text(SPY.format(trace=str(trace)) + code.read_text())
+    rewritten(folder)
+    secret = hub.add_user("ana", organizations=("org",))
+    hub.repo("org/base").private = True
+    hub.add_repo("ana/adapter", private=True, files={
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    })  # fmt: skip
+    stored = tmp_path / "hf" / "token"
+    stored.parent.mkdir(exist_ok=True)
+    stored.write_text(secret)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, secret)
+    monkeypatch.setenv("HF_TOKEN_PATH", str(stored))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    asked = []
+    with CleanProcess() as process:
+        run = process.run
+        monkeypatch.setattr(process, "run", lambda *job: asked.append(len(hub.requests)) or run(*job))
+        report = verify_with(process, "ana/adapter", token=secret, trust_remote_code=True, progress=False)
+    assert report.ok, report.problem
+    assert asked == [len(hub.requests)]
+    seen = json.loads(trace.read_text())
+    assert seen["offline"]
+    assert seen["token"] is None
+    assert [name for name, value in seen["variables"].items() if secret in value] == []
+    assert {"HF_TOKEN_PATH", "HF_ENDPOINT", "HUGGING_FACE_HUB_TOKEN", "HTTPS_PROXY"}.isdisjoint(seen["variables"])
+    assert str(tmp_path) != seen["home"]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "told"),
+    [
+        ("config.json", {"AutoModelForCausalLM": "modeling_minilora.MixLoraForCausalLM"}, "must be {'AutoConfig'"),
+        ("config.json", {"AutoTokenizer": ["routing.Routing", None]}, "must be {'AutoConfig'"),
+        ("config.json", None, "auto_map=None: must be {'AutoConfig'"),
+        ("tokenizer_config.json", {"AutoTokenizer": ["attach.Tokenizer", None]}, "auto_map names 'attach.Tokenizer'"),
+    ],
+)
+def test_released_code_under_other_names_is_refused(stranger, copied, base_folder, monkeypatch, file, change, told):
+    """The hash is that of a release, and every module lies in the repo: only our own classes may be named."""
+    folder = copied()
+    content = json.loads((folder / file).read_text())
+    if change is None:
+        del content["auto_map"]
+    else:
+        content["auto_map"] = content.get("auto_map", {}) | change
+    (folder / file).write_text(json.dumps(content))
+    monkeypatch.setattr(stranger, "run", lambda *_: pytest.fail("something was loaded"))
+    report = verify_with(stranger, rewritten(folder), base_model=str(base_folder))
+    assert report.code == island_hash()
+    assert report.problem.startswith(f"code: {file}: ")
+    assert told in report.problem
+
+
+def test_links_and_holes_are_refused_before_anything_is_read(stranger, copied, tmp_path, monkeypatch):
+    folder = copied()
+    monkeypatch.setattr(stranger, "run", lambda *_: pytest.fail("something was loaded"))
+    weights = folder / "adapter_model.safetensors"
+    with weights.open("r+b") as file:
+        file.truncate(10**13)
+    assert "nearly all of them are holes" in verify_with(stranger, folder).problem
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to(tmp_path / "elsewhere")
+    assert "adapter_model.safetensors is a symbolic link out of the folder" in verify_with(stranger, folder).problem
+
+
+def test_an_index_that_leaves_the_folder(stranger, copied, base_folder):
+    folder = copied()
+    index = {"weight_map": {"a": "../../elsewhere.safetensors"}}
+    (folder / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+    report = verify_with(stranger, rewritten(folder), base_model=str(base_folder))
+    assert report.problem.startswith("files: adapter_model.safetensors.index.json: weight_map names")
+
+
+def test_a_named_base_that_nobody_has(stranger, copied, hub):
+    for name, told in (("org/gone", "'org/gone' is not on the Hub"), ("embedded", "='embedded' is no id on the Hub")):
+        folder = copied()
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+        report = verify_with(stranger, rewritten(folder), progress=False)
+        assert not steps(report)["loading"].ok
+        assert told in report.problem
+        shutil.rmtree(folder)
 
 
 def test_the_clean_process_cannot_import_us(stranger, copied, base_folder):

@@ -90,8 +90,10 @@ def test_from_config_builds_base_and_adapter(method):
     assert model.num_adapter_parameters() == tiny_model("llama", method).num_adapter_parameters()
 
 
-def test_merge_gives_a_plain_model_with_the_same_outputs():
-    base = tiny_base("qwen2", biases=True)
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_merge_gives_a_plain_model_with_the_same_outputs(family, tied):
+    base = tiny_base(family, biases=True, tie_word_embeddings=tied)
     model = CAUSAL_LM["dora"].from_base(copy.deepcopy(base), tiny_config("dora"))
     fill_adapter(model)
     expected = logits(model)
@@ -99,6 +101,18 @@ def test_merge_gives_a_plain_model_with_the_same_outputs():
     assert type(merged) is type(base)
     assert merged.state_dict().keys() == base.state_dict().keys()
     torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
+
+
+def test_merging_into_a_weight_that_another_module_shares_is_refused():
+    """It would change what the other module computes, which the adapter left alone or adapted in another way."""
+    base = tiny_base("llama")
+    base.model.layers[1].mlp.up_proj.weight = base.model.layers[0].mlp.up_proj.weight
+    model = CAUSAL_LM["dora"].from_base(base, tiny_config("dora"))
+    fill_adapter(model)
+    before = logits(model)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj: model\.layers\.1\.mlp\.up_proj shares its weight"):
+        model.merge()
+    assert torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize("method", ["mixlora", "mixdora"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import resource
+import tracemalloc
 
 import pyarrow
 import pytest
@@ -141,8 +143,7 @@ def test_every_turn_of_the_assistant_is_learned_and_nothing_else(tokenizer):
     turns = [{"role": role, "content": f"{role}{i}"} for i, role in enumerate(roles)]
     example = encoded(tokenizer, {"messages": turns}, "messages")
     assert learned(tokenizer, example) == "|assistant2<|end|>|assistant4<|end|>"
-    whole = tokenizer.apply_chat_template(turns[:5], tokenize=True, return_dict=False)
-    assert example.input_ids == whole  # what follows the last answer teaches nothing
+    assert example.input_ids == tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
     everything = encoded(tokenizer, {"messages": turns}, "messages", loss_on="all")
     assert everything.labels == everything.input_ids
 
@@ -170,7 +171,7 @@ def test_what_a_template_writes_after_the_end_of_turn_is_not_learned(tokenizer):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}] * 2
     example = encoded(tokenizer, {"messages": turns}, "messages")
     assert learned(tokenizer, example) == "|a<|end|>|a<|end|>"
-    assert tokenizer.decode(example.input_ids).endswith("a<|end|>")
+    assert tokenizer.decode(example.input_ids).endswith("a<|end|>\n")
 
 
 def test_the_real_templates_tokens_are_those_generation_meets():
@@ -183,11 +184,12 @@ def test_the_real_templates_tokens_are_those_generation_meets():
     chat = encoded(real, {"messages": turns}, "messages")
     pair = encoded(real, {"prompt": turns[0]["content"], "completion": "blue"}, "prompt and completion")
     start = real.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=True, return_dict=False)
-    assert chat.input_ids == pair.input_ids == [*start, *real("blue")["input_ids"], real.eos_token_id]
-    assert chat.labels == pair.labels == [IGNORED] * len(start) + chat.input_ids[len(start) :]
+    answer = [*real("blue")["input_ids"], real.eos_token_id]
+    assert chat.input_ids == pair.input_ids == [*start, *answer, *real("\n")["input_ids"]]
+    assert chat.labels == pair.labels == [*[IGNORED] * len(start), *answer, IGNORED]
     more = [*turns, {"role": "user", "content": "And grass?"}, {"role": "assistant", "content": "green"}]
     long = encoded(real, {"messages": more}, "messages")
-    assert long.input_ids == real.apply_chat_template(more, tokenize=True, return_dict=False)[: len(long.input_ids)]
+    assert long.input_ids == real.apply_chat_template(more, tokenize=True, return_dict=False)
     assert [real.decode([t]) for t in long.labels if t != IGNORED] == ["blue", "<|im_end|>", "green", "<|im_end|>"]
 
 
@@ -213,32 +215,64 @@ def test_bad_rows_stop_the_run_or_are_counted(tokenizer, tmp_path):
     file = tmp_path / "d.jsonl"
     file.write_bytes(GOOD * 3 + b"no\n" + b'{"text": "' + b"x" * 600 + b'"}\n' + b"{}\n")
     with pytest.raises(DataError) as raised:
-        prepare_data(settings(file), tokenizer, 512)
+        prepare_data(settings(file), tokenizer, 512, tmp_path)
     message = str(raised.value)
     assert "d.jsonl:4: is no JSON" in message
     assert "d.jsonl:5: has 601 tokens, max_length is 512" in message
     assert "and 1 more. Repair them, or pass --skip-bad-rows" in message
-    data = prepare_data(settings(file, skip_bad_rows=True), tokenizer, 512)
+    data = prepare_data(settings(file, skip_bad_rows=True), tokenizer, 512, tmp_path)
     assert len(data.train) == 3
     assert [row.place for row in data.skipped] == ["d.jsonl:4", "d.jsonl:5", "d.jsonl:6"]
     file.write_bytes(b"no\n")
     with pytest.raises(DataError, match="no row is left: all 1 cannot be used"):
-        prepare_data(settings(file, skip_bad_rows=True), tokenizer, 512)
+        prepare_data(settings(file, skip_bad_rows=True), tokenizer, 512, tmp_path)
     with pytest.raises(DataError, match="max_length=600: the base's context has 512 tokens"):
-        prepare_data(settings(file, max_length=600), tokenizer, 512)
+        prepare_data(settings(file, max_length=600), tokenizer, 512, tmp_path)
 
 
 def test_held_out_rows_follow_the_seed_and_are_not_learned(tokenizer, tmp_path):
     file = tmp_path / "d.jsonl"
     file.write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(20)))
-    data = prepare_data(settings(file, validation=0.2), tokenizer, 512)
+    data = prepare_data(settings(file, validation=0.2), tokenizer, 512, tmp_path)
     assert len(data.validation) == 4
     places = {example.place for example in data.train} | {example.place for example in data.validation}
     assert len(places) == 20
-    again = prepare_data(settings(file, validation=0.2), tokenizer, 512)
-    other = prepare_data(settings(file, validation=0.2, seed=1), tokenizer, 512)
-    assert again == data
-    assert other.validation != data.validation
+    again = prepare_data(settings(file, validation=0.2), tokenizer, 512, tmp_path)
+    other = prepare_data(settings(file, validation=0.2, seed=1), tokenizer, 512, tmp_path)
+    assert again.sha256 == data.sha256
+    assert [*again.validation] == [*data.validation] == [data.validation[index] for index in range(4)]
+    assert [*other.validation] != [*data.validation]
     assert len({data.sha256, other.sha256}) == 2
     with pytest.raises(DataError, match="holds out all 20 rows"):
-        prepare_data(settings(file, validation=0.99), tokenizer, 512)
+        prepare_data(settings(file, validation=0.99), tokenizer, 512, tmp_path)
+
+
+def test_tokens_are_streamed_to_a_file_and_not_held_in_memory(tokenizer, tmp_path):
+    """200,000 tokens and their labels: as lists of Python integers they are 3.2 MB, and were all held."""
+    rows = 400
+    small, file = tmp_path / "small.jsonl", tmp_path / "d.jsonl"
+    small.write_text('{"text": "a"}\n' * 2)
+    file.write_text("".join(json.dumps({"text": f"{index:05}" + "x" * 494}) + "\n" for index in range(rows)))
+    prepare_data(settings(small, validation=0.5), tokenizer, 512, tmp_path / "small")  # imports
+    tracemalloc.start()
+    data = prepare_data(settings(file, validation=0.1), tokenizer, 512, tmp_path / "rows")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert data.tokens == data.learned_tokens == 500 * rows * 9 // 10
+    assert peak < 1_800_000
+    assert (tmp_path / "rows" / "train.arrow").stat().st_size > 8 * 500 * rows
+    assert data.place_of(data.validation[3].input_ids) == data.validation[3].place
+    assert data.place_of([1, 2, 3]) is None
+    assert data.largest_id == tokenizer.eos_token_id
+
+
+def test_a_full_disk_is_said_with_the_folder(tokenizer, tmp_path):
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps({"text": "x" * 500}) + "\n" for _ in range(100)))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        with pytest.raises(DataError, match=r"tokens cannot be kept in '.*rows' \(.*\): make room, or set TMPDIR"):
+            prepare_data(settings(file), tokenizer, 512, tmp_path / "rows")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import SHORT, write_rows
+from tiny_training import CHAT, SHORT, write_base, write_rows
 
 from minilora_hub.errors import TrainingError
+from minilora_hub.training import run as run_module
 from minilora_hub.training import trainer as trainer_module
 from minilora_hub.training.run import train
 from minilora_hub.training.trainer import last_checkpoint
@@ -117,6 +119,45 @@ def test_other_orders_and_states_resume_alike(changed, base, data, tmp_path, mon
     monkeypatch.undo()
     train(tmp_path / "cut", resume=True)
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+
+
+def test_a_run_is_resumed_on_another_day(data, tmp_path, monkeypatch):
+    """The template writes the date: a resumed run trains on that of its beginning, to the same bytes."""
+    dated = "<|user|>{{ strftime_now('%d %b %Y') }}<|end|>" + CHAT
+
+    class Day(datetime):
+        today = 1
+
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2026, 3, cls.today, 23, 59, 59, 5)
+
+    monkeypatch.setattr(run_module, "datetime", Day)
+    base = write_base(tmp_path / "base")
+    (base / "chat_template.jinja").write_text(dated)
+    said = {"base": str(base), "data": data, **RUN, "max_steps": 4, "save_every": 2, "record": False}
+    train(tmp_path / "whole", **said)
+    save = trainer_module.AdapterTrainer._save_checkpoint
+
+    def stop(self, *args):
+        save(self, *args)
+        raise RuntimeError("stopped here")
+
+    monkeypatch.setattr(trainer_module.AdapterTrainer, "_save_checkpoint", stop)
+    with pytest.raises(RuntimeError, match="stopped here"):
+        train(tmp_path / "cut", **said)
+    monkeypatch.setattr(trainer_module.AdapterTrainer, "_save_checkpoint", save)
+    Day.today = 2
+    train(tmp_path / "cut", resume=True, record=False)
+    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+    assert json.loads((tmp_path / "cut" / "run.json").read_text())["begun"] == "2026-03-01T23:59:59"
+    state = json.loads((tmp_path / "cut" / "run.json").read_text()) | {
+        "finished": False,
+        "begun": "2026-03-02T00:00:00",
+    }
+    (tmp_path / "cut" / "run.json").write_text(json.dumps(state))
+    with pytest.raises(TrainingError, match="the data is not what the run began with"):
+        train(tmp_path / "cut", resume=True)
 
 
 def test_resuming_refuses_other_data_and_other_settings(killed, base, data, tmp_path):

@@ -27,7 +27,7 @@ def parts(out: Path, **said):
     settings = make_settings(said)
     resolved = find_base(settings, progress=False)
     tokenizer = load_tokenizer(resolved)
-    data = prepare_data(settings, tokenizer, 512)
+    data = prepare_data(settings, tokenizer, 512, out)
     trainee = build_trainee(settings, resolved)
     trainer, shape = build_trainer(settings, trainee, data, tokenizer, out, processes=1)
     return trainer, shape

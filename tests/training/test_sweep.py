@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shutil
 
 import pytest
 from tiny_training import SHORT
@@ -67,6 +69,32 @@ def test_a_stopped_sweep_goes_on_and_repeats_nothing(base, rows, tmp_path, monke
     ]
     with pytest.raises(TrainingError, match=r"holds a sweep with other settings \(vary\)"):
         sweep(tmp_path / "cut", {"learning_rate": [1.0]}, **said)
+
+
+@pytest.mark.parametrize("changed", ["file/{rows}", "file/{config}", "base/{base}", "code/remote_code/routing.py"])
+def test_a_sweep_is_not_gone_on_with_where_something_has_changed(changed, base, rows, tmp_path, monkeypatch):
+    """Before the first trial ends: nothing needs to be trained for it."""
+    base, config = shutil.copytree(base, tmp_path / "base"), tmp_path / "sweep.yaml"
+    config.write_text("weight_decay: 0.1\n")
+    said = FIXED | {"method": "dora", "base": str(base), "data": rows, "config": str(config)}
+
+    def stopped(*args, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "train", stopped)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            sweep(tmp_path / "sweep", {"r": [2, 3]}, **said)
+    changed = changed.format(rows=rows, config=config, base=base)
+    if changed.startswith("file/"):
+        with open(changed.removeprefix("file/"), "a") as file:
+            file.write("\n")
+    elif changed.startswith("base/"):
+        (base / "config.json").write_text((base / "config.json").read_text() + " ")
+    else:
+        monkeypatch.setitem(module.CODE_AND_LIBRARIES, changed, "another")
+    with pytest.raises(TrainingError, match=rf"because these have changed since: {re.escape(changed)}; pass another"):
+        sweep(tmp_path / "sweep", {"r": [2, 3]}, **said)
 
 
 def test_a_trial_that_fails_is_told_and_the_others_count(base, rows, tmp_path):

@@ -1,0 +1,54 @@
+"""The one way in which an adapter is read from its folder, strictly, by every command that computes with it.
+
+What `import` refuses, `export`, `compare`, `eval`, `combine` and `experts` refuse, too, with the same words: all of
+them call `read_adapter` or the readers that it calls. `info`, which has no base to look at, calls `check_settings`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from minilora_hub.errors import AdapterError
+from minilora_hub.formats.base_source import BaseSource
+from minilora_hub.formats.folders import AdapterFolder
+from minilora_hub.formats.mixlora import read_fields
+from minilora_hub.formats.ours import read_ours
+from minilora_hub.formats.peft_reading import read_settings
+
+if TYPE_CHECKING:
+    import torch
+
+
+def read_adapter(source: AdapterFolder, base: BaseSource) -> tuple[Any, dict[str, torch.Tensor], list[Any]]:
+    """Read an adapter in our format, or LoRA or DoRA in PEFT's, and check it against its base.
+
+    Args:
+        source: its folder.
+        base: its base, which is only looked at.
+
+    Returns:
+        What `remote_code.attach.build_modules` takes: the configuration, ``{name: tensor}``, and the sites.
+
+    Raises:
+        AdapterError: a setting cannot be honoured, or a tensor is missing, surplus, misshapen or not finite; the
+            message names it. Or the folder is in another format, which `minilora import` reads.
+    """
+    if source.dialect == "minilora":
+        return read_ours(source, base)
+    if source.dialect == "peft":
+        from minilora_hub.formats.peft_lora import read_peft_lora
+
+        return read_peft_lora(source, base)
+    raise AdapterError(f"{source.folder.name!r} is in the format {source.dialect!r}, which `minilora import` reads")
+
+
+def check_settings(source: AdapterFolder) -> None:
+    """Check the settings of another format than ours, for which neither the base nor torch is needed.
+
+    Raises:
+        AdapterError: one of them is missing, out of range or cannot be honoured.
+    """
+    if source.dialect == "peft":
+        read_settings(source)
+    elif source.dialect == "reference":
+        read_fields(source)

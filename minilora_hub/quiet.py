@@ -1,0 +1,143 @@
+"""Keep what other libraries print off the screen: their progress bars, notes and deprecation notices.
+
+    with quiet_libraries():                     # also a decorator: @quiet_libraries()
+        model = AutoModelForCausalLM.from_pretrained(folder)
+
+`quiet_libraries` is for functions that others call in their own process: everything is put back afterwards. The command
+line, whose process is its own, uses `quiet_process`, which costs no import and holds for libraries that come later.
+
+Errors are never hidden, nor is what minilora_hub prints itself, nor a UserWarning: that may be about what the user has
+asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+LOGGERS = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft", "transformers", "trl")
+VERBOSITY = dict.fromkeys(("DATASETS_VERBOSITY", "HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY"), "error")
+"""What these libraries read as they are imported: then they set the levels of their loggers anew."""
+NO_BARS = dict.fromkeys(("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"), "1")
+"""As above, and for the whole process; transformers goes by the second one."""
+NOTICES = (DeprecationWarning, FutureWarning, PendingDeprecationWarning)
+TRANSFORMERS = "transformers.utils.logging"
+
+_lock = threading.RLock()
+_depth = 0
+_undo: dict[str, Callable[[], None]] = {}
+
+
+@contextmanager
+def quiet_process() -> Iterator[None]:
+    """Silence the libraries in a process of our own, whether they are imported already or later.
+
+    What the user has set in the environment stays as it is, and so do warnings that are asked for (``python -W``).
+    """
+    with quiet_libraries(), warnings.catch_warnings(), _variables(VERBOSITY | NO_BARS):
+        if not sys.warnoptions:
+            for category in NOTICES:
+                warnings.simplefilter("ignore", category)
+        yield
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence the libraries while a block runs; calls may be nested and may come from several threads.
+
+    Bars are those of the libraries that are imported at the time: after another one was imported, enter it once more.
+    """
+    global _depth
+    with _lock:
+        _depth += 1
+        for name, silence in _SILENCERS.items():
+            if name not in _undo and (undo := silence()) is not None:
+                _undo[name] = undo
+    try:
+        yield
+    finally:
+        with _lock:
+            _depth -= 1
+            if not _depth:
+                for undo in reversed(_undo.values()):
+                    undo()
+                _undo.clear()
+
+
+def _loggers() -> Callable[[], None]:
+    before = {name: logging.getLogger(name).level for name in LOGGERS}
+    for name, level in before.items():
+        logging.getLogger(name).setLevel(max(level, logging.ERROR))
+
+    def undo() -> None:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+    return undo
+
+
+def _hub_bars() -> Callable[[], None] | None:
+    if "huggingface_hub" not in sys.modules:
+        return None
+    from huggingface_hub import constants
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    # Where the user has said in the environment whether there are bars, the client takes no other word.
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
+        return None
+    disable_progress_bars()
+    known = TRANSFORMERS in sys.modules
+
+    def undo() -> None:
+        enable_progress_bars()
+        if TRANSFORMERS in sys.modules and not known:  # as it was imported, it has found that there are to be none
+            sys.modules[TRANSFORMERS].enable_progress_bar()
+
+    return undo
+
+
+def _transformers_bars() -> Callable[[], None] | None:
+    """Silence transformers' bars; its own functions for that would also switch those of huggingface_hub."""
+    module = sys.modules.get(TRANSFORMERS)
+    if module is None or not module.is_progress_bar_enabled():
+        return None
+    hook = module.set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **(kwargs | {"disable": True})))
+
+    def undo() -> None:
+        module.set_tqdm_hook(hook)
+
+    return undo
+
+
+def _datasets_bars() -> Callable[[], None] | None:
+    module = sys.modules.get("datasets.utils.tqdm")
+    if module is None or module.HF_DATASETS_DISABLE_PROGRESS_BARS is not None or module.are_progress_bars_disabled():
+        return None
+    module.disable_progress_bars()
+    enable: Callable[[], None] = module.enable_progress_bars
+    return enable
+
+
+_SILENCERS: dict[str, Callable[[], Callable[[], None] | None]] = {
+    "loggers": _loggers,
+    "huggingface_hub": _hub_bars,
+    "transformers": _transformers_bars,
+    "datasets": _datasets_bars,
+}
+
+
+@contextmanager
+def _variables(wanted: dict[str, str]) -> Iterator[None]:
+    """Set environment variables that are not set, for this process and those it starts."""
+    new = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            os.environ.pop(name, None)
