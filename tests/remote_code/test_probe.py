@@ -318,6 +318,15 @@ def test_without_a_backward_pass_the_gradient_is_not_known_and_that_is_told(capl
     assert "Whether every adapter gets a gradient could not be found out" in caplog.text
 
 
+def test_a_base_made_in_inference_mode_is_run_without_gradients(caplog):
+    with torch.inference_mode():
+        base = tiny_base()
+        model, said = adapted(base)
+        assert len(model.sites) == 14
+    assert not said
+    assert "the base was made in inference mode" in caplog.text
+
+
 def test_a_skeleton_is_not_run():
     with torch.device("meta"):
         base = tiny_base()
