@@ -7,12 +7,14 @@ import warnings
 import pytest
 import torch
 from accelerate import cpu_offload
+from peft import PeftModel, get_peft_model
 from tiny import CAUSAL_LM, METHODS, fill_adapter, logits, tiny_base, tiny_config, token_ids
 from tiny_architectures import ARCHITECTURES, tiny_architecture, tiny_vision_language
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraForCausalLM
+import minilora_hub
+from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraForCausalLM, MixLoraPeftConfig
 from minilora_hub.remote_code import probe
 from minilora_hub.remote_code.base_structure import find_decoder_layers, linears_in, plan_sites
 from minilora_hub.remote_code.probe import TargetsWarning, find_without_effect
@@ -71,8 +73,7 @@ def test_every_adapter_learns_and_merges_whatever_the_architecture(name, tmp_pat
     trained = logits(model)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(DoraForCausalLM.from_pretrained(tmp_path, base_model=plain)), trained)
-    if name != "gpt2":  # whose linears are of another kind, into which nothing is merged
-        torch.testing.assert_close(logits(model.merge()), trained, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(model.merge()), trained, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava", "gemma3"])
@@ -205,6 +206,24 @@ def test_a_linear_that_is_in_two_layers_is_adapted_once():
     assert all(parameter.grad is not None for parameter in model.adapter_parameters().values())
 
 
+def test_mixlora_in_peft_leaves_out_what_has_no_effect(tmp_path):
+    minilora_hub.register()
+    base = tiny_base()
+    for layer in base.model.layers:
+        layer.self_attn.unused = nn.Linear(32, 32)
+    plain = copy.deepcopy(base)
+    config = MixLoraPeftConfig(r=4, num_experts=4, top_k=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    with pytest.warns(TargetsWarning, match=rf"left out is model\.layers\.0\.self_attn\.unused, .*{NOT_CALLED}"):
+        model = get_peft_model(base, config)
+    assert "model.layers.0.self_attn.unused" not in model.targeted_module_names
+    ids = token_ids()
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(plain, tmp_path)
+    assert torch.equal(logits(loaded.eval()), logits(model.eval()))
+
+
 def test_named_targets_on_a_sparse_base_say_nothing_of_its_experts():
     assert not adapted(tiny_architecture("mixtral"), target_modules=["q_proj"])[1]
 
@@ -297,6 +316,15 @@ def test_without_a_backward_pass_the_gradient_is_not_known_and_that_is_told(capl
     assert len(model.sites) == 14
     assert not said
     assert "Whether every adapter gets a gradient could not be found out" in caplog.text
+
+
+def test_a_base_made_in_inference_mode_is_run_without_gradients(caplog):
+    with torch.inference_mode():
+        base = tiny_base()
+        model, said = adapted(base)
+        assert len(model.sites) == 14
+    assert not said
+    assert "the base was made in inference mode" in caplog.text
 
 
 def test_a_skeleton_is_not_run():
