@@ -117,7 +117,8 @@ def _merge(model: Any, config: Any, tensors: dict[str, Any], sites: list[Any]) -
     """Write an adapter into the weights of a base; return what the user should know, a line each.
 
     Raises:
-        AdapterError: another module than the head shares a weight with an adapted one, and would change with it.
+        AdapterError: a weight is not open in memory, or another module than the head shares it and would change with
+            it.
     """
     import torch
 
@@ -127,7 +128,10 @@ def _merge(model: Any, config: Any, tensors: dict[str, Any], sites: list[Any]) -
     holders = weight_holders(model)
     for path, adapted in build_modules(model, config, sites, tensors).items():
         layer = adapted.base_layer
-        merged = adapted.merged_weight()
+        try:
+            merged = adapted.merged_weight()
+        except ValueError as error:
+            raise AdapterError(f"{path}: {error}") from error
         if others := [other for other in holders[id(layer.weight)] if not _is_same_place(model, other, path)]:
             _untie_head(model, path, layer, others)
             notes.append(
