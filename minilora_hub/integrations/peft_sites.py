@@ -19,6 +19,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers import PreTrainedModel
 
+from minilora_hub.integrations.router_loss import ATTRIBUTE
 from minilora_hub.remote_code.base_structure import LinearSite, MixtureSite, find_decoder_layers, linears_in, plan_sites
 from minilora_hub.remote_code.probe import can_run, find_without_effect, warn_of_left_out
 
@@ -63,6 +64,10 @@ def plain_base(model: nn.Module, layer_class: type) -> Iterator[None]:
             if isinstance(child, (layer_class, AuxiliaryTrainingWrapper)):
                 places.append((module, name, child))
     known = model.__dict__.pop("peft_config", None)
+    router_loss = model.__dict__.get(ATTRIBUTE)
+    looked_at = router_loss.layers if router_loss else []
+    if router_loss:  # the base may be run here, and its losses are none of an adapter's
+        router_loss.layers = []
     for parent, name, wrapper in places:
         own = isinstance(wrapper, layer_class)
         parent._modules[name] = wrapper.base_layer if own else wrapper.original_module
@@ -71,6 +76,8 @@ def plain_base(model: nn.Module, layer_class: type) -> Iterator[None]:
     finally:
         for parent, name, wrapper in places:
             parent._modules[name] = wrapper
+        if router_loss:
+            router_loss.layers = looked_at
         if known is not None:
             model.__dict__["peft_config"] = known
 
