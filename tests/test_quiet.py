@@ -28,13 +28,16 @@ from minilora_hub.download_bar import download_bar
 from minilora_hub.quiet import quiet_libraries, quiet_process
 
 BASE = ["--base", "{base}"]
-TRAIN = [*BASE, "--data", "{rows}", "--license", "mit", "--max-steps", "1", "--batch-size", "4"]
+TRAIN = [*BASE, "--data", "{rows}", "--set", "max_steps=1", "--set", "batch_size=4"]
 ORDINARY = [
     ("train nf4", ["train", *TRAIN, "--method", "dora", "--quantize", "nf4", "--out", "{out}/dora"]),
     ("train int8", ["train", *TRAIN, "--method", "mixlora", "--quantize", "int8", "--out", "{out}/mixlora"]),
     ("compare", ["compare", "{out}/dora", "{out}/mixlora", *BASE, "--prompt", "Hi", "--max-new-tokens", "4"]),
     ("eval", ["eval", "{out}/dora", *BASE, "--task", "dates", "--count", "2", "--few-shot", "0"]),
-    ("push", ["push", "{out}/dora", "ana/dora", *BASE, "--base-id", "org/base", "--yes", "--no-verify"]),
+    (
+        "push",
+        ["push", "{out}/dora", "ana/dora", *BASE, "--base-id", "org/base", "--license", "mit", "--yes", "--no-verify"],
+    ),
     ("info", ["info", "ana/dora"]),
     ("list", ["list"]),
     ("pull", ["pull", "ana/dora", "--out", "{out}/pulled"]),
@@ -141,6 +144,26 @@ def test_everything_is_put_back(capsys):
         assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
     assert "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ
     assert state() == before
+
+
+@pytest.mark.parametrize("load", ["comparing", "recording", "converting"])
+def test_loading_a_base_from_python_draws_nothing(load, tmp_path, capsys):
+    """Wherever that is done, for people who call our functions and not our commands."""
+    from minilora_hub.bases import resolve_base
+    from minilora_hub.compare import columns
+    from minilora_hub.formats import base_source
+    from minilora_hub.recording import bases_of_record
+
+    base = write_base(tmp_path)
+    capsys.readouterr()
+    if load == "comparing":
+        columns.load_base(base, "cpu", None, lambda line: None)
+    elif load == "recording":
+        bases_of_record.load_base(resolve_base(base))
+    else:
+        base_source.find_base(None, str(base)).load()
+    assert capsys.readouterr().err == ""
+    assert shown_bars(capsys) == {"T", "H", "D"}
 
 
 def test_what_the_user_has_switched_off_stays_off(capsys):
