@@ -69,7 +69,7 @@ def can_run(base):
 
 def warn_of_left_out(asked, reasons):
     """Warn that of the targets `asked` for, the modules in `reasons`, {path: reason}, get no adapter."""
-    warnings.warn(f"target_modules={asked!r}: left out is {_listed(reasons)}", TargetsWarning, stacklevel=5)
+    warnings.warn(f"target_modules={asked!r}: left out is {_listed(reasons)}", TargetsWarning, stacklevel=4)
 
 
 def _names(site):
@@ -121,7 +121,7 @@ def _warn_of_fused_experts(base, kept):
             f"adapter: left out is {', '.join(fused)} in {len(layers_of)} of {len(layers)} layers ({prefix}."
             f"{layers_of[0]}…); adapted is {', '.join(learning)}",
             TargetsWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
 
 
@@ -145,10 +145,13 @@ def find_without_effect(base, sites):
         module = base.get_submodule(site.path)
         if first.setdefault(module, site.path) != site.path:
             reasons[site.path] = f"it is {first[module]} again"
+    can_learn = not any(parameter.is_inference() for parameter in base.parameters())
+    if not can_learn:
+        logger.warning("Whether every adapter gets a gradient is not known: the base was made in inference mode.")
     with _as_it_was(base):
         for training in (True, False):
             base.train(training)
-            for path, reason in _run(base, sites, training).items():
+            for path, reason in _run(base, sites, training and can_learn).items():
                 reasons.setdefault(path, reason)
     kinds = {site.path: re.sub(r"\.\d+(?=\.)", ".*", site.name.removeprefix("layers.")) for site in sites}
     alive = {kinds[site.path] for site in sites if site.path not in reasons}
@@ -158,8 +161,8 @@ def find_without_effect(base, sites):
 NEVER_CALLED = "the base does not call it (its weight is read directly, or not used)"
 
 
-def _run(base, sites, training):
-    """{path: reason} from one forward pass, and in training from a backward pass through it."""
+def _run(base, sites, with_gradients):
+    """{path: reason} from one forward pass, and from a backward pass through it where gradients are asked for."""
     reasons = {site.path: NEVER_CALLED for site in sites}
     leaves, hooks = {}, []
 
@@ -169,7 +172,7 @@ def _run(base, sites, training):
                 reasons[path] = f"it returns a {type(out).__name__} instead of a tensor"
                 return None
             reasons.pop(path, None)
-            if not training:
+            if not with_gradients:
                 return None
             if path not in leaves:
                 leaves[path] = torch.zeros((), dtype=out.dtype, device=out.device, requires_grad=True)
@@ -180,7 +183,7 @@ def _run(base, sites, training):
     try:
         for site in sites:
             hooks.append(base.get_submodule(site.path).register_forward_hook(look_at(site.path)))
-        with torch.inference_mode(False), torch.set_grad_enabled(training):
+        with torch.inference_mode(False), torch.set_grad_enabled(with_gradients):
             out = _output(base)
     except Exception as error:
         raise ValueError(
@@ -190,7 +193,7 @@ def _run(base, sites, training):
     finally:
         for hook in hooks:
             hook.remove()
-    if training:
+    if with_gradients:
         for path, gradient in _gradients(out, leaves).items():
             if gradient is None:
                 reasons[path] = "no gradient reaches it"

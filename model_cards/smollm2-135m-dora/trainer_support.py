@@ -11,7 +11,7 @@ import re
 import types
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .adapter_files import write_adapter
@@ -111,11 +111,17 @@ def write_checkpoint(folder, tensors):
     path = folder / CHECKPOINT_FILE
     if CHECKPOINT_FOLDER.fullmatch(folder.name):
         write_adapter(path, tensors)
-    elif path.is_file():
+    elif path.is_file() and _names_in(path) == {without_wrappers(name) for name in tensors}:
+        path.unlink()
+
+
+def _names_in(path):
+    """Names of the tensors in a safetensors file, without the wrappers' prefixes; none where it cannot be read."""
+    try:
         with safe_open(path, framework="pt") as file:
-            is_ours = {without_wrappers(name) for name in file.keys()} == {without_wrappers(name) for name in tensors}  # noqa: SIM118
-        if is_ours:
-            path.unlink()
+            return {without_wrappers(name) for name in file.keys()}  # noqa: SIM118  (safe_open is not a mapping)
+    except SafetensorError:
+        return set()
 
 
 def shift_labels_of(model_class):
