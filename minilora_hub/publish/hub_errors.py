@@ -86,8 +86,6 @@ def explain(error: BaseException, repo_id: str, doing: str) -> str:
         what = "the token is not valid (any more): make one at the Hub's settings, then `hf auth login` or set HF_TOKEN"
     elif status == 403:
         what = f"the token may not do this in {repo_id}: it needs the role write there ({server_message(cause)})"
-    elif status in (409, 412):
-        what = f"somebody else has committed to {repo_id} meanwhile ({server_message(cause)}): look at it and try again"
     elif status == 429:
         what = "the Hub asks for patience (HTTP 429): try again in some minutes"
     elif status is not None and status >= 500:

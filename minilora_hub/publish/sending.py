@@ -14,9 +14,6 @@ from minilora_hub.publish.hub_errors import (
     explain,
     is_passing,
     patiently,
-    root_cause,
-    server_message,
-    status_of,
     wait_after,
 )
 from minilora_hub.publish.plan import PushPlan, arrived
@@ -50,9 +47,8 @@ def send(api: HfApi, plan: PushPlan, folder: Path, state: hub.RemoteState, messa
             if made is not None:
                 return made
             if attempt == COMMIT_ATTEMPTS - 1 or not is_passing(error):
-                raise PublishError(
-                    explain(error, plan.repo_id, "sending the files") + "; nothing was changed in the repo"
-                ) from None
+                doing = "opening the pull request" if plan.create_pr else "sending the files"
+                raise PublishError(explain(error, plan.repo_id, doing) + "; nothing was changed in the repo") from None
             time.sleep(wait_after(error, attempt))
     raise AssertionError("unreachable")
 
@@ -115,11 +111,6 @@ def _made_after_all(
     if not now.exists:
         raise PublishError(f"{plan.repo_id} was deleted while files were sent: push again to make it anew")
     if now.head == before.head:
-        status = status_of(error)
-        if status in (409, 412):  # which otherwise says that somebody else has committed, and nobody has
-            what = "opening the pull request" if plan.create_pr else "committing"
-            told = f"the Hub refused it (HTTP {status}: {server_message(root_cause(error))})"
-            raise PublishError(f"{what}: {told}; nothing was changed in {plan.repo_id}") from None
         return None
     if not plan.create_pr and now.head is not None and arrived(plan.files, folder, now):
         return now.head, f"{api.endpoint}/{plan.repo_id}/commit/{now.head}"

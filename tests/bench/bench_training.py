@@ -25,8 +25,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from minilora_hub.evaluation.training_files import MIX, write
+from minilora_hub.quiet import quiet_libraries
 from minilora_hub.training.dataset import prepare_data
-from minilora_hub.training.loop import build_trainer, known_warnings_ignored, quiet_libraries
+from minilora_hub.training.loop import build_trainer, known_warnings_ignored
 from minilora_hub.training.models import base_context, build_trainee, find_base, load_tokenizer, trainable_parameters
 from minilora_hub.training.settings import make_settings
 
@@ -116,9 +117,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
-    quiet_libraries()
     names = [name for name in VARIANTS if name == REFERENCE or name in (arguments.variants or VARIANTS)]
-    with tempfile.TemporaryDirectory() as scratch, known_warnings_ignored():
+    with tempfile.TemporaryDirectory() as scratch, quiet_libraries(), known_warnings_ignored():
         write(Path(scratch), (), ("train",), 16)
         table = measure(build(names, Path(scratch, f"{MIX}.train.jsonl"), Path(scratch)), arguments.rounds)
     print(f"{'':10} {'step':>8} {'ratio':>6} {'quartiles':>13} {'activations':>12} {'adapter, AdamW':>15}")

@@ -144,7 +144,7 @@ def test_a_conflict_where_nobody_has_committed_is_not_told_as_one(ready, status,
     hub, _, _ = ready
     repo = hub.add_repo("ana/case", files=OLD, private=True)
     hub.faults.add(kind="status", status=status, path_regex="/commit/", times=None)
-    what = "opening the pull request" if create_pr else "committing"
+    what = "opening the pull request" if create_pr else "sending the files"
     with pytest.raises(
         PublishError, match=rf"^{what}: the Hub refused it \(HTTP {status}: an injected fault\)"
     ) as told:

@@ -262,7 +262,7 @@ def test_a_published_repo_with_its_revision(hub, trained, monkeypatch):
 
 def test_what_is_no_adapter(tmp_path, hub):
     (tmp_path / "empty").mkdir()
-    assert "no config.json" in verify(tmp_path / "empty", progress=False).problem
+    assert "neither config.json nor adapter_config.json" in verify(tmp_path / "empty", progress=False).problem
     with pytest.raises(AdapterError, match="neither a folder nor an id"):
         verify("a/b/c", progress=False)
 
