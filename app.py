@@ -40,11 +40,11 @@ def main() -> None:
     """Load the models, then serve the page until the process ends."""
     from minilora_hub.demo import zero_gpu  # the first: on ZeroGPU it must come before torch touches CUDA
     from minilora_hub.bases import resolve_base  # isort: skip
-    from minilora_hub.compare.columns import shipped_adapters
     from minilora_hub.compare.engine import CompareEngine
-    from minilora_hub.demo.limits import PageLimits, flag
-    from minilora_hub.demo.linked import Limits, LinkedAdapters
-    from minilora_hub.demo.ui import build_demo, launch
+    from minilora_hub.compare.found_adapters import shipped_adapters
+    from minilora_hub.demo.adapters.from_hub import Limits, LinkedAdapters
+    from minilora_hub.demo.runs.limits import PageLimits, flag
+    from minilora_hub.demo.ui.app import build_demo, launch
 
     base = os.environ.get("MINILORA_BASE") or "embedded"
     named = [name.strip() for name in os.environ.get("MINILORA_ADAPTERS", "").split(",") if name.strip()]

@@ -16,9 +16,9 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from minilora_hub.compare.engine import CompareEngine as CompareEngine
-    from minilora_hub.integrations.auto_classes import register as register
-    from minilora_hub.integrations.peft_method import MixLoraPeftConfig as MixLoraPeftConfig
-    from minilora_hub.publish.push import push as push
+    from minilora_hub.integrations.peft.method import MixLoraPeftConfig as MixLoraPeftConfig
+    from minilora_hub.integrations.transformers import register as register
+    from minilora_hub.publish.push.push import push as push
     from minilora_hub.remote_code.configuration_minilora import DoraConfig as DoraConfig
     from minilora_hub.remote_code.configuration_minilora import MixLoraConfig as MixLoraConfig
     from minilora_hub.remote_code.modeling_minilora import DoraForCausalLM as DoraForCausalLM
@@ -35,9 +35,9 @@ _HOMES = {
     "MixLoraConfig": "minilora_hub.remote_code.configuration_minilora",
     "MixLoraForCausalLM": "minilora_hub.remote_code.modeling_minilora",
     "MixLoraModel": "minilora_hub.remote_code.modeling_minilora",
-    "MixLoraPeftConfig": "minilora_hub.integrations.peft_method",
-    "push": "minilora_hub.publish.push",
-    "register": "minilora_hub.integrations.auto_classes",
+    "MixLoraPeftConfig": "minilora_hub.integrations.peft.method",
+    "push": "minilora_hub.publish.push.push",
+    "register": "minilora_hub.integrations.transformers",
     "train": "minilora_hub.training.run",
 }
 
@@ -49,7 +49,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'minilora_hub' has no attribute {name!r}")
     if _HOMES[name].startswith("minilora_hub.remote_code"):
         # The files of the island know no base by alias; "embedded" is ours.
-        from minilora_hub.integrations.auto_classes import add_base_aliases
+        from minilora_hub.integrations.transformers import add_base_aliases
 
         add_base_aliases()
     value = getattr(importlib.import_module(_HOMES[name]), name)

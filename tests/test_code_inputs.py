@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from tiny_stand_ins import save_base_and_adapters
 
-from minilora_hub import code_inputs, embedded
+from minilora_hub.adapter_folder import code_inputs
+from minilora_hub.bases import embedded
 from minilora_hub.code_inputs import code_hash, imported_names
 
 PACKAGE = Path(code_inputs.__file__).parent
@@ -23,8 +24,8 @@ TESTS = Path(__file__).parent
 MEASURE = """
 import json, sys
 from evaluation.small_tasks import TASKS
-import minilora_hub.evaluation.tasks
-minilora_hub.evaluation.tasks.TASKS = TASKS
+import minilora_hub.evaluation.tasks.registry
+minilora_hub.evaluation.tasks.registry.TASKS = TASKS
 from minilora_hub.evaluation.run import evaluate
 from pathlib import Path
 base, adapter, cache = sys.argv[1:]
@@ -83,20 +84,20 @@ def test_after_an_edit_of_the_router_answers_are_computed_again(tmp_path):
         ),
         ("minilora_hub.recording.reference", {"remote_code/modeling_minilora.py", "formats/peft.py", "bases.py"}),
         ("minilora_hub.training.sweep", {"training/trainer.py", "remote_code/mixture.py", "training/settings.py"}),
-        ("minilora_hub.gguf_conversion", {"gguf_conversion.py"}),
+        ("minilora_hub.bases.gguf", {"gguf_conversion.py"}),
     ],
 )
 def test_the_closure_holds_what_computes(module, must):
     found = code_inputs.code_inputs(module)
     assert {f"code/{name}" for name in must} <= found.keys()
     assert found["code/" + sorted(must)[0]] == hashlib.sha256((PACKAGE / sorted(must)[0]).read_bytes()).hexdigest()
-    assert not {"code/cli/app.py", "code/demo/ui.py", "code/errors.py", "code/__init__.py"} & found.keys()
+    assert not {"code/cli/app.py", "code/demo/ui/app.py", "code/errors.py", "code/__init__.py"} & found.keys()
 
 
 def test_the_embedded_base_is_kept_under_the_hash_of_what_converts_it(tmp_path, monkeypatch):
     def name():
         code_inputs.code_inputs.cache_clear()
-        return f"smollm2-135m-instruct-q4_1-{code_hash('minilora_hub.gguf_conversion')[:8]}"
+        return f"smollm2-135m-instruct-q4_1-{code_hash('minilora_hub.bases.gguf')[:8]}"
 
     assert name() == embedded.FOLDER_NAME
     monkeypatch.setattr(code_inputs, "PACKAGE", tmp_path)

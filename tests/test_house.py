@@ -21,18 +21,18 @@ ISLAND = PACKAGE / "remote_code"
 # A module imports only lower levels, or its own without cycles. The first prefix that fits counts.
 LEVELS = {
     "minilora_hub.code_inputs": 0,
-    "minilora_hub.download_bar": 0,
+    "minilora_hub.hub.download_bar": 0,
     "minilora_hub.errors": 0,
     "minilora_hub.quiet": 0,
-    "minilora_hub.results": 0,
-    "minilora_hub.end_tokens": 0,
-    "minilora_hub.tensor_names": 0,
+    "minilora_hub.adapter_folder.results": 0,
+    "minilora_hub.bases.end_tokens": 0,
+    "minilora_hub.adapter_folder.tensor_names": 0,
     "minilora_hub.user_folders": 0,
     "minilora_hub.remote_code": 0,
     "minilora_hub.integrations": 1,
     "minilora_hub.bases": 1,
-    "minilora_hub.embedded": 1,
-    "minilora_hub.gguf_conversion": 1,
+    "minilora_hub.bases.embedded": 1,
+    "minilora_hub.bases.gguf": 1,
     "minilora_hub.formats": 1,
     "minilora_hub.recording": 1,
     "minilora_hub.training": 2,
@@ -219,7 +219,7 @@ def test_links_in_the_readme_point_to_files():
 @pytest.mark.parametrize("folder", sorted((ROOT / "model_cards").iterdir()), ids=lambda folder: folder.name)
 def test_shipped_cards_are_what_the_code_renders(folder):
     """A change of the template, the results or the code in the folder shows here as a card that has drifted."""
-    from minilora_hub.publish.card import render_card
+    from minilora_hub.publish.card.render import render_card
 
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert card == render_card(folder, repo_id=f"minilora-hub/{folder.name}", previous=card)
@@ -227,7 +227,7 @@ def test_shipped_cards_are_what_the_code_renders(folder):
 
 @pytest.mark.parametrize("folder", sorted((ROOT / "model_cards").iterdir()), ids=lambda folder: folder.name)
 def test_shipped_adapters_pass_every_check(folder):
-    from minilora_hub.publish.checks import check_folder
+    from minilora_hub.publish.checks.folder import check_folder
 
     problems = check_folder(folder, base_exists=lambda *_: True, base_license=lambda *_: "apache-2.0")
     assert [problem for problem in problems if problem.blocking] == []

@@ -165,8 +165,8 @@ def save_parrots(folder: Path, names: dict[str, str]) -> list[Path]:
 def main() -> None:
     """Serve a page: a base that never ends, and two parrots."""
     from minilora_hub.compare.engine import CompareEngine
-    from minilora_hub.demo.limits import PageLimits, flag
-    from minilora_hub.demo.ui import build_demo, launch
+    from minilora_hub.demo.runs.limits import PageLimits, flag
+    from minilora_hub.demo.ui.app import build_demo, launch
 
     with TemporaryDirectory() as folder:
         parrots = save_parrots(Path(folder), {"parrot-dora": "dora", "parrot-mix": "mixlora"})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minilora_hub.cli.shared import AsJson, Debug, print_json, say
+from minilora_hub.cli.options import AsJson, Debug, print_json, say
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -45,8 +45,8 @@ def compare(
             say("Type the prompt, then Ctrl-D:")
         prompt = sys.stdin.read()
 
-    from minilora_hub.compare.columns import shipped_adapters
     from minilora_hub.compare.engine import CompareEngine, Sampling
+    from minilora_hub.compare.found_adapters import shipped_adapters
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, tuple(stop or ()))
     if not prompt.strip():

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from minilora_hub.cli.shared import Debug, say
+from minilora_hub.cli.options import Debug, say
 from minilora_hub.errors import MiniLoraError, MissingExtraError
 
 FIRST_PORT, LAST_PORT = 7860, 7959
@@ -48,12 +48,12 @@ def demo(
     port = _free_port(host, port)
     say("Starting: the first time takes a while …")
 
-    from minilora_hub.bases import resolve_base
-    from minilora_hub.compare.columns import shipped_adapters
+    from minilora_hub.bases.resolving import resolve_base
     from minilora_hub.compare.engine import CompareEngine
-    from minilora_hub.demo.limits import PageLimits
-    from minilora_hub.demo.linked import Limits, LinkedAdapters
-    from minilora_hub.demo.ui import build_demo, launch
+    from minilora_hub.compare.found_adapters import shipped_adapters
+    from minilora_hub.demo.adapters.from_hub import Limits, LinkedAdapters
+    from minilora_hub.demo.runs.limits import PageLimits
+    from minilora_hub.demo.ui.app import build_demo, launch
 
     if mcp and find_spec("mcp") is None:
         raise MissingExtraError("mcp", "mcp")

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minilora_hub.cli.shared import AsJson, Debug, print_json, size_text
+from minilora_hub.cli.options import AsJson, Debug, print_json, size_text
 
 if TYPE_CHECKING:
-    from minilora_hub.publish.space import SpacePush
+    from minilora_hub.publish.space.push import SpacePush
 
 space = typer.Typer(help="Deploy the comparison page as a Space.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -61,7 +61,7 @@ def push(
     variables = dict(_pair(text) for text in variable or [])
     secrets = {key: _from_environment(key) for key in secret or []}
 
-    from minilora_hub.publish.space import push_space
+    from minilora_hub.publish.space.push import push_space
 
     done = push_space(
         name,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from minilora_hub.cli.shared import AsJson, Debug, print_json
+from minilora_hub.cli.options import AsJson, Debug, print_json
 
 
 def tasks(
@@ -31,7 +31,7 @@ def tasks(
     debug: Debug = False,
 ) -> None:
     """Write the evaluation tasks' items as JSON lines, for minilora train --data: each task, and their mix."""
-    from minilora_hub.evaluation.training_files import write
+    from minilora_hub.evaluation.tasks.training_files import write
 
     counts = write(out, tuple(task or ()), tuple(split or ("train", "validation")), count)
     if as_json:

@@ -22,14 +22,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from minilora_hub.adapter_folder.facts import AdapterFacts, adapter_facts
+from minilora_hub.adapter_folder.folders import naming
+from minilora_hub.adapter_folder.sources import read_source
+from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.compare.banked_layers import BankedBlock, BankedLinear, BatchRows, LinearUpdate
-from minilora_hub.compare.columns import shared_copy
-from minilora_hub.compare.reading import AdapterFacts, adapter_facts
+from minilora_hub.compare.found_adapters import shared_copy
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.base_source import BaseSource
-from minilora_hub.formats.folders import naming
 from minilora_hub.formats.reading import read_adapter
-from minilora_hub.recording.sources import read_source
 from minilora_hub.remote_code.adapted_linear import keep_4bit_weights_exact, linear_shape, plain_weight
 from minilora_hub.remote_code.attach import build_modules
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts

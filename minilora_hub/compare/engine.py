@@ -19,12 +19,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from minilora_hub.adapter_folder.facts import Kind
 from minilora_hub.compare.adapter_bank import AdapterBank, BankMemory
 from minilora_hub.compare.answer import Answer, Row, Update
 from minilora_hub.compare.batch import Batch
-from minilora_hub.compare.columns import Progress, find_adapters, load_base
+from minilora_hub.compare.found_adapters import Progress, find_adapters, load_base
 from minilora_hub.compare.prompting import Prompting, Promptings
-from minilora_hub.compare.reading import Kind
 from minilora_hub.compare.sampling import Sampling
 from minilora_hub.errors import AdapterError
 

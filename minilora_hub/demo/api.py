@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from minilora_hub.compare.engine import Column, Sampling, Update
-from minilora_hub.demo.live import LiveRuns, Moment, waiting_words
+from minilora_hub.demo.runs.runner import LiveRuns, Moment, waiting_words
 from minilora_hub.errors import MiniLoraError
 
 NAME = "compare"

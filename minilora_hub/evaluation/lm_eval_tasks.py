@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from minilora_hub.adapter_folder.results import Evaluation
 from minilora_hub.compare.adapter_bank import AdapterBank
-from minilora_hub.compare.columns import load_base
 from minilora_hub.compare.engine import context_length
+from minilora_hub.compare.found_adapters import load_base
 from minilora_hub.compare.prompting import Prompting, Promptings
 from minilora_hub.errors import MissingExtraError
 from minilora_hub.evaluation.metrics import DIGITS
-from minilora_hub.evaluation.setup import Adapter, Settings, find_adapters, find_base
-from minilora_hub.results import Evaluation
+from minilora_hub.evaluation.settings import Adapter, Settings, find_adapters, find_base
 
 if TYPE_CHECKING:
-    from minilora_hub.bases import ResolvedBase
+    from minilora_hub.bases.resolving import ResolvedBase
 
 Z = 1.959964
 """Standard errors from the middle to the ends of a 95% interval."""

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from minilora_hub.documents import strict_json
 from minilora_hub.errors import MissingExtraError
-from minilora_hub.json_documents import strict_json
 
 CONFIDENCE = 0.95
 RESAMPLES = 9_999

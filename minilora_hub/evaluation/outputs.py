@@ -7,8 +7,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minilora_hub.adapter_folder.results import RESULTS_FILE, VERIFICATION_FILE, Results, Verification
 from minilora_hub.evaluation.report import command_of, evaluations, routers
-from minilora_hub.results import RESULTS_FILE, VERIFICATION_FILE, Results, Verification
 
 if TYPE_CHECKING:
     from minilora_hub.evaluation.run import Report

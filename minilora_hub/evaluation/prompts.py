@@ -6,12 +6,12 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from minilora_hub.evaluation.setup import task_of
+from minilora_hub.evaluation.settings import task_of
 
 if TYPE_CHECKING:
     from minilora_hub.compare.prompting import Prompting
-    from minilora_hub.evaluation.items import Item, Task
-    from minilora_hub.evaluation.setup import Settings
+    from minilora_hub.evaluation.settings import Settings
+    from minilora_hub.evaluation.tasks.items import Item, Task
 
 SEED = 0
 

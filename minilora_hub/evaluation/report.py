@@ -8,18 +8,18 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from minilora_hub.adapter_folder.results import RESULTS_FILE, Base, Evaluation, Part, Results, RouterUse, Sample
 from minilora_hub.errors import AdapterError
 from minilora_hub.evaluation import metrics
 from minilora_hub.evaluation.metrics import DIGITS, Interval
-from minilora_hub.evaluation.setup import HELD_OUT, task_of
-from minilora_hub.results import RESULTS_FILE, Base, Evaluation, Part, Results, RouterUse, Sample
+from minilora_hub.evaluation.settings import HELD_OUT, task_of
 
 if TYPE_CHECKING:
-    from minilora_hub.bases import ResolvedBase
+    from minilora_hub.bases.resolving import ResolvedBase
     from minilora_hub.evaluation.generation import RoutingSums
-    from minilora_hub.evaluation.items import Item
     from minilora_hub.evaluation.run import Model, Report
-    from minilora_hub.evaluation.setup import Adapter
+    from minilora_hub.evaluation.settings import Adapter
+    from minilora_hub.evaluation.tasks.items import Item
 
 EXACT, F1, PERPLEXITY = "exact match", "JSON field F1", "perplexity"
 EMBEDDED_NOTE = (

@@ -18,20 +18,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minilora_hub.compare.adapter_bank import AdapterBank
-from minilora_hub.compare.columns import load_base
 from minilora_hub.compare.engine import context_length
+from minilora_hub.compare.found_adapters import load_base
 from minilora_hub.compare.prompting import Prompting, Promptings
 from minilora_hub.evaluation.answer_cache import AnswerCache, default_folder
-from minilora_hub.evaluation.general_text import ROWS, GeneralText, negative_log_likelihoods, read_text, windows_of
 from minilora_hub.evaluation.generation import RoutingSums, generate
 from minilora_hub.evaluation.metrics import exact_match, json_field_f1, require_library
+from minilora_hub.evaluation.perplexity import ROWS, GeneralText, negative_log_likelihoods, read_text, windows_of
 from minilora_hub.evaluation.prompts import Prompts
-from minilora_hub.evaluation.setup import Adapter, Settings, find_adapters, find_base, find_items, find_tasks, task_of
+from minilora_hub.evaluation.settings import (
+    Adapter,
+    Settings,
+    find_adapters,
+    find_base,
+    find_items,
+    find_tasks,
+    task_of,
+)
 from minilora_hub.recording.inputs import base_inputs, why_unknown
 
 if TYPE_CHECKING:
-    from minilora_hub.bases import ResolvedBase
-    from minilora_hub.evaluation.items import Item, Task
+    from minilora_hub.bases.resolving import ResolvedBase
+    from minilora_hub.evaluation.tasks.items import Item, Task
 
 MARGIN = 8
 """Tokens that an answer may have beyond the longest reference of its task and split."""
@@ -150,7 +158,7 @@ def evaluate(
         ValueError: a setting is out of range, or a task has no items; nothing is loaded then.
     """
     if tasks is None:
-        from minilora_hub.evaluation.tasks import TASKS
+        from minilora_hub.evaluation.tasks.registry import TASKS
 
         tasks = tuple(TASKS)
     asked = Settings(tasks=tuple(tasks), **settings)

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minilora_hub.adapter_folder.folders import write_json
+from minilora_hub.adapter_folder.tensor_files import write_safetensors
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.folders import write_json
-from minilora_hub.formats.tensor_files import write_safetensors
 
 if TYPE_CHECKING:
     import torch

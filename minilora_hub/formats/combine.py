@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minilora_hub.adapter_folder.companions import common_source
+from minilora_hub.adapter_folder.folders import AdapterFolder, naming, read_folder
+from minilora_hub.adapter_folder.output import whole_folder
+from minilora_hub.bases.skeleton import BaseSource, find_base
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.base_source import BaseSource, find_base
-from minilora_hub.formats.companions import common_source
-from minilora_hub.formats.folders import AdapterFolder, naming, read_folder
-from minilora_hub.formats.output import whole_folder
 from minilora_hub.formats.peft_conversion import write_normalised
 from minilora_hub.formats.peft_reading import PeftAdapter, Update, read_peft
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from minilora_hub.adapter_folder.companions import write_companions
+from minilora_hub.adapter_folder.folders import AdapterFolder, read_folder
+from minilora_hub.adapter_folder.output import require_free, whole_folder
+from minilora_hub.bases.skeleton import BaseSource, find_base, hub_name
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.base_source import BaseSource, find_base, hub_name
 from minilora_hub.formats.checkpoint import require_space, write_card
-from minilora_hub.formats.companions import write_companions
-from minilora_hub.formats.folders import AdapterFolder, read_folder
-from minilora_hub.formats.output import require_free, whole_folder
 from minilora_hub.formats.reading import read_adapter
 from minilora_hub.quiet import quiet_libraries
 

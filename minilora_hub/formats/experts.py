@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minilora_hub.adapter_folder.companions import own_tokenizer
+from minilora_hub.adapter_folder.folders import AdapterFolder, read_folder
+from minilora_hub.adapter_folder.output import require_free, whole_folder
+from minilora_hub.adapter_folder.writing import our_config, read_ours, write_ours
+from minilora_hub.bases.skeleton import BaseSource, find_base
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.base_source import BaseSource, find_base
-from minilora_hub.formats.companions import own_tokenizer
-from minilora_hub.formats.folders import AdapterFolder, read_folder
-from minilora_hub.formats.ours import our_config, read_ours, write_ours
-from minilora_hub.formats.output import require_free, whole_folder
 
 if TYPE_CHECKING:
     import torch

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from minilora_hub.adapter_folder.companions import write_companions
+from minilora_hub.adapter_folder.folders import AdapterFolder, read_folder
+from minilora_hub.adapter_folder.output import require_free, whole_folder
+from minilora_hub.adapter_folder.writing import read_ours
+from minilora_hub.bases.skeleton import BaseSource, find_base
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.base_source import BaseSource, find_base
-from minilora_hub.formats.companions import write_companions
 from minilora_hub.formats.dense import DType, export_dense
-from minilora_hub.formats.folders import AdapterFolder, read_folder
 from minilora_hub.formats.mixlora_writing import write_reference
 from minilora_hub.formats.moe import MoePlan, export_moe, plan_moe
-from minilora_hub.formats.ours import read_ours
-from minilora_hub.formats.output import require_free, whole_folder
 from minilora_hub.formats.peft import peft_targets, write_peft_folder
 
 Target = Literal["peft", "dense", "mixtral", "moe", "mixlora"]

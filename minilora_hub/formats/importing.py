@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minilora_hub.adapter_folder.companions import common_source
+from minilora_hub.adapter_folder.folders import AdapterFolder, read_folder
+from minilora_hub.adapter_folder.output import require_free, whole_folder
+from minilora_hub.adapter_folder.writing import write_ours
+from minilora_hub.bases.skeleton import BaseSource, find_base
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.base_source import BaseSource, find_base
 from minilora_hub.formats.combine import read_loras
-from minilora_hub.formats.companions import common_source
 from minilora_hub.formats.experts_from_loras import OnAttention, experts_from_loras
-from minilora_hub.formats.folders import AdapterFolder, read_folder
 from minilora_hub.formats.mixlora import ReferenceDora, read_reference
-from minilora_hub.formats.ours import write_ours
-from minilora_hub.formats.output import require_free, whole_folder
 from minilora_hub.formats.peft_conversion import as_dora, write_normalised
 from minilora_hub.formats.peft_mixlora import read_peft_mixlora
 from minilora_hub.formats.peft_reading import read_peft

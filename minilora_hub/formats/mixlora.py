@@ -17,12 +17,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from minilora_hub.adapter_folder.folders import ADAPTER_CONFIG, AdapterFolder, Settings
+from minilora_hub.adapter_folder.tensor_files import read_tensors
+from minilora_hub.adapter_folder.tensor_names import from_reference, reference_projection
+from minilora_hub.adapter_folder.writing import check_against_base
+from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.base_source import BaseSource
-from minilora_hub.formats.folders import ADAPTER_CONFIG, AdapterFolder, Settings
-from minilora_hub.formats.ours import check_against_base
-from minilora_hub.formats.tensor_files import read_tensors
-from minilora_hub.tensor_names import from_reference, reference_projection
 
 if TYPE_CHECKING:
     import torch

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minilora_hub.adapter_folder.folders import ADAPTER_CONFIG, write_json
+from minilora_hub.adapter_folder.tensor_files import PICKLE
+from minilora_hub.adapter_folder.tensor_names import to_reference
+from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.base_source import BaseSource
-from minilora_hub.formats.folders import ADAPTER_CONFIG, write_json
 from minilora_hub.formats.mixlora import NO_DROPOUT, activation_of
-from minilora_hub.formats.tensor_files import PICKLE
-from minilora_hub.tensor_names import to_reference
 
 if TYPE_CHECKING:
     import torch

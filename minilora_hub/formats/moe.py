@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minilora_hub.adapter_folder.companions import write_companions
+from minilora_hub.adapter_folder.output import require_free, whole_folder
+from minilora_hub.bases.skeleton import BaseSource, hub_name
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.base_source import BaseSource, hub_name
 from minilora_hub.formats.checkpoint import require_space, write_card, write_shards
-from minilora_hub.formats.companions import write_companions
 from minilora_hub.formats.moe_architectures import (
     ARCHITECTURES,
     GRANITE_MOE,
@@ -35,7 +36,6 @@ from minilora_hub.formats.moe_architectures import (
     ZERO_WIDTH,
     Architecture,
 )
-from minilora_hub.formats.output import require_free, whole_folder
 
 if TYPE_CHECKING:
     import torch

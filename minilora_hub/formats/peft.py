@@ -11,10 +11,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from minilora_hub.adapter_folder.folders import ADAPTER_CONFIG, refuse_lfs_pointer
+from minilora_hub.adapter_folder.tensor_files import SAFETENSORS
+from minilora_hub.adapter_folder.tensor_names import as_stock_transformers_reads, is_update, to_peft
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.folders import ADAPTER_CONFIG, refuse_lfs_pointer
-from minilora_hub.formats.tensor_files import SAFETENSORS
-from minilora_hub.tensor_names import as_stock_transformers_reads, is_update, to_peft
 
 
 def write_peft_config(folder: Path, config: dict[str, Any], base_id: str, base_revision: str | None) -> None:

@@ -7,14 +7,14 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minilora_hub.adapter_folder.companions import write_companions
+from minilora_hub.adapter_folder.tensor_files import SAFETENSORS
+from minilora_hub.adapter_folder.tensor_names import from_peft
+from minilora_hub.adapter_folder.writing import check_against_base
+from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.base_source import BaseSource
-from minilora_hub.formats.companions import write_companions
-from minilora_hub.formats.ours import check_against_base
 from minilora_hub.formats.peft import lora_settings, target_names, write_peft_config
 from minilora_hub.formats.peft_reading import PeftAdapter
-from minilora_hub.formats.tensor_files import SAFETENSORS
-from minilora_hub.tensor_names import from_peft
 
 if TYPE_CHECKING:
     import torch

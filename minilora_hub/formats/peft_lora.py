@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from minilora_hub.formats.base_source import BaseSource
-from minilora_hub.formats.folders import AdapterFolder
+from minilora_hub.adapter_folder.folders import AdapterFolder
+from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.formats.peft_reading import read_peft
 from minilora_hub.remote_code.adapted_linear import linear_shape
 from minilora_hub.remote_code.base_structure import LinearSite

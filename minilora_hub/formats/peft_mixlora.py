@@ -8,12 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from minilora_hub.adapter_folder.folders import AdapterFolder
+from minilora_hub.adapter_folder.tensor_files import read_tensors
+from minilora_hub.adapter_folder.tensor_names import (
+    CANONICAL_LAYERS,
+    PEFT_PREFIX,
+    canonical_of_peft_mixlora,
+    to_peft_mixlora,
+)
+from minilora_hub.bases.skeleton import BaseSource, skeleton
+from minilora_hub.documents import strict_json
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.base_source import BaseSource, skeleton
-from minilora_hub.formats.folders import AdapterFolder
-from minilora_hub.formats.tensor_files import read_tensors
-from minilora_hub.json_documents import strict_json
-from minilora_hub.tensor_names import CANONICAL_LAYERS, PEFT_PREFIX, canonical_of_peft_mixlora, to_peft_mixlora
 
 
 def to_peft_layout(folder: str | Path, out: str | Path) -> Path:
@@ -56,7 +61,7 @@ def read_peft_mixlora(source: AdapterFolder, base: BaseSource) -> tuple[Any, dic
         AdapterError: a tensor is damaged or elsewhere than the base's layers, or ours cannot say something.
         UserWarning, ValueError, TypeError, KeyError, AttributeError: PEFT cannot read the settings.
     """
-    from minilora_hub.integrations.peft_method import MixLoraPeftConfig
+    from minilora_hub.integrations.peft.method import MixLoraPeftConfig
 
     folder = source.folder
     described = _Base(base.skeleton)
@@ -172,8 +177,8 @@ def _moved(pattern: dict[str, Any], old: str, new: str) -> dict[str, Any]:
 
 
 def _peft_config(config: Any, base: _Base, chosen: dict[str, Any]) -> Any:
-    from minilora_hub.integrations.peft_config import ISLAND_NAMES
-    from minilora_hub.integrations.peft_method import MixLoraPeftConfig
+    from minilora_hub.integrations.peft.config import ISLAND_NAMES
+    from minilora_hub.integrations.peft.method import MixLoraPeftConfig
 
     last = base.layers_path.rpartition(".")[2]
 

@@ -11,11 +11,11 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from minilora_hub.adapter_folder.folders import ADAPTER_CONFIG, AdapterFolder, Settings
+from minilora_hub.adapter_folder.tensor_files import read_tensors
+from minilora_hub.adapter_folder.tensor_names import PEFT_PREFIX, join_peft, split_peft
+from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.base_source import BaseSource
-from minilora_hub.formats.folders import ADAPTER_CONFIG, AdapterFolder, Settings
-from minilora_hub.formats.tensor_files import read_tensors
-from minilora_hub.tensor_names import PEFT_PREFIX, join_peft, split_peft
 
 if TYPE_CHECKING:
     import torch

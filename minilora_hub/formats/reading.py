@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from minilora_hub.adapter_folder.folders import AdapterFolder
+from minilora_hub.adapter_folder.writing import read_ours
+from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.base_source import BaseSource
-from minilora_hub.formats.folders import AdapterFolder
 from minilora_hub.formats.mixlora import read_fields
-from minilora_hub.formats.ours import read_ours
 from minilora_hub.formats.peft_reading import read_settings
 
 if TYPE_CHECKING:

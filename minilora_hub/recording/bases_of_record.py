@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from minilora_hub.bases import EMBEDDED, ResolvedBase, load_model, resolve_base
-from minilora_hub.embedded import HUB_ID
+from minilora_hub.adapter_folder.sources import Source
+from minilora_hub.bases.embedded import HUB_ID
+from minilora_hub.bases.resolving import EMBEDDED, ResolvedBase, load_model, resolve_base
 from minilora_hub.errors import AdapterError
-from minilora_hub.recording.sources import Source
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 LARGE = 8e9

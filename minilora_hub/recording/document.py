@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import ClassVar
 
-from minilora_hub.json_documents import Document, Require
+from minilora_hub.documents import Document, Require
 
 RECORDING_FILE = "recording.json"
 DTYPES = ("float32", "float16", "bfloat16")

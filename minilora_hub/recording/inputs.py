@@ -19,11 +19,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from minilora_hub.bases import ResolvedBase
+from minilora_hub.adapter_folder.folders import COMPANIONS, TOKENIZER_FILES, read_json
+from minilora_hub.adapter_folder.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, Source
+from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.code_inputs import code_inputs, library_inputs
-from minilora_hub.formats.folders import COMPANIONS, TOKENIZER_FILES, read_json
 from minilora_hub.recording.bases_of_record import wanted_dtype
-from minilora_hub.recording.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, Source
 
 Digest = Callable[[Path], str]
 

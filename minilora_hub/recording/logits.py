@@ -12,7 +12,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from minilora_hub.results import TOP_LOGITS
+from minilora_hub.adapter_folder.results import TOP_LOGITS
 
 PROMPTS = (
     "The capital of France is",

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.formats.base_source import BaseSource
-from minilora_hub.formats.companions import own_tokenizer
+from minilora_hub.adapter_folder.companions import own_tokenizer
+from minilora_hub.adapter_folder.results import Verification
+from minilora_hub.adapter_folder.sources import WEIGHTS, Source
+from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.formats.peft import PeftTargets, peft_targets, with_peft, write_peft_folder
 from minilora_hub.formats.reading import read_adapter
 from minilora_hub.recording.bases_of_record import BaseOfRecord, load_base
@@ -20,8 +22,6 @@ from minilora_hub.recording.document import Recording
 from minilora_hub.recording.inputs import tokenizer_folder
 from minilora_hub.recording.logits import TOLERANCES, TopLogits, difference, logits_of, prompt_ids, record
 from minilora_hub.recording.shapes import Shapes, shapes_of_model
-from minilora_hub.recording.sources import WEIGHTS, Source
-from minilora_hub.results import Verification
 
 
 def make_recording(

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from minilora_hub.bases import ResolvedBase
+from minilora_hub.adapter_folder.results import Verification
+from minilora_hub.adapter_folder.sources import Source, read_source
+from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.code_inputs import changes
 from minilora_hub.errors import AdapterError
 from minilora_hub.recording.bases_of_record import BaseOfRecord, require_trained_on
 from minilora_hub.recording.document import RECORDING_FILE, Recording
 from minilora_hub.recording.inputs import Digest, file_digest, inputs_of, weights_stamp, why_unknown
 from minilora_hub.recording.reference import make_recording
-from minilora_hub.recording.sources import Source, read_source
-from minilora_hub.results import Verification
 
 SHOWN = 3
 PUBLISHED = "the folder was published before, and is compared with its record"

@@ -54,7 +54,7 @@ def shapes_of_model(model: Any, config: Mapping[str, Any]) -> Shapes | None:
 
 def expected_shapes(config: Any) -> tuple[dict[str, tuple[int, ...]] | None, str, str]:
     """``{name: shape}`` of every tensor, the path of the base's layers, and why not where it cannot be known."""
-    from minilora_hub.formats.base_source import skeleton
+    from minilora_hub.bases.skeleton import skeleton
     from minilora_hub.remote_code.attach import expected_tensors
     from minilora_hub.remote_code.base_structure import find_decoder_layers, plan_sites
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from minilora_hub.bases import ResolvedBase, resolve_base
-from minilora_hub.end_tokens import end_token_ids
+from minilora_hub.bases.end_tokens import end_token_ids
+from minilora_hub.bases.resolving import ResolvedBase, resolve_base
 from minilora_hub.errors import BaseModelError, TrainingError
 from minilora_hub.training.recipes import OURS
 from minilora_hub.training.settings import TrainingSettings

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.bases import ResolvedBase
-from minilora_hub.end_tokens import end_token_ids
-from minilora_hub.results import Base, DataSource, Results, Training
+from minilora_hub.adapter_folder.results import Base, DataSource, Results, Training
+from minilora_hub.bases.end_tokens import end_token_ids
+from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.training.dataset import TrainingData
 from minilora_hub.training.machine import hardware, library_versions
 from minilora_hub.training.models import Trainee, trainable_parameters

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.bases import ResolvedBase, load_model
+from minilora_hub.bases.resolving import ResolvedBase, load_model
 from minilora_hub.errors import TrainingError
 from minilora_hub.training.peft_configs import config_class_of
 from minilora_hub.training.settings import TrainingSettings

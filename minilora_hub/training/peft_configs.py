@@ -17,7 +17,7 @@ def config_class_of(chosen: Mapping[str, Any]) -> Any:
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    from minilora_hub.integrations import peft_method
+    from minilora_hub.integrations.peft import method as peft_method
 
     peft_method.register()  # PEFT knows MIXLORA then, too
     known = {str(getattr(kind, "value", kind)): kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING}

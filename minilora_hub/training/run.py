@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from minilora_hub.end_tokens import end_token_ids
+from minilora_hub.bases.end_tokens import end_token_ids
 from minilora_hub.errors import MiniLoraError, TrainingError, TrainingInterrupted
 from minilora_hub.quiet import quiet_libraries
 from minilora_hub.training.folder_lock import folder_lock, is_empty

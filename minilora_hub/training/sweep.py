@@ -332,7 +332,7 @@ def _inputs(
     settings: TrainingSettings, vary: dict[str, Any], config: str | Path | None, progress: bool
 ) -> dict[str, str]:
     """Return what a trial's result depends on beside its settings: files, the base, code and libraries."""
-    from minilora_hub.bases import resolve_base
+    from minilora_hub.bases.resolving import resolve_base
     from minilora_hub.remote_code.adapter_files import base_fingerprint
 
     files = {*vary.get("data", settings.data), *vary.get("validation_data", settings.validation_data)}

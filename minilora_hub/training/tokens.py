@@ -22,7 +22,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from minilora_hub.end_tokens import end_token_ids
+from minilora_hub.bases.end_tokens import end_token_ids
 from minilora_hub.training.data import BadRow, Row
 
 IGNORED = -100

@@ -30,7 +30,7 @@ from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraConfig, MixLoraForC
 from minilora_hub.bases import resolve_base
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.cached_forward import CachedForward
-from minilora_hub.compare.columns import shared_copy
+from minilora_hub.compare.found_adapters import shared_copy
 
 CONTEXT = 64
 

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraConfig, MixLoraForCausalLM
 from minilora_hub.bases import resolve_base
 from minilora_hub.compare.adapter_bank import AdapterBank
-from minilora_hub.compare.columns import shared_copy
+from minilora_hub.compare.found_adapters import shared_copy
 
 RANKS, EXPERTS, CONTEXTS, ROWS = (4, 16, 64, 128), (2, 8, 32, 64), (256, 1024, 4096), (1, 4, 8, 32)
 

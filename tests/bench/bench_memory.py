@@ -56,8 +56,8 @@ def put_on(base, method: str, folder: Path):
     if method == "base":
         return base
     if method == "LoRA":
-        from minilora_hub.formats.base_source import BaseSource
-        from minilora_hub.formats.folders import read_folder
+        from minilora_hub.adapter_folder.folders import read_folder
+        from minilora_hub.bases.skeleton import BaseSource
         from minilora_hub.formats.reading import read_adapter
         from minilora_hub.remote_code.attach import attach
 
@@ -82,7 +82,7 @@ def measure_one(method: str, folder: Path) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     from minilora_hub.bases import resolve_base
-    from minilora_hub.compare.columns import shared_copy
+    from minilora_hub.compare.found_adapters import shared_copy
 
     base = AutoModelForCausalLM.from_pretrained(resolve_base("embedded").path, dtype=torch.float32).eval()
     put_on(shared_copy(base), method, folder)  # imports are not the adapter's cost

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraConfig, MixLoraForCausalLM
 from minilora_hub.bases import resolve_base
-from minilora_hub.compare.columns import shared_copy
+from minilora_hub.compare.found_adapters import shared_copy
 from minilora_hub.remote_code.attach import attach
 from minilora_hub.remote_code.base_structure import plan_sites
 

@@ -30,9 +30,9 @@ TOKENS = 24
 
 def serve(base: str, port: int, ready) -> None:
     """The server's process: tells when imports and models are through, then builds the page and serves it."""
-    from minilora_hub.compare.columns import shipped_adapters
     from minilora_hub.compare.engine import CompareEngine
-    from minilora_hub.demo.ui import build_demo, launch
+    from minilora_hub.compare.found_adapters import shipped_adapters
+    from minilora_hub.demo.ui.app import build_demo, launch
 
     engine = CompareEngine(base, shipped_adapters())
     ready.put(time.time())

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from minilora_hub.bases import resolve_base
 from minilora_hub.compare.adapter_bank import AdapterBank
-from minilora_hub.compare.columns import shared_copy
+from minilora_hub.compare.found_adapters import shared_copy
 
 
 def resident_bytes() -> int:

@@ -53,8 +53,8 @@ def measure(hub, scratch: Path, rounds: int) -> dict:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     from minilora_hub.bases import resolve_base
-    from minilora_hub.publish.build import build
-    from minilora_hub.publish.push import push
+    from minilora_hub.publish.push.build import build
+    from minilora_hub.publish.push.push import push
     from minilora_hub.recording.document import RECORDING_FILE
     from minilora_hub.recording.reuse import keep_recording
 
@@ -132,7 +132,7 @@ def make_adapter(hub, scratch: Path) -> tuple[Path, Path]:
     from tiny import fill_adapter
 
     from minilora_hub import MixLoraConfig, MixLoraForCausalLM
-    from minilora_hub.results import Base, Results
+    from minilora_hub.adapter_folder.results import Base, Results
 
     base, folder = scratch / "base", scratch / "adapter"
     shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}

@@ -12,8 +12,8 @@ import argparse
 import statistics
 import time
 
-from minilora_hub.compare.columns import shipped_adapters
 from minilora_hub.compare.engine import CompareEngine, Row, Sampling
+from minilora_hub.compare.found_adapters import shipped_adapters
 
 
 def main() -> None:

@@ -11,9 +11,9 @@ from compare.engine_answers import PROMPT, alone, answers
 from safetensors.torch import save_file
 from transformers import MptConfig, MptForCausalLM
 
-from minilora_hub.compare import columns
-from minilora_hub.compare.columns import shared_copy
+from minilora_hub.compare import found_adapters as columns
 from minilora_hub.compare.engine import CompareEngine, Row, Sampling
+from minilora_hub.compare.found_adapters import shared_copy
 from minilora_hub.errors import AdapterError
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from minilora_hub.bases import resolve_base
 from minilora_hub.compare.engine import CompareEngine
-from minilora_hub.demo.linked import Limits, LinkedAdapters
-from minilora_hub.demo.ui import build_demo, launch
+from minilora_hub.demo.adapters.from_hub import Limits, LinkedAdapters
+from minilora_hub.demo.ui.app import build_demo, launch
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import json
 import re
 
-from minilora_hub.demo.record import Record, Weights
+from minilora_hub.demo.runs.comparison import Record, Weights
 
 KINDS = {"base": "base", "dora": "DoRA", "mix": "MixLoRA", "lora": "LoRA"}
 

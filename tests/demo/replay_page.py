@@ -7,9 +7,9 @@ Answers ``forwards`` on stdin with the engine's counter.
 
 import sys
 
-from minilora_hub.compare.columns import shipped_adapters
 from minilora_hub.compare.engine import CompareEngine
-from minilora_hub.demo.ui import build_demo, launch
+from minilora_hub.compare.found_adapters import shipped_adapters
+from minilora_hub.demo.ui.app import build_demo, launch
 
 
 def main() -> None:

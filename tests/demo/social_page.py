@@ -13,8 +13,8 @@ from tiny_stand_ins import ScriptedBase, byte_tokenizer, save_parrots
 
 from minilora_hub.bases import ResolvedBase
 from minilora_hub.compare.engine import CompareEngine
-from minilora_hub.demo.linked import LinkedAdapters
-from minilora_hub.demo.ui import build_demo, launch
+from minilora_hub.demo.adapters.from_hub import LinkedAdapters
+from minilora_hub.demo.ui.app import build_demo, launch
 
 
 def main() -> None:

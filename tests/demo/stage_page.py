@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from minilora_hub.compare.engine import CompareEngine
-from minilora_hub.demo.ui import build_demo, launch
+from minilora_hub.demo.ui.app import build_demo, launch
 
 STEP_SECONDS = 0.03
 ADAPTERS = ("lora", "dora", "mix")

@@ -7,10 +7,10 @@ from demo.threads import run_async
 from tiny_stand_ins import ScriptedBase, byte_tokenizer, save_parrots
 
 from minilora_hub.compare.engine import CompareEngine, Sampling
-from minilora_hub.demo.blind_bar import view
-from minilora_hub.demo.catalogue import Catalogue
-from minilora_hub.demo.extras import open_memory, open_runs
-from minilora_hub.demo.frames import text_of
+from minilora_hub.demo.adapters.catalogue import Catalogue
+from minilora_hub.demo.ui.blind_bar import view
+from minilora_hub.demo.ui.page_state import text_of
+from minilora_hub.demo.ui.panels import open_memory, open_runs
 from minilora_hub.errors import AdapterError, PageError
 
 
@@ -124,9 +124,9 @@ def test_allowed_folders_are_looked_through_once_and_by_name(runs, tmp_path):
 
 
 def test_the_card_of_a_shipped_adapter_tells_what_was_measured():
-    from minilora_hub.compare.columns import shipped_adapters
-    from minilora_hub.demo.adapter_cards import read_card
-    from minilora_hub.results import Results
+    from minilora_hub.adapter_folder.results import Results
+    from minilora_hub.compare.found_adapters import shipped_adapters
+    from minilora_hub.demo.adapters.cards import read_card
 
     for folder in shipped_adapters():
         card, results = read_card(folder.name, folder), Results.load(folder)
@@ -142,7 +142,7 @@ def test_the_card_of_a_shipped_adapter_tells_what_was_measured():
 
 
 def test_a_damaged_results_file_is_told_on_the_card(tmp_path):
-    from minilora_hub.demo.adapter_cards import read_card
+    from minilora_hub.demo.adapters.cards import read_card
 
     (folder,) = save_parrots(tmp_path, {"parrot": "dora"})
     (folder / "results.json").write_text('{"schema_version": 1, "method": "<b>"}')

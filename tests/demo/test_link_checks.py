@@ -11,9 +11,9 @@ from tiny_stand_ins import save_base_and_adapters
 
 from minilora_hub.bases import resolve_base
 from minilora_hub.compare.engine import CompareEngine
-from minilora_hub.demo.catalogue import Catalogue
-from minilora_hub.demo.link_sizes import most_bytes
-from minilora_hub.demo.linked import Limits, LinkedAdapters
+from minilora_hub.demo.adapters.catalogue import Catalogue
+from minilora_hub.demo.adapters.from_hub import Limits, LinkedAdapters
+from minilora_hub.demo.adapters.link_sizes import most_bytes
 from minilora_hub.errors import AdapterError
 
 WEIGHTS = "adapter_model.safetensors"

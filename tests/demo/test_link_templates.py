@@ -13,7 +13,7 @@ from tiny_stand_ins import CHAT, save_base_and_adapters
 
 from minilora_hub.bases import ResolvedBase
 from minilora_hub.compare.engine import CompareEngine
-from minilora_hub.demo.linked import LinkedAdapters
+from minilora_hub.demo.adapters.from_hub import LinkedAdapters
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from minilora_hub.demo.prompt_files import FileLimits, read_prompts
+from minilora_hub.demo.runs.prompt_files import FileLimits, read_prompts
 from minilora_hub.errors import PageError
 
 

@@ -11,10 +11,10 @@ from demo.serving import Serving
 from demo.test_page import ask, texts, wait_for_states
 from tiny_stand_ins import save_base_and_adapters
 
-from minilora_hub.compare.columns import shipped_adapters
 from minilora_hub.compare.engine import CompareEngine, Sampling
-from minilora_hub.demo.frames import text_of
-from minilora_hub.demo.replay import SHIPPED, difference, find_replay, record
+from minilora_hub.compare.found_adapters import shipped_adapters
+from minilora_hub.demo.runs.replay import SHIPPED, difference, find_replay, record
+from minilora_hub.demo.ui.page_state import text_of
 from minilora_hub.errors import MiniLoraError
 
 TIE = 0.05
@@ -63,7 +63,7 @@ def shown_tokens(page):
 
 
 def test_the_recording_is_of_the_shipped_adapters(recording, stage):
-    """Their weights, and what they write: token by token, up to a tie. If not: python -m minilora_hub.demo.replay"""
+    """Their weights and their tokens, up to a tie. If not: python -m minilora_hub.demo.runs.replay."""
     engine = CompareEngine("embedded", shipped_adapters())
     assert difference(recording, engine) is None
     sampling = Sampling(**{**stage["sampling"], "stop": tuple(stage["sampling"]["stop"])})

@@ -8,13 +8,13 @@ import pytest
 from demo.records import column, record
 from markdown_it import MarkdownIt
 
-from minilora_hub.demo import visits as visits_module
-from minilora_hub.demo.blind import Blindfold, revealed, shuffled
-from minilora_hub.demo.frames import text_of
-from minilora_hub.demo.record import exported_json, exported_markdown
-from minilora_hub.demo.sharing import SharedComparisons, ShareLimits
-from minilora_hub.demo.visits import KEPT, Kept, KeptLimits, Visits
-from minilora_hub.demo.votes import ALL_BAD, TIE, VoteStore
+from minilora_hub.demo.runs import visits as visits_module
+from minilora_hub.demo.runs.comparison import exported_json, exported_markdown
+from minilora_hub.demo.runs.visits import KEPT, Kept, KeptLimits, Visits
+from minilora_hub.demo.ui.page_state import text_of
+from minilora_hub.demo.votes.blind import Blindfold, revealed, shuffled
+from minilora_hub.demo.votes.sharing import SharedComparisons, ShareLimits
+from minilora_hub.demo.votes.votes import ALL_BAD, TIE, VoteStore
 from minilora_hub.errors import PageError
 
 HOSTILE = "```\n</textarea><script>alert(1)</script> | **b** 👋 \u202e `x` ~~~"

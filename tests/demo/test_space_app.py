@@ -12,7 +12,7 @@ import pytest
 from demo.serving import free_port
 from gradio_client import Client
 
-from minilora_hub.publish.space_files import SpaceSettings, stage
+from minilora_hub.publish.space.files import SpaceSettings, stage
 
 SETTINGS = ("MINILORA_", "GRADIO_", "PYTHONPATH", "SPACES_", "HF_TOKEN")
 

@@ -11,10 +11,10 @@ import pytest
 from demo.records import record
 from hub.server import HubServer
 
-from minilora_hub.demo import storage
-from minilora_hub.demo.record import answer_hash
-from minilora_hub.demo.vote_sync import VoteSync, open_votes
-from minilora_hub.demo.votes import ALL_BAD, TIE, VoteStore, vote_on
+from minilora_hub.demo.runs.comparison import answer_hash
+from minilora_hub.demo.votes import storage
+from minilora_hub.demo.votes.hub_dataset import VoteSync, open_votes
+from minilora_hub.demo.votes.votes import ALL_BAD, TIE, VoteStore, vote_on
 from minilora_hub.errors import AdapterError, PageError
 
 TESTS = Path(__file__).parents[1]

@@ -20,7 +20,8 @@ import tiny_stand_ins
 from demo.threads import run_async
 
 from minilora_hub.compare.engine import CompareEngine, Row, Sampling
-from minilora_hub.demo import live, zero_gpu
+from minilora_hub.demo.runs import runner as live
+from minilora_hub.demo.runs import zero_gpu
 from minilora_hub.errors import AdapterError
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from demo.records import record
 
-from minilora_hub.demo.votes import VoteStore, vote_on
+from minilora_hub.demo.votes.votes import VoteStore, vote_on
 
 store = VoteStore(Path(sys.argv[1]))
 for number in count():

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from minilora_hub.evaluation.items import Item, Task
+from minilora_hub.evaluation.tasks.items import Item, Task
 
 SIZES = {"train": 7, "validation": 3, "test": 11, "held_out": 2}
 
@@ -38,5 +38,5 @@ TASKS = {"echo": Task("echo", "Say it again", "exact", echo), "record": Task("re
 
 @pytest.fixture
 def small_tasks(monkeypatch):
-    monkeypatch.setattr("minilora_hub.evaluation.tasks.TASKS", TASKS)
+    monkeypatch.setattr("minilora_hub.evaluation.tasks.registry.TASKS", TASKS)
     return TASKS

@@ -17,7 +17,7 @@ from tiny_stand_ins import byte_tokenizer, save_base_and_adapters, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from minilora_hub import cli
-from minilora_hub.results import Evaluation, Results
+from minilora_hub.adapter_folder.results import Evaluation, Results
 
 QUESTIONS = [
     {"question": f"{word}?", "choices": ["blue", "green", "a long one"], "answer": number % 3}

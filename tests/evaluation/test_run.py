@@ -16,13 +16,14 @@ from tiny import CAUSAL_LM
 from tiny_stand_ins import byte_tokenizer, save_base_and_adapters, tiny_llama
 from transformers import AutoModelForCausalLM
 
+from minilora_hub.adapter_folder.results import Base, Evaluation, Results, Verification
 from minilora_hub.errors import AdapterError
-from minilora_hub.evaluation import answer_cache, general_text, generation
+from minilora_hub.evaluation import answer_cache, generation
+from minilora_hub.evaluation import perplexity as general_text
 from minilora_hub.evaluation.answer_cache import AnswerCache
 from minilora_hub.evaluation.outputs import as_dict, save_results
 from minilora_hub.evaluation.report import evaluations, updated_results
 from minilora_hub.evaluation.run import evaluate
-from minilora_hub.results import Base, Evaluation, Results, Verification
 
 pytestmark = pytest.mark.usefixtures("small_tasks")
 
@@ -186,7 +187,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(saved, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         measure(saved, "mix", "lora", perplexity=True, cache=tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr("minilora_hub.evaluation.tasks.TASKS", whole.tasks)
+    monkeypatch.setattr("minilora_hub.evaluation.tasks.registry.TASKS", whole.tasks)
     last = max(tmp_path.glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
     last.write_bytes(last.read_bytes()[:-7])
     before = [line for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
@@ -353,10 +354,10 @@ def test_a_wrong_setting_is_told_before_anything_is_loaded(saved, settings, said
 
 
 def test_a_task_without_items_is_refused(saved, monkeypatch):
-    from minilora_hub.evaluation.items import Task
+    from minilora_hub.evaluation.tasks.items import Task
 
     monkeypatch.setattr(
-        "minilora_hub.evaluation.tasks.TASKS", {"none": Task("none", "Nothing", "exact", lambda split: ())}
+        "minilora_hub.evaluation.tasks.registry.TASKS", {"none": Task("none", "Nothing", "exact", lambda split: ())}
     )
     with pytest.raises(ValueError, match="task='none': has no items in split 'test'"):
         measure(saved, "mix")

@@ -15,12 +15,12 @@ from datetime import date, timedelta
 import pytest
 
 from minilora_hub.errors import MiniLoraError, MissingExtraError
-from minilora_hub.evaluation import inflection
-from minilora_hub.evaluation import items as items_module
-from minilora_hub.evaluation.dates import STEPS
-from minilora_hub.evaluation.items import SPLITS
-from minilora_hub.evaluation.tasks import TASKS
-from minilora_hub.evaluation.training_files import write
+from minilora_hub.evaluation.tasks import inflection
+from minilora_hub.evaluation.tasks import items as items_module
+from minilora_hub.evaluation.tasks.dates import STEPS
+from minilora_hub.evaluation.tasks.items import SPLITS
+from minilora_hub.evaluation.tasks.registry import TASKS
+from minilora_hub.evaluation.tasks.training_files import write
 from minilora_hub.training.data import Row, read_rows
 
 # Of the test and held-out items. They change only on purpose: results of other items can't be compared.
@@ -40,7 +40,9 @@ def test_the_items_are_those_that_results_were_measured_on(name):
 
 
 def test_another_process_with_another_hash_seed_makes_the_same_items():
-    code = "from minilora_hub.evaluation.tasks import TASKS; print([t.items('test', 40) for t in TASKS.values()])"
+    code = (
+        "from minilora_hub.evaluation.tasks.registry import TASKS; print([t.items('test', 40) for t in TASKS.values()])"
+    )
     command = [sys.executable, "-c", code]
     outputs = {
         subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed}).stdout

@@ -11,12 +11,12 @@ from typing import Any
 
 from evidence.plan import EVALUATION_DTYPE, FEW_SHOT, TASKS, TEST_ITEMS, TRAIN_ITEMS, VALIDATION_ITEMS, Run
 
+from minilora_hub.adapter_folder.results import Results
 from minilora_hub.errors import TrainingError, TrainingInterrupted
 from minilora_hub.evaluation.report import routers, updated_results
 from minilora_hub.evaluation.run import Model, Report, evaluate
-from minilora_hub.evaluation.training_files import write
-from minilora_hub.publish.build import build
-from minilora_hub.results import Results
+from minilora_hub.evaluation.tasks.training_files import write
+from minilora_hub.publish.push.build import build
 from minilora_hub.training.run import train
 from minilora_hub.training.run_state import STATE_FILE
 

@@ -17,7 +17,7 @@ from evidence.plan import LEARNING_RATES, METHODS, SEEDS, STEPS, SWEEP_STEPS, TA
 from evidence.store import BASE, Store
 
 from minilora_hub.evaluation.metrics import Difference, paired_difference, perplexity
-from minilora_hub.evaluation.setup import held_out_key
+from minilora_hub.evaluation.settings import held_out_key
 
 ROOT = Path(__file__).parent.parent.parent
 README = ROOT / "README.md"

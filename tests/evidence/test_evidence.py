@@ -22,7 +22,7 @@ from evidence.plan import (
 )
 from evidence.store import BASE, CODE, Store
 
-from minilora_hub.evaluation.setup import held_out_key
+from minilora_hub.evaluation.settings import held_out_key
 from minilora_hub.training.settings import make_settings
 
 ITEMS = 200

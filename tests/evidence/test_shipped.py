@@ -10,11 +10,11 @@ from evidence.plan import ADAPTERS, EVALUATION_DTYPE, FEW_SHOT, METHODS, STEPS, 
 from evidence.report import general
 from evidence.store import BASE, Store
 
+from minilora_hub.adapter_folder.results import Results
 from minilora_hub.evaluation import report as told
 from minilora_hub.evaluation.run import evaluate
-from minilora_hub.evaluation.setup import held_out_key
-from minilora_hub.evaluation.tasks import TASKS as KNOWN
-from minilora_hub.results import Results
+from minilora_hub.evaluation.settings import held_out_key
+from minilora_hub.evaluation.tasks.registry import TASKS as KNOWN
 
 CARDS = Path(__file__).parents[2] / "model_cards"
 SAMPLED = "dates"

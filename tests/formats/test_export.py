@@ -16,9 +16,9 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.formats.dense import export_dense
 from minilora_hub.formats.exporting import export_adapter
 from minilora_hub.formats.importing import import_adapter
-from minilora_hub.publish.build import build
-from minilora_hub.publish.checks import check_folder
-from minilora_hub.publish.discover import info
+from minilora_hub.publish.checks.folder import check_folder
+from minilora_hub.publish.find import info
+from minilora_hub.publish.push.build import build
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from hub.server import HubServer
 from tiny import logits, tiny_base
 
 from minilora_hub import MixLoraForCausalLM
-from minilora_hub.formats.folders import read_json
+from minilora_hub.adapter_folder.folders import read_json
 
 
 def test_import_by_id(tmp_path):

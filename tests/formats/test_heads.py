@@ -18,8 +18,8 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.formats.combine import Combination, combine
 from minilora_hub.formats.dense import export_dense
 from minilora_hub.formats.importing import import_adapter
-from minilora_hub.publish.build import build
-from minilora_hub.publish.discover import info
+from minilora_hub.publish.find import info
+from minilora_hub.publish.push.build import build
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
@@ -127,7 +127,7 @@ def test_other_embeddings_than_the_bases_are_refused(rows, tmp_path):
 
 def test_a_shared_weight_that_is_no_head_is_refused(tmp_path, monkeypatch):
     """Merging into it would change the other module as well."""
-    from minilora_hub.formats.base_source import BaseSource
+    from minilora_hub.bases.skeleton import BaseSource
 
     base = base_folder(tmp_path)
     on_the_head(tmp_path / "source", base, target_modules=["q_proj"])

@@ -24,11 +24,11 @@ from safetensors.torch import load_file, save_file
 from tiny import fill_adapter, tiny_base
 
 from minilora_hub import MixLoraForCausalLM
+from minilora_hub.adapter_folder.folders import read_folder
+from minilora_hub.adapter_folder.writing import read_ours
 from minilora_hub.errors import AdapterError, MiniLoraError
 from minilora_hub.formats.combine import Combination, combine
-from minilora_hub.formats.folders import read_folder
 from minilora_hub.formats.importing import import_adapter, import_as_experts
-from minilora_hub.formats.ours import read_ours
 from minilora_hub.formats.peft_mixlora import to_peft_layout
 
 
@@ -413,7 +413,7 @@ def mutate(kind, count, good, base, tmp_path, seed=0):
 
 def check_result(imported, base):
     """What was written is whole: it reads strictly, on the base."""
-    from minilora_hub.formats.base_source import find_base
+    from minilora_hub.bases.skeleton import find_base
     from minilora_hub.formats.peft_reading import read_peft
 
     found = read_folder(imported.folder)

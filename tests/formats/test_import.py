@@ -21,13 +21,13 @@ from tiny import logits, tiny_base
 from transformers import AutoModelForCausalLM
 
 from minilora_hub import DoraForCausalLM, MixLoraForCausalLM
+from minilora_hub.adapter_folder.folders import read_folder
+from minilora_hub.adapter_folder.sources import read_source
+from minilora_hub.adapter_folder.writing import read_ours
+from minilora_hub.bases.skeleton import find_base
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.base_source import find_base
-from minilora_hub.formats.folders import read_folder
 from minilora_hub.formats.importing import import_adapter, import_as_experts
 from minilora_hub.formats.mixlora_writing import write_reference
-from minilora_hub.formats.ours import read_ours
-from minilora_hub.recording.sources import read_source
 from minilora_hub.remote_code.routing import Routes
 
 FAMILIES = ("llama", "mistral", "qwen2", "gemma2", "phi", "phi3")

@@ -9,7 +9,7 @@ from tiny import tiny_base
 from minilora_hub import cli
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.moe import export_moe
-from minilora_hub.publish.discover import info
+from minilora_hub.publish.find import info
 
 
 def run(capsys, *arguments):

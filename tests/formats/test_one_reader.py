@@ -20,8 +20,8 @@ from minilora_hub.formats.combine import Combination, combine
 from minilora_hub.formats.experts import add_experts, drop_experts
 from minilora_hub.formats.exporting import export_adapter
 from minilora_hub.formats.importing import import_adapter, import_as_experts
-from minilora_hub.publish.build import build
-from minilora_hub.publish.discover import info
+from minilora_hub.publish.find import info
+from minilora_hub.publish.push.build import build
 
 FILE = "adapter_model.safetensors"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123456\n"

@@ -14,7 +14,7 @@ from tiny_peft import peft_model
 from tiny_stand_ins import byte_tokenizer
 
 from minilora_hub.errors import MissingExtraError
-from minilora_hub.integrations import lm_eval_cli
+from minilora_hub.integrations import lm_eval as lm_eval_cli
 
 TASK = """
 task: colours
@@ -71,7 +71,7 @@ def test_it_scores_a_mixlora_as_we_do(tmp_path):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "tasks" / "colours.yaml").write_text(TASK.format(data=tmp_path / "rows.jsonl"))
-    command = [sys.executable, "-m", "minilora_hub.integrations.lm_eval_cli", "run", "--model", "hf", "--device", "cpu"]
+    command = [sys.executable, "-m", "minilora_hub.integrations.lm_eval", "run", "--model", "hf", "--device", "cpu"]
     command += ["--model_args", f"pretrained={tmp_path / 'base'},peft={tmp_path / 'mixlora'},dtype=float32"]
     command += ["--tasks", "colours", "--include_path", str(tmp_path / "tasks"), "--log_samples"]
     command += ["--output_path", str(tmp_path / "results")]

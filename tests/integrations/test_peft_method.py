@@ -18,7 +18,7 @@ from tiny_peft import STRATEGIES, adapter_tensors, fill, mixlora, peft_model
 import minilora_hub
 from minilora_hub import MixLoraConfig, MixLoraForCausalLM, MixLoraPeftConfig
 from minilora_hub.errors import MiniLoraError
-from minilora_hub.integrations import peft_method
+from minilora_hub.integrations.peft import method as peft_method
 
 # ---- registration ----
 
@@ -97,7 +97,7 @@ def test_it_computes_what_our_model_computes(strategy, dora):
     model = peft_model(expert_lora={"r": 3}, use_dora=dora, routing_strategy=strategy)
     with torch.no_grad():
         values = ours.adapter_parameters()
-        from minilora_hub.tensor_names import canonical_of_peft_mixlora
+        from minilora_hub.adapter_folder.tensor_names import canonical_of_peft_mixlora
 
         for name, parameter in model.named_parameters():
             if ".default." in name:
@@ -457,7 +457,7 @@ def test_a_state_dict_holds_one_adapter_and_no_base():
 
 def test_our_own_layout_loads_in_peft(tmp_path):
     """Tensors under the island's names, as in a published folder's file."""
-    from minilora_hub.tensor_names import canonical_of_peft_mixlora
+    from minilora_hub.adapter_folder.tensor_names import canonical_of_peft_mixlora
 
     model = peft_model(use_dora=True)
     model.save_pretrained(tmp_path)

@@ -17,7 +17,7 @@ from tiny import logits, tiny_base, token_ids
 from tiny_peft import STRATEGIES, adapter_tensors, fill, lora, mixlora, peft_model
 from torch import nn
 
-from minilora_hub.integrations.peft_layer import MixLoraLayer
+from minilora_hub.integrations.peft.layer import MixLoraLayer
 
 # ---- other methods ----
 

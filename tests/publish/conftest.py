@@ -16,7 +16,7 @@ from hub.server import HubServer
 from tiny import fill_adapter
 
 from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraConfig, MixLoraForCausalLM
-from minilora_hub.results import Base, Evaluation, Results, Training
+from minilora_hub.adapter_folder.results import Base, Evaluation, Results, Training
 
 BASE_ID = "org/base"
 
@@ -74,7 +74,7 @@ def trained(base_folder: Path) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def good(trained: dict[str, Path], base_folder: Path) -> dict[str, Path]:
     """Return the same adapters as they are published."""
-    from minilora_hub.publish.build import build
+    from minilora_hub.publish.push.build import build
 
     built = {}
     for method, folder in trained.items():
@@ -97,9 +97,9 @@ def copy_of(tmp_path: Path, trained: dict[str, Path]):
 def hub(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """Serve a Hub with the base to the client in this process and in those it starts; nobody waits between retries."""
     impatient = SimpleNamespace(sleep=lambda seconds: None, time=lambda: 0.0, perf_counter=lambda: 0.0)
-    for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download", "minilora_hub.publish.hub_errors"):
+    for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download", "minilora_hub.hub.errors"):
         monkeypatch.setattr(f"{module}.time", impatient)
-    monkeypatch.setattr("minilora_hub.publish.sending.time", impatient)
+    monkeypatch.setattr("minilora_hub.publish.push.commit.time", impatient)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with HubServer(lfs_threshold=10_000) as server:
         for name, value in server.environment(cache_dir=tmp_path / "hf").items():

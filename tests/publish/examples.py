@@ -8,8 +8,8 @@ import json
 import shutil
 from pathlib import Path
 
-from minilora_hub.publish.island import island_files
-from minilora_hub.results import (
+from minilora_hub.adapter_folder.code import island_files
+from minilora_hub.adapter_folder.results import (
     Base,
     DataSource,
     Evaluation,
@@ -146,7 +146,7 @@ def clean_folder(folder: Path, method: str = "mixlora", family: str = "llama", *
     from tiny import CAUSAL_LM, fill_adapter, tiny_base, tiny_config
     from tiny_stand_ins import byte_tokenizer
 
-    from minilora_hub.publish.card import write_card
+    from minilora_hub.publish.card.render import write_card
 
     base = tiny_base(family, vocab_size=259, eos_token_id=None, bos_token_id=None)
     size = sum(parameter.numel() for parameter in base.parameters())

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from minilora_hub.results import Results
+from minilora_hub.adapter_folder.results import Results
 
 WEIGHTS = "adapter_model.safetensors"
 # Put together here, so that no scanner of this repository takes them for real ones.

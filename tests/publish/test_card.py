@@ -20,11 +20,11 @@ from publish.examples import CONFIG, card_folder, clean_folder, evaluated_result
 from tiny import tiny_base
 from tiny_stand_ins import byte_tokenizer
 
+from minilora_hub.adapter_folder.results import Base, Evaluation, Sample
 from minilora_hub.errors import AdapterError
-from minilora_hub.publish import free_text, markdown
-from minilora_hub.publish.card import numbers_in, render_card, settings_of, write_card
-from minilora_hub.publish.card_metadata import eval_results_files
-from minilora_hub.results import Base, Evaluation, Sample
+from minilora_hub.publish.card import free_text, markdown
+from minilora_hub.publish.card.metadata import eval_results_files
+from minilora_hub.publish.card.render import numbers_in, render_card, settings_of, write_card
 
 NASTY = [
     "```\n</details><script>alert(1)</script>\n```python",
@@ -199,7 +199,7 @@ def test_eval_results_are_written_for_registered_benchmarks_only(full, tmp_path)
 
 def test_rendering_is_repeatable_and_loads_no_torch(full):
     script = (
-        "import sys; from pathlib import Path; from minilora_hub.publish.card import render_card, write_card\n"
+        "import sys; from pathlib import Path; from minilora_hub.publish.card.render import render_card, write_card\n"
         "folder = Path(sys.argv[1]); card = render_card(folder, repo_id='ana/x'); write_card(folder, repo_id='ana/x')\n"
         "assert not {'torch', 'transformers', 'peft'} & sys.modules.keys(), 'loaded'\n"
         "sys.stdout.buffer.write(card.encode())"

@@ -30,12 +30,12 @@ from publish.spoilt_folders import (
 from safetensors.torch import load_file, save_file
 from tiny import SWITCH, TOP_P, tiny_model
 
+from minilora_hub.adapter_folder.results import Results
 from minilora_hub.errors import AdapterError
-from minilora_hub.publish.card import write_card
-from minilora_hub.publish.check_files import looks_like_pickle
-from minilora_hub.publish.checks import Problem, check_folder
+from minilora_hub.publish.card.render import write_card
+from minilora_hub.publish.checks.files import looks_like_pickle
+from minilora_hub.publish.checks.folder import Problem, check_folder
 from minilora_hub.recording.shapes import expected_shapes
-from minilora_hub.results import Results
 
 RIGHT_BASE = {"base_exists": lambda base, revision: True, "base_license": lambda base, revision: "apache-2.0"}
 
@@ -150,7 +150,7 @@ def test_ones_own_token_is_found_whatever_it_looks_like(folder, monkeypatch):
 
 def test_the_peft_folder(folder, clean):
     """`peft/` must hold the same adapter."""
-    from minilora_hub.tensor_names import to_peft
+    from minilora_hub.adapter_folder.tensor_names import to_peft
 
     target = shutil.copytree(clean["dora"], folder.parent / "dora")
     tensors = {to_peft(name, "model.layers"): t for name, t in load_file(target / WEIGHTS).items()}

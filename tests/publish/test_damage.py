@@ -13,13 +13,13 @@ from collections import Counter
 
 import pytest
 
+from minilora_hub.adapter_folder.results import Verification
 from minilora_hub.errors import MiniLoraError
-from minilora_hub.publish import free_text
-from minilora_hub.publish.build import build
-from minilora_hub.publish.checks import check_folder
-from minilora_hub.publish.clean_process import CleanProcess
-from minilora_hub.publish.verify import verify_with
-from minilora_hub.results import Verification
+from minilora_hub.publish.card import free_text
+from minilora_hub.publish.checks.folder import check_folder
+from minilora_hub.publish.push.build import build
+from minilora_hub.publish.verify.isolated_process import CleanProcess
+from minilora_hub.publish.verify.verify import verify_with
 
 COUNT = 200
 ADDED = {

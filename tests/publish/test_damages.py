@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minilora_hub.errors import AdapterError
-from minilora_hub.publish import damage
-from minilora_hub.publish.damage import copy_for_damage, damages
+from minilora_hub.publish.verify import damage
+from minilora_hub.publish.verify.damage import copy_for_damage, damages
 
 MISSING, NO_NUMBER = "a missing tensor", "a value that is no number"
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from minilora_hub import push
-from minilora_hub.formats.base_source import _make_blocks_real
-from minilora_hub.publish.check_tensors import _is_finite
-from minilora_hub.publish.check_texts import IN_EVERY_MACHINE_PATH, MACHINE_PATH
-from minilora_hub.publish.hashes import LARGE, Hashes, file_sha256
+from minilora_hub.adapter_folder.hashes import LARGE, Hashes, file_sha256
+from minilora_hub.bases.skeleton import _make_blocks_real
+from minilora_hub.publish.checks.tensors import _is_finite
+from minilora_hub.publish.checks.texts import IN_EVERY_MACHINE_PATH, MACHINE_PATH
 
 
 @pytest.mark.parametrize("size", [0, 1, LARGE - 1, LARGE, 3 * LARGE + 5])
@@ -33,7 +33,7 @@ def test_a_known_hash_is_not_computed_again(tmp_path, monkeypatch):
     hashes = Hashes()
     hashes.start(source)
     digest = hashes.of(source)
-    monkeypatch.setattr("minilora_hub.publish.hashes.file_sha256", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("minilora_hub.adapter_folder.hashes.file_sha256", lambda path: pytest.fail(f"{path} was read"))
     hashes.copy(source, tmp_path / "folder" / "b").result()
     assert hashes.of(tmp_path / "folder" / "b") == digest
     os.replace(tmp_path / "folder", tmp_path / "moved")

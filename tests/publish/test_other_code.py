@@ -19,16 +19,16 @@ from pathlib import Path
 import pytest
 
 from minilora_hub import cli
+from minilora_hub.adapter_folder.results import Verification
 from minilora_hub.bases import resolve_base
 from minilora_hub.compare.engine import CompareEngine
-from minilora_hub.demo.extras import open_memory, open_runs
-from minilora_hub.demo.linked import LinkedAdapters
-from minilora_hub.demo.picker import view
+from minilora_hub.demo.adapters.from_hub import LinkedAdapters
+from minilora_hub.demo.ui.adapter_picker import view
+from minilora_hub.demo.ui.panels import open_memory, open_runs
 from minilora_hub.errors import AdapterError
-from minilora_hub.publish.build import NOT_HASHED, list_files
-from minilora_hub.publish.discover import info
-from minilora_hub.publish.verify import verify
-from minilora_hub.results import Verification
+from minilora_hub.publish.find import info
+from minilora_hub.publish.push.build import NOT_HASHED, list_files
+from minilora_hub.publish.verify.verify import verify
 
 OTHER = "someone/else"
 ATTACKS = {

@@ -9,9 +9,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from minilora_hub import push
+from minilora_hub.adapter_folder.code import island_files
 from minilora_hub.errors import AdapterError, PublishError
-from minilora_hub.publish.card import settings_of
-from minilora_hub.publish.island import island_files
+from minilora_hub.publish.card.render import settings_of
 
 # The client uploads LFS files with an argument that its own HTTP library deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -146,7 +146,7 @@ def test_tag_branch_and_pull_request(hub, ana, trained, copy_of):
 def forbid_building(monkeypatch):
     """A function after which building, which takes minutes on a real base, fails the test."""
     return lambda: monkeypatch.setattr(
-        "minilora_hub.publish.push.build", lambda *args, **kwargs: pytest.fail("it was built")
+        "minilora_hub.publish.push.push.build", lambda *args, **kwargs: pytest.fail("it was built")
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from minilora_hub import push
 from minilora_hub.errors import MiniLoraError, PublishError
-from minilora_hub.publish.build import build
+from minilora_hub.publish.push.build import build
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
@@ -42,11 +42,11 @@ def ready(hub, monkeypatch, trained, base_folder, tmp_path):
     token = hub.add_user("ana")
     monkeypatch.setenv("HF_TOKEN", token)
     built = build(trained["dora"], tmp_path / "built", repo_id="ana/case", base_model=str(base_folder))
-    monkeypatch.setattr("minilora_hub.publish.push.build", lambda *args, **kwargs: built)
+    monkeypatch.setattr("minilora_hub.publish.push.push.build", lambda *args, **kwargs: built)
     shutil.copytree(trained["dora"], tmp_path / "a folder")
     monkeypatch.chdir(tmp_path)
     # It asks the Hub for the base only, through the same calls as the rest; it takes longer than all of that.
-    monkeypatch.setattr("minilora_hub.publish.push.check", lambda *args: ())
+    monkeypatch.setattr("minilora_hub.publish.push.push.check", lambda *args: ())
     return hub, token, built
 
 
@@ -157,8 +157,8 @@ def test_a_hub_that_commits_to_the_branch_instead_is_told(ready, monkeypatch):
     """Which only the answer to the commit tells, where it lists pull requests all the same."""
     hub, _, _ = ready
     hub.add_repo("ana/case", files=OLD, private=True)
-    monkeypatch.setattr("minilora_hub.publish.remote.require_pull_requests", lambda *args: None)
-    monkeypatch.setattr("minilora_hub.publish.sending._pull_requests", lambda *args: {})
+    monkeypatch.setattr("minilora_hub.hub.client.require_pull_requests", lambda *args: None)
+    monkeypatch.setattr("minilora_hub.publish.push.commit._pull_requests", lambda *args: {})
     hub.pull_requests = "ignored"
     with pytest.raises(PublishError, match="has opened no pull request: it has committed to main of ana/case itself"):
         push_to("ana/case", create_pr=True)

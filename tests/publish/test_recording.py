@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from minilora_hub import push
 from minilora_hub.errors import AdapterError
-from minilora_hub.publish.build import build
-from minilora_hub.publish.checks import check_folder
+from minilora_hub.publish.checks.folder import check_folder
+from minilora_hub.publish.push.build import build
 from minilora_hub.recording import bases_of_record, inputs, reuse
 from minilora_hub.recording.document import RECORDING_FILE, Recording
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minilora_hub import DoraConfig, MixLoraConfig
-from minilora_hub.publish.build import build
-from minilora_hub.publish.check_files import read_folder
-from minilora_hub.publish.check_tensors import check_adapter
-from minilora_hub.publish.hashes import Hashes
+from minilora_hub.adapter_folder.hashes import Hashes
+from minilora_hub.publish.checks.files import read_folder
+from minilora_hub.publish.checks.tensors import check_adapter
+from minilora_hub.publish.push.build import build
 from minilora_hub.recording.shapes import expected_shapes
 
 CONFIGS = {"mixlora": MixLoraConfig, "dora": DoraConfig}

@@ -12,9 +12,9 @@ from hub.server import HubServer
 from packaging.requirements import Requirement
 
 from minilora_hub.errors import AdapterError, PublishError
-from minilora_hub.publish import space as spaces
-from minilora_hub.publish.space import push_space
-from minilora_hub.publish.space_files import MARKER, PACKAGE, SpaceSettings, requirements, space_card, stage
+from minilora_hub.publish.space import push as spaces
+from minilora_hub.publish.space.files import MARKER, PACKAGE, SpaceSettings, requirements, space_card, stage
+from minilora_hub.publish.space.push import push_space
 
 ROOT = Path(__file__).parents[2]
 DORA = {"config.json": b'{"model_type": "dora", "base_model_name_or_path": "org/base"}'}
@@ -73,7 +73,7 @@ def test_a_new_space(hub, push):
     files = repo.files()
     assert set(files) == set(done.files)
     assert files["app.py"] == (ROOT / "app.py").read_bytes()
-    assert files["minilora_hub/demo/ui.py"] == (PACKAGE / "demo" / "ui.py").read_bytes()
+    assert files["minilora_hub/demo/ui/app.py"] == (PACKAGE / "demo" / "ui.py").read_bytes()
     assert files["minilora_hub/demo/page.css"]
     assert not any(path.startswith("model_cards/") or "__pycache__" in path for path in files)
     card = card_of(files)

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from publish.spoilt_folders import GITHUB_TOKEN
 
-from minilora_hub.publish.checks import check_folder, check_unfinished
+from minilora_hub.publish.checks.folder import check_folder, check_unfinished
 
 BASE = {"base_exists": lambda base, revision: True, "base_license": lambda base, revision: "apache-2.0"}
 

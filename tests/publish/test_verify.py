@@ -9,12 +9,12 @@ import pytest
 import tiny_stand_ins
 
 from minilora_hub import push
+from minilora_hub.adapter_folder.code import REGISTRY, code_files, code_hash, island_files, island_hash, release_of
+from minilora_hub.adapter_folder.results import Verification
 from minilora_hub.errors import AdapterError
-from minilora_hub.publish.clean_process import CleanProcess
-from minilora_hub.publish.island import REGISTRY, code_files, code_hash, island_files, island_hash, release_of
-from minilora_hub.publish.verify import verify, verify_with
+from minilora_hub.publish.verify.isolated_process import CleanProcess
+from minilora_hub.publish.verify.verify import verify, verify_with
 from minilora_hub.recording.logits import difference
-from minilora_hub.results import Verification
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
@@ -41,7 +41,7 @@ def steps(report):
 
 def rewritten(folder, **changes):
     """Change verification.json, and let it tell the truth about all other files."""
-    from minilora_hub.publish.build import NOT_HASHED, list_files
+    from minilora_hub.publish.push.build import NOT_HASHED, list_files
 
     hashes = {file.path: file.sha256 for file in list_files(folder) if file.path not in NOT_HASHED}
     content = Verification.load(folder).to_dict() | {"sha256": hashes} | changes

@@ -12,7 +12,7 @@ from tiny_training import SHORT
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from minilora_hub.tensor_names import to_peft
+from minilora_hub.adapter_folder.tensor_names import to_peft
 from minilora_hub.training.dataset import prepare_data
 from minilora_hub.training.loop import build_trainer, known_warnings_ignored
 from minilora_hub.training.models import build_trainee, find_base, load_tokenizer

@@ -7,8 +7,8 @@ import json
 import pytest
 from tiny_training import SHORT
 
-from minilora_hub.publish.build import build
-from minilora_hub.publish.checks import check_folder
+from minilora_hub.publish.checks.folder import check_folder
+from minilora_hub.publish.push.build import build
 from minilora_hub.recording.document import RECORDING_FILE
 from minilora_hub.training.run import train
 

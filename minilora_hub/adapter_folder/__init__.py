@@ -1,0 +1,1 @@
+"""What an adapter folder is: file names, documents, hashes, one reader, one writer."""

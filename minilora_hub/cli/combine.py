@@ -1,0 +1,131 @@
+"""`minilora combine` and `minilora experts`: new adapters out of trained ones."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from minilora_hub.cli.convert import Out, Prompts, local_folder, tell
+from minilora_hub.cli.options import AsJson, Base, Debug, Revision, print_json, say
+
+Method = Literal[
+    "linear",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "magnitude_prune",
+    "svd",
+    "ties_svd",
+    "dare_linear_svd",
+    "dare_ties_svd",
+    "magnitude_prune_svd",
+    "cat",
+]
+
+experts = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Add experts to a MixLoRA, or drop some.")
+
+
+def combine(
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER…", help="LoRA adapters: folders or ids.")],
+    out: Out,
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="cat: the exact sum, the ranks add up; svd: that, cut back to a rank; the others as in PEFT."
+        ),
+    ] = "svd",
+    weight: Annotated[
+        list[float] | None, typer.Option(help="A factor for each adapter, in their order. Default: the mean.")
+    ] = None,
+    density: Annotated[float, typer.Option(help="Share of values that ties, dare and magnitude_prune keep.")] = 0.5,
+    rank: Annotated[int | None, typer.Option(help="Rank of the result, for svd. Default: the largest.")] = None,
+    seed: Annotated[int, typer.Option(help="Of dare's random pruning.")] = 0,
+    base: Base = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Combine LoRA adapters on one base into a new one, with PEFT's own functions."""
+    from minilora_hub.formats.combine import Combination
+    from minilora_hub.formats.combine import combine as combine_adapters
+
+    factors = tuple(weight) if weight else (1 / len(adapters),) * len(adapters)
+    combination = Combination(method, factors, density, rank, seed)
+    combination.check(len(adapters))
+    folders = [local_folder(adapter, revision) for adapter in adapters]
+    notes = combine_adapters(folders, out, combination, base=base)
+    for note in notes:
+        say(f"Note: {note}")
+    tell(out, asdict(combination) | {"notes": notes}, as_json)
+
+
+@experts.command("add", epilog="Example: minilora experts add ./my-mixlora --clone 0 --clone 3 --out ./my-larger")
+def add(
+    adapter: Annotated[str, typer.Argument(metavar="REPO_OR_DIR", help="A MixLoRA: a folder or an id on the Hub.")],
+    clone: Annotated[list[int], typer.Option(help="Number of an expert to clone; may be given several times.")],
+    out: Out,
+    noise: Annotated[float, typer.Option(help="Standard deviation of noise on a clone's router row.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    prompts: Prompts = None,
+    base: Base = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Add clones of experts, and tell how much the output changes."""
+    from minilora_hub.formats.experts import add_experts
+
+    texts = _read_prompts(prompts)
+    folder = local_folder(adapter, revision)
+    _tell_change(add_experts(folder, out, clone, base=base, prompts=texts, noise=noise, seed=seed), as_json)
+
+
+@experts.command(
+    "drop", epilog="Example: minilora experts drop ./my-mixlora --count 2 --prompts mine.txt --out ./small"
+)
+def drop(
+    adapter: Annotated[str, typer.Argument(metavar="REPO_OR_DIR", help="A MixLoRA: a folder or an id on the Hub.")],
+    count: Annotated[int, typer.Option(help="How many experts each layer loses: those that serve the fewest tokens.")],
+    out: Out,
+    prompts: Prompts = None,
+    base: Base = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Drop the least used experts of every layer, and tell how much the output changes."""
+    from minilora_hub.formats.experts import drop_experts
+
+    texts = _read_prompts(prompts)
+    folder = local_folder(adapter, revision)
+    _tell_change(drop_experts(folder, out, count, base=base, prompts=texts), as_json)
+
+
+def _read_prompts(file: Path | None) -> list[str] | None:
+    from minilora_hub.errors import AdapterError
+
+    if file is None:
+        return None
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise AdapterError(f"prompts={str(file)!r} cannot be read: {error}") from error
+    if not lines:
+        raise AdapterError(f"prompts={str(file)!r}: there is no prompt in it")
+    return lines
+
+
+def _tell_change(change: Any, as_json: bool) -> None:
+    if as_json:
+        print_json(asdict(change) | {"folder": str(change.folder)})
+        return
+    for note in change.notes:
+        say(f"Note: {note}")
+    typer.echo(f"{change.folder}: {change.experts[0]} -> {change.experts[1]} experts a layer")
+    typer.echo(
+        f"on {change.tokens} tokens: KL divergence {change.kl:.2g} nats a token, largest difference of a logit "
+        f"{change.max_logit_difference:.2g}, the same next token for {change.top_token_agreement:.1%}"
+    )

@@ -1,0 +1,167 @@
+"""`minilora push`, `minilora verify` and `minilora card`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from minilora_hub.cli.options import AsJson, Base, Debug, Revision, print_json, say, size_text
+from minilora_hub.errors import MiniLoraError
+
+if TYPE_CHECKING:
+    from minilora_hub.publish.push.push import PushPlan
+    from minilora_hub.publish.verify.verify import VerifyReport
+
+MARKS = {"add": "+", "change": "~", "keep": " ", "delete": "-"}
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The trained adapter.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub, or name under your own user.")],
+    public: Annotated[bool, typer.Option("--public", help="Everybody may see it. Default: private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Send without asking.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    tag: Annotated[str | None, typer.Option(metavar="TAG", help="Tag the commit.")] = None,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="The branch. Default: main.")] = None,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="The commit's message.")] = None,
+    layout: Annotated[
+        Literal["auto", "peft"], typer.Option(help="peft: PEFT's own format, without code (LoRA and DoRA).")
+    ] = "auto",
+    base: Base = None,
+    base_id: Annotated[
+        str | None, typer.Option(metavar="ID", help="The base's id on the Hub, where the adapter names a folder.")
+    ] = None,
+    license: Annotated[str | None, typer.Option(metavar="ID", help="The adapter's licence, e.g. apache-2.0.")] = None,
+    space: Annotated[
+        str | None, typer.Option(metavar="ID", help='The Space that "try it" on the card opens. Default: as before.')
+    ] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not load it again afterwards.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Publish an adapter: build, check, send in one commit, verify."""
+    if as_json and not (yes or dry_run):
+        raise typer.BadParameter("nobody can be asked: pass --yes or --dry-run, too", param_hint="--json")
+    if not (yes or dry_run or sys.stdin.isatty()):
+        raise typer.BadParameter("nobody can be asked here: pass --yes to send", param_hint="--yes")
+
+    from minilora_hub.publish.push.push import push as publish
+
+    asks = not (yes or dry_run)
+    result = publish(
+        folder,
+        repo,
+        private=not public,
+        dry_run=dry_run,
+        create_pr=create_pr,
+        tag=tag,
+        revision=revision,
+        message=message,
+        layout=layout,
+        base_model=base,
+        base_id=base_id,
+        license=license,
+        space=space,
+        verify=not no_verify,
+        progress=not as_json,
+        confirm=_ask if asks else None,
+    )
+    if as_json:
+        print_json(result.to_dict())
+    elif dry_run:
+        _print_plan(result.plan)
+        typer.echo(f"\nREADME.md:\n\n{result.plan.card}")
+        typer.echo("Nothing was sent.")
+    elif result.dry_run:
+        typer.echo("Nothing was sent.")
+    else:
+        typer.echo(f"{result.url} (commit {(result.commit or '')[:12]})")
+        if result.verification:
+            _print_report(result.verification)
+    if not result.ok:
+        assert result.verification is not None
+        raise MiniLoraError(f"the files are in the repo, but do not verify: {result.verification.problem}")
+
+
+def _ask(plan: PushPlan) -> bool:
+    _print_plan(plan)
+    return typer.confirm("Send it?", default=False)
+
+
+def _print_plan(plan: PushPlan) -> None:
+    seen = "private: only its owner sees it" if plan.private else "PUBLIC: everybody sees it"
+    new = "a new repo" if plan.creates else "a repo that is there"
+    typer.echo(f"{plan.repo_id} ({new}, {seen}), {'a pull request to ' if plan.create_pr else ''}{plan.revision}")
+    for file in plan.files:
+        digest = (file.sha256 or "deleted")[:12]
+        typer.echo(f"  {MARKS[file.action]} {file.path:<40} {size_text(file.size):>10}  {digest}")
+    sent = sum(file.size for file in plan.sends if file.action != "delete")
+    kept = sum(file.action == "keep" for file in plan.files)
+    typer.echo(f"{len(plan.sends)} files to send ({size_text(sent)}), {kept} are there already")
+    typer.echo(
+        f"logits to verify with: {'reused' if plan.recording.reused else 'recorded now'}, {plan.recording.reason}"
+    )
+    if plan.tag:
+        typer.echo(f"tag: {plan.tag}")
+    for note in plan.notes:
+        typer.echo(f"note: {note}")
+
+
+def verify(
+    adapter: Annotated[str, typer.Argument(metavar="REPO_OR_DIR", help="An id on the Hub, or a folder.")],
+    revision: Revision = None,
+    base: Base = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that is no release of minilora_hub.")
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Load an adapter in a clean process, and compare it with its record."""
+    from minilora_hub.publish.verify.verify import verify as verify_adapter
+
+    report = verify_adapter(
+        adapter, revision=revision, base_model=base, trust_remote_code=trust_remote_code, progress=not as_json
+    )
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        _print_report(report)
+    if not report.ok:
+        raise MiniLoraError(f"{report.name} does not verify: {report.problem}")
+
+
+def _print_report(report: VerifyReport) -> None:
+    for step in report.steps:
+        typer.echo(f"  {'✓' if step.ok else '✗'} {step.name}: {step.detail}")
+    if report.ok:
+        typer.echo(f"{report.name}{f' at {report.revision[:12]}' if report.revision else ''} works as recorded.")
+
+
+def card(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter with its results.json.")],
+    repo: Annotated[str | None, typer.Option(metavar="ID", help="The repo that the card names.")] = None,
+    revision: Revision = None,
+    space: Annotated[str | None, typer.Option(metavar="ID", help='The Space that "try it" opens.')] = None,
+    write: Annotated[bool, typer.Option("--write", help="Write README.md; its free text is kept.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show the card that a push would write."""
+    from huggingface_hub import constants
+
+    from minilora_hub.publish.card.render import render_card, settings_of, write_card
+
+    readme = folder / "README.md"
+    previous = readme.read_text(encoding="utf-8") if readme.is_file() else None
+    before = (settings_of(previous) if previous else None) or {}
+    repo, revision = repo or before.get("repo_id"), revision or before.get("revision")
+    space, hub = space or before.get("space"), constants.ENDPOINT
+    if write:
+        say(f"Written: {write_card(folder, repo_id=repo, revision=revision, space=space, hub=hub)}")
+    else:
+        card = render_card(folder, repo_id=repo, revision=revision, space=space, hub=hub, previous=previous)
+        typer.echo(card, nl=False)

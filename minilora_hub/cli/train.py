@@ -1,0 +1,196 @@
+"""`minilora train` and `minilora sweep`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from minilora_hub.cli.options import AsJson, Debug, given, print_json, say
+
+if TYPE_CHECKING:
+    from minilora_hub.training.plan import Plan
+    from minilora_hub.training.settings import TrainingSettings
+
+METHODS = "lora, dora, mixlora, mixdora; through PEFT: rslora, pissa, loftq, adalora, fourierft, vera, peft."
+
+Method = Annotated[str | None, typer.Option("--method", metavar="M", help=METHODS)]
+TrainedBase = Annotated[str | None, typer.Option("--base", metavar="ID", help='"embedded", a folder or a Hub id.')]
+Data = Annotated[
+    list[str] | None,
+    typer.Option("--data", metavar="FILE", help=".jsonl, .csv or .parquet, again for more; or a data set on the Hub."),
+]
+Config = Annotated[
+    Path | None, typer.Option("--config", metavar="YAML", help="A file of settings; flags come before it.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, e.g. num_experts=4. May be given again."),
+]
+
+
+def train(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write: new or empty.")],
+    method: Method = None,
+    base: TrainedBase = None,
+    data: Data = None,
+    config: Config = None,
+    set_: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in DIR.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and train nothing.")] = False,
+    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Rank of the low-rank updates.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Its peak.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per step, over all processes.")] = None,
+    micro_batch_size: Annotated[int | None, typer.Option(help="Rows per forward pass and process.")] = None,
+    batching: Annotated[str | None, typer.Option(metavar="HOW", help="shuffled, length-grouped or packed.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens in a row. Default: the base's context.")] = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut longer rows.")] = False,
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave unusable rows out.")] = False,
+    validation: Annotated[float | None, typer.Option(metavar="SHARE", help="Share of rows to hold out.")] = None,
+    validation_data: Annotated[
+        list[str] | None, typer.Option("--validation-data", metavar="FILE", help="Rows to validate on, instead.")
+    ] = None,
+    early_stopping: Annotated[
+        int | None, typer.Option(metavar="N", help="Stop after N evaluations that are no better.")
+    ] = None,
+    save_every: Annotated[int | None, typer.Option(metavar="N", help="Steps between checkpoints.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="transformers' name, e.g. paged_adamw_8bit.")] = None,
+    loraplus_ratio: Annotated[float | None, typer.Option(help="LoRA+: B learns that much faster than A.")] = None,
+    quantize: Annotated[str | None, typer.Option(metavar="KIND", help="nf4 or int8: a quantised base.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of initial weights, order and held-out rows.")] = None,
+    report_to: Annotated[
+        list[str] | None, typer.Option("--report-to", metavar="NAME", help="trackio, tensorboard or wandb.")
+    ] = None,
+    base_revision: Annotated[str | None, typer.Option(metavar="REV", help="Of a base on the Hub.")] = None,
+    data_split: Annotated[str | None, typer.Option(metavar="SPLIT", help="Of a data set on the Hub.")] = None,
+    data_revision: Annotated[str | None, typer.Option(metavar="REV", help="Of a data set on the Hub.")] = None,
+    license: Annotated[str | None, typer.Option(metavar="ID", help="The adapter's licence, for its card.")] = None,
+    language: Annotated[list[str] | None, typer.Option(metavar="CODE", help="A language of it, for its card.")] = None,
+    about_data: Annotated[str | None, typer.Option(metavar="TEXT", help="What the data is, for the card.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train an adapter; the folder is ready for minilora push."""
+    from minilora_hub.training.run import train as run
+
+    said = _settings(given(context), set_)
+    result = run(
+        out,
+        config=config,
+        resume=resume,
+        dry_run=dry_run,
+        progress=not as_json,
+        on_plan=None if as_json else _print_plan,
+        **said,
+    )
+    if not result.main:
+        return
+    if as_json:
+        print_json(asdict(result) | {"out": str(result.out)})
+        return
+    for line in result.skipped:
+        say(f"skipped {line}")
+    if result.skipped:
+        say(f"{len(result.skipped)} row{'s' if len(result.skipped) > 1 else ''} skipped")
+    for note in result.notes:
+        say(f"note: {note}")
+    if dry_run:
+        typer.echo("Nothing was trained.")
+        return
+    validated = ""
+    if result.validation_loss is not None:
+        validated = f", validation loss {result.validation_loss:.4f} at step {result.best_step}, which was kept"
+    typer.echo(f"{out}: {result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}{validated}")
+    typer.echo(f"next: minilora push {out} NAME --dry-run")
+
+
+NOT_SETTINGS = ("out", "config", "set_", "resume", "dry_run", "as_json", "debug", "vary", "search", "trials", "minutes")
+
+
+def _settings(said: dict[str, Any], assignments: list[str] | None) -> dict[str, Any]:
+    """The settings among what the user gave: the flags, each by its setting's name, and the values of --set.
+
+    Raises:
+        TrainingError: a setting is given twice.
+    """
+    from minilora_hub.errors import TrainingError
+    from minilora_hub.training.settings import parse_assignment
+
+    settings = {"r" if name == "rank" else name: value for name, value in said.items() if name not in NOT_SETTINGS}
+    for text in assignments or []:
+        name, value = parse_assignment(text)
+        if name in settings:
+            raise TrainingError(f"--set {text!r}: {name} is given twice: leave one out")
+        settings[name] = value
+    return settings
+
+
+def _print_plan(plan: Plan, settings: TrainingSettings) -> None:
+    for name, value in [("method", f"{settings.method} on {settings.base}"), *plan.lines()]:
+        say(f"{name:<10} {value}")
+
+
+def sweep(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder: new, or with a sweep to go on with.")],
+    vary: Annotated[
+        list[str],
+        typer.Option("--vary", metavar="NAME=VALUES", help="learning_rate=1e-4,1e-3 or, for tpe, 1e-5..1e-3. Again."),
+    ],
+    method: Method = None,
+    base: TrainedBase = None,
+    data: Data = None,
+    config: Config = None,
+    set_: Set = None,
+    search: Annotated[str, typer.Option(metavar="HOW", help="grid, or tpe by optuna.")] = "grid",
+    trials: Annotated[int | None, typer.Option(metavar="N", min=1, help="At most so many trials.")] = None,
+    minutes: Annotated[float | None, typer.Option(metavar="M", help="Training time at most, in minutes.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train with varied settings; the best on validation wins. The same command goes on where it was stopped."""
+    from minilora_hub.training.sweep import TABLE_FILE, Trial, parse_varied
+    from minilora_hub.training.sweep import sweep as run
+
+    said = _settings(given(context), set_)
+
+    def tell(number: int, trial: Trial) -> None:
+        values = ", ".join(f"{name} {value}" for name, value in trial.values.items())
+        ends = {"running": "", "failed": f": {trial.reason}", "finished": f": {trial.validation_loss or 0:.4f}"}
+        say(f"trial {number}: {values}{ends[trial.state]}")
+
+    result = run(
+        out,
+        parse_varied(vary),
+        search=search,  # type: ignore[arg-type]  # checked there
+        trials=trials,
+        minutes=minutes,
+        progress=not as_json,
+        on_trial=None if as_json else tell,
+        config=config,
+        **said,
+    )
+    if as_json:
+        print_json(asdict(result) | {"out": str(out)})
+        return
+    names = list(result.trials[0].values) if result.trials else []
+    table = [[*names, "validation loss", "step", "seconds"]]
+    for trial in result.trials:
+        loss = f"{trial.validation_loss:.4f}" if trial.validation_loss is not None else trial.state
+        step = "" if trial.step is None else str(trial.step)
+        table.append([*(str(trial.values[name]) for name in names), loss, step, f"{trial.seconds:.0f}"])
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    for line in table:
+        typer.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
+    for note in result.notes:
+        say(f"note: {note}")
+    if result.left:
+        say(f"{result.left} trials were not made")
+    typer.echo(f"table and plot: {out / TABLE_FILE}, {out}")
+    if result.best:
+        typer.echo(f"best: {out / 'trials' / result.best.folder}")

@@ -1,0 +1,137 @@
+"""What a comparison is made of: finding adapters and loading their base."""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from minilora_hub.adapter_folder.facts import KINDS, adapter_facts
+from minilora_hub.adapter_folder.sources import WEIGHTS, read_source
+from minilora_hub.bases.resolving import load_model, resolve_base
+from minilora_hub.errors import AdapterError
+from minilora_hub.hub.client import fetch
+
+Progress = Callable[[str], None]
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """Copy a model's tree of modules, sharing every parameter and buffer with the original.
+
+    An adapter that is put onto the copy replaces modules in the copy only, so several adapters sit on one base at the
+    memory of one. Config, generation config and hooks are the copy's own. What is written *into* a shared tensor shows
+    in both, as it must.
+
+    Args:
+        model: any module; quantised parameters are shared like plain ones.
+
+    Returns:
+        The copy, of the same class.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+@dataclass(frozen=True)
+class FoundAdapter:
+    """An adapter on this machine: the `name` it was asked for by, on screen, and its `folder`."""
+
+    name: str
+    folder: Path
+
+
+def find_adapter(name: str | Path) -> FoundAdapter:
+    """Find an adapter by its folder or its id on the Hub, which is fetched; nothing of it is run.
+
+    Raises:
+        AdapterError: there is none, it is of no known kind, or it leads to code elsewhere.
+    """
+    folder = Path(name)
+    if folder.is_dir() or not HUB_ID.fullmatch(str(name)):
+        read_source(folder)
+        return FoundAdapter(folder.resolve().name, folder)
+    try:
+        folder, _ = fetch(str(name), revision=None, token=None, progress=True)
+    except AdapterError as error:
+        raise AdapterError(f"adapter {str(name)!r}: there is no such folder, and on the Hub: {error}") from None
+    read_source(folder)
+    return FoundAdapter(str(name).rpartition("/")[2], folder)
+
+
+def find_adapters(names: Iterable[str | Path]) -> list[FoundAdapter]:
+    """Find adapters like `find_adapter`, and give each a name of its own: ``a/run`` and ``b/run`` rather than ``run``.
+
+    Raises:
+        AdapterError: one is not there, or of no known kind.
+        ValueError: one is named twice.
+    """
+    asked = [str(name) for name in names]
+    found = [find_adapter(name) for name in asked]
+    folders = [adapter.folder.resolve() for adapter in found]
+    if twice := {name for name, folder in zip(asked, folders, strict=True) if folders.count(folder) > 1}:
+        raise ValueError(f"adapters={sorted(twice)}: one adapter must be named once")
+    # As many of the last parts of its path as tell it from the others; an id on the Hub has two.
+    paths = [
+        folder.parts if Path(name).is_dir() else tuple(name.split("/"))
+        for name, folder in zip(asked, folders, strict=True)
+    ]
+    shown = [adapter.name for adapter in found]
+    for length in range(2, max(map(len, paths), default=0) + 1):
+        shown = [
+            "/".join(path[-length:]) if shown.count(name) > 1 else name for name, path in zip(shown, paths, strict=True)
+        ]
+    return [replace(adapter, name=name) for adapter, name in zip(found, shown, strict=True)]
+
+
+def load_base(
+    base: str | Path, device: str | torch.device, dtype: torch.dtype | None, progress: Progress
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """Load a base by name or folder; its own remote code stays off.
+
+    Returns:
+        The model, its tokenizer, and what it is called on screen.
+
+    Raises:
+        BaseModelError: it cannot be found or loaded, or its checkpoint lacks a tensor.
+    """
+    started = time.perf_counter()
+    progress(f"Loading the base {str(base)!r} …")
+    resolved = resolve_base(base)
+    # On a CPU, fp32 is both the quickest and the exact choice; elsewhere the checkpoint's own dtype.
+    wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
+    model = load_model(resolved, dtype=wanted)
+    model.to(device)
+    tokenizer = AutoTokenizer.from_pretrained(resolved.path, trust_remote_code=False)
+    progress(f"  {_millions(_size(model))} parameters on {device} ({time.perf_counter() - started:.1f} s)")
+    return model, tokenizer, (resolved.hub_id or resolved.path.name).rpartition("/")[2]
+
+
+def shipped_adapters() -> list[Path]:
+    """Find the adapters that travel with minilora_hub: in an installed wheel or in a checkout; the simplest kind first.
+
+    Raises:
+        AdapterError: there are none, so there is nothing to compare; or one is damaged.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for cards in (package / "model_cards", package.parent / "model_cards"):
+        found = {path.parent: adapter_facts(path.parent).kind for path in sorted(cards.glob(f"*/{WEIGHTS}"))}
+        if found:
+            return sorted(found, key=lambda folder: KINDS.index(found[folder]))
+    raise AdapterError("this copy of minilora_hub ships no adapters: name the folders of your own")
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"

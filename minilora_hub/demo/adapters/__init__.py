@@ -1,0 +1,1 @@
+"""The adapters that the page offers."""

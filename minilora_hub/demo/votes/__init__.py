@@ -1,0 +1,1 @@
+"""Blind votes, their ranking, and sharing."""

@@ -1,0 +1,204 @@
+"""What a run measures: its settings, checked before anything is loaded, and its adapters and their base, found."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minilora_hub.errors import AdapterError
+from minilora_hub.evaluation.answer_cache import adapter_digest
+from minilora_hub.evaluation.tasks.items import SPLITS
+
+if TYPE_CHECKING:
+    from minilora_hub.bases.resolving import ResolvedBase
+    from minilora_hub.evaluation.tasks.items import Item, Task
+
+DTYPES = ("float32", "bfloat16")
+HELD_OUT = "held_out"
+FEW_SHOT = 4
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured and how.
+
+    Attributes:
+        tasks: names of tasks, in their order.
+        split: one of `items.SPLITS`.
+        held_out: whether the items in a format that is not in training are measured, too.
+        count: items a task and split; None for all.
+        few_shot: examples that the base is shown in a second measurement; 0 for none.
+        perplexity: whether perplexity on general text is measured.
+        text: the text for it; None for the default one.
+        dtype: ``"float32"``, or ``"bfloat16"``: quicker on most machines, and not quite the same answers.
+        batch_size: the most rows of a batch.
+
+    Raises:
+        ValueError: a setting is out of range; the message names it, the value received and what is required.
+    """
+
+    tasks: tuple[str, ...]
+    split: str = "test"
+    held_out: bool = False
+    count: int | None = None
+    few_shot: int = FEW_SHOT
+    perplexity: bool = False
+    text: Path | None = None
+    dtype: str = "float32"
+    batch_size: int = BATCH_SIZE
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        twice = sorted({name for name in self.tasks if self.tasks.count(name) > 1})
+        _require(not twice, "task", twice, "named once each")
+        _require(self.split in SPLITS, "split", self.split, f"one of {', '.join(SPLITS)}")
+        _require(self.count is None or self.count >= 1, "count", self.count, "at least 1")
+        _require(self.few_shot >= 0, "few_shot", self.few_shot, "at least 0")
+        _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        _require(self.perplexity or self.text is None, "text", str(self.text), "given with perplexity only")
+
+
+def _require(holds: bool, name: str, value: object, need: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={value!r}: must be {need}")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that is measured.
+
+    Attributes:
+        name: as it was asked for.
+        folder: where it lies.
+        local: whether that folder is the user's own, not a copy from the Hub.
+        method: ``"mixlora"``, ``"dora"`` or ``"lora"``.
+        base: the base it names.
+        fingerprint: of the base it was trained on, or ``"unknown"``.
+    """
+
+    name: str
+    folder: Path
+    local: bool
+    method: str
+    base: str | None
+    fingerprint: str
+
+    @property
+    def digest(self) -> str:
+        """Hash of what determines its answers."""
+        return adapter_digest(self.folder)
+
+
+def find_adapters(names: Sequence[str | Path]) -> tuple[Adapter, ...]:
+    """Find adapters by folder or Hub id. Nothing of them is run.
+
+    Raises:
+        AdapterError: one is not there, or of no known kind.
+        ValueError: one is named twice.
+    """
+    from minilora_hub.adapter_folder.results import RESULTS_FILE, Results
+    from minilora_hub.adapter_folder.sources import read_source
+    from minilora_hub.compare.found_adapters import find_adapter
+
+    found = []
+    for name in names:
+        folder = find_adapter(name).folder
+        source = read_source(folder)
+        fingerprint = source.base_fingerprint
+        if fingerprint == "unknown" and (folder / RESULTS_FILE).is_file():  # PEFT's format has no place for one
+            fingerprint = Results.load(folder).base.fingerprint or fingerprint
+        found.append(Adapter(str(name), folder, Path(name).is_dir(), source.method, source.base, fingerprint))
+    twice = sorted({adapter.name for adapter in found if sum(adapter.name == other.name for other in found) > 1})
+    _require(not twice, "adapters", twice, "named once each")
+    return tuple(found)
+
+
+def find_base(base: str | Path | None, adapters: Sequence[Adapter]) -> tuple[ResolvedBase, str]:
+    """Find the base of all adapters; it is not loaded.
+
+    Args:
+        base: what the user names. None: the base that the adapters name.
+        adapters: what it must fit.
+
+    Returns:
+        The base and the fingerprint of its weights.
+
+    Raises:
+        AdapterError: the adapters name different bases or none, or were trained on another one.
+        BaseModelError: it cannot be found.
+        ValueError: there is neither a base nor an adapter.
+    """
+    from minilora_hub.bases.embedded import HUB_ID, WEIGHTS_SHA256
+    from minilora_hub.bases.resolving import EMBEDDED, resolve_base
+    from minilora_hub.remote_code.adapter_files import UNKNOWN, base_fingerprint
+
+    if base is None:
+        named = sorted({adapter.base or "" for adapter in adapters})
+        if not named:
+            raise ValueError("base=None: must be given where no adapter names one")
+        if len(named) > 1 or not named[0]:
+            shown = ", ".join(f"{adapter.name}: {adapter.base!r}" for adapter in adapters)
+            raise AdapterError(f"the adapters do not name one base ({shown}): pass base= (--base)")
+        base = named[0]
+        # The embedded base goes by the name of the model it is a rounding of; its fingerprint tells it apart.
+        embedded = "sha256:" + hashlib.sha256(f"model.safetensors:{WEIGHTS_SHA256}\n".encode()).hexdigest()
+        if base == HUB_ID and all(adapter.fingerprint == embedded for adapter in adapters):
+            base = EMBEDDED
+    resolved = resolve_base(base)
+    fingerprint = base_fingerprint(str(resolved.path))
+    for adapter in adapters:
+        if UNKNOWN not in (fingerprint, adapter.fingerprint) and fingerprint != adapter.fingerprint:
+            raise AdapterError(
+                f"adapter {adapter.name!r} was trained on another base: on {adapter.base!r} with fingerprint "
+                f"{adapter.fingerprint[:19]}…, and base {resolved.name!r} has {fingerprint[:19]}…: pass its own, "
+                "base= (--base)"
+            )
+    return resolved, fingerprint
+
+
+def find_tasks(settings: Settings) -> dict[str, Task]:
+    """The tasks of a run by name.
+
+    Raises:
+        ValueError: there is no task of that name.
+        MissingExtraError: a library that makes one is not installed.
+    """
+    from minilora_hub.evaluation.tasks.registry import TASKS
+
+    unknown = [name for name in settings.tasks if name not in TASKS]
+    if unknown:
+        raise ValueError(f"task={unknown[0]!r}: must be one of {', '.join(TASKS)}")
+    return {name: TASKS[name] for name in settings.tasks}
+
+
+def find_items(tasks: dict[str, Task], settings: Settings) -> dict[str, tuple[Item, ...]]:
+    """The items of each task, and below `held_out_key` those in a format that is not in training.
+
+    Raises:
+        ValueError: a task has none in this split, or fewer than are asked for.
+        MissingExtraError: a library that makes them is not installed.
+    """
+    items = {name: task.items(settings.split, settings.count) for name, task in tasks.items()}
+    for name, some in items.items():
+        if not some:
+            raise ValueError(f"task={name!r}: has no items in split {settings.split!r}")
+    if settings.held_out and settings.split != HELD_OUT:
+        # There are fewer of them: so many, or all.
+        extra = {held_out_key(name): task.items(HELD_OUT)[: settings.count] for name, task in tasks.items()}
+        items |= {key: some for key, some in extra.items() if some}
+    return items
+
+
+def held_out_key(task: str) -> str:
+    """What a task's items in a format that is not in training are called among the others."""
+    return f"{task} {HELD_OUT}"
+
+
+def task_of(key: str) -> str:
+    """The task that a key of `find_items` is about."""
+    return key.removesuffix(f" {HELD_OUT}")

@@ -1,0 +1,1 @@
+"""The evaluation tasks: items made from language data."""

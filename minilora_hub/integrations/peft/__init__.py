@@ -1,0 +1,1 @@
+"""MixLoRA as a PEFT method."""

@@ -1,0 +1,36 @@
+"""Registration with transformers' Auto classes and with PEFT, so that adapters load without `trust_remote_code`."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from minilora_hub.bases.resolving import EMBEDDED, resolve_base
+from minilora_hub.integrations.peft import method as peft_method
+from minilora_hub.remote_code.adapter_files import BASE_ALIASES
+from minilora_hub.remote_code.configuration_minilora import DoraConfig, MixLoraConfig
+from minilora_hub.remote_code.modeling_minilora import DoraForCausalLM, DoraModel, MixLoraForCausalLM, MixLoraModel
+
+
+def register() -> None:
+    """Make AutoConfig, AutoModel and AutoModelForCausalLM know `mixlora` and `dora`, and PEFT know `MIXLORA`.
+
+    Afterwards an adapter loads with our installed classes: no trust flag is needed, and code in its repo is not run.
+    Calling it again changes nothing.
+
+    Raises:
+        MiniLoraError: this version of PEFT is not known.
+    """
+    for config, model, causal_lm in (
+        (DoraConfig, DoraModel, DoraForCausalLM),
+        (MixLoraConfig, MixLoraModel, MixLoraForCausalLM),
+    ):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
+        AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+    add_base_aliases()
+    peft_method.register()
+
+
+def add_base_aliases() -> None:
+    """Let the island's loader find the base called "embedded"."""
+    BASE_ALIASES[EMBEDDED] = lambda: str(resolve_base(EMBEDDED).path)

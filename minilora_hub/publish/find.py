@@ -1,0 +1,347 @@
+"""What an adapter is, which ones there are for a base, and fetching one. No torch, and none of their code is run."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from minilora_hub.adapter_folder.code import code_files, code_hash, release_of
+from minilora_hub.adapter_folder.code_references import code_references
+from minilora_hub.adapter_folder.folders import AdapterFolder, describe_folder, refuse_lfs_pointer
+from minilora_hub.adapter_folder.recorded import METHODS
+from minilora_hub.adapter_folder.results import RESULTS_FILE, Evaluation, Results
+from minilora_hub.adapter_folder.sources import WEIGHTS, read_source
+from minilora_hub.bases.embedded import HUB_ID
+from minilora_hub.bases.resolving import EMBEDDED
+from minilora_hub.errors import AdapterError
+from minilora_hub.formats.reading import check_settings
+from minilora_hub.hub.plain_files import read_header
+
+SORTS = ("downloads", "likes", "last_modified", "created_at", "trending_score")
+LISTED = ["author", "cardData", "createdAt", "downloads", "lastModified", "likes", "private", "tags", "trendingScore"]
+LOOKED_AT = 1000
+"""How many models are looked at on a Hub that does not search by tag."""
+METHOD_TAGS = ("mixlora", "dora", "lora")
+SHOWN_SETTINGS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "use_rslora",
+    "use_dora",
+    "num_experts",
+    "num_experts_per_tok",
+    "routing_strategy",
+    "router_top_p",
+    "router_temperature",
+    "expert_capacity",
+    "router_sparse_step",
+    "expert_r",
+    "expert_alpha",
+)
+SHOWN_REFERENCE = ("top_k", "top_p", "temperature", "sparse_step", "act_fn", "expert_lora")
+SHOWN_CHECKPOINT = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "dtype",
+    "quantization_config",
+)
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What is known of an adapter without loading it.
+
+    Attributes:
+        name: the folder or the repo.
+        revision: the commit; None for a folder.
+        method: ``"MixLoRA"``, ``"DoRA"`` or ``"LoRA"``; for a whole model its architecture.
+        layout: ``"auto"`` (AutoModel with code of its own) or ``"peft"``, which can be published; ``"peft-mixlora"``
+            (MixLoRA as a PEFT method), ``"reference"`` (the format of the `mixlora` package) or ``"checkpoint"`` (a
+            whole model, such as an export).
+        base: the base it names.
+        base_revision: the base's commit; None where it names none.
+        settings: rank, alpha, experts and the like, as its configuration has them.
+        parameters: values in its weights; None where they are a pickle, which is not opened for this.
+        bytes: size of all its files.
+        files: path -> bytes.
+        code: the version of minilora_hub whose code it carries, ``"unknown"`` for other code, None without code.
+        license: its licence; None where nobody said.
+        steps: optimizer steps it was trained for, where that is known.
+        seconds: how long that took.
+        data: names of what it was trained on.
+        evaluation: measured results.
+        warnings: what leads to code outside the adapter's own folder; nothing here loads such an adapter.
+    """
+
+    name: str
+    revision: str | None
+    method: str
+    layout: str
+    base: str | None
+    base_revision: str | None
+    settings: dict[str, Any]
+    parameters: int | None
+    bytes: int
+    files: dict[str, int]
+    code: str | None = None
+    license: str | None = None
+    steps: int | None = None
+    seconds: float | None = None
+    data: tuple[str, ...] = ()
+    evaluation: tuple[Evaluation, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ListedAdapter:
+    """An adapter as the Hub lists it."""
+
+    id: str
+    method: str | None
+    bases: tuple[str, ...] = field(default=())
+    downloads: int = 0
+    likes: int = 0
+    created: str | None = None
+    updated: str | None = None
+    license: str | None = None
+    private: bool = False
+
+
+def info(
+    repo_or_dir: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None, progress: bool = True
+) -> AdapterInfo:
+    """Tell what an adapter is.
+
+    Args:
+        repo_or_dir: a folder, or an id on the Hub, whose files are fetched into the Hub's cache.
+        revision: branch, tag or commit on the Hub. Default: main.
+        token: for private repos. Default: the one of ``hf auth login``.
+        progress: show bars on stderr while files are fetched.
+
+    Raises:
+        AdapterError: it is not there, is no adapter of a known kind, or has a setting that cannot be honoured.
+    """
+    folder, commit = Path(repo_or_dir), None
+    if not folder.is_dir():
+        from minilora_hub.hub.client import fetch
+
+        folder, commit = fetch(os.fspath(repo_or_dir), revision=revision, token=token, progress=progress)
+    found = describe_folder(folder)
+    check_settings(found)
+    if found.dialect not in ("minilora", "peft") or not (folder / WEIGHTS).is_file():
+        return _in_another_format(found, os.fspath(repo_or_dir), commit)
+    source = read_source(folder)
+    results = Results.load(folder) if (folder / RESULTS_FILE).is_file() else None
+    training = results.training if results else None
+    files = _files(folder)
+    code = code_files(folder)
+    return AdapterInfo(
+        name=os.fspath(repo_or_dir),
+        revision=commit,
+        method=METHODS[source.method],
+        layout=source.layout,
+        base=source.base,
+        base_revision=source.base_revision,
+        settings={name: source.config[name] for name in SHOWN_SETTINGS if source.config.get(name) not in (None, False)},
+        parameters=count_values(folder / WEIGHTS),
+        bytes=sum(files.values()),
+        files=files,
+        code=(release_of(code_hash(code)) or "unknown") if code else None,
+        license=results.license if results else None,
+        steps=training.steps if training else None,
+        seconds=training.seconds if training else None,
+        data=tuple(source.name for source in training.data) if training else (),
+        evaluation=results.evaluation if results else (),
+        warnings=code_warnings(folder),
+    )
+
+
+def code_warnings(folder: Path) -> tuple[str, ...]:
+    """Say what in a folder leads to code elsewhere, a line each; empty if nothing does."""
+    return tuple(str(reference) for reference in code_references(folder) if reference.problem)
+
+
+def _files(folder: Path) -> dict[str, int]:
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).parts[0] != ".cache"
+    }
+
+
+def _in_another_format(found: AdapterFolder, name: str, commit: str | None) -> AdapterInfo:
+    """What is known of an adapter that is to be imported, or of an export."""
+    files = _files(found.folder)
+    weights = sorted(found.folder.glob("*.safetensors"))
+    if not weights and not any(found.folder.glob("*.bin")):
+        raise AdapterError(f"{name!r}: there are no weights in it")
+    revision = found.config.get("revision")
+    shown = SHOWN_CHECKPOINT if found.dialect == "checkpoint" else (*SHOWN_SETTINGS, *SHOWN_REFERENCE)
+    return AdapterInfo(
+        name=name,
+        revision=commit,
+        method=METHODS.get(found.method, found.method),
+        layout=found.dialect,
+        base=found.base,
+        base_revision=revision if isinstance(revision, str) else None,
+        settings={key: found.config[key] for key in shown if found.config.get(key) not in (None, False)},
+        parameters=sum(count_values(path) for path in weights) if weights else None,
+        bytes=sum(files.values()),
+        files=files,
+        warnings=code_warnings(found.folder),
+    )
+
+
+def count_values(weights: Path) -> int:
+    """Count the values in a safetensors file from its header alone.
+
+    Raises:
+        AdapterError: it is no safetensors file.
+    """
+    refuse_lfs_pointer(weights)
+    header, _ = read_header(weights)
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def list_adapters(
+    base: str | None = None,
+    *,
+    method: str | None = None,
+    sort: str | None = None,
+    limit: int = 50,
+    token: str | None = None,
+) -> list[ListedAdapter]:
+    """List adapters on the Hub.
+
+    Args:
+        base: the base's id; ``"embedded"`` is the model that stands for. Default: any base.
+        method: ``"mixlora"``, ``"dora"`` or ``"lora"``. Default: any, or without a base: MixLoRA and DoRA.
+        sort: what comes first, the most or the newest: ``"downloads"``, ``"likes"``, ``"last_modified"``,
+            ``"created_at"`` or ``"trending_score"``. Default: downloads.
+        limit: how many at most.
+        token: to see your private ones, too. Default: the one of ``hf auth login``.
+
+    Raises:
+        PublishError: the Hub cannot be asked, or it does not search by tag and has too many models to look at each.
+        ValueError: `method` or `sort` is none of those.
+    """
+    from minilora_hub.errors import PublishError
+    from minilora_hub.hub.errors import FAILURES, explain, patiently
+
+    if method is not None and method not in METHOD_TAGS:
+        raise ValueError(f"method={method!r}: must be one of {METHOD_TAGS}")
+    if sort is not None and sort not in SORTS:
+        raise ValueError(f"sort={sort!r}: must be one of {SORTS}")
+    base = HUB_ID if base == EMBEDDED else base
+    methods: list[str | None] = [method] if method else [None] if base else ["mixlora", "dora"]
+    sort = sort or "downloads"
+    found: dict[str, Any] = {}
+    for tag in methods:
+        wanted = ([f"base_model:adapter:{base}"] if base else []) + ([tag] if tag else [])
+        try:
+            found |= {model.id: model for model in patiently(partial(_search, token, wanted, sort, limit))}
+        except FAILURES as error:
+            raise PublishError(explain(error, base or "the Hub", "listing adapters")) from None
+    models = list(found.values())
+    if len(methods) > 1:  # the Hub has sorted each method's; sorting keeps the order of those without a value
+        known = [model for model in models if getattr(model, sort) is not None]
+        unknown = [model for model in models if getattr(model, sort) is None]
+        models = sorted(known, key=lambda model: getattr(model, sort), reverse=True) + unknown
+    return [_listed(model) for model in models[:limit]]
+
+
+def _search(token: str | None, wanted: list[str], sort: Any, limit: int) -> list[Any]:
+    """Search by tags. A Hub that ignores them answers with other models: then each of its models is looked at.
+
+    Raises:
+        PublishError: there are too many of them.
+    """
+    from huggingface_hub import HfApi
+
+    from minilora_hub.errors import PublishError
+
+    api = HfApi(token=token)
+
+    def has_tags(model: Any) -> bool:
+        return {tag.casefold() for tag in wanted} <= {tag.casefold() for tag in model.tags or []}
+
+    models = list(api.list_models(filter=wanted, sort=sort, limit=limit, expand=LISTED))  # type: ignore[arg-type]
+    if all(map(has_tags, models)):
+        return models
+    models = list(api.list_models(sort=sort, limit=LOOKED_AT + 1, expand=LISTED))  # type: ignore[arg-type]
+    if len(models) > LOOKED_AT:
+        raise PublishError(
+            f"listing adapters: the Hub at {api.endpoint} does not search by tag, and has more than {LOOKED_AT} "
+            "models: its adapters cannot be found"
+        )
+    return list(filter(has_tags, models))[:limit]
+
+
+def _listed(model: Any) -> ListedAdapter:
+    tags = list(model.tags or [])
+    prefix = "base_model:adapter:"
+    card = model.card_data.to_dict() if model.card_data else {}
+    return ListedAdapter(
+        id=model.id,
+        method=next((METHODS[tag] for tag in METHOD_TAGS if tag in tags), None),
+        bases=tuple(tag.removeprefix(prefix) for tag in tags if tag.startswith(prefix)),
+        downloads=model.downloads or 0,
+        likes=model.likes or 0,
+        created=model.created_at.date().isoformat() if model.created_at else None,
+        updated=model.last_modified.date().isoformat() if model.last_modified else None,
+        license=card.get("license"),
+        private=bool(model.private),
+    )
+
+
+def pull(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    token: str | None = None,
+    progress: bool = True,
+) -> Path:
+    """Fetch an adapter.
+
+    Args:
+        repo_id: its id on the Hub.
+        revision: branch, tag or commit. Default: main.
+        out: a folder to make; it appears whole or not at all. Default: the Hub's cache.
+        token: for private repos. Default: the one of ``hf auth login``.
+        progress: show bars on stderr.
+
+    Returns:
+        The folder. Nothing of it was run.
+
+    Raises:
+        AdapterError: it is not there, is no adapter, or `out` exists.
+    """
+    from minilora_hub.hub.client import fetch
+
+    target = None if out is None else Path(out)
+    if target is not None and target.exists():
+        raise AdapterError(f"out={str(target)!r}: it exists already; choose another folder, or remove it")
+    folder, _ = fetch(repo_id, revision=revision, token=token, progress=progress)
+    read_source(folder)
+    if target is None:
+        return folder
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".pulling-", dir=target.parent) as scratch:
+        copy = Path(scratch, "adapter")
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(".gitattributes"))
+        os.replace(copy, target)
+    return target

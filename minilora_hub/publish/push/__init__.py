@@ -1,0 +1,1 @@
+"""Publish an adapter: build, check, commit."""

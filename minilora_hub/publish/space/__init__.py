@@ -1,0 +1,1 @@
+"""Publish the comparison page as a Space."""

@@ -1,0 +1,140 @@
+"""Runs `isolated_worker.py`: a process that cannot import minilora_hub, and keeps nothing of what it ran.
+
+It has what code from a repo needs to load from files that are there already, and nothing more: no token and no other
+secret in its environment, no home folder of the user, and a Hub client that is offline. What it is asked to load must
+therefore be in the Hub's cache, or in a folder. This keeps secrets out of reach of code that merely looks for them; it
+is no sandbox, since the process runs as the same user.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import site
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from huggingface_hub import constants
+
+STRANGER = Path(__file__).with_name("isolated_worker.py")
+
+PASSED_ON = re.compile(
+    "PATH|LANG|LANGUAGE|LC_.*|TZ|TMPDIR|TEMP|TMP|USER|LOGNAME|USERNAME|VIRTUAL_ENV|PYTHON.*|LD_.*|DYLD_.*"
+    "|SYSTEMROOT|WINDIR|COMSPEC|PATHEXT|NUMBER_OF_PROCESSORS|PROCESSOR_.*"
+    "|OMP_.*|GOMP_.*|KMP_.*|MKL_.*|OPENBLAS_.*|DNNL_.*|ONEDNN_.*|ATEN_.*|TORCH_.*|PYTORCH_.*|TRITON_.*"
+    "|CUDA_.*|CUBLAS_.*|CUDNN_.*|NVIDIA_.*|HIP_.*|ROCR_.*|ROCM_.*|HSA_.*",
+    re.IGNORECASE,
+)
+"""The variables that Python, torch and their libraries need. Any other may hold a secret."""
+
+
+class CleanProcess:
+    """A process that loads adapters as somebody does who has only transformers (and PEFT). One job after the other.
+
+    with CleanProcess() as stranger:
+        answer = stranger.run({"target": "user/adapter", ...})
+    """
+
+    def __init__(self) -> None:
+        """Prepare it; it starts with the first job."""
+        self._process: subprocess.Popen[str] | None = None
+        self._code: str | None = None
+
+    def __enter__(self) -> CleanProcess:
+        """Make the folders it works in."""
+        self._scratch = tempfile.TemporaryDirectory(prefix="minilora-verify-")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the process and remove what it wrote."""
+        self._stop()
+        self._scratch.cleanup()
+
+    def _stop(self) -> None:
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            assert stream is not None
+            with suppress(BrokenPipeError):  # what could not be sent to a process that died
+                stream.close()
+        self._process = None
+
+    def run(self, job: dict[str, Any], code: str | None) -> dict[str, Any]:
+        """Do one job (see `isolated_worker.py`) and return its answer, ``{"error": …}`` where it failed or died.
+
+        Args:
+            job: what to do.
+            code: hash of the code that the job runs. Other code gets another process: transformers registers the
+                classes it has loaded, and would take those of the job before.
+        """
+        if code != self._code:
+            self._stop()
+        self._code = code
+        if self._process is None:
+            self._start()
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            process.wait()
+            last = self._last_words()
+            ended = process.returncode
+            self._stop()
+            return {"error": f"the process ended with code {ended}" + (f": {last}" if last else "")}
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _start(self) -> None:
+        self._log = Path(self._scratch.name, "log").open("w+", encoding="utf-8")  # noqa: SIM115  (lives as long as it)
+        # -P: the folder of the script, which is inside minilora_hub, stays off the module path.
+        self._process = subprocess.Popen(  # noqa: S603  (our own script)
+            [sys.executable, "-P", str(STRANGER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=_environment(Path(self._scratch.name)),
+            text=True,
+            encoding="utf-8",
+        )
+
+    def _last_words(self) -> str:
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log if line.strip()]
+        return lines[-1] if lines else ""
+
+
+def _environment(scratch: Path) -> dict[str, str]:
+    """Build the environment of the process: the files that are in the Hub's cache, and no way to the Hub."""
+    home = scratch / "home"
+    home.mkdir(exist_ok=True)
+    environment = {name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)}
+    if site.ENABLE_USER_SITE:  # found through the home folder otherwise
+        environment["PYTHONUSERBASE"] = site.getuserbase()
+    return environment | {
+        "HOME": str(home),
+        "USERPROFILE": str(home),
+        "HF_HOME": str(home / "huggingface"),  # here the Hub's client looks for a stored token
+        "HF_HUB_CACHE": constants.HF_HUB_CACHE,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        # A folder of its own for the repo's code: what another copy left in the user's cache must not be run instead.
+        "HF_MODULES_CACHE": str(scratch / "modules"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }

@@ -1,0 +1,142 @@
+"""`minilora space push` as a shell sees it, against the HTTP Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from hub.server import HubServer
+
+ADAPTER = {
+    "config.json": b'{"model_type": "dora", "base_model_name_or_path": "org/base"}',
+    "adapter_model.safetensors": b"weights",
+}
+
+
+@pytest.fixture
+def hub():
+    with HubServer(lfs_threshold=10**7) as server:
+        server.add_repo("org/base", files={"config.json": b"{}"})
+        server.add_repo("ana/dora", files=ADAPTER)
+        yield server
+
+
+@pytest.fixture
+def shell(hub, tmp_path):
+    """A function that runs the command in a process of its own; no token is ever printed."""
+    ours = hub.add_user("ana")
+
+    def run(*arguments, token=ours, **variables):
+        done = subprocess.run(
+            [sys.executable, "-m", "minilora_hub.cli", "space", "push", *arguments],
+            env={**os.environ, **hub.environment(token, cache_dir=tmp_path / "hf"), **variables},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+        )
+        assert ours not in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    run.token = ours
+    return run
+
+
+def test_push_prints_the_address_and_json(shell, hub):
+    """First for people, with the steps on stderr, then for a script."""
+    done = shell("ana/compare", "ana/dora", "--variable", "MINILORA_MAX_TOKENS=64", "--secret", "MINE", MINE="s3cret")
+    assert done.returncode == 0, done.stderr
+    repo = hub.repo("ana/compare", "space")
+    assert done.stdout == f"{hub.endpoint}/spaces/ana/compare (commit {repo.commit().oid[:12]}, RUNNING)\n"
+    assert [line.split(" (")[0] for line in done.stderr.splitlines() if line.startswith("✓")] == [
+        "✓ Looking at the adapters",
+        "✓ Looking at the Space",
+        "✓ Staging",
+        "✓ Setting it up",
+        f"✓ Sending {len(repo.files())} files",
+        "✓ Building",
+        "✓ Starting",
+    ]
+    assert repo.space.secrets == {"MINE": "s3cret"}
+    assert "s3cret" not in done.stdout + done.stderr
+    done = shell("ana/compare", "ana/dora", "--json")
+    told = json.loads(done.stdout)
+    assert (told["space"], told["stage"], told["commit"]) == ("ana/compare", "RUNNING", repo.commit().oid)
+    assert told["variables"] == {"MINILORA_BASE": "org/base", "MINILORA_ADAPTERS": "ana/dora"}
+    assert "✓" not in done.stderr
+
+
+def test_a_dry_run_shows_everything(shell, hub):
+    """Files with their sizes, variables, names of secrets, requirements and card."""
+    done = shell("ana/compare", "ana/dora", "--dry-run", "--hardware", "zero-a10g", "--secret", "MINE", MINE="s3cret")
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "ana/compare (a new Space, private: only its owner sees it), hardware: zero-a10g",
+        "+ app.py ",
+        "+ minilora_hub/demo/ui/app.py ",
+        "variable: MINILORA_BASE=org/base",
+        "secret: MINE",
+        "torch==2.10.0",
+        "sdk: gradio",
+        "preload_from_hub:",
+    ):
+        assert part in done.stdout
+    assert done.stdout.endswith("Nothing was sent.\n")
+    assert "s3cret" not in done.stdout + done.stderr
+    assert ("space", "ana/compare") not in hub.repos
+
+
+def test_a_token_may_be_given_and_is_not_shown(shell, hub):
+    """Though the environment is the safer place."""
+    done = shell("ana/compare", "--token", shell.token, "--wait", "0", "--json", token=None)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["stage"] is None
+    assert hub.repo("ana/compare", "space").private
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ana/compare", "./mine"], "publish it first (minilora push ./mine OWNER/NAME)"),
+        (["ana/compare", "ana/gone"], "ana/gone is not on the Hub"),
+        (["ben/compare"], "ana may not write under 'ben'"),
+    ],
+)
+def test_failures_are_one_line_and_exit_code_1(shell, arguments, message):
+    done = shell(*arguments)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("minilora: ")
+    assert message in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["ana/x", "--variable", "A"],
+        ["ana/x", "--secret", "NOT_SET_ANYWHERE"],
+        ["ana/x", "--wait", "-1"],
+        ["--bogus"],
+    ],
+)
+def test_wrong_usage_is_2(shell, hub, arguments):
+    assert shell(*arguments).returncode == 2
+    assert hub.requests == []
+
+
+def test_help_has_an_example_and_loads_nothing_heavy():
+    program = (
+        "import sys, minilora_hub.cli as cli\n"
+        "try: cli.main(['space', 'push', '--help'])\n"
+        "except SystemExit as end: code = end.code\n"
+        "heavy = {'torch', 'transformers', 'gradio', 'peft', 'huggingface_hub'} & set(sys.modules)\n"
+        "sys.exit(f'loaded: {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Example: minilora space push me/compare" in done.stdout
