@@ -2,8 +2,9 @@
 
     python tests/bench/bench_all.py [--only methods bank] [--rounds 5]
 
-Writes tests/bench/costs.json (parts that are not run keep what they had) and
-tests/bench/costs.png; tests/docs/generate.py writes the tables. Takes about a quarter of an hour on two cores; nothing else should run meanwhile.
+Writes tests/bench/costs.json (parts that are not run keep what they had) and tests/bench/costs.png;
+tests/docs/generate.py writes the tables. Takes about a quarter of an hour on two cores; nothing else should run
+meanwhile.
 """
 
 from __future__ import annotations

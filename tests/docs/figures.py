@@ -98,11 +98,12 @@ def bounds(held: dict[str, Any]) -> str:
     base = {name: f"{value:.1f}" for name, value in held["work"]["base"].items()}
     overhead = ", ".join(f"{value:.0f} µs with {name}" for name, value in held["python_microseconds"].items())
     return paragraph(
-        f"Limits: this machine reads {machine['GB/s']} GB/s and multiplies {machine['GFLOP/s']} GFLOP/s. Reading "
-        f"every weight once takes {base['reading ms']} ms, and the bare base decodes a token in {base['decode ms']} ms: "
-        "the matrix library's products with one row are the limit. Its prefill of 512 tokens takes "
-        f"{base['prefill ms']} ms, of which {base['arithmetic ms']} ms are arithmetic at full speed. Beside the bytes it "
-        f"reads, an adapter costs Python and kernel launches: {overhead} per adapted linear; a token passes 210 of them (`bench_bounds.py`)."
+        f"Limits: this machine reads {machine['GB/s']} GB/s and multiplies {machine['GFLOP/s']} GFLOP/s. "
+        f"Reading every weight once takes {base['reading ms']} ms, and the bare base decodes a token in "
+        f"{base['decode ms']} ms: the matrix library's products with one row are the limit. Its prefill of 512 tokens "
+        f"takes {base['prefill ms']} ms, of which {base['arithmetic ms']} ms are arithmetic at full speed. "
+        "Beside the bytes it reads, an adapter costs Python and kernel launches: "
+        f"{overhead} per adapted linear; a token passes 210 of them (`bench_bounds.py`)."
     )
 
 
