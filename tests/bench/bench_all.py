@@ -1,9 +1,10 @@
-"""Every benchmark in one command: the numbers as one JSON file, and the picture in the README.
+"""Every benchmark in one command: the numbers as one JSON file, and the picture in docs/performance.md.
 
     python tests/bench/bench_all.py [--only methods bank] [--rounds 5]
 
-Writes tests/bench/costs.json (parts that are not run keep what they had), tests/bench/costs.png and, between two marks,
-the tables of the README. Takes about a quarter of an hour on two cores; nothing else should run meanwhile.
+Writes tests/bench/costs.json (parts that are not run keep what they had) and tests/bench/costs.png;
+tests/docs/generate.py writes the tables. Takes about a quarter of an hour on two cores; nothing else should run
+meanwhile.
 """
 
 from __future__ import annotations
@@ -13,13 +14,11 @@ import json
 import subprocess
 import sys
 import tempfile
-import textwrap
 from pathlib import Path
 
 HERE = Path(__file__).parent
 PARTS = ("bounds", "methods", "memory", "bank", "pool", "growth")
-RESULTS, PICTURE, README = HERE / "costs.json", HERE / "costs.png", HERE.parent.parent / "README.md"
-BEGIN, END = "<!-- costs: written by tests/bench/bench_all.py -->", "<!-- end of costs -->"
+RESULTS, PICTURE = HERE / "costs.json", HERE / "costs.png"
 COLOURS = {
     "LoRA": "#3a7d44",
     "DoRA": "#2d5fa6",
@@ -50,7 +49,8 @@ def draw(results: dict) -> None:
     figure, axes = plt.subplots(2, 4, figsize=(13, 6.4), constrained_layout=True)
     draw_methods(axes[0], results["methods"])
     draw_batch(axes[0, 3], results["bank"])
-    draw_growth(axes[1], results["growth"])
+    draw_growth(axes[1, :3], results["growth"])
+    axes[1, 3].set_visible(False)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
@@ -98,93 +98,19 @@ def draw_growth(axes, growth: dict) -> None:
         "rank": "decoding, by rank",
         "experts": "decoding, by experts (2 active)",
         "context": "decoding, by context",
-        "rows": "a step of the bank, by rows\n(bare rows elsewhere = 1)",
     }
-    greys = {"bank, bare rows": "#777", "bank, four kinds": "#8a3fa0"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         points = list(growth[key])
         for name in growth[key][points[0]]:
             if name.endswith("prefill"):
                 continue
-            colour = greys.get(name) or COLOURS[name.removesuffix(" decode")]
+            colour = COLOURS[name.removesuffix(" decode")]
             values = [growth[key][point][name] for point in points]
             axis.plot(points, values, marker="o", markersize=4, color=colour, label=name.removesuffix(" decode"))
         axis.axhline(1, color="#888", linewidth=0.8)
         axis.set_ylim(bottom=0)
         axis.set_title(title, fontsize=10)
         axis.legend(fontsize=7, frameon=False)
-
-
-def tables(results: dict) -> str:
-    """What the README says of the costs: every number is one of `results`."""
-    names = ("LoRA", "DoRA", "MixLoRA", "PEFT LoRA", "PEFT DoRA", "mixlora")
-    works = {
-        "prefill": "prefill of 512 tokens, the bare base = 1",
-        "decode": "decoding one token, the bare base = 1",
-        "training": "training step, PEFT LoRA = 1",
-        "training with dropout": "training step, dropout 0.05, PEFT LoRA = 1",
-    }
-    lines = ["| | LoRA | DoRA | MixLoRA | PEFT LoRA | PEFT DoRA | `mixlora` |", "| --- |" + " ---: |" * 6]
-    for work, words in works.items():
-        measured = results["methods"][work]
-        unit = "PEFT LoRA" if work.startswith("training") else None
-        cells = [
-            "1" if name == unit else f"{measured[name]['ratio']:.2f}" if name in measured else "" for name in names
-        ]
-        lines.append(f"| {words} | " + " | ".join(cells) + " |")
-    memory = results["memory"]
-    for key, words in (("training", "a training step"), ("prefill", "reading 512 tokens")):
-        cells = [f"{memory[name][key] / 2**20:.0f}" if name in memory else "" for name in names]
-        lines.append(f"| peak memory of {words} over the loaded base, MiB | " + " | ".join(cells) + " |")
-    cells = [f"{memory[name]['load_seconds']:.2f}" if name in memory else "" for name in names]
-    lines.append("| putting a saved adapter onto the loaded base, seconds | " + " | ".join(cells) + " |")
-
-    bank = {name: row["milliseconds"] for name, row in results["bank"].items()}
-    lines += [
-        "",
-        *paragraph(
-            "Rows of a batch, one decode step: four rows of the bare base take",
-            f"{bank['4 bare rows'] / bank['1 bare row']:.2f} times one row in transformers,",
-            f"{bank['bank: 4 bare'] / bank['1 bare row']:.2f} times in the bank, which multiplies few rows the other",
-            "way round (W xᵀ). One row each of base, LoRA, DoRA and MixLoRA takes",
-            f"{bank['bank: 4 kinds'] / bank['4 bare rows']:.2f} times four bare rows in transformers,",
-            f"{bank['bank: 4 kinds'] / bank['bank: 4 bare']:.2f} times four bare rows in the bank.",
-        ),
-        "",
-        "How the cost grows (a bare base, or as many bare rows in transformers, = 1):",
-        "",
-    ]
-    for axis, words in {"rank": "rank", "experts": "experts, 2 active", "context": "context", "rows": "rows"}.items():
-        found = results["growth"][axis]
-        columns = list(next(iter(found.values())))
-        lines += [f"| {words} | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
-        lines += [
-            f"| {point} | " + " | ".join(f"{row[column]:.2f}" for column in columns) + " |"
-            for point, row in found.items()
-        ]
-        lines.append("")
-    machine = {name: f"{value:.0f}" for name, value in results["bounds"]["machine"].items()}
-    base = {name: f"{value:.1f}" for name, value in results["bounds"]["work"]["base"].items()}
-    microseconds = results["bounds"]["python_microseconds"]
-    lines += paragraph(
-        f"What bounds it: this machine reads {machine['GB/s']} GB/s and multiplies {machine['GFLOP/s']} GFLOP/s.",
-        f"Reading every weight once would take {base['reading ms']} ms, and the bare base decodes a token in",
-        f"{base['decode ms']} ms: it is bound by the matrix library's products with one row. Its prefill",
-        f"of 512 tokens takes {base['prefill ms']} ms, {base['arithmetic ms']} of them at full",
-        "arithmetic speed. Beside what it reads, an adapter costs Python and the start of small kernels:",
-        ", ".join(f"{value:.0f} µs with {name}" for name, value in microseconds.items()),
-        "per adapted linear, of which a token meets 210 (`bench_bounds.py`).",
-    )
-    return "\n".join(lines)
-
-
-def paragraph(*parts: str) -> list[str]:
-    return textwrap.wrap(" ".join(parts), 120, break_long_words=False, break_on_hyphens=False)
-
-
-def with_tables(readme: str, results: dict) -> str:
-    head, rest = readme.split(BEGIN)
-    return f"{head}{BEGIN}\n\n{tables(results)}\n\n{END}{rest.split(END)[1]}"
 
 
 def main() -> None:
@@ -198,7 +124,7 @@ def main() -> None:
         results[part] = run(part, arguments.rounds)
         RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     draw(results)
-    README.write_text(with_tables(README.read_text(encoding="utf-8"), results), encoding="utf-8")
+    print("python tests/docs/generate.py writes them into the docs")
 
 
 if __name__ == "__main__":

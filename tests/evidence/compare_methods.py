@@ -1,8 +1,8 @@
-"""Which method is better, at equal cost? The runs behind the README's table, and the table.
+"""Which method is better, at equal cost? The runs behind docs/evidence.md, and its table.
 
     python tests/evidence/compare_methods.py run       # makes what is missing; the same command goes on after a stop
     python tests/evidence/compare_methods.py status    # what is there, what is missing, how long it will take
-    python tests/evidence/compare_methods.py report    # the README's table and the pictures, from the results
+    python tests/evidence/compare_methods.py report    # the pictures; tests/docs/generate.py writes the table
     python tests/evidence/compare_methods.py ship      # seed 0 of each method into model_cards/, as it is published
 
 Several processes may run at once, each with other runs. The results are small files in tests/evidence/results; adapters
@@ -53,9 +53,11 @@ def main() -> None:
     elif arguments.what == "ship":
         ship_all(store, arguments)
     else:
-        from evidence.report import write_report
+        from evidence.pictures import draw_all
 
-        write_report(store)
+        for path in draw_all(store):
+            print(path)
+        print("python tests/docs/generate.py writes the tables into docs/evidence.md")
 
 
 def wanted(store: Store, arguments: argparse.Namespace) -> list[Run]:

@@ -1,4 +1,4 @@
-"""From the results to what the README shows: the table, what is larger than noise, and the pictures.
+"""From the results to docs/evidence.md: the table, what is larger than noise, and the pictures.
 
 A difference between two methods is called larger than noise only if both say so: the bootstrap over the items, of
 scores averaged over the seeds, and Welch's t-test over the seeds, each at 95%. The first asks whether other questions
@@ -20,8 +20,6 @@ from minilora_hub.evaluation.metrics import Difference, paired_difference, perpl
 from minilora_hub.evaluation.settings import held_out_key
 
 ROOT = Path(__file__).parent.parent.parent
-README = ROOT / "README.md"
-START, END = "<!-- evidence: written by tests/evidence/compare_methods.py report -->", "<!-- end of evidence -->"
 HEADERS = {"dates": "dates", "numbers": "numbers", "inflection": "inflection", "records": "records"}
 CONFIDENCE = 0.95
 
@@ -226,10 +224,10 @@ PICTURES: dict[str, tuple[str, Callable[[Store], bool]]] = {
 
 
 def section(store: Store) -> str:
-    """What stands between the markers of the README."""
+    """The results as Markdown."""
     runs = [store.done("seeds", method=method) for method in METHODS]
     made, planned = sum(map(len, runs)), len(METHODS) * len(SEEDS)
-    lines = [START, ""]
+    lines: list[str] = []
     if made < planned:
         lines += [
             f"These runs are not complete: {made} of {planned} are there. The command above goes on with them.",
@@ -259,17 +257,5 @@ def section(store: Store) -> str:
         lines += ["Attempts to make the MixLoRA better at the same size:", "", *trials(store), ""]
     for name, (text, has) in PICTURES.items():
         if has(store):
-            lines += [f"![{text}](tests/evidence/pictures/{name})", ""]
-    return "\n".join([*lines, END])
-
-
-def write_report(store: Store) -> None:
-    """Put the section into the README, and draw the pictures."""
-    from evidence.pictures import draw_all
-
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    README.write_text(before + section(store) + after, encoding="utf-8")
-    for path in draw_all(store):
-        print(path)
+            lines += [f"![{text}](../tests/evidence/pictures/{name})", ""]
+    return "\n".join(lines).rstrip()

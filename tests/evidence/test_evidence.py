@@ -232,11 +232,3 @@ def test_pictures_are_drawn_from_what_there_is(store, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "FOLDER", tmp_path / "pictures")
     assert {path.name for path in pictures.draw_all(store)} == {"matrix.png", "expert_load.png", "loss.png"}
     assert pictures.draw_all(Store(tmp_path / "none")) == []
-
-
-def test_the_readme_says_what_the_results_hold():
-    """No number of the evidence stands in the README that the files of results do not give."""
-    text = report.README.read_text(encoding="utf-8")
-    assert text.count(report.START) == text.count(report.END) == 1
-    written = report.START + text.partition(report.START)[2].partition(report.END)[0] + report.END
-    assert written == report.section(Store())

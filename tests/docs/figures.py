@@ -1,0 +1,172 @@
+"""The blocks of figures in the docs, each rendered from the files that benchmarks and runs have written."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from evidence import report
+from evidence.store import Store
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+METHODS = ("LoRA", "DoRA", "MixLoRA", "PEFT LoRA", "PEFT DoRA", "mixlora")
+WORKS = {
+    "prefill": "prefill of 512 tokens, the bare base = 1",
+    "decode": "decoding one token, the bare base = 1",
+    "training": "forward and backward of 2 x 128 tokens, PEFT LoRA = 1",
+    "training with dropout": "the same with dropout 0.05, PEFT LoRA = 1",
+}
+
+
+def results(name: str) -> dict[str, Any]:
+    """Return what a benchmark has written."""
+    found: dict[str, Any] = json.loads((BENCH / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; every column but the first is aligned to the right."""
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def ratios(works: Sequence[str]) -> list[list[str]]:
+    """Return a row for each kind of work, a cell for each method."""
+    measured = results("costs")["methods"]
+    rows = []
+    for work in works:
+        unit = "PEFT LoRA" if work.startswith("training") else None
+        cells = [
+            "1" if name == unit else f"{measured[work][name]['ratio']:.2f}" if name in measured[work] else ""
+            for name in METHODS
+        ]
+        rows.append([WORKS[work], *cells])
+    return rows
+
+
+def summary() -> str:
+    """Prefill and decoding, for the README."""
+    return table(["", *METHODS], ratios(["prefill", "decode"]))
+
+
+def costs() -> str:
+    """What each method costs in time and memory, and how that grows."""
+    held = results("costs")
+    memory, bank = held["memory"], held["bank"]
+    rows = ratios(list(WORKS))
+    for key, words in (("training", "a training step"), ("prefill", "reading 512 tokens")):
+        cells = [f"{memory[name][key] / 2**20:.0f}" if name in memory else "" for name in METHODS]
+        rows.append([f"peak memory of {words} over the loaded base, MiB", *cells])
+    cells = [f"{memory[name]['load_seconds']:.2f}" if name in memory else "" for name in METHODS]
+    rows.append(["putting a saved adapter onto the loaded base, seconds", *cells])
+    parts = [table(["", *METHODS], rows), "One decode step of a batch:", batches(bank)]
+    for axis, words in {"rank": "rank", "experts": "experts, 2 active", "context": "context"}.items():
+        found = held["growth"][axis]
+        columns = list(next(iter(found.values())))
+        parts.append(f"By {axis} (the bare base = 1):")
+        parts.append(
+            table([words, *columns], [[point, *(f"{row[c]:.2f}" for c in columns)] for point, row in found.items()])
+        )
+    return "\n\n".join([*parts, bounds(held["bounds"])])
+
+
+def batches(bank: dict[str, Any]) -> str:
+    """Milliseconds of one decode step, by what the rows are and who computes them."""
+    rows = {
+        "transformers, base": ("1", "1 bare row"),
+        "transformers, base ": ("4", "4 bare rows"),
+        "engine, base": ("4", "bank: 4 bare"),
+        "engine, LoRA": ("4", "bank: 4 LoRA"),
+        "engine, DoRA": ("4", "bank: 4 DoRA"),
+        "engine, MixLoRA": ("4", "bank: 4 MixLoRA"),
+        "engine, one each of base, LoRA, DoRA, MixLoRA": ("4", "bank: 4 kinds"),
+    }
+    one = bank["1 bare row"]["milliseconds"]
+    lines = [
+        [name.strip(), count, f"{bank[key]['milliseconds']:.0f}", f"{bank[key]['milliseconds'] / one:.2f}"]
+        for name, (count, key) in rows.items()
+    ]
+    return table(["configuration", "rows", "ms per step", "ratio to one row of transformers"], lines)
+
+
+def bounds(held: dict[str, Any]) -> str:
+    """What limits the speed on the machine that was measured."""
+    machine = {name: f"{value:.0f}" for name, value in held["machine"].items()}
+    base = {name: f"{value:.1f}" for name, value in held["work"]["base"].items()}
+    overhead = ", ".join(f"{value:.0f} µs with {name}" for name, value in held["python_microseconds"].items())
+    return paragraph(
+        f"Limits: this machine reads {machine['GB/s']} GB/s and multiplies {machine['GFLOP/s']} GFLOP/s. "
+        f"Reading every weight once takes {base['reading ms']} ms, and the bare base decodes a token in "
+        f"{base['decode ms']} ms: the matrix library's products with one row are the limit. Its prefill of 512 tokens "
+        f"takes {base['prefill ms']} ms, of which {base['arithmetic ms']} ms are arithmetic at full speed. "
+        "Beside the bytes it reads, an adapter costs Python and kernel launches: "
+        f"{overhead} per adapted linear; a token passes 210 of them (`bench_bounds.py`)."
+    )
+
+
+def training() -> str:
+    """Activations that a training step keeps."""
+    held = results("training")
+    rows = [
+        [name, str(row["activations_mb"]), f"{row['activations_mb'] / held['PEFT LoRA']['activations_mb']:.2f}"]
+        for name, row in held.items()
+    ]
+    head = ["method", "activations kept for the backward pass, MB", "PEFT LoRA = 1"]
+    return "Of a batch of eight rows (`python tests/bench/bench_training.py`):\n\n" + table(head, rows)
+
+
+def push() -> str:
+    """How long a push takes, compared with the bare commit."""
+    held = results("push")
+    words = {
+        "trained": "the first push of a freshly trained folder",
+        "again": "the second push of it",
+        "unrecorded": "a push that must record reference logits",
+        "published": "a push of a folder that was pulled",
+    }
+    rows = [["the bare `create_commit`", f"{held['bare_milliseconds']:.0f}", "1"]]
+    for key, name in words.items():
+        found = held["push_over_bare_commit"][key]
+        rows.append([name, f"{found['milliseconds']:.0f}", f"{found['median']:.2f}"])
+    before = paragraph(
+        f"Pushes of {held['megabytes']:.0f} MB over loopback, without verification: medians of {held['rounds']} "
+        "interleaved rounds (`python tests/bench/bench_push.py`)."
+    )
+    return before + "\n\n" + table(["", "ms", "ratio"], rows)
+
+
+def page() -> str:
+    """How quickly the page answers, alone and with many visitors."""
+    held = results("page")
+    many = held["many"]
+    return paragraph(
+        f"With the shipped adapters on two cores (`python tests/bench/bench_page.py`): the page is usable "
+        f"{held['usable_seconds']:.1f} s after the server's start (imports and models aside), the first token of all "
+        f"five columns appears {held['first_token_seconds']['median']:.2f} s after the click, and of "
+        f"{many['visitors']} visitors who ask at once, {many['served']} are served and none waits longer than "
+        f"{many['longest_as_fair_shares']:.2f} times the fair share."
+    )
+
+
+def evidence() -> str:
+    """The comparison of the methods."""
+    return report.section(Store())
+
+
+def paragraph(text: str) -> str:
+    """Wrap a paragraph."""
+    return "\n".join(textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False))
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "costs": costs,
+    "evidence": evidence,
+    "page": page,
+    "push": push,
+    "summary": summary,
+    "training": training,
+}
+"""Name of a block -> what renders it."""
