@@ -82,7 +82,10 @@ def test_after_an_edit_of_the_router_answers_are_computed_again(tmp_path):
             "minilora_hub.evaluation.run",
             {"remote_code/routing.py", "compare/banked_layers.py", "evaluation/generation.py", "evaluation/prompts.py"},
         ),
-        ("minilora_hub.recording.reference", {"remote_code/modeling_minilora.py", "formats/peft.py", "bases/resolving.py"}),
+        (
+            "minilora_hub.recording.reference",
+            {"remote_code/modeling_minilora.py", "formats/peft.py", "bases/resolving.py"},
+        ),
         ("minilora_hub.training.sweep", {"training/trainer.py", "remote_code/mixture.py", "training/settings.py"}),
         ("minilora_hub.bases.gguf", {"gguf_conversion.py"}),
     ],

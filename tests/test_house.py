@@ -18,37 +18,28 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "minilora_hub"
 ISLAND = PACKAGE / "remote_code"
 
-# A module imports only lower levels, or its own without cycles. The first prefix that fits counts.
-LEVELS = {
-    "minilora_hub.code_inputs": 0,
-    "minilora_hub.hub.download_bar": 0,
-    "minilora_hub.errors": 0,
-    "minilora_hub.quiet": 0,
-    "minilora_hub.adapter_folder.results": 0,
-    "minilora_hub.bases.end_tokens": 0,
-    "minilora_hub.adapter_folder.tensor_names": 0,
-    "minilora_hub.user_folders": 0,
-    "minilora_hub.remote_code": 0,
-    "minilora_hub.integrations": 1,
-    "minilora_hub.bases": 1,
-    "minilora_hub.bases.embedded": 1,
-    "minilora_hub.bases.gguf": 1,
-    "minilora_hub.formats": 1,
-    "minilora_hub.recording": 1,
-    "minilora_hub.training": 2,
-    "minilora_hub.compare": 3,
-    "minilora_hub.evaluation": 3,  # it measures all adapters of a run over compare's bank
-    "minilora_hub.publish": 3,
-    "minilora_hub.demo": 4,
-    "minilora_hub.cli": 5,
-    "minilora_hub": 0,  # its names are lazy
-}
-
-
-def tracked(pattern: str) -> list[str]:
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", pattern]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    return [name for name in listed if (ROOT / name).exists()]
+# In this order: a room imports only rooms before it. `minilora_hub/__init__.py` has lazy names and comes last.
+ROOMS = (
+    "errors",
+    "quiet",
+    "code_inputs",
+    "documents",
+    "user_folders",
+    "remote_code",
+    "hub",
+    "bases",
+    "adapter_folder",
+    "integrations",
+    "formats",
+    "recording",
+    "compare",
+    "training",
+    "evaluation",
+    "publish",
+    "demo",
+    "cli",
+    "__init__",
+)
 
 
 def module_name(path: Path) -> str:
@@ -56,19 +47,10 @@ def module_name(path: Path) -> str:
     return name.removesuffix(".__init__")
 
 
-def imports_of(path: Path, runtime_only: bool = False) -> set[str]:
-    """Modules of ours that a file imports, inside functions too, but not under TYPE_CHECKING."""
+def imports_of(path: Path) -> set[str]:
+    """Modules that a file imports, inside functions and under TYPE_CHECKING too."""
     found = set()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    skipped = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             package = module_name(path).split(".") if path.name == "__init__.py" else module_name(path).split(".")[:-1]
             package = package[: len(package) - node.level + 1]
@@ -82,23 +64,25 @@ def imports_of(path: Path, runtime_only: bool = False) -> set[str]:
 
 
 MODULES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+IMPORTS = {module: imports_of(path) & MODULES.keys() - {module, "minilora_hub"} for module, path in MODULES.items()}
 
 
-def level_of(module: str) -> int:
-    return next(level for prefix, level in LEVELS.items() if module == prefix or module.startswith(prefix + "."))
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def test_every_room_has_its_place():
+    assert {room_of(module) for module in MODULES} == set(ROOMS)
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_imports_go_down(module):
-    if module == "minilora_hub":
-        return
-    for imported in imports_of(MODULES[module]) & MODULES.keys():
-        assert level_of(imported) <= level_of(module), f"{module} (L{level_of(module)}) imports {imported}"
+def test_imports_come_from_rooms_before(module):
+    for imported in IMPORTS[module]:
+        here, there = room_of(module), room_of(imported)
+        assert here == there or ROOMS.index(there) < ROOMS.index(here), f"{module} imports {imported}"
 
 
 def test_no_import_cycles():
-    graph = {module: imports_of(path) & MODULES.keys() - {module} for module, path in MODULES.items()}
-    graph["minilora_hub"] = set()  # lazy
     done, open_ = set(), []
 
     def visit(module):
@@ -106,12 +90,12 @@ def test_no_import_cycles():
             pytest.fail(f"import cycle: {' -> '.join([*open_[open_.index(module) :], module])}")
         if module not in done:
             open_.append(module)
-            for imported in sorted(graph[module]):
+            for imported in sorted(IMPORTS[module]):
                 visit(imported)
             open_.pop()
             done.add(module)
 
-    for module in sorted(graph):
+    for module in sorted(IMPORTS):
         visit(module)
 
 
@@ -181,39 +165,6 @@ def test_shipped_adapters_carry_this_versions_code():
 def test_spaces_folder_is_no_package():
     """With an __init__.py it would shadow the `spaces` package that ZeroGPU needs."""
     assert not (ROOT / "spaces" / "__init__.py").exists()
-
-
-# ---- the README ----
-
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_quick_start_holds_exactly_two_commands():
-    section = README.split("## Quick start")[1].split("\n## ")[0]
-    commands = "\n".join(re.findall(r"```bash\n(.*?)\n```", section, re.S)).splitlines()
-    assert len(commands) == 2
-    assert commands[0].endswith("minilora demo")
-    assert commands[1].endswith("python -m pytest")
-
-
-def test_the_map_names_every_module_and_folder():
-    tree = README.split("## The map")[1].split("```")[1]
-    named = {line.strip().split()[0].rstrip("/") for line in tree.strip().splitlines()}
-    for path in tracked("minilora_hub/*"):
-        parts = path.split("/")
-        if parts[1] in ("py.typed",):
-            continue
-        assert parts[1] in named, f"{path} is not on the README's map"
-        if parts[1] == "remote_code" and parts[2] != "__init__.py":
-            assert parts[2] in named, f"{path} is not on the README's map"
-    stems = {Path(path).name for path in tracked("*")} | {part for path in tracked("*") for part in path.split("/")}
-    for name in named:
-        assert name.split("/")[-1] in stems, f"the README's map names {name}, which does not exist"
-
-
-def test_links_in_the_readme_point_to_files():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
 
 
 @pytest.mark.parametrize("folder", sorted((ROOT / "model_cards").iterdir()), ids=lambda folder: folder.name)

@@ -393,7 +393,8 @@ def _finish(out: Path, names: list[str], trials: list[Trial], most: int) -> Swee
     try:
         from minilora_hub.training.plots import draw_sweep
 
-        draw_sweep(out / PLOT_FILE, names, [trial for trial in ordered if trial.state == "finished"])
+        losses = [(trial.values, trial.validation_loss) for trial in ordered if trial.validation_loss is not None]
+        draw_sweep(out / PLOT_FILE, names, losses)
     except MissingExtraError as error:
         notes.append(f"no plot: {error}")
     return SweepResult(out, tuple(ordered), best, most - len(ordered), tuple(notes))
