@@ -87,7 +87,7 @@ def test_after_an_edit_of_the_router_answers_are_computed_again(tmp_path):
             {"remote_code/modeling_minilora.py", "formats/peft.py", "bases/resolving.py"},
         ),
         ("minilora_hub.training.sweep", {"training/trainer.py", "remote_code/mixture.py", "training/settings.py"}),
-        ("minilora_hub.bases.gguf", {"gguf_conversion.py"}),
+        ("minilora_hub.bases.gguf", {"bases/gguf.py"}),
     ],
 )
 def test_the_closure_holds_what_computes(module, must):
@@ -104,7 +104,8 @@ def test_the_embedded_base_is_kept_under_the_hash_of_what_converts_it(tmp_path, 
 
     assert name() == embedded.FOLDER_NAME
     monkeypatch.setattr(code_inputs, "PACKAGE", tmp_path)
-    copy = shutil.copy(PACKAGE / "gguf_conversion.py", tmp_path)
+    (tmp_path / "bases").mkdir()
+    copy = shutil.copy(PACKAGE / "bases/gguf.py", tmp_path / "bases")
     assert name() == embedded.FOLDER_NAME
     with open(copy, "a") as file:
         file.write("CONTROL_TOKEN = 4\n")

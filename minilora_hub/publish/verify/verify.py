@@ -4,8 +4,8 @@ verification.json says.
 First the files are read, and nothing is run: whether they are plain files, their hashes, and whether the code is a
 release of ours that nothing leads away from. verification.json is the repo's own, so its hashes tell of damage and not
 of intent. Code that nobody knows is refused here unless `trust_remote_code` says otherwise, and a pointer to the code
-of another repo in any case. The base is fetched here as well: the process of its own (`isolated_worker.py`) that then loads
-the adapter through AutoModel, compares logits and tries damaged weights has neither a token nor the network.
+of another repo in any case. The base is fetched here as well: the isolated process (`isolated_worker.py`) that then
+loads the adapter through AutoModel, compares logits and tries damaged weights has neither a token nor the network.
 """
 
 from __future__ import annotations
