@@ -8,9 +8,9 @@ Not part of the test run, which it would make hours longer. In the environment o
 
 mixlora: the tests of decoder models and of custom models, with MIXLORA's configurations alone (1397 tests, about 3
     minutes on one core). A failure that is not in `ON_PURPOSE` makes the exit code 1.
-others: every test as it is, in a process that has registered MIXLORA and in one that has not (50000 tests, hours). An
-    outcome that differs makes the exit code 1. Tests that need data sets, trained adapters of the Hub, or a GPU fail or
-    are skipped in both.
+others: every test as it is, in a process that has registered MIXLORA and in one that has not (tens of thousands, which
+    take hours). An outcome that differs makes the exit code 1. Tests that need data sets, trained adapters of the Hub,
+    or a GPU fail or are skipped in both.
 
 What follows goes to pytest: files, ``-k``. The tests are those of the sdist of the installed version, which pip fetches
 from PyPI (``--tests FOLDER`` takes those of a checkout); no code of PEFT's is kept in this repository. Their models are
