@@ -7,7 +7,8 @@ import signal
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Two processes whose threads spin while they wait slow each other down tenfold on two cores.
+# Two processes run the tests, each with one thread: threads that spin while they wait slow each other down tenfold.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # A run in the background may ignore Ctrl-C, which children would inherit; some tests send it to theirs.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
