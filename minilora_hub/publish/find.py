@@ -16,7 +16,7 @@ from minilora_hub.adapter_folder.code_references import code_references
 from minilora_hub.adapter_folder.folders import AdapterFolder, describe_folder, refuse_lfs_pointer
 from minilora_hub.adapter_folder.recorded import METHODS
 from minilora_hub.adapter_folder.results import RESULTS_FILE, Evaluation, Results
-from minilora_hub.adapter_folder.sources import WEIGHTS, read_source
+from minilora_hub.adapter_folder.sources import WEIGHTS, inspect_source
 from minilora_hub.bases.embedded import HUB_ID
 from minilora_hub.bases.resolving import EMBEDDED
 from minilora_hub.errors import AdapterError
@@ -143,7 +143,7 @@ def info(
     check_settings(found)
     if found.dialect not in ("minilora", "peft") or not (folder / WEIGHTS).is_file():
         return _in_another_format(found, os.fspath(repo_or_dir), commit)
-    source = read_source(folder)
+    source = inspect_source(folder)
     results = Results.load(folder) if (folder / RESULTS_FILE).is_file() else None
     training = results.training if results else None
     files = _files(folder)
@@ -336,7 +336,7 @@ def pull(
     if target is not None and target.exists():
         raise AdapterError(f"out={str(target)!r}: it exists already; choose another folder, or remove it")
     folder, _ = fetch(repo_id, revision=revision, token=token, progress=progress)
-    read_source(folder)
+    inspect_source(folder)
     if target is None:
         return folder
     target.parent.mkdir(parents=True, exist_ok=True)
