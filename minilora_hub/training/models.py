@@ -145,8 +145,10 @@ def base_arguments(settings: TrainingSettings) -> dict[str, Any]:
 
 def _ours(settings: TrainingSettings, resolved: ResolvedBase, arguments: dict[str, Any]) -> Any:
     from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraConfig, MixLoraForCausalLM
+    from minilora_hub.integrations import trl
     from minilora_hub.training.lora_model import LoraConfig, LoraForCausalLM
 
+    trl.register()
     configs = {"lora": LoraConfig, "dora": DoraConfig}
     models = {"lora": LoraForCausalLM, "dora": DoraForCausalLM}
     config = configs.get(settings.method, MixLoraConfig)(**settings.recipe.adapter)
