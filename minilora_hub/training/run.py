@@ -222,7 +222,7 @@ class _Run:
 
         The run is over and saved: where this fails, the user is told, and a push does it.
         """
-        from minilora_hub.recording.reuse import keep_recording
+        from minilora_hub.recording.reference import store_recording
         from minilora_hub.training.models import find_base
         from minilora_hub.training.outputs import published_method
 
@@ -230,7 +230,7 @@ class _Run:
             return ()
         gc.collect()
         try:
-            keep_recording(self.out, find_base(self.settings, False))
+            store_recording(self.out, find_base(self.settings, False))
         except (MiniLoraError, ValueError, OSError, RuntimeError, MemoryError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             return (f"what the adapter computes could not be recorded, a push does it: {reason}",)
