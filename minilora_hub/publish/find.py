@@ -17,7 +17,7 @@ from minilora_hub.adapter_folder.code_references import code_references
 from minilora_hub.adapter_folder.folders import describe_folder, refuse_lfs_pointer
 from minilora_hub.adapter_folder.output import whole_folder
 from minilora_hub.adapter_folder.results import METHODS, RESULTS_FILE, Evaluation, Results, Training
-from minilora_hub.adapter_folder.sources import WEIGHTS, read_source
+from minilora_hub.adapter_folder.sources import WEIGHTS, inspect_source
 from minilora_hub.bases.embedded import HUB_ID
 from minilora_hub.bases.resolving import EMBEDDED
 from minilora_hub.errors import AdapterError, PublishError
@@ -309,7 +309,7 @@ def pull(
     if target is not None and target.exists():
         raise AdapterError(f"out={str(target)!r}: it exists already; choose another folder, or remove it")
     folder, _ = fetch(repo_id, revision=revision, token=token, progress=progress)
-    read_source(folder)
+    inspect_source(folder)
     if target is None:
         return folder
     with whole_folder(target) as copy:

@@ -73,7 +73,7 @@ def base_generation_config(resolved: ResolvedBase) -> Any:
 
     if (resolved.path / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(resolved.path)
-    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(resolved.path))
+    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(resolved.path, trust_remote_code=False))
 
 
 def check_embedding(model: Any, tokenizer: Any, largest: int, resolved: ResolvedBase) -> None:

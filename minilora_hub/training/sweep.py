@@ -133,8 +133,8 @@ def sweep(
     # What is wrong with every trial stops here, and is not a failure of each.
     example = {name: values.low if isinstance(values, Range) else values[0] for name, values in vary.items()}
     settings = make_settings(config, _settings(said) | example)
-    asked = _asked(vary, search, said) | {"inputs": _inputs(settings, vary, said.get("config"), progress)}
     with folder_lock(out) if os.environ.get("RANK", "0") == "0" else nullcontext():  # one process of several writes
+        asked = _asked(vary, search, said) | {"inputs": _inputs(settings, vary, said.get("config"), progress)}
         done = _read(out, asked)
         candidates = _grid(vary) if search == "grid" else _tpe(vary, settings.recipe.seed, done)
         most = trials if trials is not None else (_size(vary) if search == "grid" else DEFAULT_TRIALS)

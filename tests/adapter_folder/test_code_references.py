@@ -11,7 +11,7 @@ import tiny_stand_ins
 
 from minilora_hub.adapter_folder.code_references import LARGEST, code_references, own_auto_map, require_no_other_code
 from minilora_hub.compare.found_adapters import load_base
-from minilora_hub.errors import AdapterError
+from minilora_hub.errors import AdapterError, BaseModelError
 
 PACKAGE = Path(__file__).parents[2] / "minilora_hub"
 OURS = {"model_type": "dora", "auto_map": own_auto_map("dora")}
@@ -106,7 +106,7 @@ def test_a_bases_own_code_is_never_asked_for(tmp_path, monkeypatch):
         "model.safetensors": "",
     })  # fmt: skip
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    with pytest.raises(ValueError, match="custom code"):
+    with pytest.raises(BaseModelError, match="custom code"):
         load_base(tmp_path, "cpu", None, lambda line: None)
     assert not (tmp_path / "it ran").exists()
 

@@ -74,7 +74,7 @@ def test_a_new_space(hub, push):
     files = repo.files()
     assert set(files) == set(done.files)
     assert files["app.py"] == (ROOT / "app.py").read_bytes()
-    assert files["minilora_hub/demo/ui/app.py"] == (PACKAGE / "demo" / "ui.py").read_bytes()
+    assert files["minilora_hub/demo/ui/app.py"] == (PACKAGE / "demo" / "ui" / "app.py").read_bytes()
     assert files["minilora_hub/demo/page.css"]
     assert not any(path.startswith("model_cards/") or "__pycache__" in path for path in files)
     card = card_of(files)

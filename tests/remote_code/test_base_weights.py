@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from tiny_training import SHORT, write_base, write_rows
 
 import minilora_hub
-from minilora_hub.bases import load_model, resolve_base
+from minilora_hub.bases.resolving import load_model, resolve_base
 from minilora_hub.bases.skeleton import find_base
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.engine import CompareEngine, Sampling
+from minilora_hub.compare.prompting import Prompting
 from minilora_hub.errors import BaseModelError
 from minilora_hub.evaluation.lm_eval_tasks import _rows_of
 from minilora_hub.evaluation.run import evaluate
@@ -137,7 +138,7 @@ def test_an_evaluation_refuses_an_unknown_token_before_it_measures(short_base, m
 
 def test_lm_eval_refuses_an_unknown_token():
     bank = AdapterBank(tiny_stand_ins.tiny_llama(vocab_size=258))
-    with _rows_of(bank, None, tiny_stand_ins.byte_tokenizer()):
+    with _rows_of(bank, None, Prompting(tiny_stand_ins.byte_tokenizer(), frozenset(), rows=258)):
         bank.model(torch.tensor([[257, 1]]))
         with pytest.raises(
             ValueError, match=r"'<\|assistant\|>' has the id 258, but the base's embedding has 258 rows"

@@ -22,7 +22,7 @@ from minilora_hub.adapter_folder.code_references import code_references, own_aut
 from minilora_hub.adapter_folder.folders import TOKENIZER_FILES
 from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.adapter_folder.results import VERIFICATION_FILE, Verification, is_hashed
-from minilora_hub.adapter_folder.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, Source, read_source
+from minilora_hub.adapter_folder.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, Source, inspect_source
 from minilora_hub.bases.resolving import EMBEDDED, resolve_base
 from minilora_hub.errors import AdapterError, BaseModelError
 from minilora_hub.hub.client import fetch
@@ -133,7 +133,7 @@ def _check_files(folder: Path, report: VerifyReport, trust: bool) -> tuple[Sourc
     """Read everything and run nothing. Return None where a check fails."""
     try:
         require_plain_files(folder)
-        source = read_source(folder)
+        source = inspect_source(folder)
         verification = Verification.load(folder)
     except AdapterError as error:
         report.add("files", False, str(error))
