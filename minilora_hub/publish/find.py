@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -14,17 +13,16 @@ from huggingface_hub import HfApi
 
 from minilora_hub.adapter_folder.code import code_files, code_hash, release_of
 from minilora_hub.adapter_folder.code_references import code_references
-from minilora_hub.adapter_folder.folders import describe_folder, refuse_lfs_pointer
-from minilora_hub.adapter_folder.output import whole_folder
+from minilora_hub.adapter_folder.folders import count_values, describe_folder, inspect_source
+from minilora_hub.adapter_folder.names import WEIGHTS
 from minilora_hub.adapter_folder.results import METHODS, RESULTS_FILE, Evaluation, Results, Training
-from minilora_hub.adapter_folder.sources import WEIGHTS, inspect_source
+from minilora_hub.adapter_folder.writing import whole_folder
 from minilora_hub.bases.embedded import HUB_ID
 from minilora_hub.bases.resolving import EMBEDDED
 from minilora_hub.errors import AdapterError, PublishError
 from minilora_hub.formats.reading import check_settings
 from minilora_hub.hub.client import fetch
 from minilora_hub.hub.errors import FAILURES, explain, patiently
-from minilora_hub.hub.plain_files import read_header
 
 SORTS = ("downloads", "likes", "last_modified", "created_at", "trending_score")
 LISTED = ["author", "cardData", "createdAt", "downloads", "lastModified", "likes", "private", "tags", "trendingScore"]
@@ -185,17 +183,6 @@ def info(
 def code_warnings(folder: Path) -> tuple[str, ...]:
     """Return what in a folder refers to code elsewhere, a line each; empty if nothing does."""
     return tuple(str(reference) for reference in code_references(folder) if reference.problem)
-
-
-def count_values(weights: Path) -> int:
-    """Count the values in a safetensors file from its header.
-
-    Raises:
-        AdapterError: it is not a safetensors file.
-    """
-    refuse_lfs_pointer(weights)
-    header, _ = read_header(weights)
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 def list_adapters(

@@ -18,8 +18,9 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from minilora_hub.adapter_folder.code import island_hash
+from minilora_hub.adapter_folder.folders import AdapterFolder as Source
 from minilora_hub.adapter_folder.hashes import file_sha256
-from minilora_hub.adapter_folder.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, Source
+from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG, WEIGHTS
 from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.documents import Document, need
 from minilora_hub.recording.bases_of_record import wanted_dtype

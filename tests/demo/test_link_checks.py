@@ -83,7 +83,11 @@ def test_what_fits_is_fetched_at_last(hub, links, models, engine, tmp_path, name
     [
         ("dora", {"base_model_name_or_path": "org/other"}, "is for 'org/other', but this page runs 'org/base'"),
         ("dora", {"base_fingerprint": "sha256:" + "0" * 64}, "was trained on other weights of org/base"),
-        ("dora", {"model_type": "llama"}, "'configuration_minilora.DoraConfig', and a page runs no code of an adapter's"),
+        (
+            "dora",
+            {"model_type": "llama"},
+            "'configuration_minilora.DoraConfig', and a page runs no code of an adapter's",
+        ),
         ("dora", {"model_type": "llama", "auto_map": None}, "is a whole model (DoraForCausalLM), not an adapter"),
         ("mix", {"routing_strategy": "unheard_of"}, "config.json does not load"),
         ("mix", {"num_experts": 10**9, "num_experts_per_tok": 0}, "config.json does not load: num_experts_per_tok=0"),

@@ -6,8 +6,8 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+from minilora_hub.adapter_folder.folders import AdapterFolder as Source
 from minilora_hub.adapter_folder.results import RESULTS_FILE, Base, Results
-from minilora_hub.adapter_folder.sources import Source
 from minilora_hub.errors import AdapterError, MissingExtraError
 
 CARD = "README.md"

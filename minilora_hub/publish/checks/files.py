@@ -14,8 +14,9 @@ from io import BytesIO
 from pathlib import Path
 
 from minilora_hub.adapter_folder.code import island_files
+from minilora_hub.adapter_folder.names import PEFT_CONFIG, WEIGHTS
 from minilora_hub.publish.card.pictures import PICTURES
-from minilora_hub.publish.checks.problems import PEFT_CONFIG, WEIGHTS, Folder, Problem
+from minilora_hub.publish.checks.problems import Folder, Problem
 
 MEBI = 2**20
 # Every file that a published repo may hold, and its largest size.

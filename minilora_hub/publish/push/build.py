@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.adapter_folder.code import island_files
 from minilora_hub.adapter_folder.code_references import require_no_other_code
-from minilora_hub.adapter_folder.companions import GENERATION, TEMPLATE, TOKENIZING, companion_files, copy_files
+from minilora_hub.adapter_folder.companions import companion_files, copy_files
+from minilora_hub.adapter_folder.folders import AdapterFolder as Source
+from minilora_hub.adapter_folder.folders import Layout, read_source
 from minilora_hub.adapter_folder.hashes import file_sha256, recorded_before
-from minilora_hub.adapter_folder.output import whole_folder
+from minilora_hub.adapter_folder.names import GENERATION, OUR_CONFIG, TEMPLATE, TOKENIZING, WEIGHTS
 from minilora_hub.adapter_folder.results import VERIFICATION_FILE, Base, Verification, is_hashed
-from minilora_hub.adapter_folder.sources import OUR_CONFIG, WEIGHTS, Layout, Source, read_source
+from minilora_hub.adapter_folder.writing import whole_folder, write_code
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.peft import PeftTargets, copy_peft_weights, write_peft_config
 from minilora_hub.publish.card.files import (
@@ -35,7 +36,7 @@ from minilora_hub.publish.card.files import (
     write_card_pictures,
     write_results,
 )
-from minilora_hub.recording.bases_of_record import BaseOfRecord, find_base, revision_of_record
+from minilora_hub.recording.bases_of_record import BaseOfRecord, find_base_of_record, revision_of_record
 from minilora_hub.recording.document import Recording, recording_key
 from minilora_hub.recording.logits import TOLERANCES, libraries
 from minilora_hub.recording.reference import (
@@ -134,7 +135,7 @@ def build(
     layout = "peft" if trained.layout == "peft" else layout
     before = recorded_before(trained.folder)
     previous = previous_card(trained.folder)
-    base = find_base(trained, base_id, base_model, token, progress)
+    base = find_base_of_record(trained, base_id, base_model, token, progress)
     with whole_folder(out) as folder:
         found = obtain_recording(trained, base, before)
         recording = found.recording
@@ -219,8 +220,7 @@ def _write_adapter(source: Source, folder: Path, layout: Layout, base: Base, rec
     if layout == "auto":
         config = json.dumps(_published_config(source, base), indent=2, sort_keys=True)
         (folder / OUR_CONFIG).write_text(config + "\n", encoding="utf-8", newline="\n")
-        for name, path in island_files().items():
-            shutil.copyfile(path, folder / name)
+        write_code(folder)
     return notes
 
 

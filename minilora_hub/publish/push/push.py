@@ -17,8 +17,9 @@ from typing import Any
 
 from huggingface_hub import HfApi, get_token
 
+from minilora_hub.adapter_folder.folders import AdapterFolder as Source
+from minilora_hub.adapter_folder.folders import Layout, read_source
 from minilora_hub.adapter_folder.results import METHODS, RESULTS_FILE, Results
-from minilora_hub.adapter_folder.sources import Layout, Source, read_source
 from minilora_hub.errors import AdapterError
 from minilora_hub.hub import client as hub
 from minilora_hub.hub.errors import ATTEMPTS

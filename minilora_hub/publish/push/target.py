@@ -7,8 +7,10 @@ from typing import NoReturn
 
 from huggingface_hub import HfApi
 
+from minilora_hub.adapter_folder.folders import AdapterFolder as Source
+from minilora_hub.adapter_folder.folders import Layout
 from minilora_hub.adapter_folder.hashes import file_sha256
-from minilora_hub.adapter_folder.sources import WEIGHTS, Layout, Source
+from minilora_hub.adapter_folder.names import WEIGHTS
 from minilora_hub.errors import AdapterError, PublishError
 from minilora_hub.hub import client as hub
 from minilora_hub.hub.errors import ATTEMPTS, FAILURES, explain
