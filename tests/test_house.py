@@ -24,6 +24,7 @@ ROOMS = (
     "quiet",
     "code_inputs",
     "documents",
+    "formatting",
     "user_folders",
     "remote_code",
     "hub",

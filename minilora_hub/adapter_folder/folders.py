@@ -140,39 +140,8 @@ def read_folder(folder: str | Path) -> AdapterFolder:
     return found
 
 
-def read_source(folder: str | Path, name: str | None = None) -> AdapterFolder:
-    """Read the configuration of an adapter that is going to be loaded, compared or published.
-
-    Args:
-        folder: the adapter.
-        name: what an error calls it. Default: the folder's name.
-
-    Raises:
-        AdapterError: as `inspect_source`, or its configuration refers to code elsewhere.
-    """
-    source = inspect_source(folder)
-    require_no_other_code(source.folder, name)
-    return source
-
-
-def inspect_source(folder: str | Path) -> AdapterFolder:
-    """Read the configuration of an adapter of which nothing is going to be loaded: it may refer to code elsewhere.
-
-    Raises:
-        AdapterError: as `read_configuration`, or it has no safetensors weights.
-    """
-    source = read_configuration(folder)
-    if not (source.folder / WEIGHTS).is_file():
-        raise AdapterError(
-            f"adapter {source.folder.name!r}: no {WEIGHTS}; save it with save_pretrained, not as a pickle"
-        )
-    return source
-
-
 def read_configuration(folder: str | Path) -> AdapterFolder:
-    """Read the configuration of an adapter that can be compared and published.
-
-    Its weights may be missing, and it may refer to code elsewhere.
+    """Read the configuration of an adapter that is not going to be loaded; its weights may be missing.
 
     Raises:
         AdapterError: as `describe_folder`, or it is neither in our format nor a LoRA or DoRA in PEFT's.
@@ -185,6 +154,35 @@ def read_configuration(folder: str | Path) -> AdapterFolder:
             f"adapter {source.folder.name!r} is a MixLoRA in the format {source.dialect!r}: convert it with "
             "`minilora import`"
         )
+    return source
+
+
+def inspect_source(folder: str | Path) -> AdapterFolder:
+    """Read the configuration of an adapter that is not going to be loaded: it may refer to code elsewhere.
+
+    Raises:
+        AdapterError: as `read_configuration`, or it has no safetensors weights.
+    """
+    source = read_configuration(folder)
+    if not (source.folder / WEIGHTS).is_file():
+        raise AdapterError(
+            f"adapter {source.folder.name!r}: no {WEIGHTS}; save it with save_pretrained, not as a pickle"
+        )
+    return source
+
+
+def read_source(folder: str | Path, name: str | None = None) -> AdapterFolder:
+    """Read the configuration of an adapter that is going to be loaded.
+
+    Args:
+        folder: the adapter.
+        name: what an error calls it. Default: the folder's name.
+
+    Raises:
+        AdapterError: as `inspect_source`, or it refers to code elsewhere.
+    """
+    source = inspect_source(folder)
+    require_no_other_code(source.folder, name)
     return source
 
 

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from minilora_hub.cli.options import AsJson, Base, Debug, Revision, print_json, say, size_text
+from minilora_hub.cli.options import AsJson, Base, Debug, Revision, print_json, say
+from minilora_hub.formatting import size as size_text
 
 Out = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write: empty, or not there yet.")]
 Prompts = Annotated[

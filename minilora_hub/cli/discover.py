@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from minilora_hub.cli.options import AsJson, Debug, Revision, print_json, say, size_text
+from minilora_hub.cli.options import AsJson, Debug, Revision, print_json, say
+from minilora_hub.formatting import size as size_text
 
 Sort = Literal["downloads", "likes", "last_modified", "created_at", "trending_score"]
 Method = Literal["mixlora", "dora", "lora"]

@@ -31,13 +31,3 @@ def say(line: str) -> None:
 def print_json(value: Any) -> None:
     """Print a value for scripts, on stdout."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def size_text(count: int) -> str:
-    """Write a number of bytes as people read it, in decimal units as the Hub's pages do."""
-    size = float(count)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from minilora_hub.cli.options import AsJson, Base, Debug, Revision, print_json, say, size_text
+from minilora_hub.cli.options import AsJson, Base, Debug, Revision, print_json, say
 from minilora_hub.errors import MiniLoraError
+from minilora_hub.formatting import size as size_text
 
 if TYPE_CHECKING:
     from minilora_hub.publish.push.push import PushPlan

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minilora_hub.cli.options import AsJson, Debug, print_json, size_text
+from minilora_hub.cli.options import AsJson, Debug, print_json
+from minilora_hub.formatting import size as size_text
 
 if TYPE_CHECKING:
     from minilora_hub.publish.space.push import SpacePush

@@ -35,7 +35,7 @@ from minilora_hub.evaluation.settings import (
     find_tasks,
     task_of,
 )
-from minilora_hub.recording.inputs import base_inputs, why_unknown
+from minilora_hub.recording.bases_of_record import base_inputs, why_not_reproducible
 
 if TYPE_CHECKING:
     from minilora_hub.bases.resolving import ResolvedBase
@@ -186,7 +186,7 @@ class _Run:
         self._settings, self._tasks, self._adapters = settings, tasks, adapters
         self._base, self._fingerprint = base, fingerprint
         # Kept only where everything that determines the base's answers is in the key.
-        self._cache = None if why_unknown(base, fingerprint) else cache
+        self._cache = None if why_not_reproducible(base, fingerprint) else cache
         self._base_inputs = base_inputs(base, fingerprint)
         self._say, self._on_progress = progress, on_progress
         self._items = find_items(tasks, settings)

@@ -6,6 +6,9 @@ import re
 from dataclasses import dataclass
 
 from minilora_hub.adapter_folder.folders import AdapterFolder as Source
+from minilora_hub.adapter_folder.folders import read_json
+from minilora_hub.adapter_folder.hashes import file_sha256
+from minilora_hub.adapter_folder.names import COMPANIONS, PEFT_CONFIG
 from minilora_hub.bases.embedded import HUB_ID
 from minilora_hub.bases.resolving import EMBEDDED, ResolvedBase, resolve_base
 from minilora_hub.errors import AdapterError
@@ -113,3 +116,20 @@ def wanted_dtype(found: ResolvedBase) -> str:
     """Return the dtype in which logits are computed: ``"float32"``, or ``"auto"`` for the checkpoint's own."""
     size = sum(path.stat().st_size for path in found.path.glob("*.safetensors"))
     return "float32" if size <= LARGE else "auto"
+
+
+def base_inputs(base: ResolvedBase, fingerprint: str) -> dict[str, str]:
+    """Return what a base's answers depend on: its fingerprint, and hashes of its JSON files except the tokenizer."""
+    beside = (path for path in sorted(base.path.glob("*.json")) if path.name not in COMPANIONS)
+    return {"base/fingerprint": fingerprint} | {f"base/{path.name}": file_sha256(path) for path in beside}
+
+
+def why_not_reproducible(base: ResolvedBase, fingerprint: str) -> str | None:
+    """Return why stored results of a base must not be reused, although its files are the same; None if they may be."""
+    if not fingerprint.startswith("sha256:"):
+        return "the base's weights have no fingerprint"
+    if (base.path / PEFT_CONFIG).is_file():
+        return "the base has an adapter of its own"
+    settings = read_json(base.path / "config.json").get("quantization_config") or {}
+    method = settings.get("quant_method", "bitsandbytes") if isinstance(settings, dict) else "unknown"
+    return None if method == "bitsandbytes" else f"the base is quantised ({method})"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 from pathlib import Path
 from typing import Any
 
 from minilora_hub.adapter_folder.results import Base, DataSource, Results, Training
 from minilora_hub.bases.end_tokens import end_token_ids
 from minilora_hub.bases.resolving import ResolvedBase
+from minilora_hub.documents import write_whole
 from minilora_hub.training.dataset import TrainingData
 from minilora_hub.training.machine import hardware, library_versions
 from minilora_hub.training.models import Trainee, trainable_parameters
@@ -231,9 +232,8 @@ def write_loss(path: Path, history: list[dict[str, float]]) -> None:
         found = {column: entry[key] for key, column in columns.items() if key in entry}
         if found:
             rows.setdefault(int(entry["step"]), {}).update(found)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["step", *columns.values()])
-        writer.writeheader()
-        writer.writerows({"step": step, **rows[step]} for step in sorted(rows))
-    os.replace(temporary, path)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, ["step", *columns.values()])
+    writer.writeheader()
+    writer.writerows({"step": step, **rows[step]} for step in sorted(rows))
+    write_whole(path, table.getvalue())

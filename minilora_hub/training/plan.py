@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from minilora_hub.formatting import duration, size
 from minilora_hub.training.dataset import TrainingData
 from minilora_hub.training.models import Trainee, trainable_parameters
 from minilora_hub.training.settings import TrainingSettings
@@ -83,25 +84,13 @@ class Plan:
             ("end", f"an answer ends with {' or '.join(self.ends)}"),
             ("steps", f"{self.steps:,} of {self.batch} {'packed ' * self.packed}row{'s' * (self.batch > 1)}"),
             ("memory", f"about {size(memory)}: {parts}"),
-            ("time", "unknown" if self.seconds is None else f"about {duration(self.seconds)}"),
+            ("time", "unknown" if self.seconds is None else f"about {duration(_rounded(self.seconds))}"),
         ]
 
 
-def size(count: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them."""
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+def _rounded(seconds: float) -> float:
+    """Round an estimated time to what can be known: whole minutes from 90 seconds on."""
+    return max(seconds, 1) if seconds < 90 else 60 * round(seconds / 60)
 
 
 def shape_of(settings: TrainingSettings, rows: int, processes: int) -> Shape:

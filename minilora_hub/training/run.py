@@ -225,14 +225,14 @@ class _Run:
 
         The run is over and saved: where this fails, the user is told, and a push does it.
         """
-        from minilora_hub.recording.reuse import keep_recording
+        from minilora_hub.recording.reference import store_recording
         from minilora_hub.training.outputs import published_method
 
         if published_method(self.settings) is None:
             return ()
         gc.collect()
         try:
-            keep_recording(self.out, self._find_base(progress=False))
+            store_recording(self.out, self._find_base(progress=False))
         except (MiniLoraError, ValueError, OSError, RuntimeError, MemoryError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             return (f"what the adapter computes could not be recorded, a push does it: {reason}",)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from minilora_hub.documents import write_whole
 from minilora_hub.errors import TrainingError
 
 STATE_FILE = "run.json"
@@ -30,9 +30,7 @@ class RunState:
 
     def save(self, out: Path) -> None:
         """Write ``run.json``, whole or not at all."""
-        temporary = out / f".{STATE_FILE}.{os.getpid()}"
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, out / STATE_FILE)
+        write_whole(out / STATE_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     def after(self, seconds: float, finished: bool = False) -> RunState:
         """The state some seconds later."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from minilora_hub.documents import write_whole
 from minilora_hub.errors import TrainingError
 from minilora_hub.training.recipes import OURS, RECIPES, Recipe
 
@@ -68,9 +69,7 @@ class TrainingSettings:
         import yaml
 
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
-        temporary = folder / f".{SETTINGS_FILE}.{os.getpid()}"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / SETTINGS_FILE)
+        write_whole(folder / SETTINGS_FILE, text)
 
 
 OWN_FIELDS = tuple(f.name for f in dataclasses.fields(TrainingSettings) if f.name != "recipe")

@@ -22,9 +22,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.code_inputs import changes, code_inputs, library_inputs
+from minilora_hub.documents import write_whole
 from minilora_hub.errors import DataError, MissingExtraError, TrainingError, TrainingInterrupted
-from minilora_hub.recording.inputs import base_inputs, file_digest
+from minilora_hub.recording.bases_of_record import base_inputs
 from minilora_hub.training.folder_lock import folder_lock, is_empty
 from minilora_hub.training.run import TrainResult, train
 from minilora_hub.training.run_state import STATE_FILE
@@ -337,7 +339,7 @@ def _inputs(
 
     files = {*vary.get("data", settings.data), *vary.get("validation_data", settings.validation_data)}
     files |= {os.fspath(config)} if config else set()
-    found = {f"file/{name}": file_digest(Path(name)) for name in sorted(files) if Path(name).is_file()}
+    found = {f"file/{name}": file_sha256(Path(name)) for name in sorted(files) if Path(name).is_file()}
     for name in vary.get("base", [settings.base]):
         base = resolve_base(name, revision=settings.base_revision, progress=progress)
         inputs = base_inputs(base, base_fingerprint(str(base.path)))
@@ -372,9 +374,7 @@ def _read(out: Path, asked: dict[str, Any]) -> list[Trial]:
 def _write(out: Path, asked: dict[str, Any], trials: list[Trial]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     content = asked | {"trials": [asdict(trial) for trial in trials]}
-    temporary = out / f".{SWEEP_FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, out / SWEEP_FILE)
+    write_whole(out / SWEEP_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def _finish(out: Path, names: list[str], trials: list[Trial], most: int) -> SweepResult:

@@ -72,16 +72,14 @@ def test_a_folder_that_only_looks_like_a_cache(tmp_path):
 
 def test_a_pipe_is_not_waited_for(folder):
     os.mkfifo(folder / "README.md")
-    with pytest.raises(AdapterError, match=r"README\.md is no ordinary file"):
+    with pytest.raises(AdapterError, match=r"README\.md is not a regular file"):
         require_plain_files(folder)
 
 
 def test_a_file_of_holes(folder):
     with (folder / "adapter_model.safetensors").open("r+b") as file:
         file.truncate(10**12)
-    with pytest.raises(
-        AdapterError, match=r"says that it has 1,000,000,000,000 bytes, and nearly all of them are holes"
-    ):
+    with pytest.raises(AdapterError, match=r"claims 1,000,000,000,000 bytes, and nearly all of them are holes"):
         require_plain_files(folder)
 
 
@@ -90,24 +88,34 @@ def entry(begin, end, shape=(3,)):
 
 
 @pytest.mark.parametrize(
-    ("header", "told"),
+    ("header", "message"),
     [
-        ({"a": entry(0, 12), "b": entry(12, 10**15)}, "its header speaks of"),
-        ({"a": entry(0, 12)}, "its header speaks of"),
-        ({"a": entry(0, 12), "b": entry(4, 44)}, "b is said to lie at 4 to 44, and 12 is free"),
-        ({"a": entry(4, 44)}, "a is said to lie at 4 to 44, and 0 is free"),
-        ({"a": entry(0, -12)}, "the entry of 'a' is damaged"),
-        ({"a": entry(0, 44, ("x",))}, "the entry of 'a' is damaged"),
-        ({"a": 7}, "the entry of 'a' is damaged"),
-        ([], "its header is no object"),
+        ({"a": entry(0, 12), "b": entry(12, 10**15)}, "not a readable safetensors file"),
+        ({"a": entry(0, 12)}, "not a readable safetensors file"),
+        ({"a": entry(0, 12), "b": entry(4, 44)}, "not a readable safetensors file"),
+        ({"a": entry(4, 44)}, "not a readable safetensors file"),
+        ({"a": entry(0, -12)}, "not a readable safetensors file"),
+        ({"a": entry(0, 44, ("x",))}, "not a readable safetensors file"),
+        ({"a": entry(0, 44)}, "not a readable safetensors file"),
+        ({"a": 7}, "not a readable safetensors file"),
+        ([], "not a readable safetensors file"),
     ],
 )
-def test_headers_that_lie(folder, header, told):
+def test_headers_that_lie(folder, header, message):
     text = json.dumps(header).encode()
     (folder / "adapter_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(44))
     with pytest.raises(AdapterError, match=r"adapter_model\.safetensors") as refused:
         require_true_sizes(folder)
-    assert told in str(refused.value)
+    assert message in str(refused.value)
+
+
+def test_a_tensor_that_is_named_twice(folder):
+    text = (
+        b'{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,12]},"a":{"dtype":"F32","shape":[3],"data_offsets":[0,12]}}'
+    )
+    (folder / "adapter_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
+    with pytest.raises(AdapterError, match="'a' occurs twice"):
+        require_true_sizes(folder)
 
 
 def test_a_true_header_is_read(folder):
@@ -116,7 +124,7 @@ def test_a_true_header_is_read(folder):
     assert {name: entry["shape"] for name, entry in header.items()} == {"a": [3], "b": [2, 4]}
     assert (folder / "adapter_model.safetensors").stat().st_size == start + 44
     (folder / "adapter_model.safetensors").write_bytes(b"\xff" * 20)
-    with pytest.raises(AdapterError, match="its header claims 18,446,744,073,709,551,615 bytes, the file has 20"):
+    with pytest.raises(AdapterError, match="not a readable safetensors file"):
         read_header(folder / "adapter_model.safetensors")
 
 
@@ -127,8 +135,8 @@ def test_names_that_leave_their_folder(folder, name):
         require_plain_names(["config.json", name], "ana/dora")
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model-00001.safetensors", "b": name}}))
-    with pytest.raises(AdapterError, match=r"weight_map names .*, which is no path inside the folder"):
+    with pytest.raises(AdapterError, match=r"weight_map names .*, which is not a path inside the folder"):
         require_true_sizes(folder)
-    with pytest.raises(BaseModelError, match=r"weight_map names .*, which is no path inside the folder"):
+    with pytest.raises(BaseModelError, match=r"weight_map names .*, which is not a path inside the folder"):
         resolve_base(folder)
     require_plain_names(["config.json", "peft/adapter_config.json", ".eval_results/a.yaml", "a..b"], "ana/dora")

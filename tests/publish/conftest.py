@@ -99,7 +99,6 @@ def hub(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     impatient = SimpleNamespace(sleep=lambda seconds: None, time=lambda: 0.0, perf_counter=lambda: 0.0)
     for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download", "minilora_hub.hub.errors"):
         monkeypatch.setattr(f"{module}.time", impatient)
-    monkeypatch.setattr("minilora_hub.publish.push.commit.time", impatient)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with HubServer(lfs_threshold=10_000) as server:
         for name, value in server.environment(cache_dir=tmp_path / "hf").items():

@@ -18,8 +18,8 @@ from minilora_hub.errors import MiniLoraError
 from minilora_hub.publish.card import free_text
 from minilora_hub.publish.checks.folder import check_folder
 from minilora_hub.publish.push.build import build
-from minilora_hub.publish.verify.isolated_process import CleanProcess
-from minilora_hub.publish.verify.verify import verify_with
+from minilora_hub.publish.verify.isolated_process import IsolatedProcess
+from minilora_hub.publish.verify.verify import verify
 
 COUNT = 200
 ADDED = {
@@ -117,10 +117,10 @@ def test_damaged_folders(method, good, base_folder, tmp_path, monkeypatch, capsy
     assert expected == tree(healthy)
 
     ends, messages = Counter(), []
-    with CleanProcess() as stranger:
+    with IsolatedProcess() as stranger:
 
         def verified(folder):
-            return verify_with(stranger, folder, base_model=str(base_folder), progress=False)
+            return verify(folder, base_model=str(base_folder), progress=False, process=stranger)
 
         assert verified(healthy).ok
         for number in range(COUNT):

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, tmp_path):
     """A Hub with a base and two adapters; the client in this process talks to it, and nobody sleeps."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -33,7 +33,8 @@ def hub(monkeypatch):
         for name in ("huggingface_hub.constants.ENDPOINT", "huggingface_hub.hf_api.ENDPOINT"):
             monkeypatch.setattr(name, server.endpoint, raising=False)
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + TEMPLATE)
-        monkeypatch.setattr(spaces.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         server.add_repo("org/base", files={"config.json": b"{}"})
         server.add_repo("ana/dora", files=DORA | WEIGHTS)
         server.add_repo("ana/lora", files=WEIGHTS | {"adapter_config.json": DORA["config.json"]})
@@ -74,7 +75,7 @@ def test_a_new_space(hub, push):
     assert set(files) == set(done.files)
     assert files["app.py"] == (ROOT / "app.py").read_bytes()
     assert files["minilora_hub/demo/ui/app.py"] == (PACKAGE / "demo" / "ui" / "app.py").read_bytes()
-    assert files["minilora_hub/demo/static/page.css"]
+    assert files["minilora_hub/demo/page.css"]
     assert not any(path.startswith("model_cards/") or "__pycache__" in path for path in files)
     card = card_of(files)
     assert (card["title"], card["sdk"], card["app_file"]) == ("Compare mine", "gradio", "app.py")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from minilora_hub.adapter_folder.results import Base, Results, Training
-from minilora_hub.publish.card.markdown import code, duration, inline, number, percent
+from minilora_hub.adapter_folder.results import METHODS, Base, Results, Training
+from minilora_hub.formatting import code, duration, inline, number, percent
 
-METHOD_NAMES = {"mixlora": "MixLoRA", "dora": "DoRA", "lora": "LoRA"}
 PAPERS = {"mixlora": "2404.15159", "dora": "2402.09353", "lora": "2106.09685"}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 PUBLIC_HUB = "https://huggingface.co"
@@ -33,7 +32,7 @@ def summary(results: Results, config: dict[str, Any], hub: str) -> str:
         "lora": "low-rank adaptation",
     }[method]
     return (
-        f"A [{METHOD_NAMES[method]}](https://arxiv.org/abs/{PAPERS[method]}) adapter ({kind}) for "
+        f"A [{METHODS[method]}](https://arxiv.org/abs/{PAPERS[method]}) adapter ({kind}) for "
         f"{base_link(results.base, hub)}: {_size(results)}."
     )
 
@@ -81,7 +80,7 @@ def adapter_rows(results: Results, config: dict[str, Any], hub: str) -> Rows:
     """What the adapter is: method, settings, base."""
     base = results.base
     rows = [
-        ("Method", METHOD_NAMES[results.method] + (" with DoRA experts" if _mixdora(results, config) else "")),
+        ("Method", METHODS[results.method] + (" with DoRA experts" if _mixdora(results, config) else "")),
         ("Rank, alpha", f"{inline(config.get('r'))}, {inline(config.get('lora_alpha'))}"),
     ]
     if results.method == "mixlora":

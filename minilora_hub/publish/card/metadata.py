@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 from huggingface_hub.utils import yaml_dump
 
 from minilora_hub.adapter_folder.results import Results
-from minilora_hub.publish.card.markdown import visible
+from minilora_hub.formatting import visible
 
 TAGS = {
     "mixlora": ["minilora", "mixlora", "lora", "mixture-of-experts", "adapter"],

@@ -18,11 +18,12 @@ from urllib.parse import quote
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from minilora_hub import formatting
 from minilora_hub.adapter_folder.code import code_files, code_hash, release_of
 from minilora_hub.adapter_folder.results import Results
 from minilora_hub.documents import strict_json
 from minilora_hub.errors import AdapterError
-from minilora_hub.publish.card import free_text, markdown
+from minilora_hub.publish.card import free_text
 from minilora_hub.publish.card.facts import PUBLIC_HUB, adapter_rows, summary, training_rows
 from minilora_hub.publish.card.metadata import front_matter
 from minilora_hub.publish.card.pictures import EXPERT_LOAD, EXPERT_LOAD_BY_TASK, LOSS, wanted_pictures, write_pictures
@@ -75,7 +76,7 @@ def render_card(
     text = _template().render(
         front_matter=front_matter(results, title, stock),
         settings=_settings(repo_id, revision, space, hub),
-        title=markdown.inline(title),
+        title=formatting.inline(title),
         summary=summary(results, config, hub),
         results=results,
         base=results.base,
@@ -96,7 +97,7 @@ def render_card(
         loss_picture=LOSS if LOSS in wanted else None,
         code_files=[(path, hashlib.sha256(file.read_bytes()).hexdigest()) for path, file in code.items()],
         code_origin=_code_origin(code),
-        verify_name=markdown.inline(name),
+        verify_name=formatting.inline(name),
         license_line=_license_line(results),
         free_text=lambda section: free_text.section(section, kept.get(section, "")),
         section=free_text.section,
@@ -178,7 +179,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 @cache
 def _template() -> Template:
-    # Not autoescape, which knows HTML only: every outside text goes through a filter of `markdown`.
+    # Not autoescape, which knows HTML only: every outside text goes through a filter of `formatting`.
     environment = Environment(  # noqa: S701
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -187,7 +188,7 @@ def _template() -> Template:
         keep_trailing_newline=True,
     )
     environment.filters |= {
-        name: getattr(markdown, name) for name in ("between", "inline", "cell", "code", "block", "number", "short")
+        name: getattr(formatting, name) for name in ("between", "inline", "cell", "code", "block", "number", "short")
     }
     return environment.get_template("card.md.jinja")
 
@@ -215,7 +216,7 @@ def _snippet(folder: Path, results: Results, name: str, revision: str | None, st
     chat = (folder / "chat_template.jinja").is_file() or (
         template.is_file() and '"chat_template"' in template.read_text(encoding="utf-8", errors="replace")
     )
-    text = json.dumps(markdown.visible(prompt), ensure_ascii=False)
+    text = json.dumps(formatting.visible(prompt), ensure_ascii=False)
     inputs = (
         [
             f'messages = [{{"role": "user", "content": {text}}}]',
@@ -256,10 +257,10 @@ def _code_origin(code: dict[str, Path]) -> str:
 
 
 def _license_line(results: Results) -> str:
-    base = f"The base's licence: {markdown.inline(results.base.license)}."
+    base = f"The base's licence: {formatting.inline(results.base.license)}."
     name = results.license_name or results.license
     if name is None:
-        return f"The adapter's licence: {markdown.UNKNOWN}. {base}"
+        return f"The adapter's licence: {formatting.UNKNOWN}. {base}"
     link = results.license_link if (results.license_link or "").startswith(("https://", "http://")) else None
-    shown = f"[{markdown.inline(name)}](<{quote(link, safe=':/?#=&%.-_~')}>)" if link else markdown.inline(name)
+    shown = f"[{formatting.inline(name)}](<{quote(link, safe=':/?#=&%.-_~')}>)" if link else formatting.inline(name)
     return f"The adapter: {shown}. {base}"

@@ -15,7 +15,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 BaseExists = Callable[[str, str | None], bool | None]
-"""Told a base and its revision: whether the Hub has it; None, or an exception, where that is not known."""
+"""Called with a base and its revision: whether the Hub has it; None, or an exception, where that is unknown."""
 BaseLicense = Callable[[str, str | None], str | None]
 
 PERMISSIVE = {
@@ -23,40 +23,7 @@ PERMISSIVE = {
     "unlicense", "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "pddl", "wtfpl", "ncsa", "bsl-1.0",
     "artistic-2.0", "ms-pl", "postgresql", "afl-3.0", "ecl-2.0", "odc-by", "cdla-permissive-1.0", "cdla-permissive-2.0",
 }  # fmt: skip
-"""Licences whose terms let a derivative have another one. Under any other, the adapter must keep the base's."""
-
-
-class HubBase:
-    """What the Hub says about a base; each is asked for once.
-
-    `exists` and `license` raise OSError or an error of the client where the Hub cannot be asked.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, str | None], tuple[bool, str | None]] = {}
-
-    def exists(self, base: str, revision: str | None) -> bool:
-        """Whether the base is on the Hub at that revision, also where its conditions were not accepted yet."""
-        return self._ask(base, revision)[0]
-
-    def license(self, base: str, revision: str | None) -> str | None:
-        """The licence on the base's card, None where it has none."""
-        return self._ask(base, revision)[1]
-
-    def _ask(self, base: str, revision: str | None) -> tuple[bool, str | None]:
-        from huggingface_hub import HfApi, errors
-
-        if (base, revision) not in self._known:
-            try:
-                info = HfApi().model_info(base, revision=revision)
-                data = info.card_data.to_dict() if info.card_data else {}
-                license = data.get("license_name") if data.get("license") == "other" else data.get("license")
-                self._known[base, revision] = True, license if isinstance(license, str) else None
-            except errors.GatedRepoError:
-                self._known[base, revision] = True, None
-            except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
-                self._known[base, revision] = False, None
-        return self._known[base, revision]
+"""Licences that allow another one for a derivative. Under any other, the adapter must keep the base's."""
 
 
 def base_of(folder: Folder) -> tuple[str | None, str | None]:
