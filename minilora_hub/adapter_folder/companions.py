@@ -14,17 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minilora_hub.adapter_folder.folders import COMPANIONS, TOKENIZER_FILES, read_json, refuse_lfs_pointer, write_json
+from minilora_hub.adapter_folder.folders import read_json, refuse_lfs_pointer, write_json
+from minilora_hub.adapter_folder.names import COMPANIONS, GENERATION, TEMPLATE, TOKENIZER_FILES, TOKENIZING
 from minilora_hub.bases.end_tokens import end_token_ids
 from minilora_hub.errors import AdapterError
 
 if TYPE_CHECKING:
     from minilora_hub.bases.skeleton import BaseSource
 
-GENERATION = "generation_config.json"
-TEMPLATE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
-TOKENIZING = tuple(name for name in COMPANIONS if name != GENERATION)
 
 
 def own_tokenizer(folder: Path, base: Any | None = None) -> Any | None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from minilora_hub.bases.resolving import EMBEDDED, load_model, resolve_base
+from minilora_hub.bases.embedded import HUB_ID
+from minilora_hub.bases.loading import load_base
+from minilora_hub.bases.resolving import EMBEDDED, is_path, resolve_base
 from minilora_hub.errors import AdapterError, BaseModelError
 
 LENGTH = 65_537  # a prime, so that no two rows of a matrix are alike
@@ -86,7 +88,7 @@ class BaseSource:
         Raises:
             BaseModelError: it cannot be loaded, or its checkpoint lacks a tensor.
         """
-        return load_model(resolve_base(self.name, revision=self.revision), dtype=dtype)
+        return load_base(resolve_base(self.name, revision=self.revision), dtype=dtype)
 
     def weight(self, path: str) -> Any:
         """Return the weight of one of its modules, for which a base that is not loaded is loaded as a whole."""
@@ -116,37 +118,30 @@ class BaseSource:
             return GenerationConfig.from_model_config(self.config)
 
 
-def find_base(named: str | None, given: str | None, revision: str | None = None) -> BaseSource:
-    """Find the base of an adapter.
+def find_base(name: str | None, revision: str | None = None) -> BaseSource:
+    """Find a base without fetching its weights.
 
     Args:
-        named: the base that the adapter names.
-        given: the one that the user names, which wins.
+        name: a Hub id, a folder, or ``"embedded"``.
         revision: its revision on the Hub.
 
     Raises:
-        AdapterError: nobody names one.
-        BaseModelError: the one that is named cannot be found.
+        AdapterError: `name` is None: the adapter names no base, nor does the user.
+        BaseModelError: a folder does not exist or is no base.
     """
-    name = given or named
     if not name:
         raise AdapterError("the adapter names no base (base_model_name_or_path): pass base= (--base)")
-    if name == EMBEDDED or os.path.isdir(name):
+    if name == EMBEDDED or is_path(name):
         found = resolve_base(name)
-        return BaseSource(str(name), found.hub_id, str(found.path))
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
-        raise BaseModelError(f"base {name!r} is not on this machine: pass base= (--base), an id on the Hub or a folder")
+        return BaseSource(name, found.hub_id, str(found.path))
     return BaseSource(name, name, name, revision)
 
 
 def hub_name(name: str | None) -> str | None:
-    """Return the id on the Hub that a base's name stands for; None for a folder, whose path says nothing to others."""
-    from minilora_hub.bases.embedded import HUB_ID
-
+    """Return the Hub id that a base's name stands for; None for a folder."""
     if name == EMBEDDED:
         return HUB_ID
-    is_path = not name or os.path.isdir(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
-    return None if is_path else name
+    return None if not name or is_path(name) else name
 
 
 def skeleton(config: Any, blocks: bool = True) -> Any:

@@ -22,9 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minilora_hub.adapter_folder.facts import AdapterFacts, adapter_facts
-from minilora_hub.adapter_folder.folders import naming
-from minilora_hub.adapter_folder.sources import read_source
+from minilora_hub.adapter_folder.folders import AdapterFacts, adapter_facts, naming, read_source
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.compare.banked_layers import BankedBlock, BankedLinear, BatchRows, LinearUpdate
 from minilora_hub.compare.found_adapters import shared_copy

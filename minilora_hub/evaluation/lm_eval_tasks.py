@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minilora_hub.adapter_folder.results import Evaluation
+from minilora_hub.bases.loading import load_base, load_tokenizer
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.engine import context_length
-from minilora_hub.compare.found_adapters import load_base
 from minilora_hub.compare.prompting import Prompting, Promptings
 from minilora_hub.errors import MissingExtraError
 from minilora_hub.evaluation.metrics import DIGITS
-from minilora_hub.evaluation.settings import Adapter, Settings, find_adapters, find_base
+from minilora_hub.evaluation.settings import Adapter, Settings, common_base, find_adapters
 
 if TYPE_CHECKING:
     from minilora_hub.bases.resolving import ResolvedBase
@@ -80,15 +80,15 @@ def measure(
     if include_path is not None and not include_path.is_dir():
         raise ValueError(f"include_path={str(include_path)!r}: must be a folder with tasks of lm-eval")
     found = find_adapters(adapters)
-    resolved, fingerprint = find_base(base, found)
+    resolved, fingerprint = common_base(base, found)
     manager = _manager(include_path)
     for name in settings.tasks:
         if name not in manager.all_tasks:
             raise ValueError(f"lm_eval={name!r}: must be a task that lm-eval knows (lm-eval ls tasks)")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = "embedded" if resolved.embedded else resolved.path
-    model, tokenizer, _ = load_base(where, device, getattr(torch, dtype), progress)
+    model = load_base(resolved, dtype=dtype, device=device, progress=progress)
+    tokenizer = load_tokenizer(resolved)
     bank = AdapterBank(model)
     promptings = Promptings(model, tokenizer)
     promptings_of = {None: promptings.base} | {adapter.name: promptings.of(adapter.folder) for adapter in found}

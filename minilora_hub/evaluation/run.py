@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from minilora_hub.bases.loading import load_base, load_tokenizer
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.engine import context_length
-from minilora_hub.compare.found_adapters import load_base
 from minilora_hub.compare.prompting import Prompting, Promptings
 from minilora_hub.evaluation.answer_cache import AnswerCache, default_folder
 from minilora_hub.evaluation.generation import RoutingSums, generate
@@ -29,8 +29,8 @@ from minilora_hub.evaluation.prompts import Prompts
 from minilora_hub.evaluation.settings import (
     Adapter,
     Settings,
+    common_base,
     find_adapters,
-    find_base,
     find_items,
     find_tasks,
     task_of,
@@ -165,7 +165,7 @@ def evaluate(
     require_library()
     found_tasks = find_tasks(asked)
     found = find_adapters(adapters)
-    resolved, fingerprint = find_base(base, found)
+    resolved, fingerprint = common_base(base, found)
     folder = default_folder() if cache is True else cache or None
     run = _Run(asked, found_tasks, found, resolved, fingerprint, folder, progress, on_progress)
     return run.execute()
@@ -199,8 +199,8 @@ class _Run:
         started = time.perf_counter()
         settings = self._settings
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        name = "embedded" if self._base.embedded else self._base.path
-        model, tokenizer, _ = load_base(name, device, getattr(torch, settings.dtype), self._say)
+        model = load_base(self._base, dtype=settings.dtype, device=device, progress=self._say)
+        tokenizer = load_tokenizer(self._base)
         promptings = Promptings(model, tokenizer)
         self._promptings: dict[str | None, Prompting] = {None: promptings.base}
         self._say(f"  answers end at {' '.join(promptings.base.end_names) or 'no token: at the limit only'}")

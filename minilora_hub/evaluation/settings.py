@@ -101,8 +101,8 @@ def find_adapters(names: Sequence[str | Path]) -> tuple[Adapter, ...]:
         AdapterError: one is not there, or of no known kind.
         ValueError: one is named twice.
     """
+    from minilora_hub.adapter_folder.folders import read_source
     from minilora_hub.adapter_folder.results import RESULTS_FILE, Results
-    from minilora_hub.adapter_folder.sources import read_source
     from minilora_hub.compare.found_adapters import find_adapter
 
     found = []
@@ -118,7 +118,7 @@ def find_adapters(names: Sequence[str | Path]) -> tuple[Adapter, ...]:
     return tuple(found)
 
 
-def find_base(base: str | Path | None, adapters: Sequence[Adapter]) -> tuple[ResolvedBase, str]:
+def common_base(base: str | Path | None, adapters: Sequence[Adapter]) -> tuple[ResolvedBase, str]:
     """Find the base of all adapters; it is not loaded.
 
     Args:

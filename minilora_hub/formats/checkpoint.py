@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilora_hub.adapter_folder.folders import write_json
-from minilora_hub.adapter_folder.tensor_files import write_safetensors
 from minilora_hub.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -37,6 +37,16 @@ def write_shards(folder: Path, parts: Iterable[dict[str, torch.Tensor]], count: 
         size += sum(tensor.nbytes for tensor in tensors.values())
         del tensors
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file tensor by tensor, without a second copy of them in memory."""
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata={"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # save_file leaves a file that only its owner may read
 
 
 def require_space(out: str | Path, size: int) -> None:

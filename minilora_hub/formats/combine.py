@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from minilora_hub.adapter_folder.companions import common_source
 from minilora_hub.adapter_folder.folders import AdapterFolder, naming, read_folder
-from minilora_hub.adapter_folder.output import whole_folder
+from minilora_hub.adapter_folder.writing import whole_folder
 from minilora_hub.bases.skeleton import BaseSource, find_base
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.peft_conversion import write_normalised
@@ -107,7 +107,7 @@ def read_loras(sources: Sequence[str | Path], base: str | None, base_revision: s
     names = sorted({adapter.base for adapter in found if adapter.base})
     if base is None and len(names) > 1:
         raise AdapterError(f"the adapters name {len(names)} bases, {names[0]!r} and {names[1]!r}: pass base= (--base)")
-    shared = find_base(names[0] if names else None, base, base_revision)
+    shared = find_base(base or (names[0] if names else None), base_revision)
     adapters = []
     for adapter in found:
         with naming(adapter.folder.name):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from minilora_hub.adapter_folder.companions import write_companions
 from minilora_hub.adapter_folder.folders import AdapterFolder, read_folder
-from minilora_hub.adapter_folder.output import require_free, whole_folder
+from minilora_hub.adapter_folder.writing import require_free, whole_folder
 from minilora_hub.bases.skeleton import BaseSource, find_base, hub_name
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.checkpoint import require_space, write_card
@@ -57,7 +57,7 @@ def export_dense(
         )
     if found.dialect == "checkpoint":
         raise AdapterError(f"{found.folder.name!r} is a whole model ({found.method}), not an adapter")
-    located = find_base(found.base, base, found.base_revision)
+    located = find_base(*found.named_base(base))
     wanted = _dtype(located.config, dtype)
     adapter = read_adapter(found, located)  # before the base's weights are loaded in vain
     model = _plain_base(located, dequantize)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from minilora_hub.adapter_folder.companions import own_tokenizer
 from minilora_hub.adapter_folder.folders import AdapterFolder, read_folder
-from minilora_hub.adapter_folder.output import require_free, whole_folder
-from minilora_hub.adapter_folder.writing import our_config, read_ours, write_ours
+from minilora_hub.adapter_folder.reading import our_config, read_ours
+from minilora_hub.adapter_folder.writing import require_free, whole_folder, write_ours
 from minilora_hub.bases.skeleton import BaseSource, find_base
 from minilora_hub.errors import AdapterError
 
@@ -94,7 +94,7 @@ def add_experts(
         raise AdapterError(f"clone={list(clone)}: must name experts from 0 to {count - 1}")
     if not 0 <= noise < float("inf"):
         raise AdapterError(f"noise={noise}: must be a number of at least 0")
-    located = find_base(found.base, base, config.base_model_revision)
+    located = find_base(*found.named_base(base))
     _, tensors, _ = read_ours(found, located)
     routers = sorted(name for name in tensors if name.endswith(".router"))
     kept = {name.removesuffix(".router"): (*range(count), *clone) for name in routers}
@@ -135,7 +135,7 @@ def drop_experts(
             f"count={count}: must be from 1 to {config.num_experts - least}, since {config.num_experts} experts are "
             f"there and every token takes {least}"
         )
-    located = find_base(found.base, base, config.base_model_revision)
+    located = find_base(*found.named_base(base))
     _, tensors, _ = read_ours(found, located)
     model = _model(found, located)
     ids = _token_ids(found.folder, located, prompts)

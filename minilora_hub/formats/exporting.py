@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from minilora_hub.adapter_folder.companions import write_companions
 from minilora_hub.adapter_folder.folders import AdapterFolder, read_folder
-from minilora_hub.adapter_folder.output import require_free, whole_folder
-from minilora_hub.adapter_folder.writing import read_ours
+from minilora_hub.adapter_folder.reading import read_ours
+from minilora_hub.adapter_folder.writing import require_free, whole_folder
 from minilora_hub.bases.skeleton import BaseSource, find_base
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.dense import DType, export_dense
@@ -73,7 +73,7 @@ def export_adapter(
             f"{found.folder.name!r} is {what.get(found.dialect, found.dialect)}: --to {to} takes an adapter in our "
             "format, which `minilora import` makes"
         )
-    located = find_base(found.base, base, found.base_revision)
+    located = find_base(*found.named_base(base))
     config, tensors, sites = read_ours(found, located)
     if to in ("mixtral", "moe"):
         return _to_moe(found, located, Path(out), to, base, dtype, announce, progress)

@@ -10,8 +10,7 @@ from typing import Any
 
 from minilora_hub.adapter_folder.companions import common_source
 from minilora_hub.adapter_folder.folders import AdapterFolder, read_folder
-from minilora_hub.adapter_folder.output import require_free, whole_folder
-from minilora_hub.adapter_folder.writing import write_ours
+from minilora_hub.adapter_folder.writing import require_free, whole_folder, write_ours
 from minilora_hub.bases.skeleton import BaseSource, find_base
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.combine import read_loras
@@ -70,7 +69,7 @@ def import_adapter(
         raise AdapterError(f"adapter {found.folder.name!r} is in minilora_hub's own format already: push it as it is")
     if found.dialect == "checkpoint":
         raise AdapterError(f"{found.folder.name!r} is a whole model ({found.method}), not an adapter")
-    located = find_base(found.base, base, base_revision)
+    located = find_base(*found.named_base(base, base_revision))
     notes: list[str] = []
     with whole_folder(out) as folder:
         if found.dialect == "peft-mixlora":

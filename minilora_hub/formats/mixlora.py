@@ -1,7 +1,7 @@
 """The reference format of MixLoRA: what the packages `mixlora` and MoE-PEFT read and write.
 
     adapter_config.json   peft_type MIXLORA, r, lora_alpha, …, num_experts, routing_strategy, and its own fields
-    adapter_model.bin     a pickle of named tensors, one for every expert, the names in `tensor_names`
+    adapter_model.bin     a pickle of named tensors, one for every expert, named as `adapter_folder.names` says
 
 What differs from what one would expect, found by running `mixlora` 0.2.3:
 
@@ -17,12 +17,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from minilora_hub.adapter_folder.folders import ADAPTER_CONFIG, AdapterFolder, Settings
-from minilora_hub.adapter_folder.tensor_files import read_tensors
-from minilora_hub.adapter_folder.tensor_names import from_reference, reference_projection
-from minilora_hub.adapter_folder.writing import check_against_base
+from minilora_hub.adapter_folder.folders import AdapterFolder
+from minilora_hub.adapter_folder.names import PEFT_CONFIG, from_reference, reference_projection
+from minilora_hub.adapter_folder.reading import check_against_base, read_tensors
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
+from minilora_hub.formats.settings import Settings
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,7 @@ def read_reference(
     try:
         config = MixLoraConfig(**fields)
     except (ValueError, TypeError) as error:
-        raise AdapterError(f"{ADAPTER_CONFIG}: {error}") from error
+        raise AdapterError(f"{PEFT_CONFIG}: {error}") from error
     if use_dora and dora == "trained":
         config.use_dora = True
         tensors |= _magnitudes(config, base)
@@ -118,7 +118,7 @@ def _expert_fields(settings: Settings) -> dict[str, Any]:
     if settings.get("expert_lora", dict) is None:
         return {}
     own = settings.content["expert_lora"]
-    experts = Settings(settings.content | own, f"{ADAPTER_CONFIG}: expert_lora")
+    experts = Settings(settings.content | own, f"{PEFT_CONFIG}: expert_lora")
     for name in ("use_dora", "use_rslora"):
         if experts.get(name, bool, False) != settings.get(name, bool, False):
             raise experts.error(name, "experts that differ from attention in this cannot be honoured")

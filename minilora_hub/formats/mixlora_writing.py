@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minilora_hub.adapter_folder.folders import ADAPTER_CONFIG, write_json
-from minilora_hub.adapter_folder.tensor_files import PICKLE
-from minilora_hub.adapter_folder.tensor_names import to_reference
+from minilora_hub.adapter_folder.folders import write_json
+from minilora_hub.adapter_folder.names import PEFT_CONFIG, PICKLE, to_reference
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.mixlora import NO_DROPOUT, activation_of
@@ -48,7 +47,7 @@ def write_reference(folder: Path, config: Any, tensors: dict[str, torch.Tensor],
                 renamed[to_reference(name)] = tensor
         except ValueError as error:
             raise AdapterError(str(error)) from error
-    write_json(folder / ADAPTER_CONFIG, fields)
+    write_json(folder / PEFT_CONFIG, fields)
     torch.save(renamed, folder / PICKLE)
     return notes
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilora_hub.adapter_folder.companions import write_companions
-from minilora_hub.adapter_folder.output import require_free, whole_folder
+from minilora_hub.adapter_folder.writing import require_free, whole_folder
 from minilora_hub.bases.skeleton import BaseSource, hub_name
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.checkpoint import require_space, write_card, write_shards

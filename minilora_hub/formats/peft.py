@@ -11,9 +11,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from minilora_hub.adapter_folder.folders import ADAPTER_CONFIG, refuse_lfs_pointer
-from minilora_hub.adapter_folder.tensor_files import SAFETENSORS
-from minilora_hub.adapter_folder.tensor_names import as_stock_transformers_reads, is_update, to_peft
+from minilora_hub.adapter_folder.folders import refuse_lfs_pointer
+from minilora_hub.adapter_folder.names import PEFT_CONFIG, WEIGHTS, as_stock_transformers_reads, is_update, to_peft
 from minilora_hub.errors import AdapterError
 
 
@@ -29,7 +28,7 @@ def write_peft_config(folder: Path, config: dict[str, Any], base_id: str, base_r
     if isinstance(ordered.get("target_modules"), list):
         ordered["target_modules"] = sorted(ordered["target_modules"])
     text = json.dumps(ordered, indent=2, sort_keys=True, ensure_ascii=False)
-    (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
+    (folder / PEFT_CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def write_peft_folder(
     )
     write_peft_config(folder, fields, base_id, base_revision)
     renamed = {to_peft(name, targets.layers_path): tensor.cpu() for name, tensor in tensors.items()}
-    write_adapter(folder / SAFETENSORS, renamed)
+    write_adapter(folder / WEIGHTS, renamed)
 
 
 def lora_settings(**settings: Any) -> dict[str, Any]:
@@ -116,17 +115,17 @@ def copy_peft_weights(source: Path, out: Path) -> None:
     from minilora_hub.remote_code.adapter_files import read_adapter, write_adapter
 
     try:
-        refuse_lfs_pointer(source / SAFETENSORS)
-        with safe_open(source / SAFETENSORS, framework="pt") as file:
+        refuse_lfs_pointer(source / WEIGHTS)
+        with safe_open(source / WEIGHTS, framework="pt") as file:
             names = list(file.keys())
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{SAFETENSORS} is not a readable safetensors file ({error})") from error
+        raise AdapterError(f"{WEIGHTS} is not a readable safetensors file ({error})") from error
     if all(is_update(name) and as_stock_transformers_reads(name) == name for name in names):
-        shutil.copyfile(source / SAFETENSORS, out / SAFETENSORS)
+        shutil.copyfile(source / WEIGHTS, out / WEIGHTS)
         return
-    tensors = read_adapter(source / SAFETENSORS)
+    tensors = read_adapter(source / WEIGHTS)
     kept = {as_stock_transformers_reads(name): tensor for name, tensor in tensors.items() if is_update(name)}
-    write_adapter(out / SAFETENSORS, kept)
+    write_adapter(out / WEIGHTS, kept)
 
 
 def target_names(paths: list[str], base: Any) -> list[str]:
@@ -155,4 +154,4 @@ def with_peft(base: Any, folder: Path) -> Any:
         try:
             return PeftModel.from_pretrained(base, str(folder)).eval()
         except Warning as warning:
-            raise ValueError(f"{SAFETENSORS}: {warning}") from warning
+            raise ValueError(f"{WEIGHTS}: {warning}") from warning

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilora_hub.adapter_folder.companions import write_companions
-from minilora_hub.adapter_folder.tensor_files import SAFETENSORS
-from minilora_hub.adapter_folder.tensor_names import from_peft
-from minilora_hub.adapter_folder.writing import check_against_base
+from minilora_hub.adapter_folder.names import WEIGHTS, from_peft
+from minilora_hub.adapter_folder.reading import check_against_base
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.peft import lora_settings, target_names, write_peft_config
@@ -37,7 +36,7 @@ def write_normalised(folder: Path, adapter: PeftAdapter, source: Path | None) ->
     fields = lora_settings(**adapter.config, target_modules=targets)
     base = adapter.base
     write_peft_config(folder, fields, base.hub_id or base.name, base.commit)
-    write_adapter(folder / SAFETENSORS, adapter.tensors())
+    write_adapter(folder / WEIGHTS, adapter.tensors())
     return write_companions(folder, source, base)
 
 

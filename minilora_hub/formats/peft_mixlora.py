@@ -9,13 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.adapter_folder.folders import AdapterFolder
-from minilora_hub.adapter_folder.tensor_files import read_tensors
-from minilora_hub.adapter_folder.tensor_names import (
-    CANONICAL_LAYERS,
-    PEFT_PREFIX,
-    canonical_of_peft_mixlora,
-    to_peft_mixlora,
-)
+from minilora_hub.adapter_folder.names import CANONICAL_LAYERS, PEFT_PREFIX, canonical_of_peft_mixlora, to_peft_mixlora
+from minilora_hub.adapter_folder.reading import read_tensors
 from minilora_hub.bases.skeleton import BaseSource, skeleton
 from minilora_hub.documents import strict_json
 from minilora_hub.errors import AdapterError

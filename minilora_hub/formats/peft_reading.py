@@ -11,11 +11,12 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from minilora_hub.adapter_folder.folders import ADAPTER_CONFIG, AdapterFolder, Settings
-from minilora_hub.adapter_folder.tensor_files import read_tensors
-from minilora_hub.adapter_folder.tensor_names import PEFT_PREFIX, join_peft, split_peft
+from minilora_hub.adapter_folder.folders import AdapterFolder
+from minilora_hub.adapter_folder.names import PEFT_CONFIG, PEFT_PREFIX, join_peft, split_peft
+from minilora_hub.adapter_folder.reading import read_tensors
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
+from minilora_hub.formats.settings import Settings
 
 if TYPE_CHECKING:
     import torch
@@ -242,7 +243,7 @@ def _check_layout(fan_in_fan_out: bool, adapted: dict[str, Any]) -> None:
     if not any((kind == "Conv1D") == fan_in_fan_out for kind in kinds.values()):
         path, kind = next(iter(kinds.items()))
         raise AdapterError(
-            f"{ADAPTER_CONFIG}: fan_in_fan_out={fan_in_fan_out}: the base's {path} is a {kind}; it is True for Conv1D "
+            f"{PEFT_CONFIG}: fan_in_fan_out={fan_in_fan_out}: the base's {path} is a {kind}; it is True for Conv1D "
             "and False for Linear"
         )
 
@@ -310,7 +311,7 @@ def _check_targets(source: AdapterFolder, model: Any, adapted: set[str]) -> None
         config = LoraConfig(target_modules=named, **chosen)
         wanted = {path for path in linears if check_target_module_exists(config, path)}
     except (TypeError, ValueError, AttributeError, re.error) as error:
-        raise AdapterError(f"{ADAPTER_CONFIG}: target_modules={targets!r}: {error}") from error
+        raise AdapterError(f"{PEFT_CONFIG}: target_modules={targets!r}: {error}") from error
     for path in sorted(wanted - adapted):
         raise AdapterError(f"{path}: target_modules names it, but there are no tensors for it")
     for path in sorted(adapted - wanted):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from minilora_hub.adapter_folder.folders import AdapterFolder
-from minilora_hub.adapter_folder.writing import read_ours
+from minilora_hub.adapter_folder.reading import read_ours
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.mixlora import read_fields

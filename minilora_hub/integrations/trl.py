@@ -1,41 +1,101 @@
-"""The router losses of a MixLoRA in a PEFT model, added to the loss wherever a trainer takes it from.
+"""Add the router losses of a MixLoRA to the loss of any trainer: transformers' Trainer, and TRL's trainers.
 
-Hooks on the base causal language model see every call of it, whoever calls and whatever its `forward` has been replaced
-by (TRL puts in one that calls the decoder and the head apart, and computes the loss from log-probabilities):
+Hooks on the causal language model see every call of it, even where TRL has replaced its `forward` by one that calls the
+decoder and the head separately and computes the loss from log-probabilities:
 
-- a call with labels, in training: the penalty is added to the loss that comes out;
-- a call of TRL's fused head: what comes out has `aux_loss`, with which TRL's trainers treat the model as one of
-  transformers' mixtures: they add it times `router_aux_loss_coef` to their loss, log it, and have a setting for it.
-  They know a mixture by two fields of its configuration, which the base's has while a MixLoRA is active on it;
-- a call with `output_router_logits=True`: the outputs of `MixLoraForCausalLM`.
+- a call with labels, in training: the penalty is added to the loss in the outputs;
+- a call of TRL's fused head: the outputs get `aux_loss`, and TRL's trainers treat the model as one of transformers'
+  mixtures: they add `router_aux_loss_coef * aux_loss` to their loss, log it, and have a setting for it. They recognise
+  a mixture by two fields of the base's configuration, which are set while a MixLoRA is active on it;
+- a call with `output_router_logits=True`: the outputs are those of `MixLoraForCausalLM`.
 
-The penalty is the sum of the weighted router losses, over the tokens that are no padding; for an accumulated batch each
-micro-batch has the weight of its share of labels (in TRL's trainers: the same weight).
+The penalty is the sum of the weighted router losses over the tokens that are not padding. In an accumulated batch each
+micro-batch counts by its share of the labels (in TRL's trainers: all count alike).
+
+This holds for a MixLoRA in a PEFT model. A `MixLoraForCausalLM` computes all this itself except in TRL's fused head:
+for those calls it gets the same hooks, see `register`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
-from minilora_hub.remote_code.modeling_minilora import AnnouncedMixture, MixLoraCausalLMOutput, share_of_items
+from minilora_hub.remote_code.modeling_minilora import INTEGRATIONS, MixLoraCausalLMOutput, share_of_items
 from minilora_hub.remote_code.routing import (
     _COMPILED_RECORD,
     checkpoint_contexts,
     current_record,
     is_being_trained,
     record_routing,
+    router_loss_weights,
     router_losses,
 )
 
 ATTRIBUTE = "_minilora_router_loss"
+FUSED_HEAD = "fused_lm_head"
+"""The argument with which TRL's trainers call the forward that they put in."""
+ANNOUNCED = ("output_router_logits", "router_aux_loss_coef")
 
 _OPEN: ContextVar[tuple[OpenCall, ...]] = ContextVar("minilora_open_calls", default=())
+
+
+class AnnouncedMixture:
+    """The fields of a base's configuration by which TRL's trainers recognise a mixture.
+
+    From TRL 1.16 on they compute the loss from log-probabilities, and add ``router_aux_loss_coef * outputs.aux_loss``
+    where the configuration has these fields. (Older versions take the loss from the outputs, and would look for more
+    fields than these.)
+
+    Args:
+        text_config: the base's configuration. It is changed.
+        weights: weights of the router losses, from `router_loss_weights`.
+
+    Attributes:
+        coefficient: the coefficient that was written into the configuration; None where nothing was.
+    """
+
+    def __init__(self, text_config: Any, weights: dict[str, float]) -> None:
+        self.text_config, self.coefficient = text_config, None
+        if weights and _trl_adds_losses() and not any(hasattr(text_config, field) for field in ANNOUNCED):
+            self.coefficient = weights.get("aux_loss", 1.0)
+            text_config.output_router_logits, text_config.router_aux_loss_coef = False, self.coefficient
+
+    def withdraw(self) -> None:
+        """Remove the fields."""
+        if self.coefficient is not None:
+            for field in ANNOUNCED:
+                delattr(self.text_config, field)
+        self.coefficient = None
+
+    def scale(self) -> float:
+        """Return the factor by which the trainer's own setting has changed the coefficient."""
+        return float(self.text_config.router_aux_loss_coef / self.coefficient) if self.coefficient else 1.0
+
+    def complete(self, outputs: Any, penalty: Any) -> Any:
+        """Add `aux_loss` to the outputs of TRL's forward: the weighted losses, divided by the coefficient."""
+        if penalty is None:
+            outputs["aux_loss"] = outputs.log_probs.new_zeros(())
+            return outputs
+        penalty = penalty.to(outputs.log_probs.device)
+        outputs["aux_loss"] = penalty / (self.coefficient or 1.0)
+        outputs["loss"] = outputs["loss"] + penalty * self.scale()
+        return outputs
+
+
+def _trl_adds_losses() -> bool:
+    try:
+        return Version(version("trl")) >= Version("1.16")
+    except PackageNotFoundError:
+        return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +170,7 @@ class RouterLoss:
         if not asked and not model.training:
             return None
         kwargs = {name: value for name, value in kwargs.items() if name != "output_router_logits"}
-        if kwargs.get(AnnouncedMixture.HEAD):
+        if kwargs.get(FUSED_HEAD):
             kwargs["output_router_logits"] = False  # else it would look for them in the decoder's outputs
         mixture = self._active_mixture()
         pays = (
@@ -155,15 +215,45 @@ class RouterLoss:
         if call.mixture is not None:
             trained = is_being_trained(call.model, call.mixture.router)
             losses = router_losses(call.record, call.mixture.routing, trained)
-            penalty = sum(weight * losses[name] for name, weight in call.mixture.loss_weights.items())
-        if kwargs.get(AnnouncedMixture.HEAD):
-            return self.announced.put_out(outputs, penalty)
+            if weights := call.mixture.loss_weights:
+                penalty = sum(weight * losses[name] for name, weight in weights.items())
+        if kwargs.get(FUSED_HEAD):
+            return self.announced.complete(outputs, penalty)
         labels = kwargs.get("labels")
         if penalty is not None and call.model.training and labels is not None:
             items = labels if labels.dim() > 1 else labels.unsqueeze(-1).expand(-1, 2)  # a label a sequence: all count
             share = share_of_items(items, kwargs.get("num_items_in_batch"))
             outputs = _add_to_loss(outputs, penalty * self.announced.scale() * share)
         return _with_routing(outputs, losses, call.record) if call.asked else outputs
+
+
+class FusedHeadLoss(RouterLoss):
+    """The same on a `MixLoraForCausalLM`, for the calls of TRL's fused head only."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, MixtureOfLoraExperts)
+        for module in model.modules():
+            if isinstance(module, MixtureOfLoraExperts):
+                module.loss_weights = router_loss_weights(model.config)
+        self.refresh()
+
+    def _active_mixture(self) -> Any:
+        return self.layers[0] if self.layers else None
+
+    def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super()._before(model, args, kwargs) if kwargs.get(FUSED_HEAD) else None
+
+
+def register() -> None:
+    """Let TRL's trainers add the router losses of every `MixLoraForCausalLM` that is made from now on."""
+    if add_to not in INTEGRATIONS:
+        INTEGRATIONS.append(add_to)
+
+
+def add_to(model: Any) -> Callable[[], None]:
+    """Put the hooks on a `MixLoraForCausalLM`, and return the function that takes them away."""
+    hooks = model.__dict__[ATTRIBUTE] = FusedHeadLoss(model)
+    return hooks.remove
 
 
 def _pass_on(record: Any) -> None:

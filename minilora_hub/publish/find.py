@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import tempfile
@@ -13,15 +12,14 @@ from typing import Any
 
 from minilora_hub.adapter_folder.code import code_files, code_hash, release_of
 from minilora_hub.adapter_folder.code_references import code_references
-from minilora_hub.adapter_folder.folders import AdapterFolder, describe_folder, refuse_lfs_pointer
+from minilora_hub.adapter_folder.folders import AdapterFolder, count_values, describe_folder, read_source
+from minilora_hub.adapter_folder.names import WEIGHTS
 from minilora_hub.adapter_folder.recorded import METHODS
 from minilora_hub.adapter_folder.results import RESULTS_FILE, Evaluation, Results
-from minilora_hub.adapter_folder.sources import WEIGHTS, read_source
 from minilora_hub.bases.embedded import HUB_ID
 from minilora_hub.bases.resolving import EMBEDDED
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.reading import check_settings
-from minilora_hub.hub.plain_files import read_header
 
 SORTS = ("downloads", "likes", "last_modified", "created_at", "trending_score")
 LISTED = ["author", "cardData", "createdAt", "downloads", "lastModified", "likes", "private", "tags", "trendingScore"]
@@ -203,17 +201,6 @@ def _in_another_format(found: AdapterFolder, name: str, commit: str | None) -> A
         files=files,
         warnings=code_warnings(found.folder),
     )
-
-
-def count_values(weights: Path) -> int:
-    """Count the values in a safetensors file from its header alone.
-
-    Raises:
-        AdapterError: it is no safetensors file.
-    """
-    refuse_lfs_pointer(weights)
-    header, _ = read_header(weights)
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 def list_adapters(

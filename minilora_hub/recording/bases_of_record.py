@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
-from minilora_hub.adapter_folder.sources import Source
+from minilora_hub.adapter_folder.folders import AdapterFolder as Source
 from minilora_hub.bases.embedded import HUB_ID
-from minilora_hub.bases.resolving import EMBEDDED, ResolvedBase, load_model, resolve_base
+from minilora_hub.bases.resolving import EMBEDDED, ResolvedBase, resolve_base
 from minilora_hub.errors import AdapterError
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -60,7 +59,7 @@ class BaseOfRecord:
         return None if from_hub else str(self.found.path)
 
 
-def find_base(
+def find_base_of_record(
     source: Source, base_id: str | None, base_model: str | None, token: str | None, progress: bool
 ) -> BaseOfRecord:
     """Find the base that the adapter was trained on, and fetch it if it is not on this machine yet.
@@ -77,9 +76,10 @@ def find_base(
         BaseModelError: it cannot be found.
     """
     published, revision = published_base(source, base_id)
-    name = base_model or source.base or published
-    at = source.base_revision if name == source.base else None
-    return BaseOfRecord(published, revision, resolve_base(name, revision=at, token=token, progress=progress))
+    name, at = source.named_base(base_model)
+    return BaseOfRecord(
+        published, revision, resolve_base(name or published, revision=at, token=token, progress=progress)
+    )
 
 
 def require_trained_on(source: Source, base: BaseOfRecord, fingerprint: str) -> None:
@@ -113,15 +113,3 @@ def wanted_dtype(found: ResolvedBase) -> str:
     """Return the dtype in which logits are computed: ``"float32"``, or ``"auto"`` for the checkpoint's own."""
     size = sum(path.stat().st_size for path in found.path.glob("*.safetensors"))
     return "float32" if size <= LARGE else "auto"
-
-
-def load_base(found: ResolvedBase) -> Any:
-    """Load a base on the processor, ready to compute logits.
-
-    Raises:
-        BaseModelError: it cannot be loaded, or its checkpoint lacks a tensor.
-    """
-    import torch
-
-    dtype: Any = "auto" if wanted_dtype(found) == "auto" else torch.float32
-    return load_model(found, dtype=dtype)

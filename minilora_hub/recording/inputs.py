@@ -19,17 +19,24 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from minilora_hub.adapter_folder.folders import COMPANIONS, TOKENIZER_FILES, read_json
-from minilora_hub.adapter_folder.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, Source
+from minilora_hub.adapter_folder.folders import AdapterFolder as Source
+from minilora_hub.adapter_folder.folders import read_json
+from minilora_hub.adapter_folder.names import (
+    COMPANIONS,
+    OUR_CONFIG,
+    PEFT_CONFIG,
+    TEMPLATE,
+    TOKENIZER_FILES,
+    TOKENIZING,
+    WEIGHTS,
+)
 from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.code_inputs import code_inputs, library_inputs
 from minilora_hub.recording.bases_of_record import wanted_dtype
 
 Digest = Callable[[Path], str]
 
-GENERATION = "generation_config.json"
-TOKENIZING = tuple(name for name in COMPANIONS if name not in (GENERATION, "chat_template.jinja"))
-
+HASHED = tuple(name for name in TOKENIZING if name != TEMPLATE)
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json")
 
 # Hashed as this module is imported: what a file says later is not what this process runs.
@@ -77,7 +84,7 @@ def inputs_of(source: Source, base: ResolvedBase, fingerprint: str, digest: Dige
     config = OUR_CONFIG if source.layout == "auto" else PEFT_CONFIG
     tokenizer = tokenizer_folder(source, base)
     found = {f"adapter/{name}": digest(source.folder / name) for name in (config, WEIGHTS)}
-    found |= {f"tokenizer/{name}": digest(tokenizer / name) for name in TOKENIZING if (tokenizer / name).is_file()}
+    found |= {f"tokenizer/{name}": digest(tokenizer / name) for name in HASHED if (tokenizer / name).is_file()}
     found |= base_inputs(base, fingerprint, digest)
     return found | {"dtype": wanted_dtype(base)} | CODE_AND_LIBRARIES
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.adapter_folder.companions import own_tokenizer
+from minilora_hub.adapter_folder.folders import AdapterFolder as Source
+from minilora_hub.adapter_folder.names import WEIGHTS
 from minilora_hub.adapter_folder.results import Verification
-from minilora_hub.adapter_folder.sources import WEIGHTS, Source
+from minilora_hub.bases.loading import load_base
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.formats.peft import PeftTargets, peft_targets, with_peft, write_peft_folder
 from minilora_hub.formats.reading import read_adapter
-from minilora_hub.recording.bases_of_record import BaseOfRecord, load_base
+from minilora_hub.recording.bases_of_record import BaseOfRecord, wanted_dtype
 from minilora_hub.recording.document import Recording
 from minilora_hub.recording.inputs import tokenizer_folder
 from minilora_hub.recording.logits import TOLERANCES, TopLogits, difference, logits_of, prompt_ids, record
@@ -44,7 +46,7 @@ def make_recording(
         BaseModelError: the base cannot be loaded.
         ValueError: the weights do not fit the configuration and the base; the message names the tensor.
     """
-    model_of_base = load_base(base.found)
+    model_of_base = load_base(base.found, dtype=wanted_dtype(base.found))
     dtype = str(model_of_base.dtype).removeprefix("torch.")
     base_parameters = sum(parameter.numel() for parameter in model_of_base.parameters())
     vocabulary = int(model_of_base.get_input_embeddings().num_embeddings)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from minilora_hub.adapter_folder.folders import AdapterFolder as Source
+from minilora_hub.adapter_folder.folders import read_source
 from minilora_hub.adapter_folder.results import Verification
-from minilora_hub.adapter_folder.sources import Source, read_source
 from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.code_inputs import changes
 from minilora_hub.errors import AdapterError

@@ -1,9 +1,7 @@
 """The public models: MixLoRA and DoRA adapters in a base with and without its language-model head."""
 
-import re
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -62,60 +60,11 @@ def share_of_items(labels, num_items_in_batch):
     return (labels[..., 1:] != -100).sum() / num_items_in_batch
 
 
-def _trl_adds_losses():
-    """Whether a TRL is installed whose trainers add `outputs.aux_loss` themselves."""
-    try:
-        numbers = re.findall(r"\d+", version("trl"))
-    except PackageNotFoundError:
-        return False
-    return [int(number) for number in numbers[:2]] >= [1, 16]
+INTEGRATIONS: list = []
+"""Functions that get each new MixLoRA and return a function that undoes what they did to it and to its base.
 
-
-class AnnouncedMixture:
-    """What TRL's trainers must see to add our router losses to the loss they compute, and to log them.
-
-    They put a forward of their own in place of the model's, which calls decoder and head apart. From TRL 1.16 on they
-    compute the loss from its log-probabilities, and where the base's configuration has the two fields that are set
-    here, as those of transformers' mixtures have, they add ``router_aux_loss_coef * outputs.aux_loss``. (Before, they
-    took the loss that comes out, so there is nothing to announce, and they would look for more than these fields.)
-
-    Args:
-        text_config: the base's configuration. It is changed.
-        weights: weights of the router losses, from `router_loss_weights`.
-
-    Attributes:
-        coefficient: what was written into the configuration; None where nothing was.
-    """
-
-    FIELDS = ("output_router_logits", "router_aux_loss_coef")
-    HEAD = "fused_lm_head"
-
-    def __init__(self, text_config, weights):
-        self.text_config, self.coefficient = text_config, None
-        if weights and _trl_adds_losses() and not any(hasattr(text_config, field) for field in self.FIELDS):
-            self.coefficient = weights.get("aux_loss", 1.0)
-            text_config.output_router_logits, text_config.router_aux_loss_coef = False, self.coefficient
-
-    def withdraw(self):
-        """Leave the configuration as it was."""
-        if self.coefficient is not None:
-            for field in self.FIELDS:
-                delattr(self.text_config, field)
-        self.coefficient = None
-
-    def scale(self):
-        """How much the trainer's own setting has changed the coefficient."""
-        return self.text_config.router_aux_loss_coef / self.coefficient if self.coefficient else 1.0
-
-    def put_out(self, outputs, penalty):
-        """The outputs of TRL's forward with `aux_loss`: the weighted losses, less the coefficient it will put to it."""
-        if penalty is None:
-            outputs["aux_loss"] = outputs.log_probs.new_zeros(())
-            return outputs
-        penalty = penalty.to(outputs.log_probs.device)
-        outputs["aux_loss"] = penalty / (self.coefficient or 1.0)
-        outputs["loss"] = outputs["loss"] + penalty * self.scale()
-        return outputs
+minilora_hub adds one for trainers that do not take the loss from the model's outputs.
+"""
 
 
 class MixtureForward:
@@ -123,38 +72,23 @@ class MixtureForward:
 
     def __init__(self, config, **kwargs):
         super().__init__(config, **kwargs)
-        self.announced = AnnouncedMixture(self.base.config.get_text_config(), router_loss_weights(config))
+        self._enter_integrations()
 
-    def __call__(self, *args, **kwargs):
-        """Forward, or what a trainer has put in its place (see `AnnouncedMixture`)."""
-        if "forward" not in self.__dict__:
-            return super().__call__(*args, **kwargs)
-        fused = kwargs.get(AnnouncedMixture.HEAD)
-        if fused:
-            kwargs["output_router_logits"] = False  # or it would look for them in the decoder's outputs
-        mask = kwargs.get("attention_mask")
-        with record_routing(mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None) as record:
-            outputs = super().__call__(*args, **kwargs)
-        weights, labels = router_loss_weights(self.config), kwargs.get("labels")
-        if isinstance(outputs, (MixLoraCausalLMOutput, MixLoraModelOutput, tuple)):  # our own, in somebody's wrapper
-            return outputs
-        if not (weights and (fused or (self.training and labels is not None))):
-            return self.announced.put_out(outputs, None) if fused else outputs
-        losses = self._router_losses(record)
-        penalty = sum(weight * losses[name] for name, weight in weights.items())
-        if fused:
-            return self.announced.put_out(outputs, penalty)
-        outputs["loss"] = outputs["loss"] + penalty * share_of_items(labels, kwargs.get("num_items_in_batch"))
-        return outputs
+    def _enter_integrations(self):
+        self._leave_integrations = [enter(self) for enter in INTEGRATIONS]
 
     def unload(self):
-        self.announced.withdraw()
+        for leave in self._leave_integrations:
+            leave()
         return super().unload()
 
     def save_base(self, folder, **kwargs):
-        self.announced.withdraw()  # the base's own configuration is saved, without what was put into it
-        super().save_base(folder, **kwargs)
-        self.announced = AnnouncedMixture(self.base.config.get_text_config(), router_loss_weights(self.config))
+        for leave in self._leave_integrations:  # the base's configuration is saved, without what they put into it
+            leave()
+        try:
+            super().save_base(folder, **kwargs)
+        finally:
+            self._enter_integrations()
 
     def _forward(self, output_class, output_router_logits, output_routing, arguments):
         """Forward of the base with `arguments`, all by name, and what was asked of the routers."""

@@ -78,8 +78,11 @@ def build_trainer(
 
 def _can_balance_base(model: Any) -> bool:
     """Whether TRL can compute the balance loss of a sparse base: it reads `num_experts`, which Llama 4 lacks."""
+    from minilora_hub.integrations.trl import ATTRIBUTE
+
     config = model.config.get_text_config(decoder=True)
-    return hasattr(model, "announced") or hasattr(config, "num_experts") or not hasattr(config, "output_router_logits")
+    ours = ATTRIBUTE in model.__dict__
+    return ours or hasattr(config, "num_experts") or not hasattr(config, "output_router_logits")
 
 
 def _peft_callbacks(settings: TrainingSettings, trainee: Trainee, shape: Shape) -> list[Any]:

@@ -16,7 +16,7 @@ from peft import TaskType
 from transformers import AutoModelForCausalLM
 from transformers.generation import GenerationMixin
 
-from minilora_hub.adapter_folder.tensor_names import to_peft
+from minilora_hub.adapter_folder.names import to_peft
 from minilora_hub.remote_code.adapted_model import AdaptedModel
 from minilora_hub.remote_code.adapter_files import ADAPTER_FILE, write_adapter
 from minilora_hub.remote_code.base_structure import find_decoder_layers

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from minilora_hub.bases import loading
 from minilora_hub.bases.end_tokens import end_token_ids
-from minilora_hub.bases.resolving import ResolvedBase, resolve_base
+from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.errors import BaseModelError, TrainingError
 from minilora_hub.training.recipes import OURS
 from minilora_hub.training.settings import TrainingSettings
@@ -35,12 +36,7 @@ def load_tokenizer(resolved: ResolvedBase) -> Any:
     Raises:
         BaseModelError: it cannot be loaded, or has no eos token.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolved.path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"base {resolved.name!r}: its tokenizer cannot be loaded: {error}") from error
+    tokenizer = loading.load_tokenizer(resolved)
     if tokenizer.eos_token is None:
         known = end_token_ids(tokenizer, base_generation_config(resolved))
         example = tokenizer.convert_ids_to_tokens(known[0]) if known else "</s>"
@@ -51,11 +47,6 @@ def load_tokenizer(resolved: ResolvedBase) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def find_base(settings: TrainingSettings, progress: bool) -> ResolvedBase:
-    """The base on this machine's disk, fetched where needed."""
-    return resolve_base(settings.base, revision=settings.base_revision, progress=progress)
 
 
 def base_context(resolved: ResolvedBase) -> int:
@@ -73,7 +64,7 @@ def base_generation_config(resolved: ResolvedBase) -> Any:
 
     if (resolved.path / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(resolved.path)
-    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(resolved.path))
+    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(resolved.path, trust_remote_code=False))
 
 
 def check_embedding(model: Any, tokenizer: Any, largest: int, resolved: ResolvedBase) -> None:
@@ -154,8 +145,10 @@ def base_arguments(settings: TrainingSettings) -> dict[str, Any]:
 
 def _ours(settings: TrainingSettings, resolved: ResolvedBase, arguments: dict[str, Any]) -> Any:
     from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraConfig, MixLoraForCausalLM
+    from minilora_hub.integrations import trl
     from minilora_hub.training.lora_model import LoraConfig, LoraForCausalLM
 
+    trl.register()
     configs = {"lora": LoraConfig, "dora": DoraConfig}
     models = {"lora": LoraForCausalLM, "dora": DoraForCausalLM}
     config = configs.get(settings.method, MixLoraConfig)(**settings.recipe.adapter)

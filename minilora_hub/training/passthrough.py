@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.bases.resolving import ResolvedBase, load_model
+from minilora_hub.bases.loading import load_base
+from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.errors import TrainingError
 from minilora_hub.training.peft_configs import config_class_of
 from minilora_hub.training.settings import TrainingSettings
@@ -35,7 +36,7 @@ def build_peft_model(settings: TrainingSettings, resolved: ResolvedBase, argumen
 
     from minilora_hub.remote_code.base_structure import keep_4bit_weights_exact
 
-    base = load_model(resolved, **arguments)
+    base = load_base(resolved, **arguments)
     keep_4bit_weights_exact(base)
     chosen = dict(settings.recipe.adapter)
     config_class = config_class_of(chosen)
@@ -76,7 +77,7 @@ def make_up_for_rounding(model: Any, resolved: ResolvedBase) -> None:
     import torch
     from peft.tuners.lora import Linear4bit
 
-    exact = load_model(resolved, dtype="auto")
+    exact = load_base(resolved, dtype="auto")
     layers = {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, Linear4bit)}
     if not layers:
         raise TrainingError(f"LoftQ: base {resolved.name!r} has no 4-bit linear once it is quantised")

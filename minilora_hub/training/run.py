@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from minilora_hub.bases.end_tokens import end_token_ids
+from minilora_hub.bases.resolving import ResolvedBase, resolve_base
 from minilora_hub.errors import MiniLoraError, TrainingError, TrainingInterrupted
 from minilora_hub.quiet import quiet_libraries
 from minilora_hub.training.folder_lock import folder_lock, is_empty
@@ -161,14 +162,13 @@ class _Run:
             base_generation_config,
             build_trainee,
             check_embedding,
-            find_base,
             load_tokenizer,
         )
         from minilora_hub.training.trainer import CHECKPOINTS
 
         before = self._state_before()
         begun = (before and before.begun) or self._now()
-        resolved = find_base(self.settings, self.progress)
+        resolved = self._find_base(self.progress)
         tokenizer = load_tokenizer(resolved)
         generation = base_generation_config(resolved)
         ends = end_token_ids(tokenizer, generation)
@@ -217,20 +217,22 @@ class _Run:
             notes=tuple(notes),
         )
 
+    def _find_base(self, progress: bool) -> ResolvedBase:
+        return resolve_base(self.settings.base, revision=self.settings.base_revision, progress=progress)
+
     def record(self) -> tuple[str, ...]:
         """Record what the adapter computes as it was saved; return what the user should know.
 
         The run is over and saved: where this fails, the user is told, and a push does it.
         """
         from minilora_hub.recording.reuse import keep_recording
-        from minilora_hub.training.models import find_base
         from minilora_hub.training.outputs import published_method
 
         if published_method(self.settings) is None:
             return ()
         gc.collect()
         try:
-            keep_recording(self.out, find_base(self.settings, False))
+            keep_recording(self.out, self._find_base(progress=False))
         except (MiniLoraError, ValueError, OSError, RuntimeError, MemoryError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             return (f"what the adapter computes could not be recorded, a push does it: {reason}",)

@@ -106,7 +106,7 @@ def test_out_and_json_leave_the_folders_alone(saved, capsys, tmp_path):
     ],
 )
 def test_wrong_arguments_are_told_before_anything_is_loaded(saved, capsys, monkeypatch, arguments, code, said):
-    monkeypatch.setattr("minilora_hub.evaluation.run.load_base", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr("minilora_hub.evaluation.run.load_base", lambda *_, **__: pytest.fail("loaded"))
     base, adapters = saved
     arguments = [adapters[0] if argument == "ADAPTER" else argument for argument in arguments]
     found, out = main(capsys, *arguments, "--base", base)
@@ -120,7 +120,7 @@ def test_a_missing_extra_is_named_before_anything_is_loaded(saved, capsys, monke
     from minilora_hub.errors import MissingExtraError
     from minilora_hub.evaluation.tasks.items import Task
 
-    monkeypatch.setattr("minilora_hub.evaluation.run.load_base", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr("minilora_hub.evaluation.run.load_base", lambda *_, **__: pytest.fail("loaded"))
     if missing == "scipy":
         monkeypatch.setitem(sys.modules, "scipy.stats", None)
     else:

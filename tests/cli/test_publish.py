@@ -125,7 +125,7 @@ def test_a_push_that_cannot_ask_needs_a_yes(shell, hub, adapter):
         (["verify", "ana/gone"], "ana/gone is not on the Hub"),
         (["info", "ana/gone"], "ana/gone is not on the Hub"),
         (["pull", "ana/gone"], "ana/gone is not on the Hub"),
-        (["info", "{root}"], "neither config.json nor adapter_config.json is there"),
+        (["info", "{root}"], "neither config.json nor adapter_config.json"),
         (["card", "{base}"], "results.json"),
     ],
 )

@@ -21,9 +21,8 @@ from tiny import logits, tiny_base
 from transformers import AutoModelForCausalLM
 
 from minilora_hub import DoraForCausalLM, MixLoraForCausalLM
-from minilora_hub.adapter_folder.folders import read_folder
-from minilora_hub.adapter_folder.sources import read_source
-from minilora_hub.adapter_folder.writing import read_ours
+from minilora_hub.adapter_folder.folders import read_folder, read_source
+from minilora_hub.adapter_folder.reading import read_ours
 from minilora_hub.bases.skeleton import find_base
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.importing import import_adapter, import_as_experts
@@ -63,7 +62,7 @@ def test_reference_to_ours_and_back_is_bit_equal(family, dtype, bases, tmp_path)
     before = {name: tensor.to(dtype) for name, tensor in torch.load(source / "adapter_model.bin").items()}
     torch.save(before, source / "adapter_model.bin")
     import_adapter(source, tmp_path / "ours", base=str(bases(family)))
-    base = find_base(None, str(bases(family)))
+    base = find_base(str(bases(family)))
     config, tensors, _ = read_ours(read_folder(tmp_path / "ours"), base)
     (tmp_path / "back").mkdir()
     write_reference(tmp_path / "back", config, tensors, base)
@@ -81,7 +80,7 @@ def test_what_is_written_for_the_reference_runs_there(bases, tmp_path):
 
     model = mixlora(tiny_base(), lora_dropout=0.0)
     model.save_pretrained(tmp_path / "ours", tokenizer=None)
-    base = find_base(None, str(bases()))
+    base = find_base(str(bases()))
     config, tensors, _ = read_ours(read_folder(tmp_path / "ours"), base)
     (tmp_path / "reference").mkdir()
     write_reference(tmp_path / "reference", config, tensors, base)
@@ -135,7 +134,7 @@ def test_the_three_routing_strategies(strategy, bases, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
     for name, value in ours.items():
         assert getattr(loaded.config, name) == value
-    base = find_base(None, str(bases()))
+    base = find_base(str(bases()))
     config, tensors, _ = read_ours(read_folder(tmp_path / "out"), base)
     (tmp_path / "back").mkdir()
     write_reference(tmp_path / "back", config, tensors, base)
@@ -269,7 +268,7 @@ def test_dora_becomes_ours_and_goes_back(settings, bases, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", trust_remote_code=True)
     assert (logits(twin) - logits(tiny_base())).abs().max() > 1e-2
     torch.testing.assert_close(logits(loaded), logits(twin), rtol=0, atol=1e-4)
-    base = find_base(None, str(bases()))
+    base = find_base(str(bases()))
     config, tensors, sites = read_ours(read_folder(tmp_path / "ours"), base)
     write_peft_folder(tmp_path / "back", config, tensors, peft_targets(sites, base.skeleton), "org/base", None)
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("source", "back"))

@@ -97,7 +97,7 @@ def test_it_computes_what_our_model_computes(strategy, dora):
     model = peft_model(expert_lora={"r": 3}, use_dora=dora, routing_strategy=strategy)
     with torch.no_grad():
         values = ours.adapter_parameters()
-        from minilora_hub.adapter_folder.tensor_names import canonical_of_peft_mixlora
+        from minilora_hub.adapter_folder.names import canonical_of_peft_mixlora
 
         for name, parameter in model.named_parameters():
             if ".default." in name:
@@ -457,7 +457,7 @@ def test_a_state_dict_holds_one_adapter_and_no_base():
 
 def test_our_own_layout_loads_in_peft(tmp_path):
     """Tensors under the island's names, as in a published folder's file."""
-    from minilora_hub.adapter_folder.tensor_names import canonical_of_peft_mixlora
+    from minilora_hub.adapter_folder.names import canonical_of_peft_mixlora
 
     model = peft_model(use_dora=True)
     model.save_pretrained(tmp_path)

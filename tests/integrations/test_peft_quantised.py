@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from minilora_hub import MixLoraConfig, MixLoraForCausalLM, register
-from minilora_hub.adapter_folder.tensor_names import canonical_of_peft_mixlora
+from minilora_hub.adapter_folder.names import canonical_of_peft_mixlora
 
 register()
 

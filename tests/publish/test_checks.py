@@ -150,7 +150,7 @@ def test_ones_own_token_is_found_whatever_it_looks_like(folder, monkeypatch):
 
 def test_the_peft_folder(folder, clean):
     """`peft/` must hold the same adapter."""
-    from minilora_hub.adapter_folder.tensor_names import to_peft
+    from minilora_hub.adapter_folder.names import to_peft
 
     target = shutil.copytree(clean["dora"], folder.parent / "dora")
     tensors = {to_peft(name, "model.layers"): t for name, t in load_file(target / WEIGHTS).items()}

@@ -181,7 +181,11 @@ def test_every_code_file_and_library_counts(fresh, built):
     assert kinds == {"adapter", "tokenizer", "base", "code", "library", "dtype"}
     assert {"code/remote_code/adapted_linear.py", "code/recording/logits.py", "code/formats/peft.py"} <= known.keys()
     # What they import counts as well.
-    assert {"code/adapter_folder/tensor_files.py", "code/bases/resolving.py", "code/adapter_folder/results.py"} <= known.keys()
+    assert {
+        "code/adapter_folder/reading.py",
+        "code/bases/resolving.py",
+        "code/adapter_folder/results.py",
+    } <= known.keys()
     assert {"library/torch", "library/transformers", "library/tokenizers"} <= known.keys()
     good = Recording.load(folder).inputs
     for name in known:

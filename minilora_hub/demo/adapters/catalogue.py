@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
-from minilora_hub.adapter_folder.sources import read_source
+from minilora_hub.adapter_folder.folders import read_source
 from minilora_hub.compare.engine import CompareEngine
 from minilora_hub.demo.adapters.cards import AdapterCard, read_card
 from minilora_hub.demo.adapters.from_hub import LinkedAdapters

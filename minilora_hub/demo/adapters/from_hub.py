@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.adapter_folder.code_references import CONFIGURATION_FILES, code_references
-from minilora_hub.adapter_folder.companions import TEMPLATE
-from minilora_hub.adapter_folder.folders import describe_folder
+from minilora_hub.adapter_folder.folders import describe_folder, read_configuration
+from minilora_hub.adapter_folder.names import TEMPLATE, WEIGHTS
+from minilora_hub.adapter_folder.reading import our_config
 from minilora_hub.adapter_folder.results import RESULTS_FILE
-from minilora_hub.adapter_folder.sources import WEIGHTS, read_configuration
-from minilora_hub.adapter_folder.writing import our_config
 from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.compare.engine import Column, CompareEngine
 from minilora_hub.demo.adapters.cards import AdapterCard, read_card

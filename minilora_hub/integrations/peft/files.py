@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from minilora_hub.adapter_folder.tensor_names import (
+from minilora_hub.adapter_folder.names import (
     MIXLORA_ATTRIBUTE,
     PEFT_PREFIX,
     as_stock_transformers_reads,

@@ -24,7 +24,7 @@ from peft.utils.integrations import init_empty_weights
 from peft.utils.other import set_additional_trainable_modules
 from torch import nn
 
-from minilora_hub.adapter_folder.tensor_names import MIXLORA_ATTRIBUTE
+from minilora_hub.adapter_folder.names import MIXLORA_ATTRIBUTE
 from minilora_hub.errors import MiniLoraError
 from minilora_hub.integrations.peft.config import MIXLORA, MixLoraPeftConfig, PeerLoraConfig, as_peer
 from minilora_hub.integrations.peft.files import remap_for_load, saved_name

@@ -7,8 +7,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from minilora_hub.adapter_folder.folders import AdapterFolder as Source
 from minilora_hub.adapter_folder.results import RESULTS_FILE, Base, Results
-from minilora_hub.adapter_folder.sources import Source
 from minilora_hub.errors import AdapterError, MissingExtraError
 
 CARD = "README.md"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
+from minilora_hub.adapter_folder.names import PEFT_CONFIG
 from minilora_hub.adapter_folder.results import RESULTS_FILE
 from minilora_hub.bases.resolving import EMBEDDED
 from minilora_hub.errors import AdapterError
-from minilora_hub.publish.checks.problems import PEFT_CONFIG, Folder, Problem
+from minilora_hub.publish.checks.problems import Folder, Problem
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")

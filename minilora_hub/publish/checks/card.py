@@ -8,13 +8,14 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from minilora_hub.adapter_folder.names import WEIGHTS
 from minilora_hub.adapter_folder.results import RESULTS_FILE, VERIFICATION_FILE, Verification
 from minilora_hub.documents import strict_json
 from minilora_hub.errors import AdapterError
 from minilora_hub.publish.card import free_text
 from minilora_hub.publish.card.render import README, numbers_in, render_card, settings_of
 from minilora_hub.publish.checks.base import base_of
-from minilora_hub.publish.checks.problems import WEIGHTS, Folder, Problem
+from minilora_hub.publish.checks.problems import Folder, Problem
 
 RENDER = "render it again: minilora card DIR; words of your own go between its free-text marks"
 SHOWN = 3

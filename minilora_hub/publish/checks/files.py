@@ -15,8 +15,9 @@ from pathlib import Path
 
 from minilora_hub.adapter_folder.code import island_files
 from minilora_hub.adapter_folder.hashes import Hashes
+from minilora_hub.adapter_folder.names import PEFT_CONFIG, WEIGHTS
 from minilora_hub.publish.card.pictures import PICTURES
-from minilora_hub.publish.checks.problems import PEFT_CONFIG, WEIGHTS, Folder, Problem
+from minilora_hub.publish.checks.problems import Folder, Problem
 
 MEBI = 2**20
 # Everything that a published repo may hold, and how large it may be.

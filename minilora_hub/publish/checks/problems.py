@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.adapter_folder.hashes import Hashes
+from minilora_hub.adapter_folder.names import PEFT_CONFIG
 from minilora_hub.adapter_folder.results import Results
 from minilora_hub.documents import strict_json
 from minilora_hub.errors import AdapterError
 
-WEIGHTS = "adapter_model.safetensors"
-PEFT_CONFIG = "adapter_config.json"
 LARGEST_TEXT = 64 * 2**20
 LARGEST_HEADER = 100 * 2**20  # safetensors' own limit
 

@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from minilora_hub.adapter_folder.tensor_names import from_peft
+from minilora_hub.adapter_folder.names import PEFT_CONFIG, WEIGHTS, from_peft
 from minilora_hub.publish.checks.base import base_of
-from minilora_hub.publish.checks.problems import PEFT_CONFIG, WEIGHTS, Folder, Problem
+from minilora_hub.publish.checks.problems import Folder, Problem
 from minilora_hub.recording.shapes import Shapes, expected_shapes
 
 SHOWN = 3

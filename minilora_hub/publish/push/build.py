@@ -14,7 +14,6 @@ recording that still holds is used again, and then the base is not even loaded. 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import ExitStack
@@ -22,14 +21,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.adapter_folder.code import island_files
 from minilora_hub.adapter_folder.code_references import require_no_other_code
-from minilora_hub.adapter_folder.companions import TEMPLATE, TOKENIZING, companion_files, copy_files
+from minilora_hub.adapter_folder.companions import companion_files, copy_files
+from minilora_hub.adapter_folder.folders import AdapterFolder as Source
+from minilora_hub.adapter_folder.folders import Layout, read_source
 from minilora_hub.adapter_folder.hashes import Hashes
-from minilora_hub.adapter_folder.output import require_free, whole_folder
+from minilora_hub.adapter_folder.names import GENERATION, OUR_CONFIG, TEMPLATE, TOKENIZING, WEIGHTS
 from minilora_hub.adapter_folder.recorded import PEFT_FOLDER, recorded_before, require_recorded
 from minilora_hub.adapter_folder.results import VERIFICATION_FILE, Verification
-from minilora_hub.adapter_folder.sources import OUR_CONFIG, WEIGHTS, Layout, Source, read_source
+from minilora_hub.adapter_folder.writing import require_free, whole_folder, write_code
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.peft import PeftTargets, copy_peft_weights, write_peft_config
 from minilora_hub.publish.card.files import (
@@ -41,8 +41,8 @@ from minilora_hub.publish.card.files import (
     write_card_pictures,
     write_results,
 )
-from minilora_hub.recording.bases_of_record import BaseOfRecord, find_base, revision_of_record
-from minilora_hub.recording.inputs import GENERATION, tokenizer_folder
+from minilora_hub.recording.bases_of_record import BaseOfRecord, find_base_of_record, revision_of_record
+from minilora_hub.recording.inputs import tokenizer_folder
 from minilora_hub.recording.logits import TOLERANCES, libraries
 from minilora_hub.recording.reference import model_class, shapes_of_recording, write_dora_for_peft
 from minilora_hub.recording.reuse import Obtained, obtain_recording
@@ -147,7 +147,7 @@ def build(
     require_free(out)
     before = recorded_before(trained.folder, hashes)
     previous = previous_card(trained.folder)
-    base = find_base(trained, base_id, base_model, token, progress)
+    base = find_base_of_record(trained, base_id, base_model, token, progress)
     with whole_folder(out) as folder, ExitStack() as ending:
         copied = _copy_model(trained, folder, layout, base, hashes, passing)
         ending.callback(wait, [copied])  # so that nothing is written any more when a failed build is removed
@@ -254,8 +254,7 @@ def _write_adapter(
     if layout == "auto":
         config = json.dumps(_published_config(source, base), indent=2, sort_keys=True)
         (folder / OUR_CONFIG).write_text(config + "\n", encoding="utf-8", newline="\n")
-        for name, path in island_files().items():
-            shutil.copyfile(path, folder / name)
+        write_code(folder)
     return notes
 
 

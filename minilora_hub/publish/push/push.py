@@ -17,10 +17,12 @@ from typing import Any, NoReturn
 
 from huggingface_hub import HfApi, get_token
 
+from minilora_hub.adapter_folder.folders import AdapterFolder as Source
+from minilora_hub.adapter_folder.folders import Layout, read_source
 from minilora_hub.adapter_folder.hashes import Hashes
+from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG, WEIGHTS
 from minilora_hub.adapter_folder.recorded import METHODS
 from minilora_hub.adapter_folder.results import RESULTS_FILE, Results
-from minilora_hub.adapter_folder.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, Layout, Source, read_source
 from minilora_hub.errors import AdapterError, PublishError
 from minilora_hub.hub import client as hub
 from minilora_hub.hub.errors import ATTEMPTS, FAILURES, explain, patiently

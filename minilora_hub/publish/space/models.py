@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, errors
 
 from minilora_hub.adapter_folder.code_references import CONFIGURATION_FILES, code_references
 from minilora_hub.adapter_folder.folders import read_json
-from minilora_hub.adapter_folder.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS
+from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG, WEIGHTS
 from minilora_hub.bases.resolving import EMBEDDED
 from minilora_hub.errors import AdapterError, PublishError
 from minilora_hub.hub.errors import ATTEMPTS, FAILURES, explain, patiently, status_of

@@ -13,7 +13,7 @@ from pathlib import Path
 from string import ascii_letters
 from typing import Any
 
-from minilora_hub.adapter_folder.sources import OUR_CONFIG, WEIGHTS
+from minilora_hub.adapter_folder.names import OUR_CONFIG, WEIGHTS
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.checkpoint import require_space
 from minilora_hub.hub.plain_files import read_header

@@ -19,10 +19,11 @@ from typing import Any
 
 from minilora_hub.adapter_folder.code import code_files, code_hash, release_of
 from minilora_hub.adapter_folder.code_references import code_references, own_auto_map
-from minilora_hub.adapter_folder.folders import TOKENIZER_FILES
+from minilora_hub.adapter_folder.folders import AdapterFolder as Source
+from minilora_hub.adapter_folder.folders import read_source
 from minilora_hub.adapter_folder.hashes import file_sha256
+from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG, TOKENIZER_FILES, WEIGHTS
 from minilora_hub.adapter_folder.results import VERIFICATION_FILE, Verification
-from minilora_hub.adapter_folder.sources import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, Source, read_source
 from minilora_hub.bases.resolving import EMBEDDED, resolve_base
 from minilora_hub.errors import AdapterError, BaseModelError
 from minilora_hub.hub.client import fetch
