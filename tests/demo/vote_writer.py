@@ -4,7 +4,6 @@ import sys
 from itertools import count
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from demo.records import record
 
 from minilora_hub.demo.votes.votes import VoteStore, vote_on
