@@ -1,4 +1,4 @@
-"""The README's tutorial, executed as written against a Hub over HTTP."""
+"""The tutorial of docs/publish.md, executed as written against a Hub over HTTP."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 from hub.server import HubServer
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-SECTION = README.split("## From a JSONL file to a verified repo")[1].split("\n## ")[0]
+PAGE = (Path(__file__).parent.parent / "docs" / "publish.md").read_text(encoding="utf-8").split("\n## ")[0]
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def block(language: str) -> str:
-    (found,) = re.findall(rf"```{language}\n(.*?)```", SECTION, re.S)
+    (found,) = re.findall(rf"```{language}\n(.*?)```", PAGE, re.S)
     return found
 
 
