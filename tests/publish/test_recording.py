@@ -161,7 +161,7 @@ def test_every_part_of_the_key_counts(fresh, built):
 def test_another_version_of_the_published_code_counts(fresh, built, monkeypatch):
     folder = fresh("lora")
     built(folder)
-    monkeypatch.setattr(document, "island_hash", lambda: "sha256:other")
+    monkeypatch.setattr(document, "remote_code_hash", lambda: "sha256:other")
     assert built(folder).recorded.reason == "changed since it was recorded: published code"
 
 
