@@ -105,9 +105,9 @@ class OpenCall:
     Attributes:
         model: the model that was called.
         mixture: one of the active mixtures; None where no MixLoRA is active.
-        record: what its routers decide, and the context it is collected in.
+        record: the routing that is recorded.
         context: the context manager to leave.
-        asked: whether the caller wants the router's outputs.
+        asked: whether the caller wants the outputs of the routers.
     """
 
     model: Any
@@ -137,14 +137,14 @@ class RouterLoss:
 
     @classmethod
     def on(cls, model: Any, layer_class: type) -> RouterLoss:
-        """The hooks of this model, put there if they are not."""
+        """Return the hooks of this model, and put them there first if there are none."""
         hooks = model.__dict__.get(ATTRIBUTE)
         if hooks is None:
             hooks = model.__dict__[ATTRIBUTE] = cls(model, layer_class)
         return hooks
 
     def refresh(self) -> None:
-        """Look again at which adapter is active. To be called when adapters come, go or change places."""
+        """Find the active adapter again. Must be called when adapters are added, deleted or switched."""
         self.layers = [module for module in self.model.modules() if isinstance(module, self.layer_class)]
         self.announced.withdraw()
         mixture = self._active_mixture()
@@ -152,7 +152,7 @@ class RouterLoss:
         self.announced = AnnouncedMixture(self.model.config.get_text_config(), weights)
 
     def remove(self) -> None:
-        """Leave the model as it was."""
+        """Remove hooks and fields."""
         self.announced.withdraw()
         for handle in self.handles:
             handle.remove()
@@ -173,19 +173,19 @@ class RouterLoss:
         if kwargs.get(FUSED_HEAD):
             kwargs["output_router_logits"] = False  # else it would look for them in the decoder's outputs
         mixture = self._active_mixture()
-        pays = (
+        adds_loss = (
             mixture is not None and model.training and bool(mixture.loss_weights) and kwargs.get("labels") is not None
         )
-        tells = mixture is not None and model.training and mixture.routing.needs_token_mask
-        if asked or pays or tells:
+        needs_mask = mixture is not None and model.training and mixture.routing.needs_token_mask
+        if asked or adds_loss or needs_mask:
             self._open(model, mixture, _token_mask(args, kwargs), bool(asked))
         return args, kwargs
 
     @torch.compiler.disable
     def _open(self, model: Any, mixture: Any, mask: Any, asked: bool) -> None:
-        """Outside of compiled code, which a thread's context cannot be part of."""
+        """Start recording, outside of compiled code, which cannot use a ContextVar."""
         if model.training and mask is not None and mixture is not None and mixture.routing.needs_token_mask:
-            _tell_checkpoints(model)
+            _pass_mask_to_checkpoints(model)
         context = record_routing(mask)
         call = OpenCall(model, mixture, context.__enter__(), context, asked)
         _OPEN.set((*_OPEN.get(), call))
@@ -207,7 +207,7 @@ class RouterLoss:
         call.context.__exit__(None, None, None)
         if outputs is None:  # the call has failed
             return None
-        _pass_on(call.record)
+        _add_to_enclosing(call.record)
         return self._complete(call, kwargs, outputs)
 
     def _complete(self, call: OpenCall, kwargs: dict[str, Any], outputs: Any) -> Any:
@@ -256,8 +256,8 @@ def add_to(model: Any) -> Callable[[], None]:
     return hooks.remove
 
 
-def _pass_on(record: Any) -> None:
-    """Whoever records around the call gets its routing, too."""
+def _add_to_enclosing(record: Any) -> None:
+    """Add the routing of a call to the record of an enclosing `record_routing`."""
     around = current_record()
     if around is not None:
         for name in ("logits", "selected", "weights"):
@@ -285,8 +285,8 @@ def _with_routing(outputs: Any, losses: dict[str, Any], record: Any) -> Any:
     return MixLoraCausalLMOutput(**known)
 
 
-def _tell_checkpoints(model: Any) -> None:
-    """Switch routing must know again in backward what is padding, where a layer is run a second time."""
+def _pass_mask_to_checkpoints(model: Any) -> None:
+    """Make checkpointed layers see the padding again in backward, where switch routing needs it."""
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
         given = getattr(function, "keywords", {})
