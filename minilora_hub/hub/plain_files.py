@@ -17,7 +17,7 @@ from minilora_hub.documents import strict_json
 from minilora_hub.errors import AdapterError
 
 SMALL, SPARSE = 2**20, 10
-"""Bytes from which on a file is sparse where less than a tenth of it lies on the disk; compression saves less."""
+"""A file of at least SMALL bytes is sparse where less than 1 / SPARSE of it is on the disk; compression saves less."""
 INDEX = "*.safetensors.index.json"
 
 

@@ -19,7 +19,7 @@ from minilora_hub.adapter_folder.results import RESULTS_FILE, Evaluation, Result
 from minilora_hub.bases.embedded import HUB_ID
 from minilora_hub.bases.resolving import EMBEDDED
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.reading import check_settings
+from minilora_hub.formats.settings import check_settings
 
 SORTS = ("downloads", "likes", "last_modified", "created_at", "trending_score")
 LISTED = ["author", "cardData", "createdAt", "downloads", "lastModified", "likes", "private", "tags", "trendingScore"]
