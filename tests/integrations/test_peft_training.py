@@ -298,6 +298,10 @@ def test_sft_trainer_on_our_own_model(strategy, tmp_path):
     trainer.model.save_pretrained(tmp_path / "after", tokenizer=tokenizer())
     fields = json.loads((tmp_path / "after" / "config.json").read_text())["text_config"]
     assert not {"output_router_logits", "router_aux_loss_coef"} & fields.keys()
+    trainer.model.save_base(tmp_path / "base")
+    fields = json.loads((tmp_path / "base" / "config.json").read_text())
+    assert not {"output_router_logits", "router_aux_loss_coef"} & fields.keys()
+    assert trainer.model.base.config.router_aux_loss_coef == COEFFICIENT
     assert not hasattr(trainer.model.unload().config, "output_router_logits")
 
 
