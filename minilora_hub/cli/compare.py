@@ -29,11 +29,13 @@ def compare(
         str, typer.Option("--prompt", "-p", help='What to answer; "-" reads it from standard input.')
     ] = "-",
     base: Annotated[str, typer.Option(help='The base: "embedded", a folder, or an id on the Hub.')] = "embedded",
-    max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token; above 0 samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the tokens that reach this probability together.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample among this many tokens; 0 for all.")] = 0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1, words that were said are less likely.")] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1, tokens that occurred before are less likely.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End an answer before this text. May be repeated.")] = None,
     as_json: AsJson = False,

@@ -1,4 +1,4 @@
-"""From settings to the model that is trained: the base, quantised or not, with a fresh adapter of the method in it."""
+"""Build the model to train: the base, quantised or not, with a fresh adapter of the method in it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Trainee:
 
 
 def load_tokenizer(resolved: ResolvedBase) -> Any:
-    """The base's tokenizer, with a padding token, which training needs and some bases lack.
+    """Load the base's tokenizer, and add the padding token that training needs and some bases lack.
 
     Raises:
         BaseModelError: it cannot be loaded, or has no eos token.
@@ -50,7 +50,7 @@ def load_tokenizer(resolved: ResolvedBase) -> Any:
 
 
 def base_context(resolved: ResolvedBase) -> int:
-    """How many tokens the base takes at once, from its configuration."""
+    """Return the length of the base's context in tokens."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(resolved.path, trust_remote_code=False).get_text_config(decoder=True)
@@ -59,7 +59,7 @@ def base_context(resolved: ResolvedBase) -> int:
 
 
 def base_generation_config(resolved: ResolvedBase) -> Any:
-    """The base's generation settings, from its folder; those that its configuration implies where it has none."""
+    """Return the base's generation settings from its folder, or those that its configuration implies."""
     from transformers import AutoConfig, GenerationConfig
 
     if (resolved.path / "generation_config.json").is_file():
@@ -84,7 +84,7 @@ def check_embedding(model: Any, tokenizer: Any, largest: int, resolved: Resolved
 
 
 def compute_dtype(settings: TrainingSettings) -> Any:
-    """The dtype of the base's weights and of the computation: see `Recipe.dtype`."""
+    """Return the dtype of the base's weights and of the computation: see `Recipe.dtype`."""
     import torch
 
     if settings.recipe.dtype != "auto":
@@ -115,7 +115,7 @@ def build_trainee(settings: TrainingSettings, resolved: ResolvedBase) -> Trainee
 
 
 def base_arguments(settings: TrainingSettings) -> dict[str, Any]:
-    """What the base's from_pretrained is called with: dtype, attention, quantisation, placement."""
+    """Return the arguments for the base's from_pretrained: dtype, attention, quantisation, placement."""
     import torch
 
     dtype = compute_dtype(settings)
@@ -162,7 +162,7 @@ def _ours(settings: TrainingSettings, resolved: ResolvedBase, arguments: dict[st
 
 
 def _logical_size(model: Any) -> int:
-    """Parameters, counting those of a 4-bit weight that holds two in a byte."""
+    """Return the number of parameters; a 4-bit weight holds two in a byte."""
     total = 0
     for parameter in model.parameters():
         shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
@@ -171,10 +171,10 @@ def _logical_size(model: Any) -> int:
 
 
 def trainable_parameters(model: Any) -> dict[str, Any]:
-    """{name: parameter} of everything that learns.
+    """Return ``{name: parameter}`` of everything that learns.
 
     Raises:
-        TrainingError: nothing does.
+        TrainingError: nothing learns.
     """
     found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not found:

@@ -163,7 +163,7 @@ def test_a_launcher_that_asks_for_shards_is_refused(rows, tmp_path, capsys, monk
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     command = ["--method", "dora", "--base", "no/such-base", "--data", rows, "--out", str(tmp_path / "out")]
     assert run(*command) == 1
-    assert one_line(capsys).startswith("minilora: FSDP: a base in shards is not supported")
+    assert one_line(capsys).startswith("minilora: FSDP: sharded bases are not supported")
 
 
 def test_it_logs_where_it_is_told_to(base, rows, tmp_path, capsys):
