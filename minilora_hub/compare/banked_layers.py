@@ -103,7 +103,7 @@ def _most_few_rows(layer: nn.Module) -> int:
     """Up to how many rows W x^T is quicker than x W^T: fp32 on a CPU, where the matrix library is poor at 2 to 4 rows.
 
     Measured with torch 2.13 on an AMD EPYC, 2 threads: at 4 rows 1.4 to 2.2 times as quick for the layers of
-    SmolLM2-135M, and for its head of 49,152 rows 2.7 times (`python tests/bench/bench_few_rows.py`).
+    SmolLM2-135M, and 2.7 times for its head of 49,152 rows.
     """
     weight = plain_weight(layer)
     if weight is None or weight.device.type != "cpu" or weight.dtype != torch.float32:

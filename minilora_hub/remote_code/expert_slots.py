@@ -1,16 +1,17 @@
-"""Slots of a mixture: (token, chosen expert) pairs, arranged so that experts' low-rank products are few and large.
+"""Arrange the slots of a mixture, its (token, chosen expert) pairs, so that low-rank products are few and large.
 
-N tokens have up to N * K slots. Three arrangements compute the same:
+N tokens have up to N * K slots. Five arrangements give the same results, and `MixtureOfLoraExperts` chooses one:
 
-    SlotsOfOneToken  those of a single token, each with its expert's own vector products. Read by Python as well.
-    SlotsByExpert  sorted by expert: each expert that serves any multiplies one contiguous block. How many slots each
-                   has is read by Python, which is free on a CPU and waits for the device elsewhere.
-    SlotsGrouped   sorted by expert, and one grouped product on the device (`torch.nn.functional.grouped_mm`, bf16):
-                   nothing waits. For many slots on a GPU.
-    SlotsGathered  in token order, each with its own expert's weights gathered: nothing waits. For few slots elsewhere
-                   than on a CPU, and under torch.compile.
+    SlotsOfOneToken  a single token: each expert multiplies one vector.
+    SlotsByExpert    sorted by expert: each expert multiplies one contiguous block. Python reads the sizes of the
+                     blocks, which is free on a CPU and waits for the device elsewhere.
+    SlotsMasked      token order: one product with the matrices of all experts, masked. For few narrow experts.
+    SlotsGrouped     sorted by expert, one grouped product (`torch.nn.functional.grouped_mm`, bf16). For many slots
+                     on a GPU: nothing waits.
+    SlotsGathered    token order, the expert's weights gathered per slot. For few slots on a GPU, and under
+                     torch.compile: nothing waits.
 
-Only the first leaves out slots that are not kept; the others compute them as well, and their weight is 0.
+SlotsByExpert and SlotsOfOneToken leave out slots that are not kept; the others compute them with weight 0.
 """
 
 from collections import Counter
