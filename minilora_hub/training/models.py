@@ -21,13 +21,11 @@ class Trainee:
         model: the base with the adapter in it; only the adapter requires gradients.
         base_parameters: how many the base has.
         fingerprint: hash of the base's weights.
-        revision: the base's commit; None for a folder and for "embedded".
     """
 
     model: Any
     base_parameters: int
     fingerprint: str
-    revision: str | None
 
 
 def load_tokenizer(resolved: ResolvedBase) -> Any:
@@ -102,16 +100,17 @@ def build_trainee(settings: TrainingSettings, resolved: ResolvedBase) -> Trainee
     arguments = base_arguments(settings)
     if settings.method in OURS:
         model = _ours(settings, resolved, arguments)
-        adapter = sum(parameter.numel() for parameter in model.adapter_parameters().values())
         fingerprint = model.config.base_fingerprint
     else:
         from minilora_hub.remote_code.adapter_files import base_fingerprint
         from minilora_hub.training.passthrough import build_peft_model
 
         model = build_peft_model(settings, resolved, arguments)
-        adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         fingerprint = base_fingerprint(str(resolved.path))
-    return Trainee(model, _logical_size(model) - adapter, fingerprint, resolved.revision)
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    # A 4-bit weight holds two parameters in a byte.
+    shapes = (getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape) for parameter in frozen)
+    return Trainee(model, sum(shape.numel() for shape in shapes), fingerprint)
 
 
 def base_arguments(settings: TrainingSettings) -> dict[str, Any]:
@@ -159,15 +158,6 @@ def _ours(settings: TrainingSettings, resolved: ResolvedBase, arguments: dict[st
         return model_class.from_base(settings.base, config, seed=settings.recipe.seed, **arguments)
     except OSError as error:
         raise BaseModelError(" ".join(str(error).split())) from error
-
-
-def _logical_size(model: Any) -> int:
-    """Return the number of parameters; a 4-bit weight holds two in a byte."""
-    total = 0
-    for parameter in model.parameters():
-        shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
-        total += shape.numel() if shape is not None else parameter.numel()
-    return total
 
 
 def trainable_parameters(model: Any) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def _results(
         method=method,
         base=Base(
             id=resolved.hub_id or resolved.path.name,
-            revision=trainee.revision,
+            revision=resolved.revision,
             fingerprint=trainee.fingerprint if trainee.fingerprint != "unknown" else None,
             parameters=trainee.base_parameters,
             license="apache-2.0" if resolved.embedded else None,
