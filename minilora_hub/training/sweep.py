@@ -68,7 +68,7 @@ def sweep(
     minutes: float | None = None,
     progress: bool = False,
     on_trial: Callable[[int, Trial], None] | None = None,
-    **said: Any,
+    **given: Any,
 ) -> SweepResult:
     """Train with varied settings, and return the trials in the order of their validation loss.
 
@@ -80,7 +80,7 @@ def sweep(
         minutes: the maximum training time; a trial that would probably exceed it is not begun.
         progress: show each run's bar on stderr.
         on_trial: called with a trial's number and the trial, when it begins and when it ends.
-        **said: all other arguments of `train`. By default a tenth of the rows is held out.
+        **given: all other arguments of `train`. By default a tenth of the rows is held out.
 
     Raises:
         MissingExtraError: optuna is not installed.
@@ -88,25 +88,25 @@ def sweep(
         TrainingInterrupted: a signal stopped it; the same call continues it.
     """
     out = Path(out)
-    _check(vary, search, said, trials, minutes)
-    config = read_yaml(Path(said["config"])) if said.get("config") else {}
-    said = said | _validation(config, said, vary)
+    _check(vary, search, given, trials, minutes)
+    config = read_yaml(Path(given["config"])) if given.get("config") else {}
+    given = given | _validation(config, given, vary)
     # Settings that are wrong for every trial stop the sweep here.
     example = {name: values.low if isinstance(values, Range) else values[0] for name, values in vary.items()}
-    settings = make_settings(config, {name: value for name, value in said.items() if name != "config"} | example)
+    settings = make_settings(config, {name: value for name, value in given.items() if name != "config"} | example)
     sizes = [len(values) for values in vary.values() if not isinstance(values, Range)]
     most = trials or (DEFAULT_TRIALS if search == "tpe" else math.prod(sizes))
     main = os.environ.get("RANK", "0") == "0"  # of several processes, this one samples and writes
     with folder_lock(out) if main else nullcontext():
         store = None
         if main:
-            request = _request(vary, search, said) | {"inputs": _inputs(settings, vary, said.get("config"), progress)}
+            request = _request(vary, search, given) | {"inputs": _inputs(settings, vary, given.get("config"), progress)}
             store = TrialStore(out, vary, search, settings.recipe.seed, request)
         while begun := broadcast(_begin(store, most, minutes) if store else None):
             number, trial = begun
             if on_trial and store:
                 on_trial(number, trial)
-            trial = _run(out, trial, said, progress)
+            trial = _run(out, trial, given, progress)
             if store:
                 store.end(trial)
                 if on_trial:
@@ -114,7 +114,7 @@ def sweep(
         return _finish(out, list(vary), store.trials(), most) if store else SweepResult(out, main=False)
 
 
-def _check(vary: Varied, search: str, said: dict[str, Any], trials: int | None, minutes: float | None) -> None:
+def _check(vary: Varied, search: str, given: dict[str, Any], trials: int | None, minutes: float | None) -> None:
     if trials is not None and trials < 1:
         raise TrainingError(f"trials={trials!r}: must be at least 1")
     if minutes is not None and not minutes > 0:
@@ -126,35 +126,35 @@ def _check(vary: Varied, search: str, said: dict[str, Any], trials: int | None, 
     for name, values in vary.items():
         if search == "grid" and isinstance(values, Range):
             raise TrainingError(f"vary {name}: a grid needs values, not a range: list them, or pass --search tpe")
-        if said.get(name) is not None:
-            raise TrainingError(f"{name} is varied and set to {said[name]!r}: leave one out")
+        if given.get(name) is not None:
+            raise TrainingError(f"{name} is varied and set to {given[name]!r}: leave one out")
     if find_spec("optuna") is None:
         raise MissingExtraError("optuna", "train")
 
 
-def _validation(config: dict[str, Any], said: dict[str, Any], vary: Varied) -> dict[str, float]:
+def _validation(config: dict[str, Any], given: dict[str, Any], vary: Varied) -> dict[str, float]:
     """Return the share of rows to hold out, if neither the file nor the caller says what to validate on.
 
     Raises:
         TrainingError: they say that nothing is held out.
     """
-    given: dict[str, Any] = {}
-    for source in (config, said):
-        given |= {name.replace("-", "_"): value for name, value in source.items() if value is not None}
-    if given.get("validation_data"):
+    merged: dict[str, Any] = {}
+    for source in (config, given):
+        merged |= {name.replace("-", "_"): value for name, value in source.items() if value is not None}
+    if merged.get("validation_data"):
         return {}
-    shares = vary.get("validation", [given.get("validation", DEFAULT_VALIDATION)])
+    shares = vary.get("validation", [merged.get("validation", DEFAULT_VALIDATION)])
     if 0 in ([shares.low] if isinstance(shares, Range) else shares):
         raise TrainingError(
             "validation=0: a sweep compares runs on held-out rows: pass a share above 0, or validation_data"
         )
-    return {} if "validation" in given or "validation" in vary else {"validation": DEFAULT_VALIDATION}
+    return {} if "validation" in merged or "validation" in vary else {"validation": DEFAULT_VALIDATION}
 
 
-def _request(vary: Varied, search: str, said: dict[str, Any]) -> dict[str, Any]:
+def _request(vary: Varied, search: str, given: dict[str, Any]) -> dict[str, Any]:
     varied = {name: asdict(values) if isinstance(values, Range) else values for name, values in vary.items()}
-    fixed = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in said.items()}
-    return {"search": search, "vary": varied, "said": {k: v for k, v in fixed.items() if v is not None}}
+    fixed = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
+    return {"search": search, "vary": varied, "settings": {k: v for k, v in fixed.items() if v is not None}}
 
 
 def _inputs(
@@ -186,7 +186,7 @@ def _begin(store: TrialStore, most: int, minutes: float | None) -> tuple[int, Tr
     return (len(ended) + 1, trial) if trial else None
 
 
-def _run(out: Path, trial: Trial, said: dict[str, Any], progress: bool) -> Trial:
+def _run(out: Path, trial: Trial, given: dict[str, Any], progress: bool) -> Trial:
     folder = out / "trials" / trial.folder
     state = read_state(folder)
     # A finished run without a result in the journal was killed in between; it is quick to repeat.
@@ -194,7 +194,7 @@ def _run(out: Path, trial: Trial, said: dict[str, Any], progress: bool) -> Trial
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
     try:
-        result = train(folder, resume=resume, progress=progress, record=False, **said | trial.values)
+        result = train(folder, resume=resume, progress=progress, record=False, **given | trial.values)
     except (TrainingInterrupted, DataError):
         raise
     except (TrainingError, ValueError) as error:  # e.g. a value that the method's configuration refuses, or a NaN

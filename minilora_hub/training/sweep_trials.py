@@ -223,7 +223,7 @@ def _folder_name(values: dict[str, Any]) -> str:
 
 
 def _require_comparable(out: Path, before: dict[str, Any], request: dict[str, Any]) -> None:
-    for part in ("search", "vary", "said"):
+    for part in ("search", "vary", "settings"):
         if before.get(part) != request[part]:
             raise TrainingError(f"out={str(out)!r} holds a sweep with other settings ({part}): pass another --out")
     if changed := changes(before.get("inputs") or {}, request["inputs"]):
