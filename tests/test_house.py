@@ -23,6 +23,7 @@ ROOMS = (
     "errors",
     "quiet",
     "code_inputs",
+    "progress_display",
     "documents",
     "formatting",
     "user_folders",
