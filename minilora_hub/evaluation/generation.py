@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.decoding import DecodingBatch
 from minilora_hub.errors import AdapterError
-from minilora_hub.remote_code.routing import RoutingRecord, record_routing
+from minilora_hub.remote_code.routing_record import RoutingRecord, record_routing
 
 
 @dataclass
@@ -85,7 +86,7 @@ def generate(
 
     # At least one token of each row is read on its own, for its logits.
     common = min(_common(prompts), min(map(len, prompts)) - 1)
-    if len(prompts) > 1 and common > 0 and max(map(len, prompts)) + max_new_tokens <= _window(bank):
+    if len(prompts) > 1 and common > 0 and max(map(len, prompts)) + max_new_tokens <= _window(bank.model):
         batch = DecodingBatch(bank, [adapter])
         batch.append([prompts[0][:common]])
         _read(batch, routing, count=len(prompts))
@@ -140,6 +141,6 @@ def _common(prompts: Sequence[Sequence[int]]) -> int:
     return next((place for place, tokens in columns if len(set(tokens)) > 1), min(map(len, prompts)))
 
 
-def _window(bank: AdapterBank) -> float:
+def _window(model: Any) -> float:
     """Return how many tokens a row may have before a model with sliding windows forgets the first."""
-    return getattr(bank.model.config.get_text_config(), "sliding_window", None) or math.inf
+    return getattr(model.config.get_text_config(), "sliding_window", None) or math.inf

@@ -229,9 +229,9 @@ def _magnitudes(config: Any, base: BaseSource) -> dict[str, torch.Tensor]:
     """The row norms of the base's own weights, for every update."""
     import torch
 
-    from minilora_hub.remote_code.adapted_linear import row_norms_squared
     from minilora_hub.remote_code.attach import updates_at
     from minilora_hub.remote_code.base_structure import plan_sites
+    from minilora_hub.remote_code.linear_layers import row_norms_squared
 
     model = base.load(torch.float32)
     magnitudes = {}

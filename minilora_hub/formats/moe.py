@@ -174,7 +174,7 @@ def moe_config(model: Any, only: str | None = None) -> Any:
 
 def require_plain(model: Any) -> None:
     """Raise an AdapterError where a linear of the base does not lie open in memory: it cannot be written out."""
-    from minilora_hub.remote_code.adapted_linear import linear_shape, plain_weight
+    from minilora_hub.remote_code.linear_layers import linear_shape, plain_weight
 
     for path, layer in model.base.named_modules():
         if linear_shape(layer) and not hasattr(layer, "base_layer") and plain_weight(layer) is None:

@@ -81,7 +81,7 @@ def as_dora(adapter: PeftAdapter) -> tuple[Any, dict[str, torch.Tensor]]:
     return config, tensors
 
 
-def _explicit_patterns(adapter: PeftAdapter, ranks: dict[str, tuple[int, float]]) -> dict[str, dict[str, Any]]:
+def _explicit_patterns(adapter: PeftAdapter, ranks: dict[str, tuple[int, float]]) -> dict[str, Any]:
     """rank_pattern and alpha_pattern with one entry a linear, for those that differ from the common settings."""
     config, rank_pattern, alpha_pattern = adapter.config, {}, {}
     for name, (r, scaling) in ranks.items():

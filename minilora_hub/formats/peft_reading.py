@@ -105,7 +105,7 @@ def read_peft(source: AdapterFolder, base: BaseSource) -> PeftAdapter:
     Raises:
         AdapterError: a setting cannot be honoured, or a tensor is missing, surplus or misshapen.
     """
-    from minilora_hub.remote_code.adapted_linear import linear_shape
+    from minilora_hub.remote_code.linear_layers import linear_shape
 
     config = read_settings(source)
     modules = dict(base.skeleton.named_modules())
@@ -119,7 +119,7 @@ def read_peft(source: AdapterFolder, base: BaseSource) -> PeftAdapter:
     _check_layout(config["fan_in_fan_out"], {path: modules[path] for path in sorted(parts)})
     updates = {}
     for path, tensors in sorted(parts.items()):
-        shape = linear_shape(modules[path])
+        shape: Any = linear_shape(modules[path])
         r, scaling = _rank_and_scaling(config, path)
         expected = {"lora_A": (r, shape[1]), "lora_B": (shape[0], r), "magnitude": (shape[0],)}
         for leaf, tensor in tensors.items():
@@ -289,7 +289,7 @@ def _why_no_linear(path: str, base: BaseSource) -> str:
 
 
 def _linears(model: Any) -> set[str]:
-    from minilora_hub.remote_code.adapted_linear import linear_shape
+    from minilora_hub.remote_code.linear_layers import linear_shape
 
     return {path for path, module in model.named_modules() if linear_shape(module)}
 

@@ -34,7 +34,7 @@ def build_peft_model(settings: TrainingSettings, resolved: ResolvedBase, argumen
     from peft import TaskType, get_peft_model
     from transformers import set_seed
 
-    from minilora_hub.remote_code.base_structure import keep_4bit_weights_exact
+    from minilora_hub.remote_code.linear_layers import keep_4bit_weights_exact
 
     base = load_base(resolved, **arguments)
     keep_4bit_weights_exact(base)

@@ -315,7 +315,7 @@ def test_without_a_backward_pass_the_gradient_is_not_known_and_that_is_told(capl
     model, said = adapted(with_block(tiny_base(), 0, forward))
     assert len(model.sites) == 14
     assert not said
-    assert "Whether every adapter gets a gradient could not be found out" in caplog.text
+    assert "Whether every adapter gets a gradient could not be determined" in caplog.text
 
 
 def test_a_base_made_in_inference_mode_is_run_without_gradients(caplog):

@@ -9,7 +9,8 @@ from tiny import CAUSAL_LM, METHODS, fill_adapter, logits, tiny_base, tiny_confi
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
-from minilora_hub.remote_code.adapted_linear import add_low_rank, add_low_rank_, row_norms_squared
+from minilora_hub.remote_code.adapted_linear import add_low_rank, add_low_rank_
+from minilora_hub.remote_code.linear_layers import row_norms_squared
 
 
 def train(model, folder, steps=12, **arguments):
@@ -254,7 +255,7 @@ def test_whoever_listens_to_a_base_layer_keeps_what_it_gave(method, dropout, lis
 @pytest.mark.parametrize("method", ["dora", "lora"])
 def test_training_keeps_no_more_of_a_layer_than_its_gradient_needs(method):
     """Plain LoRA keeps x and A x; DoRA what its scale multiplies, too. The base's own product is not kept beside it."""
-    from minilora_hub.remote_code.adapted_linear import AdaptedLinear, LowRankUpdate, row_norms_squared
+    from minilora_hub.remote_code.adapted_linear import AdaptedLinear, LowRankUpdate
 
     layer, rows, r = nn.Linear(32, 48).requires_grad_(False), 7, 4
     dora = method == "dora"

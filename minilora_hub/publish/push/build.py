@@ -260,7 +260,7 @@ def _write_adapter(
 
 def _published_config(source: Source, base: Measured) -> dict[str, Any]:
     """Return the configuration as it is published: the source's, naming the real base and our classes."""
-    from minilora_hub.remote_code.adapted_model import auto_map
+    from minilora_hub.remote_code.saving import auto_map
 
     of = model_class(source)
     return source.config | {
