@@ -1,9 +1,9 @@
-"""The reference format of MixLoRA: what the packages `mixlora` and MoE-PEFT read and write.
+"""Read the reference format of MixLoRA, which the packages `mixlora` and MoE-PEFT read and write.
 
     adapter_config.json   peft_type MIXLORA, r, lora_alpha, …, num_experts, routing_strategy, and its own fields
     adapter_model.bin     a pickle of named tensors, one for every expert, named as `adapter_folder.names` says
 
-What differs from what one would expect, found by running `mixlora` 0.2.3:
+Unexpected properties of this format, found by running `mixlora` 0.2.3:
 
 - The magnitudes of a MixDoRA (`use_dora`) are not in the file. The package computes m = ||W + s B A|| when it loads,
   so that c = m / ||W + s B A|| is one: what it computes is plain LoRA, and that is what is imported. In training its
@@ -18,28 +18,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from minilora_hub.adapter_folder.folders import AdapterFolder
-from minilora_hub.adapter_folder.names import PEFT_CONFIG, from_reference, reference_projection
+from minilora_hub.adapter_folder.names import (
+    LEGACY_STRATEGIES,
+    PEFT_CONFIG,
+    STRATEGIES,
+    from_reference,
+    reference_projection,
+)
 from minilora_hub.adapter_folder.reading import check_against_base, read_tensors
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.settings import Settings
+from minilora_hub.formats.settings import NUMBER, Settings
 
 if TYPE_CHECKING:
     import torch
 
 ReferenceDora = Literal["loaded", "trained"]
 
-STRATEGIES = {
-    "mixlora": "top_k",
-    "mixtral": "top_k",
-    "mixlora-dynamic": "top_p",
-    "dynamic": "top_p",
-    "mixlora-switch": "switch",
-    "switch": "switch",
-}
-"""The reference's names of the routing strategies, those of older files among them, and ours."""
 NO_DROPOUT = 1e-12
-NUMBER = (int, float)
 
 
 def read_reference(
@@ -50,10 +46,10 @@ def read_reference(
     Args:
         source: its folder.
         base: its base.
-        dora: what becomes of a `use_dora`, whose magnitudes the format lacks: see the head of this file.
+        dora: how to read a `use_dora`, whose magnitudes the format lacks: see the head of this file.
 
     Returns:
-        A MixLoraConfig, ``{canonical name: tensor}``, and what the user should know, a line each.
+        A MixLoraConfig, ``{canonical name: tensor}``, and notes for the user, one line each.
 
     Raises:
         AdapterError: a field or a tensor is missing, of the wrong kind, or asks for what cannot be honoured.
@@ -88,7 +84,7 @@ def read_reference(
 
 
 def read_fields(source: AdapterFolder) -> dict[str, Any]:
-    """Read the fields of a MixLoraConfig from adapter_config.json, but for the targets, which depend on the base.
+    """Read the fields of a MixLoraConfig from adapter_config.json, except the targets, which depend on the base.
 
     Raises:
         AdapterError: one is missing, of the wrong type, or cannot be honoured.
@@ -130,10 +126,10 @@ def _expert_fields(settings: Settings) -> dict[str, Any]:
 
 def _routing_fields(settings: Settings) -> dict[str, Any]:
     """The strategy and its settings; defaults are the reference's."""
-    named = settings.require("routing_strategy", str)
-    if named not in STRATEGIES:
-        raise settings.error("routing_strategy", f"must be one of {sorted(STRATEGIES)}")
-    strategy = STRATEGIES[named]
+    known = STRATEGIES | LEGACY_STRATEGIES
+    strategy = known.get(settings.require("routing_strategy", str))
+    if strategy is None:
+        raise settings.error("routing_strategy", f"must be one of {sorted(known)}")
     fields: dict[str, Any] = {
         "routing_strategy": strategy,
         "router_aux_loss_coef": settings.get("router_aux_loss_coef", NUMBER, 0.001),
@@ -192,6 +188,14 @@ def activation_of(base: BaseSource) -> str | None:
     text = base.config.get_text_config(decoder=True)
     name = getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", None)
     return name if isinstance(name, str) else None
+
+
+def expert_rank_and_alpha(config: Any) -> tuple[int, float]:
+    """Return the rank and the alpha of the experts of a MixLoraConfig."""
+    alpha = config.expert_alpha
+    if alpha is None:
+        alpha = config.lora_alpha if config.expert_r is None else 2 * config.expert_r
+    return config.expert_r or config.r, alpha
 
 
 def _stack(found: dict[str, torch.Tensor], num_experts: int) -> dict[str, torch.Tensor]:

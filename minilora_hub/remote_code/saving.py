@@ -123,7 +123,7 @@ class SavedAdapter(PreTrainedModel):
             return None
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Upload the files of `save_pretrained` to a Hub repo, private by default; minilora_hub.push also checks them."""
+        """Upload the files of `save_pretrained` to a Hub repo, private by default. minilora_hub.push also checks."""
         return super().push_to_hub(repo_id, private=private, **kwargs)  # type: ignore[arg-type]
 
     @staticmethod

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from hub.server import HubServer
 from tiny import tiny_base
 from tiny_stand_ins import byte_tokenizer
@@ -22,6 +23,7 @@ assert model.active_adapters == ["lora"]
 """
 
 
+@pytest.mark.slow
 def test_the_snippet_runs(tmp_path):
     (snippet,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     base = tmp_path / "base"

@@ -9,7 +9,14 @@ import pytest
 import tiny_stand_ins
 
 from minilora_hub import push
-from minilora_hub.adapter_folder.code import REGISTRY, code_files, code_hash, island_files, island_hash, release_of
+from minilora_hub.adapter_folder.code import (
+    REGISTRY,
+    code_files,
+    code_hash,
+    release_of,
+    remote_code_files,
+    remote_code_hash,
+)
 from minilora_hub.adapter_folder.results import Verification
 from minilora_hub.errors import AdapterError
 from minilora_hub.publish.verify.isolated_process import CleanProcess
@@ -141,7 +148,7 @@ def test_released_code_under_other_names_is_refused(stranger, copied, base_folde
     (folder / file).write_text(json.dumps(content))
     monkeypatch.setattr(stranger, "run", lambda *_: pytest.fail("something was loaded"))
     report = verify_with(stranger, rewritten(folder), base_model=str(base_folder))
-    assert report.code == island_hash()
+    assert report.code == remote_code_hash()
     assert report.problem.startswith(f"code: {file}: ")
     assert told in report.problem
 
@@ -269,16 +276,16 @@ def test_what_is_no_adapter(tmp_path, hub):
 
 def test_the_registry_of_released_code(tmp_path):
     """This version's code is known without an entry; an entry is a version and a hash."""
-    assert release_of(island_hash()) == "this version"
+    assert release_of(remote_code_hash()) == "this version"
     assert release_of("sha256:0") is None
     copied = tmp_path / "code"
     copied.mkdir()
-    for name, path in island_files().items():
+    for name, path in remote_code_files().items():
         shutil.copyfile(path, copied / name)
-    assert code_hash(code_files(copied)) == island_hash()
+    assert code_hash(code_files(copied)) == remote_code_hash()
     for version, digest in json.loads(REGISTRY.read_text()).items():
         assert version[0].isdigit()
-        assert len(digest) == len(island_hash())
+        assert len(digest) == len(remote_code_hash())
 
 
 def test_difference_counts_what_overtakes():

@@ -1,6 +1,6 @@
-"""MixLoRA as a PEFT method, over the island's modules: the one file that touches PEFT's internals.
+"""MixLoRA as a PEFT method, made of the modules of `remote_code`. Only this file touches PEFT's internals.
 
-`MixLoraModel` puts `MixLoraLayer`s (peft_layer.py) where a configuration says (peft_sites.py). It computes nothing.
+`MixLoraModel` puts `MixLoraLayer`s (layer.py) where a configuration says (sites.py). It computes nothing.
 
 PEFT (0.21) has no entry point for methods: its `PeftType` is a closed Enum, which is extended here, and a `PeftModel`
 refuses an adapter of another type, which is lifted here for a LoRA beside MixLoRAs.

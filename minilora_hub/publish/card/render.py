@@ -12,15 +12,15 @@ import re
 import shlex
 from functools import cache
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from minilora_hub.adapter_folder.code import code_files, code_hash, release_of
+from minilora_hub.adapter_folder.folders import read_json
+from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG
 from minilora_hub.adapter_folder.results import Results
-from minilora_hub.documents import strict_json
 from minilora_hub.errors import AdapterError
 from minilora_hub.publish.card import free_text, markdown
 from minilora_hub.publish.card.facts import PUBLIC_HUB, adapter_rows, summary, training_rows
@@ -64,14 +64,15 @@ def render_card(
     require_space(space)
     hub = hub or PUBLIC_HUB
     results = Results.load(folder)
-    config = read_config(folder)
+    # PEFT's layout: no code comes along, none is needed.
+    stock = (folder / PEFT_CONFIG).is_file() and not (folder / OUR_CONFIG).is_file()
+    config = read_json(folder / (PEFT_CONFIG if stock else OUR_CONFIG))
     kept = free_text.sections_of(previous) if previous else {}
     code = code_files(folder)
     wanted = wanted_pictures(results)
     name = repo_id or f"./{folder.resolve().name}"
     title = (repo_id or folder.resolve().name).rpartition("/")[2]
     training = results.training
-    stock = not (folder / "config.json").is_file()  # PEFT's layout: no code comes along, none is needed
     text = _template().render(
         front_matter=front_matter(results, title, stock),
         settings=_settings(repo_id, revision, space, hub),
@@ -158,22 +159,6 @@ def numbers_in(card: str) -> list[str]:
     rest = "\n".join(line for kind, _, line in free_text.classify(card) if kind == "text")
     rest = re.sub(r"<!--.*?-->|`[^`\n]*`|\]\([^)\s]*\)|https?://\S+", " ", rest, flags=re.DOTALL)
     return NUMBER.findall(rest)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder, or PEFT's adapter_config.json where there is none, as it stands there."""
-    for name in ("config.json", "adapter_config.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            config = strict_json(path.read_bytes())
-        except ValueError as error:
-            raise AdapterError(f"{folder.name}/{name} cannot be read: {error}") from error
-        if not isinstance(config, dict):
-            raise AdapterError(f"{folder.name}/{name}: must hold a JSON object")
-        return config
-    raise AdapterError(f"{folder.name}: no config.json: this is no adapter folder")
 
 
 @cache

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator
 from functools import cache
 
-from minilora_hub.adapter_folder.code import island_files
+from minilora_hub.adapter_folder.code import remote_code_files
 from minilora_hub.adapter_folder.code_references import code_references, own_auto_map
 from minilora_hub.publish.checks.problems import Folder, Problem
 
@@ -17,7 +17,7 @@ RUNNERS = {"eval", "exec", "compile", "__import__"}
 
 def check_island(folder: Folder) -> Iterator[Problem]:
     """Python files that are not, byte by byte, those of this version; and what such a file would import."""
-    ours = island_files()
+    ours = remote_code_files()
     for name in folder.files:
         if not name.endswith((".py", ".pyc", ".pyd", ".so", ".dll")):
             continue
@@ -35,7 +35,7 @@ def check_island(folder: Folder) -> Iterator[Problem]:
 def allowed_imports() -> frozenset[str]:
     """The modules that this version's island imports, by their first name."""
     found: set[str] = set()
-    for path in island_files().values():
+    for path in remote_code_files().values():
         found.update(_imported(ast.parse(path.read_text(encoding="utf-8"))))
     return frozenset(found)
 
