@@ -45,7 +45,10 @@ def adapted(base, **config):
     return model, [str(warning.message) for warning in caught]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (at % 3 > 0)) for at, name in enumerate(ARCHITECTURES)],
+)
 def test_every_adapter_learns_and_merges_whatever_the_architecture(name, tmp_path):
     base = tiny_architecture(name)
     plain, before = copy.deepcopy(base), logits(base)

@@ -66,6 +66,7 @@ def test_reentrant_checkpointing_would_lose_the_balance_loss_and_is_refused():
         model(ids, labels=ids)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # dynamo's own
 def test_compiled_checkpointing_would_lose_the_balance_loss_and_is_refused():
     model, ids = tiny_model("llama", "mixlora").train(), token_ids()
@@ -285,7 +286,7 @@ def test_training_keeps_no_more_of_a_layer_than_its_gradient_needs(method):
 # ---- torch.compile ----
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["dora", "mixlora", pytest.param("mixdora", marks=pytest.mark.slow)])
 def test_forward_compiles_without_a_graph_break_for_dora(method):
     """DoRA compiles whole. A mixture's sorted path reads counts on the host, so it compiles whole for few tokens."""
     model = tiny_model("llama", method)
