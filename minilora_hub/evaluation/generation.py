@@ -86,7 +86,7 @@ def generate(
 
     # At least one token of each row is read on its own, for its logits.
     common = min(_common(prompts), min(map(len, prompts)) - 1)
-    if len(prompts) > 1 and common > 0 and max(map(len, prompts)) + max_new_tokens <= _window(bank.model):
+    if len(prompts) > 1 and common > 0 and max(map(len, prompts)) + max_new_tokens <= _window(bank):
         batch = DecodingBatch(bank, [adapter])
         batch.append([prompts[0][:common]])
         _read(batch, routing, count=len(prompts))
@@ -141,6 +141,7 @@ def _common(prompts: Sequence[Sequence[int]]) -> int:
     return next((place for place, tokens in columns if len(set(tokens)) > 1), min(map(len, prompts)))
 
 
-def _window(model: Any) -> float:
+def _window(bank: AdapterBank) -> float:
     """Return how many tokens a row may have before a model with sliding windows forgets the first."""
-    return getattr(model.config.get_text_config(), "sliding_window", None) or math.inf
+    config: Any = bank.model.config
+    return getattr(config.get_text_config(), "sliding_window", None) or math.inf

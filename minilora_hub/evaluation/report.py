@@ -17,7 +17,7 @@ from minilora_hub.evaluation.settings import HELD_OUT, task_of
 
 if TYPE_CHECKING:
     from minilora_hub.bases.resolving import ResolvedBase
-    from minilora_hub.evaluation.run import Model, Report
+    from minilora_hub.evaluation.measured import Model, Report
     from minilora_hub.evaluation.settings import Adapter, Settings
 
 EXACT, F1, PERPLEXITY = "exact match", "JSON field F1", "perplexity"
