@@ -103,10 +103,10 @@ class RouterLoss:
         """Find the active adapter again. Must be called when adapters are added, deleted or switched."""
         self.layers = [module for module in self.model.modules() if isinstance(module, self.layer_class)]
         self._withdraw()
-        mixture = self._active_mixture()
+        weights = self._weights(self._active_mixture())
         known = any(hasattr(self.text_config, field) for field in ANNOUNCED)
-        if mixture is not None and mixture.loss_weights and not known and _trl_adds_losses():
-            self.coefficient = mixture.loss_weights.get("aux_loss", 1.0)
+        if weights and not known and _trl_adds_losses():
+            self.coefficient = weights.get("aux_loss", 1.0)
             self.text_config.output_router_logits, self.text_config.router_aux_loss_coef = False, self.coefficient
 
     def remove(self) -> None:
@@ -125,6 +125,9 @@ class RouterLoss:
     def _active_mixture(self) -> Any:
         return next((layer.current for layer in self.layers if isinstance(layer.current, MixtureOfLoraExperts)), None)
 
+    def _weights(self, mixture: Any) -> dict[str, float]:
+        return {} if mixture is None else mixture.loss_weights
+
     # ---- the hooks ----
 
     def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -137,9 +140,7 @@ class RouterLoss:
         if kwargs.get(FUSED_HEAD):
             kwargs["output_router_logits"] = False  # else it would look for them in the decoder's outputs
         mixture = self._active_mixture()
-        adds_loss = (
-            mixture is not None and model.training and bool(mixture.loss_weights) and kwargs.get("labels") is not None
-        )
+        adds_loss = model.training and bool(self._weights(mixture)) and kwargs.get("labels") is not None
         needs_mask = mixture is not None and model.training and mixture.routing.needs_token_mask
         if asked or adds_loss or needs_mask:
             self._open(model, mixture, _token_mask(args, kwargs), bool(asked))
@@ -179,7 +180,7 @@ class RouterLoss:
         if call.mixture is not None:
             trained = is_being_trained(call.model, call.mixture.router)
             losses = router_losses(call.record, call.mixture.routing, trained)
-            if weights := call.mixture.loss_weights:
+            if weights := self._weights(call.mixture):
                 penalty = sum(weight * losses[name] for name, weight in weights.items())
         if kwargs.get(FUSED_HEAD):
             return self._with_aux_loss(outputs, penalty)
@@ -210,13 +211,13 @@ class FusedHeadLoss(RouterLoss):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model, MixtureOfLoraExperts)
-        for module in model.modules():
-            if isinstance(module, MixtureOfLoraExperts):
-                module.loss_weights = router_loss_weights(model.config)  # type: ignore[assignment]
         self.refresh()
 
     def _active_mixture(self) -> Any:
         return self.layers[0] if self.layers else None
+
+    def _weights(self, mixture: Any) -> dict[str, float]:
+        return router_loss_weights(self.model.config)
 
     def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return super()._before(model, args, kwargs) if kwargs.get(FUSED_HEAD) else None
