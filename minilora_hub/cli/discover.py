@@ -20,7 +20,7 @@ LAYOUTS = {
     "peft": "PEFT format",
     "peft-mixlora": "PEFT format, a method of minilora_hub",
     "reference": "format of the mixlora package: minilora import makes it loadable",
-    "checkpoint": "a whole model, no adapter",
+    "checkpoint": "a whole model, not an adapter",
 }
 
 
@@ -30,7 +30,7 @@ def info(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Tell what an adapter is; nothing of it is loaded or run."""
+    """Describe an adapter without loading it."""
     from minilora_hub.publish.find import info as describe
 
     found = describe(adapter, revision=revision, progress=not as_json)
@@ -68,7 +68,7 @@ def list_(
         str | None, typer.Option("--base", metavar="ID", help='Id of the base, or "embedded". Default: any.')
     ] = None,
     method: Annotated[Method | None, typer.Option(help="Only this method.")] = None,
-    sort: Annotated[Sort, typer.Option(help="What comes first: the most, or the newest.")] = "downloads",
+    sort: Annotated[Sort, typer.Option(help="The order: the largest or newest first.")] = "downloads",
     limit: Annotated[int, typer.Option(min=1, max=1000, help="How many at most.")] = 50,
     as_json: AsJson = False,
     debug: Debug = False,

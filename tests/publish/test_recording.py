@@ -303,4 +303,4 @@ def test_the_command_tells(hub, monkeypatch, fresh, base_folder, capsys):
     monkeypatch.setattr("sys.argv", ["minilora", "push", str(folder), "ana/x", "--dry-run"])
     with pytest.raises(SystemExit):
         main()
-    assert f"logits to verify with: reused, nothing that {RECORDING_FILE} depends on" in capsys.readouterr().out
+    assert f"reference logits: reused, nothing that {RECORDING_FILE} depends on" in capsys.readouterr().out

@@ -73,7 +73,7 @@ def test_unknown_code_is_refused_before_it_runs(process, copied, base_folder, tm
     rewritten(folder)
     refused = verify(folder, base_model=str(base_folder), process=process)
     assert not refused.ok
-    assert "no release of minilora_hub" in refused.problem
+    assert "is not a release of minilora_hub" in refused.problem
     assert "--trust-remote-code" in refused.problem
     assert not trace.exists()
     trusted = verify(folder, base_model=str(base_folder), trust_remote_code=True, process=process)
