@@ -35,7 +35,7 @@ from minilora_hub.evaluation.settings import (
     find_tasks,
     task_of,
 )
-from minilora_hub.recording.bases_of_record import base_inputs, why_not_reproducible
+from minilora_hub.recording.recorded_base import base_inputs, why_not_reproducible
 
 if TYPE_CHECKING:
     from minilora_hub.bases.resolving import ResolvedBase

@@ -26,7 +26,7 @@ from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.code_inputs import changes, code_inputs, library_inputs
 from minilora_hub.documents import write_whole
 from minilora_hub.errors import DataError, MissingExtraError, TrainingError, TrainingInterrupted
-from minilora_hub.recording.bases_of_record import base_inputs
+from minilora_hub.recording.recorded_base import base_inputs
 from minilora_hub.training.folder_lock import folder_lock, is_empty
 from minilora_hub.training.run import TrainResult, train
 from minilora_hub.training.run_state import STATE_FILE

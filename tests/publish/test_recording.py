@@ -18,9 +18,9 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.publish.checks.folder import check_folder
 from minilora_hub.publish.push import build as build_module
 from minilora_hub.publish.push.build import build
-from minilora_hub.recording import bases_of_record, document
-from minilora_hub.recording.bases_of_record import why_not_reproducible
+from minilora_hub.recording import document, recorded_base
 from minilora_hub.recording.document import RECORDING_FILE, Recording
+from minilora_hub.recording.recorded_base import why_not_reproducible
 from minilora_hub.recording.reference import store_recording
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -168,7 +168,7 @@ def test_another_version_of_the_published_code_counts(fresh, built, monkeypatch)
 def test_another_dtype_counts(fresh, built, monkeypatch):
     folder = fresh("lora")
     built(folder)
-    monkeypatch.setattr(bases_of_record, "LARGE", 0)
+    monkeypatch.setattr(recorded_base, "LARGE", 0)
     assert built(folder).recorded.reason == "changed since it was recorded: dtype"
 
 
