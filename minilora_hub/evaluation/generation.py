@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -142,4 +143,5 @@ def _common(prompts: Sequence[Sequence[int]]) -> int:
 
 def _window(bank: AdapterBank) -> float:
     """Return how many tokens a row may have before a model with sliding windows forgets the first."""
-    return getattr(bank.model.config.get_text_config(), "sliding_window", None) or math.inf
+    config: Any = bank.model.config
+    return getattr(config.get_text_config(), "sliding_window", None) or math.inf
