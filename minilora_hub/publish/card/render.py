@@ -21,14 +21,15 @@ from minilora_hub.adapter_folder.code import code_files, code_hash, release_of
 from minilora_hub.adapter_folder.folders import read_json
 from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG
-from minilora_hub.adapter_folder.results import Results
+from minilora_hub.adapter_folder.results import METHODS, Base, Results
 from minilora_hub.errors import AdapterError
+from minilora_hub.hub.client import PUBLIC_HUB, REPO_ID
 from minilora_hub.publish.card import free_text
-from minilora_hub.publish.card.facts import PUBLIC_HUB, adapter_rows, summary, training_rows
 from minilora_hub.publish.card.metadata import front_matter
 from minilora_hub.publish.card.pictures import EXPERT_LOAD, EXPERT_LOAD_BY_TASK, LOSS, wanted_pictures, write_pictures
 
 README = "README.md"
+PAPERS = {"mixlora": "2404.15159", "dora": "2402.09353", "lora": "2106.09685"}
 SECTIONS = ("intro", "results", "limits")
 SETTINGS = re.compile(r"^<!-- minilora:card (\{.*\}) -->$", re.MULTILINE)
 NUMBER = re.compile(r"(?<![\w.,/-])-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?%?(?![\w/]|[.-]\w)")
@@ -75,6 +76,8 @@ def render_card(
     title = (repo_id or folder.resolve().name).rpartition("/")[2]
     prompt = results.samples[0].prompt if results.samples else "Hello!"
     digest = code_hash(code)
+    targets = config.get("target_modules")
+    libraries = results.training.libraries if results.training else {}
     link = results.license_link if (results.license_link or "").startswith(("https://", "http://")) else None
     text = _template().render(
         front_matter=front_matter(results, title, stock),
@@ -82,7 +85,11 @@ def render_card(
         title=title,
         name=name,
         revision=revision,
-        summary=summary(results, config, hub),
+        method_name=METHODS[results.method],
+        paper=PAPERS[results.method],
+        config=config,
+        top_p=config.get("routing_strategy") == "top_p",
+        base_link=_base_link(results.base, hub),
         results=results,
         base=results.base,
         method=results.method,
@@ -94,9 +101,9 @@ def render_card(
         notes=list(dict.fromkeys(row.note for row in results.evaluation if row.note)),
         few_shot=sorted({row.few_shot for row in results.evaluation if row.few_shot_value is not None}),
         parts=[(row, part) for row in results.evaluation for part in row.parts],
-        adapter_rows=adapter_rows(results, config, hub),
+        modules=", ".join(map(str, targets)) if isinstance(targets, list) else targets,
         as_mixtral=config.get("routing_strategy") == "top_k",
-        training_rows=training_rows(results.training) if results.training else [],
+        libraries=", ".join(f"{name} {version}" for name, version in libraries.items()) or None,
         load_picture=EXPERT_LOAD if EXPERT_LOAD in wanted else None,
         router_picture=EXPERT_LOAD_BY_TASK if EXPERT_LOAD_BY_TASK in wanted else None,
         loss_picture=LOSS if LOSS in wanted else None,
@@ -177,7 +184,7 @@ def _template() -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    names = ("between", "inline", "cell", "code", "block", "number", "short")
+    names = ("between", "block", "cell", "code", "duration", "inline", "number", "percent", "short")
     environment.filters |= {name: getattr(formatting, name) for name in names}
     environment.filters |= {"python": json.dumps, "shell": shlex.quote}
     return environment.get_template("card.md.jinja")
@@ -188,6 +195,14 @@ def _settings(repo_id: str | None, revision: str | None, space: str | None, hub:
     if hub != PUBLIC_HUB:  # without it, the card is as earlier versions wrote it
         settings["hub"] = hub
     return json.dumps(settings).replace(">", "\\u003e")  # so that a revision cannot end the comment
+
+
+def _base_link(base: Base, hub: str) -> str:
+    """Return the base's id, as a link to its page where it is an id on the Hub."""
+    if not REPO_ID.fullmatch(base.id):
+        return formatting.code(base.id)
+    tree = f"/tree/{base.revision}" if base.revision and REPO_ID.fullmatch(base.revision) else ""
+    return f"[{formatting.inline(base.id)}]({hub}/{base.id}{tree})"
 
 
 def _has_chat_template(folder: Path) -> bool:

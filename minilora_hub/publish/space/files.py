@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 from minilora_hub.bases.embedded import HUB_ID
 from minilora_hub.errors import PublishError
-from minilora_hub.publish.card.facts import PUBLIC_HUB
+from minilora_hub.hub.client import PUBLIC_HUB
 
 PACKAGE = Path(__file__).resolve().parents[2]
 APP, README, REQUIREMENTS = "app.py", "README.md", "requirements.txt"
