@@ -75,7 +75,7 @@ def obtain_recording(source: Source, base: RecordedBase, before: Verification | 
     key = recording_key(source, base.found, fingerprint)
     if before is not None:
         recording, gap = make_recording(source, base, key, before)
-        return Obtained(recording, False, "the folder was published before, and is compared with its record", gap)
+        return Obtained(recording, False, "the folder was published before: compared with its recorded logits", gap)
     stored, reason, note = _read_stored(source.folder, key)
     reason = reason or why_not_reproducible(base.found, fingerprint) or ""
     if stored is not None and not reason:

@@ -210,7 +210,7 @@ def test_a_repo_that_is_deleted_meanwhile(ready):
 
 def test_a_repo_that_somebody_makes_meanwhile(ready):
     hub, _, _ = ready
-    with pytest.raises(PublishError, match="ana/case was made by somebody else meanwhile"):
+    with pytest.raises(PublishError, match="ana/case was created by somebody else meanwhile"):
         push_to("ana/case", confirm=meanwhile(lambda: hub.add_repo("ana/case", files=OLD, private=True) and None))
     assert hub.repo("ana/case").files("main") == OLD
 

@@ -241,7 +241,7 @@ def test_what_was_published_before_is_computed_again(good, base_folder, tmp_path
     folder = shutil.copytree(good["mixlora"], tmp_path / "pulled")
     made = build(folder, tmp_path / "built", repo_id="ana/mixlora", base_model=str(base_folder))
     assert not made.recorded.reused
-    assert "compared with its record" in made.recorded.reason
+    assert "compared with its recorded logits" in made.recorded.reason
     assert len(loads) == 1
     assert not (folder / RECORDING_FILE).exists()
 

@@ -44,7 +44,12 @@ def check_base(folder: Folder, exists: BaseExists) -> Iterator[Problem]:
     field = f"base_model_name_or_path={base!r}"
     if not base:
         remedy = "set it to the base's id on the Hub"
-        yield Problem("base-missing", file, "base_model_name_or_path is not set: nobody can load it", remedy)
+        yield Problem(
+            "base-missing",
+            file,
+            "base_model_name_or_path is not set: the adapter cannot be loaded",
+            remedy,
+        )
         return
     if not is_hub_id(base):
         what = "an alias that only minilora_hub knows" if base == EMBEDDED else "not an id of a model on the Hub"
@@ -78,7 +83,7 @@ def check_existence(file: str, base: str, revision: str | None, exists: BaseExis
 def check_own_license(license: str | None) -> Iterator[Problem]:
     """Check that the adapter has a licence."""
     if not license:
-        message = "license is not set: without one nobody may use the adapter"
+        message = "license is not set: without one, others may not use the adapter"
         yield Problem("license-missing", RESULTS_FILE, message, "set it in results.json: minilora push --license ID")
 
 

@@ -257,7 +257,7 @@ def _write_verification(folder: Path, found: Obtained, before: Verification | No
         if not found.gap <= limit:
             raise AdapterError(
                 f"the model's logits differ by {found.gap:.2g} from those in {VERIFICATION_FILE} (tolerance "
-                f"{limit:g}): it or this installation is damaged; delete {VERIFICATION_FILE} to record it anew"
+                f"{limit:g}): it or this installation is damaged; delete {VERIFICATION_FILE} to record again"
             )
         same_files = before.sha256 == sha256 and before.prompts == recording.prompts
         if same_files and before.libraries == libraries() and before.tolerance == limit:
