@@ -211,6 +211,7 @@ def test_rendering_is_repeatable_and_loads_no_torch(full):
     assert done.stdout.decode() == render_card(full, repo_id="ana/x") == (full / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_snippet_of_a_plain_lora_pins_the_adapter_and_not_the_base(tmp_path):
     """Transformers applies `revision=` of a repo in PEFT's format to the base, which has no such tag."""
     from peft import LoraConfig, get_peft_model

@@ -202,6 +202,7 @@ def test_every_damage_of_the_file_is_found(fresh, built):
         pytest.param(lambda good: {"peft_targets": good.peft_targets[:-1]}, "peft/: differ", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_a_forged_recording_is_caught_by_verify(change, found, hub, monkeypatch, fresh, base_folder):
     monkeypatch.setenv("HF_TOKEN", hub.add_user("ana"))
     folder = fresh()

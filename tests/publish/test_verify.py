@@ -211,6 +211,7 @@ def test_a_named_base_that_nobody_has(process, copied, hub):
         shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_a_class_that_is_not_the_repos(process, copied, base_folder):
     """A repo whose config leads to another class does not pass, whatever that computes."""
     folder = copied()
