@@ -1,7 +1,7 @@
 """JSON files as frozen dataclasses: read strictly, validated by pydantic, written whole or not at all.
 
 A field that is missing, unknown, of another type or out of range is an error that names the file, the field, its value
-and what is needed. A dataclass states its fields' types; what a type cannot say is a `need` on it.
+and what is needed. A dataclass states its fields' types; what a type cannot express is a `need`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Document:
         """Read a file, or the one of the usual name in a folder.
 
         Raises:
-            AdapterError: it is missing, is no JSON, is of a newer schema, or a field is wrong.
+            AdapterError: it is missing, is not JSON, is of a newer schema, or a field is wrong.
         """
         file = Path(path)
         file = file / cls.FILE if file.is_dir() else file
@@ -146,7 +146,7 @@ def strict_json(data: bytes | str) -> Any:
     """Parse JSON, refusing what parsers disagree about: duplicate keys, NaN and infinities, a byte-order mark.
 
     Raises:
-        ValueError: the text is no such JSON.
+        ValueError: it is not such JSON.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -188,7 +188,7 @@ def test_shipped_adapters_pass_every_check(folder):
 
 @pytest.mark.parametrize("folder", sorted((ROOT / "model_cards").iterdir()), ids=lambda folder: folder.name)
 def test_shipped_adapters_verify(folder):
-    """Loaded through AutoModel in a clean process, against the logits recorded when they were built."""
+    """Loaded through AutoModel in an isolated process, against the logits recorded when they were built."""
     command = [sys.executable, "-m", "minilora_hub.cli", "verify", str(folder), "--base", "embedded"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -35,7 +35,7 @@ def recorded_before(folder: Path) -> Verification | None:
         if file_sha256(folder / path) != digest:
             raise AdapterError(
                 f"{path} is not the file that {VERIFICATION_FILE} recorded: it is damaged, or was changed since. "
-                f"If the change is meant, delete {VERIFICATION_FILE} and it is recorded anew"
+                f"If the change is meant, delete {VERIFICATION_FILE} and the push records again"
             )
     return verification
 

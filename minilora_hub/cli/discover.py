@@ -20,7 +20,7 @@ LAYOUTS = {
     "peft": "PEFT format",
     "peft-mixlora": "PEFT format, a method of minilora_hub",
     "reference": "format of the mixlora package: minilora import makes it loadable",
-    "checkpoint": "a whole model, no adapter",
+    "checkpoint": "a whole model, not an adapter",
 }
 
 
@@ -30,7 +30,7 @@ def info(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Show what an adapter is; nothing of it is loaded or run."""
+    """Describe an adapter without loading it."""
     from minilora_hub.publish.find import info as describe
 
     found = describe(adapter, revision=revision, progress=not as_json)

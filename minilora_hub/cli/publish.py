@@ -94,17 +94,15 @@ def _ask(plan: PushPlan) -> bool:
 
 def _print_plan(plan: PushPlan) -> None:
     seen = "private: only its owner sees it" if plan.private else "PUBLIC: everybody sees it"
-    new = "a new repo" if plan.creates else "a repo that is there"
+    new = "a new repo" if plan.creates else "an existing repo"
     typer.echo(f"{plan.repo_id} ({new}, {seen}), {'a pull request to ' if plan.create_pr else ''}{plan.revision}")
     for file in plan.files:
         digest = (file.sha256 or "deleted")[:12]
         typer.echo(f"  {MARKS[file.action]} {file.path:<40} {size(file.size):>10}  {digest}")
     sent = sum(file.size for file in plan.sends if file.action != "delete")
     kept = sum(file.action == "keep" for file in plan.files)
-    typer.echo(f"{len(plan.sends)} files to send ({size(sent)}), {kept} are there already")
-    typer.echo(
-        f"logits to verify with: {'reused' if plan.recording.reused else 'recorded now'}, {plan.recording.reason}"
-    )
+    typer.echo(f"{len(plan.sends)} files to send ({size(sent)}), {kept} are unchanged")
+    typer.echo(f"reference logits: {'reused' if plan.recording.reused else 'recorded now'}, {plan.recording.reason}")
     if plan.tag:
         typer.echo(f"tag: {plan.tag}")
     for note in plan.notes:
@@ -116,12 +114,12 @@ def verify(
     revision: Revision = None,
     base: Base = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that is no release of minilora_hub.")
+        bool, typer.Option("--trust-remote-code", help="Run code that is not a release of minilora_hub.")
     ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Load an adapter in a clean process, and compare it with its recorded logits and hashes."""
+    """Load an adapter in an isolated process, and compare it with its recorded logits."""
     from minilora_hub.publish.verify.verify import verify as verify_adapter
 
     report = verify_adapter(
@@ -139,7 +137,9 @@ def _print_report(report: VerifyReport) -> None:
     for step in report.steps:
         typer.echo(f"  {'✓' if step.ok else '✗'} {step.name}: {step.detail}")
     if report.ok:
-        typer.echo(f"{report.name}{f' at {report.revision[:12]}' if report.revision else ''} works as recorded.")
+        typer.echo(
+            f"{report.name}{f' at {report.revision[:12]}' if report.revision else ''} computes what was recorded."
+        )
 
 
 def card(

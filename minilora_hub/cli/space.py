@@ -105,7 +105,7 @@ def _from_environment(name: str) -> str:
 
 def _print(plan: SpacePush) -> None:
     seen = "private: only its owner sees it" if plan.private else "PUBLIC: everybody sees it"
-    new = "a new Space" if plan.creates else "a Space that is there"
+    new = "a new Space" if plan.creates else "an existing Space"
     typer.echo(f"{plan.space} ({new}, {seen}), hardware: {plan.hardware or 'as it is'}")
     for path, count in plan.files.items():
         typer.echo(f"  + {path:<60} {size(count):>10}")

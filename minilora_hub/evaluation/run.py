@@ -36,7 +36,7 @@ from minilora_hub.evaluation.settings import (
     find_tasks,
     task_of,
 )
-from minilora_hub.recording.bases_of_record import base_inputs, why_not_reproducible
+from minilora_hub.recording.recorded_base import base_inputs, why_not_reproducible
 
 MARGIN = 8
 """Tokens that an answer may have beyond the longest reference of its task and split."""

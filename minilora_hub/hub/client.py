@@ -17,6 +17,8 @@ from minilora_hub.hub.errors import ATTEMPTS, FAILURES, explain, patiently, root
 from minilora_hub.hub.plain_files import require_plain_names
 from minilora_hub.quiet import quiet_libraries
 
+PUBLIC_HUB = "https://huggingface.co"
+REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token with the role write"
 

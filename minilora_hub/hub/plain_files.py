@@ -101,7 +101,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         which the tensors start.
 
     Raises:
-        AdapterError: it is no safetensors file, its header does not match its size, or it names a tensor twice.
+        AdapterError: it is not a safetensors file, its header does not match its size, or it names a tensor twice.
     """
     from safetensors import SafetensorError, safe_open
 

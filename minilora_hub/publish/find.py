@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ SORTS = ("downloads", "likes", "last_modified", "created_at", "trending_score")
 LISTED = ["author", "cardData", "createdAt", "downloads", "lastModified", "likes", "private", "tags", "trendingScore"]
 LOOKED_AT = 1000
 """The largest number of models that are looked at on a Hub that does not search by tag."""
-METHOD_TAGS = ("mixlora", "dora", "lora")
 SHOWN_SETTINGS = (
     "r",
     "lora_alpha",
@@ -118,7 +117,7 @@ class ListedAdapter:
 
     id: str
     method: str | None
-    bases: tuple[str, ...] = field(default=())
+    bases: tuple[str, ...] = ()
     downloads: int = 0
     likes: int = 0
     created: str | None = None
@@ -207,8 +206,8 @@ def list_adapters(
         PublishError: the Hub cannot be asked, or it does not search by tag and has too many models to look at each.
         ValueError: `method` or `sort` is unknown.
     """
-    if method is not None and method not in METHOD_TAGS:
-        raise ValueError(f"method={method!r}: must be one of {METHOD_TAGS}")
+    if method is not None and method not in METHODS:
+        raise ValueError(f"method={method!r}: must be one of {tuple(METHODS)}")
     if sort is not None and sort not in SORTS:
         raise ValueError(f"sort={sort!r}: must be one of {SORTS}")
     base = HUB_ID if base == EMBEDDED else base
@@ -222,10 +221,8 @@ def list_adapters(
         except FAILURES as error:
             raise PublishError(explain(error, base or "the Hub", "listing adapters")) from None
     models = list(found.values())
-    if len(methods) > 1:  # the Hub has sorted each method's; sorting keeps the order of those without a value
-        known = [model for model in models if getattr(model, sort) is not None]
-        unknown = [model for model in models if getattr(model, sort) is None]
-        models = sorted(known, key=lambda model: getattr(model, sort), reverse=True) + unknown
+    if len(methods) > 1:  # the Hub has sorted the models of each method; those without a value are last
+        models.sort(key=lambda model: (getattr(model, sort) is not None, getattr(model, sort) or 0), reverse=True)
     return [_listed(model) for model in models[:limit]]
 
 
@@ -258,7 +255,7 @@ def _listed(model: Any) -> ListedAdapter:
     card = model.card_data.to_dict() if model.card_data else {}
     return ListedAdapter(
         id=model.id,
-        method=next((METHODS[tag] for tag in METHOD_TAGS if tag in tags), None),
+        method=next((name for tag, name in METHODS.items() if tag in tags), None),
         bases=tuple(tag.removeprefix(prefix) for tag in tags if tag.startswith(prefix)),
         downloads=model.downloads or 0,
         likes=model.likes or 0,

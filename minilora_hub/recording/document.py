@@ -23,8 +23,8 @@ from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG, WEIGHTS
 from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.documents import Document, need
-from minilora_hub.recording.bases_of_record import wanted_dtype
 from minilora_hub.recording.logits import TOLERANCES
+from minilora_hub.recording.recorded_base import wanted_dtype
 
 RECORDING_FILE = "recording.json"
 

@@ -23,14 +23,14 @@ from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.peft import PeftTargets, peft_targets, with_peft, write_peft_folder
 from minilora_hub.formats.reading import read_adapter
-from minilora_hub.recording.bases_of_record import (
-    BaseOfRecord,
+from minilora_hub.recording.document import RECORDING_FILE, Recording, recording_key
+from minilora_hub.recording.logits import TOLERANCES, TopLogits, difference, logits_of, prompt_ids, record
+from minilora_hub.recording.recorded_base import (
+    RecordedBase,
     require_trained_on,
     wanted_dtype,
     why_not_reproducible,
 )
-from minilora_hub.recording.document import RECORDING_FILE, Recording, recording_key
-from minilora_hub.recording.logits import TOLERANCES, TopLogits, difference, logits_of, prompt_ids, record
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Obtained:
     note: str | None = None
 
 
-def obtain_recording(source: Source, base: BaseOfRecord, before: Verification | None = None) -> Obtained:
+def obtain_recording(source: Source, base: RecordedBase, before: Verification | None = None) -> Obtained:
     """Return what an adapter computes on its base: from its recording.json, or else computed now and stored there.
 
     A folder that was published before has a verification.json: it is always computed again and compared with that, and
@@ -75,7 +75,7 @@ def obtain_recording(source: Source, base: BaseOfRecord, before: Verification | 
     key = recording_key(source, base.found, fingerprint)
     if before is not None:
         recording, gap = make_recording(source, base, key, before)
-        return Obtained(recording, False, "the folder was published before, and is compared with its record", gap)
+        return Obtained(recording, False, "the folder was published before: compared with its recorded logits", gap)
     stored, reason, note = _read_stored(source.folder, key)
     reason = reason or why_not_reproducible(base.found, fingerprint) or ""
     if stored is not None and not reason:
@@ -95,7 +95,7 @@ def store_recording(folder: str | Path, base: ResolvedBase) -> None:
     Raises:
         AdapterError, BaseModelError, ValueError: see `obtain_recording`.
     """
-    obtain_recording(read_source(folder), BaseOfRecord(base.hub_id or base.name, base.revision, base))
+    obtain_recording(read_source(folder), RecordedBase(base.hub_id or base.name, base.revision, base))
 
 
 def _read_stored(folder: Path, key: dict[str, str]) -> tuple[Recording | None, str, str | None]:
@@ -111,7 +111,7 @@ def _read_stored(folder: Path, key: dict[str, str]) -> tuple[Recording | None, s
 
 
 def make_recording(
-    source: Source, base: BaseOfRecord, key: dict[str, str], before: Verification | None = None
+    source: Source, base: RecordedBase, key: dict[str, str], before: Verification | None = None
 ) -> tuple[Recording, float | None]:
     """Load the base and the adapter, and record what they compute.
 

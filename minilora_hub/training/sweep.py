@@ -24,7 +24,7 @@ from typing import Any
 from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.code_inputs import code_inputs, library_inputs
 from minilora_hub.errors import DataError, MissingExtraError, TrainingError, TrainingInterrupted
-from minilora_hub.recording.bases_of_record import base_inputs
+from minilora_hub.recording.recorded_base import base_inputs
 from minilora_hub.training.run import broadcast, train
 from minilora_hub.training.run_folder import folder_lock, read_state
 from minilora_hub.training.settings import TrainingSettings, make_settings, read_yaml

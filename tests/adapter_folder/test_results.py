@@ -11,7 +11,7 @@ import sys
 import pytest
 from publish.examples import evaluated_results, full_results, minimal_results
 
-from minilora_hub.adapter_folder.results import Base, Results, Verification
+from minilora_hub.adapter_folder.results import Base, Results, Verification, is_hashed
 from minilora_hub.documents import strict_json
 from minilora_hub.errors import AdapterError
 
@@ -194,3 +194,20 @@ def test_no_torch_is_loaded():
     code = f"import sys, {module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("path", "hashed"),
+    [
+        ("README.md", False),
+        (".gitattributes", False),
+        ("verification.json", False),
+        (".eval_results/org__tasks.yaml", False),
+        ("README.md.py", True),
+        ("peft/README.md", True),
+        ("adapter_model.safetensors", True),
+        ("results.json", True),
+    ],
+)
+def test_what_people_edit_on_the_hub_is_not_hashed(path, hashed):
+    assert is_hashed(path) == hashed

@@ -30,8 +30,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-LIMIT = 1.5
-
 
 def main() -> None:
     """Measure and print JSON."""
@@ -121,7 +119,6 @@ def measure(hub, scratch: Path, rounds: int) -> dict:
             for name in ways
             if name != "bare"
         },
-        "limit_of_trained": LIMIT,
     }
 
 

@@ -82,7 +82,7 @@ def test_as_hf_runs_it_from_folder_to_verified_repo(shell, hub, adapter, tmp_pat
 
     done = shell("verify", "ana/mine", "--revision", "v1")
     assert done.returncode == 0, done.stderr
-    assert "works as recorded" in done.stdout
+    assert "computes what was recorded" in done.stdout
     listed = shell("list", "--base", "org/base").stdout.splitlines()
     assert listed[0].split()[:2] == ["adapter", "method"]
     assert listed[1].split()[:2] == ["ana/mine", "MixLoRA"]

@@ -166,6 +166,7 @@ def test_the_page_refuses_it_from_a_link_and_in_the_picker(attacked, hub, base_f
     assert [column.kind for column in runs.columns_of("ana")] == ["base"]
 
 
+@pytest.mark.slow
 def test_the_snippet_without_trust_loads_an_adapter(hub, good, tmp_path):
     """docs/load.md: model and tokenizer, with the installed classes, and none of the repo's code."""
     page = (Path(__file__).parents[2] / "docs" / "load.md").read_text(encoding="utf-8")

@@ -55,8 +55,9 @@ def test_the_layout_that_arrives(hub, ana, trained, method, expected):
     assert ana not in json.dumps(result.to_dict())
 
 
-def test_dora_as_peft_alone(hub, ana, trained):
-    result = push(trained["dora"], "ana/adapter", layout="peft", progress=False)
+@pytest.mark.parametrize("verify", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_dora_as_peft_alone(hub, ana, trained, verify):
+    result = push(trained["dora"], "ana/adapter", layout="peft", verify=verify, progress=False)
     assert result.ok, result.verification.problem
     assert {name for name in tree(hub) if "/" not in name} == ROOT | {"adapter_config.json"}
     config = json.loads(tree(hub)["adapter_config.json"])

@@ -95,7 +95,7 @@ def zip_files(hub, repo):
     return hub.repo(repo).commit("main").blobs.items()
 
 
-@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)], ids=["some requests", "every request"])
+@pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.slow)], ids=["some requests", "every request"])
 @pytest.mark.parametrize("new", [True, False], ids=["new repo", "old repo"])
 def test_every_fault_at_every_request(ready, new, every, capsys):
     """Each fault strikes at other requests, where not at every one."""
@@ -210,7 +210,7 @@ def test_a_repo_that_is_deleted_meanwhile(ready):
 
 def test_a_repo_that_somebody_makes_meanwhile(ready):
     hub, _, _ = ready
-    with pytest.raises(PublishError, match="ana/case was made by somebody else meanwhile"):
+    with pytest.raises(PublishError, match="ana/case was created by somebody else meanwhile"):
         push_to("ana/case", confirm=meanwhile(lambda: hub.add_repo("ana/case", files=OLD, private=True) and None))
     assert hub.repo("ana/case").files("main") == OLD
 
@@ -224,7 +224,9 @@ def test_a_token_that_expires_meanwhile(ready):
     assert hub.repo("ana/case").files("main") == OLD
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)], ids=["some requests", "every request"])
+# An interrupt may also strike in a destructor, where Python only reports it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.slow)], ids=["some requests", "every request"])
 def test_ctrl_c_at_every_request(ready, monkeypatch, every):
     """An interrupt leaves the repo as it was or complete, and nothing behind on the disk."""
     import tempfile

@@ -18,9 +18,9 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.publish.checks.folder import check_folder
 from minilora_hub.publish.push import build as build_module
 from minilora_hub.publish.push.build import build
-from minilora_hub.recording import bases_of_record, document
-from minilora_hub.recording.bases_of_record import why_not_reproducible
+from minilora_hub.recording import document, recorded_base
 from minilora_hub.recording.document import RECORDING_FILE, Recording
+from minilora_hub.recording.recorded_base import why_not_reproducible
 from minilora_hub.recording.reference import store_recording
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -168,7 +168,7 @@ def test_another_version_of_the_published_code_counts(fresh, built, monkeypatch)
 def test_another_dtype_counts(fresh, built, monkeypatch):
     folder = fresh("lora")
     built(folder)
-    monkeypatch.setattr(bases_of_record, "LARGE", 0)
+    monkeypatch.setattr(recorded_base, "LARGE", 0)
     assert built(folder).recorded.reason == "changed since it was recorded: dtype"
 
 
@@ -199,9 +199,10 @@ def test_every_damage_of_the_file_is_found(fresh, built):
     ("change", "found"),
     [
         (lambda good: {"top_logits": tuple(tuple(x + 0.5 for x in row) for row in good.top_logits)}, "logits: differ"),
-        pytest.param(lambda good: {"peft_targets": good.peft_targets[:-1]}, "peft/: differ", marks=pytest.mark.slow),
+        (lambda good: {"peft_targets": good.peft_targets[:-1]}, "peft/: differ"),
     ],
 )
+@pytest.mark.slow
 def test_a_forged_recording_is_caught_by_verify(change, found, hub, monkeypatch, fresh, base_folder):
     monkeypatch.setenv("HF_TOKEN", hub.add_user("ana"))
     folder = fresh()
@@ -241,7 +242,7 @@ def test_what_was_published_before_is_computed_again(good, base_folder, tmp_path
     folder = shutil.copytree(good["mixlora"], tmp_path / "pulled")
     made = build(folder, tmp_path / "built", repo_id="ana/mixlora", base_model=str(base_folder))
     assert not made.recorded.reused
-    assert "compared with its record" in made.recorded.reason
+    assert "compared with its recorded logits" in made.recorded.reason
     assert len(loads) == 1
     assert not (folder / RECORDING_FILE).exists()
 
@@ -303,4 +304,4 @@ def test_the_command_tells(hub, monkeypatch, fresh, base_folder, capsys):
     monkeypatch.setattr("sys.argv", ["minilora", "push", str(folder), "ana/x", "--dry-run"])
     with pytest.raises(SystemExit):
         main()
-    assert f"logits to verify with: reused, nothing that {RECORDING_FILE} depends on" in capsys.readouterr().out
+    assert f"reference logits: reused, nothing that {RECORDING_FILE} depends on" in capsys.readouterr().out

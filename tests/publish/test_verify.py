@@ -51,7 +51,8 @@ def rewritten(folder, **changes):
     return folder
 
 
-@pytest.mark.parametrize("method", ["dora", "mixlora", "lora"])
+# Adapters with the same code come one after the other: other code starts another process.
+@pytest.mark.parametrize("method", ["lora", "mixlora", "dora"])
 def test_a_good_folder(process, good, base_folder, method):
     report = verify(good[method], base_model=str(base_folder), process=process)
     assert report.ok, report.problem
@@ -66,6 +67,29 @@ def test_a_good_folder(process, good, base_folder, method):
     assert json.loads(json.dumps(report.to_dict()))["ok"]
 
 
+def test_other_logits_are_told(process, copied, base_folder):
+    folder = copied()
+    logits = [list(row) for row in Verification.load(folder).top_logits]
+    logits[1][3] += 0.5
+    report = verify(rewritten(folder, top_logits=logits), base_model=str(base_folder), process=process)
+    assert not steps(report)["logits"].ok
+    assert report.difference == pytest.approx(0.5, abs=1e-3)
+
+
+def test_another_base_is_told(process, good, tmp_path):
+    other = tmp_path / "other"
+    tiny_stand_ins.tiny_llama(seed=9).save_pretrained(other)
+    report = verify(good["mixlora"], base_model=str(other), process=process)
+    assert not steps(report)["logits"].ok
+
+
+def test_a_peft_folder_with_other_weights(process, copied, base_folder):
+    folder = copied()
+    shutil.copyfile(folder / "adapter_model.safetensors", folder / "peft" / "adapter_model.safetensors")
+    report = verify(rewritten(folder), base_model=str(base_folder), process=process)
+    assert not report.ok
+
+
 def test_unknown_code_is_refused_before_it_runs(process, copied, base_folder, tmp_path):
     folder, trace = copied(), tmp_path / "it ran"
     code = folder / "modeling_minilora.py"
@@ -73,7 +97,7 @@ def test_unknown_code_is_refused_before_it_runs(process, copied, base_folder, tm
     rewritten(folder)
     refused = verify(folder, base_model=str(base_folder), process=process)
     assert not refused.ok
-    assert "no release of minilora_hub" in refused.problem
+    assert "is not a release of minilora_hub" in refused.problem
     assert "--trust-remote-code" in refused.problem
     assert not trace.exists()
     trusted = verify(folder, base_model=str(base_folder), trust_remote_code=True, process=process)
@@ -86,12 +110,16 @@ import json, os, pathlib, socket
 import huggingface_hub
 found = {{"variables": dict(os.environ), "token": huggingface_hub.get_token(), "home": str(pathlib.Path.home())}}
 found["offline"] = huggingface_hub.constants.is_offline_mode()
+try:
+    import minilora_hub.errors
+except ImportError:
+    found["minilora_hub"] = None
 pathlib.Path({trace!r}).write_text(json.dumps(found))
 """
 
 
-def test_the_process_has_no_token_and_asks_nobody(hub, copied, tmp_path, monkeypatch):
-    """A private adapter and its private base, fetched with a token; what then runs has neither token nor network."""
+def test_the_process_has_no_token_no_network_and_no_minilora_hub(hub, copied, tmp_path, monkeypatch):
+    """A private adapter and its private base are fetched with a token; the code then runs without any of these."""
     folder, trace = copied(), tmp_path / "what it saw"
     code = folder / "modeling_minilora.py"
     code.write_text(SPY.format(trace=str(trace)) + code.read_text())
@@ -118,6 +146,7 @@ def test_the_process_has_no_token_and_asks_nobody(hub, copied, tmp_path, monkeyp
     seen = json.loads(trace.read_text())
     assert seen["offline"]
     assert seen["token"] is None
+    assert seen["minilora_hub"] is None
     assert [name for name, value in seen["variables"].items() if secret in value] == []
     assert {"HF_TOKEN_PATH", "HF_ENDPOINT", "HUGGING_FACE_HUB_TOKEN", "HTTPS_PROXY"}.isdisjoint(seen["variables"])
     assert str(tmp_path) != seen["home"]
@@ -182,15 +211,7 @@ def test_a_named_base_that_nobody_has(process, copied, hub):
         shutil.rmtree(folder)
 
 
-def test_the_clean_process_cannot_import_us(process, copied, base_folder):
-    folder = copied()
-    code = folder / "modeling_minilora.py"
-    code.write_text(code.read_text() + "\nimport minilora_hub.errors\n")
-    report = verify(rewritten(folder), base_model=str(base_folder), trust_remote_code=True, process=process)
-    assert not steps(report)["loading"].ok
-    assert "minilora_hub" in report.problem
-
-
+@pytest.mark.slow
 def test_a_class_that_is_not_the_repos(process, copied, base_folder):
     """A repo whose config leads to another class does not pass, whatever that computes."""
     folder = copied()
@@ -214,29 +235,6 @@ def test_a_class_that_is_not_the_repos(process, copied, base_folder):
 def test_a_record_that_asks_for_too_little(process, copied, base_folder, changes, message):
     report = verify(rewritten(copied(), **changes), base_model=str(base_folder), process=process)
     assert message in report.problem
-
-
-def test_other_logits_are_told(process, copied, base_folder):
-    folder = copied()
-    logits = [list(row) for row in Verification.load(folder).top_logits]
-    logits[1][3] += 0.5
-    report = verify(rewritten(folder, top_logits=logits), base_model=str(base_folder), process=process)
-    assert not steps(report)["logits"].ok
-    assert report.difference == pytest.approx(0.5, abs=1e-3)
-
-
-def test_another_base_is_told(process, good, tmp_path):
-    other = tmp_path / "other"
-    tiny_stand_ins.tiny_llama(seed=9).save_pretrained(other)
-    report = verify(good["mixlora"], base_model=str(other), process=process)
-    assert not steps(report)["logits"].ok
-
-
-def test_a_peft_folder_with_other_weights(process, copied, base_folder):
-    folder = copied()
-    shutil.copyfile(folder / "adapter_model.safetensors", folder / "peft" / "adapter_model.safetensors")
-    report = verify(rewritten(folder), base_model=str(base_folder), process=process)
-    assert not report.ok
 
 
 def test_a_process_that_dies_is_an_answer(process, copied, base_folder):

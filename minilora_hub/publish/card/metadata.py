@@ -15,13 +15,13 @@ from huggingface_hub.utils import yaml_dump
 
 from minilora_hub.adapter_folder.results import Results
 from minilora_hub.formatting import visible
+from minilora_hub.hub.client import REPO_ID
 
 TAGS = {
     "mixlora": ["minilora", "mixlora", "lora", "mixture-of-experts", "adapter"],
     "dora": ["minilora", "dora", "lora", "adapter"],
     "lora": ["minilora", "lora", "adapter"],
 }
-HUB_DATASET = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 PROCEDURAL = "procedural"
 """The dataset of tasks that a program generates."""
 
@@ -38,7 +38,7 @@ def card_data(results: Results, name: str, stock: bool = False) -> ModelCardData
         "license_name": results.license_name,
         "license_link": results.license_link,
         "language": list(results.language) or None,
-        "datasets": [name for name in results.datasets if HUB_DATASET.fullmatch(name)] or None,
+        "datasets": [name for name in results.datasets if REPO_ID.fullmatch(name)] or None,
     }
     if results.evaluation:
         fields |= {"model_name": name, "eval_results": [_eval_result(row) for row in results.evaluation]}
@@ -80,7 +80,7 @@ def eval_results_files(folder: Path) -> dict[str, str]:
     """
     entries: dict[str, list[EvalResultEntry]] = {}
     for row in Results.load(folder).evaluation:
-        if row.dataset and row.benchmark_task and HUB_DATASET.fullmatch(row.dataset):
+        if row.dataset and row.benchmark_task and REPO_ID.fullmatch(row.dataset):
             entry = EvalResultEntry(dataset_id=row.dataset, task_id=row.benchmark_task, value=row.value)
             entries.setdefault(row.dataset, []).append(entry)
     return {

@@ -6,7 +6,6 @@ its free-text sections (`free_text`), which are kept when it is rendered again. 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shlex
@@ -20,15 +19,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from minilora_hub import formatting
 from minilora_hub.adapter_folder.code import code_files, code_hash, release_of
 from minilora_hub.adapter_folder.folders import read_json
+from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG
-from minilora_hub.adapter_folder.results import Results
+from minilora_hub.adapter_folder.results import METHODS, Base, Results
 from minilora_hub.errors import AdapterError
+from minilora_hub.hub.client import PUBLIC_HUB, REPO_ID
 from minilora_hub.publish.card import free_text
-from minilora_hub.publish.card.facts import PUBLIC_HUB, adapter_rows, summary, training_rows
 from minilora_hub.publish.card.metadata import front_matter
 from minilora_hub.publish.card.pictures import EXPERT_LOAD, EXPERT_LOAD_BY_TASK, LOSS, wanted_pictures, write_pictures
 
 README = "README.md"
+PAPERS = {"mixlora": "2404.15159", "dora": "2402.09353", "lora": "2106.09685"}
 SECTIONS = ("intro", "results", "limits")
 SETTINGS = re.compile(r"^<!-- minilora:card (\{.*\}) -->$", re.MULTILINE)
 NUMBER = re.compile(r"(?<![\w.,/-])-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?%?(?![\w/]|[.-]\w)")
@@ -73,33 +74,44 @@ def render_card(
     wanted = wanted_pictures(results)
     name = repo_id or f"./{folder.resolve().name}"
     title = (repo_id or folder.resolve().name).rpartition("/")[2]
-    training = results.training
+    prompt = results.samples[0].prompt if results.samples else "Hello!"
+    digest = code_hash(code)
+    targets = config.get("target_modules")
+    libraries = results.training.libraries if results.training else {}
+    link = results.license_link if (results.license_link or "").startswith(("https://", "http://")) else None
     text = _template().render(
         front_matter=front_matter(results, title, stock),
         settings=_settings(repo_id, revision, space, hub),
-        title=formatting.inline(title),
-        summary=summary(results, config, hub),
+        title=title,
+        name=name,
+        revision=revision,
+        method_name=METHODS[results.method],
+        paper=PAPERS[results.method],
+        config=config,
+        top_p=config.get("routing_strategy") == "top_p",
+        base_link=_base_link(results.base, hub),
         results=results,
         base=results.base,
         method=results.method,
         stock=stock,
-        snippet=_snippet(folder, results, name, revision, stock),
+        has_chat_template=_has_chat_template(folder),
+        prompt=json.dumps(formatting.visible(prompt), ensure_ascii=False),
         space_link=f"{hub}/spaces/{space}?adapter={quote(repo_id or '', safe='')}" if space else None,
-        local_demo=_local_demo(results, repo_id, title),
         commands=list(dict.fromkeys(row.command for row in results.evaluation if row.command)),
         notes=list(dict.fromkeys(row.note for row in results.evaluation if row.note)),
         few_shot=sorted({row.few_shot for row in results.evaluation if row.few_shot_value is not None}),
         parts=[(row, part) for row in results.evaluation for part in row.parts],
-        adapter_rows=adapter_rows(results, config, hub),
+        modules=", ".join(map(str, targets)) if isinstance(targets, list) else targets,
         as_mixtral=config.get("routing_strategy") == "top_k",
-        training_rows=training_rows(training) if training else [],
+        libraries=", ".join(f"{name} {version}" for name, version in libraries.items()) or None,
         load_picture=EXPERT_LOAD if EXPERT_LOAD in wanted else None,
         router_picture=EXPERT_LOAD_BY_TASK if EXPERT_LOAD_BY_TASK in wanted else None,
         loss_picture=LOSS if LOSS in wanted else None,
-        code_files=[(path, hashlib.sha256(file.read_bytes()).hexdigest()) for path, file in code.items()],
-        code_origin=_code_origin(code),
-        verify_name=formatting.inline(name),
-        license_line=_license_line(results),
+        code_files=[(path, file_sha256(file)) for path, file in code.items()],
+        code_digest=digest,
+        release=release_of(digest),
+        license=results.license_name or results.license,
+        license_link=quote(link, safe=":/?#=&%.-_~") if link else None,
         free_text=lambda section: free_text.section(section, kept.get(section, "")),
         section=free_text.section,
         other_sections=[(key, value) for key, value in kept.items() if key not in SECTIONS],
@@ -172,9 +184,9 @@ def _template() -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {
-        name: getattr(formatting, name) for name in ("between", "inline", "cell", "code", "block", "number", "short")
-    }
+    names = ("between", "block", "cell", "code", "duration", "inline", "number", "percent", "short")
+    environment.filters |= {name: getattr(formatting, name) for name in names}
+    environment.filters |= {"python": json.dumps, "shell": shlex.quote}
     return environment.get_template("card.md.jinja")
 
 
@@ -185,67 +197,15 @@ def _settings(repo_id: str | None, revision: str | None, space: str | None, hub:
     return json.dumps(settings).replace(">", "\\u003e")  # so that a revision cannot end the comment
 
 
-def _snippet(folder: Path, results: Results, name: str, revision: str | None, stock: bool) -> str:
-    prompt = results.samples[0].prompt if results.samples else "Hello!"
-    at = json.dumps(revision or "main")
-    pin = (
-        []
-        if revision
-        else ['# The commit\'s hash instead of "main" pins the code and weights that you have looked at.']
-    )
-    # A tokenizer needs no code, but transformers would ask, because config.json names classes of the repo.
-    trust, tokenizer_trust = ("", "") if stock else (", trust_remote_code=True", ", trust_remote_code=False")
-    # For PEFT's format transformers would use a plain `revision` for the base, too.
-    pinned = 'adapter_kwargs={"revision": revision}' if stock else f"revision=revision{trust}"
-    template = folder / "tokenizer_config.json"
-    chat = (folder / "chat_template.jinja").is_file() or (
-        template.is_file() and '"chat_template"' in template.read_text(encoding="utf-8", errors="replace")
-    )
-    text = json.dumps(formatting.visible(prompt), ensure_ascii=False)
-    inputs = (
-        [
-            f'messages = [{{"role": "user", "content": {text}}}]',
-            "inputs = tokenizer.apply_chat_template(",
-            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-            ")",
-        ]
-        if chat
-        else [f'inputs = tokenizer({text}, return_tensors="pt")']
-    )
-    lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        *pin,
-        f"repo, revision = {json.dumps(name)}, {at}",
-        f"tokenizer = AutoTokenizer.from_pretrained(repo, revision=revision{tokenizer_trust})",
-        f"model = AutoModelForCausalLM.from_pretrained(repo, {pinned})",
-        "",
-        *inputs,
-        "answer = model.generate(**inputs, max_new_tokens=48, do_sample=False)",
-        'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
-    ]
-    return "\n".join(lines)
+def _base_link(base: Base, hub: str) -> str:
+    """Return the base's id, as a link to its page where it is an id on the Hub."""
+    if not REPO_ID.fullmatch(base.id):
+        return formatting.code(base.id)
+    tree = f"/tree/{base.revision}" if base.revision and REPO_ID.fullmatch(base.revision) else ""
+    return f"[{formatting.inline(base.id)}]({hub}/{base.id}{tree})"
 
 
-def _local_demo(results: Results, repo_id: str | None, title: str) -> str:
-    demo = f"minilora demo {shlex.quote(repo_id or './' + title)} --base {shlex.quote(results.base.id)}"
-    return "\n".join(["pip install 'minilora_hub[demo]'", demo])
-
-
-def _code_origin(code: dict[str, Path]) -> str:
-    digest = code_hash(code)
-    release = release_of(digest)
-    if release is None:
-        return f"They are not those of a released minilora_hub (`{digest}`): read them before you trust them."
-    known = "" if release == "this version" else f" {release}"
-    return f"They are, byte by byte, those that minilora_hub{known} puts into every repo (`{digest}`)."
-
-
-def _license_line(results: Results) -> str:
-    base = f"The base's licence: {formatting.inline(results.base.license)}."
-    name = results.license_name or results.license
-    if name is None:
-        return f"The adapter's licence: {formatting.UNKNOWN}. {base}"
-    link = results.license_link if (results.license_link or "").startswith(("https://", "http://")) else None
-    shown = f"[{formatting.inline(name)}](<{quote(link, safe=':/?#=&%.-_~')}>)" if link else formatting.inline(name)
-    return f"The adapter: {shown}. {base}"
+def _has_chat_template(folder: Path) -> bool:
+    config = folder / "tokenizer_config.json"
+    inside = config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8", errors="replace")
+    return inside or (folder / "chat_template.jinja").is_file()

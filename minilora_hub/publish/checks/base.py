@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 
 from minilora_hub.adapter_folder.names import PEFT_CONFIG
 from minilora_hub.adapter_folder.results import RESULTS_FILE
 from minilora_hub.bases.resolving import EMBEDDED
 from minilora_hub.errors import AdapterError
+from minilora_hub.hub.client import COMMIT, REPO_ID
 from minilora_hub.publish.checks.problems import Folder, Problem
-
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 BaseExists = Callable[[str, str | None], bool | None]
 """Called with a base and its revision: whether the Hub has it; None, or an exception, where that is unknown."""
@@ -35,7 +32,7 @@ def base_of(folder: Folder) -> tuple[str | None, str | None]:
 
 def is_hub_id(base: str) -> bool:
     """Return whether a name is a valid id of a model on the Hub."""
-    return bool(HUB_ID.fullmatch(base)) and base != EMBEDDED and "--" not in base and ".." not in base
+    return bool(REPO_ID.fullmatch(base)) and base != EMBEDDED and "--" not in base and ".." not in base
 
 
 def check_base(folder: Folder, exists: BaseExists) -> Iterator[Problem]:
@@ -47,7 +44,12 @@ def check_base(folder: Folder, exists: BaseExists) -> Iterator[Problem]:
     field = f"base_model_name_or_path={base!r}"
     if not base:
         remedy = "set it to the base's id on the Hub"
-        yield Problem("base-missing", file, "base_model_name_or_path is not set: nobody can load it", remedy)
+        yield Problem(
+            "base-missing",
+            file,
+            "base_model_name_or_path is not set: the adapter cannot be loaded",
+            remedy,
+        )
         return
     if not is_hub_id(base):
         what = "an alias that only minilora_hub knows" if base == EMBEDDED else "not an id of a model on the Hub"
@@ -81,7 +83,7 @@ def check_existence(file: str, base: str, revision: str | None, exists: BaseExis
 def check_own_license(license: str | None) -> Iterator[Problem]:
     """Check that the adapter has a licence."""
     if not license:
-        message = "license is not set: without one nobody may use the adapter"
+        message = "license is not set: without one, others may not use the adapter"
         yield Problem("license-missing", RESULTS_FILE, message, "set it in results.json: minilora push --license ID")
 
 

@@ -1,4 +1,4 @@
-"""Checks of the files as files: which there are, what kind they are, how large, and whether one is a pickle."""
+"""Check which files there are, of what kind and size, and whether one is a pickle."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def check_layout(folder: Folder) -> Iterator[Problem]:
         limit = next((size for pattern, size in allowed.items() if fnmatchcase(name, pattern)), None)
         size = path.stat().st_size
         if name == PEFT_CONFIG and not folder.peft_layout:
-            message = "lies beside config.json: AutoModel would read it first and never see the adapter's own class"
+            message = "is beside config.json: AutoModel would read it first and ignore the adapter's own class"
             yield Problem("adapter-config", name, message, "move it into peft/, or remove it")
         elif limit is None:
             top = name.partition("/")[0] if "/" in name else name
@@ -121,7 +121,7 @@ def _check_names(folder: Folder) -> Iterator[Problem]:
             yield Problem("odd-name", name, message, "rename it: letters, digits, '.', '_' and '-'")
         other = seen.setdefault(name.lower(), name)
         if other != name:
-            message = f"differs from {other!r} in upper and lower case only, which not every system tells apart"
+            message = f"differs from {other!r} in upper and lower case only, which some systems do not distinguish"
             yield Problem("odd-name", name, message, "remove one of them")
 
 
@@ -139,7 +139,7 @@ def check_pickles(folder: Folder) -> Iterator[Problem]:
             if pickled:
                 yield Problem("pickle", name, f"is an archive with a pickle in it ({pickled[0]})", remedy)
             else:
-                message = "is an archive: what is in it would be published without having been looked at"
+                message = "is an archive, whose content cannot be checked"
                 yield Problem("archive", name, message, "unpack it and publish what is needed")
         elif looks_like_pickle(head):
             yield Problem("pickle", name, "is a pickle, by its content", remedy)

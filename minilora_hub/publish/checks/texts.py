@@ -27,10 +27,6 @@ MACHINE_PATH = re.compile(
           | /private/var/folders/ | [A-Za-z]:(?:\\{1,2}|/)Users(?:\\{1,2}|/)[\w.-]+ )""",
     re.VERBOSE,
 )
-IN_EVERY_MACHINE_PATH = (
-    "/home/", "/root/", "/mnt/", "/content/drive/", "/kaggle/working", "/private/var/folders/", "Users",
-)  # fmt: skip
-"""Every match of `MACHINE_PATH` contains one of these: most texts do not, and need not be searched slowly."""
 REVOKE = "remove it, and revoke it where it was issued: it may have been copied already"
 ANONYMOUS = (
     "write the Hub id instead, or remove it: the path means nothing elsewhere, and reveals something about this machine"
@@ -82,25 +78,18 @@ def check_machine_paths(folder: Folder) -> Iterator[Problem]:
         if name == "tokenizer.json":  # `_without_vocabulary` decodes its escapes
             searched = _without_vocabulary(text)
             seen.add(name)
-        found = MACHINE_PATH.search(searched) if any(part in searched for part in IN_EVERY_MACHINE_PATH) else None
-        if not found and any(place in searched for place in own):
-            found = _pattern_of(own).search(searched)
-        if found:
+        if found := MACHINE_PATH.search(searched) or own.search(searched):
             seen.add(name)
             line = searched.count("\n", 0, found.start()) + 1
             where = f"line {line} names" if searched is text else "names"
             yield Problem("machine-path", name, f"{where} a place on a machine: {found[0][:80]!r}", ANONYMOUS)
 
 
-def _own_places(folder: Path) -> set[str]:
-    """Return the user's home, the working folder, the checked folder and the folder of temporary files."""
+def _own_places(folder: Path) -> re.Pattern[str]:
+    """Match the user's home, the working folder, the checked folder, the temporary one, and paths below them."""
     places = {str(Path.home()), os.getcwd(), str(folder.absolute()), str(folder.resolve()), tempfile.gettempdir()}
-    places = {place for place in places if len(place) > 3}  # "/" and "C:\" are in every text
-    return places | {place.replace("\\", "\\\\") for place in places}
-
-
-def _pattern_of(places: set[str]) -> re.Pattern[str]:
-    """Return a pattern that matches one of the places as a path or the start of one."""
+    places = {place for place in places if len(place) > 3}  # "/" and "C:\\" are in every text
+    places |= {place.replace("\\", "\\\\") for place in places}
     longest_first = sorted(places, key=len, reverse=True)
     return re.compile(
         rf"(?<![\w.:/~-])(?:{'|'.join(map(re.escape, longest_first))})(?=[/\\\s\"'`)\],;]|$)", re.MULTILINE

@@ -36,9 +36,9 @@ from minilora_hub.publish.card.files import (
     write_card_pictures,
     write_results,
 )
-from minilora_hub.recording.bases_of_record import BaseOfRecord, find_base_of_record, revision_of_record
 from minilora_hub.recording.document import Recording, recording_key
 from minilora_hub.recording.logits import TOLERANCES, libraries
+from minilora_hub.recording.recorded_base import RecordedBase, find_recorded_base, recorded_revision
 from minilora_hub.recording.reference import (
     Obtained,
     model_class,
@@ -135,7 +135,7 @@ def build(
     layout = "peft" if trained.layout == "peft" else layout
     before = recorded_before(trained.folder)
     previous = previous_card(trained.folder)
-    base = find_base_of_record(trained, base_id, base_model, token, progress)
+    base = find_recorded_base(trained, base_id, base_model, token, progress)
     with whole_folder(out) as folder:
         found = obtain_recording(trained, base, before)
         recording = found.recording
@@ -178,15 +178,15 @@ def _read_adapter(folder: str | Path, layout: str) -> Source:
     return source
 
 
-def _published_base(source: Source, base: BaseOfRecord, recording: Recording) -> Base:
+def _published_base(source: Source, base: RecordedBase, recording: Recording) -> Base:
     """Return the base as results.json names it."""
     fingerprint = recording.key["base"]
     note = EMBEDDED_NOTE if base.found.embedded else None
-    revision = revision_of_record(source, base, fingerprint)
+    revision = recorded_revision(source, base, fingerprint)
     return Base(base.id, revision, fingerprint, parameters=recording.base_parameters, note=note)
 
 
-def _copy_model(source: Source, folder: Path, layout: Layout, base: BaseOfRecord) -> None:
+def _copy_model(source: Source, folder: Path, layout: Layout, base: RecordedBase) -> None:
     """Copy weights, tokenizer and generation settings; the base's, where the adapter has none."""
     if source.layout == "peft":
         copy_peft_weights(source.folder, folder)
@@ -237,7 +237,7 @@ def _published_config(source: Source, base: Base) -> dict[str, Any]:
     }
 
 
-def _require_unchanged(source: Source, base: BaseOfRecord, recording: Recording) -> None:
+def _require_unchanged(source: Source, base: RecordedBase, recording: Recording) -> None:
     """Refuse weights or a configuration that changed after they were recorded."""
     key = recording_key(source, base.found, recording.key["base"])
     for name in ("weights", "configuration"):
@@ -257,7 +257,7 @@ def _write_verification(folder: Path, found: Obtained, before: Verification | No
         if not found.gap <= limit:
             raise AdapterError(
                 f"the model's logits differ by {found.gap:.2g} from those in {VERIFICATION_FILE} (tolerance "
-                f"{limit:g}): it or this installation is damaged; delete {VERIFICATION_FILE} to record it anew"
+                f"{limit:g}): it or this installation is damaged; delete {VERIFICATION_FILE} to record again"
             )
         same_files = before.sha256 == sha256 and before.prompts == recording.prompts
         if same_files and before.libraries == libraries() and before.tolerance == limit:

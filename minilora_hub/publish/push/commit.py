@@ -26,10 +26,10 @@ def send(api: HfApi, plan: PushPlan, folder: Path, state: hub.RemoteState, messa
         try:
             patiently(lambda: api.create_repo(plan.repo_id, private=plan.private, exist_ok=True))
         except FAILURES as error:
-            raise PublishError(explain(error, plan.repo_id, "making the repo")) from None
+            raise PublishError(explain(error, plan.repo_id, "creating the repo")) from None
         state = hub.look(api, plan.repo_id)
         if state.files.keys() - {".gitattributes"}:
-            raise PublishError(f"{plan.repo_id} was made by somebody else meanwhile: look at it, and push again")
+            raise PublishError(f"{plan.repo_id} was created by somebody else meanwhile: look at it, and push again")
     pulls = _pull_requests(api, plan.repo_id) if plan.create_pr else {}
     try:
         return patiently(
@@ -100,7 +100,7 @@ def _find_commit(
             f"{failure}; and it is not known whether the commit was made ({unknown}): push again"
         ) from None
     if not now.exists:
-        raise PublishError(f"{plan.repo_id} was deleted while files were sent: push again to make it anew")
+        raise PublishError(f"{plan.repo_id} was deleted while files were sent: push again to create it")
     if now.head == before.head:
         return None
     if not plan.create_pr and now.head is not None and is_applied(plan.files, folder, now):

@@ -35,8 +35,8 @@ from minilora_hub.publish.push.target import find_target, require_free_tag
 from minilora_hub.publish.verify.verify import VerifyReport
 from minilora_hub.publish.verify.verify import verify as verify_repo
 from minilora_hub.quiet import quiet_libraries
-from minilora_hub.recording.bases_of_record import published_base
 from minilora_hub.recording.document import configuration_file
+from minilora_hub.recording.recorded_base import published_base
 
 
 @dataclass(frozen=True)

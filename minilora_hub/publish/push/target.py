@@ -72,7 +72,7 @@ def find_target(
         if not dry_run:
             raise PublishError(explain(error, repo_id, "looking at the tags")) from None
     if state.exists and not state.private and private and not create_pr:
-        raise PublishError(f"{repo_id} is public, and private=True was asked for: pass private=False (--public)")
+        raise PublishError(f"{repo_id} is public, and private=True was given: pass private=False (--public)")
     if state.exists and state.head is None:
         raise PublishError(f"{repo_id} has no branch {branch!r}: make it first, or push to main")
     if not state.exists and (create_pr or branch != "main"):
@@ -98,7 +98,7 @@ def require_free_tag(target: Target, source: Source, layout: Layout) -> None:
         return
     weights, there = source.folder / WEIGHTS, target.state.files.get(WEIGHTS)
     if target.tagged == target.state.head and there is not None:
-        # A DoRA is written anew for PEFT's layout; everything else is published byte by byte.
+        # A DoRA is rewritten for PEFT's layout; everything else is published byte by byte.
         rewritten = source.method == "dora" and "peft" in (source.layout, layout)
         if rewritten or there.has_content(weights, file_sha256(weights)):
             return

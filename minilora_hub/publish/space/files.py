@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 from minilora_hub.bases.embedded import HUB_ID
 from minilora_hub.errors import PublishError
-from minilora_hub.publish.card.facts import PUBLIC_HUB
+from minilora_hub.hub.client import PUBLIC_HUB
 
 PACKAGE = Path(__file__).resolve().parents[2]
 APP, README, REQUIREMENTS = "app.py", "README.md", "requirements.txt"
@@ -174,7 +174,7 @@ def space_card(settings: SpaceSettings) -> str:
         f"---\n{yaml_dump(fields)}---\n\n{MARKER}\n\n"
         f"One prompt, answered side by side by [{base}]({settings.hub}/{base}) and adapters on it, in one "
         "batched pass.\n\n"
-        + (f"{shown}\n\n" if shown else "The adapters are those that travel with minilora_hub.\n\n")
+        + (f"{shown}\n\n" if shown else "The adapters are those shipped with minilora_hub.\n\n")
         + "`?adapter=owner/name` in the address shows any small public adapter for this base. The Space's variables "
         "say which base and adapters, and what a visitor may ask for; app.py lists them.\n"
     )

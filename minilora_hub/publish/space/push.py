@@ -94,7 +94,7 @@ def push_space(
 
     Args:
         space: ``"owner/name"``, or ``"name"`` under your own user.
-        adapters: ids on the Hub. Default: the adapters that travel with minilora_hub.
+        adapters: ids on the Hub. Default: the adapters shipped with minilora_hub.
         base: ``"embedded"`` or an id. Default: the base that the adapters name.
         title: its headline on the Hub. Default: its name.
         hardware: e.g. ``"cpu-basic"`` or ``"zero-a10g"``. Default: as it is, or the Hub's free one.

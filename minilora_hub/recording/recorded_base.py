@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from minilora_hub.adapter_folder.folders import AdapterFolder as Source
@@ -12,8 +11,8 @@ from minilora_hub.adapter_folder.names import COMPANIONS, PEFT_CONFIG
 from minilora_hub.bases.embedded import HUB_ID
 from minilora_hub.bases.resolving import EMBEDDED, ResolvedBase, resolve_base
 from minilora_hub.errors import AdapterError
+from minilora_hub.hub.client import REPO_ID
 
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 LARGE = 8e9
 """Bytes of base weights up to which logits are computed in float32, whatever the dtype of the checkpoint."""
 
@@ -33,7 +32,7 @@ def published_base(source: Source, base_id: str | None) -> tuple[str, str | None
         return HUB_ID, None
     if not named:
         raise AdapterError("base_model_name_or_path is missing: say which base it is for, base_id= (--base-id)")
-    if not HUB_NAME.fullmatch(named):
+    if not REPO_ID.fullmatch(named):
         raise AdapterError(
             f"base {named!r} is a folder of this machine: "
             "pass the id of the same weights on the Hub, base_id= (--base-id)"
@@ -42,7 +41,7 @@ def published_base(source: Source, base_id: str | None) -> tuple[str, str | None
 
 
 @dataclass(frozen=True)
-class BaseOfRecord:
+class RecordedBase:
     """The base of an adapter that is published.
 
     Attributes:
@@ -62,9 +61,9 @@ class BaseOfRecord:
         return None if from_hub else str(self.found.path)
 
 
-def find_base_of_record(
+def find_recorded_base(
     source: Source, base_id: str | None, base_model: str | None, token: str | None, progress: bool
-) -> BaseOfRecord:
+) -> RecordedBase:
     """Find the base that an adapter was trained on, and fetch it if it is not on this machine yet.
 
     Args:
@@ -80,12 +79,12 @@ def find_base_of_record(
     """
     published, revision = published_base(source, base_id)
     name, at = source.named_base(base_model)
-    return BaseOfRecord(
+    return RecordedBase(
         published, revision, resolve_base(name or published, revision=at, token=token, progress=progress)
     )
 
 
-def require_trained_on(source: Source, base: BaseOfRecord, fingerprint: str) -> None:
+def require_trained_on(source: Source, base: RecordedBase, fingerprint: str) -> None:
     """Refuse a base with other weights than the adapter was trained on, as far as both fingerprints are known.
 
     Raises:
@@ -102,7 +101,7 @@ def require_trained_on(source: Source, base: BaseOfRecord, fingerprint: str) -> 
         )
 
 
-def revision_of_record(source: Source, base: BaseOfRecord, fingerprint: str) -> str | None:
+def recorded_revision(source: Source, base: RecordedBase, fingerprint: str) -> str | None:
     """Return the base's commit on the Hub, as the published configuration names it; None where it is not known."""
     from minilora_hub.remote_code.adapter_files import UNKNOWN
 
