@@ -1,9 +1,7 @@
-"""Progress, sizes and durations as people read them.
+"""Progress of long work, as people read it.
 
 display = ProgressDisplay("Training", "step", total=100)
 display.update(10, "loss 2.1")             # "step 10/100  loss 2.1  31 s left", or a bar on a terminal
-size_text(2_500_000)                       # "2.5 MB"
-duration_text(4000)                        # "1 h 6 min 40 s"
 """
 
 from __future__ import annotations
