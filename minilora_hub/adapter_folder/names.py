@@ -161,7 +161,11 @@ def lora_name_of_peft_mixlora(name: str) -> str:
     return f"{module}.{leaf}.weight"
 
 
-# ---- tensors of the reference format ----
+# ---- tensors and settings of the reference format ----
+
+STRATEGIES = {"mixlora": "top_k", "mixlora-dynamic": "top_p", "mixlora-switch": "switch"}
+"""The reference's names of the routing strategies -> ours."""
+LEGACY_STRATEGIES = {"mixtral": "top_k", "dynamic": "top_p", "switch": "switch"}
 
 REFERENCE_PREFIX = "mixlora.layers"
 REFERENCE_FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "fc1", "fc2", "gate_up_proj"}

@@ -1,7 +1,7 @@
-"""Read an adapter's configuration and tensors strictly, whoever wrote the folder.
+"""Read the configuration and the tensors of an untrusted adapter folder strictly.
 
-A weights file may lie about its size, name a tensor twice, point out of its folder, or be a pickle that runs code when
-it is loaded. Each of these is refused by name, before memory is allocated for it.
+A weights file may claim a wrong size, name a tensor twice, refer to files outside its folder, or be a pickle that runs
+code when it is loaded. Each of these is refused by name, before memory is allocated for it.
 """
 
 from __future__ import annotations
@@ -139,13 +139,13 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
             raise AdapterError(f"{path.name} is damaged: {error}") from error
         if unpacked > size:
             raise AdapterError(
-                f"{path.name} would unpack from {size:,} to {unpacked:,} bytes: torch.save packs nothing"
+                f"{path.name} would unpack from {size:,} to {unpacked:,} bytes: torch.save does not compress"
             )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on old storage classes, which are what such files hold
+            warnings.simplefilter("ignore")  # about old storage classes, which such files contain
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can make any part of the reader stumble
+    except Exception as error:  # a damaged pickle may fail anywhere in torch
         reason = " ".join(str(error).split())[:200]
         raise AdapterError(
             f"{path.name} is not a plain pickle of tensors, and is not read in any other way "
@@ -172,7 +172,7 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
 def _read_shards(folder: Path) -> dict[str, torch.Tensor]:
     places = read_json(folder / WEIGHTS_INDEX).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise AdapterError(f"{WEIGHTS_INDEX}: weight_map must say which file each tensor is in")
+        raise AdapterError(f"{WEIGHTS_INDEX}: weight_map must name the file of each tensor")
     for name, shard in places.items():
         if not isinstance(shard, str) or not SHARD.fullmatch(shard):
             raise AdapterError(

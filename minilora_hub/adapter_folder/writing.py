@@ -1,4 +1,4 @@
-"""Write an adapter folder in our format, and folders that appear completely or not at all."""
+"""Write adapter folders in our format; write any folder completely or not at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minilora_hub.adapter_folder.code import island_files
+from minilora_hub.adapter_folder.code import remote_code_files
 from minilora_hub.adapter_folder.code_references import own_auto_map
 from minilora_hub.adapter_folder.companions import write_companions
 from minilora_hub.adapter_folder.names import OUR_CONFIG, WEIGHTS
@@ -59,7 +59,7 @@ def write_ours(
 
 def write_code(folder: Path) -> None:
     """Copy this version's remote code into a folder."""
-    for name, path in island_files().items():
+    for name, path in remote_code_files().items():
         shutil.copyfile(path, folder / name)
 
 
@@ -89,4 +89,4 @@ def require_free(out: str | Path) -> None:
     """Raise an AdapterError unless `out` is an empty folder or does not exist."""
     out = Path(out)
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise AdapterError(f"out={str(out)!r}: must be a folder that is empty, or not there yet")
+        raise AdapterError(f"out={str(out)!r}: must be a folder that is empty or does not exist")

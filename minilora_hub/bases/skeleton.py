@@ -1,4 +1,4 @@
-"""The base that an adapter is converted for: its configuration, its structure without weights, its tokenizer."""
+"""A base without its weights: its configuration, its structure on the meta device, its tokenizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class BaseSource:
     """A base, of which only small files are read until its weights are asked for.
 
     Attributes:
-        name: what configurations of ours call it: a Hub id, a folder, or ``"embedded"``.
+        name: its name in our configurations: a Hub id, a folder, or ``"embedded"``.
         hub_id: its id on the Hub; None for a folder.
         location: the folder or id that transformers loads.
         revision: the revision on the Hub.
@@ -36,7 +36,7 @@ class BaseSource:
     def of_model(cls, model: Any) -> BaseSource:
         """Describe a base that is loaded, and stands for its own skeleton."""
         name = str(getattr(model.config, "name_or_path", "") or "base")
-        # Only the last part of a folder: this name is shown to visitors of a page.
+        # Only the last part of a folder's path: visitors of a page see this name.
         source = cls(name=os.path.basename(name) if os.path.isabs(name) else name, hub_id=None, location="")
         source.__dict__.update(config=model.config, skeleton=model)
         return source
@@ -83,7 +83,7 @@ class BaseSource:
         return str(find_decoder_layers(self.skeleton)[0])
 
     def load(self, dtype: Any = "auto") -> Any:
-        """Load it, on the processor, in eval mode.
+        """Load it on the CPU, in eval mode.
 
         Raises:
             BaseModelError: it cannot be loaded, or its checkpoint lacks a tensor.
@@ -149,8 +149,8 @@ def skeleton(config: Any, blocks: bool = True) -> Any:
 
     Args:
         config: the base's configuration.
-        blocks: whether one feed-forward block of each kind gets random weights on the processor. Telling its parts
-            apart, as a MixLoRA needs it, means calling it.
+        blocks: whether one feed-forward block of each kind gets random weights on the CPU. A MixLoRA
+            finds out what the parts of a block do by calling it.
 
     Raises:
         AdapterError: transformers cannot build it.
@@ -166,7 +166,7 @@ def skeleton(config: Any, blocks: bool = True) -> Any:
         layers = find_decoder_layers(base)[1]
         if blocks:
             _make_blocks_real(layers)
-    except Exception as error:  # another library's code over settings from outside: anything can happen
+    except Exception as error:  # another library's code on untrusted settings may raise anything
         reason = " ".join(str(error).split())[:200]
         reason = f"{type(error).__name__}: {reason}"
         raise AdapterError(f"the base cannot be built from its configuration ({reason})") from error
@@ -174,7 +174,7 @@ def skeleton(config: Any, blocks: bool = True) -> Any:
 
 
 def _make_blocks_real(layers: Any) -> None:
-    """Give the blocks of one kind random weights on the processor, the same ones to all of them."""
+    """Give all blocks of one kind the same random weights on the CPU."""
     import torch
 
     from minilora_hub.remote_code.adapted_linear import linear_shape
@@ -196,7 +196,7 @@ def _make_blocks_real(layers: Any) -> None:
         module.to(torch.bfloat16 if size > LARGE_BLOCK else torch.float32).to_empty(device="cpu")
         with torch.no_grad():
             for number, parameter in enumerate(module.parameters()):
-                start = 1009 * number  # two linears of one shape must differ, or they cannot be told apart
+                start = 1009 * number  # linears of one shape must differ, so that they can be told apart
                 values = some.repeat(-(-(start + parameter.numel()) // LENGTH))[start:]
                 parameter.copy_(values[: parameter.numel()].view_as(parameter))
         for buffer in module.buffers():

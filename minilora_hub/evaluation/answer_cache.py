@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG, WEIGHTS
 from minilora_hub.code_inputs import code_inputs, library_inputs
 
 FORMAT = 2
@@ -36,7 +37,7 @@ def digest_of(value: Any) -> str:
 def adapter_digest(folder: Path) -> str:
     """Hash of an adapter's weights and configuration: the files that determine what it computes."""
     digest = hashlib.sha256()
-    for name in ("adapter_config.json", "config.json", "adapter_model.safetensors"):
+    for name in (PEFT_CONFIG, OUR_CONFIG, WEIGHTS):
         if (folder / name).is_file():
             with (folder / name).open("rb") as file:
                 digest.update(f"{name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())

@@ -1,7 +1,7 @@
-"""Refuse an adapter's folder with deceptive files before anything of it is loaded. Torch is not needed.
+"""Refuse an untrusted folder with deceptive files, before anything of it is read. Torch is not needed.
 
-A folder from outside may hold a link to a file elsewhere on this machine, a pipe that never ends, a file of a few bytes
-that claims a terabyte, tensors beyond the end of their file, or an index that names files in other folders.
+It may hold a link to a file elsewhere on this machine, a pipe that never ends, a file of a few bytes that claims a
+terabyte, tensors that lie beyond the end of their file, or an index that names files in other folders.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def require_plain_files(folder: Path) -> None:
     A snapshot in the Hub's cache consists of links into the cache's own `blobs`, which are allowed.
 
     Args:
-        folder: the folder; no file in it is read.
+        folder: the folder; every path below it is checked, and no file is read.
 
     Raises:
         AdapterError: there is one; the message names it and says what to do.
@@ -47,13 +47,13 @@ def require_plain_files(folder: Path) -> None:
                 raise AdapterError(f"{shown} is not a regular file: remove it")
             if _is_sparse(path, status):
                 raise AdapterError(
-                    f"{shown} claims {status.st_size:,} bytes, and nearly all of them are holes: "
-                    "it is not a file of an adapter, fetch it again"
+                    f"{shown} says that it has {status.st_size:,} bytes, and nearly all of them are holes: "
+                    "download it again"
                 )
 
 
 def require_true_sizes(folder: Path) -> None:
-    """Refuse a folder with weights whose header and size do not agree, or with an index of files elsewhere.
+    """Refuse a folder with weights whose header does not match their size, or an index of files elsewhere.
 
     Raises:
         AdapterError: there is one; the message names it.
@@ -78,7 +78,7 @@ def require_plain_indexes(folder: Path) -> None:
     """Refuse a folder with an index of a sharded checkpoint that names files elsewhere.
 
     Raises:
-        AdapterError: it does, or it cannot be read.
+        AdapterError: it does, or is not an index.
     """
     for path in sorted(folder.glob(INDEX)):
         try:
@@ -94,22 +94,24 @@ def require_plain_indexes(folder: Path) -> None:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Read the header of a safetensors file. The library checks that its tensors fill exactly the rest of the file.
+    """Read the header of a safetensors file, whose tensors must fill exactly the rest of the file.
 
     Returns:
         ``{name: {"dtype", "shape", "data_offsets"}}``, with ``__metadata__`` where there is any, and the position at
         which the tensors start.
 
     Raises:
-        AdapterError: it is no safetensors file, its header and its size do not agree, or a tensor is named twice.
+        AdapterError: it is no safetensors file, its header does not match its size, or it names a tensor twice.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="np"), path.open("rb") as file:
+        with safe_open(path, framework="np"):  # compares lengths, offsets, shapes and dtypes with the file's size
+            pass
+        with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = strict_json(file.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
+            header = strict_json(file.read(length))  # safetensors takes the last of two tensors of one name
+    except (OSError, ValueError, SafetensorError) as error:
         raise AdapterError(f"{path.name} is not a readable safetensors file: {error}") from error
     return header, 8 + length
 
@@ -117,7 +119,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
 def _stays_in(link: Path, folders: Iterable[Path]) -> bool:
     try:
         target = link.resolve(strict=True)
-    except (OSError, RuntimeError):  # it leads nowhere, or in a circle
+    except (OSError, RuntimeError):  # a broken or circular link
         return False
     return any(target.is_relative_to(folder) for folder in folders)
 

@@ -48,56 +48,6 @@ ANNOUNCED = ("output_router_logits", "router_aux_loss_coef")
 _OPEN: ContextVar[tuple[OpenCall, ...]] = ContextVar("minilora_open_calls", default=())
 
 
-class AnnouncedMixture:
-    """The fields of a base's configuration by which TRL's trainers recognise a mixture.
-
-    From TRL 1.16 on they compute the loss from log-probabilities, and add ``router_aux_loss_coef * outputs.aux_loss``
-    where the configuration has these fields. (Older versions take the loss from the outputs, and would look for more
-    fields than these.)
-
-    Args:
-        text_config: the base's configuration. It is changed.
-        weights: weights of the router losses, from `router_loss_weights`.
-
-    Attributes:
-        coefficient: the coefficient that was written into the configuration; None where nothing was.
-    """
-
-    def __init__(self, text_config: Any, weights: dict[str, float]) -> None:
-        self.text_config, self.coefficient = text_config, None
-        if weights and _trl_adds_losses() and not any(hasattr(text_config, field) for field in ANNOUNCED):
-            self.coefficient = weights.get("aux_loss", 1.0)
-            text_config.output_router_logits, text_config.router_aux_loss_coef = False, self.coefficient
-
-    def withdraw(self) -> None:
-        """Remove the fields."""
-        if self.coefficient is not None:
-            for field in ANNOUNCED:
-                delattr(self.text_config, field)
-        self.coefficient = None
-
-    def scale(self) -> float:
-        """Return the factor by which the trainer's own setting has changed the coefficient."""
-        return float(self.text_config.router_aux_loss_coef / self.coefficient) if self.coefficient else 1.0
-
-    def complete(self, outputs: Any, penalty: Any) -> Any:
-        """Add `aux_loss` to the outputs of TRL's forward: the weighted losses, divided by the coefficient."""
-        if penalty is None:
-            outputs["aux_loss"] = outputs.log_probs.new_zeros(())
-            return outputs
-        penalty = penalty.to(outputs.log_probs.device)
-        outputs["aux_loss"] = penalty / (self.coefficient or 1.0)
-        outputs["loss"] = outputs["loss"] + penalty * self.scale()
-        return outputs
-
-
-def _trl_adds_losses() -> bool:
-    try:
-        return Version(version("trl")) >= Version("1.16")
-    except PackageNotFoundError:
-        return False
-
-
 @dataclass(frozen=True, eq=False)
 class OpenCall:
     """A forward that is running.
@@ -105,9 +55,9 @@ class OpenCall:
     Attributes:
         model: the model that was called.
         mixture: one of the active mixtures; None where no MixLoRA is active.
-        record: what its routers decide, and the context it is collected in.
+        record: the routing that is recorded.
         context: the context manager to leave.
-        asked: whether the caller wants the router's outputs.
+        asked: whether the caller wants the outputs of the routers.
     """
 
     model: Any
@@ -118,17 +68,25 @@ class OpenCall:
 
 
 class RouterLoss:
-    """The hooks on one model, and the fields on its configuration by which TRL knows a mixture.
+    """The hooks on one model, and the fields of its base's configuration by which TRL recognises a mixture.
+
+    From TRL 1.16 on, trainers compute the loss from log-probabilities, and add ``router_aux_loss_coef *
+    outputs.aux_loss`` where the configuration has the fields `ANNOUNCED`. (Older versions take the loss from the
+    outputs, and would look for more fields than these.)
 
     Args:
         model: the base, a model of transformers.
         layer_class: the class of layers whose `current` is the active adapter's module.
+
+    Attributes:
+        coefficient: the coefficient that was written into the configuration; None where nothing was.
     """
 
     def __init__(self, model: Any, layer_class: type) -> None:
         self.model, self.layer_class = model, layer_class
         self.layers: list[Any] = []
-        self.announced = AnnouncedMixture(model.config.get_text_config(), {})
+        self.text_config = model.config.get_text_config()
+        self.coefficient: float | None = None
         self.running: list[OpenCall] = []  # in any thread
         self.handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -137,26 +95,34 @@ class RouterLoss:
 
     @classmethod
     def on(cls, model: Any, layer_class: type) -> RouterLoss:
-        """The hooks of this model, put there if they are not."""
+        """Return the hooks of this model, and put them there first if there are none."""
         hooks = model.__dict__.get(ATTRIBUTE)
         if hooks is None:
             hooks = model.__dict__[ATTRIBUTE] = cls(model, layer_class)
         return hooks
 
     def refresh(self) -> None:
-        """Look again at which adapter is active. To be called when adapters come, go or change places."""
+        """Find the active adapter again. Must be called when adapters are added, deleted or switched."""
         self.layers = [module for module in self.model.modules() if isinstance(module, self.layer_class)]
-        self.announced.withdraw()
+        self._withdraw()
         mixture = self._active_mixture()
-        weights = {} if mixture is None else mixture.loss_weights
-        self.announced = AnnouncedMixture(self.model.config.get_text_config(), weights)
+        known = any(hasattr(self.text_config, field) for field in ANNOUNCED)
+        if mixture is not None and mixture.loss_weights and not known and _trl_adds_losses():
+            self.coefficient = mixture.loss_weights.get("aux_loss", 1.0)
+            self.text_config.output_router_logits, self.text_config.router_aux_loss_coef = False, self.coefficient
 
     def remove(self) -> None:
-        """Leave the model as it was."""
-        self.announced.withdraw()
+        """Remove hooks and fields."""
+        self._withdraw()
         for handle in self.handles:
             handle.remove()
         del self.model.__dict__[ATTRIBUTE]
+
+    def _withdraw(self) -> None:
+        if self.coefficient is not None:
+            for field in ANNOUNCED:
+                delattr(self.text_config, field)
+        self.coefficient = None
 
     def _active_mixture(self) -> Any:
         return next((layer.current for layer in self.layers if isinstance(layer.current, MixtureOfLoraExperts)), None)
@@ -166,26 +132,26 @@ class RouterLoss:
     def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         asked = kwargs.get("output_router_logits")
         if asked is None:
-            asked = self.announced.coefficient is not None and self.announced.text_config.output_router_logits
+            asked = self.coefficient is not None and self.text_config.output_router_logits
         if not asked and not model.training:
             return None
         kwargs = {name: value for name, value in kwargs.items() if name != "output_router_logits"}
         if kwargs.get(FUSED_HEAD):
             kwargs["output_router_logits"] = False  # else it would look for them in the decoder's outputs
         mixture = self._active_mixture()
-        pays = (
+        adds_loss = (
             mixture is not None and model.training and bool(mixture.loss_weights) and kwargs.get("labels") is not None
         )
-        tells = mixture is not None and model.training and mixture.routing.needs_token_mask
-        if asked or pays or tells:
+        needs_mask = mixture is not None and model.training and mixture.routing.needs_token_mask
+        if asked or adds_loss or needs_mask:
             self._open(model, mixture, _token_mask(args, kwargs), bool(asked))
         return args, kwargs
 
     @torch.compiler.disable
     def _open(self, model: Any, mixture: Any, mask: Any, asked: bool) -> None:
-        """Outside of compiled code, which a thread's context cannot be part of."""
+        """Start recording, outside of compiled code, which cannot use a ContextVar."""
         if model.training and mask is not None and mixture is not None and mixture.routing.needs_token_mask:
-            _tell_checkpoints(model)
+            _pass_mask_to_checkpoints(model)
         context = record_routing(mask)
         call = OpenCall(model, mixture, context.__enter__(), context, asked)
         _OPEN.set((*_OPEN.get(), call))
@@ -207,7 +173,7 @@ class RouterLoss:
         call.context.__exit__(None, None, None)
         if outputs is None:  # the call has failed
             return None
-        _pass_on(call.record)
+        _add_to_enclosing(call.record)
         return self._complete(call, kwargs, outputs)
 
     def _complete(self, call: OpenCall, kwargs: dict[str, Any], outputs: Any) -> Any:
@@ -218,13 +184,27 @@ class RouterLoss:
             if weights := call.mixture.loss_weights:
                 penalty = sum(weight * losses[name] for name, weight in weights.items())
         if kwargs.get(FUSED_HEAD):
-            return self.announced.complete(outputs, penalty)
+            return self._with_aux_loss(outputs, penalty)
         labels = kwargs.get("labels")
         if penalty is not None and call.model.training and labels is not None:
             items = labels if labels.dim() > 1 else labels.unsqueeze(-1).expand(-1, 2)  # a label a sequence: all count
             share = share_of_items(items, kwargs.get("num_items_in_batch"))
-            outputs = _add_to_loss(outputs, penalty * self.announced.scale() * share)
+            outputs = _add_to_loss(outputs, penalty * self._scale() * share)
         return _with_routing(outputs, losses, call.record) if call.asked else outputs
+
+    def _with_aux_loss(self, outputs: Any, penalty: Any) -> Any:
+        """Add `aux_loss` to the outputs of TRL's forward: the weighted losses, divided by the coefficient."""
+        if penalty is None:
+            outputs["aux_loss"] = outputs.log_probs.new_zeros(())
+            return outputs
+        penalty = penalty.to(outputs.log_probs.device)
+        outputs["aux_loss"] = penalty / (self.coefficient or 1.0)
+        outputs["loss"] = outputs["loss"] + penalty * self._scale()
+        return outputs
+
+    def _scale(self) -> float:
+        """Return the factor by which the trainer's own setting has changed the coefficient."""
+        return float(self.text_config.router_aux_loss_coef / self.coefficient) if self.coefficient else 1.0
 
 
 class FusedHeadLoss(RouterLoss):
@@ -256,8 +236,15 @@ def add_to(model: Any) -> Callable[[], None]:
     return hooks.remove
 
 
-def _pass_on(record: Any) -> None:
-    """Whoever records around the call gets its routing, too."""
+def _trl_adds_losses() -> bool:
+    try:
+        return Version(version("trl")) >= Version("1.16")
+    except PackageNotFoundError:
+        return False
+
+
+def _add_to_enclosing(record: Any) -> None:
+    """Add the routing of a call to the record of an enclosing `record_routing`."""
     around = current_record()
     if around is not None:
         for name in ("logits", "selected", "weights"):
@@ -285,8 +272,8 @@ def _with_routing(outputs: Any, losses: dict[str, Any], record: Any) -> Any:
     return MixLoraCausalLMOutput(**known)
 
 
-def _tell_checkpoints(model: Any) -> None:
-    """Switch routing must know again in backward what is padding, where a layer is run a second time."""
+def _pass_mask_to_checkpoints(model: Any) -> None:
+    """Make checkpointed layers see the padding again in backward, where switch routing needs it."""
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
         given = getattr(function, "keywords", {})

@@ -20,7 +20,7 @@ from minilora_hub.adapter_folder.writing import whole_folder
 from minilora_hub.bases.embedded import HUB_ID
 from minilora_hub.bases.resolving import EMBEDDED
 from minilora_hub.errors import AdapterError, PublishError
-from minilora_hub.formats.reading import check_settings
+from minilora_hub.formats.settings import check_settings
 from minilora_hub.hub.client import fetch
 from minilora_hub.hub.errors import FAILURES, explain, patiently
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from minilora_hub.adapter_folder.code import island_hash
+from minilora_hub.adapter_folder.code import remote_code_hash
 from minilora_hub.adapter_folder.folders import AdapterFolder as Source
 from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG, WEIGHTS
@@ -85,7 +85,7 @@ def recording_key(source: Source, base: ResolvedBase, fingerprint: str) -> dict[
     return {
         "weights": file_sha256(source.folder / WEIGHTS),
         "configuration": file_sha256(source.folder / configuration_file(source)),
-        "published code": island_hash(),
+        "published code": remote_code_hash(),
         "base": fingerprint,
         "dtype": wanted_dtype(base),
         "torch": version("torch"),

@@ -15,7 +15,7 @@ from peft import TaskType
 from transformers import AutoModelForCausalLM
 from transformers.generation import GenerationMixin
 
-from minilora_hub.adapter_folder.names import to_peft
+from minilora_hub.adapter_folder.names import PEFT_CONFIG, to_peft
 from minilora_hub.remote_code.adapted_model import AdaptedModel
 from minilora_hub.remote_code.adapter_files import ADAPTER_FILE, write_adapter
 from minilora_hub.remote_code.base_structure import find_decoder_layers
@@ -85,7 +85,7 @@ class LoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
         layers_path, _ = find_decoder_layers(self.base)
         tensors = {to_peft(name, layers_path): value.cpu() for name, value in self.adapter_parameters().items()}
         write_adapter(folder / ADAPTER_FILE, tensors)
-        (folder / "adapter_config.json").write_text(self._peft_config(), encoding="utf-8")
+        (folder / PEFT_CONFIG).write_text(self._peft_config(), encoding="utf-8")
         self.generation_config.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -20,6 +20,7 @@ from peft.tuners.lora import Linear4bit
 from safetensors.torch import save_file
 from transformers import TrainerCallback, set_seed
 
+from minilora_hub.adapter_folder.names import PEFT_CONFIG, WEIGHTS
 from minilora_hub.bases.loading import load_base
 from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.errors import TrainingError
@@ -99,11 +100,11 @@ def save_peft_adapter(model: Any, out: Path, settings: TrainingSettings, resolve
             initial = Path(scratch, "initial")
             initial.mkdir()
             values = {name: value.contiguous() for name, value in model.initial_weights.items()}
-            save_file(values, initial / "adapter_model.safetensors")
+            save_file(values, initial / WEIGHTS)
             conversion["path_initial_model_for_weight_conversion"] = str(initial)
         saved = Path(scratch, "saved")
         model.save_pretrained(str(saved), **conversion)
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
+        for name in (PEFT_CONFIG, WEIGHTS):
             (saved / name).replace(out / name)  # without the card that PEFT writes: a push writes its own
     model.get_base_model().generation_config.save_pretrained(out)
 

@@ -79,7 +79,7 @@ def test_a_pipe_is_not_waited_for(folder):
 def test_a_file_of_holes(folder):
     with (folder / "adapter_model.safetensors").open("r+b") as file:
         file.truncate(10**12)
-    with pytest.raises(AdapterError, match=r"claims 1,000,000,000,000 bytes, and nearly all of them are holes"):
+    with pytest.raises(AdapterError, match="says that it has 1,000,000,000,000 bytes, and nearly all of them"):
         require_plain_files(folder)
 
 
@@ -90,15 +90,15 @@ def entry(begin, end, shape=(3,)):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"a": entry(0, 12), "b": entry(12, 10**15)}, "not a readable safetensors file"),
-        ({"a": entry(0, 12)}, "not a readable safetensors file"),
-        ({"a": entry(0, 12), "b": entry(4, 44)}, "not a readable safetensors file"),
-        ({"a": entry(4, 44)}, "not a readable safetensors file"),
-        ({"a": entry(0, -12)}, "not a readable safetensors file"),
-        ({"a": entry(0, 44, ("x",))}, "not a readable safetensors file"),
-        ({"a": entry(0, 44)}, "not a readable safetensors file"),
-        ({"a": 7}, "not a readable safetensors file"),
-        ([], "not a readable safetensors file"),
+        ({"a": entry(0, 12), "b": entry(12, 10**15)}, "invalid shape, data type, or offset"),
+        ({"a": entry(0, 12)}, "file not fully covered"),
+        ({"a": entry(0, 12), "b": entry(4, 44)}, "invalid offset for tensor `b`"),
+        ({"a": entry(4, 44)}, "invalid offset for tensor `a`"),
+        ({"a": entry(0, 44)}, "invalid shape, data type, or offset"),
+        ({"a": entry(0, -12)}, "invalid JSON in header"),
+        ({"a": entry(0, 44, ("x",))}, "invalid JSON in header"),
+        ({"a": 7}, "invalid JSON in header"),
+        ([], "invalid JSON in header"),
     ],
 )
 def test_headers_that_lie(folder, header, message):
@@ -109,23 +109,23 @@ def test_headers_that_lie(folder, header, message):
     assert message in str(refused.value)
 
 
-def test_a_tensor_that_is_named_twice(folder):
-    text = (
-        b'{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,12]},"a":{"dtype":"F32","shape":[3],"data_offsets":[0,12]}}'
-    )
-    (folder / "adapter_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(12))
-    with pytest.raises(AdapterError, match="'a' occurs twice"):
-        require_true_sizes(folder)
-
-
 def test_a_true_header_is_read(folder):
     require_true_sizes(folder)
     header, start = read_header(folder / "adapter_model.safetensors")
     assert {name: entry["shape"] for name, entry in header.items()} == {"a": [3], "b": [2, 4]}
     assert (folder / "adapter_model.safetensors").stat().st_size == start + 44
     (folder / "adapter_model.safetensors").write_bytes(b"\xff" * 20)
-    with pytest.raises(AdapterError, match="not a readable safetensors file"):
+    with pytest.raises(AdapterError, match="header too large"):
         read_header(folder / "adapter_model.safetensors")
+
+
+def test_a_tensor_that_is_named_twice(folder):
+    """safetensors itself takes the last of the two."""
+    a, b = json.dumps(entry(0, 12)), json.dumps(entry(12, 44, (2, 4)))
+    text = f'{{"a": {a}, "b": {b}, "b": {b}}}'.encode()
+    (folder / "adapter_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(44))
+    with pytest.raises(AdapterError, match="the key 'b' occurs twice"):
+        require_true_sizes(folder)
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/x", "\\\\host\\x", "C:\\x", "a//x", "..\\x", "", "a\0b"])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny_stand_ins as tiny
@@ -157,7 +157,7 @@ def test_a_process_that_is_stopped_goes_on(saved, capsys, tmp_path, number):
     """Ctrl-C: 130 and one word; then, and after kill -9, what was computed is not computed again."""
     base, (mix, _, lora) = saved
     script = tmp_path / "eval.py"
-    script.write_text(SCRIPT.format(tests=os.path.dirname(__file__)))
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1])))
     out = tmp_path / "out.json"
     arguments = ["eval", str(mix), str(lora), "--base", str(base), "--batch-size", "2", "--few-shot", "0"]
     arguments += ["--out", str(out)]

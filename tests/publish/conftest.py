@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import huggingface_hub
 import pytest
@@ -17,6 +18,9 @@ from tiny import fill_adapter
 
 from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraConfig, MixLoraForCausalLM
 from minilora_hub.adapter_folder.results import Base, Evaluation, Results, Training
+
+if TYPE_CHECKING:
+    from minilora_hub.publish.verify.isolated_process import IsolatedProcess
 
 BASE_ID = "org/base"
 
@@ -81,6 +85,15 @@ def good(trained: dict[str, Path], base_folder: Path) -> dict[str, Path]:
         out = folder.with_name(f"{method}-published")
         built[method] = build(folder, out, repo_id=f"ana/{method}", base_model=str(base_folder)).folder
     return built
+
+
+@pytest.fixture(scope="session")
+def process() -> Iterator[IsolatedProcess]:
+    """Verify in one process, which starts again only for other code."""
+    from minilora_hub.publish.verify.isolated_process import IsolatedProcess
+
+    with IsolatedProcess() as started:
+        yield started
 
 
 @pytest.fixture

@@ -396,7 +396,7 @@ def test_pictures_are_small_and_follow_the_numbers(full):
 
 def test_damaged_inputs_are_named(full):
     (full / "config.json").write_text("[]")
-    with pytest.raises(AdapterError, match=r"config\.json: must hold a JSON object"):
+    with pytest.raises(AdapterError, match=r"config\.json must hold a JSON object"):
         render_card(full, repo_id=None)
     (full / "config.json").unlink()
     with pytest.raises(AdapterError, match=r"no config\.json"):

@@ -129,7 +129,7 @@ def test_an_update_changes_what_differs(hub, push):
 def test_secrets_reach_the_settings_and_no_file(hub, push):
     """Nor the plan, nor what is printed of it."""
     hub.add_repo("ana/hidden", files=DORA | WEIGHTS, private=True)
-    with pytest.raises(PublishError, match="ana/hidden is private: the Space reads it only with a token"):
+    with pytest.raises(PublishError, match="ana/hidden is private: the Space needs a token to read it"):
         push("ana/compare", ["ana/hidden"])
     assert ("space", "ana/compare") not in hub.repos
     done = push("ana/compare", ["ana/hidden"], secrets={"HF_TOKEN": "hf_very_secret"})
@@ -173,7 +173,7 @@ def test_a_dry_run_needs_no_hub(monkeypatch):
         (["ana/compare", ["ana/gone"]], {}, "ana/gone is not on the Hub"),
         (["ana/compare", ["org/base"]], {}, "org/base holds no adapter"),
         (["ana/compare", ["ana/dora", "ana/other"]], {}, "must be for one base"),
-        (["ana/compare", ["no id"]], {}, "no id on the Hub"),
+        (["ana/compare", ["no id"]], {}, "must be an id on the Hub"),
         (["ana/compare"], {"base": "./here"}, "needs the id of a model on the Hub"),
         (["ana/compare"], {"base": "org/gone"}, "the base org/gone is not on the Hub"),
         (["ana/compare"], {"hardware": "h900"}, "hardware='h900': must be one of cpu-basic"),

@@ -1,4 +1,4 @@
-"""The facts of a card in words: what kind of adapter it is, its settings, how it was trained."""
+"""Describe an adapter in the rows and sentences of its card: its method, its settings, its training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Rows = list[tuple[str, str]]
 
 
 def base_link(base: Base, hub: str) -> str:
-    """The base's id, as a link to its page on a Hub where it is an id."""
+    """Return the base's id, as a link to its page where it is an id on the Hub."""
     if not HUB_ID.fullmatch(base.id):
         return code(base.id)
     tree = f"/tree/{base.revision}" if base.revision and HUB_ID.fullmatch(base.revision) else ""
@@ -23,7 +23,7 @@ def base_link(base: Base, hub: str) -> str:
 
 
 def summary(results: Results, config: dict[str, Any], hub: str) -> str:
-    """The first sentences of the card."""
+    """Return the first sentence of the card."""
     method = results.method
     kind = {
         "mixlora": f"a mixture of {inline(config.get('num_experts'))} LoRA experts in {_mixtures(config)}, "
@@ -43,7 +43,7 @@ def _mixtures(config: dict[str, Any]) -> str:
 
 
 def _active_experts(config: dict[str, Any]) -> str:
-    """How many experts serve a token, as the routing strategy has it."""
+    """Return how many experts are active for a token, according to the routing strategy."""
     if config.get("routing_strategy") == "top_p":
         return (
             f"each token served by its most probable ones until their probabilities exceed "
@@ -53,7 +53,7 @@ def _active_experts(config: dict[str, Any]) -> str:
 
 
 def _routing_rows(config: dict[str, Any]) -> Rows:
-    """The strategy, and what only it has."""
+    """Return the routing strategy and the settings that only it has."""
     rows = [("Routing", inline(config.get("routing_strategy")))]
     if config.get("routing_strategy") == "top_p":
         rows += [
@@ -77,7 +77,7 @@ def _size(results: Results) -> str:
 
 
 def adapter_rows(results: Results, config: dict[str, Any], hub: str) -> Rows:
-    """What the adapter is: method, settings, base."""
+    """Return the rows about method, settings and base."""
     base = results.base
     rows = [
         ("Method", METHODS[results.method] + (" with DoRA experts" if _mixdora(results, config) else "")),
@@ -117,7 +117,7 @@ def _mixdora(results: Results, config: dict[str, Any]) -> bool:
 
 
 def training_rows(training: Training) -> Rows:
-    """How the adapter was trained."""
+    """Return the rows about the training."""
     libraries = ", ".join(f"{name} {value}" for name, value in training.libraries.items()) or None
     return [
         ("Steps", number(training.steps)),

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from io import BytesIO
 from pathlib import Path
 
-from minilora_hub.adapter_folder.code import island_files
+from minilora_hub.adapter_folder.code import remote_code_files
 from minilora_hub.adapter_folder.names import PEFT_CONFIG, WEIGHTS
 from minilora_hub.publish.card.pictures import PICTURES
 from minilora_hub.publish.checks.problems import Folder, Problem
@@ -77,7 +77,7 @@ def check_layout(folder: Folder) -> Iterator[Problem]:
         allowed = {name: size for name, size in allowed.items() if name not in ("config.json", "verification.json")}
         allowed |= {PEFT_CONFIG: 8 * MEBI, "verification.json": 4 * MEBI}
     else:
-        allowed |= dict.fromkeys(island_files(), MEBI)
+        allowed |= dict.fromkeys(remote_code_files(), MEBI)
     stray_folders: set[str] = set()
     for name, path in folder.files.items():
         limit = next((size for pattern, size in allowed.items() if fnmatchcase(name, pattern)), None)
@@ -100,7 +100,7 @@ def check_layout(folder: Folder) -> Iterator[Problem]:
         if os.name == "posix" and path.stat().st_mode & (stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH):
             yield Problem("executable", name, "may be executed", f"chmod a-x {name}")
     yield from _check_names(folder)
-    required = REQUIRED_PEFT if folder.peft_layout else (*REQUIRED, *island_files())
+    required = REQUIRED_PEFT if folder.peft_layout else (*REQUIRED, *remote_code_files())
     for name in required:
         if name not in folder.files:
             yield Problem(

@@ -20,7 +20,7 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.hub.client import BaseOnHub
 from minilora_hub.publish.checks.base import BaseExists, BaseLicense, check_base, check_license
 from minilora_hub.publish.checks.card import check_card, check_results, check_verification
-from minilora_hub.publish.checks.code import check_auto_map, check_island
+from minilora_hub.publish.checks.code import check_auto_map, check_code_files
 from minilora_hub.publish.checks.files import check_layout, check_pickles, read_folder
 from minilora_hub.publish.checks.problems import Problem
 from minilora_hub.publish.checks.tensors import check_adapter
@@ -35,7 +35,7 @@ CHECKS = (
     check_json,
     check_secrets,
     check_machine_paths,
-    check_island,
+    check_code_files,
     check_auto_map,
     check_adapter,
     check_tokenizer,
