@@ -177,7 +177,7 @@ def _make_blocks_real(layers: Any) -> None:
     """Give all blocks of one kind the same random weights on the CPU."""
     import torch
 
-    from minilora_hub.remote_code.adapted_linear import linear_shape
+    from minilora_hub.remote_code.linear_layers import linear_shape
 
     # Repeated rather than drawn anew: a block of a large base has hundreds of millions of weights.
     some = torch.randn(LENGTH, generator=torch.Generator().manual_seed(0)) * 0.02

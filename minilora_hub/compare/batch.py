@@ -12,7 +12,7 @@ from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.answer import Answer, Update
 from minilora_hub.compare.banked_layers import Group
 from minilora_hub.compare.decoding import DecodingBatch
-from minilora_hub.remote_code.routing import Routes
+from minilora_hub.remote_code.routing_record import Routes
 
 PREFILL_TOKENS = 512
 """Prompt tokens of all rows in one forward: long prompts are read in pieces, so that Stop works while they are read."""

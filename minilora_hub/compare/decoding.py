@@ -13,7 +13,7 @@ import torch
 
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.banked_layers import Group
-from minilora_hub.remote_code.routing import Routes
+from minilora_hub.remote_code.routing_record import Routes
 
 
 class CachedForward:

@@ -16,7 +16,7 @@ import torch
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.decoding import DecodingBatch
 from minilora_hub.errors import AdapterError
-from minilora_hub.remote_code.routing import RoutingRecord, record_routing
+from minilora_hub.remote_code.routing_record import RoutingRecord, record_routing
 
 
 @dataclass

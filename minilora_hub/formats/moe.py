@@ -38,8 +38,9 @@ from minilora_hub.formats.moe_architectures import (
     ZERO_WIDTH,
     Architecture,
 )
-from minilora_hub.remote_code.adapted_linear import AdaptedLinear, linear_shape, plain_weight
+from minilora_hub.remote_code.adapted_linear import AdaptedLinear
 from minilora_hub.remote_code.base_structure import find_decoder_layers
+from minilora_hub.remote_code.linear_layers import linear_shape, plain_weight
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
 
 
@@ -217,7 +218,7 @@ def _layer_tensors(layer: Any, prefix: str, architecture: Architecture, dtype: A
                 done.append(path)
                 tensors[f"{path}.weight"] = module.merged_weight()
                 if module.base_layer.bias is not None:
-                    tensors[f"{path}.bias"] = module.base_layer.bias
+                    tensors[f"{path}.bias"] = module.base_layer.bias  # type: ignore[assignment]
             elif isinstance(module, MixtureOfLoraExperts):
                 done.append(path)
                 block = _mixture_tensors(module, architecture, dtype)

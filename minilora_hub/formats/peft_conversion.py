@@ -16,10 +16,10 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.formats.peft import lora_settings, write_peft_config
 from minilora_hub.formats.peft_reading import PeftAdapter, read_peft
 from minilora_hub.formats.targets import layer_targets, shortest_names
-from minilora_hub.remote_code.adapted_linear import linear_shape
 from minilora_hub.remote_code.adapter_files import write_adapter
 from minilora_hub.remote_code.base_structure import LinearSite
 from minilora_hub.remote_code.configuration_minilora import DoraConfig
+from minilora_hub.remote_code.linear_layers import linear_shape
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,7 @@ def as_dora(adapter: PeftAdapter) -> tuple[Any, dict[str, torch.Tensor]]:
     return DoraConfig(**settings, **_explicit_patterns(adapter, ranks)), tensors
 
 
-def _explicit_patterns(adapter: PeftAdapter, ranks: dict[str, tuple[int, float]]) -> dict[str, dict[str, Any]]:
+def _explicit_patterns(adapter: PeftAdapter, ranks: dict[str, tuple[int, float]]) -> dict[str, Any]:
     """rank_pattern and alpha_pattern with one entry a linear, for those that differ from the common settings."""
     config, rank_pattern, alpha_pattern = adapter.config, {}, {}
     for name, (r, scaling) in ranks.items():
@@ -114,7 +114,8 @@ def read_peft_lora(source: AdapterFolder, base: BaseSource) -> tuple[PeftLoraCon
     sites, of_linears = [], {}
     tensors: dict[str, Any] = {}
     for path, update in adapter.updates.items():
-        out_features, in_features = linear_shape(base.skeleton.get_submodule(path))
+        shape: Any = linear_shape(base.skeleton.get_submodule(path))
+        out_features, in_features = shape
         sites.append(LinearSite(path, path, out_features, in_features))
         of_linears[path] = (update.lora_a.shape[0], update.scaling)
         tensors |= {f"{path}.lora_A": update.lora_a, f"{path}.lora_B": update.lora_b}

@@ -22,7 +22,7 @@ from minilora_hub.adapter_folder.reading import read_tensors
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.settings import read_lora_settings
-from minilora_hub.remote_code.adapted_linear import linear_shape
+from minilora_hub.remote_code.linear_layers import linear_shape
 
 WRAPPERS = {
     "_orig_mod.": "torch.compile",
@@ -92,7 +92,7 @@ def read_peft(source: AdapterFolder, base: BaseSource) -> PeftAdapter:
     _check_layout(config["fan_in_fan_out"], {path: modules[path] for path in sorted(parts)})
     updates = {}
     for path, tensors in sorted(parts.items()):
-        shape = linear_shape(modules[path])
+        shape: Any = linear_shape(modules[path])
         r, scaling = _rank_and_scaling(config, path)
         expected = {"lora_A": (r, shape[1]), "lora_B": (shape[0], r), "magnitude": (shape[0],)}
         for leaf, tensor in tensors.items():

@@ -30,14 +30,12 @@ from packaging.version import Version
 
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
 from minilora_hub.remote_code.modeling_minilora import INTEGRATIONS, MixLoraCausalLMOutput, share_of_items
-from minilora_hub.remote_code.routing import (
+from minilora_hub.remote_code.routing import is_being_trained, router_loss_weights, router_losses
+from minilora_hub.remote_code.routing_record import (
     _COMPILED_RECORD,
     checkpoint_contexts,
     current_record,
-    is_being_trained,
     record_routing,
-    router_loss_weights,
-    router_losses,
 )
 
 ATTRIBUTE = "_minilora_router_loss"
@@ -214,7 +212,7 @@ class FusedHeadLoss(RouterLoss):
         super().__init__(model, MixtureOfLoraExperts)
         for module in model.modules():
             if isinstance(module, MixtureOfLoraExperts):
-                module.loss_weights = router_loss_weights(model.config)
+                module.loss_weights = router_loss_weights(model.config)  # type: ignore[assignment]
         self.refresh()
 
     def _active_mixture(self) -> Any:

@@ -28,7 +28,7 @@ from minilora_hub.bases.skeleton import find_base
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.importing import import_adapter, import_as_experts
 from minilora_hub.formats.mixlora_writing import write_reference
-from minilora_hub.remote_code.routing import Routes
+from minilora_hub.remote_code.routing_record import Routes
 
 FAMILIES = ("llama", "mistral", "qwen2", "gemma2", "phi", "phi3")
 

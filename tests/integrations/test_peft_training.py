@@ -18,7 +18,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from minilora_hub import MixLoraForCausalLM, register
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
-from minilora_hub.remote_code.routing import record_routing
+from minilora_hub.remote_code.routing_record import record_routing
 
 register()
 

@@ -16,7 +16,7 @@ from minilora_hub import DoraForCausalLM, MixLoraForCausalLM
 from minilora_hub.adapter_folder.results import Results
 from minilora_hub.bases import resolve_base
 from minilora_hub.errors import TrainingError
-from minilora_hub.remote_code.base_structure import keep_4bit_weights_exact
+from minilora_hub.remote_code.linear_layers import keep_4bit_weights_exact
 from minilora_hub.training import run as run_module
 from minilora_hub.training.passthrough import build_peft_model
 from minilora_hub.training.run import train

@@ -14,9 +14,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from minilora_hub.integrations.peft.sites import Plan
-from minilora_hub.remote_code.adapted_linear import LowRankUpdate, compute_dtype, layer_device, linear_shape
+from minilora_hub.remote_code.adapted_linear import LowRankUpdate
 from minilora_hub.remote_code.attach import build_modules
 from minilora_hub.remote_code.base_structure import LinearSite
+from minilora_hub.remote_code.linear_layers import compute_dtype, layer_device, linear_shape
 from minilora_hub.remote_code.routing import router_loss_weights
 
 CANNOT_MERGE = (
@@ -33,7 +34,7 @@ class PeftUpdate(LowRankUpdate):
     """
 
     @property
-    def magnitude(self) -> Any:
+    def magnitude(self) -> Any:  # type: ignore[override]
         return self._parameters["lora_magnitude_vector"]
 
 

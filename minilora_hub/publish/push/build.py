@@ -226,7 +226,7 @@ def _write_adapter(source: Source, folder: Path, layout: Layout, base: Base, rec
 
 def _published_config(source: Source, base: Base) -> dict[str, Any]:
     """Return the configuration as it is published: the source's, naming the base on the Hub and our classes."""
-    from minilora_hub.remote_code.adapted_model import auto_map
+    from minilora_hub.remote_code.saving import auto_map
 
     of = model_class(source)
     return source.config | {
