@@ -3,10 +3,10 @@
     app.py       the commands together; exit codes and errors
     options.py   options and output shared by several commands
     demo.py      demo                    compare.py   compare
-    tasks.py     tasks                   train.py     train, sweep
-    evaluate.py  eval                    publish.py   push, verify, card
-    discover.py  info, list, pull        convert.py   import, export
-    combine.py   combine, experts        space.py     space push
+    train.py     train, sweep            evaluate.py  eval, tasks
+    publish.py   push, verify, card      discover.py  info, list, pull
+    convert.py   import, export          combine.py   combine, experts
+    space.py     space push
 
 Heavy imports happen inside the commands, so that `--help` is fast.
 """

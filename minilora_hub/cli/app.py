@@ -18,11 +18,10 @@ from minilora_hub.cli.compare import compare
 from minilora_hub.cli.convert import export, import_
 from minilora_hub.cli.demo import demo
 from minilora_hub.cli.discover import info, list_, pull
-from minilora_hub.cli.evaluate import eval_
+from minilora_hub.cli.evaluate import eval_, tasks
 from minilora_hub.cli.options import Debug, say
 from minilora_hub.cli.publish import card, push, verify
 from minilora_hub.cli.space import space
-from minilora_hub.cli.tasks import tasks
 from minilora_hub.cli.train import sweep, train
 from minilora_hub.errors import MiniLoraError
 from minilora_hub.quiet import quiet_process

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -70,13 +69,11 @@ class TrainingData:
         train: the examples.
         validation: held-out ones; empty where there is no validation.
         skipped: the rows that were left out.
-        kinds: kind of row -> how many.
     """
 
     train: ExampleRows
     validation: ExampleRows
     skipped: list[BadRow]
-    kinds: dict[str, int]
 
     @property
     def tokens(self) -> int:
@@ -145,23 +142,16 @@ def prepare_data(
         now=now,
     )
     skipped: list[BadRow] = []
-    kinds: Counter[str] = Counter()
-    train = _examples(settings.data, settings, encoder, folder / "train.arrow", skipped, kinds)
+    train = _examples(settings.data, settings, encoder, folder / "train.arrow", skipped)
     if settings.validation_data:
-        file = folder / "validation.arrow"
-        validation = _examples(settings.validation_data, settings, encoder, file, skipped, Counter())
+        validation = _examples(settings.validation_data, settings, encoder, folder / "validation.arrow", skipped)
     else:
         train, validation = _hold_out(train, recipe.validation, recipe.seed)
-    return TrainingData(train, validation, skipped, dict(kinds))
+    return TrainingData(train, validation, skipped)
 
 
 def _examples(
-    sources: tuple[str, ...],
-    settings: TrainingSettings,
-    encoder: Encoder,
-    file: Path,
-    skipped: list[BadRow],
-    kinds: Counter[str],
+    sources: tuple[str, ...], settings: TrainingSettings, encoder: Encoder, file: Path, skipped: list[BadRow]
 ) -> ExampleRows:
     """Write the examples of some files into an Arrow file, and open it."""
     from datasets import Dataset, Features, List, Value
@@ -183,7 +173,6 @@ def _examples(
                 places.append(example.place)
                 lengths.append(len(example.input_ids))
                 learned.append(len(example.labels) - example.labels.count(IGNORED))
-                kinds[row.kind] += 1  # type: ignore[union-attr]
             writer.finalize()
     except OSError as error:
         reason = error.strerror or error

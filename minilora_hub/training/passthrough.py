@@ -24,7 +24,7 @@ from minilora_hub.adapter_folder.names import PEFT_CONFIG, WEIGHTS
 from minilora_hub.bases.loading import load_base
 from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.errors import TrainingError
-from minilora_hub.remote_code.base_structure import keep_4bit_weights_exact
+from minilora_hub.remote_code.linear_layers import keep_4bit_weights_exact
 from minilora_hub.training.recipes import peft_config_class
 from minilora_hub.training.settings import TrainingSettings
 

@@ -102,11 +102,11 @@ def sweep(
         if main:
             request = _request(vary, search, given) | {"inputs": _inputs(settings, vary, given.get("config"), progress)}
             store = TrialStore(out, vary, search, settings.recipe.seed, request)
-        while begun := broadcast(_begin(store, most, minutes) if store else None):
-            number, trial = begun
+        while begun := broadcast(_begin(out, store, most, minutes) if store else None):
+            number, trial, resume = begun
             if on_trial and store:
                 on_trial(number, trial)
-            trial = _run(out, trial, given, progress)
+            trial = _run(out, trial, resume, given, progress)
             if store:
                 store.end(trial)
                 if on_trial:
@@ -174,8 +174,8 @@ def _inputs(
     return found | CODE_AND_LIBRARIES
 
 
-def _begin(store: TrialStore, most: int, minutes: float | None) -> tuple[int, Trial] | None:
-    """Return the next trial and its number; None if the budget or the combinations are used up."""
+def _begin(out: Path, store: TrialStore, most: int, minutes: float | None) -> tuple[int, Trial, bool] | None:
+    """Return the next trial, its number, and whether to resume its run; None if budget or combinations are used up."""
     ended = [trial for trial in store.trials() if trial.state != "running"]
     finished = sum(trial.state == "finished" for trial in ended)
     used = sum(trial.seconds for trial in ended)
@@ -183,16 +183,19 @@ def _begin(store: TrialStore, most: int, minutes: float | None) -> tuple[int, Tr
     if len(ended) >= most or (minutes is not None and used + expected > minutes * 60):
         return None
     trial = store.next()
-    return (len(ended) + 1, trial) if trial else None
-
-
-def _run(out: Path, trial: Trial, given: dict[str, Any], progress: bool) -> Trial:
+    if trial is None:
+        return None
     folder = out / "trials" / trial.folder
     state = read_state(folder)
     # A finished run without a result in the journal was killed in between; it is quick to repeat.
     resume = state is not None and not state.finished
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
+    return len(ended) + 1, trial, resume
+
+
+def _run(out: Path, trial: Trial, resume: bool, given: dict[str, Any], progress: bool) -> Trial:
+    folder = out / "trials" / trial.folder
     try:
         result = train(folder, resume=resume, progress=progress, record=False, **given | trial.values)
     except (TrainingInterrupted, DataError):

@@ -114,7 +114,7 @@ class TrialStore:
 
     def __init__(self, out: Path, vary: Varied, search: Search, seed: int, request: dict[str, Any]) -> None:
         import optuna
-        from optuna.storages.journal import JournalFileBackend
+        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._vary, self._search, self._seed = vary, search, seed
@@ -122,7 +122,8 @@ class TrialStore:
         if not journal.exists() and not is_empty(out):
             raise TrainingError(f"out={str(out)!r}: must be empty or new, or hold a sweep")
         try:
-            storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
+            lock = JournalFileOpenLock(str(journal))  # the default one, a link, needs privileges on Windows
+            storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal), lock))
             sampler = optuna.samplers.RandomSampler()  # replaced for each trial
             self._study = optuna.create_study(storage=storage, sampler=sampler, study_name="sweep", load_if_exists=True)
         except (OSError, ValueError, KeyError, TypeError) as error:

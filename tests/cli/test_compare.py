@@ -122,7 +122,7 @@ def test_what_a_model_writes_is_shown_as_text():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a pseudo-terminal")
-@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("interrupted", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_in_a_terminal_it_is_live(saved, interrupted):
     """The picture is painted again and again; Ctrl-C ends it with 130."""
     base, adapters = saved

@@ -175,7 +175,9 @@ def test_help_has_an_example_and_loads_nothing_heavy():
         assert f"Example: minilora {command}" in done.stdout
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_during_a_push_leaves_the_repo_and_the_disk(number, code, hub, adapter, tmp_path):
     """Sent while the files are on their way: no word of Python's, the repo without a file."""
     scratch = tmp_path / "tmp"

@@ -16,7 +16,7 @@ import pytest
 import torch
 from tiny_training import CHAT, SHORT, write_base, write_rows
 
-from minilora_hub.errors import TrainingError
+from minilora_hub.errors import TrainingError, TrainingInterrupted
 from minilora_hub.training import run as run_module
 from minilora_hub.training import trainer as trainer_module
 from minilora_hub.training.run import train
@@ -24,8 +24,10 @@ from minilora_hub.training.trainer import last_checkpoint
 
 WEIGHTS = "adapter_model.safetensors"
 RUN = SHORT | {"method": "mixlora", "num_experts": 4, "max_steps": 9, "save_every": 3, "lora_dropout": 0.1}
-PLACES = ["step:5", "weights"]
-PLACES += [pytest.param(place, marks=pytest.mark.slow) for place in ("step:1", "step:8", "optimizer", "result")]
+PLACES = ["weights"]
+PLACES += [
+    pytest.param(place, marks=pytest.mark.slow) for place in ("step:1", "step:5", "step:8", "optimizer", "result")
+]
 SAVED = {"step:1": None, "step:8": "checkpoint-6", "result": "checkpoint-9"}
 
 
@@ -167,6 +169,25 @@ def test_resuming_refuses_other_data_and_other_settings(base, data, tmp_path):
         train(out, base=base, data=data, **RUN)
 
 
+def test_a_signal_saves_and_stops_and_the_rest_follows(base, data, whole, tmp_path, monkeypatch):
+    compute = trainer_module.AdapterTrainer.compute_loss
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return compute(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module.AdapterTrainer, "compute_loss", interrupted)
+    out = tmp_path / "run"
+    with pytest.raises(TrainingInterrupted, match="stopped after step 5 of 9, which is saved") as raised:
+        train(out, base=base, data=data, **RUN)
+    monkeypatch.undo()
+    assert raised.value.exit_code == 130
+    train(out, resume=True)
+    assert digest(out) == whole
+
+
+@pytest.mark.slow
 def test_ctrl_c_saves_and_stops_and_the_rest_follows(base, data, tmp_path):
     said = {**RUN, "max_steps": 150, "save_every": 150}
     train_apart(tmp_path / "whole", base=base, data=data, **said)

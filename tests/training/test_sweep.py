@@ -6,6 +6,9 @@ import csv
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 from tiny_training import SHORT
@@ -72,6 +75,34 @@ def test_a_stopped_sweep_goes_on_and_repeats_nothing(base, rows, tmp_path, monke
     ]
     with pytest.raises(TrainingError, match=r"holds a sweep with other settings \(vary\)"):
         sweep(tmp_path / "cut", {"learning_rate": [1.0]}, **said)
+
+
+KILLED = """
+import json, os, signal, sys
+from minilora_hub.training import sweep as module, trainer
+
+def die(self, *args):
+    if "0.01" in str(self.run_dir):
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self, *args)
+
+save, trainer.AdapterTrainer._save_checkpoint = trainer.AdapterTrainer._save_checkpoint, die
+module.sweep(sys.argv[1], {"learning_rate": [1e-3, 1e-2, 2e-2]}, **json.loads(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on(base, rows, tmp_path):
+    """SIGKILL in the middle of a trial: the others are kept, and this one is made."""
+    said = FIXED | {"method": "dora", "base": base, "data": rows}
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "cut"), json.dumps(said)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    vary = {"learning_rate": [1e-3, 1e-2, 2e-2]}
+    result, whole = (sweep(tmp_path / name, vary, **said) for name in ("cut", "whole"))
+    assert [trial.values for trial in result.trials] == [trial.values for trial in whole.trials]
+    losses = [[trial.validation_loss for trial in trials] for trials in (result.trials, whole.trials)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 @pytest.mark.parametrize("changed", ["file/{rows}", "file/{config}", "base/{base}", "code/remote_code/routing.py"])
