@@ -38,7 +38,7 @@ from minilora_hub.quiet import quiet_process
 
 def main() -> None:
     """Load the models, then serve the page until the process ends."""
-    from minilora_hub.demo import zero_gpu  # the first: on ZeroGPU it must come before torch touches CUDA
+    from minilora_hub.demo.runs import zero_gpu  # the first: on ZeroGPU it must come before torch touches CUDA
     from minilora_hub.bases import resolve_base  # isort: skip
     from minilora_hub.compare.engine import CompareEngine
     from minilora_hub.compare.found_adapters import shipped_adapters

@@ -43,7 +43,7 @@ class CodeReference:
     """Something that makes a library load code.
 
     Attributes:
-        file: the file or folder that says so, by its path in the adapter's folder.
+        file: the file or folder with the reference, by its path in the adapter's folder.
         text: the entry, in words.
         problem: why the adapter is not loaded; None where the code is in the adapter's own folder.
         own: whether it is an entry of config.json that names exactly minilora_hub's classes.

@@ -141,12 +141,12 @@ def read_folder(folder: str | Path) -> AdapterFolder:
 
 
 def read_configuration(folder: str | Path) -> AdapterFolder:
-    """Read the configuration of an adapter that can be compared and published; its weights may be missing.
+    """Read the configuration of an adapter that is not going to be loaded; its weights may be missing.
 
     Raises:
-        AdapterError: as `read_folder`, or it is neither in our format nor a LoRA or DoRA in PEFT's.
+        AdapterError: as `describe_folder`, or it is neither in our format nor a LoRA or DoRA in PEFT's.
     """
-    source = read_folder(folder)
+    source = describe_folder(folder)
     if source.dialect == "checkpoint":
         raise AdapterError(f"{source.folder.name!r} is a whole model ({source.method}), not an adapter")
     if source.dialect not in ("minilora", "peft"):
@@ -157,8 +157,8 @@ def read_configuration(folder: str | Path) -> AdapterFolder:
     return source
 
 
-def read_source(folder: str | Path) -> AdapterFolder:
-    """Read the configuration of an adapter that can be compared and published.
+def inspect_source(folder: str | Path) -> AdapterFolder:
+    """Read the configuration of an adapter that is not going to be loaded: it may refer to code elsewhere.
 
     Raises:
         AdapterError: as `read_configuration`, or it has no safetensors weights.
@@ -168,6 +168,21 @@ def read_source(folder: str | Path) -> AdapterFolder:
         raise AdapterError(
             f"adapter {source.folder.name!r}: no {WEIGHTS}; save it with save_pretrained, not as a pickle"
         )
+    return source
+
+
+def read_source(folder: str | Path, name: str | None = None) -> AdapterFolder:
+    """Read the configuration of an adapter that is going to be loaded.
+
+    Args:
+        folder: the adapter.
+        name: what an error calls it. Default: the folder's name.
+
+    Raises:
+        AdapterError: as `inspect_source`, or it refers to code elsewhere.
+    """
+    source = inspect_source(folder)
+    require_no_other_code(source.folder, name)
     return source
 
 

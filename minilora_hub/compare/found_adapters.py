@@ -56,7 +56,7 @@ def find_adapter(name: str | Path) -> FoundAdapter:
         folder, _ = fetch(str(name), revision=None, token=None, progress=True)
     except AdapterError as error:
         raise AdapterError(f"adapter {str(name)!r}: there is no such folder, and on the Hub: {error}") from None
-    read_source(folder)
+    read_source(folder, str(name))
     return FoundAdapter(str(name).rpartition("/")[2], folder)
 
 

@@ -207,5 +207,10 @@ def _wilson(share: float, n: int) -> Interval | None:
     """For n items that all score `share`, 0 or 1. For another score nothing is known of the spread: None."""
     if share not in (0, 1):
         return None
-    found = _stats().binomtest(n * int(share), n).proportion_ci(CONFIDENCE, method="wilson")
+    return wilson_interval(n * int(share), n)
+
+
+def wilson_interval(successes: int, n: int) -> Interval:
+    """Return Wilson's 95% interval of the share of successes."""
+    found = _stats().binomtest(successes, n).proportion_ci(CONFIDENCE, method="wilson")
     return float(found.low), float(found.high)

@@ -36,7 +36,7 @@ from minilora_hub.evaluation.settings import (
     find_tasks,
     task_of,
 )
-from minilora_hub.recording.inputs import base_inputs, why_unknown
+from minilora_hub.recording.bases_of_record import base_inputs, why_not_reproducible
 
 MARGIN = 8
 """Tokens that an answer may have beyond the longest reference of its task and split."""
@@ -107,7 +107,7 @@ class _Run:
         self._adapters = find_adapters(adapters)
         self._base, self._fingerprint = common_base(base, self._adapters)
         # Answers are cached only where everything that determines the base's answers is in the key.
-        self._cache = None if why_unknown(self._base, self._fingerprint) else cache
+        self._cache = None if why_not_reproducible(self._base, self._fingerprint) else cache
         self._base_inputs = base_inputs(self._base, self._fingerprint)
         self._items = find_items(self._tasks, settings)
         self._text = read_text(settings.text) if settings.perplexity else None

@@ -58,7 +58,7 @@ def import_adapter(
         reference_dora: ``"loaded"`` or ``"trained"``: see `minilora_hub.formats.mixlora`.
 
     Raises:
-        AdapterError: the adapter is damaged, or asks for what cannot be honoured; the message names it.
+        AdapterError: the adapter is damaged, or a setting of it cannot be honoured; the message names it.
         BaseModelError: the base cannot be read.
     """
     require_free(out)

@@ -6,8 +6,8 @@
 Unexpected properties of this format, found by running `mixlora` 0.2.3:
 
 - The magnitudes of a MixDoRA (`use_dora`) are not in the file. The package computes m = ||W + s B A|| when it loads,
-  so that c = m / ||W + s B A|| is one: what it computes is plain LoRA, and that is what is imported. In training its
-  magnitudes stood still at ||W||; `dora="trained"` writes those, from the base's weights.
+  so that c = m / ||W + s B A|| is one: it computes plain LoRA, and plain LoRA is imported. In training, its magnitudes
+  stayed at ||W||; `dora="trained"` computes those from the base's weights.
 - `expert_lora` (a rank and alpha for the experts) is read and then ignored by `mixlora`; MoE-PEFT, which trains,
   uses it, and so does the import.
 - It keeps dropout on at inference, and refuses a dropout of 0: an adapter without dropout is written with 1e-12.
@@ -15,27 +15,23 @@ Unexpected properties of this format, found by running `mixlora` 0.2.3:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
+from transformers.activations import ACT2FN
 
 from minilora_hub.adapter_folder.folders import AdapterFolder
-from minilora_hub.adapter_folder.names import (
-    LEGACY_STRATEGIES,
-    PEFT_CONFIG,
-    STRATEGIES,
-    from_reference,
-    reference_projection,
-)
+from minilora_hub.adapter_folder.names import PEFT_CONFIG, from_reference, reference_projection
 from minilora_hub.adapter_folder.reading import check_against_base, read_tensors
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.settings import NUMBER, Settings
-
-if TYPE_CHECKING:
-    import torch
+from minilora_hub.formats.settings import Settings, read_reference_fields
+from minilora_hub.remote_code.attach import updates_at
+from minilora_hub.remote_code.base_structure import find_decoder_layers, linears_in, plan_sites
+from minilora_hub.remote_code.configuration_minilora import MixLoraConfig
+from minilora_hub.remote_code.linear_layers import row_norms_squared
 
 ReferenceDora = Literal["loaded", "trained"]
-
-NO_DROPOUT = 1e-12
 
 
 def read_reference(
@@ -52,13 +48,11 @@ def read_reference(
         A MixLoraConfig, ``{canonical name: tensor}``, and notes for the user, one line each.
 
     Raises:
-        AdapterError: a field or a tensor is missing, of the wrong kind, or asks for what cannot be honoured.
+        AdapterError: a field or a tensor is missing, is of the wrong kind, or cannot be honoured.
     """
-    from minilora_hub.remote_code.configuration_minilora import MixLoraConfig
-
     settings = Settings(source.config)
     notes: list[str] = []
-    fields = read_fields(source)
+    fields = read_reference_fields(source)
     fields["target_modules"] = _targets(settings, base, notes)
     _check_activation(settings, base)
     use_dora = fields.pop("use_dora")
@@ -83,78 +77,8 @@ def read_reference(
     return config, tensors, notes
 
 
-def read_fields(source: AdapterFolder) -> dict[str, Any]:
-    """Read the fields of a MixLoraConfig from adapter_config.json, except the targets, which depend on the base.
-
-    Raises:
-        AdapterError: one is missing, of the wrong type, or cannot be honoured.
-    """
-    settings = Settings(source.config)
-    if settings.get("task_type", str, "CAUSAL_LM") != "CAUSAL_LM":
-        raise settings.error("task_type", "only CAUSAL_LM can be imported")
-    if settings.get("bias", str, "none") != "none":
-        raise settings.error("bias", "adapters with biases cannot be honoured")
-    return _common_fields(settings) | _expert_fields(settings) | _routing_fields(settings)
-
-
-def _common_fields(settings: Settings) -> dict[str, Any]:
-    dropout = settings.get("lora_dropout", NUMBER, 0.0)
-    return {
-        "r": settings.require("r", int),
-        "lora_alpha": settings.require("lora_alpha", NUMBER),
-        "lora_dropout": 0.0 if dropout == NO_DROPOUT else dropout,
-        "use_dora": settings.get("use_dora", bool, False),
-        "use_rslora": settings.get("use_rslora", bool, False),
-        "num_experts": settings.require("num_experts", int),
-    }
-
-
-def _expert_fields(settings: Settings) -> dict[str, Any]:
-    """`expert_lora` overrides the common settings for the experts."""
-    if settings.get("expert_lora", dict) is None:
-        return {}
-    own = settings.content["expert_lora"]
-    experts = Settings(settings.content | own, f"{PEFT_CONFIG}: expert_lora")
-    for name in ("use_dora", "use_rslora"):
-        if experts.get(name, bool, False) != settings.get(name, bool, False):
-            raise experts.error(name, "experts that differ from attention in this cannot be honoured")
-    dropout = experts.get("lora_dropout", NUMBER, 0.0)
-    if dropout != settings.get("lora_dropout", NUMBER, 0.0):
-        raise experts.error("lora_dropout", "a dropout of the experts' own cannot be honoured")
-    return {"expert_r": experts.require("r", int), "expert_alpha": experts.require("lora_alpha", NUMBER)}
-
-
-def _routing_fields(settings: Settings) -> dict[str, Any]:
-    """The strategy and its settings; defaults are the reference's."""
-    known = STRATEGIES | LEGACY_STRATEGIES
-    strategy = known.get(settings.require("routing_strategy", str))
-    if strategy is None:
-        raise settings.error("routing_strategy", f"must be one of {sorted(known)}")
-    fields: dict[str, Any] = {
-        "routing_strategy": strategy,
-        "router_aux_loss_coef": settings.get("router_aux_loss_coef", NUMBER, 0.001),
-        "router_init_range": settings.get("router_init_range", NUMBER, 1.0 if strategy == "switch" else 0.02),
-        "router_jitter_noise": settings.get("jitter_noise", NUMBER, 0.01 if strategy == "switch" else 0.0),
-    }
-    if not settings.get("router_loss", bool, True):
-        fields["router_aux_loss_coef"] = 0.0
-    if strategy == "top_k":
-        fields["num_experts_per_tok"] = settings.get("top_k", int, 2)
-    elif strategy == "top_p":
-        fields["router_top_p"] = settings.get("top_p", NUMBER, 0.8)
-        fields["router_temperature"] = settings.get("temperature", NUMBER, 0.0)
-    else:
-        fields["expert_capacity"] = settings.get("expert_capacity", int, 32)
-        fields["router_z_loss_coef"] = settings.get("router_z_loss_coef", NUMBER, 0.001)
-        fields["expert_dropout"] = settings.get("ffn_dropout", NUMBER, 0.0)
-        fields["router_sparse_step"] = settings.get("sparse_step", int, 1)
-    return fields
-
-
 def _targets(settings: Settings, base: BaseSource, notes: list[str]) -> list[str]:
     """The targets that the base has: the reference passes over the others, since it lists those of every family."""
-    from minilora_hub.remote_code.base_structure import find_decoder_layers, linears_in
-
     content = settings.require("target_modules", (list, dict))
     named = [name for name, on in content.items() if on is True] if isinstance(content, dict) else content
     if not named or not all(isinstance(name, str) for name in named):
@@ -172,9 +96,6 @@ def _targets(settings: Settings, base: BaseSource, notes: list[str]) -> list[str
 
 def _check_activation(settings: Settings, base: BaseSource) -> None:
     """The reference may use another activation than the base's own; here it is always the base's."""
-    import torch
-    from transformers.activations import ACT2FN
-
     named, own = settings.get("act_fn", str), activation_of(base)
     if named is None or named == own:
         return
@@ -200,8 +121,6 @@ def expert_rank_and_alpha(config: Any) -> tuple[int, float]:
 
 def _stack(found: dict[str, torch.Tensor], num_experts: int) -> dict[str, torch.Tensor]:
     """Stack the experts' tensors under canonical names."""
-    import torch
-
     tensors: dict[str, torch.Tensor] = {}
     stacks: dict[str, dict[int, torch.Tensor]] = {}
     for name, tensor in found.items():
@@ -231,12 +150,6 @@ def _stack(found: dict[str, torch.Tensor], num_experts: int) -> dict[str, torch.
 
 def _magnitudes(config: Any, base: BaseSource) -> dict[str, torch.Tensor]:
     """The row norms of the base's own weights, for every update."""
-    import torch
-
-    from minilora_hub.remote_code.attach import updates_at
-    from minilora_hub.remote_code.base_structure import plan_sites
-    from minilora_hub.remote_code.linear_layers import row_norms_squared
-
     model = base.load(torch.float32)
     magnitudes = {}
     for site in plan_sites(model, config):

@@ -11,7 +11,8 @@ from minilora_hub.adapter_folder.folders import write_json
 from minilora_hub.adapter_folder.names import PEFT_CONFIG, PICKLE, STRATEGIES, to_reference
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.mixlora import NO_DROPOUT, activation_of, expert_rank_and_alpha
+from minilora_hub.formats.mixlora import activation_of, expert_rank_and_alpha
+from minilora_hub.formats.settings import NO_DROPOUT
 
 WRITTEN = {ours: theirs for theirs, ours in STRATEGIES.items()}
 FAMILIES = ("llama", "gemma", "gemma2", "qwen2", "mistral", "phi", "phi3")

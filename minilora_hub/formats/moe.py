@@ -165,7 +165,7 @@ def moe_config(model: Any, only: str | None = None) -> Any:
     if architecture is QWEN3_MOE and len(kinds) > 1:
         raise AdapterError(f"base with layer_types {sorted(kinds)}: {architecture.name} has one kind for all layers")
     if sum(isinstance(module, MixtureOfLoraExperts) for module in model.modules()) != text.num_hidden_layers:
-        raise AdapterError(f"a {architecture.name} has experts in every layer, this adapter has not")
+        raise AdapterError(f"a {architecture.name} has experts in every layer, this adapter does not")
     fields = [*SHARED.split(), *architecture.fields.split()]
     config = getattr(transformers, architecture.config)(
         **{name: getattr(text, name) for name in fields if hasattr(text, name)},

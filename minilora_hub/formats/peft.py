@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.adapter_folder.folders import refuse_lfs_pointer
+from minilora_hub.adapter_folder.folders import refuse_lfs_pointer, write_json
 from minilora_hub.adapter_folder.names import PEFT_CONFIG, WEIGHTS, as_stock_transformers_reads, is_update, to_peft
 from minilora_hub.formats.targets import peft_target_names
 from minilora_hub.hub.plain_files import read_header
@@ -21,13 +20,12 @@ def write_peft_config(folder: Path, config: dict[str, Any], base_id: str, base_r
     PEFT holds some fields as sets, whose order differs from one process to the next.
     """
     config = config | {"base_model_name_or_path": base_id, "revision": base_revision, "inference_mode": True}
-    # PEFT writes `auto_mapping`, a class to import, where it was not told the task.
+    # PEFT writes `auto_mapping`, a class to import, where the task is not given.
     config |= {"task_type": "CAUSAL_LM", "auto_mapping": None}
     ordered = {name: sorted(value) if isinstance(value, (set, tuple)) else value for name, value in config.items()}
     if isinstance(ordered.get("target_modules"), list):
         ordered["target_modules"] = sorted(ordered["target_modules"])
-    text = json.dumps(ordered, indent=2, sort_keys=True, ensure_ascii=False)
-    (folder / PEFT_CONFIG).write_text(text + "\n", encoding="utf-8")
+    write_json(folder / PEFT_CONFIG, ordered)
 
 
 @dataclass(frozen=True)

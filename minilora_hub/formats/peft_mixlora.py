@@ -21,7 +21,7 @@ from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.mixlora import expert_rank_and_alpha
 from minilora_hub.formats.targets import layer_targets, peft_target_names
-from minilora_hub.integrations.peft.config import FIELD_NAMES
+from minilora_hub.integrations.peft.config import FIELD_NAMES, SAME_FIELDS
 from minilora_hub.remote_code.adapter_files import write_adapter
 
 
@@ -42,27 +42,21 @@ def write_peft_mixlora(
     """
     from minilora_hub.integrations.peft.method import MixLoraPeftConfig  # registers MIXLORA in PEFT
 
+    fields = {name: getattr(config, name) for name in SAME_FIELDS}
+    fields |= {theirs: getattr(config, ours, None) for theirs, ours in FIELD_NAMES.items()}
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        fields[pattern] = _moved(fields[pattern], CANONICAL_LAYERS, base.layers_path)
     expert_r, expert_alpha = expert_rank_and_alpha(config)
-    routing: dict[str, Any] = {theirs: getattr(config, ours, None) for theirs, ours in FIELD_NAMES.items()}
     MixLoraPeftConfig(
+        **fields,
         task_type="CAUSAL_LM",
         inference_mode=True,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.base_model_revision,
-        r=config.r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
         expert_lora={"r": expert_r, "lora_alpha": expert_alpha, "lora_dropout": config.lora_dropout},
-        num_experts=config.num_experts,
         routing_strategy=config.routing_strategy,
         router_aux_loss_coef=config.router_aux_loss_coef,
         target_modules=peft_target_names(sites, base.skeleton),
-        rank_pattern=_moved(config.rank_pattern, CANONICAL_LAYERS, base.layers_path),
-        alpha_pattern=_moved(config.alpha_pattern, CANONICAL_LAYERS, base.layers_path),
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        base_fingerprint=config.base_fingerprint,
-        **routing,
     ).save_pretrained(str(folder))
     renamed = {to_peft_mixlora(name, base.layers_path): tensor for name, tensor in tensors.items()}
     write_adapter(folder / WEIGHTS, renamed)

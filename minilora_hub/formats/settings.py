@@ -1,4 +1,4 @@
-"""Settings of adapter_config.json, each read with its type; what cannot be honoured is refused by name."""
+"""Read the settings in adapter_config.json strictly: what cannot be honoured is refused. Torch is not needed."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import re
 from typing import Any
 
 from minilora_hub.adapter_folder.folders import AdapterFolder
-from minilora_hub.adapter_folder.names import PEFT_CONFIG
+from minilora_hub.adapter_folder.names import LEGACY_STRATEGIES, PEFT_CONFIG, STRATEGIES
 from minilora_hub.errors import AdapterError
 
 NUMBER = (int, float)
+NO_DROPOUT = 1e-12
+"""What the reference, which refuses a dropout of 0, is given in its place."""
 REFUSED = {
     "alora_invocation_tokens": "an adapter that is on for a part of the text only",
     "arrow_config": "routing between adapters",
     "ensure_weight_tying": "tied adapters",
     "kasa_config": "KaSA",
-    "layer_replication": "layers that the base has not",
+    "layer_replication": "layers that the base does not have",
     "lora_bias": "biases on lora_B",
     "megatron_config": "Megatron's parallel linears",
     "modules_to_save": "whole modules trained beside the adapter",
@@ -83,6 +85,9 @@ class Settings:
         return AdapterError(f"{self.file}: {name}={shown[:120]}: {need}")
 
 
+# ---- PEFT's LoRA and DoRA ----
+
+
 def read_lora_settings(source: AdapterFolder) -> dict[str, Any]:
     """Read adapter_config.json of a LoRA or DoRA; see `PeftAdapter.config`. Torch is not needed.
 
@@ -142,3 +147,86 @@ def _is_pattern(key: str) -> bool:
     except re.error:
         return False
     return len(key) <= 300
+
+
+# ---- the reference's MixLoRA ----
+
+
+def read_reference_fields(source: AdapterFolder) -> dict[str, Any]:
+    """Read the reference's adapter_config.json as fields of a MixLoraConfig, except the targets, which need the base.
+
+    Raises:
+        AdapterError: one is missing, of the wrong type, or cannot be honoured.
+    """
+    settings = Settings(source.config)
+    if settings.get("task_type", str, "CAUSAL_LM") != "CAUSAL_LM":
+        raise settings.error("task_type", "only CAUSAL_LM can be imported")
+    if settings.get("bias", str, "none") != "none":
+        raise settings.error("bias", "adapters with biases cannot be honoured")
+    return _common_fields(settings) | _expert_fields(settings) | _routing_fields(settings)
+
+
+def _common_fields(settings: Settings) -> dict[str, Any]:
+    dropout = settings.get("lora_dropout", NUMBER, 0.0)
+    return {
+        "r": settings.require("r", int),
+        "lora_alpha": settings.require("lora_alpha", NUMBER),
+        "lora_dropout": 0.0 if dropout == NO_DROPOUT else dropout,
+        "use_dora": settings.get("use_dora", bool, False),
+        "use_rslora": settings.get("use_rslora", bool, False),
+        "num_experts": settings.require("num_experts", int),
+    }
+
+
+def _expert_fields(settings: Settings) -> dict[str, Any]:
+    """`expert_lora` overrides the common settings for the experts."""
+    if settings.get("expert_lora", dict) is None:
+        return {}
+    own = settings.content["expert_lora"]
+    experts = Settings(settings.content | own, f"{PEFT_CONFIG}: expert_lora")
+    for name in ("use_dora", "use_rslora"):
+        if experts.get(name, bool, False) != settings.get(name, bool, False):
+            raise experts.error(name, "experts that differ from attention in this cannot be honoured")
+    dropout = experts.get("lora_dropout", NUMBER, 0.0)
+    if dropout != settings.get("lora_dropout", NUMBER, 0.0):
+        raise experts.error("lora_dropout", "a dropout of the experts' own cannot be honoured")
+    return {"expert_r": experts.require("r", int), "expert_alpha": experts.require("lora_alpha", NUMBER)}
+
+
+def _routing_fields(settings: Settings) -> dict[str, Any]:
+    """The strategy and its settings; defaults are the reference's."""
+    known = STRATEGIES | LEGACY_STRATEGIES
+    strategy = known.get(settings.require("routing_strategy", str))
+    if strategy is None:
+        raise settings.error("routing_strategy", f"must be one of {sorted(known)}")
+    fields: dict[str, Any] = {
+        "routing_strategy": strategy,
+        "router_aux_loss_coef": settings.get("router_aux_loss_coef", NUMBER, 0.001),
+        "router_init_range": settings.get("router_init_range", NUMBER, 1.0 if strategy == "switch" else 0.02),
+        "router_jitter_noise": settings.get("jitter_noise", NUMBER, 0.01 if strategy == "switch" else 0.0),
+    }
+    if not settings.get("router_loss", bool, True):
+        fields["router_aux_loss_coef"] = 0.0
+    if strategy == "top_k":
+        fields["num_experts_per_tok"] = settings.get("top_k", int, 2)
+    elif strategy == "top_p":
+        fields["router_top_p"] = settings.get("top_p", NUMBER, 0.8)
+        fields["router_temperature"] = settings.get("temperature", NUMBER, 0.0)
+    else:
+        fields["expert_capacity"] = settings.get("expert_capacity", int, 32)
+        fields["router_z_loss_coef"] = settings.get("router_z_loss_coef", NUMBER, 0.001)
+        fields["expert_dropout"] = settings.get("ffn_dropout", NUMBER, 0.0)
+        fields["router_sparse_step"] = settings.get("sparse_step", int, 1)
+    return fields
+
+
+def check_settings(source: AdapterFolder) -> None:
+    """Check the settings of an adapter that is not in our format; the base is not needed.
+
+    Raises:
+        AdapterError: one of them is missing, out of range or cannot be honoured.
+    """
+    if source.dialect == "peft":
+        read_lora_settings(source)
+    elif source.dialect == "reference":
+        read_reference_fields(source)

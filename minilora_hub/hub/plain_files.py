@@ -17,7 +17,7 @@ from minilora_hub.documents import strict_json
 from minilora_hub.errors import AdapterError
 
 SMALL, SPARSE = 2**20, 10
-"""Bytes from which on a file is sparse where less than a tenth of it lies on the disk; compression saves less."""
+"""A file of at least SMALL bytes is sparse where less than a tenth is on the disk; compression saves less."""
 INDEX = "*.safetensors.index.json"
 
 
@@ -71,7 +71,7 @@ def require_plain_names(names: Iterable[str], repo: str) -> None:
     """
     for name in names:
         if not _is_plain(name):
-            raise AdapterError(f"{repo} lists a file called {name[:100]!r}, which is no path inside a repo")
+            raise AdapterError(f"{repo} lists a file called {name[:100]!r}, which is not a path inside a repo")
 
 
 def require_plain_indexes(folder: Path) -> None:

@@ -223,7 +223,8 @@ def _output(base: Any) -> Tensor:
 
 def _gradients(out: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
     try:
-        found = torch.autograd.grad(out.float().sum(), list(leaves.values()), allow_unused=True)
+        with torch.enable_grad():  # the caller may have switched it off
+            found = torch.autograd.grad(out.float().sum(), list(leaves.values()), allow_unused=True)
     except (RuntimeError, NotImplementedError) as error:  # a kernel that has no backward
         logger.warning(f"Whether every adapter gets a gradient could not be determined: {error}")
         return {}

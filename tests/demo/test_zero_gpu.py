@@ -178,7 +178,7 @@ def test_elsewhere_the_folder_spaces_is_no_package():
     program = (
         "import sys\nsys.modules.pop('spaces', None)\n"
         "sys.path = ['.', *[p for p in sys.path if 'site-packages' not in p]]\n"
-        "from minilora_hub.demo import zero_gpu\nimport spaces\n"
+        "from minilora_hub.demo.runs import zero_gpu\nimport spaces\n"
         "print(zero_gpu.GPU, zero_gpu.is_zero_gpu(), spaces.__file__)"
     )
     environment = {**os.environ, "SPACES_ZERO_GPU": "true"}
@@ -190,10 +190,10 @@ def test_elsewhere_the_folder_spaces_is_no_package():
 
 def test_it_is_imported_before_torch():
     """The package must come before torch touches CUDA."""
-    program = "import sys\nfrom minilora_hub.demo import zero_gpu\nprint('torch' in sys.modules)"
+    program = "import sys\nfrom minilora_hub.demo.runs import zero_gpu\nprint('torch' in sys.modules)"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SPACES_")}
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
     app = (ROOT / "app.py").read_text(encoding="utf-8")
     imports = [line.strip() for line in app.split("def main()")[1].splitlines() if "import" in line]
-    assert imports[0].startswith("from minilora_hub.demo import zero_gpu")
+    assert imports[0].startswith("from minilora_hub.demo.runs import zero_gpu")

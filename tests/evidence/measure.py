@@ -19,7 +19,7 @@ from minilora_hub.evaluation.run import evaluate
 from minilora_hub.evaluation.tasks.training_files import write
 from minilora_hub.publish.push.build import build
 from minilora_hub.training.run import train
-from minilora_hub.training.run_state import STATE_FILE
+from minilora_hub.training.run_folder import STATE_FILE
 
 
 def write_data(folder: Path) -> None:

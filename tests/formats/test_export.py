@@ -174,7 +174,7 @@ def test_import_and_export_from_the_shell(bases, tmp_path, capsys):
     source = reference_folder(tmp_path / "source", model)
     code, out = run(capsys, "import", source, "--base", bases(), "--out", tmp_path / "ours")
     assert code == 0
-    assert all(line.startswith("Note: ") for line in out.err.splitlines())
+    assert all(line.startswith("note: ") for line in out.err.splitlines())
     assert out.out.startswith(f"{tmp_path / 'ours'} (")
     code, out = run(capsys, "export", tmp_path / "ours", "--to", "mixtral", "--out", tmp_path / "mixtral")
     assert code == 0

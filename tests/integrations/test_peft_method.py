@@ -222,7 +222,7 @@ def test_a_target_that_cannot_be_is_named_and_nothing_is_changed(fields, message
 
 
 def test_targets_do_not_come_from_a_files_tensors():
-    with pytest.raises(ValueError, match="state_dict: where a MixLoRA goes is said by its configuration"):
+    with pytest.raises(ValueError, match="state_dict: the configuration determines where a MixLoRA goes"):
         peft.inject_adapter_in_model(mixlora(), tiny_base(), state_dict={"layers.0.mlp.router": torch.zeros(4, 32)})
 
 

@@ -43,7 +43,7 @@ def ana(hub, monkeypatch):
     [("dora", OURS | PEFT), ("mixlora", OURS), ("lora", ROOT | {"adapter_config.json"})],
 )
 def test_the_layout_that_arrives(hub, ana, trained, method, expected):
-    result = push(trained[method], "ana/adapter", progress=False)
+    result = push(trained[method], "ana/adapter", progress=False, verify=method == "dora")
     assert result.ok, result.verification.problem
     repo = hub.repo("ana/adapter")
     assert {name for name in repo.files("main") if not name.startswith(("pictures/", ".eval"))} == expected
@@ -291,3 +291,13 @@ def test_a_folder_that_is_none(hub, ana, tmp_path):
     with pytest.raises(AdapterError, match="no such folder"):
         quick(tmp_path / "gone")
     assert ("model", "ana/adapter") not in hub.repos
+
+
+def test_a_push_sends_under_the_hash_that_was_checked(hub, monkeypatch, trained):
+    """The client does not hash it again; the Hub does, and finds it right."""
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("ana"))
+    monkeypatch.setattr("huggingface_hub.lfs.sha_fileobj", lambda file, *_: pytest.fail(f"{file.name} was read"))
+    result = push(trained["mixlora"], "ana/adapter", verify=False, progress=False)
+    sent = hub.repo("ana/adapter").commit("main").blobs["adapter_model.safetensors"]
+    assert sent.lfs
+    assert {file.path: file.sha256 for file in result.plan.files}["adapter_model.safetensors"] == sent.sha256

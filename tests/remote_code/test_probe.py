@@ -321,6 +321,14 @@ def test_without_a_backward_pass_the_gradient_is_not_known_and_that_is_told(capl
     assert "Whether every adapter gets a gradient could not be determined" in caplog.text
 
 
+def test_a_caller_without_gradients_gets_the_same_adapter(caplog):
+    with torch.no_grad():
+        model, said = adapted(tiny_base())
+    assert len(model.sites) == 14
+    assert not said
+    assert caplog.text == ""
+
+
 def test_a_base_made_in_inference_mode_is_run_without_gradients(caplog):
     with torch.inference_mode():
         base = tiny_base()

@@ -65,14 +65,14 @@ def plain(base: str, kind: str | None = None):
 def trained(monkeypatch):
     """The model of the last run, as it was when the run ended."""
     models = []
-    build = run_module._Run._train
+    build = run_module._train
 
-    def noticed(self, trainer, *args):
-        seconds = build(self, trainer, *args)
+    def noticed(trainer, *args):
+        seconds = build(trainer, *args)
         models.append(trainer.model)
         return seconds
 
-    monkeypatch.setattr(run_module._Run, "_train", noticed)
+    monkeypatch.setattr(run_module, "_train", noticed)
     return models
 
 

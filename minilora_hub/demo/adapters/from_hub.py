@@ -126,11 +126,11 @@ class LinkedAdapters:
 
     def _check(self, name: str, folder: Path, repo: _Repo) -> None:
         """Refuse what cannot be shown here, by its list of files and its configuration."""
-        source = read_configuration(folder)
-        for reference in code_references(folder, repo.sizes.keys()):
+        for reference in code_references(folder, repo.sizes.keys()):  # before a look at the folder, which has no code
             if not reference.own:
                 why = "" if reference.problem else ", and a page runs no code of an adapter's"
                 raise AdapterError(f"{name} is not loaded: {reference}{why}")
+        source = read_configuration(folder)
         check_settings(source.config, peft=source.layout == "peft")
         self._check_base(name, source.base, source.base_fingerprint)
         if source.layout == "auto":

@@ -98,10 +98,12 @@ def wire_picker(runs: KeptRuns, parts: Parts, picker: gr.HTML) -> None:
             status("idle", "Ready."),
         ]
 
-    def follow(request: gr.Request) -> dict:
-        return view(runs, request.session_hash or "")
+    def follow(shown: dict | None, request: gr.Request) -> Any:
+        now = view(runs, request.session_hash or "")
+        # The choice made here changes the notice, too: what it says of itself stays.
+        return gr.skip() if shown and shown["chosen"] == now["chosen"] else now
 
     outputs = [picker, parts.head, parts.stage, parts.notice, parts.blind, parts.status]
     picker.submit(choose, None, outputs, concurrency_id="link", **QUIET)
     # A link in the page's address may have changed what is chosen.
-    parts.notice.change(follow, None, picker, queue=False, **QUIET)
+    parts.notice.change(follow, picker, picker, queue=False, **QUIET)

@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.demo.votes.storage import locked, write_whole
+from minilora_hub.demo.votes.storage import locked
 from minilora_hub.demo.votes.votes import VoteStore
+from minilora_hub.documents import write_whole
 from minilora_hub.errors import PageError
 from minilora_hub.hub.errors import FAILURES, explain
 

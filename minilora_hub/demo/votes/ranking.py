@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from minilora_hub.demo.votes.votes import ALL_BAD, TIE, Candidate, Vote
+from minilora_hub.evaluation.metrics import wilson_interval
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,4 @@ def _rate(chosen_over: dict[tuple[Model, Model], int], first: Model, second: Mod
 
 def wilson(wins: int, n: int) -> Rate:
     """Return the rate `wins`/`n` with Wilson's 95% interval."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(wins, n).proportion_ci(confidence_level=0.95, method="wilson")
-    return Rate(wins, n, float(interval.low), float(interval.high))
+    return Rate(wins, n, *wilson_interval(wins, n))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from minilora_hub.demo.runs.comparison import Record
 from minilora_hub.demo.runs.limits import whole_number
-from minilora_hub.demo.votes.storage import locked, write_whole
+from minilora_hub.demo.votes.storage import locked
+from minilora_hub.documents import write_whole
 from minilora_hub.errors import PageError
 
 IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{22}", re.ASCII)

@@ -53,20 +53,3 @@ def append_line(file: Path, line: bytes) -> None:
         except OSError:
             out.truncate(size)
             raise
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, whatever happens in between.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)

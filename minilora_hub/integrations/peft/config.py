@@ -17,6 +17,9 @@ from minilora_hub.remote_code.configuration_minilora import AdapterConfig, MixLo
 MIXLORA = "MIXLORA"
 """The method's name in PEFT. `method.register` makes it known there."""
 
+ADAPTER_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+SAME_FIELDS = (*ADAPTER_FIELDS, "num_experts", "base_fingerprint")
+"""Fields that have the same name in a MixLoraConfig."""
 FIELD_NAMES = {
     "top_k": "num_experts_per_tok",
     "top_p": "router_top_p",
@@ -152,19 +155,11 @@ class MixLoraPeftConfig(PeftConfig):
         routing = {ours: getattr(self, theirs) for theirs, ours in FIELD_NAMES.items()}
         try:
             return MixLoraConfig(
-                r=self.r,
-                lora_alpha=self.lora_alpha,
-                lora_dropout=self.lora_dropout,
-                use_rslora=self.use_rslora,
-                use_dora=self.use_dora,
-                rank_pattern=self.rank_pattern,
-                alpha_pattern=self.alpha_pattern,
-                num_experts=self.num_experts,
+                **{name: getattr(self, name) for name in SAME_FIELDS},
                 expert_r=self.expert_lora["r"],
                 expert_alpha=self.expert_lora["lora_alpha"],
                 routing_strategy=STRATEGIES[self.routing_strategy],
                 router_aux_loss_coef=self.router_aux_loss_coef if self.router_loss else 0.0,
-                base_fingerprint=self.base_fingerprint,
                 **{name: value for name, value in routing.items() if value is not None},
             )
         except ValueError as error:
@@ -233,15 +228,8 @@ class PeerLoraConfig(LoraConfig):
 
     def model_config(self) -> AdapterConfig:
         """Return the AdapterConfig of the same adapter; see `MixLoraPeftConfig.model_config`."""
-        return AdapterConfig(
-            r=self.r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            use_rslora=self.use_rslora,
-            use_dora=bool(self.use_dora),
-            rank_pattern=self.rank_pattern,
-            alpha_pattern=self.alpha_pattern,
-        )
+        values = {name: getattr(self, name) for name in ADAPTER_FIELDS}
+        return AdapterConfig(**values | {"use_dora": bool(self.use_dora)})
 
 
 def as_peer(config: PeftConfig) -> PeftConfig:

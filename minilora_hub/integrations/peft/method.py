@@ -61,7 +61,7 @@ class MixLoraModel(BaseTuner):
         the linears of a feed-forward block. What PEFT does after its loop is done here in the same way.
         """
         if state_dict is not None:
-            raise ValueError("state_dict: where a MixLoRA goes is said by its configuration, not by a file's tensors")
+            raise ValueError("state_dict: the configuration determines where a MixLoRA goes, not the tensors of a file")
         config: Any = as_peer(self.peft_config[adapter_name])
         self.peft_config[adapter_name] = config
         config = self._prepare_adapter_config(config, self.get_model_config(model))
@@ -251,10 +251,9 @@ def register() -> None:
 
 
 def _adapt_peft_model() -> None:
-    """Change two things for models of MixLoRAs, and for those only.
+    """Change two things for models with MixLoRAs only.
 
-    A LoraConfig that is added becomes one that lives beside them; and a file that does not fit leaves the model as it
-    was.
+    A LoraConfig that is added becomes a PeerLoraConfig, and a file that does not fit leaves the model as it was.
     """
     add_adapter, load_adapter = PeftModel.add_adapter, PeftModel.load_adapter
     from_pretrained = PeftModel.from_pretrained.__func__  # type: ignore[attr-defined]
