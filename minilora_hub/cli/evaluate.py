@@ -233,7 +233,7 @@ def tasks(
     debug: Debug = False,
 ) -> None:
     """Write the evaluation tasks' items as JSON lines, for minilora train --data: each task, and their mix."""
-    from minilora_hub.evaluation.tasks.training_files import write
+    from minilora_hub.evaluation.tasks.registry import write
 
     counts = write(out, tuple(task or ()), tuple(split or ("train", "validation")), count)
     if as_json:

@@ -1,1 +1,1 @@
-"""Side-by-side comparison: one base and several adapters on it answer the same prompt. No user interface in here."""
+"""Compare one base and several adapters on it side by side, in one batch. No user interface."""

@@ -1,4 +1,4 @@
-"""One base, many adapters of any kind, each row of a batch with its own: every base layer runs once over all rows.
+"""Run one base with many adapters of any kind, each row of a batch with its own: a base layer runs once for all rows.
 
     bank = AdapterBank(base)
     bank.register("poet", "adapters/poet")           # nothing is read yet
@@ -6,9 +6,9 @@
     with bank.use(["poet", "coder"]), bank.rows([None, "poet", "poet", "coder"]):
         logits = bank.model(input_ids).logits        # (4, seq, vocabulary): row 0 is the bare base
 
-LoRA, DoRA, MixLoRA and MixDoRA, of different ranks and targets, sit side by side. Thousands can be registered: a
-bounded pool keeps the most recently used in memory, and the others are read from their files when a row asks for them,
-as S-LoRA does on a GPU (arXiv 2311.03285).
+LoRA, DoRA, MixLoRA and MixDoRA, of different ranks and targets, can be mixed. Thousands can be registered: a bounded
+pool keeps the most recently used in memory, and the others are read from their files when a row needs them, as in
+S-LoRA on a GPU (arXiv 2311.03285).
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class BankEntry:
     """One registered adapter.
 
     Attributes:
-        name: what rows call it.
-        folder: where its files are.
+        name: its name in rows.
+        folder: the folder of its files.
         facts: its kind and size, from its configuration.
-        bytes: of its tensors in memory; 0 while it is not loaded.
+        bytes: size of its tensors in memory; 0 while it is not loaded.
     """
 
     name: str
@@ -58,7 +58,7 @@ class BankEntry:
 
 @dataclass(frozen=True)
 class BankMemory:
-    """Bytes of tensors: of the base, and of all adapters that are loaded; and the pool's bound, None without one."""
+    """Bytes of the tensors of the base and of all loaded adapters, and the pool's limit, None without one."""
 
     base: int
     adapters: int
@@ -69,44 +69,42 @@ class AdapterBank:
     """Adapters on one base, chosen per row.
 
     Args:
-        base: a loaded causal language model, which is left as it is: the bank runs a copy that shares its tensors.
-        limit: the most bytes of adapter tensors to keep in memory. Adapters that rows are using stay, also above it.
-            It is held whenever an adapter is loaded.
-            None: everything that was ever used stays.
+        base: a loaded causal language model. It is not changed: the bank runs a copy that shares its tensors.
+        limit: the most bytes of adapter tensors to keep in memory, enforced when an adapter is loaded. Adapters that
+            rows are using stay, also above it. None: every adapter that was used stays.
 
     Attributes:
         model: the model to call inside `rows`, with transformers' forward signature.
     """
 
     def __init__(self, base: nn.Module, *, limit: int | None = None) -> None:
-        """Prepare; no adapter is there yet."""
+        """Prepare the base; the bank has no adapters yet."""
         if limit is not None and limit < 1:
             raise ValueError(f"limit={limit!r}: must be a number of bytes of at least 1, or None")
         self.model = shared_copy(base).eval()
-        self._plain = shared_copy(base).eval()  # never adapted: what adapters are planned and checked against
+        self._plain = shared_copy(base).eval()  # never adapted: adapters are planned and checked on it
         for model in (self.model, self._plain):
             keep_4bit_weights_exact(model)
-        self._modules = dict(self.model.named_modules())  # by path, also after wrappers took their places
+        self._modules = dict(self.model.named_modules())  # by path, also after they were wrapped
         self._rows = BatchRows()
         self._limit = limit
         self._entries: dict[str, BankEntry] = {}
-        self._loaded: OrderedDict[str, list[BankedLinear | BankedBlock]] = (
-            OrderedDict()
-        )  # the least recently used first
-        self._in_use: list[str] = []  # once a holder; threads may let go at any time, which a list does in one piece
+        # The least recently used first.
+        self._loaded: OrderedDict[str, list[BankedLinear | BankedBlock]] = OrderedDict()
+        self._in_use: list[str] = []  # an entry for each holder; any thread may remove one, which is atomic on a list
         self._base_bytes = _tensor_bytes(self.model)
         self._wrapped: dict[str, BankedLinear | BankedBlock] = {}
         for path, module in self._modules.items():
-            if plain_weight(module) is not None:  # the bare base's rows gain too
+            if plain_weight(module) is not None:  # rows of the bare base become faster, too
                 self._linear(path)
 
     # ---- which adapters there are ----
 
     def register(self, name: str, folder: str | Path) -> BankEntry:
-        """Make an adapter known. Its configuration is read; its tensors are read when a row first asks for it.
+        """Register an adapter. Its configuration is read now, its tensors when a row first needs it.
 
         Args:
-            name: what rows will call it. A name that is taken is an error: `unload` it first.
+            name: its name in rows. A name that is taken is an error: `unload` it first.
             folder: our format (``config.json``) or PEFT's LoRA (``adapter_config.json``).
 
         Raises:
@@ -120,17 +118,17 @@ class AdapterBank:
         return entry
 
     def load(self, name: str, folder: str | Path | None = None) -> BankEntry:
-        """Bring an adapter into memory, and register it first where a folder is given.
+        """Load an adapter into memory, and register it first if a folder is given.
 
         Raises:
             AdapterError: it is not registered, its folder holds no adapter of a known kind, it is damaged, or it does
-                not fit the base; the message names the tensor or the field. The bank is then as it was.
+                not fit the base; the message names the tensor or the field. The bank is then unchanged.
             ValueError: the name is taken.
         """
         if folder is not None:
             self.register(name, folder)
         try:
-            self._bring(name)
+            self._load(name)
         except Exception:
             if folder is not None:
                 del self._entries[name]
@@ -138,7 +136,7 @@ class AdapterBank:
         return self._entries[name]
 
     def unload(self, name: str) -> None:
-        """Forget an adapter and free its memory.
+        """Remove an adapter and free its memory.
 
         Raises:
             AdapterError: it is not registered.
@@ -151,11 +149,11 @@ class AdapterBank:
         del self._entries[name]
 
     def list(self) -> list[BankEntry]:
-        """Every registered adapter, in the order of registration; any thread may ask while another loads."""
+        """Return every registered adapter, in the order of registration. Thread-safe."""
         return [*self._entries.values()]
 
     def find(self, name: str) -> BankEntry | None:
-        """Return an adapter by its name; None where none of this name is registered."""
+        """Return an adapter by its name; None if it is not registered."""
         return self._entries.get(name)
 
     @property
@@ -165,23 +163,23 @@ class AdapterBank:
         return {path: shape for path, shape in found if shape}
 
     def memory(self) -> BankMemory:
-        """Report what is held in memory."""
+        """Report the memory in use."""
         return BankMemory(self._base_bytes, sum(entry.bytes for entry in self.list()), self._limit)
 
     # ---- running rows ----
 
     @contextmanager
     def use(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Hold these adapters in memory; those that are not there are read. None, the bare base, needs nothing.
+        """Keep these adapters in memory inside the `with` block; they are loaded if necessary. None is the bare base.
 
         Raises:
-            AdapterError: one is not registered, its folder is gone, or it is damaged or does not fit the base.
+            AdapterError: one is not registered, its folder is missing, or it is damaged or does not fit the base.
         """
         held: list[str] = []
         try:
             for name in names:
                 if name is not None:
-                    self._bring(name)
+                    self._load(name)
                     self._in_use.append(name)
                     held.append(name)
             yield
@@ -191,16 +189,16 @@ class AdapterBank:
 
     @contextmanager
     def rows(self, names: Sequence[str | None], solos: Sequence[int | None] | None = None) -> Iterator[BatchRows]:
-        """Run `model` inside with one row a name; None is the bare base.
+        """Run `model` inside the `with` block with these adapters, one name per row; None is the bare base.
 
-        Rows of one adapter should be neighbours: each run of equal names is computed together.
+        Rows of one adapter should be adjacent: each run of equal names is computed together.
 
         Args:
             names: the adapter of each row of the batch, all of them held by `use`.
-            solos: for each row, the expert of its MixLoRA that alone serves it, or None for what the router decides.
+            solos: for each row, the one expert of its MixLoRA that serves it, or None for those of the router.
 
         Returns:
-            The rows, whose `routing` tells after a forward what the routers of each MixLoRA decided.
+            The rows, whose `routing` has the routing of each MixLoRA after a forward.
 
         Raises:
             ValueError: an adapter is not in memory.
@@ -229,10 +227,6 @@ class AdapterBank:
             need = f"from 0 to {experts - 1}" if experts else "None: it has no experts"
             raise ValueError(f"solo_expert={expert!r}: for {name or 'the base'} it must be {need}")
 
-    def order(self, name: str | None) -> tuple[bool, str]:
-        """Key to sort rows by, so that few runs of rows are computed apart: bare base, linears only, mixtures."""
-        return name is not None and self._entry(name).facts.experts > 0, name or ""
-
     # ---- inside ----
 
     def _entry(self, name: str) -> BankEntry:
@@ -240,8 +234,8 @@ class AdapterBank:
             raise AdapterError(f"adapter {name!r}: not registered; there are {sorted(self._entries)[:10]}")
         return self._entries[name]
 
-    @torch.inference_mode(False)  # kept beyond the caller's inference mode, whose tensors no gradient may pass
-    def _bring(self, name: str) -> None:
+    @torch.inference_mode(False)  # tensors of inference mode could not be used outside it
+    def _load(self, name: str) -> None:
         entry = self._entry(name)
         if name in self._loaded:
             self._loaded.move_to_end(name)
@@ -263,19 +257,17 @@ class AdapterBank:
                 parts[site.path] = update = LinearUpdate.of(module)
                 own = [tensor for tensor in update if isinstance(tensor, torch.Tensor)]
             size += sum(tensor.numel() * tensor.element_size() for tensor in own)
-        # All is computed: from here on nothing fails, so no layer is left with half an adapter.
-        where: list[BankedLinear | BankedBlock] = []
+        # Nothing fails from here on, so no adapter is loaded in part.
+        layers: list[BankedLinear | BankedBlock] = []
         for path, part in parts.items():
             if isinstance(part, LinearUpdate):
-                linear = self._linear(path)
-                linear.updates[name] = part
-                where.append(linear)
+                layers.append(self._linear(path))
+                self._linear(path).updates[name] = part
             else:
-                block = self._block(path, part)
-                block.mixtures[name] = part
-                where.append(block)
-        self._loaded[name] = where
-        self._entries[name] = BankEntry(name, entry.folder, adapter_facts(entry.folder), size)  # as it is by now
+                layers.append(self._block(path, part))
+                self._block(path, part).mixtures[name] = part
+        self._loaded[name] = layers
+        self._entries[name] = BankEntry(name, entry.folder, adapter_facts(entry.folder), size)  # its present facts
         self._make_room()
 
     def _make_room(self) -> None:
@@ -294,7 +286,7 @@ class AdapterBank:
         self._entries[name] = BankEntry(name, entry.folder, entry.facts)
 
     def _linear(self, path: str) -> BankedLinear:
-        """Find the banked linear at `path` of the base; it takes the plain one's place when it is first asked for."""
+        """Return the banked linear at `path` of the base, which replaces the plain one on the first call."""
         if path not in self._wrapped:
             self._wrap(path, BankedLinear(self._modules[path], self._rows))
         return self._wrapped[path]  # type: ignore[return-value]

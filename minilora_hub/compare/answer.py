@@ -1,22 +1,23 @@
-"""One row's answer in the making: its tokens, its text, its clock, and when it ends."""
+"""Rows of a comparison, and the state of each one's answer: its tokens, text, times, and end."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from minilora_hub.adapter_folder.folders import Kind
 from minilora_hub.compare.sampling import Sampling, TokenPicker
 from minilora_hub.compare.text_stream import TextStream
 
 Reason = Literal["eos", "length", "stop", "stopped", "error"]
 
 ALTERNATIVES = 5
-"""Most probable tokens that an update tells beside the one that was chosen."""
+"""Number of most probable tokens in an update, beside the one that was chosen."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,10 @@ class Row:
     """One row of a batch.
 
     Attributes:
-        prompt: what the model answers.
-        adapter: name of a column, None for the bare base.
+        prompt: the user's text.
+        adapter: name of an adapter, None for the bare base.
         sampling: how its tokens are chosen.
-        solo_expert: for a MixLoRA, the expert that alone serves this row, with the whole weight; None: the router's.
+        solo_expert: for a MixLoRA, the one expert that serves this row, with weight 1; None: those of the router.
     """
 
     prompt: str
@@ -37,26 +38,61 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Update:
-    """What one step changed in one row.
+class Column:
+    """One model of a comparison: the base, or an adapter on it.
 
     Attributes:
-        row: index into the rows that were asked for.
+        name: its name on screen; for an adapter also its name in the bank.
+        kind: the method.
+        parameters_added: parameters the adapter adds to the base; 0 for the base itself.
+        detail: a short description, e.g. ``"r 16, 8 experts, 2 active"``, with differences from the base in prompts
+            and end tokens.
+        experts: number of experts of each of its mixtures; 0 where there is none.
+        solo_expert: the one expert that serves this column, or None for those of the router.
+    """
+
+    name: str
+    kind: Kind
+    parameters_added: int = 0
+    detail: str = ""
+    experts: int = 0
+    solo_expert: int | None = None
+
+    @property
+    def adapter(self) -> str | None:
+        """The `adapter` of its rows."""
+        return None if self.kind == "base" else self.name
+
+    def row(self, prompt: str, sampling: Sampling) -> Row:
+        """Return a row for this column."""
+        return Row(prompt, self.adapter, sampling, self.solo_expert)
+
+    def alone(self, expert: int) -> Column:
+        """Return a column in which one expert of this adapter serves all tokens."""
+        return replace(self, solo_expert=expert)
+
+
+@dataclass(frozen=True)
+class Update:
+    """The changes of one step in one row.
+
+    Attributes:
+        row: index of the row.
         text: text to append; may be empty.
         token_id: the token that was generated, or None if the step generated none.
-        tokens: tokens this row has generated so far, an end-of-text token included.
+        tokens: number of tokens this row has generated so far, including an end-of-text token.
         logprob: natural logarithm of the model's probability of the token, before temperature and penalties.
         alternatives: the most probable tokens at this position, the best first, each with its logprob.
-        experts: for a MixLoRA, which experts served the position that predicted this token: per layer, their numbers.
+        experts: for a MixLoRA, the experts that served the position that predicted this token, layer by layer.
         expert_weights: their weights, in the same order.
-        forwards_alone: of the base that this row would have taken so far, had it been answered alone; None if the step
-            generated no token.
+        forwards_alone: forwards of the base that this row alone would have taken so far; None if the step generated no
+            token.
         seconds_to_first_token: from the start of the stream; None before the first.
         tokens_per_second: since this row's first token.
         milliseconds_per_step: mean computing time of one decode step of the whole batch.
-        finished: nothing follows for this row.
-        reason: why: the model's own end, the limit, a stop text, the visitor's stop, or an error.
-        error: what went wrong, where reason is ``"error"``.
+        finished: whether this is the row's last update.
+        reason: why it finished: an end token, the limit, a stop text, the caller's stop, or an error.
+        error: the message, where reason is ``"error"``.
     """
 
     row: int
@@ -81,16 +117,16 @@ class Answer:
 
     Args:
         index: of the row.
-        row: what was asked.
-        ids: its prompt's tokens.
+        row: the row.
+        ids: tokens of its prompt.
         limit: the most tokens it may generate.
-        tokenizer: its model's.
+        tokenizer: of its model.
         ends: tokens that end it.
 
     Attributes:
         ids: (1, tokens so far), on the CPU.
-        prompt_tokens: how many of them are the prompt's.
-        finished: nothing follows.
+        prompt_tokens: number of tokens of the prompt.
+        finished: whether it has ended.
     """
 
     def __init__(
@@ -120,7 +156,7 @@ class Answer:
         try:
             token = self._pick(self.ids, logits[None])
             text = self._text.push(token)
-        except Exception as error:  # whatever goes wrong here is this row's alone
+        except Exception as error:  # an error here concerns this row only
             return self.end("error", f"{type(error).__name__}: {error}")
         self._tick(seconds)
         self.ids = torch.cat([self.ids, torch.tensor([[token]])], dim=1)
@@ -148,7 +184,7 @@ class Answer:
             self._decode_seconds += seconds
 
     def end(self, reason: Reason, error: str | None = None, text: str = "", **fields: Any) -> Update:
-        """Finish, and hand out what text was held back."""
+        """Finish, and return the text that was held back."""
         self.finished = True
         if reason != "error":
             text += self._text.finish(complete=reason == "eos")

@@ -1,9 +1,9 @@
-"""Layers of a base that serve many adapters at once: one call of the base layer for all rows, then each row's own part.
+"""Layers of a base that serve many adapters at once: one call of the base layer for all rows, then the updates.
 
-A batch holds rows of several adapters in contiguous groups. `BankedLinear` calls its base layer once over the whole
-batch and adds to each group's rows what that group's adapter adds. `BankedBlock` does the same for a feed-forward block
-where some groups have a MixLoRA there: their tokens become slots between the block's projections, which are still
-called once. What a step costs depends on the adapters whose rows are in the batch, not on how many are loaded.
+A batch has rows of several adapters in contiguous groups. `BankedLinear` calls its base layer once for the whole batch
+and adds the update of each group's adapter to its rows. `BankedBlock` does the same for a feed-forward block where some
+groups have a MixLoRA: their tokens become slots between the block's projections, which are still called once. The cost
+of a step depends on the adapters in the batch, not on the number that is loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from minilora_hub.remote_code.routing_record import Routes
 
 
 class Group(NamedTuple):
-    """Rows `start` to `stop` of the batch belong to the adapter `key`; with `solo`, that expert alone serves them."""
+    """Rows `start` to `stop` of the batch have the adapter `key`; with `solo`, only this expert serves them."""
 
     start: int
     stop: int
@@ -35,13 +35,13 @@ class Group(NamedTuple):
 
 @dataclass
 class BatchRows:
-    """Which rows of the batch belong to which adapter; shared by every banked layer of a model.
+    """The adapters of the rows of a batch, shared by every banked layer of a model.
 
     Attributes:
-        count: rows in the batch.
+        count: number of rows.
         groups: the groups that have an adapter; rows of the bare base are in none.
-        routing: for each group with a MixLoRA, what its routers decided in the last forward: `Routes` of the group's
-            rows * seq tokens, one a mixture.
+        routing: for each group with a MixLoRA, the routing of the last forward: `Routes` of the group's rows * seq
+            tokens, one for each mixture.
     """
 
     count: int = 0
@@ -49,7 +49,7 @@ class BatchRows:
     routing: dict[Group, list[Routes]] = field(default_factory=dict)
 
     def arrange(self, keys: Sequence[str | None], solos: Sequence[int | None] | None = None) -> None:
-        """Set each row's adapter, and the expert that alone serves it; neighbours with the same form a group."""
+        """Set each row's adapter and solo expert; adjacent rows with the same ones form a group."""
         rows = list(zip(keys, solos or [None] * len(keys), strict=True))
         groups, start = [], 0
         for stop in range(1, len(rows) + 1):
@@ -63,10 +63,7 @@ class BatchRows:
 
 @dataclass(frozen=True)
 class SoloRouting:
-    """Every token goes to one expert, with the whole weight, whatever the router says; otherwise as `TopKRouting`.
-
-    It answers what an expert has learned; how the router weighs it is left out.
-    """
+    """Route every token to one expert with weight 1, which shows what this expert has learned; as `TopKRouting`."""
 
     expert: int
     weights_sum_to_one: ClassVar[bool] = True
@@ -89,14 +86,14 @@ class LinearUpdate(NamedTuple):
     @classmethod
     @torch.no_grad()
     def of(cls, adapted: AdaptedLinear) -> LinearUpdate:
-        """Take the tensors out of an adapted linear; c is computed here, once, since nothing is trained here."""
+        """Return the tensors of an adapted linear; c is computed once, since nothing is trained here."""
         update = adapted.update
         scale = None if update.magnitude is None else update.scale(adapted.base_layer).detach()
         return cls(update.lora_A.detach(), update.lora_B.detach(), update.scaling, scale)
 
 
 def _most_few_rows(layer: nn.Module) -> int:
-    """Up to how many rows W x^T is quicker than x W^T: fp32 on a CPU, where the matrix library is poor at 2 to 4 rows.
+    """Return the number of rows up to which W x^T is quicker than x W^T: in fp32 on a CPU, at 2 to 4 rows; else 0.
 
     Measured with torch 2.13 on an AMD EPYC, 2 threads: at 4 rows 1.4 to 2.2 times as quick for the layers of
     SmolLM2-135M, and 2.7 times for its head of 49,152 rows.
@@ -104,7 +101,7 @@ def _most_few_rows(layer: nn.Module) -> int:
     weight = plain_weight(layer)
     if weight is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return 0
-    # A forward of its own (a subclass, or one put in from outside) and hooks do what the weight does not tell.
+    # Another forward (of a subclass, or a replaced one) and hooks may do more than this product.
     if getattr(layer.forward, "__func__", None) is not nn.Linear.forward or _hooked(layer):
         return 0
     return 8 if weight.shape[0] > 16 * weight.shape[1] else 4
@@ -131,7 +128,7 @@ class BankedLinear(nn.Module):
         self.rows = rows
         self.updates: dict[str, LinearUpdate] = {}
         self._few_rows = _most_few_rows(base_layer)
-        # Past the module's attribute look-ups and hooks, which cost more than the product of a small layer.
+        # In `__dict__`, to avoid the module's attribute look-ups, which cost more than the product of a small layer.
         self.__dict__["_open"] = (base_layer.weight, base_layer.bias) if self._few_rows else None
 
     @property
@@ -155,11 +152,11 @@ class BankedLinear(nn.Module):
         return out
 
     def call_base(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """Call the base layer; where that is quicker, as W x^T transposed."""
+        """Call the base layer, or compute W x^T transposed where that is quicker."""
         opened = self.__dict__["_open"]
         if opened is None:
             out = self.base_layer(x, *args, **kwargs).contiguous()
-            return out.clone() if _hooked(self.base_layer) else out  # a hook may keep what it saw
+            return out.clone() if _hooked(self.base_layer) else out  # a hook may keep the output
         weight, bias = opened
         if not 2 <= x.numel() // x.shape[-1] <= self._few_rows:
             return F.linear(x, weight, bias)
@@ -169,13 +166,13 @@ class BankedLinear(nn.Module):
         return out.view(*x.shape[:-1], -1)
 
     def add_updates(self, out: torch.Tensor, x: torch.Tensor, groups: Sequence[Group], per_row: int) -> None:
-        """Write the updates of the groups that have one here into their rows.
+        """Add the updates of the groups that have one here to their rows, in place.
 
         Args:
             out: (tokens, out).
             x: (tokens, in).
             groups: in rows of `per_row` tokens each.
-            per_row: tokens a row.
+            per_row: tokens per row.
         """
         for start, stop, key, _ in groups:
             update = self.updates.get(key)
@@ -189,7 +186,7 @@ class BankedLinear(nn.Module):
 
 
 class _Run(NamedTuple):
-    """Neighbouring rows of a block: of one adapter with a `mixture` there, or of any `groups` without."""
+    """Adjacent rows of a block: of one adapter with a `mixture` there, or of any `groups` without."""
 
     start: int
     stop: int
@@ -217,7 +214,7 @@ class BankedBlock(nn.Module):
         self.mixtures: dict[str, MixtureOfLoraExperts] = {}
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Run the block once over all rows; the groups with a mixture go through their experts in between."""
+        """Run the block once for all rows, and the experts of the groups with a mixture between its projections."""
         if not any(group.key in self.mixtures for group in self.rows.groups):
             return self.base_block(hidden_states)
         x = hidden_states.flatten(0, -2)  # (tokens, d)
@@ -255,7 +252,7 @@ class BankedBlock(nn.Module):
         return out.view_as(hidden_states)
 
     def _runs(self) -> list[_Run]:
-        """Cut the rows into runs that are computed together: those of one mixture, and those without one."""
+        """Split the rows into runs that are computed together: those of one mixture, and those without one."""
         runs: list[_Run] = []
         at = 0
         for group in self.rows.groups:

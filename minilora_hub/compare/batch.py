@@ -74,8 +74,10 @@ class Batch:
 
 
 def _order(bank: AdapterBank, answer: Answer) -> tuple:
-    solo = answer.row.solo_expert
-    return *bank.order(answer.row.adapter), -1 if solo is None else solo
+    """Return a sort key that groups rows: the bare base, adapters on linears only, mixtures and their solo experts."""
+    name, solo = answer.row.adapter, answer.row.solo_expert
+    entry = None if name is None else bank.find(name)
+    return entry is not None and entry.facts.experts > 0, name or "", -1 if solo is None else solo
 
 
 def _forwards_alone(answer: Answer) -> int:

@@ -1,9 +1,8 @@
-"""A base and adapters on it answer side by side, token by token: one forward of the base a step for all rows together.
+"""Answer with a base and adapters on it side by side, token by token: one forward of the base per step for all rows.
 
-Rows are whatever is asked for: one prompt for every column, or a prompt, an adapter and sampling of its own for each.
-Only one forward runs at a time, also when several visitors stream from one engine: a lock is held for the length of one
-step, so they take turns, and nobody waits for another's whole answer. (Two torch threads that compute at once fight
-over the cores, and were measured ten times slower.)
+The rows are one prompt for every column, or each a prompt, an adapter and sampling of its own. Only one forward runs at
+a time, also when several streams use one engine: a lock is held for one step, so the streams alternate. (Two torch
+threads that compute at once compete for the cores, and were measured ten times slower.)
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from minilora_hub.adapter_folder.folders import Kind
 from minilora_hub.bases.loading import load_base, load_tokenizer
 from minilora_hub.bases.resolving import resolve_base
 from minilora_hub.compare.adapter_bank import AdapterBank, BankMemory
-from minilora_hub.compare.answer import Answer, Row, Update
+from minilora_hub.compare.answer import Answer, Column, Row, Update
 from minilora_hub.compare.batch import Batch
 from minilora_hub.compare.found_adapters import find_adapters
 from minilora_hub.compare.prompting import Prompting, Promptings
@@ -33,48 +30,13 @@ from minilora_hub.errors import AdapterError
 __all__ = ["Column", "CompareEngine", "Row", "Sampling", "Update"]
 
 
-@dataclass(frozen=True)
-class Column:
-    """One model of a comparison: the base, or an adapter on it.
-
-    Attributes:
-        name: what it is called on screen; for an adapter also its name in the bank.
-        kind: the method.
-        parameters_added: parameters the adapter adds to the base; 0 for the base itself.
-        detail: one short line about it, e.g. ``"r 16, 8 experts, 2 active"``; also in what it is prompted in another
-            way than the base, and ends its answers at other tokens.
-        experts: of each of its mixtures; 0 where there is none.
-        solo_expert: the expert that alone serves this column, or None for what the router decides.
-    """
-
-    name: str
-    kind: Kind
-    parameters_added: int = 0
-    detail: str = ""
-    experts: int = 0
-    solo_expert: int | None = None
-
-    @property
-    def adapter(self) -> str | None:
-        """What a `Row` calls it."""
-        return None if self.kind == "base" else self.name
-
-    def row(self, prompt: str, sampling: Sampling) -> Row:
-        """Ask this column."""
-        return Row(prompt, self.adapter, sampling, self.solo_expert)
-
-    def alone(self, expert: int) -> Column:
-        """Return a column in which one expert of this one answers alone."""
-        return replace(self, solo_expert=expert)
-
-
 class CompareEngine:
     """A base and adapters on it, ready to answer prompts side by side.
 
     Args:
         base: name or folder of the base (see `minilora_hub.bases`), or a loaded model, which is left as it is.
-        adapters: folders or Hub ids of adapters. Their columns are called by the last part of the name.
-        tokenizer: the base's; needed where `base` is a model, otherwise it comes with the base.
+        adapters: folders or Hub ids of adapters. Their columns are named by the last part.
+        tokenizer: the base's; required where `base` is a model.
         device: where to load a base that is named. Default: a GPU if there is one.
         dtype: its dtype. Default: fp32 on a CPU, the checkpoint's own elsewhere.
         memory_limit: the most bytes of adapter tensors to keep in memory; see `AdapterBank`.
@@ -102,7 +64,7 @@ class CompareEngine:
         progress: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Load everything; see the class for the arguments."""
-        # A misspelt name is told before a base is loaded in vain.
+        # First, so that a misspelt name is an error before the base is loaded.
         found = find_adapters(adapters)
         if isinstance(base, nn.Module):
             if tokenizer is None:
@@ -119,7 +81,7 @@ class CompareEngine:
         self.tokenizer = tokenizer
         self.bank = AdapterBank(model, limit=memory_limit)
         self._promptings = Promptings(self.bank.model, tokenizer)
-        self._prompted: dict[str, tuple[Path, Prompting]] = {}  # name of an adapter -> its folder, and how
+        self._prompted: dict[str, tuple[Path, Prompting]] = {}  # name of an adapter -> its folder and prompting
         self._lock = threading.Lock()
         self._token_texts: dict[tuple[int, int], str] = {}  # by tokenizer and token
         self._forwards = 0
@@ -134,7 +96,7 @@ class CompareEngine:
             progress(f"  + {column.name}: {column.kind}, {column.detail}")
 
     def load(self, name: str, folder: str | Path) -> Column:
-        """Load an adapter into the bank, also while others are answering.
+        """Load an adapter into the bank; other streams may be running.
 
         Returns:
             A column for `stream`; it is not added to `columns`.
@@ -156,7 +118,7 @@ class CompareEngine:
 
         Raises:
             AdapterError: there is none of this name.
-            ValueError: it is answering somebody.
+            ValueError: a stream is using it.
         """
         with self._lock:
             self.bank.unload(name)
@@ -167,12 +129,12 @@ class CompareEngine:
         self._forwards += 1
 
     def __deepcopy__(self, memo: dict) -> CompareEngine:
-        """Return the engine itself: a copy of a column's model takes the counting hook along, which belongs to it."""
+        """Return the engine itself: a copy of the model copies the counting hook, which belongs to this engine."""
         return self
 
     @property
     def forwards(self) -> int:
-        """Count of forwards through the base's layers since loading, from a hook on the model."""
+        """Number of forwards through the base's layers since loading."""
         return self._forwards
 
     def memory(self) -> BankMemory:
@@ -180,7 +142,7 @@ class CompareEngine:
         return self.bank.memory()
 
     def prompting(self, adapter: str | None = None) -> Prompting:
-        """Return how an adapter of the bank is prompted; None, and a name that the bank does not know, for the base.
+        """Return the prompting of an adapter of the bank; that of the base for None and for an unknown name.
 
         Raises:
             AdapterError: its tokenizer cannot be read, or has more tokens than the base.
@@ -189,12 +151,12 @@ class CompareEngine:
         if entry is None:
             return self._promptings.base
         known = self._prompted.get(entry.name)
-        if known is None or known[0] != entry.folder:  # registered with the bank by itself
+        if known is None or known[0] != entry.folder:  # registered with the bank directly
             known = self._prompted[entry.name] = entry.folder, self._promptings.of(entry.folder)
         return known[1]
 
     def token_text(self, token: int, adapter: str | None = None) -> str:
-        """Write a token as it is on its own, special ones by name; the bytes of half a character as U+FFFD."""
+        """Return the text of a single token, special ones by name; bytes of a part of a character as U+FFFD."""
         tokenizer = self.prompting(adapter).tokenizer
         key = id(tokenizer), token
         if key not in self._token_texts:
@@ -205,8 +167,8 @@ class CompareEngine:
         """Turn a prompt into the ids that rows read: a chat of one user turn where the tokenizer has a template.
 
         Args:
-            prompt: what the user typed.
-            adapter: whose rows; an adapter's own tokenizer and chat template are used where it has some.
+            prompt: the user's text.
+            adapter: the adapter of the rows; its own tokenizer and chat template are used if it has any.
 
         Raises:
             AdapterError: see `prompting`; or the chat template refuses the prompt.
@@ -233,38 +195,36 @@ class CompareEngine:
         """Answer `prompt` with every column: row i is column i. Otherwise like `stream_rows`.
 
         Args:
-            prompt: what the visitor typed.
+            prompt: the user's text.
             sampling: the same for every column.
-            stop: set it from any thread, and the stream ends within one step.
-            columns: which ones. Default: the engine's `columns`.
+            stop: set it from any thread to end the stream within one step.
+            columns: the columns. Default: the engine's `columns`.
         """
         columns = self.columns if columns is None else columns
         return self.stream_rows([column.row(prompt, sampling) for column in columns], stop)
 
     def stream_rows(self, rows: Sequence[Row], stop: threading.Event | None = None) -> Generator[Update]:
-        """Answer every row, one token a row and step.
+        """Answer every row, one token per row and step.
 
-        Work happens only while the iterator is advanced, in the thread that advances it; closing it ends the work.
+        Each step runs in the thread that advances the iterator; closing the iterator ends the work.
 
         Args:
-            rows: what to answer; adapters are those of the columns, or any that are registered with `bank`.
-            stop: set it from any thread, and the stream ends within one step.
+            rows: the rows; adapters are those of the columns, or any that are registered with `bank`.
+            stop: set it from any thread to end the stream within one step.
 
         Returns:
             An iterator of updates. Every row ends with one update that is `finished`, unless the iterator is closed.
-            An adapter that cannot be loaded or computes NaN ends its own rows, with what happened in `error`, and no
-            other.
+            An adapter that cannot be loaded or computes NaN ends its own rows only, with the reason in `error`.
 
         Raises:
-            ValueError: there are no rows, a prompt is empty or too long, or an adapter has no such expert; the message
-                says which.
+            ValueError: there are no rows, a prompt is empty or too long, or an adapter has no such expert.
         """
         return _one_by_one(self.stream_steps(rows, stop))
 
     def stream_steps(self, rows: Sequence[Row], stop: threading.Event | None = None) -> Generator[list[Update]]:
-        """Answer like `stream_rows`, a list of updates each step: whoever takes turns with others can stop in between.
+        """Answer like `stream_rows`, but yield the updates of each step as a list, so that streams can alternate.
 
-        While the prompts are being read, a step updates nothing.
+        While the prompts are being read, the lists are empty.
         """
         if not rows:
             raise ValueError("rows=[]: must hold at least one row")
@@ -276,7 +236,7 @@ class CompareEngine:
             try:
                 prompting = self.prompting(row.adapter)
                 ids = self.prompt_ids(row.prompt, row.adapter)
-            except AdapterError as error:  # a tokenizer or template that is damaged is its own rows' trouble
+            except AdapterError as error:  # a damaged tokenizer or template ends its own rows only
                 unprompted[index] = error
             except ValueError as error:
                 raise ValueError(f"{error} (row {index})" if len({row.prompt for row in rows}) > 1 else error) from None
@@ -297,7 +257,7 @@ class CompareEngine:
                         stopped = stop.is_set()
                         if not stopped:
                             held.enter_context(self.bank.use([answer.row.adapter]))
-                except Exception as error:  # an adapter that is damaged or gone is its own rows' trouble
+                except Exception as error:  # a damaged or missing adapter ends its own rows only
                     yield [answer.end("error", f"{type(error).__name__}: {error}")]
                 else:
                     if stopped:
@@ -309,7 +269,7 @@ class CompareEngine:
             batch = Batch(self.bank, ready)
             while not batch.finished:
                 with self._lock:
-                    # Asked under the lock: another visitor's step may have kept us waiting.
+                    # Under the lock: another stream's step may have kept this one waiting.
                     updates = batch.end("stopped") if stop.is_set() else batch.step()
                 yield updates
 
@@ -321,13 +281,13 @@ def _one_by_one(steps: Generator[list[Update]]) -> Generator[Update]:
 
 
 def _decoder(model: Any) -> nn.Module:
-    """Find the part that every forward goes through once: the decoder, without the head."""
+    """Return the decoder without the head, through which every forward goes once."""
     return model._modules.get(getattr(model, "base_model_prefix", ""), model)
 
 
 def context_length(model: nn.Module) -> int:
-    """The most tokens that a model can read, as its configuration tells."""
+    """Return the most tokens that a model can read, from its configuration."""
     config = getattr(model, "config", None)
     config = getattr(config, "text_config", None) or config
-    # MPT has its own name for it.
+    # The second is MPT's name for it.
     return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 2**31

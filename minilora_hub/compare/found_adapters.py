@@ -21,9 +21,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def shared_copy(model: nn.Module) -> nn.Module:
     """Copy a model's tree of modules, sharing every parameter and buffer with the original.
 
-    An adapter that is put onto the copy replaces modules in the copy only, so several adapters sit on one base at the
-    memory of one. Config, generation config and hooks are the copy's own. What is written *into* a shared tensor shows
-    in both, as it must.
+    An adapter on the copy replaces modules in the copy only, so several adapters can share the memory of one base.
+    Config, generation config and hooks are copied. A write into a shared tensor changes both.
 
     Args:
         model: any module; quantised parameters are shared like plain ones.
@@ -37,17 +36,17 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class FoundAdapter:
-    """An adapter on this machine: the `name` it was asked for by, on screen, and its `folder`."""
+    """An adapter on this machine: its `name` on screen, and its `folder`."""
 
     name: str
     folder: Path
 
 
 def find_adapter(name: str | Path) -> FoundAdapter:
-    """Find an adapter by its folder or its id on the Hub, which is fetched; nothing of it is run.
+    """Find an adapter by its folder or its Hub id, which is downloaded; none of its code runs.
 
     Raises:
-        AdapterError: there is none, it is of no known kind, or it leads to code elsewhere.
+        AdapterError: it does not exist, is of no known kind, or refers to code of another repo.
     """
     folder = Path(name)
     if folder.is_dir() or not HUB_ID.fullmatch(str(name)):
@@ -62,10 +61,10 @@ def find_adapter(name: str | Path) -> FoundAdapter:
 
 
 def find_adapters(names: Iterable[str | Path]) -> list[FoundAdapter]:
-    """Find adapters like `find_adapter`, and give each a name of its own: ``a/run`` and ``b/run`` rather than ``run``.
+    """Find adapters like `find_adapter`, with unique names: ``a/run`` and ``b/run`` instead of ``run`` twice.
 
     Raises:
-        AdapterError: one is not there, or of no known kind.
+        AdapterError: one does not exist, or is of no known kind.
         ValueError: one is named twice.
     """
     asked = [str(name) for name in names]
@@ -73,7 +72,7 @@ def find_adapters(names: Iterable[str | Path]) -> list[FoundAdapter]:
     folders = [adapter.folder.resolve() for adapter in found]
     if twice := {name for name, folder in zip(asked, folders, strict=True) if folders.count(folder) > 1}:
         raise ValueError(f"adapters={sorted(twice)}: one adapter must be named once")
-    # As many of the last parts of its path as tell it from the others; an id on the Hub has two.
+    # As many of the last parts of its path as make it unique; a Hub id has two.
     paths = [
         folder.parts if Path(name).is_dir() else tuple(name.split("/"))
         for name, folder in zip(asked, folders, strict=True)
@@ -87,10 +86,10 @@ def find_adapters(names: Iterable[str | Path]) -> list[FoundAdapter]:
 
 
 def shipped_adapters() -> list[Path]:
-    """Find the adapters that travel with minilora_hub: in an installed wheel or in a checkout; the simplest kind first.
+    """Find the adapters that are shipped with minilora_hub, in the wheel or the checkout; the simplest kind first.
 
     Raises:
-        AdapterError: there are none, so there is nothing to compare; or one is damaged.
+        AdapterError: there are none, or one is damaged.
     """
     package = Path(__file__).resolve().parents[1]
     for cards in (package / "model_cards", package.parent / "model_cards"):

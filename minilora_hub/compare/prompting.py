@@ -1,7 +1,7 @@
-"""How each model of a comparison is prompted, and where its answers end: by its own tokenizer and chat template.
+"""Prompt each model of a comparison with its own tokenizer, chat template and end tokens.
 
-An adapter that was trained with another chat template than its base has, or with tokens of its own, is prompted with
-those; the base with its own. So rows of one batch may read different tokens for the same words.
+An adapter may have another chat template than its base, or tokens of its own. So rows of one batch may read different
+tokens for the same text.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Prompting:
     """How one model is prompted.
 
     Attributes:
-        tokenizer: what turns text into the ids that it reads, and back.
+        tokenizer: its tokenizer.
         ends: ids of the tokens that end its answers.
-        rows: how many tokens the base has embeddings for; None where it does not say.
+        rows: number of tokens that the base has embeddings for; None if unknown.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -47,13 +47,13 @@ class Prompting:
             return None
         try:
             encoded: Any = self.tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, return_dict=True)
-        except Exception as error:  # a template is a program, and may come from anybody
+        except Exception as error:  # a template is a program, and may raise anything
             reason = " ".join(str(error).split())[:200]
             raise AdapterError(f"the chat template refuses the prompt ({type(error).__name__}: {reason})") from error
         return self.known(list(encoded["input_ids"]))
 
     def text_ids(self, text: str) -> list[int]:
-        """Turn a text that is to be continued into ids: with the tokenizer's own beginning once, without its end.
+        """Turn a text to be continued into ids, with one start token of the tokenizer and without its end token.
 
         Raises:
             ValueError: the base does not know a token.
@@ -77,11 +77,11 @@ class Prompting:
 
     @property
     def end_names(self) -> list[str]:
-        """The tokens that end its answers, as they are written."""
+        """The texts of the tokens that end its answers."""
         return [str(self.tokenizer.decode([token])) for token in sorted(self.ends)]
 
     def differs_from(self, other: Prompting) -> list[str]:
-        """Say in what it differs from the base's, a few words each; nothing where it is prompted in the same way."""
+        """List the differences from the base's prompting, in a few words each."""
         words = []
         if self.tokenizer is not other.tokenizer and self.tokenizer.get_vocab() != other.tokenizer.get_vocab():
             words.append("own tokenizer")
@@ -100,18 +100,18 @@ class Promptings:
         tokenizer: the base's.
 
     Attributes:
-        base: how the base is prompted.
+        base: the prompting of the base.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Find out how the base is prompted."""
+        """Set up the base's prompting."""
         self._settings = getattr(model, "generation_config", None)
         self._rows = _embedding_rows(model)
         self._tokenizers: dict[str, PreTrainedTokenizerBase | None] = {}
         self.base = Prompting(tokenizer, frozenset(end_token_ids(tokenizer, self._settings)), self._rows)
 
     def of(self, folder: Path) -> Prompting:
-        """Return how an adapter is prompted.
+        """Return the prompting of an adapter.
 
         Raises:
             AdapterError: its tokenizer cannot be read, or has more tokens than the base has embeddings.
@@ -142,7 +142,7 @@ class Promptings:
 
 
 def _embedding_rows(model: Any) -> int | None:
-    """How many tokens a model has embeddings for; None where it does not say."""
+    """Return the number of tokens that a model has embeddings for; None if unknown."""
     find = getattr(model, "get_input_embeddings", None)
     weight = None if find is None else getattr(find(), "weight", None)
     return None if weight is None else int(weight.shape[0])

@@ -1,4 +1,4 @@
-"""How the next token is chosen: settings that check themselves, and transformers' own processors behind them."""
+"""Choose the next token: checked settings, and transformers' own logits processors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import (
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one row's tokens are chosen, and when its answer ends.
+    """Settings of how one row's tokens are chosen, and when its answer ends.
 
     Args:
         max_new_tokens: the most tokens a row may generate, at least 1.
@@ -27,7 +27,7 @@ class Sampling:
         repetition_penalty: divides the positive scores of tokens already in the text, and multiplies the negative ones;
             1 leaves them alone.
         seed: seed of each row's own random generator, at least 0.
-        stop: an answer ends before the first of these texts that it would contain; none of it is shown.
+        stop: an answer ends before the first of these texts, which is not shown.
 
     Raises:
         ValueError: a setting is out of range; the message names it, the value received and what is required.
@@ -42,7 +42,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what no processor could honour."""
+        """Check the values."""
         _require(_is_int(self.max_new_tokens, 1), "max_new_tokens", self.max_new_tokens, "an integer of at least 1")
         _require(_is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "at least 0")
         _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0, at most 1")
@@ -98,7 +98,7 @@ class TokenPicker:
             logits: the model's scores for the next token, (1, vocabulary).
 
         Raises:
-            ValueError: the logits hold NaN: whatever was picked from them would be noise.
+            ValueError: the logits contain NaN.
         """
         scores = logits.to(device="cpu", dtype=torch.float32, copy=True)
         if torch.isnan(scores).any():

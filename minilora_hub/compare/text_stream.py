@@ -1,8 +1,8 @@
-"""Tokens to text, one at a time, without ever showing half a character.
+"""Turn tokens into text, one at a time, without showing incomplete characters.
 
-A token may end inside a UTF-8 sequence; decoders turn the torn bytes into U+FFFD, one for the sequence or one a byte.
-Such a tail is held back until its rest arrives, and so is the first half of a flag, two characters in one glyph, and
-what may be the beginning of a text that stops the answer.
+A token may end inside a UTF-8 sequence; decoders turn the incomplete bytes into U+FFFD, one for the sequence or one per
+byte. Such a tail is held back until the rest arrives, and so are the first half of a flag (two characters in one glyph)
+and the possible beginning of a stop text.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ FLAG_HALVES = "".join(map(chr, range(0x1F1E6, 0x1F200)))
 
 
 class TextStream:
-    """Turns one row's growing list of token ids into pieces of text that only ever append.
+    """Turns one row's growing list of token ids into pieces of text to append.
 
     Args:
         tokenizer: shared, and not changed.
-        stop: texts that end the answer; nothing from the first of them on is ever shown.
+        stop: texts that end the answer; nothing from the first of them on is shown.
 
     Attributes:
-        stopped: one of the stop texts has come.
+        stopped: whether a stop text has occurred.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = ()) -> None:
@@ -34,7 +34,7 @@ class TextStream:
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """Add a token and return the text that is now certain, often a word, sometimes nothing."""
+        """Add a token and return the text that no later token can change, which may be empty."""
         self._ids.append(token_id)
         text = self._decode()
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
@@ -48,8 +48,8 @@ class TextStream:
         """Return what was held back.
 
         Args:
-            complete: the model ended its answer itself, so a torn tail is what it wrote. Otherwise the answer was cut
-                off, perhaps inside a character, and the torn bytes are dropped.
+            complete: whether the model ended its answer, so that an incomplete tail is part of it. Otherwise the
+                answer may have been cut off inside a character, and the incomplete bytes are dropped.
         """
         if self.stopped:
             return ""
@@ -57,8 +57,8 @@ class TextStream:
         return self._show(text, len(text) if complete else len(text) - _torn_tail(text))
 
     def _decode(self) -> str:
-        # The whole answer each time: a window over the last tokens is quicker, and wrong for tokenizers that treat the
-        # first token, or a run of byte tokens, differently. 500 tokens decode in well under a millisecond.
+        # The whole answer each time: a window over the last tokens would be wrong for tokenizers that treat the first
+        # token, or a run of byte tokens, differently. 500 tokens decode in well under a millisecond.
         return str(self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _begun_stop(self, text: str) -> int:
@@ -76,7 +76,7 @@ class TextStream:
 
 
 def _torn_tail(text: str) -> int:
-    """Count the characters at the end of `text` that may be torn bytes."""
+    """Count the characters at the end of `text` that may be incomplete bytes."""
     return min(len(text) - len(text.rstrip(TORN)), MAX_TORN)
 
 

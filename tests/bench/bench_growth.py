@@ -112,7 +112,9 @@ def by_rows(base, rounds: int) -> dict[int, dict[str, float]]:
             bank.load(name, path)
     table = {}
     for count in ROWS:
-        kinds = sorted((([None, "LoRA", "DoRA", "MixLoRA"] * count)[:count]), key=bank.order)
+        kinds = sorted(
+            (([None, "LoRA", "DoRA", "MixLoRA"] * count)[:count]), key=lambda name: (name == "MixLoRA", name or "")
+        )
         works = {
             "base": bench_bank.Rows(shared_copy(base), [None] * count).step,
             "bank, bare rows": bench_bank.Rows(bank.model, [None] * count, bank).step,

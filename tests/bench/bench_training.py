@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from minilora_hub.bases import resolve_base
-from minilora_hub.evaluation.tasks.training_files import MIX, write
+from minilora_hub.evaluation.tasks.registry import MIX, write
 from minilora_hub.quiet import quiet_libraries
 from minilora_hub.training.dataset import prepare_data
 from minilora_hub.training.loop import build_trainer, known_warnings_ignored

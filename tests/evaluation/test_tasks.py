@@ -19,8 +19,7 @@ from minilora_hub.evaluation.tasks import inflection
 from minilora_hub.evaluation.tasks import items as items_module
 from minilora_hub.evaluation.tasks.dates import STEPS
 from minilora_hub.evaluation.tasks.items import SPLITS
-from minilora_hub.evaluation.tasks.registry import TASKS
-from minilora_hub.evaluation.tasks.training_files import write
+from minilora_hub.evaluation.tasks.registry import TASKS, write
 from minilora_hub.training.data import Row, read_rows
 
 # Of the test and held-out items. They change only on purpose: results of other items can't be compared.

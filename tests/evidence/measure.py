@@ -16,7 +16,7 @@ from minilora_hub.errors import TrainingError, TrainingInterrupted
 from minilora_hub.evaluation.measured import Model, Report
 from minilora_hub.evaluation.report import routers, updated_results
 from minilora_hub.evaluation.run import evaluate
-from minilora_hub.evaluation.tasks.training_files import write
+from minilora_hub.evaluation.tasks.registry import write
 from minilora_hub.publish.push.build import build
 from minilora_hub.training.run import train
 from minilora_hub.training.run_folder import STATE_FILE

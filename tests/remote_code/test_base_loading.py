@@ -140,7 +140,7 @@ def test_adapters_are_built_and_loaded_on_whole_bases_only(headless, base_folder
             classes[method].from_pretrained(tmp_path / method)
 
 
-# ---- a model that is handed in ----
+# ---- a model that is passed ----
 
 
 @pytest.mark.parametrize("family", EVERY)

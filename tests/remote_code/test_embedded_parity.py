@@ -51,7 +51,13 @@ def test_mixlora_equals_the_reference_package(base, ids, tmp_path):
     assert difference < 1e-4
 
 
-@pytest.mark.parametrize("folder", shipped_adapters(), ids=lambda folder: folder.name)
+@pytest.mark.parametrize(
+    "folder",
+    [
+        pytest.param(folder, id=folder.name, marks=[pytest.mark.slow] * folder.name.endswith(("-dora", "-mixdora")))
+        for folder in shipped_adapters()
+    ],
+)
 def test_a_shipped_adapter_loads_on_the_base_it_names(folder, ids):
     minilora_hub.register()
     embedded = resolve_base("embedded").path

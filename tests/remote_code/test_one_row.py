@@ -80,7 +80,7 @@ def replace_forward(layer, called):
 
 @pytest.mark.parametrize("listen", [listen_with_a_hook, listen_before, listen_to_all, replace_forward])
 @pytest.mark.parametrize("method", METHODS)
-def test_whoever_listens_to_the_base_layer_is_called(listen, method):
+def test_hooks_on_the_base_layer_are_called(listen, method):
     model = tiny_model("llama", method)
     mixture = next(iter(mixtures(model)), None)
     layer = first_linear(model).base_layer if mixture is None else mixture.base_block.up_proj

@@ -217,7 +217,7 @@ def test_a_4bit_base_that_was_evaluated_still_trains_with_the_right_gradients(me
 @pytest.mark.parametrize("listen", ["hook", "everybody's hook", "forward"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("method", METHODS)
-def test_whoever_listens_to_a_base_layer_keeps_what_it_gave(method, dropout, listen, monkeypatch):
+def test_hooks_on_a_base_layer_keep_its_output(method, dropout, listen, monkeypatch):
     """In training the low-rank part is written into the base's product, unless somebody listens: same gradients."""
     model = CAUSAL_LM[method].from_base(tiny_base(), tiny_config(method, lora_dropout=dropout)).train()
     fill_adapter(model)
@@ -286,7 +286,7 @@ def test_training_keeps_no_more_of_a_layer_than_its_gradient_needs(method):
 # ---- torch.compile ----
 
 
-@pytest.mark.parametrize("method", ["dora", "mixlora", pytest.param("mixdora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["dora", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[1:])])
 def test_forward_compiles_without_a_graph_break_for_dora(method):
     """DoRA compiles whole. A mixture's sorted path reads counts on the host, so it compiles whole for few tokens."""
     model = tiny_model("llama", method)
