@@ -24,7 +24,6 @@ ROOMS = (
     "quiet",
     "code_inputs",
     "documents",
-    "user_folders",
     "remote_code",
     "hub",
     "bases",

@@ -23,7 +23,7 @@ from minilora_hub.demo.ui.layout import Parts
 from minilora_hub.demo.ui.prompt_file_panel import build_batch
 from minilora_hub.demo.votes.hub_dataset import VoteSync, open_votes
 from minilora_hub.demo.votes.sharing import SharedComparisons, ShareLimits
-from minilora_hub.user_folders import data_folder
+from platformdirs import user_data_path
 
 
 @dataclass(frozen=True)
