@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from minilora_hub.remote_code.modeling_minilora import MixLoraModel as MixLoraModel
     from minilora_hub.training.run import train as train
 
-_HOMES = {
+_MODULES = {
     "CompareEngine": "minilora_hub.compare.engine",
     "DoraConfig": "minilora_hub.remote_code.configuration_minilora",
     "DoraForCausalLM": "minilora_hub.remote_code.modeling_minilora",
@@ -41,18 +41,18 @@ _HOMES = {
     "train": "minilora_hub.training.run",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]
+__all__ = ["__version__", *sorted(_MODULES)]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'minilora_hub' has no attribute {name!r}")
-    if _HOMES[name].startswith("minilora_hub.remote_code"):
-        # The files of the island know no base by alias; "embedded" is ours.
+    if _MODULES[name].startswith("minilora_hub.remote_code"):
+        # The published code has no base aliases; "embedded" is ours.
         from minilora_hub.integrations.transformers import add_base_aliases
 
         add_base_aliases()
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

@@ -1,14 +1,14 @@
-"""Hash the code and list the libraries that a stored result depends on, as parts of the key it is stored under.
+"""Hash the code and list the libraries that a stored result depends on, as parts of its cache key.
 
     code_inputs("minilora_hub.evaluation.run") | library_inputs()
     # {"code/evaluation/run.py": "9f2c…", …, "library/torch": "2.13.0+cpu", …}
 
-Which code that is follows from the imports: the named modules and every module of this package that they import,
-directly or through others, inside functions too. A list of files written by hand would miss the next new one, and the
-package's own version does not change while somebody edits its files.
+The code is the named modules and every module of this package that they import, directly or indirectly, also inside
+functions. A list of files written by hand would become incomplete, and the package's version does not change while its
+files are edited.
 
 Import statements are found with a regular expression, which takes 10 ms where parsing the files takes 0.2 s. An import
-that stands in a docstring counts as well: it can only add a file. Nothing here imports the modules that it reads.
+in a docstring counts as well, which can only add a file. Nothing here imports the modules that it reads.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import minilora_hub
 PACKAGE = Path(__file__).resolve().parent
 NAME = PACKAGE.name
 NO_VALUES = frozenset({NAME, f"{NAME}.errors"})
-"""Modules that no result depends on: the list of public names, and the exceptions."""
+"""Modules that no result depends on: the public names, and the exceptions."""
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "bitsandbytes")
-"""Their full versions: a build for CUDA is another library than one for the processor. accelerate places weights for
-PEFT; bitsandbytes computes on a base that is quantised with it."""
+"""Listed with their full versions, as builds for CUDA and CPU differ. accelerate places weights for PEFT; bitsandbytes
+computes with quantised bases."""
 
 FROM_IMPORT = re.compile(r"^[ \t]*from[ \t]+([.\w]+)[ \t]+import[ \t]+(\([^)]*\)|[^\n]*)", re.MULTILINE)
 IMPORT = re.compile(r"^[ \t]*import[ \t]+([^\n]*)", re.MULTILINE)
@@ -81,7 +81,7 @@ def library_inputs(*more: str) -> dict[str, str]:
 
 
 def changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """Return the names whose values are not the same in both, sorted."""
+    """Return the names whose values differ, sorted."""
     return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
 
@@ -102,8 +102,8 @@ def imported_names(source: str, package: str) -> set[str]:
             module = ".".join([*parts[: len(parts) - above + 1], *([module] if module else [])])
         members = re.findall(r"\w+", names)
         found.update((module, *(f"{module}.{member}" for member in members)))
-        if module == NAME:  # its public names are lazy, and each is at home in another module
-            found.update(minilora_hub._HOMES[member] for member in members if member in minilora_hub._HOMES)
+        if module == NAME:  # its public names are lazy, and defined in other modules
+            found.update(minilora_hub._MODULES[member] for member in members if member in minilora_hub._MODULES)
     return found
 
 

@@ -1,7 +1,7 @@
-"""Frozen dataclasses that are JSON files: read strictly, validated, written whole or not at all.
+"""JSON files as frozen dataclasses: read strictly, validated by pydantic, written whole or not at all.
 
-A field that is missing, misspelt, of another type or out of range is an error that names the file, the field, its value
-and what is needed. A dataclass states its fields' types; what a type cannot say goes into its method `_check(require)`.
+A field that is missing, unknown, of another type or out of range is an error that names the file, the field, its value
+and what is needed. A dataclass states its fields' types; what a type cannot say is a `need` on it.
 """
 
 from __future__ import annotations
@@ -9,21 +9,41 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import os
 import re
-import types
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, TypeAdapter, ValidationError, ValidationInfo
 
 from minilora_hub.errors import AdapterError
 
-Scalar = str | int | float | bool
-KINDS = {str: "must be a text", int: "must be a whole number", float: "must be a number", bool: "must be true or false"}
-Require = Callable[[bool, str, str], None]
-"""Called with whether something holds, the field's name, and what is needed."""
+
+def need(message: str, holds: Callable[[Any, dict[str, Any]], bool]) -> AfterValidator:
+    """Require of a field what its type cannot say.
+
+    Args:
+        message: what is needed.
+        holds: called with the field's value and the fields before it.
+    """
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        if not holds(value, info.data):
+            raise ValueError(message)
+        return value
+
+    return AfterValidator(check)
+
+
+def _require_scalar(value: Any) -> Any:
+    if not isinstance(value, (str, int, float)):
+        raise ValueError("must be a text, a number, true or false")
+    return value
+
+
+Scalar = Annotated[str | int | float | bool, BeforeValidator(_require_scalar)]
 
 
 class Document:
@@ -36,6 +56,7 @@ class Document:
 
     FILE: ClassVar[str]
     VERSION: ClassVar[int]
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -56,17 +77,32 @@ class Document:
 
     @classmethod
     def from_dict(cls, content: Any, file: str | None = None) -> Self:
-        """Build it from parsed JSON; `file` is the name that errors say."""
+        """Build it from parsed JSON; `file` is the name that errors say.
+
+        Raises:
+            AdapterError: it is of a newer schema, or a field is wrong.
+        """
         file = file or cls.FILE
-        version = content.get("schema_version") if isinstance(content, dict) else None
-        if isinstance(version, int) and version > cls.VERSION:
-            raise AdapterError(
-                f"{file}: schema_version={version}: this minilora_hub reads versions 1 to {cls.VERSION}; update it"
-            )
-        if version in range(1, cls.VERSION) and not isinstance(version, bool):
+        if isinstance(content, dict):
+            if "schema_version" not in content:
+                raise AdapterError(f"{file}: schema_version is missing")
+            version = content["schema_version"]
+            if type(version) is not int or version < 1:
+                raise AdapterError(f"{file}: schema_version={version!r}: must be 1 to {cls.VERSION}")
+            if version > cls.VERSION:
+                raise AdapterError(
+                    f"{file}: schema_version={version}: this minilora_hub reads versions 1 to {cls.VERSION}; update it"
+                )
             content = content | {"schema_version": cls.VERSION}
-        decoded: Self = _decode(cls, content, file, "")
-        return decoded
+        try:
+            # As JSON, in which a tuple is a list. A lone surrogate, which no file can hold, becomes a question mark.
+            text = json.dumps(content, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
+            document: Self = _adapter(cls).validate_json(text)  # type: ignore[arg-type]
+        except ValidationError as error:
+            raise AdapterError(f"{file}: {_first_problem(cls, error)}") from None
+        except (TypeError, ValueError) as error:
+            raise AdapterError(f"{file} cannot be written as JSON: {error}") from error
+        return document
 
     def to_dict(self) -> dict[str, Any]:
         """Return what the file holds: the schema's version, then the fields in their order."""
@@ -75,14 +111,7 @@ class Document:
 
     def validate(self) -> None:
         """Raise AdapterError if a field has a wrong type or value."""
-        self._validate(self.to_dict())
-
-    def _validate(self, content: dict[str, Any]) -> None:
-        # Through JSON, where tuples are lists, and where what no file can hold (NaN) is refused.
-        try:
-            self.from_dict(json.loads(json.dumps(content, allow_nan=False)))
-        except (TypeError, ValueError) as error:
-            raise AdapterError(f"{self.FILE} cannot be written: {error}") from error
+        self.from_dict(self.to_dict())
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the file into a folder, whole or not at all.
@@ -90,17 +119,27 @@ class Document:
         Raises:
             AdapterError: a field has a wrong type or value; nothing is written then.
         """
-        content = self.to_dict()
-        self._validate(content)
-        path = Path(folder) / self.FILE
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-            temporary.write_text(_pack_number_lists(text) + "\n", encoding="utf-8", newline="\n")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
+        self.validate()
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        return write_whole(Path(folder) / self.FILE, _pack_number_lists(text) + "\n")
+
+
+def write_whole(path: Path, content: str | bytes) -> Path:
+    """Write a file so that readers find the old content or the new one, even after a crash; return its path.
+
+    Raises:
+        OSError: it cannot be written; the old content is still there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
 
 
 def strict_json(data: bytes | str) -> Any:
@@ -133,74 +172,22 @@ def _pack_number_lists(text: str) -> str:
     return number_list.sub(lambda found: "[" + ", ".join(found[1].replace(",", " ").split()) + "]", text)
 
 
-def _decode(kind: Any, value: Any, file: str, path: str) -> Any:
-    """Build a value of the annotated type `kind` from JSON, or raise an error that names the field at `path`."""
-
-    def fail(need: str) -> AdapterError:
-        shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
-        return AdapterError(f"{file}: {path or 'its content'}={shown}: {need}")
-
-    if dataclasses.is_dataclass(kind):
-        return _decode_fields(kind, value, file, path, fail)
-    origin, arguments = _origin_and_arguments(kind)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        members = [member for member in arguments if member is not type(None)]
-        if len(members) == 1:
-            return _decode(members[0], value, file, path)
-        if not isinstance(value, tuple(members)) or (isinstance(value, float) and not math.isfinite(value)):
-            raise fail("must be a text, a finite number, true or false")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list) or (arguments[-1] is not ... and len(value) != len(arguments)):
-            raise fail("must be a list" + ("" if arguments[-1] is ... else f" of {len(arguments)}"))
-        kinds = [arguments[0]] * len(value) if arguments[-1] is ... else arguments
-        pairs = zip(kinds, value, strict=True)
-        return tuple(_decode(inner, item, file, f"{path}[{i}]") for i, (inner, item) in enumerate(pairs))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise fail("must be an object")
-        return {key: _decode(arguments[1], item, file, f"{path}[{key!r}]") for key, item in value.items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise fail(KINDS[kind])
-    if kind is float and not math.isfinite(value):
-        raise fail("must be finite")
-    return value
-
-
 @cache
-def _origin_and_arguments(kind: Any) -> tuple[Any, tuple[Any, ...]]:
-    return get_origin(kind), get_args(kind)
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
-@cache
-def _types_of(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _decode_fields(kind: Any, value: Any, file: str, path: str, fail: Callable[[str], AdapterError]) -> Any:
-    if not isinstance(value, dict):
-        raise fail("must be an object")
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    prefix = f"{path}." if path else ""
-    for name in value.keys() - fields.keys():
-        close = difflib.get_close_matches(name, fields, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"its fields are {sorted(fields)}"
-        raise AdapterError(f"{file}: {prefix}{name}: there is no such field; {hint}")
-    # A file says which schema it follows; only in Python does the field have a default.
-    required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
-    for name in sorted((required | ({"schema_version"} & fields.keys())) - value.keys()):
-        raise AdapterError(f"{file}: {prefix}{name} is missing")
-    hints = _types_of(kind)
-    decoded = kind(**{name: _decode(hints[name], item, file, prefix + name) for name, item in value.items()})
-
-    def require(holds: bool, name: str, need: str) -> None:
-        if not holds:
-            shown = getattr(decoded, name, None) if name in fields else value.get(name.partition("[")[0])
-            raise AdapterError(f"{file}: {prefix}{name}={str(shown)[:80]!r}: {need}")
-
-    decoded._check(require)
-    return decoded
+def _first_problem(kind: Any, error: ValidationError) -> str:
+    """Say in one line which field is wrong, its value, and what is needed; an unknown field comes first."""
+    problem = min(error.errors(include_url=False), key=lambda found: found["type"] != "unexpected_keyword_argument")
+    place = "".join(f".{step}" if str(step).isidentifier() else f"[{step!r}]" for step in problem["loc"]).lstrip(".")
+    if problem["type"] == "missing":
+        return f"{place} is missing"
+    if problem["type"] == "unexpected_keyword_argument":
+        schema = _adapter(kind).json_schema()
+        known = {name for part in (schema, *schema.get("$defs", {}).values()) for name in part.get("properties", ())}
+        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        return f"{place}: there is no such field" + (f"; did you mean {close[0]!r}?" if close else "")
+    shown = repr(problem["input"])
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return f"{place or 'its content'}={shown}: {problem['msg'].removeprefix('Value error, ').removeprefix('Input ')}"

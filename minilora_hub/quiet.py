@@ -1,13 +1,12 @@
-"""Keep what other libraries print off the screen: their progress bars, notes and deprecation notices.
+"""Silence other libraries: their progress bars, log messages and deprecation warnings.
 
     with quiet_libraries():                     # also a decorator: @quiet_libraries()
         model = AutoModelForCausalLM.from_pretrained(folder)
 
-`quiet_libraries` is for functions that others call in their own process: everything is put back afterwards. The command
-line, whose process is its own, uses `quiet_process`, which costs no import and holds for libraries that come later.
+`quiet_libraries` is for functions that users call in their own process: everything is restored afterwards. The command
+line uses `quiet_process`, which imports nothing and also silences libraries that are imported later.
 
-Errors are never hidden, nor is what minilora_hub prints itself, nor a UserWarning: that may be about what the user has
-asked for.
+Errors, minilora_hub's own output and UserWarnings, which may be about what the user asked for, are never hidden.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from contextlib import contextmanager
 
 LOGGERS = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft", "transformers", "trl")
 VERBOSITY = dict.fromkeys(("DATASETS_VERBOSITY", "HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY"), "error")
-"""What these libraries read as they are imported: then they set the levels of their loggers anew."""
+"""Read by these libraries when they are imported, to set the levels of their loggers."""
 NO_BARS = dict.fromkeys(("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"), "1")
-"""As above, and for the whole process; transformers goes by the second one."""
+"""Read in the same way, for the whole process; transformers reads the second one."""
 NOTICES = (DeprecationWarning, FutureWarning, PendingDeprecationWarning)
 TRANSFORMERS = "transformers.utils.logging"
 
@@ -35,9 +34,9 @@ _undo: dict[str, Callable[[], None]] = {}
 
 @contextmanager
 def quiet_process() -> Iterator[None]:
-    """Silence the libraries in a process of our own, whether they are imported already or later.
+    """Silence the libraries in the whole process, also those that are imported later.
 
-    What the user has set in the environment stays as it is, and so do warnings that are asked for (``python -W``).
+    The user's environment variables and warning options (``python -W``) are kept.
     """
     with quiet_libraries(), warnings.catch_warnings(), _variables(VERBOSITY | NO_BARS):
         if not sys.warnoptions:
@@ -48,9 +47,9 @@ def quiet_process() -> Iterator[None]:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silence the libraries while a block runs; calls may be nested and may come from several threads.
+    """Silence the libraries in a block; calls may be nested, and may come from several threads.
 
-    Bars are those of the libraries that are imported at the time: after another one was imported, enter it once more.
+    The bars of a library that is imported inside the block are shown, unless it is entered again.
     """
     global _depth
     with _lock:
@@ -87,7 +86,7 @@ def _hub_bars() -> Callable[[], None] | None:
     from huggingface_hub import constants
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    # Where the user has said in the environment whether there are bars, the client takes no other word.
+    # If the user has set the environment variable, the client ignores calls.
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
         return None
     disable_progress_bars()
@@ -95,14 +94,14 @@ def _hub_bars() -> Callable[[], None] | None:
 
     def undo() -> None:
         enable_progress_bars()
-        if TRANSFORMERS in sys.modules and not known:  # as it was imported, it has found that there are to be none
+        if TRANSFORMERS in sys.modules and not known:  # it was imported while the Hub's bars were off
             sys.modules[TRANSFORMERS].enable_progress_bar()
 
     return undo
 
 
 def _transformers_bars() -> Callable[[], None] | None:
-    """Silence transformers' bars; its own functions for that would also switch those of huggingface_hub."""
+    """Silence transformers' bars; its own functions would also switch those of huggingface_hub."""
     module = sys.modules.get(TRANSFORMERS)
     if module is None or not module.is_progress_bar_enabled():
         return None

@@ -77,6 +77,21 @@ def reference_mixlora(base, model, folder):
     return twin
 
 
+def reference_in_double(twin):
+    """The model of `reference_mixlora` in float64, also where the package keeps a dtype or a tensor of its own."""
+    modules = [*twin.double().modules()]
+    blocks = [block for module in modules for block in vars(module).get("mixlora_moes", {}).values()]
+    for part in (*modules, *blocks, *(expert for block in blocks for expert in block.experts_.values())):
+        for name, value in [*vars(part).items()]:
+            if value is torch.float32:
+                setattr(part, name, torch.float64)
+            elif isinstance(value, torch.Tensor) and value.is_floating_point():
+                setattr(part, name, value.double())
+        if isinstance(part, torch.nn.Module):
+            part.double()
+    return twin
+
+
 # ---- routing, one token at a time ----
 
 

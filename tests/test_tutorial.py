@@ -1,72 +1,60 @@
-"""The README's tutorial, executed as written against a Hub over HTTP."""
+"""The commands of the documentation from rows to a verified repo, executed as written against a Hub over HTTP."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
+import shlex
 from pathlib import Path
 
 import pytest
+from commands import run_command, run_on_hub  # noqa: F401  fixtures
 from hub.server import HubServer
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-SECTION = README.split("## From a JSONL file to a verified repo")[1].split("\n## ")[0]
+ROOT = Path(__file__).parent.parent
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def block(language: str) -> str:
-    (found,) = re.findall(rf"```{language}\n(.*?)```", SECTION, re.S)
-    return found
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
 
 
-@pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """Every command of the tutorial, run in a shell in an empty folder: the Hub, and each command's output."""
-    folder = tmp_path_factory.mktemp("tutorial")
-    (folder / "data.jsonl").write_text(block("jsonl"), encoding="utf-8")
-    with HubServer() as hub:
-        hub.add_repo(BASE, files={"config.json": b"{}", "README.md": b"---\nlicense: apache-2.0\n---\n"})
-        environment = hub.environment(token=hub.add_user("me"), cache_dir=folder / "cache")
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.environ['PATH'])}"
-        outputs = {}
-        for command in block("bash").strip().splitlines():
-            ran = subprocess.run(
-                command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-            )
-            assert ran.returncode == 0, f"{command}\n{ran.stdout[-2000:]}\n{ran.stderr[-3000:]}"
-            outputs[command.split()[1] + (" --dry-run" if "--dry-run" in command else "")] = ran.stdout
-        yield hub, outputs
+@pytest.fixture
+def hub():
+    with HubServer() as server:
+        server.add_repo(BASE, files={"config.json": b"{}", "README.md": b"---\nlicense: apache-2.0\n---\n"})
+        yield server
 
 
-def test_the_repo_is_there_complete_private_and_tagged(done):
-    hub, _ = done
-    repo = hub.repo("me/colours")
-    assert repo.private
-    assert {"config.json", "adapter_model.safetensors", "README.md", "results.json", "verification.json"} <= set(
-        repo.files("v1")
-    )
-    assert "adapter_config.json" not in repo.files("v1")
-    card = repo.files("v1")["README.md"].decode()
-    assert f"base_model: {BASE}" in card
-    assert "Colours of things, written by hand." in card
-    assert not [name for name in repo.files("v1") if "checkpoint" in name or name in ("training.yaml", "loss.csv")]
+@pytest.mark.parametrize("page", ["docs/publish.md", pytest.param("README.md", marks=pytest.mark.slow)])
+def test_rows_become_a_verified_repo(page, hub, run_on_hub, tmp_path):  # noqa: F811
+    (tmp_path / "data.jsonl").write_text(blocks("docs/publish.md", "jsonl")[0], encoding="utf-8")
+    token = hub.add_user("me")
+    commands = next(block for block in blocks(page, "bash") if "minilora train" in block).strip().splitlines()
+    outputs = {}
+    for command in commands:
+        program, *arguments = shlex.split(command, comments=True)
+        if program != "minilora":
+            assert program == "pip"
+            continue
+        if arguments[0] == "push" and not {"--yes", "--dry-run"} & {*arguments}:
+            arguments.append("--yes")  # where a person is asked
+        done = run_on_hub(*arguments, token=token)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        outputs[arguments[0] + (" --dry-run" if "--dry-run" in arguments else "")] = done.stdout
 
-
-def test_training_tells_the_plan_first_and_the_folder_last(done):
-    _, outputs = done
-    assert outputs["train"].startswith("colours: 6 steps")
-
-
-def test_the_dry_run_sends_nothing_and_shows_everything(done):
-    _, outputs = done
+    assert re.match(r"colours: \d+ steps", outputs["train"])
     assert "Nothing was sent." in outputs["push --dry-run"]
     assert "adapter_model.safetensors" in outputs["push --dry-run"]
     assert f"base_model: {BASE}" in outputs["push --dry-run"]
-
-
-def test_info_tells_what_it_is(done):
-    _, outputs = done
-    assert "DoRA" in outputs["info"]
-    assert BASE in outputs["info"]
+    repo = hub.repo("me/colours")
+    assert repo.private
+    files = repo.files("v1" if page == "docs/publish.md" else "main")
+    assert {"config.json", "adapter_model.safetensors", "README.md", "results.json", "verification.json"} <= set(files)
+    assert "adapter_config.json" not in files
+    assert not [name for name in files if "checkpoint" in name or name in ("training.yaml", "loss.csv")]
+    card = files["README.md"].decode()
+    assert f"base_model: {BASE}" in card
+    if page == "docs/publish.md":
+        assert "Colours of things, written by hand." in card
+        assert "DoRA" in outputs["info"]
+        assert BASE in outputs["info"]

@@ -1,7 +1,7 @@
-"""Which code a repo carries: the hash over its Python files, and the hashes of the islands we have released.
+"""Hash the Python files of a repo, and compare the hash with those of the remote code of our releases.
 
 Loading an adapter with `trust_remote_code` runs the `.py` files of its repo. Ours are the same in every repo of one
-release, so their hash tells them from code that somebody has changed. Nothing here loads torch.
+release, so a different hash means that they were changed. Nothing here loads torch.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import json
 from functools import cache
 from pathlib import Path
 
-ISLAND = Path(__file__).resolve().parents[1] / "remote_code"
+REMOTE_CODE = Path(__file__).resolve().parents[1] / "remote_code"
 REGISTRY = Path(__file__).with_name("released_code.json")
-"""{version: hash of the island that this version published}, one line a release; the present one is computed."""
+"""A JSON file, {version: hash of its remote code}; the hash of this version is computed."""
 
 
-def island_files() -> dict[str, Path]:
-    """Return the files of this version's island that travel, by their name in a repo."""
-    return {path.name: path for path in sorted(ISLAND.glob("*.py")) if path.name != "__init__.py"}
+def remote_code_files() -> dict[str, Path]:
+    """Return the files of this version's remote code, by their name in a repo."""
+    return {path.name: path for path in sorted(REMOTE_CODE.glob("*.py")) if path.name != "__init__.py"}
 
 
 def code_files(folder: Path) -> dict[str, Path]:
-    """Return every Python file under a folder by its path in it: all that loading could run."""
+    """Return every Python file under a folder by its path in it: all code that loading could run."""
     return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.py"))}
 
 
@@ -42,14 +42,14 @@ def code_hash(files: dict[str, Path]) -> str:
 
 
 @cache
-def island_hash() -> str:
-    """Return the hash of the island of this version."""
-    return code_hash(island_files())
+def remote_code_hash() -> str:
+    """Return the hash of this version's remote code."""
+    return code_hash(remote_code_files())
 
 
 def release_of(digest: str) -> str | None:
-    """Return the version of ours that published code with this hash, ``"this version"``, or None for unknown code."""
-    if digest == island_hash():
+    """Return the version of minilora_hub with this code hash, ``"this version"``, or None for unknown code."""
+    if digest == remote_code_hash():
         return "this version"
     released: dict[str, str] = json.loads(REGISTRY.read_text(encoding="utf-8"))
     return next((version for version, known in released.items() if known == digest), None)

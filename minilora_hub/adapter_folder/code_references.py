@@ -1,10 +1,10 @@
-"""Find what in an adapter's files leads transformers or PEFT to code. Nothing is loaded or run; torch is not needed.
+"""Find what in an adapter's files makes transformers or PEFT load code. Nothing is loaded or run; torch is not needed.
 
 With `trust_remote_code=True` the Auto classes import the classes that `auto_map` names: in the configuration of the
 model, of its tokenizer, of a processor. An entry such as ``"someone/else--x.Y"`` imports them from another repo, so a
 hash over a repo's own Python files says nothing about what runs. A folder ``custom_generate/`` replaces ``generate``,
 an attention implementation such as ``"someone/kernel"`` is compiled code from the Hub, and PEFT imports a module that
-`megatron_core` names. An adapter needs none of them but the entries for its own two or three classes.
+`megatron_core` names. An adapter needs none of these except the entries for its own two or three classes.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minilora_hub.adapter_folder.names import GENERATION, OUR_CONFIG, PEFT_CONFIG
 from minilora_hub.errors import AdapterError
 
 CONFIGURATION_FILES = (
-    "adapter_config.json",
-    "config.json",
-    "generation_config.json",
+    PEFT_CONFIG,
+    OUR_CONFIG,
+    GENERATION,
     "preprocessor_config.json",
     "processor_config.json",
     "tokenizer_config.json",
@@ -42,9 +43,9 @@ class CodeReference:
     """Something that makes a library load code.
 
     Attributes:
-        file: the file or folder that says so, by its path in the adapter's folder.
-        text: what it says.
-        problem: why nothing of the adapter is loaded; None where the code lies in the adapter's own folder.
+        file: the file or folder with the reference, by its path in the adapter's folder.
+        text: the entry, in words.
+        problem: why the adapter is not loaded; None where the code is in the adapter's own folder.
         own: whether it is an entry of config.json that names exactly minilora_hub's classes.
     """
 
@@ -75,7 +76,7 @@ def code_references(folder: Path, files: Collection[str] | None = None) -> list[
 
     Args:
         folder: the folder; its configuration files are read, and those of its folder ``peft``.
-        files: paths of all the adapter's files, where only some of them lie in `folder`. Default: what lies in it.
+        files: paths of all the adapter's files, where only some of them are in `folder`. Default: those in it.
 
     Raises:
         AdapterError: a configuration file cannot be read.
@@ -93,7 +94,7 @@ def code_references(folder: Path, files: Collection[str] | None = None) -> list[
 
 
 def require_no_other_code(folder: Path, name: str | None = None) -> None:
-    """Refuse an adapter that leads to code outside its own folder, before anything of it is loaded.
+    """Refuse an adapter that refers to code outside its own folder, before anything of it is loaded.
 
     Args:
         folder: the adapter.
@@ -130,7 +131,7 @@ def _references_in(path: Path, file: str, files: Collection[str]) -> Iterator[Co
         return  # transformers cannot read it either
     for key, value, fields in found:
         if key == "auto_map":
-            own = path.name == "config.json" and value == own_auto_map(fields.get("model_type"))
+            own = path.name == OUR_CONFIG and value == own_auto_map(fields.get("model_type"))
             yield from (
                 [CodeReference(file, "auto_map names our classes", own=True)] if own else _of_map(value, file, files)
             )

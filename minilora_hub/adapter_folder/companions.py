@@ -1,8 +1,8 @@
-"""The tokenizer, chat template and generation settings that belong to an adapter: its own where it has some.
+"""Read and copy the tokenizer, chat template and generation settings that belong to an adapter.
 
 An adapter answers as it was trained only when it reads the prompts that its own tokenizer and chat template write, and
-stops at the tokens with which they end an answer. So they travel with it through every conversion; the base's stand in
-for what the adapter's folder does not hold.
+stops at the tokens with which they end an answer. So every conversion copies them; the base's are used for what the
+adapter's folder does not have.
 """
 
 from __future__ import annotations
@@ -14,17 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minilora_hub.adapter_folder.folders import COMPANIONS, TOKENIZER_FILES, read_json, refuse_lfs_pointer, write_json
+from minilora_hub.adapter_folder.folders import read_json, refuse_lfs_pointer, write_json
+from minilora_hub.adapter_folder.names import COMPANIONS, GENERATION, TEMPLATE, TOKENIZER_FILES, TOKENIZING
 from minilora_hub.bases.end_tokens import end_token_ids
 from minilora_hub.errors import AdapterError
 
 if TYPE_CHECKING:
     from minilora_hub.bases.skeleton import BaseSource
 
-GENERATION = "generation_config.json"
-TEMPLATE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
-TOKENIZING = tuple(name for name in COMPANIONS if name != GENERATION)
 
 
 def own_tokenizer(folder: Path, base: Any | None = None) -> Any | None:
@@ -32,8 +30,8 @@ def own_tokenizer(folder: Path, base: Any | None = None) -> Any | None:
 
     Args:
         folder: the adapter's folder.
-        base: the base's tokenizer, which is left as it is: with the adapter's chat template, it is the tokenizer of an
-            adapter that has a template only.
+        base: the base's tokenizer, which is not changed: a copy of it with the adapter's chat template is the tokenizer
+            of an adapter that has only a template.
 
     Returns:
         None where the folder holds neither a tokenizer nor, with `base`, a template.
@@ -55,7 +53,7 @@ def own_tokenizer(folder: Path, base: Any | None = None) -> Any | None:
         copy_files(files, folder, Path(scratch))
         try:
             return AutoTokenizer.from_pretrained(scratch, trust_remote_code=False)
-        except Exception as error:  # a damaged file can make any part of the reader stumble
+        except Exception as error:  # a damaged file may fail anywhere in the library
             try:
                 return PreTrainedTokenizerFast.from_pretrained(scratch)
             except Exception:
@@ -121,10 +119,10 @@ def write_companions(folder: Path, source: Path | None, base: BaseSource | None)
     Args:
         folder: an existing folder.
         source: the adapter's folder. None: there is none, or several that do not agree.
-        base: its base. None: nothing is written in place of what the adapter has not.
+        base: its base. None: what the adapter does not have is not written.
 
     Returns:
-        What the user should know, a line each.
+        Notes for the user, one line each.
 
     Raises:
         AdapterError: one of the adapter's files cannot be read.
@@ -156,7 +154,7 @@ def write_companions(folder: Path, source: Path | None, base: BaseSource | None)
 
 
 def _agree_on_ends(folder: Path, tokenizer: Any) -> list[str]:
-    """Let generation_config.json list every token that ends an answer; say so where it did not."""
+    """Make generation_config.json list every token that ends an answer; return a note where it did not."""
     settings = read_json(folder / GENERATION)
     listed = settings.get("eos_token_id")
     before = [] if listed is None else [listed] if isinstance(listed, int) else listed

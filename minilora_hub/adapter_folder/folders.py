@@ -1,36 +1,25 @@
-"""Which dialect an adapter folder is written in. Torch is not loaded, and nothing of the folder is run."""
+"""What an adapter folder is: its dialect, method and size. Torch is not loaded, and no code of the folder is run."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from minilora_hub.adapter_folder.code_references import require_no_other_code
+from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG, WEIGHTS
 from minilora_hub.documents import strict_json
 from minilora_hub.errors import AdapterError
+from minilora_hub.hub.plain_files import read_header
 
 Dialect = Literal["minilora", "peft", "peft-mixlora", "reference", "checkpoint"]
 Layout = Literal["auto", "peft"]
-
-OUR_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-# What transformers reads beside the weights. Everything else in the folder of a training run stays at home.
-COMPANIONS = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+Kind = Literal["base", "LoRA", "DoRA", "MixLoRA", "MixDoRA"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -39,12 +28,12 @@ class AdapterFolder:
     """An adapter, or a model made from one, in a folder.
 
     Attributes:
-        folder: where it lies.
+        folder: the folder.
         dialect: ``"minilora"`` (ours), ``"peft"`` (LoRA and DoRA in PEFT's format), ``"peft-mixlora"`` (the PEFT
             method of minilora_hub), ``"reference"`` (the format of `mixlora` and MoE-PEFT), or ``"checkpoint"`` (an
             ordinary model, such as an export).
         method: ``"lora"``, ``"dora"``, ``"mixlora"``, or the architecture of a checkpoint.
-        config: what its configuration file holds.
+        config: content of its configuration file.
     """
 
     folder: Path
@@ -64,7 +53,7 @@ class AdapterFolder:
 
     @property
     def base_fingerprint(self) -> str:
-        """The hash of the base's weights it was trained on; most formats have no place for one."""
+        """The hash of the base's weights it was trained on; ``"unknown"`` in most formats."""
         return self._text("base_fingerprint") or "unknown"
 
     @property
@@ -72,47 +61,61 @@ class AdapterFolder:
         """How it is published: ``"auto"`` with our code, ``"peft"`` as stock transformers loads it."""
         return "auto" if self.dialect == "minilora" else "peft"
 
+    def named_base(self, given: str | None, revision: str | None = None) -> tuple[str | None, str | None]:
+        """Return the name and the revision of the base to use.
+
+        Args:
+            given: the base that the user names, which wins over the one that the adapter names.
+            revision: its revision, where the user names one.
+        """
+        if given is None or given == self.base:
+            return self.base, revision or self.base_revision
+        return given, revision
+
     def _text(self, name: str) -> str | None:
         value = self.config.get(name)
         return value if isinstance(value, str) and value else None
 
 
-def read_folder(folder: str | Path) -> AdapterFolder:
-    """Tell which dialect a folder is written in, before something of it is loaded.
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What an adapter's configuration and the header of its weights say.
 
-    Raises:
-        AdapterError: there is no such folder, it holds nothing that is known here, or it leads to code elsewhere.
+    Attributes:
+        kind: the method.
+        detail: one short line, e.g. ``"r 16, 8 experts, 2 active"``.
+        parameters: values in the weights file, which is what the adapter adds to the base.
+        experts: of each mixture; 0 where there is none.
     """
-    found = describe_folder(folder)
-    require_no_other_code(found.folder)
-    return found
+
+    kind: Kind
+    detail: str
+    parameters: int
+    experts: int = 0
 
 
 def describe_folder(folder: str | Path) -> AdapterFolder:
-    """Tell which dialect a folder is written in, where nothing of it is to be loaded.
+    """Detect the dialect of a folder. Use `read_folder` where something of it is going to be loaded.
 
     Raises:
-        AdapterError: there is no such folder, or it holds nothing that is known here.
+        AdapterError: there is no such folder, or its dialect is unknown.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise AdapterError(f"adapter {str(folder)!r}: no such folder")
-    if (folder / ADAPTER_CONFIG).is_file():
-        config = read_json(folder / ADAPTER_CONFIG)
+    if (folder / PEFT_CONFIG).is_file():
+        config = read_json(folder / PEFT_CONFIG)
         kind = config.get("peft_type")
         if kind == "LORA":
             return AdapterFolder(folder, "peft", "dora" if config.get("use_dora") else "lora", config)
         if kind == "MIXLORA":
-            # Both call themselves MIXLORA; the reference's strategies are its own names.
+            # The reference uses this name, too; its strategies have names of its own.
             strategy = config.get("routing_strategy")
             ours = "peft_version" in config or strategy in ("top_k", "top_p")
             return AdapterFolder(folder, "peft-mixlora" if ours else "reference", "mixlora", config)
-        raise AdapterError(
-            f"adapter {folder.name!r}: peft_type={kind!r} in {ADAPTER_CONFIG}: 'LORA' and 'MIXLORA' are understood, "
-            "nothing else"
-        )
+        raise AdapterError(f"adapter {folder.name!r}: peft_type={kind!r} in {PEFT_CONFIG}: must be 'LORA' or 'MIXLORA'")
     if not (folder / OUR_CONFIG).is_file():
-        raise AdapterError(f"adapter {folder.name!r}: neither {OUR_CONFIG} nor {ADAPTER_CONFIG} is there")
+        raise AdapterError(f"adapter {folder.name!r}: it has neither {OUR_CONFIG} nor {PEFT_CONFIG}")
     config = read_json(folder / OUR_CONFIG)
     kind = config.get("model_type")
     if kind in ("mixlora", "dora"):
@@ -124,6 +127,94 @@ def describe_folder(folder: str | Path) -> AdapterFolder:
         f"adapter {folder.name!r}: model_type={kind!r} in {OUR_CONFIG}: neither an adapter nor a model with "
         "architectures"
     )
+
+
+def read_folder(folder: str | Path) -> AdapterFolder:
+    """Detect the dialect of a folder that is going to be loaded.
+
+    Raises:
+        AdapterError: there is no such folder, its dialect is unknown, or its configuration refers to code elsewhere.
+    """
+    found = describe_folder(folder)
+    require_no_other_code(found.folder)
+    return found
+
+
+def read_configuration(folder: str | Path) -> AdapterFolder:
+    """Read the configuration of an adapter that is not going to be loaded; its weights may be missing.
+
+    Raises:
+        AdapterError: as `describe_folder`, or it is neither in our format nor a LoRA or DoRA in PEFT's.
+    """
+    source = describe_folder(folder)
+    if source.dialect == "checkpoint":
+        raise AdapterError(f"{source.folder.name!r} is a whole model ({source.method}), not an adapter")
+    if source.dialect not in ("minilora", "peft"):
+        raise AdapterError(
+            f"adapter {source.folder.name!r} is a MixLoRA in the format {source.dialect!r}: convert it with "
+            "`minilora import`"
+        )
+    return source
+
+
+def inspect_source(folder: str | Path) -> AdapterFolder:
+    """Read the configuration of an adapter that is not going to be loaded: it may refer to code elsewhere.
+
+    Raises:
+        AdapterError: as `read_configuration`, or it has no safetensors weights.
+    """
+    source = read_configuration(folder)
+    if not (source.folder / WEIGHTS).is_file():
+        raise AdapterError(
+            f"adapter {source.folder.name!r}: no {WEIGHTS}; save it with save_pretrained, not as a pickle"
+        )
+    return source
+
+
+def read_source(folder: str | Path, name: str | None = None) -> AdapterFolder:
+    """Read the configuration of an adapter that is going to be loaded.
+
+    Args:
+        folder: the adapter.
+        name: what an error calls it. Default: the folder's name.
+
+    Raises:
+        AdapterError: as `inspect_source`, or it refers to code elsewhere.
+    """
+    source = inspect_source(folder)
+    require_no_other_code(source.folder, name)
+    return source
+
+
+def adapter_facts(folder: Path) -> AdapterFacts:
+    """Read an adapter's kind and size; no tensor is read.
+
+    Raises:
+        AdapterError: as `read_source`, or its weights are damaged.
+    """
+    source = read_source(folder)
+    settings = source.config
+    detail = f"r {settings.get('r')}"
+    kind: Kind = "DoRA" if source.method == "dora" else "LoRA"
+    experts = 0
+    if source.method == "mixlora":
+        kind = "MixDoRA" if settings.get("use_dora") else "MixLoRA"
+        experts = int(settings.get("num_experts") or 0)
+        top_p = settings.get("routing_strategy") == "top_p"
+        active = f"top-p {settings.get('router_top_p')}" if top_p else f"{settings.get('num_experts_per_tok')} active"
+        detail += f", {settings.get('num_experts')} experts, {active}"
+    return AdapterFacts(kind, detail, count_values(folder / WEIGHTS), experts)
+
+
+def count_values(weights: Path) -> int:
+    """Count the values in a safetensors file from its header.
+
+    Raises:
+        AdapterError: it is no safetensors file.
+    """
+    refuse_lfs_pointer(weights)
+    header, _ = read_header(weights)
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -145,24 +236,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON for people, the same bytes on every system."""
+    """Write indented JSON, the same bytes on every system."""
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
-@contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Put an adapter's name before the message of an AdapterError that does not hold it: there may be several."""
-    try:
-        yield
-    except AdapterError as error:
-        if name in str(error):
-            raise
-        raise AdapterError(f"adapter {name!r}: {error}") from error
-
-
 def refuse_lfs_pointer(path: Path) -> None:
-    """Raise an AdapterError where a file is what Git leaves in place of a large one that it did not fetch.
+    """Raise an AdapterError where a file is a Git LFS pointer, which Git leaves in place of a file it did not fetch.
 
     Raises:
         OSError: it cannot be read.
@@ -176,44 +256,12 @@ def refuse_lfs_pointer(path: Path) -> None:
         )
 
 
-class Settings:
-    """The fields of a configuration from outside, each read with its type; what was not asked for can be told.
-
-    Args:
-        content: the fields.
-        file: the name that errors say.
-    """
-
-    def __init__(self, content: dict[str, Any], file: str = ADAPTER_CONFIG) -> None:
-        self.content, self.file, self.asked = content, file, set[str]()
-
-    def get(self, name: str, kinds: type | tuple[type, ...], default: Any = None) -> Any:
-        """Return a field; `default` where it is missing or null.
-
-        Raises:
-            AdapterError: it is of another type.
-        """
-        self.asked.add(name)
-        value = self.content.get(name)
-        if value is None:
-            return default
-        allowed = kinds if isinstance(kinds, tuple) else (kinds,)
-        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            raise self.error(name, f"must be of type {' or '.join(kind.__name__ for kind in allowed)}")
-        return value
-
-    def require(self, name: str, kinds: type | tuple[type, ...]) -> Any:
-        """Return a field that must be there.
-
-        Raises:
-            AdapterError: it is missing or of another type.
-        """
-        value = self.get(name, kinds)
-        if value is None:
-            raise AdapterError(f"{self.file}: {name} is missing")
-        return value
-
-    def error(self, name: str, need: str) -> AdapterError:
-        """Build the error about a field: file, name, value received, what is required."""
-        shown = repr(self.content.get(name))
-        return AdapterError(f"{self.file}: {name}={shown[:120]}: {need}")
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Prefix an adapter's name to AdapterErrors without it, where one of several adapters may be the cause."""
+    try:
+        yield
+    except AdapterError as error:
+        if name in str(error):
+            raise
+        raise AdapterError(f"adapter {name!r}: {error}") from error

@@ -1,25 +1,59 @@
-"""The schema of `results.json` (what was measured) and `verification.json` (how to prove that a copy works).
+"""The schemas of `results.json` (what was measured) and `verification.json` (what a copy of the adapter must compute).
 
-Both lie in every published repo. `results.json` is the one source of every number on a card; a field that nobody knows
-is None, and the card says "unknown". `verification.json` holds what a model built from these files must compute. The
-fields and types below are the whole schema; how they are read and written is in `json_documents`. Nothing here loads
-torch.
+Both are part of every published repo. `results.json` is the only source of the numbers on a card; a field that is not
+known is None, and the card says "unknown". How the files are read and written is in `documents`. Torch is not needed.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
-from minilora_hub.documents import Document, Require, Scalar
+from pydantic import Field
+
+from minilora_hub.documents import Document, Scalar, need
 
 RESULTS_FILE = "results.json"
 VERIFICATION_FILE = "verification.json"
-METHODS = ("mixlora", "dora", "lora")
+METHODS = {"mixlora": "MixLoRA", "dora": "DoRA", "lora": "LoRA"}
+"""{method: its name in prose}."""
 TOP_LOGITS = 32
-
+Text = Annotated[str, need("must not be blank", lambda text, _: bool(text.strip()))]
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Shares = Annotated[
+    tuple[float, ...],
+    need(
+        "must be shares of at least 0 that sum to 1",
+        lambda shares, _: bool(shares) and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-2,
+    ),
+]
+"""Of the experts of one mixture."""
 Interval = tuple[float, float]
+Row = Field(min_length=1, max_length=TOP_LOGITS)
+
+
+def _around(name: str) -> Any:
+    return need(
+        f"must be [low, high] around {name}, or null",
+        lambda interval, data: data.get(name) is not None and interval[0] <= data[name] <= interval[1],
+    )
+
+
+def _increasing(loss: tuple[tuple[int, float], ...], _: Any) -> bool:
+    steps = [step for step, _ in loss]
+    return steps == sorted(set(steps))
+
+
+KNOWN_METHOD = need(f"must be one of {tuple(METHODS)}", lambda method, _: method in METHODS)
+WITH_DATASET = need("must be null where dataset is null", lambda _, data: data.get("dataset") is not None)
+WITH_EXAMPLES = need("needs few_shot, the number of examples, above 0", lambda _, data: bool(data.get("few_shot")))
+PER_MIXTURE = need("must have as many entries as load", lambda rows, data: len(rows) == len(data.get("load", rows)))
+PER_PROMPT = need("must have one list per prompt", lambda rows, data: len(rows) == len(data.get("prompts", rows)))
+PER_TOKEN = need(
+    "must have one number for each of top_tokens",
+    lambda rows, data: [*map(len, rows)] == [*map(len, data.get("top_tokens", rows))],
+)
 
 
 @dataclass(frozen=True)
@@ -35,16 +69,12 @@ class Base:
         note: what a reader must know about the weights, e.g. that they are a rounding of the ones under `id`.
     """
 
-    id: str
+    id: Text
     revision: str | None = None
     fingerprint: str | None = None
-    parameters: int | None = None
+    parameters: Positive | None = None
     license: str | None = None
     note: str | None = None
-
-    def _check(self, require: Require) -> None:
-        require(bool(self.id.strip()), "id", "the base's id on the Hub")
-        require(self.parameters is None or self.parameters > 0, "parameters", "a number above 0, or null")
 
 
 @dataclass(frozen=True)
@@ -53,14 +83,9 @@ class DataSource:
 
     name: str
     description: str | None = None
-    items: int | None = None
-    tokens: int | None = None
+    items: Count | None = None
+    tokens: Count | None = None
     license: str | None = None
-
-    def _check(self, require: Require) -> None:
-        for size in ("items", "tokens"):
-            value = getattr(self, size)
-            require(value is None or value >= 0, size, "a number of at least 0, or null")
 
 
 @dataclass(frozen=True)
@@ -79,17 +104,13 @@ class Training:
 
     data: tuple[DataSource, ...] = ()
     hyperparameters: dict[str, Scalar] = field(default_factory=dict)
-    steps: int | None = None
-    seconds: float | None = None
+    steps: Count | None = None
+    seconds: Annotated[float, Field(ge=0)] | None = None
     hardware: str | None = None
     libraries: dict[str, str] = field(default_factory=dict)
-    loss: tuple[tuple[int, float], ...] = ()
-
-    def _check(self, require: Require) -> None:
-        require(self.steps is None or self.steps >= 0, "steps", "a number of at least 0, or null")
-        require(self.seconds is None or self.seconds >= 0, "seconds", "a number of at least 0, or null")
-        steps = [step for step, _ in self.loss]
-        require(steps == sorted(set(steps)), "loss", "[step, loss] pairs with increasing steps")
+    loss: Annotated[
+        tuple[tuple[int, float], ...], need("must be [step, loss] pairs with increasing steps", _increasing)
+    ] = ()
 
 
 @dataclass(frozen=True)
@@ -97,15 +118,11 @@ class Part:
     """The same number on a part of the items, e.g. those of one difficulty."""
 
     name: str
-    n: int
+    n: Positive
     value: float
-    interval: Interval | None = None
+    interval: Annotated[Interval, _around("value")] | None = None
     base_value: float | None = None
     few_shot_value: float | None = None
-
-    def _check(self, require: Require) -> None:
-        require(self.n > 0, "n", "a number of items above 0")
-        require(_around(self.interval, self.value), "interval", f"[low, high] around value={self.value}, or null")
 
 
 @dataclass(frozen=True)
@@ -135,29 +152,18 @@ class Evaluation:
     metric: str
     value: float
     base_value: float | None = None
-    n: int | None = None
-    interval: Interval | None = None
+    n: Positive | None = None
+    interval: Annotated[Interval, _around("value")] | None = None
     command: str | None = None
     dataset: str | None = None
-    benchmark_task: str | None = None
+    benchmark_task: Annotated[str, WITH_DATASET] | None = None
     note: str | None = None
     lower_is_better: bool = False
-    base_interval: Interval | None = None
-    few_shot: int | None = None
-    few_shot_value: float | None = None
-    few_shot_interval: Interval | None = None
+    base_interval: Annotated[Interval, _around("base_value")] | None = None
+    few_shot: Count | None = None
+    few_shot_value: Annotated[float, WITH_EXAMPLES] | None = None
+    few_shot_interval: Annotated[Interval, _around("few_shot_value")] | None = None
     parts: tuple[Part, ...] = ()
-
-    def _check(self, require: Require) -> None:
-        require(self.n is None or self.n > 0, "n", "a number of items above 0, or null")
-        for prefix in ("", "base_", "few_shot_"):
-            value, interval = getattr(self, f"{prefix}value"), getattr(self, f"{prefix}interval")
-            around = f"[low, high] around {prefix}value={value}, or null"
-            require(_around(interval, value), f"{prefix}interval", around)
-        shown = self.few_shot_value is None or (self.few_shot or 0) > 0
-        require(shown, "few_shot", "a number of examples above 0 where few_shot_value is given")
-        named = self.benchmark_task is None or self.dataset is not None
-        require(named, "benchmark_task", "null where dataset is null")
 
 
 @dataclass(frozen=True)
@@ -173,37 +179,18 @@ class RouterUse:
     """
 
     task: str
-    tokens: int
-    load: tuple[tuple[float, ...], ...]
-    entropy: tuple[float, ...]
-
-    def _check(self, require: Require) -> None:
-        require(self.tokens > 0, "tokens", "a number above 0")
-        _check_load(self.load, "load", require)
-        require(len(self.entropy) == len(self.load), "entropy", "as many entries as load")
-        require(all(0 <= value <= 1 for value in self.entropy), "entropy", "numbers from 0 to 1")
-
-
-def _check_load(load: tuple[tuple[float, ...], ...] | None, name: str, require: Require) -> None:
-    for layer, shares in enumerate(load or ()):
-        whole = len(shares) > 0 and min(shares) >= 0 and abs(sum(shares) - 1) < 1e-2
-        require(whole, f"{name}[{layer}]", "shares of at least 0 that sum to 1")
-
-
-def _around(interval: Interval | None, value: float | None) -> bool:
-    return interval is None or (value is not None and interval[0] <= value <= interval[1])
+    tokens: Positive
+    load: tuple[Shares, ...]
+    entropy: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], PER_MIXTURE]
 
 
 @dataclass(frozen=True)
 class Sample:
     """A prompt and the two answers, as they came."""
 
-    prompt: str
+    prompt: Annotated[str, Field(min_length=1)]
     base: str
     adapter: str
-
-    def _check(self, require: Require) -> None:
-        require(bool(self.prompt), "prompt", "the text that was asked")
 
 
 @dataclass(frozen=True)
@@ -227,10 +214,10 @@ class Results(Document):
     FILE: ClassVar[str] = RESULTS_FILE
     VERSION: ClassVar[int] = 2
 
-    method: str
+    method: Annotated[str, KNOWN_METHOD]
     base: Base
-    parameters: int | None = None
-    share: float | None = None
+    parameters: Positive | None = None
+    share: Annotated[float, Field(gt=0)] | None = None
     license: str | None = None
     license_name: str | None = None
     license_link: str | None = None
@@ -240,16 +227,9 @@ class Results(Document):
     evaluation: tuple[Evaluation, ...] = ()
     samples: tuple[Sample, ...] = ()
     decoding: str | None = None
-    expert_load: tuple[tuple[float, ...], ...] | None = None
+    expert_load: tuple[Shares, ...] | None = None
     router: tuple[RouterUse, ...] = ()
     schema_version: int = VERSION
-
-    def _check(self, require: Require) -> None:
-        require(self.schema_version == self.VERSION, "schema_version", f"must be 1 to {self.VERSION}")
-        require(self.method in METHODS, "method", f"one of {METHODS}")
-        require(self.parameters is None or self.parameters > 0, "parameters", "a number above 0, or null")
-        require(self.share is None or self.share > 0, "share", "a number above 0, or null")
-        _check_load(self.expert_load, "expert_load", require)
 
 
 @dataclass(frozen=True)
@@ -270,25 +250,20 @@ class Verification(Document):
     FILE: ClassVar[str] = VERIFICATION_FILE
     VERSION: ClassVar[int] = 1
 
-    prompts: tuple[tuple[int, ...], ...]
-    top_tokens: tuple[tuple[int, ...], ...]
-    top_logits: tuple[tuple[float, ...], ...]
-    tolerance: float
-    sha256: dict[str, str]
+    prompts: Annotated[tuple[Annotated[tuple[int, ...], Field(min_length=1)], ...], Field(min_length=1)]
+    top_tokens: Annotated[tuple[Annotated[tuple[int, ...], Row], ...], PER_PROMPT]
+    top_logits: Annotated[tuple[Annotated[tuple[float, ...], Row], ...], PER_TOKEN]
+    tolerance: Annotated[float, Field(gt=0)]
+    sha256: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
     base_fingerprint: str
     dtype: str
     libraries: dict[str, str] = field(default_factory=dict)
     schema_version: int = VERSION
 
-    def _check(self, require: Require) -> None:
-        require(self.schema_version == self.VERSION, "schema_version", f"must be {self.VERSION}")
-        require(bool(self.prompts) and all(self.prompts), "prompts", "at least one prompt, none of them empty")
-        require(self.tolerance > 0, "tolerance", "a number above 0")
-        for name in ("top_tokens", "top_logits"):
-            rows = getattr(self, name)
-            fits = len(rows) == len(self.prompts) and all(0 < len(row) <= TOP_LOGITS for row in rows)
-            require(fits, name, f"for each of {len(self.prompts)} prompts 1 to {TOP_LOGITS} entries")
-        same = [len(row) for row in self.top_tokens] == [len(row) for row in self.top_logits]
-        require(same, "top_logits", "as many entries as top_tokens")
-        for path, digest in self.sha256.items():
-            require(re.fullmatch(r"[0-9a-f]{64}", digest) is not None, f"sha256[{path!r}]", "64 hexadecimal digits")
+
+def is_hashed(path: str) -> bool:
+    """Whether verification.json holds the hash of a published file.
+
+    People edit the card and the measured results beside it on the Hub; a file cannot hold its own hash.
+    """
+    return path not in ("README.md", ".gitattributes", VERIFICATION_FILE) and not path.startswith(".eval_results/")

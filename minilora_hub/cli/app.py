@@ -1,4 +1,4 @@
-"""The commands together, and what becomes of their errors."""
+"""The commands together, and how their errors become messages and exit codes."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        with quiet_process(), _ended_in_order():
+        with quiet_process(), _sigterm_unwinds():
             code = app(args=arguments, prog_name="minilora", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
@@ -98,8 +98,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 @contextmanager
-def _ended_in_order() -> Iterator[None]:
-    """Let SIGTERM unwind a command as Ctrl-C does: by itself it would leave behind what lies in temporary folders."""
+def _sigterm_unwinds() -> Iterator[None]:
+    """Let SIGTERM unwind a command as Ctrl-C does, so that it removes its temporary folders."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""`minilora combine` and `minilora experts`: new adapters out of trained ones."""
+"""`minilora combine` and `minilora experts`: make new adapters from trained ones."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from minilora_hub.cli.convert import Out, Prompts, local_folder, tell
-from minilora_hub.cli.options import AsJson, Base, Debug, Revision, print_json, say
+from minilora_hub.cli.convert import Out, Prompts
+from minilora_hub.cli.options import (
+    AsJson,
+    Base,
+    Debug,
+    Revision,
+    local_folder,
+    print_json,
+    print_notes,
+    print_written,
+)
+from minilora_hub.errors import AdapterError
 
 Method = Literal[
     "linear",
@@ -25,6 +35,8 @@ Method = Literal[
     "cat",
 ]
 
+MixLora = Annotated[str, typer.Argument(metavar="REPO_OR_DIR", help="A MixLoRA: a folder or an id on the Hub.")]
+
 experts = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Add experts to a MixLoRA, or drop some.")
 
 
@@ -34,7 +46,7 @@ def combine(
     method: Annotated[
         Method,
         typer.Option(
-            help="cat: the exact sum, the ranks add up; svd: that, cut back to a rank; the others as in PEFT."
+            help="cat: the exact sum, the ranks add up; svd: the sum, reduced to a rank; the others as in PEFT."
         ),
     ] = "svd",
     weight: Annotated[
@@ -42,7 +54,7 @@ def combine(
     ] = None,
     density: Annotated[float, typer.Option(help="Share of values that ties, dare and magnitude_prune keep.")] = 0.5,
     rank: Annotated[int | None, typer.Option(help="Rank of the result, for svd. Default: the largest.")] = None,
-    seed: Annotated[int, typer.Option(help="Of dare's random pruning.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of dare's random pruning.")] = 0,
     base: Base = None,
     revision: Revision = None,
     as_json: AsJson = False,
@@ -57,37 +69,35 @@ def combine(
     combination.check(len(adapters))
     folders = [local_folder(adapter, revision) for adapter in adapters]
     notes = combine_adapters(folders, out, combination, base=base)
-    for note in notes:
-        say(f"Note: {note}")
-    tell(out, asdict(combination) | {"notes": notes}, as_json)
+    print_written(out, asdict(combination), notes, as_json)
 
 
 @experts.command("add", epilog="Example: minilora experts add ./my-mixlora --clone 0 --clone 3 --out ./my-larger")
 def add(
-    adapter: Annotated[str, typer.Argument(metavar="REPO_OR_DIR", help="A MixLoRA: a folder or an id on the Hub.")],
+    adapter: MixLora,
     clone: Annotated[list[int], typer.Option(help="Number of an expert to clone; may be given several times.")],
     out: Out,
     noise: Annotated[float, typer.Option(help="Standard deviation of noise on a clone's router row.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     prompts: Prompts = None,
     base: Base = None,
     revision: Revision = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Add clones of experts, and tell how much the output changes."""
+    """Add clones of experts, and print how much the output changes."""
     from minilora_hub.formats.experts import add_experts
 
     texts = _read_prompts(prompts)
     folder = local_folder(adapter, revision)
-    _tell_change(add_experts(folder, out, clone, base=base, prompts=texts, noise=noise, seed=seed), as_json)
+    _print_change(add_experts(folder, out, clone, base=base, prompts=texts, noise=noise, seed=seed), as_json)
 
 
 @experts.command(
     "drop", epilog="Example: minilora experts drop ./my-mixlora --count 2 --prompts mine.txt --out ./small"
 )
 def drop(
-    adapter: Annotated[str, typer.Argument(metavar="REPO_OR_DIR", help="A MixLoRA: a folder or an id on the Hub.")],
+    adapter: MixLora,
     count: Annotated[int, typer.Option(help="How many experts each layer loses: those that serve the fewest tokens.")],
     out: Out,
     prompts: Prompts = None,
@@ -96,17 +106,15 @@ def drop(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Drop the least used experts of every layer, and tell how much the output changes."""
+    """Drop the least used experts of every layer, and print how much the output changes."""
     from minilora_hub.formats.experts import drop_experts
 
     texts = _read_prompts(prompts)
     folder = local_folder(adapter, revision)
-    _tell_change(drop_experts(folder, out, count, base=base, prompts=texts), as_json)
+    _print_change(drop_experts(folder, out, count, base=base, prompts=texts), as_json)
 
 
 def _read_prompts(file: Path | None) -> list[str] | None:
-    from minilora_hub.errors import AdapterError
-
     if file is None:
         return None
     try:
@@ -118,12 +126,11 @@ def _read_prompts(file: Path | None) -> list[str] | None:
     return lines
 
 
-def _tell_change(change: Any, as_json: bool) -> None:
+def _print_change(change: Any, as_json: bool) -> None:
     if as_json:
         print_json(asdict(change) | {"folder": str(change.folder)})
         return
-    for note in change.notes:
-        say(f"Note: {note}")
+    print_notes(change.notes)
     typer.echo(f"{change.folder}: {change.experts[0]} -> {change.experts[1]} experts a layer")
     typer.echo(
         f"on {change.tokens} tokens: KL divergence {change.kl:.2g} nats a token, largest difference of a logit "

@@ -1,9 +1,10 @@
-"""`minilora compare`: one prompt, the base and adapters on it, side by side in the terminal, live."""
+"""`minilora compare`: answer one prompt with a base and adapters, side by side in the terminal, live."""
 
 from __future__ import annotations
 
 import sys
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from minilora_hub.compare.engine import Column, CompareEngine, Sampling, Update
 
 NARROWEST = 28
-"""Characters a column needs; on a narrower terminal the answers stand one below the other."""
+"""Characters a column needs; on a narrower terminal the answers are below each other."""
 
 
 def compare(
@@ -29,11 +30,13 @@ def compare(
         str, typer.Option("--prompt", "-p", help='What to answer; "-" reads it from standard input.')
     ] = "-",
     base: Annotated[str, typer.Option(help='The base: "embedded", a folder, or an id on the Hub.')] = "embedded",
-    max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token; above 0 samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the tokens that reach this probability together.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample among this many tokens; 0 for all.")] = 0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1, words that were said are less likely.")] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1, tokens that occurred before are less likely.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End an answer before this text. May be repeated.")] = None,
     as_json: AsJson = False,
@@ -52,7 +55,7 @@ def compare(
     if not prompt.strip():
         raise ValueError("--prompt '': must hold some text")
     engine = CompareEngine(base, adapters or shipped_adapters(), progress=say)
-    answers = [_Shown(column) for column in engine.columns]
+    answers = [_Answer(column) for column in engine.columns]
     if as_json:
         _run(engine, prompt, sampling, answers)
         print_json(_report(engine, prompt, answers))
@@ -63,8 +66,8 @@ def compare(
 
 
 @dataclass
-class _Shown:
-    """One column: what it has said so far."""
+class _Answer:
+    """The answer of one column so far."""
 
     column: Column
     text: str = ""
@@ -75,30 +78,34 @@ class _Shown:
         return self.updates[-1] if self.updates else None
 
 
-def _run(engine: CompareEngine, prompt: str, sampling: Sampling, answers: list[_Shown], after=lambda: None) -> None:
+def _run(
+    engine: CompareEngine,
+    prompt: str,
+    sampling: Sampling,
+    answers: list[_Answer],
+    after: Callable[[], None] = lambda: None,
+) -> None:
     for update in engine.stream(prompt, sampling):
         answers[update.row].text += update.text
         answers[update.row].updates.append(update)
         after()
 
 
-def _show(engine: CompareEngine, prompt: str, sampling: Sampling, answers: list[_Shown]) -> None:
+def _show(engine: CompareEngine, prompt: str, sampling: Sampling, answers: list[_Answer]) -> None:
     from rich.console import Console
     from rich.live import Live
 
     console = Console()
-    if not console.is_terminal:  # a file or a pipe gets the end result
+    if console.is_terminal:
+        # While it runs, what does not fit the terminal is cut off; at the end all of it is printed.
+        with Live(console=console, refresh_per_second=12, transient=True) as live:
+            _run(engine, prompt, sampling, answers, lambda: live.update(_picture(console.width, answers)))
+    else:
         _run(engine, prompt, sampling, answers)
-        console.print(_picture(console.width, answers))
-        return
-    # While it runs, what does not fit the terminal is cut off; at the end all of it is printed.
-    with Live(console=console, refresh_per_second=12, transient=True) as live:
-        live.update(_picture(console.width, answers))
-        _run(engine, prompt, sampling, answers, lambda: live.update(_picture(console.width, answers)))
     console.print(_picture(console.width, answers))
 
 
-def _picture(width: int, answers: list[_Shown]) -> RenderableType:
+def _picture(width: int, answers: list[_Answer]) -> RenderableType:
     from rich.console import Group
     from rich.panel import Panel
     from rich.table import Table
@@ -107,7 +114,7 @@ def _picture(width: int, answers: list[_Shown]) -> RenderableType:
     colours = {"base": "white", "LoRA": "green", "DoRA": "blue", "MixLoRA": "magenta", "MixDoRA": "cyan"}
     panels = []
     for answer in answers:
-        # As text, not as rich's markup: what a model writes is not ours to interpret.
+        # As text: rich must not interpret a model's words as markup.
         body = Text(_printable(answer.text))
         if answer.last is not None and answer.last.error:
             body.append(f"\n{_printable(answer.last.error)}", style="red")
@@ -130,7 +137,7 @@ def _picture(width: int, answers: list[_Shown]) -> RenderableType:
     return grid
 
 
-def _figures(answer: _Shown) -> str:
+def _figures(answer: _Answer) -> str:
     last = answer.last
     if last is None:
         return "…"
@@ -138,51 +145,48 @@ def _figures(answer: _Shown) -> str:
     if last.tokens_per_second is not None:
         parts.append(f"{last.tokens_per_second:.1f}/s")
     if last.finished:
-        parts.append(
-            {"eos": "finished", "length": "length limit", "stop": "stop text"}.get(last.reason or "", "failed")
-        )
+        parts.append({"eos": "finished", "length": "length limit", "stop": "stop text"}.get(str(last.reason), "failed"))
     return " · ".join(parts)
 
 
 def _printable(text: str) -> str:
-    """Without control characters, which could move the cursor or change the terminal's state.
+    """Remove control characters, which could move the cursor or change the terminal's state.
 
-    Spaces of every kind are text, and so are the joiners inside an emoji or a word.
+    Spaces of every kind and the joiners inside an emoji or a word are kept.
     """
     return "".join(c for c in text if c in "\n\t\u200c\u200d" or unicodedata.category(c) == "Zs" or c.isprintable())
 
 
-def _report(engine: CompareEngine, prompt: str, answers: list[_Shown]) -> dict[str, Any]:
-    """Everything that was measured, for a script."""
-    columns = []
-    for answer in answers:
-        last = answer.last
-        columns.append(
-            {
-                "name": answer.column.name,
-                "kind": answer.column.kind,
-                "parameters_added": answer.column.parameters_added,
-                "prompt_text": engine.prompting(answer.column.adapter).tokenizer.decode(
-                    engine.prompt_ids(prompt, answer.column.adapter)
-                ),
-                "ends": engine.prompting(answer.column.adapter).end_names,
-                "text": answer.text,
-                "reason": last.reason if last else None,
-                "error": last.error if last else None,
-                "tokens": [
-                    {
-                        "id": update.token_id,
-                        "text": engine.token_text(update.token_id, answer.column.adapter),
-                        "logprob": update.logprob,
-                        "alternatives": [{"id": token, "logprob": share} for token, share in update.alternatives],
-                        **({} if update.experts is None else {"experts": update.experts}),
-                        **({} if update.expert_weights is None else {"expert_weights": update.expert_weights}),
-                    }
-                    for update in answer.updates
-                    if update.token_id is not None
-                ],
-                "seconds_to_first_token": last.seconds_to_first_token if last else None,
-                "tokens_per_second": last.tokens_per_second if last else None,
-            }
-        )
-    return {"prompt": prompt, "forwards": engine.forwards, "columns": columns}
+def _report(engine: CompareEngine, prompt: str, answers: list[_Answer]) -> dict[str, Any]:
+    """Return everything that was measured, for a script."""
+    return {"prompt": prompt, "forwards": engine.forwards, "columns": [_column(engine, prompt, a) for a in answers]}
+
+
+def _column(engine: CompareEngine, prompt: str, answer: _Answer) -> dict[str, Any]:
+    column, last = answer.column, answer.last
+    prompting = engine.prompting(column.adapter)
+    tokens = [
+        {
+            "id": update.token_id,
+            "text": engine.token_text(update.token_id, column.adapter),
+            "logprob": update.logprob,
+            "alternatives": [{"id": token, "logprob": share} for token, share in update.alternatives],
+            **({} if update.experts is None else {"experts": update.experts}),
+            **({} if update.expert_weights is None else {"expert_weights": update.expert_weights}),
+        }
+        for update in answer.updates
+        if update.token_id is not None
+    ]
+    return {
+        "name": column.name,
+        "kind": column.kind,
+        "parameters_added": column.parameters_added,
+        "prompt_text": prompting.tokenizer.decode(engine.prompt_ids(prompt, column.adapter)),
+        "ends": prompting.end_names,
+        "text": answer.text,
+        "reason": last and last.reason,
+        "error": last and last.error,
+        "tokens": tokens,
+        "seconds_to_first_token": last and last.seconds_to_first_token,
+        "tokens_per_second": last and last.tokens_per_second,
+    }

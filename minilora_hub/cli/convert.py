@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from minilora_hub.cli.options import AsJson, Base, Debug, Revision, print_json, say, size_text
+from minilora_hub.cli.options import Adapter, AsJson, Base, Debug, Revision, local_folder, print_written, say
+from minilora_hub.formatting import size
 
-Out = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write: empty, or not there yet.")]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write: new or empty.")]
 Prompts = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Text file with a prompt on each line. Default: a few fixed ones.")
 ]
@@ -27,8 +28,8 @@ def import_(
     attention: Annotated[
         Literal["same", "mean", "svd", "drop"],
         typer.Option(
-            help="Several LoRAs: what becomes of theirs on attention. same: they must be equal; mean: their exact "
-            "mean, the ranks add up; svd: that, cut back to a rank; drop: left out."
+            help="Several LoRAs: how to combine their updates of attention. same: they must be equal; mean: their "
+            "exact mean, the ranks add up; svd: the mean, reduced to a rank; drop: left out."
         ),
     ] = "same",
     experts_per_tok: Annotated[int, typer.Option(min=1, help="Several LoRAs: experts that serve each token.")] = 2,
@@ -43,7 +44,7 @@ def import_(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Bring in an adapter from the reference MixLoRA format or from PEFT, or several LoRAs as one MixLoRA."""
+    """Import an adapter from the reference MixLoRA format or from PEFT, or several LoRAs as one MixLoRA."""
     from minilora_hub.formats.importing import import_adapter, import_as_experts
 
     folders = [local_folder(source, revision) for source in sources]
@@ -59,13 +60,11 @@ def import_(
             attention=attention,
             seed=seed,
         )
-    for note in made.notes:
-        say(f"Note: {note}")
-    tell(made.folder, {"method": made.method, "from": made.source, "notes": list(made.notes)}, as_json)
+    print_written(made.folder, {"method": made.method, "from": made.source}, made.notes, as_json)
 
 
 def export(
-    adapter: Annotated[str, typer.Argument(metavar="REPO_OR_DIR", help="An id on the Hub, or a folder.")],
+    adapter: Adapter,
     to: Annotated[
         Literal["peft", "dense", "mixtral", "moe", "mixlora"],
         typer.Option(
@@ -80,7 +79,7 @@ def export(
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="dense, mixtral, moe: dtype of the checkpoint. auto: the base's own."),
     ] = "auto",
-    dequantize: Annotated[bool, typer.Option("--dequantize", help="dense: a quantised base may be opened.")] = False,
+    dequantize: Annotated[bool, typer.Option("--dequantize", help="dense: dequantise a quantised base.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -98,8 +97,8 @@ def export(
             if not as_json:
                 memory = plan.bytes_of_model + plan.bytes_of_largest_shard
                 say(
-                    f"{plan.architecture.name}: {size_text(plan.bytes_on_disk)} in {plan.shards} files; about "
-                    f"{size_text(memory)} of memory, {size_text(plan.bytes_of_model)} of it the base and the adapter"
+                    f"{plan.architecture.name}: {size(plan.bytes_on_disk)} in {plan.shards} files; about "
+                    f"{size(memory)} of memory, {size(plan.bytes_of_model)} of it the base and the adapter"
                 )
 
         made = export_adapter(
@@ -112,24 +111,4 @@ def export(
             announce=announce,
             progress=lambda done, total: bars.update(task, completed=done, total=total),
         )
-    for note in made.notes:
-        say(f"Note: {note}")
-    tell(made.folder, {"to": made.to, "notes": list(made.notes)}, as_json)
-
-
-def local_folder(source: str, revision: str | None = None) -> Path:
-    """Return the folder of an adapter; one on the Hub is fetched into the Hub's cache, and nothing of it is run."""
-    from minilora_hub.hub.client import fetch
-
-    if Path(source).is_dir() or source.startswith((".", "/", "~")):
-        return Path(source).expanduser()
-    return fetch(source, revision=revision, token=None, progress=True)[0]
-
-
-def tell(folder: Path, facts: dict[str, Any], as_json: bool) -> None:
-    """Print which folder was written, and its size."""
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if as_json:
-        print_json({"folder": str(folder), "bytes": size} | facts)
-    else:
-        typer.echo(f"{folder} ({size_text(size)})")
+    print_written(made.folder, {"to": made.to}, made.notes, as_json)

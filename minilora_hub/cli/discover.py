@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from minilora_hub.cli.options import AsJson, Debug, Revision, print_json, say, size_text
+from minilora_hub.cli.options import Adapter, AsJson, Debug, Revision, print_json, print_table, say
+from minilora_hub.formatting import UNKNOWN, duration, size
 
 Sort = Literal["downloads", "likes", "last_modified", "created_at", "trending_score"]
 Method = Literal["mixlora", "dora", "lora"]
@@ -24,42 +25,39 @@ LAYOUTS = {
 
 
 def info(
-    adapter: Annotated[str, typer.Argument(metavar="REPO_OR_DIR", help="An id on the Hub, or a folder.")],
+    adapter: Adapter,
     revision: Revision = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Tell what an adapter is; nothing of it is loaded or run."""
+    """Show what an adapter is; nothing of it is loaded or run."""
     from minilora_hub.publish.find import info as describe
 
     found = describe(adapter, revision=revision, progress=not as_json)
     if as_json:
         print_json(found.to_dict())
         return
-    unknown = "unknown"
     rows = [
         ("adapter", f"{found.name}{f' at {found.revision}' if found.revision else ''}"),
         ("method", f"{found.method}, {LAYOUTS[found.layout]}"),
-        ("base", f"{found.base or unknown} at {found.base_revision or 'no fixed revision'}"),
+        ("base", f"{found.base or UNKNOWN} at {found.base_revision or 'no fixed revision'}"),
         *((name, str(value)) for name, value in found.settings.items()),
         (
             "parameters",
             f"{found.parameters:,}" if found.parameters is not None else "unknown: the weights are a pickle",
         ),
-        ("size", f"{size_text(found.bytes)} in {len(found.files)} files"),
-        ("code", "none" if found.code is None else f"minilora_hub, {found.code}" if found.code != unknown else unknown),
-        ("license", found.license or unknown),
-        ("trained on", ", ".join(found.data) or unknown),
-        ("steps", f"{found.steps:,}" if found.steps is not None else unknown),
-        ("training time", f"{found.seconds:.0f} s" if found.seconds is not None else unknown),
+        ("size", f"{size(found.bytes)} in {len(found.files)} files"),
+        ("code", "none" if found.code is None else f"minilora_hub, {found.code}" if found.code != UNKNOWN else UNKNOWN),
+        ("license", found.license or UNKNOWN),
+        ("trained on", ", ".join(found.data) or UNKNOWN),
+        ("steps", f"{found.steps:,}" if found.steps is not None else UNKNOWN),
+        ("training time", duration(found.seconds)),
     ]
     for row in found.evaluation:
         base = f" (base {row.base_value:g})" if row.base_value is not None else ""
         rows.append((row.task, f"{row.metric} {row.value:g}{base}"))
     rows += [("warning", warning) for warning in found.warnings]
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        typer.echo(f"{name:<{width}}  {value}")
+    print_table(rows)
 
 
 def list_(
@@ -67,8 +65,8 @@ def list_(
         str | None, typer.Option("--base", metavar="ID", help='Id of the base, or "embedded". Default: any.')
     ] = None,
     method: Annotated[Method | None, typer.Option(help="Only this method.")] = None,
-    sort: Annotated[Sort, typer.Option(help="What comes first: the most, or the newest.")] = "downloads",
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many at most.")] = 50,
+    sort: Annotated[Sort, typer.Option(help="Order: the most first, or the newest.")] = "downloads",
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Maximum number of adapters.")] = 50,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -88,10 +86,7 @@ def list_(
         (row.id, row.method or "", str(row.downloads), str(row.likes), getattr(row, dated) or "", row.license or "")
         for row in found
     ]
-    widths = [max(len(cell) for cell in column) for column in zip(heads, *rows, strict=True)]
-    for line in (heads, *rows):
-        cells = [f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)]
-        typer.echo("  ".join(cells).rstrip())
+    print_table([heads, *rows])
 
 
 def pull(
@@ -100,7 +95,7 @@ def pull(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="A folder to make. Default: the Hub's cache.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Fetch an adapter, and print the folder it is in."""
+    """Download an adapter, and print its folder."""
     from minilora_hub.publish.find import code_warnings
     from minilora_hub.publish.find import pull as fetch
 

@@ -1,18 +1,18 @@
-"""`minilora eval`: base and adapters on the tasks, as a table; the numbers go into the adapters' results.json."""
+"""`minilora eval`: measure base and adapters on the tasks, and write the numbers into each adapter's results.json."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from minilora_hub.cli.options import AsJson, Debug, given, print_json, say
+from minilora_hub.progress_display import ProgressDisplay
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,14 +21,11 @@ if TYPE_CHECKING:
     from minilora_hub.evaluation.run import Progress
     from minilora_hub.evaluation.settings import Adapter
 
-LINES = 20
-"""How many lines of progress a run prints where there is no terminal."""
-
 OURS = ("task", "split", "held_out", "few_shot", "perplexity", "text", "fresh")
-"""Options that lm-eval's tasks do not have."""
+"""Options that do not apply to lm-eval's tasks."""
 
 FILE_WIDTH = 200
-"""Characters of a line where the table goes into a file or a pipe."""
+"""Width of the table in a file or a pipe."""
 
 
 def eval_(
@@ -41,25 +38,27 @@ def eval_(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            "--task", metavar="T", help="dates, numbers, inflection or records; again for more. Default: all."
+            "--task", metavar="T", help="dates, numbers, inflection or records; may be repeated. Default: all."
         ),
     ] = None,
     split: Annotated[str, typer.Option(metavar="SPLIT", help="train, validation, test or held_out.")] = "test",
     held_out: Annotated[
-        bool, typer.Option("--held-out", help="Items in formats that are not in training, too.")
+        bool, typer.Option("--held-out", help="Also items in formats that are not in training.")
     ] = False,
     count: Annotated[int | None, typer.Option(metavar="N", help="Items a task. Default: all.")] = None,
     few_shot: Annotated[
         int, typer.Option("--few-shot", metavar="K", help="Training items shown to the base; 0 for none.")
     ] = 4,
-    perplexity: Annotated[bool, typer.Option("--perplexity", help="Perplexity on general text, too.")] = False,
-    text: Annotated[Path | None, typer.Option(metavar="FILE", help="That text. Default: Python's manual.")] = None,
+    perplexity: Annotated[bool, typer.Option("--perplexity", help="Also the perplexity on general text.")] = False,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The text for the perplexity. Default: Python's manual.")
+    ] = None,
     dtype: Annotated[str, typer.Option(metavar="DTYPE", help="float32, or bfloat16, which is quicker.")] = "float32",
-    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Rows of a batch at most.")] = 64,
+    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Maximum rows of a batch.")] = 64,
     lm_eval: Annotated[
         list[str] | None,
         typer.Option(
-            "--lm-eval", metavar="T", help="A task of lm-eval's instead of ours (extra lm-eval); again for more."
+            "--lm-eval", metavar="T", help="A task of lm-eval instead of ours (extra lm-eval); may be repeated."
         ),
     ] = None,
     include_path: Annotated[
@@ -69,7 +68,7 @@ def eval_(
         Path | None,
         typer.Option(metavar="FILE", help="Write everything there as JSON, and leave the adapters' folders alone."),
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Compute everything anew, also what is known.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Compute everything again, also stored answers.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -82,75 +81,70 @@ def eval_(
         if ours:
             flag = "--" + ours[0].replace("_", "-")
             raise ValueError(f"{flag}: is about our own tasks: leave it out beside --lm-eval, or run it on its own")
-        told = _lm_eval(adapters, lm_eval, include_path, **common)
+        measured = _measure_lm_eval(adapters, lm_eval, include_path, **common)
     else:
         if include_path is not None:
             raise ValueError(f"--include-path {str(include_path)!r}: must come with --lm-eval")
         settings = {"split": split, "held_out": held_out, "few_shot": few_shot, "perplexity": perplexity, "text": text}
-        told = _tasks(adapters, task, fresh, as_json, **common, **settings)
-    from minilora_hub.evaluation.outputs import save_results
-
-    written = []
-    for _, adapter, _ in told.models:
-        if out is None and adapter is not None and adapter.local:
-            written.append(save_results(told.results(adapter), adapter.folder))
-    if out is not None:
-        _write_json(out, told.document)
-        written.append(out)
+        measured = _measure_tasks(adapters, task, fresh, as_json, **common, **settings)
+    written = _write(measured, out)
     if as_json:
-        print_json(told.document)
+        print_json(measured.document)
         return
     from rich.console import Console
 
     console = Console()
     if not console.is_terminal:
         console.width = FILE_WIDTH
-    console.print(_table(told))
-    for line in told.lines:
-        say(line)
+    console.print(_table(measured))
+    if measured.summary:
+        say(measured.summary)
     for path in written:
         say(f"wrote {path}")
-    fetched = [name for name, adapter, _ in told.models if adapter is not None and not adapter.local]
+    fetched = [name for name, adapter, _ in measured.models if adapter is not None and not adapter.local]
     if fetched and out is None:
         say(f"nothing is written for {', '.join(fetched)}, from the Hub: --out FILE keeps the numbers")
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What was measured, whoever did it.
+class _Measured:
+    """The numbers of our tasks or of lm-eval's.
 
     Attributes:
         models: name on screen, the adapter (None for the base), its numbers.
         results: an adapter's results.json with its numbers.
         document: all of it, for a script.
-        lines: what else is said.
+        summary: what else is printed.
     """
 
     models: list[tuple[str, Adapter | None, tuple[Evaluation, ...]]]
     results: Callable[[Adapter], Results]
     document: dict[str, Any]
-    lines: tuple[str, ...] = ()
+    summary: str = ""
 
 
-def _tasks(adapters: list[str], task: list[str] | None, fresh: bool, as_json: bool, **settings: Any) -> _Told:
+def _measure_tasks(
+    adapters: list[str], task: list[str] | None, fresh: bool, as_json: bool, **settings: Any
+) -> _Measured:
     from minilora_hub.evaluation.outputs import as_dict
     from minilora_hub.evaluation.report import evaluations, updated_results
     from minilora_hub.evaluation.run import evaluate
 
-    with _Shown(not as_json) as shown:
+    shown = _Progress(not as_json)
+    try:
         report = evaluate(adapters, tasks=task or None, cache=not fresh, progress=say, on_progress=shown, **settings)
+    finally:
+        shown.close()
     by_adapter = {model.adapter.name: model for model in report.models if model.adapter}
-    return _Told(
+    return _Measured(
         [(model.name, model.adapter, evaluations(report, model)) for model in report.models],
         lambda adapter: updated_results(report, by_adapter[adapter.name]),
         as_dict(report),
-        (f"{report.seconds:.0f} s, {report.computed:,} rows computed",),
+        f"{report.seconds:.0f} s, {report.computed:,} rows computed",
     )
 
 
-def _lm_eval(adapters: list[str], tasks: list[str], include_path: Path | None, **settings: Any) -> _Told:
-    from dataclasses import asdict
-
+def _measure_lm_eval(adapters: list[str], tasks: list[str], include_path: Path | None, **settings: Any) -> _Measured:
     from minilora_hub.evaluation.lm_eval_tasks import measure
     from minilora_hub.evaluation.report import known_results, with_numbers
 
@@ -163,26 +157,27 @@ def _lm_eval(adapters: list[str], tasks: list[str], include_path: Path | None, *
         return with_numbers(before, numbers[adapter.name])
 
     document = {"models": [{"name": name, "numbers": [asdict(row) for row in rows]} for name, _, rows in models]}
-    return _Told(models, results, document)
+    return _Measured(models, results, document)
 
 
-def _write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _write(measured: _Measured, out: Path | None) -> list[Path]:
+    """Write one JSON file, or the results.json of each adapter that is a folder."""
+    from minilora_hub.documents import write_whole
+    from minilora_hub.evaluation.outputs import save_results
+
+    if out is not None:
+        return [write_whole(out, json.dumps(measured.document, ensure_ascii=False, indent=1) + "\n")]
+    local = [adapter for _, adapter, _ in measured.models if adapter is not None and adapter.local]
+    return [save_results(measured.results(adapter), adapter.folder) for adapter in local]
 
 
-def _table(told: _Told) -> Table:
-    """A block for each task and metric, a line a model in it: its number with the 95% interval."""
+def _table(measured: _Measured) -> Table:
+    """Make a block for each task and metric, with a row for each model: its number and the 95% interval."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table.grid(padding=(0, 3, 0, 0))
-    per_model = [(name, {(row.task, row.metric): row for row in rows}) for name, _, rows in told.models]
+    per_model = [(name, {(row.task, row.metric): row for row in rows}) for name, _, rows in measured.models]
     for (task, metric), first in per_model[0][1].items():
         items = "" if first.n is None else f", {first.n:,} items"
         lower = ", lower is better" if first.lower_is_better else ""
@@ -195,57 +190,23 @@ def _table(told: _Told) -> Table:
     return table
 
 
-class _Shown:
-    """A bar with rows a second and the time left on a terminal, a line now and then elsewhere."""
+class _Progress:
+    """Shows rows, rows computed per second, and what was measured last."""
 
     def __init__(self, shown: bool) -> None:
         self._shown = shown
-        self._bar: Any = None
-        self._next_line = 0
-
-    def __enter__(self) -> _Shown:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._display: ProgressDisplay | None = None
 
     def __call__(self, progress: Progress) -> None:
-        """After each batch."""
-        if not self._shown:
-            return
-        import time
+        if self._display is None:
+            total = {"total": progress.total, "done": progress.done}
+            self._display = ProgressDisplay("Measuring", "row", shown=self._shown, **total)
+            self._started, self._computed = time.perf_counter(), progress.computed
+        seconds = max(time.perf_counter() - self._started, 1e-9)
+        rate = (progress.computed - self._computed) / seconds
+        self._display.update(progress.done, f"{rate:.1f} rows/s  {progress.what}")
 
-        from rich.console import Console
-
-        console = Console(stderr=True, highlight=False)
-        now = time.perf_counter()
-        if self._bar is None and self._next_line == 0:
-            self._started, self._known = now, (progress.done, progress.computed)
-        seconds = max(now - self._started, 1e-9)
-        rate = (progress.computed - self._known[1]) / seconds
-        facts = f"{rate:.1f} rows/s" if rate else ""
-        if console.is_terminal:
-            if self._bar is None:
-                self._bar = _bar(console)
-                self._task = self._bar.add_task("", total=progress.total, facts="")
-                self._bar.start()
-            self._bar.update(self._task, completed=progress.done, facts=f"{facts}  {progress.what}")
-        elif progress.done >= self._next_line:
-            left = f"  {(progress.total - progress.done) / rate:.0f} s left" if rate else ""
-            print(f"{progress.done}/{progress.total} rows  {facts}{left}  {progress.what}", file=sys.stderr)
-            self._next_line = progress.done + max(1, progress.total // LINES)
-
-
-def _bar(console: Any) -> Any:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    return Progress(TextColumn("Measuring"), *columns, TextColumn("{task.fields[facts]}"), console=console)
+    def close(self) -> None:
+        """Remove the bar from the terminal."""
+        if self._display:
+            self._display.close()

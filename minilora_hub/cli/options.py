@@ -1,11 +1,15 @@
-"""Options and output that several commands use."""
+"""Options and output shared by several commands."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from minilora_hub.formatting import size
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
@@ -16,10 +20,15 @@ Base = Annotated[
 ]
 
 
+Adapter = Annotated[str, typer.Argument(metavar="REPO_OR_DIR", help="An id on the Hub, or a folder.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")]
+Public = Annotated[bool, typer.Option("--public", help="Everybody may see it. Default: private.")]
+
+
 def given(context: typer.Context) -> dict[str, Any]:
-    """Return the parameters of a command that the user gave, by name, also those whose value is the default's."""
+    """Return the parameters that the user gave on the command line, by name, even if they equal the default."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
-    # By name: newer typers bring a copy of click, and its sources are others than click's.
+    # Compared by name: newer versions of typer contain a copy of click with sources of its own.
     return {name: context.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
@@ -33,11 +42,34 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def size_text(count: int) -> str:
-    """Write a number of bytes as people read it, in decimal units as the Hub's pages do."""
-    size = float(count)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
+def print_notes(notes: Sequence[str]) -> None:
+    """Print notes for people, on stderr."""
+    for note in notes:
+        say(f"note: {note}")
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows in aligned columns, on stdout."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
+        typer.echo("  ".join(cells).rstrip())
+
+
+def local_folder(source: str, revision: str | None = None) -> Path:
+    """Return the folder of an adapter; one on the Hub is downloaded into the Hub's cache, and nothing of it is run."""
+    from minilora_hub.hub.client import fetch
+
+    if Path(source).is_dir() or source.startswith((".", "/", "~")):
+        return Path(source).expanduser()
+    return fetch(source, revision=revision, token=None, progress=True)[0]
+
+
+def print_written(folder: Path, facts: dict[str, Any], notes: Sequence[str], as_json: bool) -> None:
+    """Print which folder was written, its size, and what is known about it."""
+    count = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print_notes(notes)
+    if as_json:
+        print_json({"folder": str(folder), "bytes": count} | facts | {"notes": list(notes)})
+    else:
+        typer.echo(f"{folder} ({size(count)})")

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from minilora_hub.cli.options import AsJson, Base, Debug, Revision, print_json, say, size_text
+from minilora_hub.cli.options import Adapter, AsJson, Base, Debug, DryRun, Public, Revision, print_json, say
 from minilora_hub.errors import MiniLoraError
+from minilora_hub.formatting import size
 
 if TYPE_CHECKING:
     from minilora_hub.publish.push.push import PushPlan
@@ -21,8 +22,8 @@ MARKS = {"add": "+", "change": "~", "keep": " ", "delete": "-"}
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The trained adapter.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub, or name under your own user.")],
-    public: Annotated[bool, typer.Option("--public", help="Everybody may see it. Default: private.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")] = False,
+    public: Public = False,
+    dry_run: DryRun = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Send without asking.")] = False,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     tag: Annotated[str | None, typer.Option(metavar="TAG", help="Tag the commit.")] = None,
@@ -39,19 +40,18 @@ def push(
     space: Annotated[
         str | None, typer.Option(metavar="ID", help='The Space that "try it" on the card opens. Default: as before.')
     ] = None,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not load it again afterwards.")] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not verify the repo afterwards.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Publish an adapter: build, check, send in one commit, verify."""
     if as_json and not (yes or dry_run):
-        raise typer.BadParameter("nobody can be asked: pass --yes or --dry-run, too", param_hint="--json")
+        raise typer.BadParameter("does not ask before sending: pass --yes or --dry-run, too", param_hint="--json")
     if not (yes or dry_run or sys.stdin.isatty()):
-        raise typer.BadParameter("nobody can be asked here: pass --yes to send", param_hint="--yes")
+        raise typer.BadParameter("stdin is no terminal to ask on: pass --yes to send", param_hint="--yes")
 
     from minilora_hub.publish.push.push import push as publish
 
-    asks = not (yes or dry_run)
     result = publish(
         folder,
         repo,
@@ -68,7 +68,7 @@ def push(
         space=space,
         verify=not no_verify,
         progress=not as_json,
-        confirm=_ask if asks else None,
+        confirm=None if yes or dry_run else _ask,
     )
     if as_json:
         print_json(result.to_dict())
@@ -98,10 +98,10 @@ def _print_plan(plan: PushPlan) -> None:
     typer.echo(f"{plan.repo_id} ({new}, {seen}), {'a pull request to ' if plan.create_pr else ''}{plan.revision}")
     for file in plan.files:
         digest = (file.sha256 or "deleted")[:12]
-        typer.echo(f"  {MARKS[file.action]} {file.path:<40} {size_text(file.size):>10}  {digest}")
+        typer.echo(f"  {MARKS[file.action]} {file.path:<40} {size(file.size):>10}  {digest}")
     sent = sum(file.size for file in plan.sends if file.action != "delete")
     kept = sum(file.action == "keep" for file in plan.files)
-    typer.echo(f"{len(plan.sends)} files to send ({size_text(sent)}), {kept} are there already")
+    typer.echo(f"{len(plan.sends)} files to send ({size(sent)}), {kept} are there already")
     typer.echo(
         f"logits to verify with: {'reused' if plan.recording.reused else 'recorded now'}, {plan.recording.reason}"
     )
@@ -112,7 +112,7 @@ def _print_plan(plan: PushPlan) -> None:
 
 
 def verify(
-    adapter: Annotated[str, typer.Argument(metavar="REPO_OR_DIR", help="An id on the Hub, or a folder.")],
+    adapter: Adapter,
     revision: Revision = None,
     base: Base = None,
     trust_remote_code: Annotated[
@@ -121,7 +121,7 @@ def verify(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Load an adapter in a clean process, and compare it with its record."""
+    """Load an adapter in a clean process, and compare it with its recorded logits and hashes."""
     from minilora_hub.publish.verify.verify import verify as verify_adapter
 
     report = verify_adapter(

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minilora_hub.cli.options import AsJson, Debug, print_json, size_text
+from minilora_hub.cli.options import AsJson, Debug, DryRun, Public, print_json
+from minilora_hub.formatting import size
 
 if TYPE_CHECKING:
     from minilora_hub.publish.space.push import SpacePush
@@ -36,7 +37,7 @@ def push(
     hardware: Annotated[
         str | None, typer.Option(metavar="FLAVOR", help="E.g. cpu-basic, zero-a10g, t4-small. Default: as it is.")
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Everybody may see it. Default: private.")] = False,
+    public: Public = False,
     mcp: Annotated[bool, typer.Option("--mcp", help="Also a tool for MCP clients.")] = False,
     variable: Annotated[
         list[str] | None,
@@ -53,7 +54,7 @@ def push(
         typer.Option(help="Default, and safer: HF_TOKEN, or the one of `hf auth login`.", show_default=False),
     ] = None,
     wait: Annotated[float, typer.Option(min=0, help="Seconds until it must run; 0 does not wait.")] = 1800.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")] = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -106,11 +107,11 @@ def _print(plan: SpacePush) -> None:
     seen = "private: only its owner sees it" if plan.private else "PUBLIC: everybody sees it"
     new = "a new Space" if plan.creates else "a Space that is there"
     typer.echo(f"{plan.space} ({new}, {seen}), hardware: {plan.hardware or 'as it is'}")
-    for path, size in plan.files.items():
-        typer.echo(f"  + {path:<60} {size_text(size):>10}")
+    for path, count in plan.files.items():
+        typer.echo(f"  + {path:<60} {size(count):>10}")
     for path in plan.deletes:
         typer.echo(f"  - {path}")
-    typer.echo(f"{len(plan.files)} files ({size_text(sum(plan.files.values()))})")
+    typer.echo(f"{len(plan.files)} files ({size(sum(plan.files.values()))})")
     for name, value in plan.variables.items():
         typer.echo(f"variable: {name}={value}")
     for name in plan.secrets:

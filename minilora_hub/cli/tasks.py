@@ -15,7 +15,7 @@ def tasks(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            "--task", metavar="T", help="dates, numbers, inflection or records. Again for more. Default: all."
+            "--task", metavar="T", help="dates, numbers, inflection or records; may be repeated. Default: all."
         ),
     ] = None,
     split: Annotated[

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minilora_hub.cli.options import AsJson, Debug, given, print_json, say
+from minilora_hub.cli.options import AsJson, Debug, given, print_json, print_notes, print_table, say
+from minilora_hub.errors import TrainingError
 
 if TYPE_CHECKING:
     from minilora_hub.training.plan import Plan
     from minilora_hub.training.settings import TrainingSettings
+    from minilora_hub.training.sweep_trials import Trial
 
 METHODS = "lora, dora, mixlora, mixdora; through PEFT: rslora, pissa, loftq, adalora, fourierft, vera, peft."
 
@@ -20,14 +22,12 @@ Method = Annotated[str | None, typer.Option("--method", metavar="M", help=METHOD
 TrainedBase = Annotated[str | None, typer.Option("--base", metavar="ID", help='"embedded", a folder or a Hub id.')]
 Data = Annotated[
     list[str] | None,
-    typer.Option("--data", metavar="FILE", help=".jsonl, .csv or .parquet, again for more; or a data set on the Hub."),
+    typer.Option("--data", metavar="FILE", help=".jsonl, .csv or .parquet, may be repeated; or a data set on the Hub."),
 ]
-Config = Annotated[
-    Path | None, typer.Option("--config", metavar="YAML", help="A file of settings; flags come before it.")
-]
+Config = Annotated[Path | None, typer.Option("--config", metavar="YAML", help="A file of settings; flags override it.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, e.g. num_experts=4. May be given again."),
+    typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, e.g. num_experts=4. May be repeated."),
 ]
 
 
@@ -39,10 +39,10 @@ def train(
     data: Data = None,
     config: Config = None,
     set_: Set = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in DIR.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in DIR.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and train nothing.")] = False,
     rank: Annotated[int | None, typer.Option("--rank", "-r", help="Rank of the low-rank updates.")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Its peak.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Peak learning rate.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows per step, over all processes.")] = None,
@@ -60,25 +60,28 @@ def train(
     ] = None,
     save_every: Annotated[int | None, typer.Option(metavar="N", help="Steps between checkpoints.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="transformers' name, e.g. paged_adamw_8bit.")] = None,
-    loraplus_ratio: Annotated[float | None, typer.Option(help="LoRA+: B learns that much faster than A.")] = None,
-    quantize: Annotated[str | None, typer.Option(metavar="KIND", help="nf4 or int8: a quantised base.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of initial weights, order and held-out rows.")] = None,
+    loraplus_ratio: Annotated[float | None, typer.Option(help="LoRA+: how many times faster B learns than A.")] = None,
+    quantize: Annotated[str | None, typer.Option(metavar="KIND", help="Quantise the base: nf4 or int8.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of initial weights, order and held-out rows.")] = None,
     report_to: Annotated[
         list[str] | None, typer.Option("--report-to", metavar="NAME", help="trackio, tensorboard or wandb.")
     ] = None,
-    base_revision: Annotated[str | None, typer.Option(metavar="REV", help="Of a base on the Hub.")] = None,
-    data_split: Annotated[str | None, typer.Option(metavar="SPLIT", help="Of a data set on the Hub.")] = None,
-    data_revision: Annotated[str | None, typer.Option(metavar="REV", help="Of a data set on the Hub.")] = None,
+    base_revision: Annotated[str | None, typer.Option(metavar="REV", help="Revision of a base on the Hub.")] = None,
+    data_split: Annotated[str | None, typer.Option(metavar="SPLIT", help="Split of a data set on the Hub.")] = None,
+    data_revision: Annotated[str | None, typer.Option(metavar="REV", help="Revision of a data set on the Hub.")] = None,
     license: Annotated[str | None, typer.Option(metavar="ID", help="The adapter's licence, for its card.")] = None,
-    language: Annotated[list[str] | None, typer.Option(metavar="CODE", help="A language of it, for its card.")] = None,
-    about_data: Annotated[str | None, typer.Option(metavar="TEXT", help="What the data is, for the card.")] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(metavar="CODE", help="The adapter's language, for its card. May be repeated.")
+    ] = None,
+    about_data: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Description of the data, for the card.")
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Train an adapter; the folder is ready for minilora push."""
     from minilora_hub.training.run import train as run
 
-    said = _settings(given(context), set_)
     result = run(
         out,
         config=config,
@@ -86,7 +89,7 @@ def train(
         dry_run=dry_run,
         progress=not as_json,
         on_plan=None if as_json else _print_plan,
-        **said,
+        **_settings(context, set_),
     )
     if not result.main:
         return
@@ -97,8 +100,7 @@ def train(
         say(f"skipped {line}")
     if result.skipped:
         say(f"{len(result.skipped)} row{'s' if len(result.skipped) > 1 else ''} skipped")
-    for note in result.notes:
-        say(f"note: {note}")
+    print_notes(result.notes)
     if dry_run:
         typer.echo("Nothing was trained.")
         return
@@ -112,16 +114,16 @@ def train(
 NOT_SETTINGS = ("out", "config", "set_", "resume", "dry_run", "as_json", "debug", "vary", "search", "trials", "minutes")
 
 
-def _settings(said: dict[str, Any], assignments: list[str] | None) -> dict[str, Any]:
-    """The settings among what the user gave: the flags, each by its setting's name, and the values of --set.
+def _settings(context: typer.Context, assignments: list[str] | None) -> dict[str, Any]:
+    """Return the settings that the user gave: the flags, each by its setting's name, and the values of --set.
 
     Raises:
         TrainingError: a setting is given twice.
     """
-    from minilora_hub.errors import TrainingError
     from minilora_hub.training.settings import parse_assignment
 
-    settings = {"r" if name == "rank" else name: value for name, value in said.items() if name not in NOT_SETTINGS}
+    flags = {name: value for name, value in given(context).items() if name not in NOT_SETTINGS}
+    settings = {"r" if name == "rank" else name: value for name, value in flags.items()}
     for text in assignments or []:
         name, value = parse_assignment(text)
         if name in settings:
@@ -135,9 +137,15 @@ def _print_plan(plan: Plan, settings: TrainingSettings) -> None:
         say(f"{name:<10} {value}")
 
 
+def _print_trial(number: int, trial: Trial) -> None:
+    values = ", ".join(f"{name} {value}" for name, value in trial.values.items())
+    ends = {"running": "", "failed": f": {trial.reason}", "finished": f": {trial.validation_loss or 0:.4f}"}
+    say(f"trial {number}: {values}{ends[trial.state]}")
+
+
 def sweep(
     context: typer.Context,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder: new, or with a sweep to go on with.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder: new, or with a sweep to continue.")],
     vary: Annotated[
         list[str],
         typer.Option("--vary", metavar="NAME=VALUES", help="learning_rate=1e-4,1e-3 or, for tpe, 1e-5..1e-3. Again."),
@@ -147,22 +155,16 @@ def sweep(
     data: Data = None,
     config: Config = None,
     set_: Set = None,
-    search: Annotated[str, typer.Option(metavar="HOW", help="grid, or tpe by optuna.")] = "grid",
-    trials: Annotated[int | None, typer.Option(metavar="N", min=1, help="At most so many trials.")] = None,
-    minutes: Annotated[float | None, typer.Option(metavar="M", help="Training time at most, in minutes.")] = None,
+    search: Annotated[str, typer.Option(metavar="HOW", help="grid, or optuna's tpe.")] = "grid",
+    trials: Annotated[int | None, typer.Option(metavar="N", min=1, help="Maximum number of trials.")] = None,
+    minutes: Annotated[float | None, typer.Option(metavar="M", help="Maximum training time in minutes.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Train with varied settings; the best on validation wins. The same command goes on where it was stopped."""
-    from minilora_hub.training.sweep import TABLE_FILE, Trial, parse_varied
+    """Train with varied settings, and find the best on validation. The same command continues a stopped sweep."""
     from minilora_hub.training.sweep import sweep as run
-
-    said = _settings(given(context), set_)
-
-    def tell(number: int, trial: Trial) -> None:
-        values = ", ".join(f"{name} {value}" for name, value in trial.values.items())
-        ends = {"running": "", "failed": f": {trial.reason}", "finished": f": {trial.validation_loss or 0:.4f}"}
-        say(f"trial {number}: {values}{ends[trial.state]}")
+    from minilora_hub.training.sweep_report import TABLE_FILE
+    from minilora_hub.training.sweep_trials import parse_varied
 
     result = run(
         out,
@@ -171,10 +173,12 @@ def sweep(
         trials=trials,
         minutes=minutes,
         progress=not as_json,
-        on_trial=None if as_json else tell,
+        on_trial=None if as_json else _print_trial,
         config=config,
-        **said,
+        **_settings(context, set_),
     )
+    if not result.main:
+        return
     if as_json:
         print_json(asdict(result) | {"out": str(out)})
         return
@@ -184,11 +188,8 @@ def sweep(
         loss = f"{trial.validation_loss:.4f}" if trial.validation_loss is not None else trial.state
         step = "" if trial.step is None else str(trial.step)
         table.append([*(str(trial.values[name]) for name in names), loss, step, f"{trial.seconds:.0f}"])
-    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
-    for line in table:
-        typer.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
-    for note in result.notes:
-        say(f"note: {note}")
+    print_table(table)
+    print_notes(result.notes)
     if result.left:
         say(f"{result.left} trials were not made")
     typer.echo(f"table and plot: {out / TABLE_FILE}, {out}")

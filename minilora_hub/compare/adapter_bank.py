@@ -18,20 +18,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from minilora_hub.adapter_folder.facts import AdapterFacts, adapter_facts
-from minilora_hub.adapter_folder.folders import naming
-from minilora_hub.adapter_folder.sources import read_source
+from minilora_hub.adapter_folder.folders import AdapterFacts, adapter_facts, naming, read_source
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.compare.banked_layers import BankedBlock, BankedLinear, BatchRows, LinearUpdate
 from minilora_hub.compare.found_adapters import shared_copy
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.reading import read_adapter
-from minilora_hub.remote_code.adapted_linear import keep_4bit_weights_exact, linear_shape, plain_weight
 from minilora_hub.remote_code.attach import build_modules
+from minilora_hub.remote_code.linear_layers import keep_4bit_weights_exact, linear_shape, plain_weight
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
 
 
@@ -259,7 +258,7 @@ class AdapterBank:
             if isinstance(module, MixtureOfLoraExperts):
                 module.eval().prepare()
                 parts[site.path] = module
-                own = [module.router, *module.experts.parameters()]  # not the base's, which are shared
+                own: list[Any] = [module.router, *module.experts.parameters()]  # not the base's, which are shared
             else:
                 parts[site.path] = update = LinearUpdate.of(module)
                 own = [tensor for tensor in update if isinstance(tensor, torch.Tensor)]

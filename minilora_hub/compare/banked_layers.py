@@ -17,15 +17,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minilora_hub.remote_code.adapted_linear import (
-    AdaptedLinear,
-    add_low_rank_,
-    apply_dora_scale_,
-    plain_weight,
-)
+from minilora_hub.remote_code.adapted_linear import AdaptedLinear, add_low_rank_, apply_dora_scale_
 from minilora_hub.remote_code.base_structure import FeedForwardStructure
+from minilora_hub.remote_code.linear_layers import plain_weight
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
-from minilora_hub.remote_code.routing import Routes
+from minilora_hub.remote_code.routing_record import Routes
 
 
 class Group(NamedTuple):
@@ -103,7 +99,7 @@ def _most_few_rows(layer: nn.Module) -> int:
     """Up to how many rows W x^T is quicker than x W^T: fp32 on a CPU, where the matrix library is poor at 2 to 4 rows.
 
     Measured with torch 2.13 on an AMD EPYC, 2 threads: at 4 rows 1.4 to 2.2 times as quick for the layers of
-    SmolLM2-135M, and for its head of 49,152 rows 2.7 times (`python tests/bench/bench_few_rows.py`).
+    SmolLM2-135M, and 2.7 times for its head of 49,152 rows.
     """
     weight = plain_weight(layer)
     if weight is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
@@ -231,8 +227,9 @@ class BankedBlock(nn.Module):
         for rows in self._runs():
             tokens = slice(rows.start * per_row, rows.stop * per_row)
             inputs = [out[tokens] for out in shared]
+            routed: Any = None
             if rows.mixture is None:
-                routed, part = None, self.structure.activate(*inputs)  # (run's tokens, ff)
+                part = self.structure.activate(*inputs)  # (run's tokens, ff)
                 linear_groups += [
                     Group(at + (start - rows.start) * per_row, at + (stop - rows.start) * per_row, key)
                     for start, stop, key, _ in rows.groups
@@ -270,7 +267,7 @@ class BankedBlock(nn.Module):
                     )
                 if group.solo is not None:
                     mixture = copy.copy(mixture)  # shares every tensor
-                    mixture.routing = SoloRouting(group.solo)
+                    mixture.routing = SoloRouting(group.solo)  # type: ignore[assignment]
                 runs.append(_Run(group.start, group.stop, (group,), mixture))
                 at = group.stop
         if at < self.rows.count:

@@ -9,7 +9,7 @@ over the cores, and were measured ten times slower.)
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +19,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from minilora_hub.adapter_folder.facts import Kind
+from minilora_hub.adapter_folder.folders import Kind
+from minilora_hub.bases.loading import load_base, load_tokenizer
+from minilora_hub.bases.resolving import resolve_base
 from minilora_hub.compare.adapter_bank import AdapterBank, BankMemory
 from minilora_hub.compare.answer import Answer, Row, Update
 from minilora_hub.compare.batch import Batch
-from minilora_hub.compare.found_adapters import Progress, find_adapters, load_base
+from minilora_hub.compare.found_adapters import find_adapters
 from minilora_hub.compare.prompting import Prompting, Promptings
 from minilora_hub.compare.sampling import Sampling
 from minilora_hub.errors import AdapterError
@@ -97,7 +99,7 @@ class CompareEngine:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         memory_limit: int | None = None,
-        progress: Progress = lambda line: None,
+        progress: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Load everything; see the class for the arguments."""
         # A misspelt name is told before a base is loaded in vain.
@@ -107,9 +109,13 @@ class CompareEngine:
                 raise ValueError("tokenizer=None: must be given where base is a model")
             model, name = base, "base"
         else:
-            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            model, own_tokenizer, name = load_base(base, device, dtype, progress)
-            tokenizer = tokenizer or own_tokenizer
+            device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            resolved = resolve_base(base)
+            # On a CPU, fp32 is both the fastest and the exact choice; elsewhere the checkpoint's own dtype.
+            wanted = dtype or (torch.float32 if device.type == "cpu" else "auto")
+            model = load_base(resolved, dtype=wanted, device=device, progress=progress)
+            tokenizer = tokenizer or load_tokenizer(resolved)
+            name = (resolved.hub_id or resolved.path.name).rpartition("/")[2]
         self.tokenizer = tokenizer
         self.bank = AdapterBank(model, limit=memory_limit)
         self._promptings = Promptings(self.bank.model, tokenizer)

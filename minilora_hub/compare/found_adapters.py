@@ -1,25 +1,19 @@
-"""What a comparison is made of: finding adapters and loading their base."""
+"""Find the adapters of a comparison, and share one base among them."""
 
 from __future__ import annotations
 
 import copy
 import re
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from minilora_hub.adapter_folder.facts import KINDS, adapter_facts
-from minilora_hub.adapter_folder.sources import WEIGHTS, read_source
-from minilora_hub.bases.resolving import load_model, resolve_base
+from minilora_hub.adapter_folder.folders import KINDS, adapter_facts, read_source
+from minilora_hub.adapter_folder.names import WEIGHTS
 from minilora_hub.errors import AdapterError
 from minilora_hub.hub.client import fetch
-
-Progress = Callable[[str], None]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -63,7 +57,7 @@ def find_adapter(name: str | Path) -> FoundAdapter:
         folder, _ = fetch(str(name), revision=None, token=None, progress=True)
     except AdapterError as error:
         raise AdapterError(f"adapter {str(name)!r}: there is no such folder, and on the Hub: {error}") from None
-    read_source(folder)
+    read_source(folder, str(name))
     return FoundAdapter(str(name).rpartition("/")[2], folder)
 
 
@@ -92,29 +86,6 @@ def find_adapters(names: Iterable[str | Path]) -> list[FoundAdapter]:
     return [replace(adapter, name=name) for adapter, name in zip(found, shown, strict=True)]
 
 
-def load_base(
-    base: str | Path, device: str | torch.device, dtype: torch.dtype | None, progress: Progress
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """Load a base by name or folder; its own remote code stays off.
-
-    Returns:
-        The model, its tokenizer, and what it is called on screen.
-
-    Raises:
-        BaseModelError: it cannot be found or loaded, or its checkpoint lacks a tensor.
-    """
-    started = time.perf_counter()
-    progress(f"Loading the base {str(base)!r} …")
-    resolved = resolve_base(base)
-    # On a CPU, fp32 is both the quickest and the exact choice; elsewhere the checkpoint's own dtype.
-    wanted = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
-    model = load_model(resolved, dtype=wanted)
-    model.to(device)
-    tokenizer = AutoTokenizer.from_pretrained(resolved.path, trust_remote_code=False)
-    progress(f"  {_millions(_size(model))} parameters on {device} ({time.perf_counter() - started:.1f} s)")
-    return model, tokenizer, (resolved.hub_id or resolved.path.name).rpartition("/")[2]
-
-
 def shipped_adapters() -> list[Path]:
     """Find the adapters that travel with minilora_hub: in an installed wheel or in a checkout; the simplest kind first.
 
@@ -127,11 +98,3 @@ def shipped_adapters() -> list[Path]:
         if found:
             return sorted(found, key=lambda folder: KINDS.index(found[folder]))
     raise AdapterError("this copy of minilora_hub ships no adapters: name the folders of your own")
-
-
-def _size(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"

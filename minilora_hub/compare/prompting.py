@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from minilora_hub.adapter_folder.companions import TOKENIZING, companion_files, own_generation_settings, own_tokenizer
+from minilora_hub.adapter_folder.companions import companion_files, own_generation_settings, own_tokenizer
+from minilora_hub.adapter_folder.names import TOKENIZING
 from minilora_hub.bases.end_tokens import end_token_ids
 from minilora_hub.errors import AdapterError
 from minilora_hub.remote_code.base_loading import refuse_unknown_tokens

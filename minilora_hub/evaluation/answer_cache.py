@@ -1,9 +1,8 @@
-"""What was computed, kept in files: a run that is stopped goes on where it was, and a base is measured once.
+"""Cache computed answers in files: an interrupted run continues where it stopped, and a base is measured once.
 
-A file for each model (base and adapter), a line for each batch. A line's key is a hash of everything that determines
-what the batch computes: the weights, the prompts of the whole batch, the limits, the dtype, the code that computes it,
-the libraries. So an answer is never taken for that of other weights, settings or code, and a run that is resumed gives
-what it would have given.
+There is one file for each model (base and adapter) and one line for each batch. A line's key is a hash of everything
+that determines the result: the weights, the prompts of the whole batch, the limits, the dtype, the code, the libraries.
+So a resumed run gives the same results as one that was not interrupted.
 """
 
 from __future__ import annotations
@@ -14,29 +13,30 @@ import os
 from pathlib import Path
 from typing import Any
 
+from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG, WEIGHTS
 from minilora_hub.code_inputs import code_inputs, library_inputs
 
 FORMAT = 2
-# Hashed as this module is imported: what a file says later is not what this process runs.
+# Hashed on import: a file that changes later is not what this process runs.
 CODE_AND_LIBRARIES = code_inputs("minilora_hub.evaluation.run") | library_inputs()
 
 
 def default_folder() -> Path:
-    """Where it is kept: in minilora_hub's cache."""
+    """Return the folder in minilora_hub's cache."""
     from minilora_hub.bases.embedded import cache_root
 
     return cache_root() / "evaluation"
 
 
 def digest_of(value: Any) -> str:
-    """Hash of a JSON value."""
+    """Hash a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def adapter_digest(folder: Path) -> str:
-    """Hash of an adapter's weights and configuration: the files that determine what it computes."""
+    """Hash an adapter's weights and configuration: the files that determine its answers."""
     digest = hashlib.sha256()
-    for name in ("adapter_config.json", "config.json", "adapter_model.safetensors"):
+    for name in (PEFT_CONFIG, OUR_CONFIG, WEIGHTS):
         if (folder / name).is_file():
             with (folder / name).open("rb") as file:
                 digest.update(f"{name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
@@ -44,18 +44,18 @@ def adapter_digest(folder: Path) -> str:
 
 
 class AnswerCache:
-    """What one model has computed.
+    """The cached results of one model.
 
     Args:
-        folder: where the files are; None keeps nothing.
-        model: what identifies the model's weights and how they are computed, as JSON.
+        folder: the folder of the files; None: nothing is written.
+        model: JSON that identifies the model's weights and how they are run.
 
     Attributes:
-        hits: how many values were found.
+        hits: number of values that were found.
     """
 
     def __init__(self, folder: Path | None, model: dict[str, Any]) -> None:
-        """Read what is there. A line that was not written to its end is as good as none."""
+        """Read the file. A line that was not written completely is ignored."""
         self._model = {"format": FORMAT, **model} | CODE_AND_LIBRARIES
         self._path = None if folder is None else folder / f"{digest_of(self._model)[:32]}.jsonl"
         self._known: dict[str, Any] = {}
@@ -73,17 +73,17 @@ class AnswerCache:
                 continue
 
     def key(self, work: dict[str, Any]) -> str:
-        """The key of a piece of work, described as JSON, for this model."""
+        """Return the key of this model's result for a piece of work, described as JSON."""
         return digest_of([self._model, work])
 
     def get(self, key: str) -> Any | None:
-        """What is known under a key; None where nothing is."""
+        """Return the value of a key; None if there is none."""
         found = self._known.get(key)
         self.hits += found is not None
         return found
 
     def put(self, key: str, value: Any) -> None:
-        """Add a value, a JSON value, and write it through to the disk."""
+        """Add a JSON value, and write it to the disk."""
         self._known[key] = value
         if self._path is None:
             return

@@ -1,12 +1,11 @@
-"""lm-eval's own tasks, run by its own library (EleutherAI's harness, 0.4), for the base and any adapter of the bank.
+"""Run lm-eval's own tasks with its own library (EleutherAI's harness, 0.4), on the base and any adapter of the bank.
 
-lm-eval prepares prompts, scores and standard errors; it is handed the bank's model, whose rows follow one adapter.
+lm-eval prepares prompts, scores and standard errors; it gets the bank's model, all of whose rows have one adapter.
 """
 
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,29 +15,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minilora_hub.adapter_folder.results import Evaluation
+from minilora_hub.bases.loading import load_base, load_tokenizer
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.engine import context_length
-from minilora_hub.compare.found_adapters import load_base
 from minilora_hub.compare.prompting import Prompting, Promptings
 from minilora_hub.errors import MissingExtraError
 from minilora_hub.evaluation.metrics import DIGITS
-from minilora_hub.evaluation.settings import Adapter, Settings, find_adapters, find_base
+from minilora_hub.evaluation.report import command_line
+from minilora_hub.evaluation.settings import Adapter, Settings, common_base, find_adapters
 
 if TYPE_CHECKING:
     from minilora_hub.bases.resolving import ResolvedBase
 
 Z = 1.959964
-"""Standard errors from the middle to the ends of a 95% interval."""
+"""Half the width of a 95% interval, in standard errors."""
 
 
 @dataclass(frozen=True)
 class LmEvalReport:
-    """What lm-eval has measured.
+    """The numbers that lm-eval measured.
 
     Attributes:
-        base: on which base.
+        base: the base that was measured.
         fingerprint: of its weights.
-        base_parameters: how many it has.
+        base_parameters: their number.
         models: the bare base (None) and each adapter, with its numbers beside the base's.
     """
 
@@ -80,28 +80,30 @@ def measure(
     if include_path is not None and not include_path.is_dir():
         raise ValueError(f"include_path={str(include_path)!r}: must be a folder with tasks of lm-eval")
     found = find_adapters(adapters)
-    resolved, fingerprint = find_base(base, found)
+    resolved, fingerprint = common_base(base, found)
     manager = _manager(include_path)
     for name in settings.tasks:
         if name not in manager.all_tasks:
             raise ValueError(f"lm_eval={name!r}: must be a task that lm-eval knows (lm-eval ls tasks)")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = "embedded" if resolved.embedded else resolved.path
-    model, tokenizer, _ = load_base(where, device, getattr(torch, dtype), progress)
+    model = load_base(resolved, dtype=dtype, device=device, progress=progress)
+    tokenizer = load_tokenizer(resolved)
     bank = AdapterBank(model)
     promptings = Promptings(model, tokenizer)
     promptings_of = {None: promptings.base} | {adapter.name: promptings.of(adapter.folder) for adapter in found}
     for adapter in found:
         bank.load(adapter.name, adapter.folder)
     results: list[dict[tuple[str, str], Evaluation]] = []
-    command = _command(settings, resolved)
+    arguments = [part for task in settings.tasks for part in ("--lm-eval", task)]
+    arguments += [] if count is None else ["--count", str(count)]
+    command = command_line(resolved, arguments, settings)
     for one in (None, *found):
         progress(f"lm-eval: {one.name if one else 'base'}")
         row_of = one.name if one else None
         with _rows_of(bank, row_of, promptings_of[row_of]):
-            said = _run(bank.model, promptings_of[row_of].tokenizer, settings, manager)
-        results.append(_evaluations(said, command, results[0] if results else {}))
+            output = _run(bank.model, promptings_of[row_of].tokenizer, settings, manager)
+        results.append(_evaluations(output, command, results[0] if results else {}))
     return LmEvalReport(
         resolved,
         fingerprint,
@@ -111,7 +113,7 @@ def measure(
 
 
 def _manager(include_path: Path | None) -> Any:
-    """lm-eval's list of tasks."""
+    """Return lm-eval's registry of tasks."""
     try:
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
@@ -124,7 +126,7 @@ def _manager(include_path: Path | None) -> Any:
 
 @contextmanager
 def _rows_of(bank: AdapterBank, name: str | None, prompting: Prompting) -> Iterator[None]:
-    """Give every row of every forward of the bank's model to one adapter, whoever calls it."""
+    """Run every row of every forward of the bank's model with one adapter, inside the `with` block."""
     with bank.use([name]), ExitStack() as rows:
 
         def enter(module: Any, args: Any, kwargs: Any) -> None:
@@ -158,23 +160,23 @@ def _run(model: Any, tokenizer: Any, settings: Settings, manager: Any) -> dict[s
         batch_size=settings.batch_size,
         max_length=context_length(model),
     )
-    said = simple_evaluate(
+    output = simple_evaluate(
         model=language_model,
         tasks=list(settings.tasks),
         limit=settings.count,
         task_manager=manager,
         log_samples=False,
     )
-    assert said is not None  # it is None in all but the first of several processes
-    return dict(said)
+    assert output is not None  # it is None in all but the first of several processes
+    return dict(output)
 
 
 def _evaluations(
-    said: dict[str, Any], command: str, base: dict[tuple[str, str], Evaluation]
+    output: dict[str, Any], command: str, base: dict[tuple[str, str], Evaluation]
 ) -> dict[tuple[str, str], Evaluation]:
-    """lm-eval's numbers by task and metric, beside the base's."""
+    """Return lm-eval's numbers by task and metric, beside the base's."""
     found: dict[tuple[str, str], Evaluation] = {}
-    for task, numbers in said["results"].items():
+    for task, numbers in output["results"].items():
         for key, value in numbers.items():
             metric, _, filter_name = key.partition(",")
             if metric.endswith("_stderr") or not isinstance(value, float) or not filter_name:
@@ -190,22 +192,11 @@ def _evaluations(
                 metric=shown,
                 value=value,
                 base_value=bare.value if bare else None,
-                n=said.get("n-samples", {}).get(task, {}).get("effective"),
+                n=output.get("n-samples", {}).get(task, {}).get("effective"),
                 interval=interval,
                 command=command,
-                note=f"lm-eval {said.get('lm_eval_version')}, the task as it defines it, without a chat template",
-                lower_is_better=not said.get("higher_is_better", {}).get(task, {}).get(metric, True),
+                note=f"lm-eval {output.get('lm_eval_version')}, the task as it defines it, without a chat template",
+                lower_is_better=not output.get("higher_is_better", {}).get(task, {}).get(metric, True),
                 base_interval=bare.interval if bare else None,
             )
     return found
-
-
-def _command(settings: Settings, base: ResolvedBase) -> str:
-    """What measures this again; DIR stands for the adapter's folder."""
-    name = "embedded" if base.embedded else base.hub_id or "BASE"
-    parts = ["minilora", "eval", "DIR", "--base", name]
-    for task in settings.tasks:
-        parts += ["--lm-eval", task]
-    if settings.count is not None:
-        parts += ["--count", str(settings.count)]
-    return shlex.join([*parts, "--dtype", settings.dtype, "--batch-size", str(settings.batch_size)])

@@ -1,7 +1,7 @@
-"""How answers count, and how sure that is: exact match, JSON field F1, perplexity, 95% intervals, paired comparison.
+"""Score answers, with 95% intervals: exact match, JSON field F1, perplexity, and paired comparison.
 
-Intervals are percentile bootstraps of scipy over the items, seeded. Where all items score the same a bootstrap has no
-width, which would claim certainty: there it is Wilson's score interval, also scipy's.
+Intervals are seeded percentile bootstraps of scipy over the items. Where all items have the same score, a bootstrap
+would have no width; there it is Wilson's score interval, also of scipy.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ CONFIDENCE = 0.95
 RESAMPLES = 9_999
 SEED = 0
 DIGITS = 4
-"""After the point, of what is reported."""
+"""Decimal places of reported values."""
 
 Interval = tuple[float, float]
 
 
 def normalised(answer: str) -> str:
-    """What is compared: the answer without white space around it, and nothing else changed."""
+    """Return the answer as it is compared: without white space around it."""
     return answer.strip()
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1 if the answer is the reference, character for character after `normalised`; else 0."""
+    """Return 1 if the answer equals the reference after `normalised`, else 0."""
     return float(normalised(answer) == normalised(reference))
 
 
 def json_fields(value: Any) -> dict[tuple[str | int, ...], Any]:
-    """The leaves of a JSON value by their path; null, ``{}`` and ``[]`` are leaves, a place in a list is a number."""
+    """Return the leaves of a JSON value by their path; null, ``{}`` and ``[]`` are leaves, list indices are numbers."""
     children: Any = ()
     if isinstance(value, dict):
         children = value.items()
@@ -46,10 +46,10 @@ def json_fields(value: Any) -> dict[tuple[str | int, ...], Any]:
 
 
 def json_field_f1(answer: str, reference: str) -> float:
-    """F1 of the answer's fields against the reference's: a field is right if its path and its value are.
+    """Return F1 of the answer's fields against the reference's: a field is right if its path and its value are.
 
     2 · right / (fields of the answer + fields of the reference). Texts are compared exactly, numbers by value, and true
-    is not 1. An answer that is no JSON, or says a key twice, scores 0.
+    is not 1. An answer that is not JSON, or repeats a key, scores 0.
     """
     try:
         said = json_fields(strict_json(normalised(answer)))
@@ -65,15 +65,15 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def perplexity(negative_log_likelihoods: Sequence[float], tokens: Sequence[int]) -> float:
-    """exp(sum of -ln p / number of predicted tokens), from the sums (nats) and token counts of windows of text."""
+    """Return exp(sum of -ln p / predicted tokens), from the sums (nats) and token counts of windows of text."""
     return math.exp(math.fsum(negative_log_likelihoods) / sum(tokens))
 
 
-# ---- how sure ----
+# ---- intervals ----
 
 
 def require_library() -> None:
-    """Raise MissingExtraError if scipy is not installed: said before hours of work."""
+    """Raise MissingExtraError if scipy is not installed, before hours of work."""
     _stats()
 
 
@@ -86,12 +86,12 @@ def _stats() -> Any:
 
 
 def mean(scores: Sequence[float]) -> float:
-    """The mean of at least one score."""
+    """Return the mean of at least one score."""
     return math.fsum(scores) / len(scores)
 
 
 def mean_interval(scores: Sequence[float]) -> Interval | None:
-    """95% interval of the mean of scores between 0 and 1 over items; None where too little is known for one."""
+    """Return the 95% interval of the mean of scores between 0 and 1; None where all are equal and neither 0 nor 1."""
     constant = _constant(scores)
     if constant is None:
         return bootstrapped([scores], _means)
@@ -99,7 +99,7 @@ def mean_interval(scores: Sequence[float]) -> Interval | None:
 
 
 def macro_interval(groups: Sequence[Sequence[float]]) -> Interval | None:
-    """95% interval of the mean of the groups' means; each group is resampled on its own."""
+    """Return the 95% interval of the mean of the groups' means; each group is resampled on its own."""
     if all(_constant(group) is not None for group in groups):
         pooled = [score for group in groups for score in group]
         return mean_interval(pooled) if len({group[0] for group in groups}) == 1 else None
@@ -107,7 +107,7 @@ def macro_interval(groups: Sequence[Sequence[float]]) -> Interval | None:
 
 
 def perplexity_interval(negative_log_likelihoods: Sequence[float], tokens: Sequence[int]) -> Interval | None:
-    """95% interval of `perplexity`, over windows of text; None for a single window."""
+    """Return the 95% interval of `perplexity`, over windows of text; None for a single window."""
     import numpy as np
 
     if len(tokens) < 2:
@@ -121,12 +121,12 @@ def perplexity_interval(negative_log_likelihoods: Sequence[float], tokens: Seque
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better one is than another on the same items.
+    """Difference of the scores of two models on the same items.
 
     Attributes:
-        value: mean score of the first less that of the second.
-        interval: 95%, over the items; None where too little is known for one.
-        n: items.
+        value: mean score of the first minus that of the second.
+        interval: 95%, over the items; None where it cannot be estimated.
+        n: number of items.
         wins: items on which the first scores higher.
         losses: items on which it scores lower.
     """
@@ -139,14 +139,14 @@ class Difference:
 
     @property
     def larger_than_noise(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the interval excludes 0."""
         return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """Compare the scores of two on the same items, in the same order.
+    """Compare the scores of two models on the same items, in the same order.
 
-    Where no item tells them apart, the interval is what Wilson's says about the share of such items.
+    Where all items differ by the same amount, the interval is Wilson's for the share of such items.
 
     Raises:
         ValueError: there are no items, or not equally many.
@@ -207,5 +207,10 @@ def _wilson(share: float, n: int) -> Interval | None:
     """For n items that all score `share`, 0 or 1. For another score nothing is known of the spread: None."""
     if share not in (0, 1):
         return None
-    found = _stats().binomtest(n * int(share), n).proportion_ci(CONFIDENCE, method="wilson")
+    return wilson_interval(n * int(share), n)
+
+
+def wilson_interval(successes: int, n: int) -> Interval:
+    """Return Wilson's 95% interval of the share of successes."""
+    found = _stats().binomtest(successes, n).proportion_ci(CONFIDENCE, method="wilson")
     return float(found.low), float(found.high)

@@ -1,4 +1,4 @@
-"""Where a run goes: results.json of an adapter's folder, or all of it for a script, every answer with its scores."""
+"""Write a run: results.json into an adapter's folder, or all of it as JSON, every answer with its scores."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from minilora_hub.adapter_folder.results import RESULTS_FILE, VERIFICATION_FILE,
 from minilora_hub.evaluation.report import command_of, evaluations, routers
 
 if TYPE_CHECKING:
-    from minilora_hub.evaluation.run import Report
+    from minilora_hub.evaluation.measured import Model, Report
+
+# {name in the JSON: name of the attribute}
+NUMBER = {name: name for name in ("task", "metric", "value", "interval", "n")}
+PART = {name: name for name in ("name", "n", "value", "interval")}
+ITEM = {"prompt": "prompt", "reference": "completion"} | {name: name for name in ("difficulty", "entity", "labels")}
 
 
 def save_results(results: Results, folder: Path) -> Path:
-    """Write results.json into an adapter's folder; a verification.json that knew the file before knows it after.
+    """Write results.json into an adapter's folder, and update its hash in verification.json.
 
-    One that recorded another file is left alone: something else has changed it, which `minilora verify` then tells.
+    A verification.json with another hash than the old file's stays as it is: `minilora verify` then reports the change.
     """
     verification = Verification.load(folder) if (folder / VERIFICATION_FILE).is_file() else None
     recorded = verification.sha256.get(RESULTS_FILE) if verification else None
@@ -34,67 +39,47 @@ def _sha256(path: Path) -> str:
 
 
 def as_dict(report: Report) -> dict[str, Any]:
-    """A run as JSON."""
-    models = []
-    for model in report.models:
-        numbers = [
-            {
-                "task": row.task,
-                "metric": row.metric,
-                "value": row.value,
-                "interval": row.interval,
-                "n": row.n,
-                "parts": [
-                    {"name": part.name, "n": part.n, "value": part.value, "interval": part.interval}
-                    for part in row.parts
-                ],
-            }
-            for row in evaluations(report, model)
-        ]
-        models.append(
-            {
-                "name": model.name,
-                "method": model.adapter.method if model.adapter else None,
-                "adapter_sha256": model.adapter.digest if model.adapter else None,
-                "few_shot": model.few_shot,
-                "numbers": numbers,
-                "router": [dataclasses.asdict(use) for use in routers(report, model)],
-                "answers": {
-                    task: [
-                        {"text": text, "exact": exact, **({} if scores.f1 is None else {"f1": scores.f1[line]})}
-                        for line, (text, exact) in enumerate(zip(scores.answers, scores.exact, strict=True))
-                    ]
-                    for task, scores in model.scores.items()
-                },
-                "negative_log_likelihoods": model.nll,
-            }
-        )
-    settings = dataclasses.asdict(report.settings)
+    """Return a run as JSON."""
+    base, settings, text = report.base, dataclasses.asdict(report.settings), report.text
+    items = {key: [_chosen(item, ITEM) for item in some] for key, some in report.items.items()}
     return {
         "command": command_of(report),
         "settings": settings | {"text": None if report.settings.text is None else report.settings.text.name},
         "base": {
-            "name": "embedded" if report.base.embedded else report.base.hub_id or report.base.path.name,
+            "name": "embedded" if base.embedded else base.hub_id or base.path.name,
             "fingerprint": report.fingerprint,
         },
         "limits": report.limits,
-        "items": {
-            task: [
-                {
-                    "prompt": item.prompt,
-                    "reference": item.completion,
-                    "difficulty": item.difficulty,
-                    "entity": item.entity,
-                    "labels": item.labels,
-                }
-                for item in items
-            ]
-            for task, items in report.items.items()
-        },
-        "general_text": None
-        if report.text is None
-        else {"name": report.text[0].name, "sha256": report.text[0].sha256, "predicted_tokens": report.text[1]},
-        "models": models,
+        "items": items,
+        "general_text": text and {"name": text[0].name, "sha256": text[0].sha256, "predicted_tokens": text[1]},
+        "models": [_model(report, model) for model in report.models],
         "seconds": report.seconds,
         "rows_computed": report.computed,
     }
+
+
+def _model(report: Report, model: Model) -> dict[str, Any]:
+    adapter = model.adapter
+    return {
+        "name": model.name,
+        "method": adapter and adapter.method,
+        "adapter_sha256": adapter and adapter.digest,
+        "few_shot": model.few_shot,
+        "numbers": [
+            _chosen(row, NUMBER) | {"parts": [_chosen(part, PART) for part in row.parts]}
+            for row in evaluations(report, model)
+        ],
+        "router": [dataclasses.asdict(use) for use in routers(report, model)],
+        "answers": {
+            task: [
+                {"text": text, "exact": exact, **({} if scores.f1 is None else {"f1": scores.f1[place]})}
+                for place, (text, exact) in enumerate(zip(scores.answers, scores.exact, strict=True))
+            ]
+            for task, scores in model.scores.items()
+        },
+        "negative_log_likelihoods": model.nll,
+    }
+
+
+def _chosen(value: Any, names: dict[str, str]) -> dict[str, Any]:
+    return {shown: getattr(value, name) for shown, name in names.items()}

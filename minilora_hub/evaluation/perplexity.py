@@ -1,10 +1,10 @@
-"""Perplexity on text that no adapter here was trained on: what an adapter costs on everything else.
+"""Measure perplexity on text that no adapter here was trained on: what an adapter costs on everything else.
 
-The text is the reference documentation that Python itself carries (`pydoc_data.topics`): English prose about one
-subject with some code, half a million characters, the same on every machine with the same Python. It differs between
-versions of Python, so its hash goes into the results. Any other text will do as well (`--text`).
+The text is Python's own reference documentation (`pydoc_data.topics`): English prose with some code, half a million
+characters, the same on every machine with the same Python. It differs between versions of Python, so its hash goes into
+the results. Another text may be given (`--text`).
 
-It is cut into windows of equal length without overlap. In each, every token but the first is predicted from those
+It is cut into windows of equal length without overlap. In each, every token but the first is predicted from the tokens
 before it.
 """
 
@@ -28,7 +28,7 @@ ROWS = 8
 
 @dataclass(frozen=True)
 class GeneralText:
-    """A text: what it is called, and its sha256, which tells two versions of it apart."""
+    """A text with a name; its sha256 distinguishes versions."""
 
     name: str
     content: str
@@ -39,7 +39,7 @@ class GeneralText:
         return hashlib.sha256(self.content.encode()).hexdigest()
 
     def describe(self, windows: int) -> str:
-        """For people: which text, and how it was measured."""
+        """Say which text was measured, and how."""
         return (
             f"perplexity on {self.name} (sha256 {self.sha256[:16]}), {windows} windows of {WINDOW} tokens without "
             "overlap, every token but a window's first predicted; lower is better"
@@ -68,7 +68,7 @@ def read_text(file: Path | None = None) -> GeneralText:
 
 
 def windows_of(tokenizer: Any, text: GeneralText) -> list[list[int]]:
-    """Token ids of up to `WINDOWS` windows, spread evenly over the text; all but the last cut are of `WINDOW` tokens.
+    """Return the token ids of up to `WINDOWS` windows of `WINDOW` tokens, spread evenly over the text.
 
     Raises:
         ValueError: the text has fewer than two tokens.
@@ -86,11 +86,11 @@ def windows_of(tokenizer: Any, text: GeneralText) -> list[list[int]]:
 
 @torch.inference_mode()
 def negative_log_likelihoods(bank: AdapterBank, adapter: str | None, windows: Sequence[Sequence[int]]) -> list[float]:
-    """Per window, the sum of -ln p (nats) of its tokens but the first.
+    """Return, for each window, the sum of -ln p (nats) of its tokens but the first.
 
     Args:
         bank: the base and its adapters.
-        adapter: which one, held by the caller's `bank.use`; None for the bare base.
+        adapter: its name, held by the caller's `bank.use`; None for the bare base.
         windows: token ids, of one length.
     """
     device = next(bank.model.parameters()).device

@@ -1,4 +1,4 @@
-"""What a model reads: an item's question as a chat, after worked examples where it is shown some."""
+"""Turn items into prompts: the question as a chat, after worked examples if there are any."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ class Prompts:
     """Turns items into token ids.
 
     Args:
-        tokenizer: the base's, in whose tokens the limits are counted.
+        tokenizer: the base's, whose tokens the limits count.
         tasks: name -> task.
-        items: as `setup.find_items` gives them.
+        items: from `settings.find_items`.
         settings: of the run.
         context: the most tokens that the base can read.
-        rows: rows of the base's embedding.
         margin: tokens that an answer may have beyond the longest reference.
 
     Attributes:
         limits: key of `items` -> the most tokens of an answer: the longest reference of the whole split, and the
-            margin. So they do not depend on how many items are measured.
-        examples: task -> the examples that are shown: from the training split, the same for every item.
+            margin. So they do not depend on the number of items that are measured.
+        examples: task -> worked examples from the training split, the same for every item.
     """
 
     def __init__(
@@ -54,17 +53,17 @@ class Prompts:
             self.examples[name] = choose_examples(task, settings.few_shot)
 
     def reference_lengths(self, items: Sequence[Item]) -> list[int]:
-        """Tokens of each item's reference answer."""
+        """Return the number of tokens of each item's reference answer."""
         encoded = self._tokenizer([item.completion for item in items], add_special_tokens=False)
         return [len(ids) for ids in encoded["input_ids"]]
 
     def of(self, items: dict[str, tuple[Item, ...]], shown: int, prompting: Prompting) -> dict[str, list[list[int]]]:
-        """Key of `items` -> the prompt of each item, as token ids, after so many examples.
+        """Return {key of `items`: the prompt of each item, as token ids}.
 
         Args:
             items: as for the class.
-            shown: how many examples.
-            prompting: of the model that is asked.
+            shown: number of examples in each prompt.
+            prompting: of the model that answers.
 
         Raises:
             ValueError: a prompt and its answer do not fit into the base's context, or the base does not know a token.
@@ -88,10 +87,10 @@ class Prompts:
 
 
 def choose_examples(task: Task, count: int) -> tuple[Item, ...]:
-    """Examples from the training split, always the same ones.
+    """Choose examples from the training split, always the same.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: there are fewer.
     """
     if not count:
         return ()

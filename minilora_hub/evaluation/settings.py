@@ -1,4 +1,4 @@
-"""What a run measures: its settings, checked before anything is loaded, and its adapters and their base, found."""
+"""The settings of a run, checked before anything is loaded; its adapters, their base, and the items."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Settings:
     """What is measured and how.
 
     Attributes:
-        tasks: names of tasks, in their order.
+        tasks: names of tasks, in order.
         split: one of `items.SPLITS`.
-        held_out: whether the items in a format that is not in training are measured, too.
-        count: items a task and split; None for all.
-        few_shot: examples that the base is shown in a second measurement; 0 for none.
+        held_out: whether the items in a format that is not in training are also measured.
+        count: items of each task and split; None for all.
+        few_shot: number of examples in a second measurement of the base; 0 for none.
         perplexity: whether perplexity on general text is measured.
-        text: the text for it; None for the default one.
-        dtype: ``"float32"``, or ``"bfloat16"``: quicker on most machines, and not quite the same answers.
+        text: the text for it; None for the default.
+        dtype: ``"float32"``, or ``"bfloat16"``, which is quicker on most machines and may change some answers.
         batch_size: the most rows of a batch.
 
     Raises:
@@ -52,7 +52,7 @@ class Settings:
     batch_size: int = BATCH_SIZE
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured."""
+        """Check the values."""
         twice = sorted({name for name in self.tasks if self.tasks.count(name) > 1})
         _require(not twice, "task", twice, "named once each")
         _require(self.split in SPLITS, "split", self.split, f"one of {', '.join(SPLITS)}")
@@ -73,9 +73,9 @@ class Adapter:
     """An adapter that is measured.
 
     Attributes:
-        name: as it was asked for.
-        folder: where it lies.
-        local: whether that folder is the user's own, not a copy from the Hub.
+        name: the name that was given.
+        folder: its folder.
+        local: whether the folder is the user's own, not a copy from the Hub.
         method: ``"mixlora"``, ``"dora"`` or ``"lora"``.
         base: the base it names.
         fingerprint: of the base it was trained on, or ``"unknown"``.
@@ -90,19 +90,19 @@ class Adapter:
 
     @property
     def digest(self) -> str:
-        """Hash of what determines its answers."""
+        """Hash of the files that determine its answers."""
         return adapter_digest(self.folder)
 
 
 def find_adapters(names: Sequence[str | Path]) -> tuple[Adapter, ...]:
-    """Find adapters by folder or Hub id. Nothing of them is run.
+    """Find adapters by folder or Hub id. None of their code runs.
 
     Raises:
-        AdapterError: one is not there, or of no known kind.
+        AdapterError: one does not exist, or is of no known kind.
         ValueError: one is named twice.
     """
+    from minilora_hub.adapter_folder.folders import read_source
     from minilora_hub.adapter_folder.results import RESULTS_FILE, Results
-    from minilora_hub.adapter_folder.sources import read_source
     from minilora_hub.compare.found_adapters import find_adapter
 
     found = []
@@ -118,7 +118,7 @@ def find_adapters(names: Sequence[str | Path]) -> tuple[Adapter, ...]:
     return tuple(found)
 
 
-def find_base(base: str | Path | None, adapters: Sequence[Adapter]) -> tuple[ResolvedBase, str]:
+def common_base(base: str | Path | None, adapters: Sequence[Adapter]) -> tuple[ResolvedBase, str]:
     """Find the base of all adapters; it is not loaded.
 
     Args:
@@ -162,10 +162,10 @@ def find_base(base: str | Path | None, adapters: Sequence[Adapter]) -> tuple[Res
 
 
 def find_tasks(settings: Settings) -> dict[str, Task]:
-    """The tasks of a run by name.
+    """Return the tasks of a run by name.
 
     Raises:
-        ValueError: there is no task of that name.
+        ValueError: there is no task of this name.
         MissingExtraError: a library that makes one is not installed.
     """
     from minilora_hub.evaluation.tasks.registry import TASKS
@@ -177,10 +177,10 @@ def find_tasks(settings: Settings) -> dict[str, Task]:
 
 
 def find_items(tasks: dict[str, Task], settings: Settings) -> dict[str, tuple[Item, ...]]:
-    """The items of each task, and below `held_out_key` those in a format that is not in training.
+    """Return the items of each task, and under `held_out_key` those in a format that is not in training.
 
     Raises:
-        ValueError: a task has none in this split, or fewer than are asked for.
+        ValueError: a task has none in this split, or fewer than `count`.
         MissingExtraError: a library that makes them is not installed.
     """
     items = {name: task.items(settings.split, settings.count) for name, task in tasks.items()}
@@ -188,17 +188,17 @@ def find_items(tasks: dict[str, Task], settings: Settings) -> dict[str, tuple[It
         if not some:
             raise ValueError(f"task={name!r}: has no items in split {settings.split!r}")
     if settings.held_out and settings.split != HELD_OUT:
-        # There are fewer of them: so many, or all.
+        # There are fewer of these: at most `count`.
         extra = {held_out_key(name): task.items(HELD_OUT)[: settings.count] for name, task in tasks.items()}
         items |= {key: some for key, some in extra.items() if some}
     return items
 
 
 def held_out_key(task: str) -> str:
-    """What a task's items in a format that is not in training are called among the others."""
+    """Return the key of a task's items in a format that is not in training."""
     return f"{task} {HELD_OUT}"
 
 
 def task_of(key: str) -> str:
-    """The task that a key of `find_items` is about."""
+    """Return the task of a key of `find_items`."""
     return key.removesuffix(f" {HELD_OUT}")

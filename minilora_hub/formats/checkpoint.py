@@ -1,14 +1,14 @@
-"""Ordinary transformers checkpoints, written a part at a time: no more than one part is in memory."""
+"""Write transformers checkpoints one shard at a time, so that only one is in memory."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minilora_hub.adapter_folder.folders import write_json
-from minilora_hub.adapter_folder.tensor_files import write_safetensors
 from minilora_hub.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ def write_shards(folder: Path, parts: Iterable[dict[str, torch.Tensor]], count: 
 
     Args:
         folder: an existing folder.
-        parts: ``{name: tensor}``, `count` of them; each is let go before the next is asked for.
-        count: how many, which the files' names tell.
+        parts: ``{name: tensor}``, `count` of them; each is released before the next is requested.
+        count: number of parts, which is in the names of the files.
     """
     places: dict[str, str] = {}
     size = 0
@@ -39,6 +39,16 @@ def write_shards(folder: Path, parts: Iterable[dict[str, torch.Tensor]], count: 
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
 
 
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file tensor by tensor, without a second copy of them in memory."""
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata={"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # save_file leaves a file that only its owner may read
+
+
 def require_space(out: str | Path, size: int) -> None:
     """Raise an AdapterError where the disk that `out` is on has less than `size` bytes free."""
     place = Path(out).absolute()
@@ -49,19 +59,35 @@ def require_space(out: str | Path, size: int) -> None:
         raise AdapterError(f"out={str(out)!r}: {size / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free there")
 
 
-def write_card(folder: Path, title: str, facts: dict[str, Any], lines: list[str], snippet: str) -> None:
+def write_card(folder: Path, title: str, text: str, base: str | None, tags: list[str]) -> None:
     """Write a model card that says what the checkpoint is made of.
 
     Args:
         folder: where to.
         title: its heading.
-        facts: the card's metadata; None and empty values are left out.
-        lines: paragraphs.
-        snippet: Python code that loads it.
+        text: what it is, and how it was made.
+        base: the base's id on the Hub; None for a local folder.
+        tags: its tags.
     """
     from huggingface_hub import ModelCardData
 
-    known = {name: value for name, value in facts.items() if value}
-    metadata = ModelCardData(**known).to_yaml()
-    body = "\n\n".join([f"# {title}", *lines, f"```python\n{snippet}\n```"])
-    (folder / "README.md").write_text(f"---\n{metadata}\n---\n\n{body}\n", encoding="utf-8", newline="\n")
+    metadata = ModelCardData(
+        base_model=base,
+        base_model_relation="finetune",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[*tags, "minilora-export"],
+    )
+    body = f"""# {title}
+
+{text}
+
+Base: {f"`{base}`" if base else "a local folder"}. The licences of the base and of the adapter apply here, too.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this/repo")
+```
+"""
+    (folder / "README.md").write_text(f"---\n{metadata.to_yaml()}\n---\n\n{body}", encoding="utf-8", newline="\n")

@@ -1,13 +1,14 @@
-"""Several LoRA adapters on one base combined into one, with PEFT's own functions.
+"""Combine several LoRA adapters on one base into one, with PEFT's own functions.
 
-    linear, ties, dare_linear, dare_ties, magnitude_prune     on A and B apart, as PEFT does: quick and rough, one rank
+    linear, ties, dare_linear, dare_ties, magnitude_prune     on A and B separately, as in PEFT: fast and approximate;
+                                                              all ranks must be equal
     svd, ties_svd, dare_linear_svd, dare_ties_svd,
-    magnitude_prune_svd                                       on the whole updates s B A, cut back to a rank by an SVD
-    cat                                                       A and B set side by side: the exact sum, the ranks add up
+    magnitude_prune_svd                                       on the whole updates s B A, truncated to a rank by an SVD
+    cat                                                       A and B concatenated: the exact sum; the ranks add up
 
-The functions are those behind `LoraModel.add_weighted_adapter`. They are called on the tensors, so that the base's
-weights are not needed, and because that method keeps `use_rslora` of the first adapter while it sets alpha to the rank,
-which scales the result by sqrt(r) (PEFT 0.21.2).
+These are the functions that `LoraModel.add_weighted_adapter` uses. They are called on the tensors directly, so that the
+base's weights are not needed, and because that method keeps the first adapter's `use_rslora` while it sets alpha to the
+rank, which scales the result by sqrt(r) (PEFT 0.21.2).
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from peft.utils import merge_utils
 
 from minilora_hub.adapter_folder.companions import common_source
 from minilora_hub.adapter_folder.folders import AdapterFolder, naming, read_folder
-from minilora_hub.adapter_folder.output import whole_folder
+from minilora_hub.adapter_folder.writing import whole_folder
 from minilora_hub.bases.skeleton import BaseSource, find_base
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.peft_conversion import write_normalised
 from minilora_hub.formats.peft_reading import PeftAdapter, Update, read_peft
-
-if TYPE_CHECKING:
-    import torch
 
 ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 METHODS = (*ON_FACTORS, "svd", *(f"{name}_svd" for name in ON_FACTORS[1:]), "cat")
@@ -78,13 +79,13 @@ def combine(
 
     Args:
         sources: folders of LoRA adapters in PEFT's format.
-        out: a folder that is empty, or not there yet.
-        combination: how.
+        out: an empty folder, or one that does not exist.
+        combination: how they are combined.
         base: the base. Default: the one that the adapters name.
         base_revision: its revision on the Hub.
 
     Returns:
-        What the user should know, a line each.
+        Notes for the user, one line each.
 
     Raises:
         AdapterError: an adapter is no LoRA, or they do not fit together. Nothing is written then.
@@ -107,7 +108,7 @@ def read_loras(sources: Sequence[str | Path], base: str | None, base_revision: s
     names = sorted({adapter.base for adapter in found if adapter.base})
     if base is None and len(names) > 1:
         raise AdapterError(f"the adapters name {len(names)} bases, {names[0]!r} and {names[1]!r}: pass base= (--base)")
-    shared = find_base(names[0] if names else None, base, base_revision)
+    shared = find_base(base or (names[0] if names else None), base_revision)
     adapters = []
     for adapter in found:
         with naming(adapter.folder.name):
@@ -117,8 +118,6 @@ def read_loras(sources: Sequence[str | Path], base: str | None, base_revision: s
 
 def combined(adapters: Sequence[PeftAdapter], combination: Combination) -> PeftAdapter:
     """Return the combination of adapters on one base; see `combine`."""
-    import torch
-
     base: BaseSource = adapters[0].base
     rank = result_rank(adapters, combination)
     updates = {}
@@ -149,7 +148,7 @@ def result_rank(adapters: Sequence[PeftAdapter], combination: Combination) -> in
     """Return the rank of the combination.
 
     Raises:
-        AdapterError: the ranks differ, and the method works on A and B apart.
+        AdapterError: the ranks differ, and the method works on A and B separately.
     """
     ranks = [max(update.lora_a.shape[0] for update in adapter.updates.values()) for adapter in adapters]
     if combination.method == "cat":
@@ -172,14 +171,12 @@ def combined_update(
 
     Args:
         pairs: (update, weight) of the adapters that have one there.
-        combination: how.
+        combination: how they are combined.
         rank: of the result; smaller where a linear has fewer rows or columns.
 
     Returns:
         A [r, in] and B [out, r], whose product is the update: their scaling is one.
     """
-    import torch
-
     method = combination.method
     factors = [weight * update.scaling for update, weight in pairs]
     dtype = pairs[0][0].lora_a.dtype
@@ -189,13 +186,13 @@ def combined_update(
         scaled = [factor * a for factor, a in zip(factors, all_a, strict=True)]
         return torch.cat(scaled).to(dtype), torch.cat(all_b, dim=1).to(dtype)
     if method in ON_FACTORS:
-        # The square root of a factor on either side; its sign on one, or it would cancel.
+        # The square root of a factor goes to A and to B; its sign to A only, or it would cancel out.
         roots = torch.tensor([math.sqrt(abs(factor)) for factor in factors])
         signs = torch.tensor([math.copysign(1.0, factor) for factor in factors])
         lora_a = _merge(method, all_a, roots * signs, combination.density)
         lora_b = _merge(method, all_b, roots, combination.density)
         return lora_a.to(dtype), lora_b.to(dtype)
-    # The scaling belongs to an update, the weight to the merge: pruning by size sees updates as they act.
+    # Each update includes its scaling, so that pruning by magnitude sees the updates as they act.
     deltas = [update.scaling * (b @ a) for (update, _), a, b in zip(pairs, all_a, all_b, strict=True)]
     weights = torch.tensor([weight for _, weight in pairs])
     name = "linear" if method == "svd" else method.removesuffix("_svd")
@@ -206,8 +203,6 @@ def combined_update(
 
 
 def _merge(method: str, tensors: list[torch.Tensor], weights: torch.Tensor, density: float) -> torch.Tensor:
-    from peft.utils import merge_utils
-
     if method == "linear":
         return merge_utils.task_arithmetic(tensors, weights)
     merge: Any = getattr(merge_utils, method)
@@ -216,9 +211,7 @@ def _merge(method: str, tensors: list[torch.Tensor], weights: torch.Tensor, dens
 
 
 def _nothing(adapters: Sequence[PeftAdapter], path: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """An update of zeros, where every adapter that has one has the weight 0."""
-    import torch
-
+    """Return an update of zeros, for a linear whose adapters all have the weight 0."""
     one = next(adapter.updates[path] for adapter in adapters if path in adapter.updates)
     lora_a, lora_b = one.lora_a, one.lora_b
     return torch.zeros(rank, lora_a.shape[1], dtype=lora_a.dtype), torch.zeros(

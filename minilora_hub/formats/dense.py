@@ -1,18 +1,21 @@
-"""A base with a LoRA or DoRA merged into its weights: an ordinary checkpoint that every engine reads."""
+"""Merge a LoRA or DoRA into its base: the result is an ordinary checkpoint that every engine reads."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from minilora_hub.adapter_folder.companions import write_companions
 from minilora_hub.adapter_folder.folders import AdapterFolder, read_folder
-from minilora_hub.adapter_folder.output import require_free, whole_folder
+from minilora_hub.adapter_folder.writing import require_free, whole_folder
 from minilora_hub.bases.skeleton import BaseSource, find_base, hub_name
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.checkpoint import require_space, write_card
 from minilora_hub.formats.reading import read_adapter
 from minilora_hub.quiet import quiet_libraries
+from minilora_hub.remote_code.attach import build_modules, weight_holders
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -29,19 +32,19 @@ def export_dense(
 ) -> list[str]:
     """Merge a LoRA or DoRA into its base and write the result as a normal checkpoint.
 
-    The merge is computed in float32; the result has the dtype that is asked for. Where the adapter is on the head and
+    The merge is computed in float32; the result has the requested dtype. Where the adapter is on the head and
     the base ties its head to its embeddings, the checkpoint has both, no longer tied.
 
     Args:
         source: the adapter's folder: a DoRA of ours, or LoRA or DoRA in PEFT's format.
-        out: a folder that is empty, or not there yet. It appears whole or not at all.
+        out: an empty folder, or one that does not exist. It is written completely or not at all.
         base: the base. Default: the one that the adapter names.
         dtype: of the result; ``"auto"`` for the one of the base's checkpoint.
         dequantize: whether a base whose checkpoint is quantised may be dequantised; the result is then a large one.
         max_shard_size: largest file of weights, as ``save_pretrained`` takes it.
 
     Returns:
-        What the user should know, a line each.
+        Notes for the user, one line each.
 
     Raises:
         AdapterError: the adapter is a MixLoRA, its base is quantised and `dequantize` is off, or they do not fit.
@@ -57,27 +60,31 @@ def export_dense(
         )
     if found.dialect == "checkpoint":
         raise AdapterError(f"{found.folder.name!r} is a whole model ({found.method}), not an adapter")
-    located = find_base(found.base, base, found.base_revision)
+    located = find_base(*found.named_base(base))
     wanted = _dtype(located.config, dtype)
-    adapter = read_adapter(found, located)  # before the base's weights are loaded in vain
+    adapter = read_adapter(found, located)  # first, since loading the base takes long
     model = _plain_base(located, dequantize)
     notes = [*_other_base(found, located), *_merge(model, *adapter)]
     require_space(out, sum(parameter.numel() for parameter in model.parameters()) * wanted.itemsize)
     model.to(wanted)
     model.config.dtype = wanted
     with whole_folder(out) as folder:
-        # A dequantised model still remembers how its checkpoint was packed, and cannot pack it again.
+        # A dequantised model still refers to the packed format of its checkpoint, in which it cannot be saved.
         quantised = getattr(located.config, "quantization_config", None) is not None
         with quiet_libraries():
             model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=not quantised)
         notes += write_companions(folder, found.folder, located)
-        _write_card(folder, found, located, str(wanted).removeprefix("torch."))
+        method = {"lora": "LoRA", "dora": "DoRA"}[found.method]
+        text = (
+            f"A base with a {method} adapter merged into its weights by `minilora export`, in "
+            f"{str(wanted).removeprefix('torch.')}; the merge was computed in float32. It is an ordinary checkpoint, "
+            "which needs no adapter library and no remote code."
+        )
+        write_card(folder, f"A base with a {method} merged into it", text, hub_name(located.name), [found.method])
     return notes
 
 
 def _dtype(config: Any, asked: DType) -> Any:
-    import torch
-
     if asked != "auto":
         return getattr(torch, asked)
     named = getattr(config, "dtype", None)
@@ -86,9 +93,7 @@ def _dtype(config: Any, asked: DType) -> Any:
 
 
 def _plain_base(base: BaseSource, dequantize: bool) -> Any:
-    """The base with open weights, in float32."""
-    import torch
-
+    """Load the base with plain float32 weights."""
     quantised = getattr(base.config, "quantization_config", None)
     if quantised is None:
         return base.load(torch.float32)
@@ -96,34 +101,29 @@ def _plain_base(base: BaseSource, dequantize: bool) -> Any:
     method = settings.get("quant_method", "unknown")
     if not dequantize:
         raise AdapterError(
-            f"base {base.name!r} is quantised ({getattr(method, 'value', method)}): merging needs its weights open; "
+            f"base {base.name!r} is quantised ({getattr(method, 'value', method)}): merging needs plain weights; "
             "pass dequantize=True (--dequantize), or another base= (--base), such as the one it was made from"
         )
     return base.load(torch.float32).dequantize().float()
 
 
 def _other_base(found: AdapterFolder, base: BaseSource) -> list[str]:
-    """Say so where the adapter was trained on other weights than it is merged into."""
+    """Return a note where the adapter was trained on other weights than those it is merged into."""
     trained_on = found.base_fingerprint
     if trained_on == "unknown" or base.fingerprint in ("unknown", trained_on):
         return []
     return [
         f"the adapter was trained on a base with fingerprint {trained_on[:19]}…, and {base.name!r} has "
-        f"{base.fingerprint[:19]}…: what is merged may answer otherwise than its author saw"
+        f"{base.fingerprint[:19]}…: the merged model may answer differently from what the adapter's author saw"
     ]
 
 
 def _merge(model: Any, config: Any, tensors: dict[str, Any], sites: list[Any]) -> list[str]:
-    """Write an adapter into the weights of a base; return what the user should know, a line each.
+    """Write an adapter into the weights of a base; return notes for the user, one line each.
 
     Raises:
-        AdapterError: a weight is not open in memory, or another module than the head shares it and would change with
-            it.
+        AdapterError: a weight is quantised or offloaded, or a module that is not the head shares it.
     """
-    import torch
-
-    from minilora_hub.remote_code.attach import build_modules, weight_holders
-
     notes = []
     holders = weight_holders(model)
     for path, adapted in build_modules(model, config, sites, tensors).items():
@@ -151,8 +151,6 @@ def _is_same_place(model: Any, path: str, other: str) -> bool:
 
 def _untie_head(model: Any, path: str, layer: Any, others: list[str]) -> None:
     """Give the head a weight of its own, and say so in the configuration; see `_merge`."""
-    import torch
-
     if layer is not model.get_output_embeddings():
         raise AdapterError(f"{path}: {', '.join(others)} shares its weight in this base, and would change with it")
     layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
@@ -162,25 +160,3 @@ def _untie_head(model: Any, path: str, layer: Any, others: list[str]) -> None:
         raise AdapterError(
             f"{path}: {type(model).__name__} always ties it to {', '.join(others)}: an adapter on it cannot be merged"
         )
-
-
-def _write_card(folder: Path, found: AdapterFolder, base: BaseSource, dtype: str) -> None:
-    named = hub_name(base.name)
-    method = {"lora": "LoRA", "dora": "DoRA"}[found.method]
-    lines = [
-        f"`{named or 'A local base'}` with a {method} adapter merged into its weights by `minilora export`, in "
-        f"{dtype}; the merge was computed in float32. It is an ordinary checkpoint: no adapter library and no remote "
-        "code are needed.",
-        "What the base's and the adapter's licences allow holds here, too.",
-    ]
-    snippet = (
-        'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("this/repo")'
-    )
-    facts = {
-        "base_model": named,
-        "base_model_relation": "finetune",
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": [found.method, "minilora-export"],
-    }
-    write_card(folder, f"A base with a {method} merged into it", facts, lines, snippet)

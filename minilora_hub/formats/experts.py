@@ -1,28 +1,32 @@
-"""Experts added to a trained MixLoRA, or taken out of it, with a measure of what that changes.
+"""Add experts to a trained MixLoRA or drop some, and measure how much that changes its output.
 
 Added experts are clones: the same tensors and the same router row, or one with a little seeded noise so that training
-can tell them apart. Even an exact clone changes the output, since a token that chose an expert now chooses its clone,
-too, and so one of its other experts less. What is dropped is, in every layer apart, what served the fewest tokens of
-the prompts. Both ways the change of the output is measured on those prompts, and told.
+can tell them apart. Even an exact clone changes the output: a token that chose an expert now chooses its clone, too,
+which takes the place of another of its experts. Dropped are, in each layer separately, the experts that served the
+fewest tokens of the prompts. The change of the output is measured on those prompts.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch.nn import functional
 
 from minilora_hub.adapter_folder.companions import own_tokenizer
 from minilora_hub.adapter_folder.folders import AdapterFolder, read_folder
-from minilora_hub.adapter_folder.output import require_free, whole_folder
-from minilora_hub.adapter_folder.writing import our_config, read_ours, write_ours
+from minilora_hub.adapter_folder.reading import our_config, read_ours
+from minilora_hub.adapter_folder.writing import require_free, whole_folder, write_ours
 from minilora_hub.bases.skeleton import BaseSource, find_base
 from minilora_hub.errors import AdapterError
+from minilora_hub.remote_code.modeling_minilora import MixLoraForCausalLM
 
-if TYPE_CHECKING:
-    import torch
+Load = dict[str, list[float]]
+"""Canonical name of a mixture -> share of its choices that fell on each expert."""
 
 PROMPTS = (
     "The capital of France is",
@@ -47,7 +51,7 @@ class Change:
         kl: mean Kullback-Leibler divergence of the next-token distributions, before against after, in nats.
         max_logit_difference: the largest difference of a logit.
         top_token_agreement: the share of tokens whose most probable next token stayed the same.
-        notes: what the user should know, a line each.
+        notes: notes for the user, one line each.
     """
 
     folder: Path
@@ -75,7 +79,7 @@ def add_experts(
 
     Args:
         source: the adapter's folder, in our format.
-        out: a folder that is empty, or not there yet. It appears whole or not at all.
+        out: an empty folder, or one that does not exist. It is written completely or not at all.
         clone: numbers of the experts to clone; one may be named several times.
         base: load the base from there. Default: what the adapter names.
         prompts: on which the change is measured. Default: `PROMPTS`.
@@ -85,8 +89,6 @@ def add_experts(
     Raises:
         AdapterError: the adapter is no MixLoRA, or has no such expert.
     """
-    import torch
-
     found, config = _mixlora(source, out)
     count = config.num_experts
     wrong = [expert for expert in clone if not 0 <= expert < count]
@@ -94,18 +96,17 @@ def add_experts(
         raise AdapterError(f"clone={list(clone)}: must name experts from 0 to {count - 1}")
     if not 0 <= noise < float("inf"):
         raise AdapterError(f"noise={noise}: must be a number of at least 0")
-    located = find_base(found.base, base, config.base_model_revision)
-    _, tensors, _ = read_ours(found, located)
-    routers = sorted(name for name in tensors if name.endswith(".router"))
-    kept = {name.removesuffix(".router"): (*range(count), *clone) for name in routers}
-    changed = _choose(tensors, kept)
-    if noise:
+
+    def choose(load: Load) -> dict[str, list[int]]:
+        return {name: [*range(count), *clone] for name in load}
+
+    def add_noise(tensors: dict[str, torch.Tensor]) -> None:
         generator = torch.Generator().manual_seed(seed)
-        for name in routers:
-            row = torch.randn(len(clone), changed[name].shape[1], generator=generator) * noise
-            changed[name][count:] += row.to(changed[name].dtype)
-    new = _with_experts(config, count + len(clone))
-    return _write(found, config, new, changed, kept, located, Path(out), prompts)
+        for name in sorted(name for name in tensors if name.endswith(".router")):
+            router = tensors[name]
+            router[count:] += (torch.randn(len(clone), router.shape[1], generator=generator) * noise).to(router.dtype)
+
+    return _change(found, config, Path(out), base, prompts, choose, add_noise if noise else None)
 
 
 def drop_experts(
@@ -120,7 +121,7 @@ def drop_experts(
 
     Args:
         source: the adapter's folder, in our format.
-        out: a folder that is empty, or not there yet. It appears whole or not at all.
+        out: an empty folder, or one that does not exist. It is written completely or not at all.
         count: how many experts each layer loses.
         base: load the base from there. Default: what the adapter names.
         prompts: on which load and change are measured; take some of what the adapter is for. Default: `PROMPTS`.
@@ -135,18 +136,15 @@ def drop_experts(
             f"count={count}: must be from 1 to {config.num_experts - least}, since {config.num_experts} experts are "
             f"there and every token takes {least}"
         )
-    located = find_base(found.base, base, config.base_model_revision)
-    _, tensors, _ = read_ours(found, located)
-    model = _model(found, located)
-    ids = _token_ids(found.folder, located, prompts)
-    _, load = _outputs(model, ids, config.num_experts)
-    blocks = _mixture_names(model)
-    kept = {}
-    for name, shares in zip(blocks, load, strict=True):
-        by_load = sorted(range(len(shares)), key=lambda expert: (-shares[expert], expert))
-        kept[name] = tuple(sorted(by_load[: config.num_experts - count]))
-    new = _with_experts(config, config.num_experts - count)
-    return _write(found, config, new, _choose(tensors, kept), kept, located, Path(out), prompts, model)
+
+    def choose(load: Load) -> dict[str, list[int]]:
+        kept = {}
+        for name, shares in load.items():
+            by_load = sorted(range(len(shares)), key=lambda expert: (-shares[expert], expert))
+            kept[name] = sorted(by_load[: config.num_experts - count])
+        return kept
+
+    return _change(found, config, Path(out), base, prompts, choose)
 
 
 def _mixlora(source: str | Path, out: str | Path) -> tuple[AdapterFolder, Any]:
@@ -157,50 +155,47 @@ def _mixlora(source: str | Path, out: str | Path) -> tuple[AdapterFolder, Any]:
     return found, our_config(found)
 
 
-def _with_experts(config: Any, count: int) -> Any:
-    changed = copy.deepcopy(config)
-    changed.num_experts = count
-    return changed
-
-
-def _choose(tensors: dict[str, torch.Tensor], kept: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """The tensors with these experts in the stacks and routers of each block, in this order."""
-    chosen = {}
-    for name, tensor in tensors.items():
-        block = name.removesuffix(".router") if name.endswith(".router") else name.partition(".experts.")[0]
-        inside = block in kept and (name.endswith(".router") or ".experts." in name)
-        chosen[name] = tensor[list(kept[block])].clone() if inside else tensor
-    return chosen
-
-
-def _write(
+def _change(
     found: AdapterFolder,
     config: Any,
-    new: Any,
-    tensors: dict[str, torch.Tensor],
-    kept: dict[str, tuple[int, ...]],
-    base: BaseSource,
     out: Path,
+    base: str | None,
     prompts: Sequence[str] | None,
-    model: Any = None,
+    choose: Callable[[Load], dict[str, list[int]]],
+    finish: Callable[[dict[str, torch.Tensor]], None] | None = None,
 ) -> Change:
-    """Write the new adapter, and measure old and new on the same prompts and one base."""
-    from minilora_hub import MixLoraForCausalLM
+    """Write the adapter with other experts, and measure both on the same prompts and the same loaded base.
 
-    ids = _token_ids(found.folder, base, prompts)
+    Args:
+        found: the adapter.
+        config: its configuration.
+        out: where to.
+        base: the base that the user names.
+        prompts: for the measurement.
+        choose: returns the experts of each mixture of the new adapter, by their numbers in the old one.
+        finish: changes the new tensors in place.
+    """
+    located = find_base(*found.named_base(base))
+    _, tensors, _ = read_ours(found, located)
+    ids = _token_ids(found.folder, located, prompts)
+    model = MixLoraForCausalLM.from_pretrained(str(found.folder), base_model=located.load(torch.float32))
+    before, load = _outputs(model, ids, config.num_experts)
+    kept = choose(load)
+    chosen = {name: _chosen(name, tensor, kept) for name, tensor in tensors.items()}
+    if finish is not None:
+        finish(chosen)
+    new = copy.deepcopy(config)
+    new.num_experts = len(next(iter(kept.values())))
     with whole_folder(out) as folder:
-        notes = write_ours(folder, new, tensors, base, found.folder)
-        model = model or _model(found, base)
-        blocks = _mixture_names(model)
-        before, load = _outputs(model, ids, config.num_experts)
-        plain = model.unload()
-        after, _ = _outputs(MixLoraForCausalLM.from_pretrained(folder, base_model=plain), ids, new.num_experts)
-        kl, largest, agreement = _compare(before, after)
+        notes = write_ours(folder, new, chosen, located, found.folder)
+        changed = MixLoraForCausalLM.from_pretrained(folder, base_model=model.unload())
+        after, _ = _outputs(changed, ids, new.num_experts)
+    kl, largest, agreement = _compare(before, after)
     return Change(
         folder=out,
         experts=(config.num_experts, new.num_experts),
-        kept=tuple(kept[name] for name in blocks),
-        load=tuple(tuple(round(share, 4) for share in shares) for shares in load),
+        kept=tuple(tuple(experts) for experts in kept.values()),
+        load=tuple(tuple(round(share, 4) for share in shares) for shares in load.values()),
         tokens=sum(part.shape[0] for part in before),
         kl=kl,
         max_logit_difference=largest,
@@ -209,17 +204,10 @@ def _write(
     )
 
 
-def _model(found: AdapterFolder, base: BaseSource) -> Any:
-    import torch
-
-    from minilora_hub import MixLoraForCausalLM
-
-    return MixLoraForCausalLM.from_pretrained(str(found.folder), base_model=base.load(torch.float32))
-
-
-def _mixture_names(model: Any) -> list[str]:
-    """Canonical names of the mixtures, in the order in which they run."""
-    return [site.name for site in model.sites if hasattr(site, "structure")]
+def _chosen(name: str, tensor: torch.Tensor, kept: dict[str, list[int]]) -> torch.Tensor:
+    """Return the tensor with the chosen experts in place of all, where it is a router or a stack of experts."""
+    block = name.removesuffix(".router") if name.endswith(".router") else name.partition(".experts.")[0]
+    return tensor[kept[block]].clone() if block in kept else tensor
 
 
 def _token_ids(folder: Path, base: BaseSource, prompts: Sequence[str] | None) -> list[list[int]]:
@@ -234,31 +222,22 @@ def _token_ids(folder: Path, base: BaseSource, prompts: Sequence[str] | None) ->
     return [row for row in ids if row]
 
 
-def _outputs(model: Any, ids: list[list[int]], experts: int) -> tuple[list[torch.Tensor], list[list[float]]]:
-    """Logits of every token, (tokens, vocabulary) a prompt, and per mixture the share of choices of each expert."""
-    import torch
-
-    logits = []
-    counts: Any = None
+def _outputs(model: Any, ids: list[list[int]], experts: int) -> tuple[list[torch.Tensor], Load]:
+    """Return the logits, (tokens, vocabulary) a prompt, and the share of choices of each mixture's experts."""
+    names = [site.name for site in model.sites if hasattr(site, "structure")]  # in the order in which they run
+    logits, counts = [], torch.zeros(len(names), experts)
     with torch.no_grad():
         for row in ids:
             outputs = model(torch.tensor([row]), output_routing=True)
             logits.append(outputs.logits[0].float())
-            here = torch.stack(
-                [
-                    torch.bincount(chosen[chosen >= 0].flatten(), minlength=experts)
-                    for chosen in outputs.selected_experts
-                ]
-            ).float()  # (mixtures, experts)
-            counts = here if counts is None else counts + here
-    return logits, (counts / counts.sum(dim=1, keepdim=True).clamp_min(1)).tolist()
+            for number, chosen in enumerate(outputs.selected_experts):
+                counts[number] += torch.bincount(chosen[chosen >= 0].flatten(), minlength=experts)
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
+    return logits, dict(zip(names, shares.tolist(), strict=True))
 
 
 def _compare(before: list[torch.Tensor], after: list[torch.Tensor]) -> tuple[float, float, float]:
-    """Mean divergence in nats, the largest difference of a logit, the share of equal most probable tokens."""
-    import torch
-    from torch.nn import functional
-
+    """Return the mean divergence in nats, the largest difference of a logit, the share of equal top tokens."""
     old, new = torch.cat(before), torch.cat(after)  # (tokens, vocabulary)
     log_old, log_new = functional.log_softmax(old, dim=-1), functional.log_softmax(new, dim=-1)
     divergence = functional.kl_div(log_new, log_old, log_target=True, reduction="none").sum(dim=-1)

@@ -1,34 +1,36 @@
-"""From an adapter of ours to the formats that other engines read."""
+"""Export an adapter in our format to the formats that other engines read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from minilora_hub.adapter_folder.companions import write_companions
-from minilora_hub.adapter_folder.folders import AdapterFolder, read_folder
-from minilora_hub.adapter_folder.output import require_free, whole_folder
-from minilora_hub.adapter_folder.writing import read_ours
-from minilora_hub.bases.skeleton import BaseSource, find_base
+from minilora_hub.adapter_folder.folders import read_folder
+from minilora_hub.adapter_folder.reading import read_ours
+from minilora_hub.adapter_folder.writing import require_free, whole_folder
+from minilora_hub.bases.skeleton import find_base
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.dense import DType, export_dense
 from minilora_hub.formats.mixlora_writing import write_reference
-from minilora_hub.formats.moe import MoePlan, export_moe, plan_moe
+from minilora_hub.formats.moe import MoePlan, export_moe
 from minilora_hub.formats.peft import peft_targets, write_peft_folder
+from minilora_hub.formats.peft_mixlora import write_peft_mixlora
+from minilora_hub.remote_code.modeling_minilora import MixLoraForCausalLM
 
 Target = Literal["peft", "dense", "mixtral", "moe", "mixlora"]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export made.
+    """The result of an export.
 
     Attributes:
         folder: the folder.
         to: the format.
-        notes: what the user should know, a line each.
+        notes: notes for the user, one line each.
     """
 
     folder: Path
@@ -51,14 +53,14 @@ def export_adapter(
 
     Args:
         source: the adapter's folder.
-        out: a folder that is empty, or not there yet. It appears whole or not at all.
+        out: an empty folder, or one that does not exist. It is written completely or not at all.
         to: ``"peft"``, ``"dense"``, ``"mixtral"``, ``"moe"`` (the mixture of experts of the base's family) or
             ``"mixlora"`` (the reference format).
         base: load the base from there. Default: what the adapter names.
         dtype: of the checkpoint, for ``"dense"``, ``"mixtral"`` and ``"moe"``.
         dequantize: for ``"dense"``: whether a quantised base may be dequantised.
-        announce: told what will be written, before it is, for ``"mixtral"`` and ``"moe"``.
-        progress: told (parts written, parts in all), for the same.
+        announce: called with the plan before anything is written, for ``"mixtral"`` and ``"moe"``.
+        progress: called with (parts written, parts in total), for the same.
 
     Raises:
         AdapterError: the adapter has no place in that format; the message says why. Nothing is written then.
@@ -73,59 +75,27 @@ def export_adapter(
             f"{found.folder.name!r} is {what.get(found.dialect, found.dialect)}: --to {to} takes an adapter in our "
             "format, which `minilora import` makes"
         )
-    located = find_base(found.base, base, found.base_revision)
+    located = find_base(*found.named_base(base))
     config, tensors, sites = read_ours(found, located)
-    if to in ("mixtral", "moe"):
-        return _to_moe(found, located, Path(out), to, base, dtype, announce, progress)
-    if to == "mixlora" and found.method != "mixlora":
+    if to != "peft" and found.method != "mixlora":
         raise AdapterError(
-            f"adapter {found.folder.name!r} is a {found.method}: the reference format holds MixLoRA only"
+            f"adapter {found.folder.name!r} is a {found.method}: --to {to} takes a MixLoRA only; --to dense merges a "
+            "LoRA or DoRA into its base"
         )
-    if to == "peft" and found.method == "mixlora":
-        return _to_peft_mixlora(found, located, Path(out))
+    if to in ("mixtral", "moe"):
+        model = MixLoraForCausalLM.from_pretrained(str(found.folder), base_model=base, dtype=dtype)
+        only = "MixtralForCausalLM" if to == "mixtral" else None
+        notes = export_moe(model, out, found.folder, located, only=only, announce=announce, progress=progress)
+        return Exported(Path(out), to, tuple(notes))
     with whole_folder(out) as folder:
-        if to == "peft":
+        if to == "mixlora":
+            notes = write_reference(folder, config, tensors, located)
+        elif found.method == "mixlora":
+            notes = write_peft_mixlora(folder, config, tensors, sites, located)
+        else:
             named = located.hub_id or located.name
             targets = peft_targets(sites, located.skeleton)
             write_peft_folder(folder, config, tensors, targets, named, located.commit)
             notes = []
-        else:
-            notes = write_reference(folder, config, tensors, located)
         notes += write_companions(folder, found.folder, located)
     return Exported(Path(out), to, tuple(notes))
-
-
-def _to_moe(
-    found: AdapterFolder,
-    located: BaseSource,
-    out: Path,
-    to: str,
-    base: str | None,
-    dtype: DType,
-    announce: Callable[[MoePlan], None] | None,
-    progress: Callable[[int, int], None] | None,
-) -> Exported:
-    import torch
-
-    from minilora_hub import MixLoraForCausalLM
-
-    if found.method != "mixlora":
-        raise AdapterError(f"adapter {found.folder.name!r} is a {found.method}: it merges into its base, --to dense")
-    wanted: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
-    model = MixLoraForCausalLM.from_pretrained(str(found.folder), base_model=base, dtype=wanted)
-    only = "MixtralForCausalLM" if to == "mixtral" else None
-    if announce is not None:
-        announce(plan_moe(model, only))
-    notes = export_moe(model, out, companions=found.folder, base=located, only=only, progress=progress)
-    return Exported(out, to, tuple(notes))
-
-
-def _to_peft_mixlora(found: AdapterFolder, located: BaseSource, out: Path) -> Exported:
-    """A MixLoRA as the PEFT method of minilora_hub."""
-    from minilora_hub.formats.peft_mixlora import to_peft_layout
-
-    with whole_folder(out) as folder:
-        to_peft_layout(found.folder, folder)
-        notes = write_companions(folder, found.folder, located)
-    note = "PEFT reads it where minilora_hub is installed and minilora_hub.register() was called; stock PEFT does not"
-    return Exported(out, "peft", (note, *notes))

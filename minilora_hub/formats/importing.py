@@ -1,18 +1,15 @@
-"""From an adapter in anybody's format to a folder that minilora_hub publishes."""
+"""Import adapters in other formats into folders that minilora_hub can publish."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from minilora_hub.adapter_folder.companions import common_source
-from minilora_hub.adapter_folder.folders import AdapterFolder, read_folder
-from minilora_hub.adapter_folder.output import require_free, whole_folder
-from minilora_hub.adapter_folder.writing import write_ours
-from minilora_hub.bases.skeleton import BaseSource, find_base
+from minilora_hub.adapter_folder.folders import read_folder
+from minilora_hub.adapter_folder.writing import require_free, whole_folder, write_ours
+from minilora_hub.bases.skeleton import find_base
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.combine import read_loras
 from minilora_hub.formats.experts_from_loras import OnAttention, experts_from_loras
@@ -24,13 +21,13 @@ from minilora_hub.formats.peft_reading import read_peft
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import made.
+    """The result of an import.
 
     Attributes:
         folder: the folder.
         method: ``"lora"``, ``"dora"`` or ``"mixlora"``.
-        source: the dialect it came from.
-        notes: what the user should know, a line each.
+        source: the dialect of the source.
+        notes: notes for the user, one line each.
     """
 
     folder: Path
@@ -50,18 +47,18 @@ def import_adapter(
     """Import one adapter: the reference MixLoRA format, or LoRA, rsLoRA and DoRA in PEFT's.
 
     A MixLoRA or DoRA becomes a folder in our format; plain LoRA stays in PEFT's, which stock transformers loads,
-    checked and written anew. Either is ready for a push. Its own tokenizer, chat template and generation settings come
-    along; the base's stand in for what it has not.
+    checked and rewritten. Both can be pushed. Its tokenizer, chat template and generation settings are copied; the
+    base's are used for what it does not have.
 
     Args:
         source: the adapter's folder.
-        out: a folder that is empty, or not there yet. It appears whole or not at all.
+        out: an empty folder, or one that does not exist. It is written completely or not at all.
         base: the base: an id on the Hub, a folder, or ``"embedded"``. Default: the one that the adapter names.
         base_revision: its revision on the Hub.
         reference_dora: ``"loaded"`` or ``"trained"``: see `minilora_hub.formats.mixlora`.
 
     Raises:
-        AdapterError: the adapter is damaged, or asks for what cannot be honoured; the message names it.
+        AdapterError: the adapter is damaged, or a setting of it cannot be honoured; the message names it.
         BaseModelError: the base cannot be read.
     """
     require_free(out)
@@ -70,11 +67,11 @@ def import_adapter(
         raise AdapterError(f"adapter {found.folder.name!r} is in minilora_hub's own format already: push it as it is")
     if found.dialect == "checkpoint":
         raise AdapterError(f"{found.folder.name!r} is a whole model ({found.method}), not an adapter")
-    located = find_base(found.base, base, base_revision)
+    located = find_base(*found.named_base(base, base_revision))
     notes: list[str] = []
     with whole_folder(out) as folder:
         if found.dialect == "peft-mixlora":
-            notes = write_ours(folder, *_of_peft_method(found, located), located, found.folder)
+            notes = write_ours(folder, *read_peft_mixlora(found, located), located, found.folder)
         elif found.dialect == "reference":
             config, tensors, notes = read_reference(found, located, reference_dora)
             notes += write_ours(folder, config, tensors, located, found.folder)
@@ -112,14 +109,3 @@ def import_as_experts(
         source = common_source([Path(one) for one in sources])
         notes += write_ours(folder, config, tensors, adapters[0].base, source)
     return Imported(Path(out), "mixlora", "peft", tuple(notes))
-
-
-def _of_peft_method(found: AdapterFolder, base: BaseSource) -> tuple[Any, dict[str, Any]]:
-    """Read a MixLoRA that was saved by the PEFT method of minilora_hub."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # PEFT passes over settings that it does not know
-            return read_peft_mixlora(found, base)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, UserWarning) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise AdapterError(f"adapter {found.folder.name!r} cannot be read as a MixLoRA of PEFT's: {reason}") from error

@@ -1,13 +1,13 @@
-"""The reference format of MixLoRA: what the packages `mixlora` and MoE-PEFT read and write.
+"""Read the reference format of MixLoRA, which the packages `mixlora` and MoE-PEFT read and write.
 
     adapter_config.json   peft_type MIXLORA, r, lora_alpha, …, num_experts, routing_strategy, and its own fields
-    adapter_model.bin     a pickle of named tensors, one for every expert, the names in `tensor_names`
+    adapter_model.bin     a pickle of named tensors, one for every expert, named as `adapter_folder.names` says
 
-What differs from what one would expect, found by running `mixlora` 0.2.3:
+Unexpected properties of this format, found by running `mixlora` 0.2.3:
 
 - The magnitudes of a MixDoRA (`use_dora`) are not in the file. The package computes m = ||W + s B A|| when it loads,
-  so that c = m / ||W + s B A|| is one: what it computes is plain LoRA, and that is what is imported. In training its
-  magnitudes stood still at ||W||; `dora="trained"` writes those, from the base's weights.
+  so that c = m / ||W + s B A|| is one: it computes plain LoRA, and plain LoRA is imported. In training, its magnitudes
+  stayed at ||W||; `dora="trained"` computes those from the base's weights.
 - `expert_lora` (a rank and alpha for the experts) is read and then ignored by `mixlora`; MoE-PEFT, which trains,
   uses it, and so does the import.
 - It keeps dropout on at inference, and refuses a dropout of 0: an adapter without dropout is written with 1e-12.
@@ -15,31 +15,23 @@ What differs from what one would expect, found by running `mixlora` 0.2.3:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from minilora_hub.adapter_folder.folders import ADAPTER_CONFIG, AdapterFolder, Settings
-from minilora_hub.adapter_folder.tensor_files import read_tensors
-from minilora_hub.adapter_folder.tensor_names import from_reference, reference_projection
-from minilora_hub.adapter_folder.writing import check_against_base
+import torch
+from transformers.activations import ACT2FN
+
+from minilora_hub.adapter_folder.folders import AdapterFolder
+from minilora_hub.adapter_folder.names import PEFT_CONFIG, from_reference, reference_projection
+from minilora_hub.adapter_folder.reading import check_against_base, read_tensors
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
-
-if TYPE_CHECKING:
-    import torch
+from minilora_hub.formats.settings import Settings, read_reference_fields
+from minilora_hub.remote_code.attach import updates_at
+from minilora_hub.remote_code.base_structure import find_decoder_layers, linears_in, plan_sites
+from minilora_hub.remote_code.configuration_minilora import MixLoraConfig
+from minilora_hub.remote_code.linear_layers import row_norms_squared
 
 ReferenceDora = Literal["loaded", "trained"]
-
-STRATEGIES = {
-    "mixlora": "top_k",
-    "mixtral": "top_k",
-    "mixlora-dynamic": "top_p",
-    "dynamic": "top_p",
-    "mixlora-switch": "switch",
-    "switch": "switch",
-}
-"""The reference's names of the routing strategies, those of older files among them, and ours."""
-NO_DROPOUT = 1e-12
-NUMBER = (int, float)
 
 
 def read_reference(
@@ -50,19 +42,17 @@ def read_reference(
     Args:
         source: its folder.
         base: its base.
-        dora: what becomes of a `use_dora`, whose magnitudes the format lacks: see the head of this file.
+        dora: how to read a `use_dora`, whose magnitudes the format lacks: see the head of this file.
 
     Returns:
-        A MixLoraConfig, ``{canonical name: tensor}``, and what the user should know, a line each.
+        A MixLoraConfig, ``{canonical name: tensor}``, and notes for the user, one line each.
 
     Raises:
-        AdapterError: a field or a tensor is missing, of the wrong kind, or asks for what cannot be honoured.
+        AdapterError: a field or a tensor is missing, is of the wrong kind, or cannot be honoured.
     """
-    from minilora_hub.remote_code.configuration_minilora import MixLoraConfig
-
     settings = Settings(source.config)
     notes: list[str] = []
-    fields = read_fields(source)
+    fields = read_reference_fields(source)
     fields["target_modules"] = _targets(settings, base, notes)
     _check_activation(settings, base)
     use_dora = fields.pop("use_dora")
@@ -73,7 +63,7 @@ def read_reference(
     try:
         config = MixLoraConfig(**fields)
     except (ValueError, TypeError) as error:
-        raise AdapterError(f"{ADAPTER_CONFIG}: {error}") from error
+        raise AdapterError(f"{PEFT_CONFIG}: {error}") from error
     if use_dora and dora == "trained":
         config.use_dora = True
         tensors |= _magnitudes(config, base)
@@ -87,78 +77,8 @@ def read_reference(
     return config, tensors, notes
 
 
-def read_fields(source: AdapterFolder) -> dict[str, Any]:
-    """Read the fields of a MixLoraConfig from adapter_config.json, but for the targets, which depend on the base.
-
-    Raises:
-        AdapterError: one is missing, of the wrong type, or cannot be honoured.
-    """
-    settings = Settings(source.config)
-    if settings.get("task_type", str, "CAUSAL_LM") != "CAUSAL_LM":
-        raise settings.error("task_type", "only CAUSAL_LM can be imported")
-    if settings.get("bias", str, "none") != "none":
-        raise settings.error("bias", "adapters with biases cannot be honoured")
-    return _common_fields(settings) | _expert_fields(settings) | _routing_fields(settings)
-
-
-def _common_fields(settings: Settings) -> dict[str, Any]:
-    dropout = settings.get("lora_dropout", NUMBER, 0.0)
-    return {
-        "r": settings.require("r", int),
-        "lora_alpha": settings.require("lora_alpha", NUMBER),
-        "lora_dropout": 0.0 if dropout == NO_DROPOUT else dropout,
-        "use_dora": settings.get("use_dora", bool, False),
-        "use_rslora": settings.get("use_rslora", bool, False),
-        "num_experts": settings.require("num_experts", int),
-    }
-
-
-def _expert_fields(settings: Settings) -> dict[str, Any]:
-    """`expert_lora` overrides the common settings for the experts."""
-    if settings.get("expert_lora", dict) is None:
-        return {}
-    own = settings.content["expert_lora"]
-    experts = Settings(settings.content | own, f"{ADAPTER_CONFIG}: expert_lora")
-    for name in ("use_dora", "use_rslora"):
-        if experts.get(name, bool, False) != settings.get(name, bool, False):
-            raise experts.error(name, "experts that differ from attention in this cannot be honoured")
-    dropout = experts.get("lora_dropout", NUMBER, 0.0)
-    if dropout != settings.get("lora_dropout", NUMBER, 0.0):
-        raise experts.error("lora_dropout", "a dropout of the experts' own cannot be honoured")
-    return {"expert_r": experts.require("r", int), "expert_alpha": experts.require("lora_alpha", NUMBER)}
-
-
-def _routing_fields(settings: Settings) -> dict[str, Any]:
-    """The strategy and its settings; defaults are the reference's."""
-    named = settings.require("routing_strategy", str)
-    if named not in STRATEGIES:
-        raise settings.error("routing_strategy", f"must be one of {sorted(STRATEGIES)}")
-    strategy = STRATEGIES[named]
-    fields: dict[str, Any] = {
-        "routing_strategy": strategy,
-        "router_aux_loss_coef": settings.get("router_aux_loss_coef", NUMBER, 0.001),
-        "router_init_range": settings.get("router_init_range", NUMBER, 1.0 if strategy == "switch" else 0.02),
-        "router_jitter_noise": settings.get("jitter_noise", NUMBER, 0.01 if strategy == "switch" else 0.0),
-    }
-    if not settings.get("router_loss", bool, True):
-        fields["router_aux_loss_coef"] = 0.0
-    if strategy == "top_k":
-        fields["num_experts_per_tok"] = settings.get("top_k", int, 2)
-    elif strategy == "top_p":
-        fields["router_top_p"] = settings.get("top_p", NUMBER, 0.8)
-        fields["router_temperature"] = settings.get("temperature", NUMBER, 0.0)
-    else:
-        fields["expert_capacity"] = settings.get("expert_capacity", int, 32)
-        fields["router_z_loss_coef"] = settings.get("router_z_loss_coef", NUMBER, 0.001)
-        fields["expert_dropout"] = settings.get("ffn_dropout", NUMBER, 0.0)
-        fields["router_sparse_step"] = settings.get("sparse_step", int, 1)
-    return fields
-
-
 def _targets(settings: Settings, base: BaseSource, notes: list[str]) -> list[str]:
     """The targets that the base has: the reference passes over the others, since it lists those of every family."""
-    from minilora_hub.remote_code.base_structure import find_decoder_layers, linears_in
-
     content = settings.require("target_modules", (list, dict))
     named = [name for name, on in content.items() if on is True] if isinstance(content, dict) else content
     if not named or not all(isinstance(name, str) for name in named):
@@ -176,9 +96,6 @@ def _targets(settings: Settings, base: BaseSource, notes: list[str]) -> list[str
 
 def _check_activation(settings: Settings, base: BaseSource) -> None:
     """The reference may use another activation than the base's own; here it is always the base's."""
-    import torch
-    from transformers.activations import ACT2FN
-
     named, own = settings.get("act_fn", str), activation_of(base)
     if named is None or named == own:
         return
@@ -194,10 +111,16 @@ def activation_of(base: BaseSource) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def expert_rank_and_alpha(config: Any) -> tuple[int, float]:
+    """Return the rank and the alpha of the experts of a MixLoraConfig."""
+    alpha = config.expert_alpha
+    if alpha is None:
+        alpha = config.lora_alpha if config.expert_r is None else 2 * config.expert_r
+    return config.expert_r or config.r, alpha
+
+
 def _stack(found: dict[str, torch.Tensor], num_experts: int) -> dict[str, torch.Tensor]:
     """Stack the experts' tensors under canonical names."""
-    import torch
-
     tensors: dict[str, torch.Tensor] = {}
     stacks: dict[str, dict[int, torch.Tensor]] = {}
     for name, tensor in found.items():
@@ -227,12 +150,6 @@ def _stack(found: dict[str, torch.Tensor], num_experts: int) -> dict[str, torch.
 
 def _magnitudes(config: Any, base: BaseSource) -> dict[str, torch.Tensor]:
     """The row norms of the base's own weights, for every update."""
-    import torch
-
-    from minilora_hub.remote_code.adapted_linear import row_norms_squared
-    from minilora_hub.remote_code.attach import updates_at
-    from minilora_hub.remote_code.base_structure import plan_sites
-
     model = base.load(torch.float32)
     magnitudes = {}
     for site in plan_sites(model, config):

@@ -1,21 +1,20 @@
-"""Writing a MixLoRA in the reference format; see `minilora_hub.formats.mixlora` for what that is."""
+"""Write a MixLoRA in the reference format; see `minilora_hub.formats.mixlora`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from minilora_hub.adapter_folder.folders import ADAPTER_CONFIG, write_json
-from minilora_hub.adapter_folder.tensor_files import PICKLE
-from minilora_hub.adapter_folder.tensor_names import to_reference
+import torch
+
+from minilora_hub.adapter_folder.folders import write_json
+from minilora_hub.adapter_folder.names import PEFT_CONFIG, PICKLE, STRATEGIES, to_reference
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.mixlora import NO_DROPOUT, activation_of
+from minilora_hub.formats.mixlora import activation_of, expert_rank_and_alpha
+from minilora_hub.formats.settings import NO_DROPOUT
 
-if TYPE_CHECKING:
-    import torch
-
-WRITTEN = {"top_k": "mixlora", "top_p": "mixlora-dynamic", "switch": "mixlora-switch"}
+WRITTEN = {ours: theirs for theirs, ours in STRATEGIES.items()}
 FAMILIES = ("llama", "gemma", "gemma2", "qwen2", "mistral", "phi", "phi3")
 """The bases that the reference runs on."""
 
@@ -30,13 +29,11 @@ def write_reference(folder: Path, config: Any, tensors: dict[str, torch.Tensor],
         base: its base.
 
     Returns:
-        What the user should know, a line each.
+        Notes for the user, one line each.
 
     Raises:
         AdapterError: the reference has no place for something; the message says for what.
     """
-    import torch
-
     fields, notes = _reference_fields(config, tensors, base)
     renamed = {}
     for name, tensor in tensors.items():
@@ -48,7 +45,7 @@ def write_reference(folder: Path, config: Any, tensors: dict[str, torch.Tensor],
                 renamed[to_reference(name)] = tensor
         except ValueError as error:
             raise AdapterError(str(error)) from error
-    write_json(folder / ADAPTER_CONFIG, fields)
+    write_json(folder / PEFT_CONFIG, fields)
     torch.save(renamed, folder / PICKLE)
     return notes
 
@@ -66,9 +63,8 @@ def _reference_fields(
     for name in ("rank_pattern", "alpha_pattern"):
         if getattr(config, name):
             raise AdapterError(f"{name}={getattr(config, name)}: the reference has one rank and alpha for all")
-    alpha, expert_alpha = config.lora_alpha, config.expert_alpha
-    if expert_alpha is None:
-        expert_alpha = alpha if config.expert_r is None else 2 * config.expert_r
+    alpha = config.lora_alpha
+    expert_r, expert_alpha = expert_rank_and_alpha(config)
     for name, value in (("lora_alpha", alpha), ("expert_alpha", expert_alpha)):
         if int(value) != value:
             raise AdapterError(f"{name}={value}: the reference takes whole numbers")
@@ -97,10 +93,9 @@ def _reference_fields(
         )
     if config.expert_dropout and config.routing_strategy != "switch":
         notes.append("expert_dropout: the reference has it for mixlora-switch only; it matters in training alone")
-    if (config.expert_r or config.r, expert_alpha) != (config.r, alpha):
+    if (expert_r, expert_alpha) != (config.r, alpha):
         dropout = fields["lora_dropout"]
-        rank = config.expert_r or config.r
-        fields["expert_lora"] = {"r": rank, "lora_alpha": int(expert_alpha), "lora_dropout": dropout}
+        fields["expert_lora"] = {"r": expert_r, "lora_alpha": int(expert_alpha), "lora_dropout": dropout}
         notes.append("expert_lora: MoE-PEFT honours the experts' own rank and alpha, mixlora 0.2.3 does not")
     if config.routing_strategy == "top_k":
         fields["top_k"] = config.num_experts_per_tok

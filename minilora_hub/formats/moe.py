@@ -1,4 +1,4 @@
-"""A MixLoRA as a checkpoint of a mixture-of-experts architecture of transformers, which needs no code of ours.
+"""Write a MixLoRA as a checkpoint of one of transformers' mixture-of-experts architectures, without adapter code.
 
 Every expert is a whole feed-forward block with its own weights written out, W + s B_e A_e (or DoRA's
 c_e * (W + s B_e A_e)), the router is the same, and the adapter on attention merges into the weights. These
@@ -16,14 +16,16 @@ The checkpoint is written layer by layer, each its own shard: beside the base an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from minilora_hub.adapter_folder.companions import write_companions
-from minilora_hub.adapter_folder.output import require_free, whole_folder
-from minilora_hub.bases.skeleton import BaseSource, hub_name
+from minilora_hub.adapter_folder.writing import require_free, whole_folder
+from minilora_hub.bases.skeleton import BaseSource, hub_name, skeleton
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.checkpoint import require_space, write_card, write_shards
 from minilora_hub.formats.moe_architectures import (
@@ -36,22 +38,23 @@ from minilora_hub.formats.moe_architectures import (
     ZERO_WIDTH,
     Architecture,
 )
-
-if TYPE_CHECKING:
-    import torch
+from minilora_hub.remote_code.adapted_linear import AdaptedLinear
+from minilora_hub.remote_code.base_structure import find_decoder_layers
+from minilora_hub.remote_code.linear_layers import linear_shape, plain_weight
+from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
 
 
 @dataclass(frozen=True)
 class MoePlan:
-    """What an export will write, before it does.
+    """What an export is going to write.
 
     Attributes:
-        architecture: where it goes.
+        architecture: the target.
         config: the configuration of the checkpoint.
         shards: number of files with tensors.
         bytes_on_disk: of all tensors.
-        bytes_of_largest_shard: of the one that is in memory beside the base and the adapter.
-        bytes_of_model: of the base and the adapter, which are in memory all along.
+        bytes_of_largest_shard: of the shard that is in memory together with the base and the adapter.
+        bytes_of_model: of the base and the adapter, which stay in memory.
     """
 
     architecture: Architecture
@@ -63,7 +66,7 @@ class MoePlan:
 
 
 def plan_moe(model: Any, only: str | None = None) -> MoePlan:
-    """Say what `model`, a `MixLoraForCausalLM`, becomes.
+    """Return what the export of a `MixLoraForCausalLM` is going to write.
 
     Args:
         model: the adapter on its base.
@@ -73,42 +76,39 @@ def plan_moe(model: Any, only: str | None = None) -> MoePlan:
         AdapterError: there is no architecture that computes the same; the message says why.
     """
     config = moe_config(model, only)
-    architecture = ARCHITECTURES[model.base.config.model_type]
-    base, count = model.base, model.config.num_experts
-    outside = sum(tensor.nbytes for tensor in _outside(base).values())
-    size = base.dtype.itemsize
-    layers = [
-        size * (sum(_numel(layer, name, count) for name in ("attention and norms", "experts")))
-        for layer in _layers(base)
-    ]
-    if architecture is QWEN2_MOE:
-        shared = size * (3 * ZERO_WIDTH + 1) * base.config.hidden_size
-        layers = [layer + shared for layer in layers]
+    outcome = skeleton(config, blocks=False)
+    size = model.base.dtype.itemsize
+    total = size * _count(outcome)
+    layers = [size * _count(layer) for layer in find_decoder_layers(outcome)[1]]
+    largest = max(total - sum(layers), *layers)
     held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    return MoePlan(architecture, config, len(layers) + 1, outside + sum(layers), max(outside, *layers), held)
+    architecture = ARCHITECTURES[model.base.config.model_type]
+    return MoePlan(architecture, config, len(layers) + 1, total, largest, held)
 
 
 def export_moe(
     model: Any,
     out: str | Path,
-    *,
     companions: Path | None = None,
     base: BaseSource | None = None,
+    *,
     only: str | None = None,
-    progress: Any = None,
+    announce: Callable[[MoePlan], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Write a MixLoRA as a native mixture-of-experts checkpoint.
 
     Args:
         model: a `MixLoraForCausalLM`. It is left as it is.
-        out: the folder, which must be empty or not there yet. It appears whole or not at all.
+        out: an empty folder, or one that does not exist. It is written completely or not at all.
         companions: the adapter's folder, whose tokenizer, chat template and generation settings are copied.
         base: the base, whose tokenizer is written where the adapter has none.
         only: the class it must become. Default: the one of the base's family.
-        progress: called with (shards written, shards in all).
+        announce: called with the plan before anything is written.
+        progress: called with (shards written, shards in total).
 
     Returns:
-        What the user should know, a line each.
+        Notes for the user, one line each.
 
     Raises:
         AdapterError: no architecture computes the same, the folder is not empty, or the disk is too full. Nothing is
@@ -116,21 +116,27 @@ def export_moe(
     """
     require_free(out)
     plan = plan_moe(model, only)
+    if announce is not None:
+        announce(plan)
     require_space(out, plan.bytes_on_disk)
     with whole_folder(out) as folder:
         write_shards(folder, _parts(model, plan, progress), plan.shards)
         plan.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         notes = [] if companions is None else write_companions(folder, companions, base)
-        _write_card(folder, model, plan)
+        text = (
+            f"A MixLoRA adapter with {model.config.num_experts} experts, {model.config.num_experts_per_tok} of them "
+            f"active, written out as a native `{plan.architecture.name}` by `minilora export`. It needs no remote "
+            "code, and computes what the adapter computes on its base, up to rounding."
+        )
+        named = hub_name(model.config.base_model_name_or_path)
+        write_card(folder, "A MixLoRA as a mixture of experts", text, named, ["mixlora", "mixture-of-experts"])
     return notes
 
 
 def moe_config(model: Any, only: str | None = None) -> Any:
     """Return the configuration that describes `model`; an AdapterError says why there is none."""
     import transformers
-
-    from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
 
     text, ours = model.base.config, model.config
     if ours.model_type != "mixlora":
@@ -159,7 +165,7 @@ def moe_config(model: Any, only: str | None = None) -> Any:
     if architecture is QWEN3_MOE and len(kinds) > 1:
         raise AdapterError(f"base with layer_types {sorted(kinds)}: {architecture.name} has one kind for all layers")
     if sum(isinstance(module, MixtureOfLoraExperts) for module in model.modules()) != text.num_hidden_layers:
-        raise AdapterError(f"a {architecture.name} has experts in every layer, this adapter has not")
+        raise AdapterError(f"a {architecture.name} has experts in every layer, this adapter does not")
     fields = [*SHARED.split(), *architecture.fields.split()]
     config = getattr(transformers, architecture.config)(
         **{name: getattr(text, name) for name in fields if hasattr(text, name)},
@@ -173,9 +179,7 @@ def moe_config(model: Any, only: str | None = None) -> Any:
 
 
 def require_plain(model: Any) -> None:
-    """Raise an AdapterError where a linear of the base does not lie open in memory: it cannot be written out."""
-    from minilora_hub.remote_code.adapted_linear import linear_shape, plain_weight
-
+    """Raise an AdapterError where a linear of the base is quantised or offloaded, so that it cannot be written."""
     for path, layer in model.base.named_modules():
         if linear_shape(layer) and not hasattr(layer, "base_layer") and plain_weight(layer) is None:
             kind = type(layer).__name__
@@ -184,91 +188,67 @@ def require_plain(model: Any) -> None:
             )
 
 
-def _layers(base: Any) -> Any:
-    from minilora_hub.remote_code.base_structure import find_decoder_layers
-
-    return find_decoder_layers(base)[1]
-
-
 def _outside(base: Any) -> dict[str, torch.Tensor]:
     """Embeddings, the last norm and the head, each once: tied ones are in the file under one name."""
     return {name: tensor.detach() for name, tensor in base.named_parameters() if ".layers." not in name}
 
 
-def _numel(layer: Any, what: str, experts: int) -> int:
-    mixture = _mixture(layer)
-    inside = sum(parameter.numel() for parameter in mixture.base_block.parameters())
-    if what == "experts":
-        return experts * inside + int(mixture.router.numel())
-    from minilora_hub.remote_code.adapted_linear import LowRankUpdate
-
-    adapter = sum(
-        parameter.numel()
-        for module in layer.modules()
-        if isinstance(module, LowRankUpdate)
-        for parameter in module.parameters()
-    )
-    return sum(parameter.numel() for parameter in layer.parameters()) - adapter - inside - int(mixture.router.numel())
-
-
-def _mixture(layer: Any) -> Any:
-    from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
-
-    return next(module for module in layer.modules() if isinstance(module, MixtureOfLoraExperts))
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _parts(model: Any, plan: MoePlan, progress: Any) -> Iterator[dict[str, torch.Tensor]]:
     report = progress or (lambda done, total: None)
     yield {name: tensor.contiguous() for name, tensor in _outside(model.base).items()}
-    for index, layer in enumerate(_layers(model.base)):
+    for index, layer in enumerate(find_decoder_layers(model.base)[1]):
         report(index + 1, plan.shards)
         yield _layer_tensors(layer, f"model.layers.{index}", plan.architecture, model.base.dtype)
     report(plan.shards, plan.shards)
 
 
 def _layer_tensors(layer: Any, prefix: str, architecture: Architecture, dtype: Any) -> dict[str, torch.Tensor]:
-    """Every tensor of one layer under the architecture's names on disk."""
-    import torch
-
-    from minilora_hub.remote_code.adapted_linear import AdaptedLinear
-    from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
-
-    tensors = {}
+    """Return every tensor of one layer under the architecture's names on disk."""
+    tensors: dict[str, torch.Tensor] = {}
+    done: list[str] = []  # paths of adapted modules, whose parts are in their merged weights
     with torch.no_grad():
-        adapted = {name: module for name, module in layer.named_modules() if isinstance(module, AdaptedLinear)}
-        mixtures = [name for name, module in layer.named_modules() if isinstance(module, MixtureOfLoraExperts)]
-        for name, parameter in layer.named_parameters():
-            owner = next((path for path in (*adapted, *mixtures) if name.startswith(f"{path}.")), None)
-            if owner is None:
-                tensors[f"{prefix}.{name}"] = parameter
-            elif name.endswith(".base_layer.bias"):
-                tensors[f"{prefix}.{owner}.bias"] = parameter
-        for path, module in adapted.items():
-            tensors[f"{prefix}.{path}.weight"] = module.merged_weight()
-        mixture = _mixture(layer)
-        block = f"{prefix}.{architecture.block}"
-        tensors[f"{block}.{architecture.router}"] = mixture.router.to(dtype)
-        gate, up = (_expert_weights(mixture, name) for name in mixture.structure.inputs)  # each (ff, d) an expert
-        down = _expert_weights(mixture, mixture.structure.output)  # (d, ff) an expert
-        names = architecture.experts
-        if architecture is GRANITE_MOE:
-            pairs = zip(gate, up, strict=True)
-            tensors[f"{block}.{names[0]}"] = torch.stack([torch.cat(pair) for pair in pairs])
-            tensors[f"{block}.{names[2]}"] = torch.stack(list(down))
-        else:
-            for weights, name in zip((gate, up, down), names, strict=True):
-                for expert, weight in enumerate(weights):
-                    tensors[f"{block}.{name.format(expert)}"] = weight
-        if architecture is QWEN2_MOE:
-            width = mixture.router.shape[1]
-            for name, shape in {
-                "shared_expert.gate_proj": (ZERO_WIDTH, width),
-                "shared_expert.up_proj": (ZERO_WIDTH, width),
-                "shared_expert.down_proj": (width, ZERO_WIDTH),
-                "shared_expert_gate": (1, width),
-            }.items():
-                tensors[f"{block}.{name}.weight"] = torch.zeros(shape, dtype=dtype)
+        for path, module in layer.named_modules(prefix=prefix):
+            if any(path.startswith(f"{finished}.") for finished in done):
+                continue
+            if isinstance(module, AdaptedLinear):
+                done.append(path)
+                tensors[f"{path}.weight"] = module.merged_weight()
+                if module.base_layer.bias is not None:
+                    tensors[f"{path}.bias"] = module.base_layer.bias  # type: ignore[assignment]
+            elif isinstance(module, MixtureOfLoraExperts):
+                done.append(path)
+                block = _mixture_tensors(module, architecture, dtype)
+                tensors |= {f"{prefix}.{architecture.block}.{name}": tensor for name, tensor in block.items()}
+            else:
+                tensors |= module.named_parameters(path, recurse=False)
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _mixture_tensors(mixture: Any, architecture: Architecture, dtype: Any) -> dict[str, torch.Tensor]:
+    tensors = {architecture.router: mixture.router.to(dtype)}
+    gate, up = (_expert_weights(mixture, name) for name in mixture.structure.inputs)  # each (ff, d) an expert
+    down = _expert_weights(mixture, mixture.structure.output)  # (d, ff) an expert
+    names = architecture.experts
+    if architecture is GRANITE_MOE:
+        tensors[names[0]] = torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)])
+        tensors[names[2]] = torch.stack(list(down))
+    else:
+        for weights, name in zip((gate, up, down), names, strict=True):
+            tensors |= {name.format(expert): weight for expert, weight in enumerate(weights)}
+    if architecture is QWEN2_MOE:
+        width = mixture.router.shape[1]
+        for name, shape in {
+            "shared_expert.gate_proj": (ZERO_WIDTH, width),
+            "shared_expert.up_proj": (ZERO_WIDTH, width),
+            "shared_expert.down_proj": (width, ZERO_WIDTH),
+            "shared_expert_gate": (1, width),
+        }.items():
+            tensors[f"{name}.weight"] = torch.zeros(shape, dtype=dtype)
+    return tensors
 
 
 def _expert_weights(mixture: Any, name: str) -> Iterator[torch.Tensor]:
@@ -283,25 +263,3 @@ def _expert_weights(mixture: Any, name: str) -> Iterator[torch.Tensor]:
             continue
         whole = weight.float() + update.scaling * (update.lora_B[expert].float() @ update.lora_A[expert].float())
         yield (whole if scale is None else whole * scale[expert].unsqueeze(-1)).to(weight.dtype)
-
-
-def _write_card(folder: Path, model: Any, plan: MoePlan) -> None:
-    ours = model.config
-    named = hub_name(ours.base_model_name_or_path) or "a local folder"
-    lines = [
-        f"A MixLoRA adapter with {ours.num_experts} experts, {ours.num_experts_per_tok} of them active, written out as "
-        f"a native `{plan.architecture.name}` by `minilora export`. It needs no remote code, and computes what the "
-        "adapter computes on its base, up to rounding.",
-        f"Base: `{named}`. What the base's and the adapter's licences allow holds here, too.",
-    ]
-    snippet = (
-        'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("this/repo")'
-    )
-    facts = {
-        "base_model": hub_name(ours.base_model_name_or_path),
-        "base_model_relation": "finetune",
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["mixlora", "mixture-of-experts", "minilora-export"],
-    }
-    write_card(folder, "A MixLoRA as a mixture of experts", facts, lines, snippet)

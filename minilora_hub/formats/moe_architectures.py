@@ -1,4 +1,4 @@
-"""The mixture-of-experts architectures of transformers that a MixLoRA on some family of base is."""
+"""The mixture-of-experts architectures of transformers as which a MixLoRA can be written, by the family of its base."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SHARED = (
     "hidden_act max_position_embeddings initializer_range rms_norm_eps use_cache pad_token_id bos_token_id "
     "eos_token_id tie_word_embeddings attention_dropout rope_parameters"
 )
-"""What every configuration here takes from the base's, where the base has it."""
+"""Fields that every configuration here takes from the base's, where the base has them."""
 ZERO_WIDTH = 64  # of Qwen2Moe's shared expert of zeros; engines want a multiple of their block
 
 
@@ -24,7 +24,7 @@ class Architecture:
         config: its configuration class.
         fields: configuration fields it takes from the base beside `SHARED`.
         own: its own fields, given the adapter's and the base's configuration.
-        block: where a layer keeps its mixture.
+        block: path of the mixture in a layer.
         router: name of the router's weight in the block.
         experts: {gate, up, down: name of an expert's weight in the block, with ``{}`` for its number}.
         biases: fields of the base's configuration that must be off.

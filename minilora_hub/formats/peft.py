@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from minilora_hub.adapter_folder.folders import ADAPTER_CONFIG, refuse_lfs_pointer
-from minilora_hub.adapter_folder.tensor_files import SAFETENSORS
-from minilora_hub.adapter_folder.tensor_names import as_stock_transformers_reads, is_update, to_peft
-from minilora_hub.errors import AdapterError
+from minilora_hub.adapter_folder.folders import refuse_lfs_pointer, write_json
+from minilora_hub.adapter_folder.names import PEFT_CONFIG, WEIGHTS, as_stock_transformers_reads, is_update, to_peft
+from minilora_hub.formats.targets import peft_target_names
+from minilora_hub.hub.plain_files import read_header
 
 
 def write_peft_config(folder: Path, config: dict[str, Any], base_id: str, base_revision: str | None) -> None:
@@ -23,13 +20,12 @@ def write_peft_config(folder: Path, config: dict[str, Any], base_id: str, base_r
     PEFT holds some fields as sets, whose order differs from one process to the next.
     """
     config = config | {"base_model_name_or_path": base_id, "revision": base_revision, "inference_mode": True}
-    # PEFT writes `auto_mapping`, a class to import, where it was not told the task.
+    # PEFT writes `auto_mapping`, a class to import, where the task is not given.
     config |= {"task_type": "CAUSAL_LM", "auto_mapping": None}
     ordered = {name: sorted(value) if isinstance(value, (set, tuple)) else value for name, value in config.items()}
     if isinstance(ordered.get("target_modules"), list):
         ordered["target_modules"] = sorted(ordered["target_modules"])
-    text = json.dumps(ordered, indent=2, sort_keys=True, ensure_ascii=False)
-    (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
+    write_json(folder / PEFT_CONFIG, ordered)
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class PeftTargets:
     """How PEFT finds the linears of an adapter in one base.
 
     Attributes:
-        names: last parts of their paths, or whole paths; see `target_names`.
+        names: last parts of their paths, or whole paths; see `peft_target_names`.
         layers_path: where the base has its layers, e.g. ``"model.layers"``.
         fan_in_fan_out: whether they keep their weights transposed, as GPT-2's do.
     """
@@ -56,9 +52,8 @@ def peft_targets(sites: list[Any], base: Any) -> PeftTargets:
     """
     from minilora_hub.remote_code.base_structure import find_decoder_layers
 
-    names = target_names([site.path for site in sites], base)
     transposed = any(type(base.get_submodule(site.path)).__name__ == "Conv1D" for site in sites)
-    return PeftTargets(tuple(names), find_decoder_layers(base)[0], transposed)
+    return PeftTargets(tuple(peft_target_names(sites, base)), find_decoder_layers(base)[0], transposed)
 
 
 def write_peft_folder(
@@ -95,7 +90,7 @@ def write_peft_folder(
     )
     write_peft_config(folder, fields, base_id, base_revision)
     renamed = {to_peft(name, targets.layers_path): tensor.cpu() for name, tensor in tensors.items()}
-    write_adapter(folder / SAFETENSORS, renamed)
+    write_adapter(folder / WEIGHTS, renamed)
 
 
 def lora_settings(**settings: Any) -> dict[str, Any]:
@@ -111,34 +106,16 @@ def copy_peft_weights(source: Path, out: Path) -> None:
 
     Magnitudes that stock transformers would not find are renamed.
     """
-    from safetensors import safe_open
-
     from minilora_hub.remote_code.adapter_files import read_adapter, write_adapter
 
-    try:
-        refuse_lfs_pointer(source / SAFETENSORS)
-        with safe_open(source / SAFETENSORS, framework="pt") as file:
-            names = list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{SAFETENSORS} is not a readable safetensors file ({error})") from error
+    refuse_lfs_pointer(source / WEIGHTS)
+    names = read_header(source / WEIGHTS)[0].keys() - {"__metadata__"}
     if all(is_update(name) and as_stock_transformers_reads(name) == name for name in names):
-        shutil.copyfile(source / SAFETENSORS, out / SAFETENSORS)
+        shutil.copyfile(source / WEIGHTS, out / WEIGHTS)
         return
-    tensors = read_adapter(source / SAFETENSORS)
+    tensors = read_adapter(source / WEIGHTS)
     kept = {as_stock_transformers_reads(name): tensor for name, tensor in tensors.items() if is_update(name)}
-    write_adapter(out / SAFETENSORS, kept)
-
-
-def target_names(paths: list[str], base: Any) -> list[str]:
-    """Return the shortest names that PEFT matches to exactly these modules: last parts, or whole paths.
-
-    Args:
-        paths: paths of linears in the base.
-        base: the base, whose other modules the names must not match.
-    """
-    names = sorted({path.rpartition(".")[2] for path in paths})
-    matched = {path for path, _ in base.named_modules() if path.rpartition(".")[2] in names}
-    return names if matched == set(paths) else sorted(paths)
+    write_adapter(out / WEIGHTS, kept)
 
 
 def with_peft(base: Any, folder: Path) -> Any:
@@ -155,4 +132,4 @@ def with_peft(base: Any, folder: Path) -> Any:
         try:
             return PeftModel.from_pretrained(base, str(folder)).eval()
         except Warning as warning:
-            raise ValueError(f"{SAFETENSORS}: {warning}") from warning
+            raise ValueError(f"{WEIGHTS}: {warning}") from warning

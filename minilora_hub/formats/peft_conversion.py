@@ -1,4 +1,4 @@
-"""What becomes of an adapter that was read from PEFT's format: written anew in it, or a DoRA of ours."""
+"""Convert a LoRA or DoRA that was read from PEFT's format: to PEFT's files, to our DoRA, or to modules in a base."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilora_hub.adapter_folder.companions import write_companions
-from minilora_hub.adapter_folder.tensor_files import SAFETENSORS
-from minilora_hub.adapter_folder.tensor_names import from_peft
-from minilora_hub.adapter_folder.writing import check_against_base
+from minilora_hub.adapter_folder.folders import AdapterFolder
+from minilora_hub.adapter_folder.names import WEIGHTS, from_peft
+from minilora_hub.adapter_folder.reading import check_against_base
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.peft import lora_settings, target_names, write_peft_config
-from minilora_hub.formats.peft_reading import PeftAdapter
+from minilora_hub.formats.peft import lora_settings, write_peft_config
+from minilora_hub.formats.peft_reading import PeftAdapter, read_peft
+from minilora_hub.formats.targets import layer_targets, shortest_names
+from minilora_hub.remote_code.adapter_files import write_adapter
+from minilora_hub.remote_code.base_structure import LinearSite
+from minilora_hub.remote_code.configuration_minilora import DoraConfig
+from minilora_hub.remote_code.linear_layers import linear_shape
 
 if TYPE_CHECKING:
     import torch
@@ -29,15 +34,13 @@ def write_normalised(folder: Path, adapter: PeftAdapter, source: Path | None) ->
         source: the folder that it comes from; see `write_companions`.
 
     Returns:
-        What the user should know, a line each.
+        Notes for the user, one line each.
     """
-    from minilora_hub.remote_code.adapter_files import write_adapter
-
-    targets = target_names(sorted(adapter.updates), adapter.base.skeleton)
+    targets = shortest_names(adapter.updates, adapter.base.skeleton)
     fields = lora_settings(**adapter.config, target_modules=targets)
     base = adapter.base
     write_peft_config(folder, fields, base.hub_id or base.name, base.commit)
-    write_adapter(folder / SAFETENSORS, adapter.tensors())
+    write_adapter(folder / WEIGHTS, adapter.tensors())
     return write_companions(folder, source, base)
 
 
@@ -47,42 +50,29 @@ def as_dora(adapter: PeftAdapter) -> tuple[Any, dict[str, torch.Tensor]]:
     Raises:
         AdapterError: it sits where our format has no place: outside the decoder layers, or in some of them only.
     """
-    from minilora_hub.remote_code.configuration_minilora import DoraConfig
-
     layers_path = adapter.base.layers_path
     try:
         tensors = {from_peft(name, layers_path): tensor for name, tensor in adapter.tensors().items()}
     except ValueError as error:
         raise AdapterError(f"{error}: a DoRA outside the decoder layers cannot be honoured") from error
-    in_layers: dict[str, set[str]] = {}
-    ranks: dict[str, tuple[int, float]] = {}
-    for path, update in adapter.updates.items():
-        index, _, inner = path.removeprefix(f"{layers_path}.").partition(".")
-        in_layers.setdefault(inner, set()).add(index)
-        ranks[f"layers.{index}.{inner}"] = (update.lora_a.shape[0], update.scaling)
-    count = adapter.base.config.get_text_config(decoder=True).num_hidden_layers
-    for inner, layers in in_layers.items():
-        if len(layers) != count:
-            raise AdapterError(
-                f"{inner} is adapted in {len(layers)} of {count} layers (layers_to_transform or a pattern): "
-                "a DoRA of ours has the same targets in every layer"
-            )
+    ranks = {
+        f"layers.{path.removeprefix(f'{layers_path}.')}": (update.lora_a.shape[0], update.scaling)
+        for path, update in adapter.updates.items()
+    }
     settings = {name: adapter.config[name] for name in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
-    settings["target_modules"] = _short_targets(sorted(in_layers), adapter.base)
+    settings["target_modules"] = layer_targets(tensors, adapter.base)
     patterns = {name: adapter.config[name] for name in ("rank_pattern", "alpha_pattern")}
     try:
         config = DoraConfig(**settings, **patterns)
-        same = all(config.rank_and_scaling(name, config.r, config.lora_alpha) == both for name, both in ranks.items())
-        if same:
+        if all(config.rank_and_scaling(name, config.r, config.lora_alpha) == both for name, both in ranks.items()):
             check_against_base(config, tensors, adapter.base)
             return config, tensors
     except (AdapterError, ValueError):
-        pass  # a pattern that speaks of the base's own paths: written out below
-    config = DoraConfig(**settings, **_explicit_patterns(adapter, ranks))
-    return config, tensors
+        pass  # a pattern with the base's own paths: one entry a linear, below
+    return DoraConfig(**settings, **_explicit_patterns(adapter, ranks)), tensors
 
 
-def _explicit_patterns(adapter: PeftAdapter, ranks: dict[str, tuple[int, float]]) -> dict[str, dict[str, Any]]:
+def _explicit_patterns(adapter: PeftAdapter, ranks: dict[str, tuple[int, float]]) -> dict[str, Any]:
     """rank_pattern and alpha_pattern with one entry a linear, for those that differ from the common settings."""
     config, rank_pattern, alpha_pattern = adapter.config, {}, {}
     for name, (r, scaling) in ranks.items():
@@ -95,13 +85,41 @@ def _explicit_patterns(adapter: PeftAdapter, ranks: dict[str, tuple[int, float]]
     return {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
 
 
-def _short_targets(paths: list[str], base: BaseSource) -> list[str] | str:
-    """Targets of our format: last names where they are unambiguous, else whole paths in the layer."""
-    from minilora_hub.remote_code.base_structure import find_decoder_layers, linears_in, matches_target
+class PeftLoraConfig(DoraConfig):
+    """The configuration of a LoRA or DoRA with the rank and scaling of each linear in place of patterns."""
 
-    available = set(linears_in(find_decoder_layers(base.skeleton)[1][0]))
-    if available == set(paths):
-        return "all-linear"
-    leaves = sorted({path.rpartition(".")[2] for path in paths})
-    matched = {path for path in available if matches_target(path, leaves)}
-    return leaves if matched == set(paths) else paths
+    def __init__(self, *, use_dora: bool = False, of_linears: dict[str, tuple[int, float]] | None = None, **kwargs):
+        """`of_linears`: name of a linear -> (rank, scaling)."""
+        self.of_linears = of_linears or {}
+        super().__init__(use_dora=True, **kwargs)
+        self.use_dora = use_dora
+
+    def rank_and_scaling(self, path: str, r: int, alpha: float) -> tuple[int, float]:
+        """Rank and scaling of the linear at `path`."""
+        return self.of_linears[path]
+
+
+def read_peft_lora(source: AdapterFolder, base: BaseSource) -> tuple[PeftLoraConfig, dict[str, Any], list[LinearSite]]:
+    """Read a LoRA or DoRA for `base`, which is not changed. It may sit on any linear, the head included.
+
+    Returns:
+        The configuration, {name of the linear and the leaf: tensor}, and the linears it sits on; names are the base's
+        own paths.
+
+    Raises:
+        AdapterError: a setting cannot be honoured, or a tensor is missing, surplus, misshapen or not finite; the
+            message names it.
+    """
+    adapter = read_peft(source, base)
+    sites, of_linears = [], {}
+    tensors: dict[str, Any] = {}
+    for path, update in adapter.updates.items():
+        shape: Any = linear_shape(base.skeleton.get_submodule(path))
+        out_features, in_features = shape
+        sites.append(LinearSite(path, path, out_features, in_features))
+        of_linears[path] = (update.lora_a.shape[0], update.scaling)
+        tensors |= {f"{path}.lora_A": update.lora_a, f"{path}.lora_B": update.lora_b}
+        if update.magnitude is not None:
+            tensors[f"{path}.magnitude"] = update.magnitude
+    settings = {name: adapter.config[name] for name in ("r", "lora_alpha", "use_rslora", "use_dora")}
+    return PeftLoraConfig(**settings, of_linears=of_linears), tensors, sites

@@ -9,51 +9,27 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
-from minilora_hub.adapter_folder.folders import ADAPTER_CONFIG, AdapterFolder, Settings
-from minilora_hub.adapter_folder.tensor_files import read_tensors
-from minilora_hub.adapter_folder.tensor_names import PEFT_PREFIX, join_peft, split_peft
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+
+from minilora_hub.adapter_folder.folders import AdapterFolder
+from minilora_hub.adapter_folder.names import PEFT_CONFIG, PEFT_PREFIX, join_peft, split_peft
+from minilora_hub.adapter_folder.reading import read_tensors
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
+from minilora_hub.formats.settings import read_lora_settings
+from minilora_hub.remote_code.linear_layers import linear_shape
 
-if TYPE_CHECKING:
-    import torch
-
-Value = TypeVar("Value")
-
-NUMBER = (int, float)
 WRAPPERS = {
     "_orig_mod.": "torch.compile",
     "_fsdp_wrapped_module.": "FSDP",
     "_checkpoint_wrapped_module.": "activation checkpointing",
 }
 """What a model that was saved inside of a wrapper has in the names of its tensors."""
-REFUSED = {
-    "alora_invocation_tokens": "an adapter that is on for a part of the text only",
-    "arrow_config": "routing between adapters",
-    "ensure_weight_tying": "tied adapters",
-    "kasa_config": "KaSA",
-    "layer_replication": "layers that the base has not",
-    "lora_bias": "biases on lora_B",
-    "megatron_config": "Megatron's parallel linears",
-    "modules_to_save": "whole modules trained beside the adapter",
-    "monteclora_config": "MonteCLoRA",
-    "target_parameters": "updates of bare parameters",
-    "trainable_token_indices": "trained token embeddings",
-    "use_bdlora": "block-diagonal LoRA",
-    "use_qalora": "QA-LoRA, which pools its input",
-    "velora_config": "VeLoRA",
-}
-"""What changes the result and has no place in our format or in the base alone: setting -> what it is."""
-PASSED_OVER = {
-    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules",
-    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core",
-    "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type", "unsloth_fixed",
-}  # fmt: skip
-"""Settings of training and bookkeeping, and those whose effect the tensors' names already tell."""
-INITIALISED = ("gaussian", "orthogonal", "eva")
-"""Ways to start training that leave the base as it is. PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ do not."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +80,7 @@ def read_peft(source: AdapterFolder, base: BaseSource) -> PeftAdapter:
     Raises:
         AdapterError: a setting cannot be honoured, or a tensor is missing, surplus or misshapen.
     """
-    from minilora_hub.remote_code.adapted_linear import linear_shape
-
-    config = read_settings(source)
+    config = read_lora_settings(source)
     modules = dict(base.skeleton.named_modules())
     tensors_of_file = read_tensors(source.folder)
     _drop_base_copies(tensors_of_file, base)
@@ -118,7 +92,7 @@ def read_peft(source: AdapterFolder, base: BaseSource) -> PeftAdapter:
     _check_layout(config["fan_in_fan_out"], {path: modules[path] for path in sorted(parts)})
     updates = {}
     for path, tensors in sorted(parts.items()):
-        shape = linear_shape(modules[path])
+        shape: Any = linear_shape(modules[path])
         r, scaling = _rank_and_scaling(config, path)
         expected = {"lora_A": (r, shape[1]), "lora_B": (shape[0], r), "magnitude": (shape[0],)}
         for leaf, tensor in tensors.items():
@@ -131,69 +105,8 @@ def read_peft(source: AdapterFolder, base: BaseSource) -> PeftAdapter:
     return PeftAdapter(config, updates, base)
 
 
-def read_settings(source: AdapterFolder) -> dict[str, Any]:
-    """Read adapter_config.json; see `PeftAdapter.config`. Torch is not needed.
-
-    Raises:
-        AdapterError: a setting is missing, out of range, or changes the result in a way that cannot be honoured.
-    """
-    settings = Settings(source.config)
-    for name, what in REFUSED.items():
-        settings.asked.add(name)
-        if _is_set(source.config.get(name)):
-            raise settings.error(name, f"{what} cannot be honoured")
-    if settings.get("task_type", str, "CAUSAL_LM") != "CAUSAL_LM":
-        raise settings.error("task_type", "only CAUSAL_LM can be imported")
-    if settings.get("bias", str, "none") != "none":
-        raise settings.error("bias", "trained biases of the base cannot be honoured")
-    start = settings.get("init_lora_weights", (bool, str), True)
-    if isinstance(start, str) and start not in INITIALISED:
-        raise settings.error(
-            "init_lora_weights",
-            "training has changed the base (PiSSA and its like): save it with "
-            "path_initial_model_for_weight_conversion, which makes it a plain LoRA",
-        )
-    config = {
-        "r": settings.require("r", int),
-        "lora_alpha": settings.require("lora_alpha", NUMBER),
-        "lora_dropout": settings.get("lora_dropout", NUMBER, 0.0),
-        "use_rslora": settings.get("use_rslora", bool, False),
-        "use_dora": settings.get("use_dora", bool, False),
-        "fan_in_fan_out": settings.get("fan_in_fan_out", bool, False),
-        "rank_pattern": settings.get("rank_pattern", dict, {}),
-        "alpha_pattern": settings.get("alpha_pattern", dict, {}),
-    }
-    if config["r"] < 1 or not 0 < config["lora_alpha"] < 1e9:
-        raise settings.error("r" if config["r"] < 1 else "lora_alpha", "must be above 0")
-    if not 0 <= config["lora_dropout"] < 1:
-        raise settings.error("lora_dropout", "must be a probability in [0, 1)")
-    for name, kinds in (("rank_pattern", int), ("alpha_pattern", NUMBER)):
-        for key, value in config[name].items():
-            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 1e9 or not _is_pattern(key):
-                raise settings.error(name, f"{key!r} must be a path or a regular expression with a number above 0")
-    settings.require("target_modules", (str, list))
-    known = settings.asked | PASSED_OVER
-    for name, value in source.config.items():
-        if name not in known and _is_set(value):
-            raise settings.error(name, "this setting is not known here, so it cannot be honoured")
-    return config
-
-
-def _is_set(value: Any) -> bool:
-    """Whether a setting asks for something. A number does, 0 included: its default is not known."""
-    return value is not None and value is not False and value not in ([], {})
-
-
-def _is_pattern(key: str) -> bool:
-    try:
-        re.compile(rf"(.*\.)?({key})$")
-    except re.error:
-        return False
-    return len(key) <= 300
-
-
-def split_tensors(tensors: dict[str, Value], use_dora: bool) -> dict[str, dict[str, Value]]:
-    """Group the tensors of a file, or what stands for them, by the linear that they belong to.
+def split_tensors(tensors: dict[str, torch.Tensor], use_dora: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """Group the tensors of a file by the linear that they belong to.
 
     Returns:
         ``{path of the linear: {"lora_A", "lora_B" and for DoRA "magnitude": tensor}}``, each of them complete.
@@ -201,7 +114,7 @@ def split_tensors(tensors: dict[str, Value], use_dora: bool) -> dict[str, dict[s
     Raises:
         AdapterError: a name is not that of a LoRA or DoRA tensor, or an update is incomplete.
     """
-    parts: dict[str, dict[str, Value]] = {}
+    parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         for part, wrapper in WRAPPERS.items():
             if part in name:
@@ -228,8 +141,6 @@ def split_tensors(tensors: dict[str, Value], use_dora: bool) -> dict[str, dict[s
 
 def _rank_and_scaling(config: dict[str, Any], path: str) -> tuple[int, float]:
     """Rank and scaling of a linear, with PEFT's own reading of the patterns."""
-    from peft.utils.other import get_pattern_key
-
     ranks, alphas = config["rank_pattern"], config["alpha_pattern"]
     r = ranks.get(get_pattern_key(ranks, path), config["r"])
     alpha = alphas.get(get_pattern_key(alphas, path), config["lora_alpha"])
@@ -242,7 +153,7 @@ def _check_layout(fan_in_fan_out: bool, adapted: dict[str, Any]) -> None:
     if not any((kind == "Conv1D") == fan_in_fan_out for kind in kinds.values()):
         path, kind = next(iter(kinds.items()))
         raise AdapterError(
-            f"{ADAPTER_CONFIG}: fan_in_fan_out={fan_in_fan_out}: the base's {path} is a {kind}; it is True for Conv1D "
+            f"{PEFT_CONFIG}: fan_in_fan_out={fan_in_fan_out}: the base's {path} is a {kind}; it is True for Conv1D "
             "and False for Linear"
         )
 
@@ -266,8 +177,6 @@ def _drop_base_copies(tensors: dict[str, torch.Tensor], base: BaseSource) -> Non
 
 def _same_values(copy: torch.Tensor, own: torch.Tensor) -> bool:
     """Whether two tensors are the same but for the dtype they are held in."""
-    import torch
-
     if copy.shape != own.shape:
         return False
     own = own.detach().cpu()
@@ -275,7 +184,7 @@ def _same_values(copy: torch.Tensor, own: torch.Tensor) -> bool:
 
 
 def _why_no_linear(path: str, base: BaseSource) -> str:
-    """Say what keeps a tensor's path from being one of the base's linears."""
+    """Return why a tensor's path is not that of a linear of the base."""
     kind = f"the base {base.name!r} ({base.config.model_type})"
     found = re.fullmatch(r"(?:(.+?)\.)?(\d+)\.(.+)", path)
     layers_path = base.layers_path
@@ -288,16 +197,11 @@ def _why_no_linear(path: str, base: BaseSource) -> str:
 
 
 def _linears(model: Any) -> set[str]:
-    from minilora_hub.remote_code.adapted_linear import linear_shape
-
     return {path for path, module in model.named_modules() if linear_shape(module)}
 
 
 def _check_targets(source: AdapterFolder, model: Any, adapted: set[str]) -> None:
     """Raise an AdapterError unless the linears that the settings name are those that have tensors."""
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import check_target_module_exists
-
     targets = source.config["target_modules"]
     names = ("exclude_modules", "layers_to_transform", "layers_pattern")
     chosen: dict[str, Any] = {name: source.config.get(name) for name in names}
@@ -310,7 +214,7 @@ def _check_targets(source: AdapterFolder, model: Any, adapted: set[str]) -> None
         config = LoraConfig(target_modules=named, **chosen)
         wanted = {path for path in linears if check_target_module_exists(config, path)}
     except (TypeError, ValueError, AttributeError, re.error) as error:
-        raise AdapterError(f"{ADAPTER_CONFIG}: target_modules={targets!r}: {error}") from error
+        raise AdapterError(f"{PEFT_CONFIG}: target_modules={targets!r}: {error}") from error
     for path in sorted(wanted - adapted):
         raise AdapterError(f"{path}: target_modules names it, but there are no tensors for it")
     for path in sorted(adapted - wanted):

@@ -1,7 +1,7 @@
-"""The one way in which an adapter is read from its folder, strictly, by every command that computes with it.
+"""Read an adapter strictly from its folder: the one reader of every command that computes with it.
 
-What `import` refuses, `export`, `compare`, `eval`, `combine` and `experts` refuse, too, with the same words: all of
-them call `read_adapter` or the readers that it calls. `info`, which has no base to look at, calls `check_settings`.
+What `import` refuses, `export`, `compare`, `eval`, `combine` and `experts` refuse with the same message: all of them
+call `read_adapter` or the readers that it calls. `info`, which needs no base, calls `settings.check_settings`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from minilora_hub.adapter_folder.folders import AdapterFolder
-from minilora_hub.adapter_folder.writing import read_ours
+from minilora_hub.adapter_folder.reading import read_ours
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
-from minilora_hub.formats.mixlora import read_fields
-from minilora_hub.formats.peft_reading import read_settings
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +22,7 @@ def read_adapter(source: AdapterFolder, base: BaseSource) -> tuple[Any, dict[str
 
     Args:
         source: its folder.
-        base: its base, which is only looked at.
+        base: its base, which is not changed.
 
     Returns:
         What `remote_code.attach.build_modules` takes: the configuration, ``{name: tensor}``, and the sites.
@@ -36,19 +34,7 @@ def read_adapter(source: AdapterFolder, base: BaseSource) -> tuple[Any, dict[str
     if source.dialect == "minilora":
         return read_ours(source, base)
     if source.dialect == "peft":
-        from minilora_hub.formats.peft_lora import read_peft_lora
+        from minilora_hub.formats.peft_conversion import read_peft_lora  # needs torch, which not every caller does
 
         return read_peft_lora(source, base)
     raise AdapterError(f"{source.folder.name!r} is in the format {source.dialect!r}, which `minilora import` reads")
-
-
-def check_settings(source: AdapterFolder) -> None:
-    """Check the settings of another format than ours, for which neither the base nor torch is needed.
-
-    Raises:
-        AdapterError: one of them is missing, out of range or cannot be honoured.
-    """
-    if source.dialect == "peft":
-        read_settings(source)
-    elif source.dialect == "reference":
-        read_fields(source)

@@ -1,26 +1,19 @@
-"""What the Hub knows: who holds the token, what a repo holds, and copies of it."""
+"""Ask the Hub who holds a token, what a repo holds and what it knows of a base; fetch a repo into the cache."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, errors, get_token, snapshot_download
+from huggingface_hub.utils.sha import git_hash
 
 from minilora_hub.errors import AdapterError, PublishError
 from minilora_hub.hub.download_bar import download_bar
-from minilora_hub.hub.errors import (
-    ATTEMPTS,
-    FAILURES,
-    explain,
-    patiently,
-    root_cause,
-    server_message,
-    status_of,
-)
+from minilora_hub.hub.errors import ATTEMPTS, FAILURES, explain, patiently, root_cause, server_message, status_of
 from minilora_hub.hub.plain_files import require_plain_names
 from minilora_hub.quiet import quiet_libraries
 
@@ -30,11 +23,23 @@ LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token with the role 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file in a repo: its size, and the git object id, or for a large file the sha256, of its content."""
+    """A file in a repo.
+
+    Attributes:
+        size: in bytes.
+        oid: git's id of its content.
+        sha256: of its content, where it is stored in LFS; else None.
+    """
 
     size: int
     oid: str
     sha256: str | None
+
+    def has_content(self, path: Path, sha256: str) -> bool:
+        """Return whether it is the same as a local file, whose sha256 is given."""
+        if path.stat().st_size != self.size:
+            return False
+        return self.sha256 == sha256 if self.sha256 else self.oid == git_hash(path.read_bytes())
 
 
 @dataclass(frozen=True)
@@ -42,16 +47,16 @@ class RemoteState:
     """A repo at one moment.
 
     Attributes:
-        exists: whether there is one.
+        exists: whether it is there.
         private: whether only its owner sees it.
-        head: the newest commit of the branch; None where the repo or the branch is not there.
-        files: what is in it.
+        head: the newest commit of the branch; None where the repo or the branch does not exist.
+        files: {path: file} at that commit.
     """
 
     exists: bool
     private: bool = True
     head: str | None = None
-    files: dict[str, RemoteFile] | None = None
+    files: dict[str, RemoteFile] = field(default_factory=dict)
 
 
 def writer(token: str | None, repo_id: str, create_pr: bool) -> tuple[HfApi, str]:
@@ -60,13 +65,13 @@ def writer(token: str | None, repo_id: str, create_pr: bool) -> tuple[HfApi, str
     Args:
         token: a token; default: the one of HF_TOKEN or ``hf auth login``.
         repo_id: ``"owner/name"``, or ``"name"`` under the token's own user.
-        create_pr: a pull request may be opened in anybody's repo.
+        create_pr: whether a pull request is opened, which is possible in other users' repos, too.
 
     Returns:
         A client that uses the token, and the full id of the repo.
 
     Raises:
-        PublishError: there is no token, it is not valid any more, or it may not write there.
+        PublishError: there is no token, it is not valid, or it may not write there.
     """
     token = token or get_token()
     if not token:
@@ -92,27 +97,29 @@ def writer(token: str | None, repo_id: str, create_pr: bool) -> tuple[HfApi, str
     return api, repo_id
 
 
-def look(api: HfApi, repo_id: str, revision: str | None, attempts: int = ATTEMPTS) -> RemoteState:
-    """Look at a repo, without changing anything.
+def look(
+    api: HfApi, repo_id: str, revision: str | None = None, *, attempts: int = ATTEMPTS, repo_type: str = "model"
+) -> RemoteState:
+    """Return what a repo holds.
 
     Raises:
         PublishError: the Hub cannot be asked.
     """
 
     def info(at: str | None) -> Any:
-        return patiently(lambda: api.model_info(repo_id, revision=at, files_metadata=True), attempts)
+        ask = partial(api.repo_info, repo_id, revision=at, repo_type=repo_type, files_metadata=True)
+        return patiently(ask, attempts)
 
     try:
         try:
-            found, here = info(revision), True
+            found = info(revision)
         except errors.RevisionNotFoundError:
-            found, here = info(None), False
+            return RemoteState(True, bool(info(None).private))
     except errors.RepositoryNotFoundError:
         return RemoteState(False)
     except FAILURES as error:
-        raise PublishError(explain(error, repo_id, "looking at the repo")) from None
-    if not here:
-        return RemoteState(True, bool(found.private), None, {})
+        what = "Space" if repo_type == "space" else "repo"
+        raise PublishError(explain(error, repo_id, f"looking at the {what}")) from error
     files = {
         file.rfilename: RemoteFile(file.size or 0, file.blob_id or "", file.lfs.sha256 if file.lfs else None)
         for file in found.siblings or []
@@ -120,17 +127,30 @@ def look(api: HfApi, repo_id: str, revision: str | None, attempts: int = ATTEMPT
     return RemoteState(True, bool(found.private), found.sha, files)
 
 
+def read_file(api: HfApi, repo_id: str, path: str, commit: str | None, repo_type: str = "model") -> bytes:
+    """Return the content of a small file of a repo.
+
+    Raises:
+        PublishError: it cannot be read.
+    """
+    try:
+        download = partial(api.hf_hub_download, repo_id, path, revision=commit, repo_type=repo_type)
+        return Path(patiently(download)).read_bytes()
+    except FAILURES as error:
+        raise PublishError(explain(error, repo_id, f"reading {path} of the repo")) from None
+
+
 def tags_of(api: HfApi, repo_id: str, attempts: int = ATTEMPTS) -> dict[str, str]:
-    """Return the tags of a repo: tag -> commit. May raise one of `FAILURES`."""
+    """Return {tag: commit} of a repo. May raise one of `FAILURES`."""
     refs = patiently(lambda: api.list_repo_refs(repo_id), attempts)
     return {tag.name: tag.target_commit for tag in refs.tags}
 
 
 def require_pull_requests(api: HfApi, repo_id: str, attempts: int = ATTEMPTS) -> None:
-    """Refuse a repo in which no pull request can be opened; a Hub that does not know them would change the branch.
+    """Refuse a repo in which no pull request can be opened: some Hubs would commit to the branch instead.
 
     Raises:
-        PublishError: it takes none, or cannot be asked.
+        PublishError: it takes none, or the Hub cannot be asked.
     """
     discussions = partial(api.get_repo_discussions, repo_id, discussion_type="pull_request")
     try:
@@ -139,10 +159,10 @@ def require_pull_requests(api: HfApi, repo_id: str, attempts: int = ATTEMPTS) ->
         status = status_of(error)
         if status in (401, 429) or status is None or status >= 500:
             raise PublishError(explain(error, repo_id, "looking at the pull requests")) from None
-        told = f"HTTP {status}: {server_message(root_cause(error))}"
+        reason = f"HTTP {status}: {server_message(root_cause(error))}"
         raise PublishError(
-            f"create_pr=True: the Hub at {api.endpoint} takes no pull requests for {repo_id} ({told}): push to a repo "
-            "of your own, or to a branch of this one"
+            f"create_pr=True: the Hub at {api.endpoint} takes no pull requests for {repo_id} ({reason}): push to a "
+            "repo of your own, or to a branch of this one"
         ) from None
 
 
@@ -158,7 +178,7 @@ def fetch(repo_id: str, *, revision: str | None, token: str | None, progress: bo
     try:
         with quiet_libraries():
             if not constants.HF_HUB_OFFLINE:
-                # Asked for by itself: the download alone would be content with an old copy of what is gone.
+                # The download alone would return an old copy from the cache where the repo is gone.
                 info = patiently(partial(HfApi(token=token).model_info, repo_id, revision=revision))
                 require_plain_names((file.rfilename for file in info.siblings or []), repo_id)
                 revision = info.sha
@@ -172,19 +192,26 @@ def fetch(repo_id: str, *, revision: str | None, token: str | None, progress: bo
 
 
 class BaseOnHub:
-    """What the Hub says about the base an adapter names; it is asked once."""
+    """What the Hub says about the bases that adapters name. Each base is asked for once.
 
-    def __init__(self, api: HfApi, attempts: int) -> None:
-        """Ask with this client, so often at most."""
-        self._api, self._attempts = api, attempts
+    Args:
+        api: the client. Default: one with the user's own token.
+        attempts: the largest number of calls for an answer.
+    """
+
+    def __init__(self, api: HfApi | None = None, attempts: int = 1) -> None:
+        self._api, self._attempts = api or HfApi(), attempts
         self._known: dict[tuple[str, str | None], Any] = {}
 
     def exists(self, base: str, revision: str | None) -> bool:
-        """Whether it is there at that revision, also where its conditions were not accepted. May raise: unknown."""
+        """Return whether a base is there at a revision, also where its conditions were not accepted yet.
+
+        Raises one of `FAILURES` where the Hub does not answer.
+        """
         return self._ask(base, revision) is not None
 
     def license(self, base: str, revision: str | None) -> str | None:
-        """The licence on its card, None where it has none. May raise: unknown."""
+        """Return the licence on a base's card, None where it has none. Raises as `exists`."""
         card = getattr(self._ask(base, revision), "card_data", None)
         data = card.to_dict() if card else {}
         found = data.get("license_name") if data.get("license") == "other" else data.get("license")

@@ -1,1 +1,1 @@
-"""What connects the island to other libraries."""
+"""Connections to other libraries: transformers, PEFT, TRL, lm-eval."""

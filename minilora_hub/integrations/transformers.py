@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from minilora_hub.bases.resolving import EMBEDDED, resolve_base
+from minilora_hub.integrations import trl
 from minilora_hub.integrations.peft import method as peft_method
 from minilora_hub.remote_code.adapter_files import BASE_ALIASES
 from minilora_hub.remote_code.configuration_minilora import DoraConfig, MixLoraConfig
@@ -29,8 +30,9 @@ def register() -> None:
         AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
     add_base_aliases()
     peft_method.register()
+    trl.register()
 
 
 def add_base_aliases() -> None:
-    """Let the island's loader find the base called "embedded"."""
+    """Make the published code find the base called "embedded"."""
     BASE_ALIASES[EMBEDDED] = lambda: str(resolve_base(EMBEDDED).path)

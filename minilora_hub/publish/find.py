@@ -1,32 +1,33 @@
-"""What an adapter is, which ones there are for a base, and fetching one. No torch, and none of their code is run."""
+"""Describe an adapter, list those on the Hub, fetch one. Torch is not needed, and no code of an adapter is run."""
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
-import tempfile
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
+
 from minilora_hub.adapter_folder.code import code_files, code_hash, release_of
 from minilora_hub.adapter_folder.code_references import code_references
-from minilora_hub.adapter_folder.folders import AdapterFolder, describe_folder, refuse_lfs_pointer
-from minilora_hub.adapter_folder.recorded import METHODS
-from minilora_hub.adapter_folder.results import RESULTS_FILE, Evaluation, Results
-from minilora_hub.adapter_folder.sources import WEIGHTS, read_source
+from minilora_hub.adapter_folder.folders import count_values, describe_folder, inspect_source
+from minilora_hub.adapter_folder.names import WEIGHTS
+from minilora_hub.adapter_folder.results import METHODS, RESULTS_FILE, Evaluation, Results, Training
+from minilora_hub.adapter_folder.writing import whole_folder
 from minilora_hub.bases.embedded import HUB_ID
 from minilora_hub.bases.resolving import EMBEDDED
-from minilora_hub.errors import AdapterError
-from minilora_hub.formats.reading import check_settings
-from minilora_hub.hub.plain_files import read_header
+from minilora_hub.errors import AdapterError, PublishError
+from minilora_hub.formats.settings import check_settings
+from minilora_hub.hub.client import fetch
+from minilora_hub.hub.errors import FAILURES, explain, patiently
 
 SORTS = ("downloads", "likes", "last_modified", "created_at", "trending_score")
 LISTED = ["author", "cardData", "createdAt", "downloads", "lastModified", "likes", "private", "tags", "trendingScore"]
 LOOKED_AT = 1000
-"""How many models are looked at on a Hub that does not search by tag."""
+"""The largest number of models that are looked at on a Hub that does not search by tag."""
 METHOD_TAGS = ("mixlora", "dora", "lora")
 SHOWN_SETTINGS = (
     "r",
@@ -43,8 +44,14 @@ SHOWN_SETTINGS = (
     "router_sparse_step",
     "expert_r",
     "expert_alpha",
+    # fields of the reference format
+    "top_k",
+    "top_p",
+    "temperature",
+    "sparse_step",
+    "act_fn",
+    "expert_lora",
 )
-SHOWN_REFERENCE = ("top_k", "top_p", "temperature", "sparse_step", "act_fn", "expert_lora")
 SHOWN_CHECKPOINT = (
     "hidden_size",
     "num_hidden_layers",
@@ -70,16 +77,16 @@ class AdapterInfo:
         base: the base it names.
         base_revision: the base's commit; None where it names none.
         settings: rank, alpha, experts and the like, as its configuration has them.
-        parameters: values in its weights; None where they are a pickle, which is not opened for this.
+        parameters: number of values in its weights; None where they are a pickle, which is not opened.
         bytes: size of all its files.
         files: path -> bytes.
         code: the version of minilora_hub whose code it carries, ``"unknown"`` for other code, None without code.
-        license: its licence; None where nobody said.
-        steps: optimizer steps it was trained for, where that is known.
-        seconds: how long that took.
-        data: names of what it was trained on.
+        license: its licence, if known.
+        steps: optimizer steps of its training, if known.
+        seconds: duration of its training, if known.
+        data: names of the data sets it was trained on.
         evaluation: measured results.
-        warnings: what leads to code outside the adapter's own folder; nothing here loads such an adapter.
+        warnings: references to code outside the adapter's own folder, because of which it would not be loaded.
     """
 
     name: str
@@ -123,7 +130,7 @@ class ListedAdapter:
 def info(
     repo_or_dir: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None, progress: bool = True
 ) -> AdapterInfo:
-    """Tell what an adapter is.
+    """Describe an adapter without loading it.
 
     Args:
         repo_or_dir: a folder, or an id on the Hub, whose files are fetched into the Hub's cache.
@@ -132,88 +139,50 @@ def info(
         progress: show bars on stderr while files are fetched.
 
     Raises:
-        AdapterError: it is not there, is no adapter of a known kind, or has a setting that cannot be honoured.
+        AdapterError: it is not there, is not an adapter of a known kind, or has a setting that is not supported.
     """
     folder, commit = Path(repo_or_dir), None
     if not folder.is_dir():
-        from minilora_hub.hub.client import fetch
-
         folder, commit = fetch(os.fspath(repo_or_dir), revision=revision, token=token, progress=progress)
     found = describe_folder(folder)
     check_settings(found)
-    if found.dialect not in ("minilora", "peft") or not (folder / WEIGHTS).is_file():
-        return _in_another_format(found, os.fspath(repo_or_dir), commit)
-    source = read_source(folder)
-    results = Results.load(folder) if (folder / RESULTS_FILE).is_file() else None
-    training = results.training if results else None
-    files = _files(folder)
-    code = code_files(folder)
+    ours = found.dialect in ("minilora", "peft") and (folder / WEIGHTS).is_file()
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights and not any(folder.glob("*.bin")):
+        raise AdapterError(f"{os.fspath(repo_or_dir)!r}: there are no weights in it")
+    shown = SHOWN_CHECKPOINT if found.dialect == "checkpoint" else SHOWN_SETTINGS
+    files = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).parts[0] != ".cache"
+    }
+    code = code_files(folder) if ours else {}
+    results = Results.load(folder) if ours and (folder / RESULTS_FILE).is_file() else None
+    training = (results and results.training) or Training()
     return AdapterInfo(
         name=os.fspath(repo_or_dir),
         revision=commit,
-        method=METHODS[source.method],
-        layout=source.layout,
-        base=source.base,
-        base_revision=source.base_revision,
-        settings={name: source.config[name] for name in SHOWN_SETTINGS if source.config.get(name) not in (None, False)},
-        parameters=count_values(folder / WEIGHTS),
+        method=METHODS.get(found.method, found.method),
+        layout=found.layout if ours else found.dialect,
+        base=found.base,
+        base_revision=found.base_revision,
+        settings={name: found.config[name] for name in shown if found.config.get(name) not in (None, False)},
+        parameters=sum(map(count_values, [folder / WEIGHTS] if ours else weights)) if weights else None,
         bytes=sum(files.values()),
         files=files,
         code=(release_of(code_hash(code)) or "unknown") if code else None,
         license=results.license if results else None,
-        steps=training.steps if training else None,
-        seconds=training.seconds if training else None,
-        data=tuple(source.name for source in training.data) if training else (),
+        steps=training.steps,
+        seconds=training.seconds,
+        data=tuple(source.name for source in training.data),
         evaluation=results.evaluation if results else (),
         warnings=code_warnings(folder),
     )
 
 
 def code_warnings(folder: Path) -> tuple[str, ...]:
-    """Say what in a folder leads to code elsewhere, a line each; empty if nothing does."""
+    """Return what in a folder refers to code elsewhere, a line each; empty if nothing does."""
     return tuple(str(reference) for reference in code_references(folder) if reference.problem)
-
-
-def _files(folder: Path) -> dict[str, int]:
-    return {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder).parts[0] != ".cache"
-    }
-
-
-def _in_another_format(found: AdapterFolder, name: str, commit: str | None) -> AdapterInfo:
-    """What is known of an adapter that is to be imported, or of an export."""
-    files = _files(found.folder)
-    weights = sorted(found.folder.glob("*.safetensors"))
-    if not weights and not any(found.folder.glob("*.bin")):
-        raise AdapterError(f"{name!r}: there are no weights in it")
-    revision = found.config.get("revision")
-    shown = SHOWN_CHECKPOINT if found.dialect == "checkpoint" else (*SHOWN_SETTINGS, *SHOWN_REFERENCE)
-    return AdapterInfo(
-        name=name,
-        revision=commit,
-        method=METHODS.get(found.method, found.method),
-        layout=found.dialect,
-        base=found.base,
-        base_revision=revision if isinstance(revision, str) else None,
-        settings={key: found.config[key] for key in shown if found.config.get(key) not in (None, False)},
-        parameters=sum(count_values(path) for path in weights) if weights else None,
-        bytes=sum(files.values()),
-        files=files,
-        warnings=code_warnings(found.folder),
-    )
-
-
-def count_values(weights: Path) -> int:
-    """Count the values in a safetensors file from its header alone.
-
-    Raises:
-        AdapterError: it is no safetensors file.
-    """
-    refuse_lfs_pointer(weights)
-    header, _ = read_header(weights)
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 def list_adapters(
@@ -227,20 +196,17 @@ def list_adapters(
     """List adapters on the Hub.
 
     Args:
-        base: the base's id; ``"embedded"`` is the model that stands for. Default: any base.
+        base: the base's id, or ``"embedded"``. Default: any base.
         method: ``"mixlora"``, ``"dora"`` or ``"lora"``. Default: any, or without a base: MixLoRA and DoRA.
-        sort: what comes first, the most or the newest: ``"downloads"``, ``"likes"``, ``"last_modified"``,
+        sort: the order, the largest or newest first: ``"downloads"``, ``"likes"``, ``"last_modified"``,
             ``"created_at"`` or ``"trending_score"``. Default: downloads.
         limit: how many at most.
         token: to see your private ones, too. Default: the one of ``hf auth login``.
 
     Raises:
         PublishError: the Hub cannot be asked, or it does not search by tag and has too many models to look at each.
-        ValueError: `method` or `sort` is none of those.
+        ValueError: `method` or `sort` is unknown.
     """
-    from minilora_hub.errors import PublishError
-    from minilora_hub.hub.errors import FAILURES, explain, patiently
-
     if method is not None and method not in METHOD_TAGS:
         raise ValueError(f"method={method!r}: must be one of {METHOD_TAGS}")
     if sort is not None and sort not in SORTS:
@@ -264,15 +230,11 @@ def list_adapters(
 
 
 def _search(token: str | None, wanted: list[str], sort: Any, limit: int) -> list[Any]:
-    """Search by tags. A Hub that ignores them answers with other models: then each of its models is looked at.
+    """Search by tags. Some Hubs ignore them and return other models: then all models are listed and filtered here.
 
     Raises:
         PublishError: there are too many of them.
     """
-    from huggingface_hub import HfApi
-
-    from minilora_hub.errors import PublishError
-
     api = HfApi(token=token)
 
     def has_tags(model: Any) -> bool:
@@ -328,20 +290,15 @@ def pull(
         The folder. Nothing of it was run.
 
     Raises:
-        AdapterError: it is not there, is no adapter, or `out` exists.
+        AdapterError: it is not there, is not an adapter, or `out` exists.
     """
-    from minilora_hub.hub.client import fetch
-
     target = None if out is None else Path(out)
     if target is not None and target.exists():
         raise AdapterError(f"out={str(target)!r}: it exists already; choose another folder, or remove it")
     folder, _ = fetch(repo_id, revision=revision, token=token, progress=progress)
-    read_source(folder)
+    inspect_source(folder)
     if target is None:
         return folder
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".pulling-", dir=target.parent) as scratch:
-        copy = Path(scratch, "adapter")
-        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(".gitattributes"))
-        os.replace(copy, target)
+    with whole_folder(target) as copy:
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(".gitattributes"), dirs_exist_ok=True)
     return target

@@ -1,1 +1,4 @@
-"""What an adapter computes on its base: recorded once, kept beside it, used again while nothing has changed."""
+"""Recordings: the logits that an adapter computes on its base, stored beside it.
+
+Training records, and publishing uses the recording: so this room is below both.
+"""

@@ -1,19 +1,21 @@
-"""The base an adapter is recorded on, and the name it is published under."""
+"""Find the base that an adapter is recorded on, and the name under which it is published."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
-from minilora_hub.adapter_folder.sources import Source
+from minilora_hub.adapter_folder.folders import AdapterFolder as Source
+from minilora_hub.adapter_folder.folders import read_json
+from minilora_hub.adapter_folder.hashes import file_sha256
+from minilora_hub.adapter_folder.names import COMPANIONS, PEFT_CONFIG
 from minilora_hub.bases.embedded import HUB_ID
-from minilora_hub.bases.resolving import EMBEDDED, ResolvedBase, load_model, resolve_base
+from minilora_hub.bases.resolving import EMBEDDED, ResolvedBase, resolve_base
 from minilora_hub.errors import AdapterError
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 LARGE = 8e9
-"""Bytes of base weights up to which logits are computed in float32, whatever the checkpoint's dtype."""
+"""Bytes of base weights up to which logits are computed in float32, whatever the dtype of the checkpoint."""
 
 
 def published_base(source: Source, base_id: str | None) -> tuple[str, str | None]:
@@ -21,10 +23,10 @@ def published_base(source: Source, base_id: str | None) -> tuple[str, str | None
 
     Args:
         source: the adapter.
-        base_id: the id to publish; default: the one the adapter names. An alias becomes the id it stands for.
+        base_id: the id to publish; default: the one the adapter names. An alias is replaced by its id.
 
     Raises:
-        AdapterError: the adapter names no base, or a folder, which nobody else has.
+        AdapterError: the adapter names no base, or a folder.
     """
     named = base_id or source.base
     if named == EMBEDDED:
@@ -33,7 +35,7 @@ def published_base(source: Source, base_id: str | None) -> tuple[str, str | None
         raise AdapterError("base_model_name_or_path is missing: say which base it is for, base_id= (--base-id)")
     if not HUB_NAME.fullmatch(named):
         raise AdapterError(
-            f"base {named!r} is a folder of this machine, which nobody else has: "
+            f"base {named!r} is a folder of this machine: "
             "pass the id of the same weights on the Hub, base_id= (--base-id)"
         )
     return named, source.base_revision if named == source.base else None
@@ -46,7 +48,7 @@ class BaseOfRecord:
     Attributes:
         id: its id on the Hub, as the published configuration names it.
         revision: its commit there; None where it is not known.
-        found: where it lies on this machine.
+        found: the base on this machine.
     """
 
     id: str
@@ -60,10 +62,10 @@ class BaseOfRecord:
         return None if from_hub else str(self.found.path)
 
 
-def find_base(
+def find_base_of_record(
     source: Source, base_id: str | None, base_model: str | None, token: str | None, progress: bool
 ) -> BaseOfRecord:
-    """Find the base that the adapter was trained on, and fetch it if it is not on this machine yet.
+    """Find the base that an adapter was trained on, and fetch it if it is not on this machine yet.
 
     Args:
         source: the adapter.
@@ -73,20 +75,21 @@ def find_base(
         progress: show bars while it is fetched.
 
     Raises:
-        AdapterError: the adapter names no base, or a folder, which nobody else has.
+        AdapterError: the adapter names no base, or a folder.
         BaseModelError: it cannot be found.
     """
     published, revision = published_base(source, base_id)
-    name = base_model or source.base or published
-    at = source.base_revision if name == source.base else None
-    return BaseOfRecord(published, revision, resolve_base(name, revision=at, token=token, progress=progress))
+    name, at = source.named_base(base_model)
+    return BaseOfRecord(
+        published, revision, resolve_base(name or published, revision=at, token=token, progress=progress)
+    )
 
 
 def require_trained_on(source: Source, base: BaseOfRecord, fingerprint: str) -> None:
-    """Refuse a base whose weights are not those the adapter was trained on, where both are known.
+    """Refuse a base with other weights than the adapter was trained on, as far as both fingerprints are known.
 
     Raises:
-        AdapterError: they are not.
+        AdapterError: the weights are others.
     """
     from minilora_hub.remote_code.adapter_files import UNKNOWN
 
@@ -105,7 +108,7 @@ def revision_of_record(source: Source, base: BaseOfRecord, fingerprint: str) -> 
 
     if base.revision is not None or base.found.hub_id != base.id or fingerprint == UNKNOWN:
         return base.revision
-    # The weights are the ones it was trained on, so this commit holds them.
+    # It was trained on these weights, and this commit has them.
     return base.found.revision if source.base_fingerprint == fingerprint else None
 
 
@@ -115,13 +118,18 @@ def wanted_dtype(found: ResolvedBase) -> str:
     return "float32" if size <= LARGE else "auto"
 
 
-def load_base(found: ResolvedBase) -> Any:
-    """Load a base on the processor, ready to compute logits.
+def base_inputs(base: ResolvedBase, fingerprint: str) -> dict[str, str]:
+    """Return what a base's answers depend on: its fingerprint, and hashes of its JSON files except the tokenizer."""
+    beside = (path for path in sorted(base.path.glob("*.json")) if path.name not in COMPANIONS)
+    return {"base/fingerprint": fingerprint} | {f"base/{path.name}": file_sha256(path) for path in beside}
 
-    Raises:
-        BaseModelError: it cannot be loaded, or its checkpoint lacks a tensor.
-    """
-    import torch
 
-    dtype: Any = "auto" if wanted_dtype(found) == "auto" else torch.float32
-    return load_model(found, dtype=dtype)
+def why_not_reproducible(base: ResolvedBase, fingerprint: str) -> str | None:
+    """Return why stored results of a base must not be reused, although its files are the same; None if they may be."""
+    if not fingerprint.startswith("sha256:"):
+        return "the base's weights have no fingerprint"
+    if (base.path / PEFT_CONFIG).is_file():
+        return "the base has an adapter of its own"
+    settings = read_json(base.path / "config.json").get("quantization_config") or {}
+    method = settings.get("quant_method", "bitsandbytes") if isinstance(settings, dict) else "unknown"
+    return None if method == "bitsandbytes" else f"the base is quantised ({method})"

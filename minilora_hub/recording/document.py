@@ -1,7 +1,8 @@
-"""The schema of `recording.json`: what an adapter computes on its base, and everything that depends on.
+"""`recording.json`: the logits that an adapter computes on its base, stored beside it so that a push loads no base.
 
-It lies beside a trained adapter and is never published; `verification.json`, which is, is written from it. Nothing here
-loads torch.
+The file itself is never published; `verification.json`, which is, is made from it. It is used as long as its key is the
+same: the hashes of the adapter's weights and configuration and of the code that is published with them, the fingerprint
+of the base, the dtype, and the versions of torch and transformers. Anything else records again.
 """
 
 from __future__ import annotations
@@ -9,67 +10,89 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from importlib.metadata import version
+from typing import Annotated, Any, ClassVar
 
-from minilora_hub.documents import Document, Require
+from pydantic import Field
+
+from minilora_hub.adapter_folder.code import remote_code_hash
+from minilora_hub.adapter_folder.folders import AdapterFolder as Source
+from minilora_hub.adapter_folder.hashes import file_sha256
+from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG, WEIGHTS
+from minilora_hub.bases.resolving import ResolvedBase
+from minilora_hub.documents import Document, need
+from minilora_hub.recording.bases_of_record import wanted_dtype
+from minilora_hub.recording.logits import TOLERANCES
 
 RECORDING_FILE = "recording.json"
-DTYPES = ("float32", "float16", "bfloat16")
+
+
+def _hash_fields(fields: Mapping[str, Any]) -> str:
+    content = {name: value for name, value in fields.items() if name not in ("sha256", "schema_version")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+OF_THE_OTHERS = need("must be the hash of the other fields", lambda digest, fields: digest == _hash_fields(fields))
+
+KNOWN_DTYPE = need(f"must be one of {tuple(TOLERANCES)}", lambda dtype, _: dtype in TOLERANCES)
 
 
 @dataclass(frozen=True)
 class Recording(Document):
-    """What was found with the base loaded.
+    """What was computed with the base loaded.
 
     Attributes:
-        inputs: everything it depends on: name -> sha256, version or setting; see `minilora_hub.recording.inputs`.
-        base_stamp: sizes, times and places of the base's weights when they were hashed; see `weights_stamp`.
+        key: everything that the recording depends on; see `recording_key`.
         prompts: token ids, a list a prompt.
         top_tokens: per prompt, the tokens with the 32 largest logits at the last position, the largest first.
         top_logits: their logits.
         dtype: in which they were computed, e.g. ``"float32"``.
-        base_parameters: how many the base has.
-        parameters: how many the adapter has.
-        layers_path: where the base has its layers; None in PEFT's layout.
-        tensors: ``{canonical name: shape}`` of what the adapter must hold; None where that is not ours to say, or its
-            configuration is of another base.
-        peft_targets: of a DoRA: what PEFT calls the linears it sits on.
-        peft_fan_in_fan_out: of a DoRA: whether those keep their weights transposed.
+        base_parameters: number of parameters of the base.
+        parameters: number of parameters of the adapter.
+        layers_path: path of the base's layers in its model; None in PEFT's layout.
+        peft_targets: of a DoRA: PEFT's names for the linears that it adapts.
+        peft_fan_in_fan_out: of a DoRA: whether those store their weights transposed.
         peft_problem: of a DoRA: why PEFT cannot read it; None if it computes the same there.
-        sha256: of all of the above, so that a damaged file is known as one.
+        sha256: hash of the fields above, which detects a damaged file.
     """
 
     FILE: ClassVar[str] = RECORDING_FILE
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
-    inputs: dict[str, str]
-    base_stamp: str
+    key: dict[str, str]
     prompts: tuple[tuple[int, ...], ...]
     top_tokens: tuple[tuple[int, ...], ...]
     top_logits: tuple[tuple[float, ...], ...]
-    dtype: str
+    dtype: Annotated[str, KNOWN_DTYPE]
     base_parameters: int
     parameters: int
     layers_path: str | None = None
-    tensors: dict[str, tuple[int, ...]] | None = None
     peft_targets: tuple[str, ...] = ()
     peft_fan_in_fan_out: bool = False
     peft_problem: str | None = None
-    sha256: str = ""
+    sha256: Annotated[str, Field(validate_default=True), OF_THE_OTHERS] = ""
     schema_version: int = VERSION
 
     def sealed(self) -> Recording:
-        """Return it with its own hash."""
-        return dataclasses.replace(self, sha256=self._digest())
+        """Return it with the hash of its fields."""
+        return dataclasses.replace(self, sha256=_hash_fields(dataclasses.asdict(self)))
 
-    def _digest(self) -> str:
-        names = (field.name for field in dataclasses.fields(self) if field.name != "sha256")
-        content = {name: getattr(self, name) for name in names}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def _check(self, require: Require) -> None:
-        require(self.schema_version == self.VERSION, "schema_version", f"must be {self.VERSION}")
-        require("base/fingerprint" in self.inputs, "inputs", "with the base's fingerprint")
-        require(self.dtype in DTYPES, "dtype", f"one of {DTYPES}")
-        require(self.sha256 == self._digest(), "sha256", "the hash of the other fields: the file was changed")
+def recording_key(source: Source, base: ResolvedBase, fingerprint: str) -> dict[str, str]:
+    """Return everything that a recording depends on; it is reused only while all of it stays the same."""
+    return {
+        "weights": file_sha256(source.folder / WEIGHTS),
+        "configuration": file_sha256(source.folder / configuration_file(source)),
+        "published code": remote_code_hash(),
+        "base": fingerprint,
+        "dtype": wanted_dtype(base),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }
+
+
+def configuration_file(source: Source) -> str:
+    """Return the name of an adapter's configuration file."""
+    return OUR_CONFIG if source.layout == "auto" else PEFT_CONFIG

@@ -1,7 +1,7 @@
-"""What a published adapter must compute: fixed prompts, and the largest logits after them.
+"""Record reference logits, and compare a model's logits with them: fixed prompts, and the largest logits after them.
 
-The same numbers are recorded when a repo is built and computed again when it is verified. They come from the processor
-in the dtype that `verification.json` names, so only the matrix library may differ between two machines.
+They are recorded when a repo is built and computed again when it is verified, on the CPU in the dtype that
+`verification.json` names: only the matrix library may differ between two machines.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ PROMPTS = (
     "def fibonacci(n):\n    ",
 )
 TOLERANCES = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.5}
-"""How far the logits of one model may lie apart on two machines; half precision rounds every activation."""
+"""The largest difference of one model's logits on two machines; half precision rounds every activation."""
 
 LIBRARIES = ("torch", "transformers", "safetensors", "peft")
 
 
 @dataclass(frozen=True)
 class TopLogits:
-    """Prompts as token ids, and per prompt the tokens with the largest logits at the last position, largest first."""
+    """Token ids of prompts, and per prompt the tokens with the largest logits at the last position, largest first."""
 
     prompts: tuple[tuple[int, ...], ...]
     top_tokens: tuple[tuple[int, ...], ...]
@@ -38,7 +38,7 @@ def prompt_ids(tokenizer: Any | None, vocabulary: int) -> tuple[tuple[int, ...],
     """Return the fixed prompts as token ids; without a tokenizer, fixed ids spread over the vocabulary.
 
     Raises:
-        ValueError: the tokenizer gives an id that is not in the base's vocabulary.
+        ValueError: the tokenizer returns an id that is not in the base's vocabulary.
     """
     if tokenizer is None:
         return tuple(tuple((7 + 31 * start + 97 * i) % vocabulary for i in range(12)) for start in range(3))
@@ -73,9 +73,9 @@ def record(model: Any, prompts: Sequence[Sequence[int]]) -> TopLogits:
 def logits_of(
     model: Any, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
 ) -> tuple[list[list[float]], list[float | None]]:
-    """Compute, per prompt, the logits of given tokens and the largest one of all others: what `difference` compares.
+    """Compute, per prompt, the logits of given tokens and the largest logit of all others, for `difference`.
 
-    A prompt or a token outside the vocabulary gives numbers that are none.
+    Returns NaN for a prompt or a token outside the vocabulary.
     """
     import torch
 
@@ -99,7 +99,7 @@ def logits_of(
 def difference(
     top_logits: Sequence[Sequence[float]], wanted: Sequence[Sequence[float]], highest_other: Sequence[float | None]
 ) -> float:
-    """Return how far a model's logits are from recorded ones.
+    """Return the largest difference between a model's logits and recorded ones.
 
     Args:
         top_logits: the recorded logits, the largest first.
@@ -107,8 +107,8 @@ def difference(
         highest_other: per prompt, the model's largest logit of all other tokens; None where there are none.
 
     Returns:
-        The largest difference; also counts by how much a token outside the recorded ones overtakes the last of them.
-        Not a number where the model's logits are not.
+        The largest difference, including how far a token that was not recorded exceeds the last one that was. NaN
+        where the model's logits are NaN.
     """
     worst = 0.0
     for recorded, found, other in zip(top_logits, wanted, highest_other, strict=True):

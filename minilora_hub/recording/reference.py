@@ -1,61 +1,144 @@
-"""What an adapter computes on its base, with both loaded; and whether PEFT computes the same.
+"""Record what an adapter computes on its base, and whether PEFT computes the same; reuse a recording that still holds.
 
-They are loaded from their files by our installed classes, as somebody loads them who has only the files: nothing of the
-folder is run, and nothing of the model that was trained is used.
+Both are loaded from their files by our installed classes: no code of the folder is run, and the model that was trained
+is not used.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minilora_hub.adapter_folder.companions import own_tokenizer
+from minilora_hub.adapter_folder.folders import AdapterFolder as Source
+from minilora_hub.adapter_folder.folders import read_source
+from minilora_hub.adapter_folder.names import TOKENIZER_FILES, WEIGHTS
 from minilora_hub.adapter_folder.results import Verification
-from minilora_hub.adapter_folder.sources import WEIGHTS, Source
+from minilora_hub.bases.loading import load_base
+from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.bases.skeleton import BaseSource
+from minilora_hub.errors import AdapterError
 from minilora_hub.formats.peft import PeftTargets, peft_targets, with_peft, write_peft_folder
 from minilora_hub.formats.reading import read_adapter
-from minilora_hub.recording.bases_of_record import BaseOfRecord, load_base
-from minilora_hub.recording.document import Recording
-from minilora_hub.recording.inputs import tokenizer_folder
+from minilora_hub.recording.bases_of_record import (
+    BaseOfRecord,
+    require_trained_on,
+    wanted_dtype,
+    why_not_reproducible,
+)
+from minilora_hub.recording.document import RECORDING_FILE, Recording, recording_key
 from minilora_hub.recording.logits import TOLERANCES, TopLogits, difference, logits_of, prompt_ids, record
-from minilora_hub.recording.shapes import Shapes, shapes_of_model
+
+
+@dataclass(frozen=True)
+class Obtained:
+    """A recording, and where it comes from.
+
+    Attributes:
+        recording: what the adapter computes on its base.
+        reused: whether it was read from `recording.json`, so that the base was not loaded.
+        reason: why it was reused or made.
+        gap: its difference from an earlier verification.json; None where there is none to compare with.
+        note: what the author should know; None for nothing.
+    """
+
+    recording: Recording
+    reused: bool
+    reason: str
+    gap: float | None = None
+    note: str | None = None
+
+
+def obtain_recording(source: Source, base: BaseOfRecord, before: Verification | None = None) -> Obtained:
+    """Return what an adapter computes on its base: from its recording.json, or else computed now and stored there.
+
+    A folder that was published before has a verification.json: it is always computed again and compared with that, and
+    nothing is written into the folder.
+
+    Args:
+        source: the adapter.
+        base: its base.
+        before: the folder's verification.json.
+
+    Raises:
+        AdapterError: the base is not the one it was trained on.
+        BaseModelError: the base cannot be loaded.
+        ValueError: the weights do not fit the configuration and the base; the message names the tensor.
+    """
+    from minilora_hub.remote_code.adapter_files import base_fingerprint
+
+    fingerprint = base_fingerprint(str(base.found.path))
+    require_trained_on(source, base, fingerprint)
+    key = recording_key(source, base.found, fingerprint)
+    if before is not None:
+        recording, gap = make_recording(source, base, key, before)
+        return Obtained(recording, False, "the folder was published before, and is compared with its record", gap)
+    stored, reason, note = _read_stored(source.folder, key)
+    reason = reason or why_not_reproducible(base.found, fingerprint) or ""
+    if stored is not None and not reason:
+        return Obtained(stored, True, f"nothing that {RECORDING_FILE} depends on has changed")
+    recording, _ = make_recording(source, base, key)
+    try:
+        recording.save(source.folder)
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        note = f"{RECORDING_FILE} cannot be stored in {source.folder.name!r} ({why}): the next push records again"
+    return Obtained(recording, False, reason, note=note)
+
+
+def store_recording(folder: str | Path, base: ResolvedBase) -> None:
+    """Record an adapter that was just saved, from its files, so that a push need not load the base.
+
+    Raises:
+        AdapterError, BaseModelError, ValueError: see `obtain_recording`.
+    """
+    obtain_recording(read_source(folder), BaseOfRecord(base.hub_id or base.name, base.revision, base))
+
+
+def _read_stored(folder: Path, key: dict[str, str]) -> tuple[Recording | None, str, str | None]:
+    """Return the recording of a folder, why it cannot be used ("" if it can), and what the author should know."""
+    if not (folder / RECORDING_FILE).is_file():
+        return None, f"there was no {RECORDING_FILE}", None
+    try:
+        stored = Recording.load(folder)
+    except AdapterError as error:
+        return None, f"{RECORDING_FILE} cannot be used", f"recorded again: {error}"
+    changed = [name for name in key if stored.key.get(name) != key[name]]
+    return stored, f"changed since it was recorded: {', '.join(changed)}" if changed else "", None
 
 
 def make_recording(
-    source: Source, base: BaseOfRecord, inputs: dict[str, str], base_stamp: str, before: Verification | None = None
+    source: Source, base: BaseOfRecord, key: dict[str, str], before: Verification | None = None
 ) -> tuple[Recording, float | None]:
     """Load the base and the adapter, and record what they compute.
 
     Args:
         source: the adapter.
         base: its base.
-        inputs: what the recording depends on; it holds the base's fingerprint.
-        base_stamp: of the base's weights, from before they were hashed.
-        before: an earlier recording, to be compared with.
+        key: what the recording depends on; it holds the base's fingerprint.
+        before: an earlier recording to compare with.
 
     Returns:
-        The recording, and how far what it says is from the earlier one: None where there is none of this base and
-        dtype.
+        The recording, and its difference from the earlier one: None where there is none of this base and dtype.
 
     Raises:
         BaseModelError: the base cannot be loaded.
         ValueError: the weights do not fit the configuration and the base; the message names the tensor.
     """
-    model_of_base = load_base(base.found)
+    model_of_base = load_base(base.found, dtype=wanted_dtype(base.found))
     dtype = str(model_of_base.dtype).removeprefix("torch.")
     base_parameters = sum(parameter.numel() for parameter in model_of_base.parameters())
     vocabulary = int(model_of_base.get_input_embeddings().num_embeddings)
     prompts = prompt_ids(own_tokenizer(tokenizer_folder(source, base.found)), vocabulary)
-    if before is not None and (before.dtype, before.base_fingerprint) != (dtype, inputs["base/fingerprint"]):
+    if before is not None and (before.dtype, before.base_fingerprint) != (dtype, key["base"]):
         before = None
-    look = _look_at_peft if source.layout == "peft" else _look_at_ours
-    top, gap, found = look(source, model_of_base, dtype, prompts, before)
+    compute = _compute_peft if source.layout == "peft" else _compute_ours
+    top, gap, found = compute(source, model_of_base, dtype, prompts, before)
     recording = Recording(
-        inputs=inputs,
-        base_stamp=base_stamp,
+        key=key,
         prompts=top.prompts,
         top_tokens=top.top_tokens,
         top_logits=top.top_logits,
@@ -66,7 +149,7 @@ def make_recording(
     return recording.sealed(), gap
 
 
-def _look_at_ours(
+def _compute_ours(
     source: Source, base: Any, dtype: str, prompts: Sequence[Sequence[int]], before: Verification | None
 ) -> tuple[TopLogits, float | None, dict[str, Any]]:
     import torch
@@ -74,12 +157,7 @@ def _look_at_ours(
     from minilora_hub.remote_code.base_structure import find_decoder_layers
 
     model = model_class(source).from_pretrained(str(source.folder), base_model=base, dtype=getattr(torch, dtype))
-    shapes = shapes_of_model(model, source.config)
-    found = {
-        "parameters": model.num_adapter_parameters(),
-        "layers_path": find_decoder_layers(model.base)[0],
-        "tensors": None if shapes is None else shapes.tensors,
-    }
+    found = {"parameters": model.num_adapter_parameters(), "layers_path": find_decoder_layers(model.base)[0]}
     top, gap = record(model, prompts), _gap(model, before)
     sites = list(model.sites)
     base = model.unload()
@@ -94,11 +172,11 @@ def _look_at_ours(
     return top, gap, found
 
 
-def _look_at_peft(
+def _compute_peft(
     source: Source, base: Any, dtype: str, prompts: Sequence[Sequence[int]], before: Verification | None
 ) -> tuple[TopLogits, float | None, dict[str, Any]]:
     of_base = sum(parameter.numel() for parameter in base.parameters())
-    read_adapter(source, BaseSource.of_model(base))  # PEFT passes over what it does not know
+    read_adapter(source, BaseSource.of_model(base))  # PEFT ignores tensors that it does not know
     model = with_peft(base, source.folder)
     parameters = sum(parameter.numel() for parameter in model.parameters()) - of_base
     return record(model, prompts), _gap(model, before), {"parameters": parameters}
@@ -113,7 +191,7 @@ def _gap(model: Any, before: Verification | None) -> float | None:
 def _difference_in_peft(
     source: Source, base: Any, targets: PeftTargets, ours: TopLogits, tolerance: float
 ) -> str | None:
-    """Why PEFT does not compute from a folder in its format what our own code does; None if it does."""
+    """Return why PEFT computes other logits from a folder in its format than our code does; None if it does not."""
     with tempfile.TemporaryDirectory(prefix="minilora-peft-") as scratch:
         write_dora_for_peft(source, Path(scratch), targets, str(source.base), None)
         try:
@@ -127,7 +205,7 @@ def _difference_in_peft(
 def write_dora_for_peft(
     source: Source, folder: Path, targets: PeftTargets, base_id: str, base_revision: str | None
 ) -> None:
-    """Write a DoRA in our format as PEFT reads it; the base need not be loaded."""
+    """Write a DoRA that is in our format into a folder in PEFT's format, without its base."""
     from minilora_hub import DoraConfig
     from minilora_hub.remote_code.adapter_files import read_adapter
 
@@ -137,11 +215,10 @@ def write_dora_for_peft(
     write_peft_folder(folder, config, tensors, targets, base_id, base_revision)
 
 
-def shapes_of_recording(recording: Recording, source: Source) -> Shapes | None:
-    """Return which tensors the adapter must have; None where that is not known from the recording."""
-    if recording.tensors is None or recording.layers_path is None:
-        return None
-    return Shapes(source.config, recording.tensors, recording.layers_path)
+def tokenizer_folder(source: Source, base: ResolvedBase) -> Path:
+    """Return the folder that holds the adapter's tokenizer: the base's, where the adapter has none, as in PEFT."""
+    own = any((source.folder / name).is_file() for name in TOKENIZER_FILES)
+    return source.folder if own else base.path
 
 
 def model_class(source: Source) -> Any:

@@ -14,96 +14,23 @@ How this differs from other implementations: B A is never formed. With ||W||^2 p
 where W A^T is the base layer applied to the r rows of A. At inference only c [out] is kept, until a weight changes.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Conv1D
+
+from .linear_layers import apply_without_bias, is_only_its_product, linear_shape, may_overwrite_output, plain_weight
 
 TINY_NORM = 1e-12
 """Smallest row norm that is divided by: a base row of zeros then gives zeros, not NaN."""
 
 
-def linear_shape(layer):
-    """(out_features, in_features) of a linear layer of any make, or None if `layer` is not one."""
-    for out_name, in_name in (("out_features", "in_features"), ("outfeatures", "infeatures"), ("nf", "nx")):
-        out_features, in_features = getattr(layer, out_name, None), getattr(layer, in_name, None)
-        if isinstance(out_features, int) and isinstance(in_features, int):
-            return out_features, in_features
-    return None
-
-
-def plain_weight(layer):
-    """The layer's weight as a float tensor [out, in] if it lies open in memory, else None (quantised, offloaded)."""
-    weight = getattr(layer, "weight", None)
-    if not isinstance(layer, nn.Linear) or type(weight) not in (nn.Parameter, torch.Tensor):
-        return None
-    if weight.is_meta or not weight.is_floating_point() or tuple(weight.shape) != linear_shape(layer):
-        return None
-    return weight
-
-
-def layer_device(layer):
-    """The device on which `layer` computes, also when its weights are offloaded."""
-    hook = getattr(layer, "_hf_hook", None)
-    execution_device = getattr(hook, "execution_device", None)
-    if execution_device is not None:
-        return (
-            torch.device("cuda", execution_device)
-            if isinstance(execution_device, int)
-            else torch.device(execution_device)
-        )
-    tensor = next(layer.parameters(), None)
-    if tensor is None:
-        tensor = next(layer.buffers())
-    return tensor.device
-
-
-def compute_dtype(layer):
-    """The dtype in which inputs are handed to `layer`: its weight's, or the compute dtype of a quantised one."""
-    weight = getattr(layer, "weight", None)
-    if weight is not None and weight.is_floating_point() and weight.element_size() > 1:
-        return weight.dtype
-    return getattr(layer, "compute_dtype", None) or torch.get_default_dtype()
-
-
-def keep_4bit_weights_exact(model):
-    """Keep bitsandbytes from repacking 4-bit weights on a CPU when they are first used in eval mode.
-
-    The repacked form is rounded (absmax to bf16), its kernel computes in bf16 and has no backward, and it stays when
-    training goes on: base outputs would change by about 1%, and gradients would silently be wrong.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
-                module.state_dict()  # bitsandbytes' own way back to the ordinary layout
-
-
-@torch.no_grad()
-def apply_without_bias(layer, rows):
-    """W applied to each row of `rows`: (..., in) -> (..., out), in fp32. The base layer is called, never unpacked."""
-    out = layer(rows.to(device=layer_device(layer), dtype=compute_dtype(layer))).float()
-    bias = getattr(layer, "bias", None)
-    return out if bias is None else out - bias.to(out)
-
-
-@torch.no_grad()
-def row_norms_squared(layer, chunk=512):
-    """||W||^2 of each output row: [out], fp32. A weight that is not open is read through chunks of the identity."""
-    weight = plain_weight(layer)
-    if weight is not None:
-        return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
-    out_features, in_features = linear_shape(layer)
-    device = layer_device(layer)
-    total = torch.zeros(out_features, device=device)
-    for start in range(0, in_features, chunk):
-        rows = torch.zeros(min(chunk, in_features - start), in_features, device=device)
-        rows.diagonal(offset=start).fill_(1.0)
-        total += apply_without_bias(layer, rows).square().sum(dim=0)  # (chunk, out) -> (out)
-    return total
-
-
-def adapted_row_norms(weight_norms_squared, weight_a, lora_a, lora_b, scaling):
+def adapted_row_norms(
+    weight_norms_squared: Tensor, weight_a: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> Tensor:
     """||W + s B A|| per output row, from its three terms (see the head of this file).
 
     Args:
@@ -119,19 +46,21 @@ def adapted_row_norms(weight_norms_squared, weight_a, lora_a, lora_b, scaling):
     a, b = lora_a.float(), lora_b.float()
     cross = (b * weight_a).sum(dim=-1)  # (..., out)
     square = ((b @ (a @ a.mT)) * b).sum(dim=-1)  # (..., out)
-    # Rounding can push a sum of squares below zero only where it is zero.
+    # Rounding can make a sum of squares negative only where it is zero.
     return (weight_norms_squared + 2 * scaling * cross + scaling**2 * square).clamp_min(TINY_NORM**2).sqrt()
 
 
-@torch.no_grad()
-def dora_norms(layer, weight_norms_squared, lora_a, lora_b, scaling):
-    """||W + s B A|| per output row for the base `layer`: [..., out]. Outside the graph: DoRA detaches the norm."""
+@torch.no_grad()  # DoRA detaches the norm
+def dora_norms(
+    layer: nn.Module, weight_norms_squared: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> Tensor:
+    """||W + s B A|| per output row for the base `layer`: [..., out]."""
     with torch.autocast(lora_a.device.type, enabled=False):  # a norm in bf16 would be off by 0.4%
         weight_a = apply_without_bias(layer, lora_a).mT  # (..., r, out) -> (..., out, r)
         return adapted_row_norms(weight_norms_squared, weight_a, lora_a, lora_b, scaling)
 
 
-def product_dtype(out, lora_a):
+def product_dtype(out: Tensor, lora_a: Tensor) -> torch.dtype:
     """The dtype of the products with A and B, which add to `out`: bfloat16 where the base computes in it, else A's own.
 
     So float32 adapters on a bfloat16 base are rounded where they are used, as under autocast, and learn in float32;
@@ -141,7 +70,7 @@ def product_dtype(out, lora_a):
     return torch.bfloat16 if out.dtype == torch.bfloat16 else lora_a.dtype
 
 
-def add_low_rank(out, x, lora_a, lora_b, scaling):
+def add_low_rank(out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """out + s B A x, in the dtype of `out`, which is (..., out); `x` is (..., in)."""
     dtype = product_dtype(out, lora_a)
     x, lora_a, lora_b = x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
@@ -151,8 +80,8 @@ def add_low_rank(out, x, lora_a, lora_b, scaling):
     return torch.addmm(out.flatten(0, -2), hidden.flatten(0, -2), lora_b.mT, alpha=scaling).view_as(out)
 
 
-def add_low_rank_(out, x, lora_a, lora_b, scaling):
-    """The same in place: `out` (rows, out), which nobody else holds, and `x` (rows, in)."""
+def add_low_rank_(out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> None:
+    """`add_low_rank` in place: `out` is (rows, out) and `x` (rows, in)."""
     if not out.dtype == x.dtype == lora_a.dtype == lora_b.dtype:
         dtype = product_dtype(out, lora_a)
         x, lora_a, lora_b = x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
@@ -163,57 +92,18 @@ def add_low_rank_(out, x, lora_a, lora_b, scaling):
         out.add_(F.linear(hidden, lora_b), alpha=scaling)
 
 
-def apply_dora_scale(out, scale, bias):
+def apply_dora_scale(out: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """c * (out - b) + b: the base's bias is left out of the decomposition. `scale` is c, broadcast over (..., out)."""
     scale = scale.to(out.dtype)
     return out * scale if bias is None else torch.addcmul(bias, out - bias, scale)
 
 
-def apply_dora_scale_(out, scale, bias):
-    """The same in place."""
+def apply_dora_scale_(out: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    """`apply_dora_scale` in place."""
     if bias is None:
         out.mul_(scale)
     else:
         out.sub_(bias).mul_(scale).add_(bias)
-
-
-def may_write_to_output_of(layer):
-    """Whether a result of `layer` may be overwritten: no gradient needs it, and no hook on the layer looks at it.
-
-    The gradient of a plain linear needs its input and weight; what that of another kind needs is not ours to know.
-    """
-    return not _is_heard(layer) and (not torch.is_grad_enabled() or _is_plain(layer))
-
-
-def is_only_its_product(layer):
-    """Whether calling `layer` now is F.linear and nothing else: a plain linear at inference, and nobody listens.
-
-    Where it is, a single row goes past the module's call, which costs as much as a small product.
-    """
-    return (
-        _is_plain(layer) and not torch.is_grad_enabled() and not _is_heard(layer) and not torch.compiler.is_compiling()
-    )
-
-
-def _is_plain(layer):
-    """Whether it computes what nn.Linear does: it is one, and its forward was not replaced (as to fetch weights)."""
-    return type(layer) is nn.Linear and "forward" not in layer.__dict__
-
-
-def _is_heard(layer):
-    """Whether a hook sees what goes in or comes out."""
-    return layer._forward_hooks or layer._forward_pre_hooks or any(_EVERYBODYS_HOOKS)
-
-
-_EVERYBODYS_HOOKS = tuple(
-    getattr(nn.modules.module, name, {}) for name in ("_global_forward_hooks", "_global_forward_pre_hooks")
-)
-
-
-def init_lora_a(shape, generator):
-    """A fresh A: U(-1/sqrt(in), 1/sqrt(in)), which is PEFT's Kaiming-uniform with a = sqrt(5). fp32, on the CPU."""
-    bound = shape[-1] ** -0.5
-    return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
 
 
 class LowRankUpdate(nn.Module):
@@ -228,7 +118,18 @@ class LowRankUpdate(nn.Module):
             base.
     """
 
-    def __init__(self, lora_a, lora_b, magnitude, scaling, dropout, weight_norms_squared=None):
+    magnitude: nn.Parameter | None
+    weight_norms_squared: Tensor | None
+
+    def __init__(
+        self,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        magnitude: Tensor | None,
+        scaling: float,
+        dropout: float,
+        weight_norms_squared: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.lora_A = nn.Parameter(lora_a)
         self.lora_B = nn.Parameter(lora_b)
@@ -236,43 +137,52 @@ class LowRankUpdate(nn.Module):
         self.register_buffer("weight_norms_squared", weight_norms_squared, persistent=False)
         self.scaling = scaling
         self.dropout = nn.Dropout(dropout)
-        self._scale_cache = (None, None)
-        self._experts_cache = (None, None, None)
+        self._forget()
 
-    def scale(self, layer):
+    def _forget(self) -> None:
+        """Empty the caches of inference: c and the weights it belongs to, the experts and the stacks they view."""
+        self._scale_cache: tuple[Any, Any] = (None, None)
+        self._experts_cache: tuple[Any, Any] = (None, None)
+
+    def scale(self, layer: nn.Module) -> Tensor:
         """c = m / ||W + s B A||: [..., out], fp32. At inference it is kept until a weight changes."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._scale_cache = (None, None)
-            return self.magnitude / self._norms(layer)
+            return self._compute_scale(layer)
         key = self._weights_key()
         if key is None or key != self._scale_cache[0]:
-            self._scale_cache = (key, self.magnitude / self._norms(layer))
+            self._scale_cache = (key, self._compute_scale(layer))
         return self._scale_cache[1]
 
-    def experts(self, dtype):
-        """(A, B) of each expert of a stack in `dtype`: lists of [r, in] and [out, r]. At inference views are kept."""
-        a, b = self._parameters["lora_A"], self._parameters["lora_B"]
+    def _compute_scale(self, layer: nn.Module) -> Tensor:
+        magnitude: Any = self.magnitude
+        norms_squared: Any = self.weight_norms_squared
+        return magnitude / dora_norms(layer, norms_squared, self.lora_A, self.lora_B, self.scaling)
+
+    def experts(self, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """A [r, in] and B [out, r] of each expert of a stack, in `dtype`. At inference the views are kept."""
+        # `_parameters` avoids the attribute look-ups of nn.Module: this runs for each layer and token.
+        a: Any = self._parameters["lora_A"]
+        b: Any = self._parameters["lora_B"]
         # With gradients unbind, not indexing: its backward is one stack, and an expert without tokens gets zeros.
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not a.dtype == b.dtype == dtype:
             return a.to(dtype).unbind(), b.to(dtype).unbind()
         key = (a.data_ptr(), b.data_ptr())
         if self._experts_cache[0] != key:
-            self._experts_cache = (key, a.unbind(), b.unbind())
-        return self._experts_cache[1:]
+            self._experts_cache = (key, (a.unbind(), b.unbind()))
+        return self._experts_cache[1]
 
-    def _norms(self, layer):
-        return dora_norms(layer, self.weight_norms_squared, self.lora_A, self.lora_B, self.scaling)
-
-    def _weights_key(self):
-        """Changes whenever a weight is replaced or written to; None where torch does not count writes."""
-        tensors = self._parameters  # past the look-up of a module's attributes: this runs for each layer and token
-        a, b, m = tensors["lora_A"], tensors["lora_B"], self.magnitude
+    def _weights_key(self) -> tuple[int, ...] | None:
+        """A key that changes when a weight is replaced or written to; None where torch does not count writes."""
+        a: Any = self._parameters["lora_A"]
+        b: Any = self._parameters["lora_B"]
+        m: Any = self.magnitude
         try:
             return a.data_ptr(), b.data_ptr(), m.data_ptr(), a._version, b._version, m._version
         except RuntimeError:  # made in inference mode
             return None
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable, recurse: bool = True) -> "LowRankUpdate":
         """Move and cast as usual, but keep what DoRA divides by in fp32: in bf16 the magnitude is off by 0.4%."""
         kept = {name: getattr(self, name) for name in ("magnitude", "weight_norms_squared")}
         exact = {name: tensor.detach() for name, tensor in kept.items() if tensor is not None}
@@ -281,8 +191,7 @@ class LowRankUpdate(nn.Module):
             moved = getattr(self, name)
             if moved.dtype != torch.float32:
                 moved.data = tensor.to(moved.device)
-        self._scale_cache = (None, None)
-        self._experts_cache = (None, None, None)
+        self._forget()
         return self
 
 
@@ -294,33 +203,33 @@ class AdaptedLinear(nn.Module):
         update: its `LowRankUpdate`.
     """
 
-    def __init__(self, base_layer, update):
+    def __init__(self, base_layer: nn.Module, update: LowRankUpdate) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.update = update
 
     # Some models read these from their projections (flash attention looks at the weight's dtype).
     @property
-    def weight(self):
+    def weight(self) -> Any:
         return self.base_layer.weight
 
     @property
-    def bias(self):
+    def bias(self) -> Tensor | None:
         return getattr(self.base_layer, "bias", None)
 
     @property
-    def in_features(self):
-        return linear_shape(self.base_layer)[1]
+    def in_features(self) -> int:
+        return linear_shape(self.base_layer)[1]  # type: ignore[index]
 
     @property
-    def out_features(self):
-        return linear_shape(self.base_layer)[0]
+    def out_features(self) -> int:
+        return linear_shape(self.base_layer)[0]  # type: ignore[index]
 
-    def forward(self, x, *args, **kwargs):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer, update = self.base_layer, self.update
         if x.numel() == x.shape[-1] and not (self.training or args or kwargs) and is_only_its_product(layer):
             return self._one_row(layer, update, x)
-        if args or kwargs or not may_write_to_output_of(layer):
+        if args or kwargs or not may_overwrite_output(layer):
             out = layer(x, *args, **kwargs)
             x = update.dropout(x) if self.training else x
             out = add_low_rank(out, x, update.lora_A, update.lora_B, update.scaling)
@@ -335,14 +244,16 @@ class AdaptedLinear(nn.Module):
             apply_dora_scale_(out, update.scale(layer), self.bias)
         return out.view(*x.shape[:-1], out.shape[-1])
 
-    def _one_row(self, layer, update, x):
-        """Decoding, where starting kernels and looking up attributes take longer than the products: as few as can be.
+    def _one_row(self, layer: nn.Module, update: LowRankUpdate, x: Tensor) -> Tensor:
+        """Decode one token, where starting kernels and looking up attributes take longer than the products.
 
         In float32 a row is a vector: products with it start in half the time of those with a matrix of one row.
         """
-        tensors, bias = update._parameters, layer._parameters["bias"]
-        lora_a, lora_b = tensors["lora_A"], tensors["lora_B"]
-        out = F.linear(x, layer._parameters["weight"], bias)
+        lora_a: Any = update._parameters["lora_A"]
+        lora_b: Any = update._parameters["lora_B"]
+        weight: Any = layer._parameters["weight"]
+        bias = layer._parameters["bias"]
+        out = F.linear(x, weight, bias)
         row = out.view(-1)
         if out.dtype == x.dtype == lora_a.dtype == lora_b.dtype == torch.float32:
             row.addmv_(lora_b, torch.mv(lora_a, x.reshape(-1)), alpha=update.scaling)
@@ -353,14 +264,14 @@ class AdaptedLinear(nn.Module):
         return out
 
     @torch.no_grad()
-    def merged_weight(self):
+    def merged_weight(self) -> Tensor:
         """c * (W + s B A) in the base weight's dtype and layout: [out, in], or [in, out] where it is a Conv1D.
 
         Raises:
             ValueError: the base weight is quantised or offloaded.
         """
         transposed = isinstance(self.base_layer, Conv1D) and not self.base_layer.weight.is_meta
-        weight = self.base_layer.weight.mT if transposed else plain_weight(self.base_layer)
+        weight = self.weight.mT if transposed else plain_weight(self.base_layer)
         if weight is None:
             raise ValueError(
                 f"cannot merge into a {type(self.base_layer).__name__} (quantised, offloaded or not a plain linear): "

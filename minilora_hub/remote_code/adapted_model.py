@@ -1,45 +1,34 @@
 """What MixLoRA and DoRA models share: a base model of transformers with an adapter in it, loaded and saved as one.
 
-The base is loaded by transformers with whatever the caller passes; the adapter is attached to it in place; only the
-adapter's tensors are ever saved.
+The base is loaded by transformers with the caller's arguments, and the adapter is attached to it in place. Saving is in
+`saving.py`.
 """
 
 import copy
-import inspect
 import os
-import re
-import shutil
 import warnings
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import cached_file, logging
 
-from .adapter_files import (
-    ADAPTER_FILE,
-    CODE_FILES,
-    UNKNOWN,
-    base_fingerprint,
-    base_source,
-    cached_commit,
-    read_adapter,
-    write_adapter,
-)
-from .attach import adapter_parameters, attach, detach, expected_tensors, weight_holders
-from .base_loading import load_checked, tensor_digests
-from .base_naming import HOLDS_AN_ADAPTER, NamedBase
-from .base_structure import LinearSite, find_decoder_layers, plan_sites, refuse_adapted
+from .adapter_files import ADAPTER_FILE, UNKNOWN, cached_commit, read_adapter
+from .attach import adapter_parameters, attach, detach, expected_tensors, merge_into_base
+from .base_delegation import DelegatesToBase
+from .base_loading import load_base, tensor_digests
+from .base_structure import LinearSite, plan_sites, refuse_adapted
 from .probe import settle_targets
-from .trainer_support import by_name, find_in_state_dict, takes_base_arguments, without_wrappers, write_checkpoint
+from .saving import HOLDS_AN_ADAPTER, SavedAdapter, fingerprint_of
+from .trainer_support import without_wrappers
 
 logger = logging.get_logger(__name__)
 
-# Arguments of from_pretrained that say where the adapter is, and those that reach adapter and base alike.
+# Arguments of from_pretrained that say where the adapter is, and those that apply to adapter and base alike.
 ADAPTER_ONLY_ARGUMENTS = ("revision", "code_revision", "subfolder", "trust_remote_code", "adapter_kwargs", "_from_auto")
 SHARED_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
-PUSH_ARGUMENTS = tuple(inspect.signature(PreTrainedModel.push_to_hub).parameters)
 KNOWN_OF_THE_BASE = (
     "hf_device_map",
     "hf_quantizer",
@@ -50,8 +39,8 @@ KNOWN_OF_THE_BASE = (
 )
 
 
-class AdaptedModel(NamedBase, PreTrainedModel):
-    """What the four public classes share: building, loading, saving, merging and taking off an adapter.
+class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forward, with the base's arguments
+    """What the four public classes share: building, loading, saving, merging and removing an adapter.
 
     Attributes:
         base: the base model with the adapter in it, in place.
@@ -66,9 +55,17 @@ class AdaptedModel(NamedBase, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    config_class: Any = None
     auto_class: Any = None  # AutoModel or AutoModelForCausalLM: what loads the base
 
-    def __init__(self, config, base=None, adapter_file=None, seed=0, adapter_dtype=None):
+    def __init__(
+        self,
+        config: Any,
+        base: Any = None,
+        adapter_file: str | None = None,
+        seed: int = 0,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
         if base is None:
             if config.text_config is None:
                 raise ValueError(f"{type(self).__name__}: a base, or a configuration with text_config, is required")
@@ -77,9 +74,9 @@ class AdaptedModel(NamedBase, PreTrainedModel):
         sites = plan_sites(base, config)
         tensors = None if adapter_file is None else read_adapter(adapter_file, expected_tensors(config, sites))
         config.dtype = base.dtype
-        config._attn_implementation = base.config._attn_implementation  # before: it goes on to what text_config is now
+        config._attn_implementation = base.config._attn_implementation  # first: it is also set on the old text_config
         config.text_config = base.config
-        # Where this model comes from, which trainers load again: TRL's DPOTrainer as the model to compare with.
+        # Trainers load this name again: TRL's DPOTrainer as the model to compare with.
         config.name_or_path = config.name_or_path or (config.base_model_name_or_path and base.config.name_or_path) or ""
         super().__init__(config)
         self._trainable_before = [p for p in base.parameters() if p.requires_grad]
@@ -95,32 +92,41 @@ class AdaptedModel(NamedBase, PreTrainedModel):
         self.post_init()
         self.train(base.training)
 
-    def init_weights(self):
-        """Nothing: the base comes initialised, and the adapter is initialised where it is attached."""
+    def init_weights(self) -> None:
+        """Do nothing: the base is initialised, and so are the adapter's modules."""
 
-    def adapter_parameters(self):
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """{canonical name: parameter} of the adapter: ``layers.<i>.<path in the layer>.<lora_A, lora_B, …>``."""
         return adapter_parameters(self.base, self.sites)
 
-    def _adapter_names(self):
+    def _adapter_names(self) -> dict[str, str]:
         """{name of a parameter of this model: its canonical name} of the adapter's parameters."""
         canonical = {id(parameter): name for name, parameter in self.adapter_parameters().items()}
         return {name: canonical[id(p)] for name, p in self.named_parameters() if id(p) in canonical}
 
-    def num_adapter_parameters(self):
-        """Number of trainable values the adapter adds to the base."""
+    def num_adapter_parameters(self) -> int:
+        """Return the number of values the adapter adds to the base."""
         return sum(parameter.numel() for parameter in self.adapter_parameters().values())
 
     # ---- from a base ----
 
     @classmethod
-    def from_base(cls, base, config, *, seed=0, adapter_dtype=None, base_trust_remote_code=False, **base_arguments):
-        """A fresh adapter on a base; the output equals the base's until the adapter is trained.
+    def from_base(
+        cls,
+        base: Any,
+        config: Any,
+        *,
+        seed: int = 0,
+        adapter_dtype: torch.dtype | None = None,
+        base_trust_remote_code: bool = False,
+        **base_arguments: Any,
+    ) -> Any:
+        """Put a fresh adapter on a base; the output equals the base's until the adapter is trained.
 
         (Not so under the routing strategies ``"top_p"`` and ``"switch"``, whose weights do not sum to one.)
 
-        Takes ownership of a model that is handed in: its modules are replaced in place. `unload` gives it back.
-        A model that names files on this machine is compared with them.
+        A model that is passed is changed in place; `unload` restores it. One that names files on this machine is
+        compared with them.
 
         Args:
             base: a model, a Hub id, a folder, or a registered alias such as ``"embedded"``.
@@ -132,26 +138,26 @@ class AdaptedModel(NamedBase, PreTrainedModel):
 
         Raises:
             ValueError: the base is adapted already, is not understood, or has none of the targets; its checkpoint
-                lacks a tensor; or a model that is handed in has other weights than the files it names.
+                lacks a tensor; or a model that is passed has other weights than the files it names.
         """
         config = copy.deepcopy(config)
-        config.text_config, config.name_or_path = None, ""  # another base's, where it is the configuration of a model
+        config.text_config, config.name_or_path = None, ""  # a model's configuration has those of another base
         cache_dir = base_arguments.get("cache_dir")
         loaded = isinstance(base, (str, os.PathLike))
         if loaded:
             config.base_model_name_or_path = str(base)
             config.base_model_revision = base_arguments.pop("revision", None)
-            base = cls._load_base(config, base_trust_remote_code, base_arguments)
-            # Pinned to what was loaded, so that the adapter meets the same base a year from now.
+            base = load_base(cls.auto_class, config, base_trust_remote_code, base_arguments)
+            # Pinned to what was loaded, so that the adapter is loaded with the same base a year from now.
             pinned = cached_commit(config.base_model_name_or_path, config.base_model_revision, cache_dir)
             config.base_model_revision = pinned or config.base_model_revision
         elif base_arguments:
             raise ValueError(
-                f"{sorted(base_arguments)}: only for a base that is loaded by name, not one that is handed in"
+                f"{sorted(base_arguments)}: only for a base that is loaded by name, not for a model that is passed"
             )
         elif config.base_model_name_or_path is None:
             config.base_model_name_or_path = base.config.name_or_path or None
-        config.base_fingerprint = cls._fingerprint(config, cache_dir)
+        config.base_fingerprint = fingerprint_of(config, cache_dir)
         files_are_here = config.base_fingerprint != UNKNOWN
         if not loaded and files_are_here:
             refuse_adapted(base)
@@ -168,52 +174,24 @@ class AdaptedModel(NamedBase, PreTrainedModel):
         return model
 
     @classmethod
-    def _refused_linears(cls, base):
-        """{path: reason} of linears that a subclass cannot adapt."""
+    def _refused_linears(cls, base: Any) -> dict[str, str]:
+        """Return {path: reason} of linears that a subclass cannot adapt."""
         return {}
-
-    @classmethod
-    def _load_base(cls, config, trust_remote_code, arguments):
-        name, revision = config.base_model_name_or_path, config.base_model_revision
-        if name is None:
-            raise ValueError("base_model_name_or_path=None: the configuration names no base; pass base_model=")
-        source = base_source(name)
-        # AutoModel looks for a PEFT adapter first, and would ask the network without these.
-        offline = {key: arguments[key] for key in ("local_files_only", "cache_dir") if key in arguments}
-        if offline:
-            arguments = {"adapter_kwargs": offline, **arguments}
-        try:
-            return load_checked(
-                cls.auto_class, source, revision=revision, trust_remote_code=trust_remote_code, **arguments
-            )
-        except (OSError, ValueError) as error:
-            hint = "pass base_model=<a folder or another Hub id>"
-            if "trust_remote_code" in str(error):
-                hint = "the base runs code of its own: pass base_trust_remote_code=True if you trust it"
-            kind = OSError if isinstance(error, OSError) else ValueError
-            raise kind(f"the base model {name!r} could not be loaded: {error}\nWhat to do: {hint}") from error
-
-    @staticmethod
-    def _fingerprint(config, cache_dir):
-        name = config.base_model_name_or_path
-        if name is None:
-            return UNKNOWN
-        return base_fingerprint(base_source(name), config.base_model_revision, cache_dir)
 
     # ---- loading ----
 
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path,
-        *model_args,
-        config=None,
-        base_model=None,
-        base_revision=None,
-        base_trust_remote_code=False,
-        output_loading_info=False,
-        **kwargs,
-    ):
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        config: Any = None,
+        base_model: Any = None,
+        base_revision: str | None = None,
+        base_trust_remote_code: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Load an adapter and its base.
 
         Args:
@@ -223,8 +201,8 @@ class AdaptedModel(NamedBase, PreTrainedModel):
             base_model: another base than the configuration names: a model, a Hub id, a folder or an alias.
             base_revision: revision of the base. The adapter's `revision` never applies to the base.
             base_trust_remote_code: whether the base's own code may run. Trusting the adapter's does not trust it.
-            output_loading_info: also return transformers' dict of missing and unexpected keys: always empty, since
-                a file that does not fit is an error.
+            output_loading_info: also return transformers' dict of missing and unexpected keys, which are none: a file
+                that does not fit is an error.
             **kwargs: `revision`, `subfolder`, `token`, `cache_dir`, … find the adapter; everything else goes to the
                 base (`dtype`, `device_map`, `quantization_config`, `attn_implementation`, …). A given `dtype` also
                 applies to the adapter, whose tensors otherwise keep the dtype they were saved in.
@@ -246,7 +224,7 @@ class AdaptedModel(NamedBase, PreTrainedModel):
         config = copy.deepcopy(config)
         file = cached_file(pretrained_model_name_or_path, ADAPTER_FILE, **where)
         base, dtype = cls._base_for_adapter(config, base_model, base_revision, base_trust_remote_code, kwargs, shared)
-        # Only a quantised base, which saving would otherwise have to load once more beside this one.
+        # Of a quantised base only, which saving would otherwise have to load a second time.
         quantised = base is not base_model and getattr(base, "hf_quantizer", None) is not None
         digests = tensor_digests(base) if quantised else None
         model = cls(config, base=base, adapter_file=file, adapter_dtype=dtype)
@@ -254,11 +232,11 @@ class AdaptedModel(NamedBase, PreTrainedModel):
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         model._load_generation_config(pretrained_model_name_or_path, where)
         model.eval()
-        info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
+        info: dict[str, list] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
         return (model, info) if output_loading_info else model
 
-    def _load_generation_config(self, name_or_path, where):
-        """The adapter's own generation settings, where its folder has them; otherwise the base's stay."""
+    def _load_generation_config(self, name_or_path: Any, where: dict[str, Any]) -> None:
+        """Load the adapter's own generation settings, if its folder has any; otherwise the base's stay."""
         if self.can_generate():
             try:
                 self.generation_config = GenerationConfig.from_pretrained(name_or_path, **where)
@@ -266,8 +244,16 @@ class AdaptedModel(NamedBase, PreTrainedModel):
                 logger.info("No generation_config.json with the adapter: the base's generation settings are used.")
 
     @classmethod
-    def _base_for_adapter(cls, config, base_model, base_revision, trust_remote_code, kwargs, shared):
-        """(base, dtype asked for or None); `config` is changed to name the base that was used."""
+    def _base_for_adapter(
+        cls,
+        config: Any,
+        base_model: Any,
+        base_revision: str | None,
+        trust_remote_code: bool,
+        kwargs: dict[str, Any],
+        shared: dict[str, Any],
+    ) -> tuple[Any, torch.dtype | None]:
+        """Return the base and the dtype asked for, if any; `config` is changed to name this base."""
         dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
         dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
         asked = dtype if isinstance(dtype, torch.dtype) else None
@@ -277,13 +263,13 @@ class AdaptedModel(NamedBase, PreTrainedModel):
             config.base_model_name_or_path, config.base_model_revision = str(base_model), None
         if base_revision is not None:
             config.base_model_revision = base_revision
-        # AutoConfig has absorbed attn_implementation by now: without this the base would silently keep its default.
+        # AutoConfig has taken attn_implementation out of the arguments: without this the base would keep its default.
         if config._attn_implementation is not None:
             kwargs.setdefault("attn_implementation", config._attn_implementation)
-        # So it is with all that was set on the configuration for the base (AutoConfig absorbs use_cache=False, too).
+        # The same holds for everything that was set on the configuration for the base (as use_cache=False).
         arguments = {"dtype": asked or config.dtype or "auto", **config.base_changes(), **shared, **kwargs}
-        base = cls._load_base(config, trust_remote_code, arguments)
-        trained_on, found = config.base_fingerprint, cls._fingerprint(config, shared.get("cache_dir"))
+        base = load_base(cls.auto_class, config, trust_remote_code, arguments)
+        trained_on, found = config.base_fingerprint, fingerprint_of(config, shared.get("cache_dir"))
         if UNKNOWN not in (trained_on, found) and trained_on != found:
             warnings.warn(
                 f"this adapter was trained on a base with fingerprint {trained_on}, but "
@@ -292,8 +278,8 @@ class AdaptedModel(NamedBase, PreTrainedModel):
             )
         return base, asked
 
-    def load_state_dict(self, state_dict, strict=True, assign=False):
-        """Load weights as torch does; those of the whole adapter alone, as in Trainer's checkpoints, are no part of it.
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights as torch does; the adapter's alone, as in Trainer's checkpoints, need none of the base.
 
         Args: see `torch.nn.Module.load_state_dict`.
         """
@@ -302,81 +288,12 @@ class AdaptedModel(NamedBase, PreTrainedModel):
         if given.keys() != names.keys():
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         loaded = super().load_state_dict({names[n]: given[n] for n in given}, strict=False, assign=assign)
-        return type(loaded)([], loaded.unexpected_keys)  # the base's weights are where they belong
+        return type(loaded)([], loaded.unexpected_keys)  # the base's are not missing
 
-    # ---- saving ----
+    # ---- removing the adapter ----
 
-    def save_pretrained(self, save_directory, state_dict=None, push_to_hub=False, tokenizer=None, **kwargs):
-        """Write config.json, the adapter's tensors, the code to load them, tokenizer and generation settings.
-
-        Never the base's weights, and never an adapter_config.json, which would make AutoModel ignore config.json.
-
-        Args:
-            save_directory: folder, made if missing.
-            state_dict: weights to save instead of the current ones, under this model's parameter names (as Trainer
-                passes) or those of a wrapper around it.
-            push_to_hub: also upload the folder (see `push_to_hub`); `repo_id`, `token` and the like go into `kwargs`.
-            tokenizer: the tokenizer to save. Default: the base's own, where it lies on this machine.
-            **kwargs: the arguments of `push_to_hub`; others that transformers knows (`safe_serialization`,
-                `max_shard_size`, …) have nothing to act on here.
-
-        Raises:
-            ValueError: the base has other weights than the files of the one that is named, the tokenizer has more
-                tokens than the base, or `state_dict` lacks a tensor of the adapter. Nothing is written then.
-        """
-        if not kwargs.get("is_main_process", True):
-            return
-        self._check_before_saving(state_dict, tokenizer)
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        names = self._adapter_names()
-        state = dict(self.named_parameters()) if state_dict is None else state_dict
-        held = find_in_state_dict(names, state)
-        tensors = {held[name]: state[held[name]].detach().cpu() for name in names}
-        write_adapter(folder / ADAPTER_FILE, {canonical: tensors[held[name]] for name, canonical in names.items()})
-        write_checkpoint(folder, tensors)
-        config = copy.deepcopy(self.config)
-        config.architectures = [type(self).__name__]
-        config.auto_map = auto_map(config)
-        config.to_json_file(folder / "config.json")
-        for name in CODE_FILES:
-            source = Path(__file__).with_name(name)
-            if source.resolve() != (folder / name).resolve():
-                shutil.copyfile(source, folder / name)
-        if self.can_generate():
-            self.generation_config.save_pretrained(folder)
-        tokenizer = tokenizer or self._base_tokenizer()
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        if push_to_hub:
-            self.push_to_hub(
-                kwargs.pop("repo_id", folder.name), **{k: v for k, v in kwargs.items() if k in PUSH_ARGUMENTS}
-            )
-
-    def _base_tokenizer(self):
-        name = self.config.base_model_name_or_path
-        if name is None:
-            logger.warning("No tokenizer was saved: this model does not know which base it is on. Pass tokenizer=.")
-            return None
-        source = base_source(name)
-        try:  # saving must not need the network
-            return AutoTokenizer.from_pretrained(
-                source, revision=self.config.base_model_revision, local_files_only=True, trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
-            logger.warning(f"No tokenizer was saved: none found with the base {name!r} ({error}). Pass tokenizer=.")
-            return None
-
-    def push_to_hub(self, repo_id, *, private=True, **kwargs):
-        """Write the files of `save_pretrained` to a Hub repo, private by default. It checks nothing:
-        minilora_hub.push does.
-        """
-        return super().push_to_hub(repo_id, private=private, **kwargs)
-
-    # ---- taking the adapter off ----
-
-    def unload(self):
-        """The base as it was before, without the adapter. This model is of no use afterwards."""
+    def unload(self) -> Any:
+        """Remove the adapter and return the base as it was. This model cannot be used afterwards."""
         base = self.base
         detach(base, self.sites)
         for parameter in self._trainable_before:
@@ -384,8 +301,8 @@ class AdaptedModel(NamedBase, PreTrainedModel):
         self.base, self.sites = None, []
         return base
 
-    def merge(self):
-        """Fold the adapter into the base's weights and give the base back: a plain model, without a name. DoRA only.
+    def merge(self) -> Any:
+        """Merge the adapter into the base's weights and return the base: a plain model, without a name. DoRA only.
 
         Raises:
             ValueError: this is a mixture, or a base weight is quantised, offloaded or shared with another module.
@@ -397,71 +314,9 @@ class AdaptedModel(NamedBase, PreTrainedModel):
                 "a MixLoRA cannot be merged: every token takes its own experts."
                 + " It can be exported as a Mixtral checkpoint: minilora export --to mixtral" * top_k
             )
-        layers = [self.base.get_submodule(site.path) for site in self.sites]
-        merged = [layer.merged_weight() for layer in layers]
-        holders = weight_holders(self.base)
-        for site, layer in zip(self.sites, layers, strict=True):
-            held_by = holders[id(layer.base_layer.weight)]
-            if others := [path for path in held_by if self.base.get_submodule(path) is not layer]:
-                raise ValueError(
-                    f"cannot merge into {site.path}: {', '.join(others)} shares its weight, and would change with it"
-                )
-        with torch.no_grad():
-            for layer, weight in zip(layers, merged, strict=True):
-                layer.base_layer.weight.copy_(weight)
+        merge_into_base(self.base, self.sites)
         base = self.unload()
-        # Its weights are those of no name any more.
+        # No files hold its weights any more.
         base.name_or_path = base.config.name_or_path = ""
         setattr(base, HOLDS_AN_ADAPTER, True)
         return base
-
-    # ---- what the base knows better ----
-
-    @property
-    def base_model(self):
-        """The decoder without its head, as in transformers' own models."""
-        decoder = self.base.base_model
-        if decoder is self.base and self.can_generate():  # Llama 4's text model does not say which part it is
-            decoder = self.base.get_submodule(find_decoder_layers(self.base)[0].rpartition(".")[0])
-        return decoder
-
-    def get_input_embeddings(self):
-        return self.base.get_input_embeddings()
-
-    def set_input_embeddings(self, value):
-        self.base.set_input_embeddings(value)
-
-    def get_output_embeddings(self):
-        return self.base.get_output_embeddings()
-
-    def set_output_embeddings(self, value):
-        self.base.set_output_embeddings(value)
-
-    def resize_token_embeddings(self, *args, **kwargs):
-        return self.base.resize_token_embeddings(*args, **kwargs)  # which keeps its size in its own attributes, too
-
-    @property
-    def accepts_loss_kwargs(self):
-        """Whether the base's forward takes `num_items_in_batch`; Trainer asks."""
-        parameters = inspect.signature(self.base.forward).parameters.values()
-        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        return getattr(self.base, "accepts_loss_kwargs", takes_any)
-
-    @takes_base_arguments
-    def forward(self, input_ids=None, *args, **kwargs):
-        """The base's forward, with the adapter in it: same arguments, same outputs."""
-        return self.base(**self._base_arguments(input_ids, args, kwargs))
-
-    def _base_arguments(self, input_ids, args, kwargs):
-        """A call's arguments by name. Positional ones come in the base's order."""
-        return by_name(self.base.forward, (input_ids, *args), kwargs) if args else {"input_ids": input_ids, **kwargs}
-
-
-def auto_map(config):
-    """The classes that transformers' Auto classes take from a repo with this code."""
-    prefix = re.sub(r"Config$", "", type(config).__name__)
-    return {
-        "AutoConfig": f"configuration_minilora.{prefix}Config",
-        "AutoModel": f"modeling_minilora.{prefix}Model",
-        "AutoModelForCausalLM": f"modeling_minilora.{prefix}ForCausalLM",
-    }

@@ -1,15 +1,17 @@
-"""Files of an adapter and of its base: strict reading of the adapter's tensors, and the base's fingerprint."""
+"""Read and write an adapter's tensors, strictly, and find and fingerprint the files of its base."""
 
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CODE_FILES = (
@@ -17,16 +19,19 @@ CODE_FILES = (
     "adapted_model.py",
     "adapter_files.py",
     "attach.py",
+    "base_delegation.py",
     "base_loading.py",
-    "base_naming.py",
     "base_structure.py",
     "configuration_adapter.py",
     "configuration_minilora.py",
     "expert_slots.py",
+    "linear_layers.py",
     "mixture.py",
     "modeling_minilora.py",
     "probe.py",
     "routing.py",
+    "routing_record.py",
+    "saving.py",
     "trainer_support.py",
 )
 CHECKPOINT_FILES = (
@@ -38,13 +43,13 @@ CHECKPOINT_FILES = (
 UNKNOWN = "unknown"
 
 BASE_ALIASES: dict[str, Callable[[], str]] = {}
-"""Base names that are neither folders nor Hub ids: alias -> function that returns a local folder. Filled from
-outside.
+"""Base names that are neither folders nor Hub ids: alias -> function that returns a local folder. minilora_hub adds
+some.
 """
 
 
-def write_adapter(path, tensors):
-    """Write {name: tensor} to a safetensors file, complete or not at all."""
+def write_adapter(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    """Write {name: tensor} to a safetensors file, atomically."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
@@ -55,8 +60,10 @@ def write_adapter(path, tensors):
         Path(temporary).unlink(missing_ok=True)
 
 
-def read_adapter(path, expected=None):
-    """Every tensor of a safetensors file, copied into memory and checked.
+def read_adapter(
+    path: str | os.PathLike[str], expected: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, Tensor]:
+    """Read every tensor of a safetensors file into memory and check it.
 
     Args:
         path: the file.
@@ -83,8 +90,8 @@ def read_adapter(path, expected=None):
     return tensors
 
 
-def check_tensors(path, tensors, expected):
-    """Raise a ValueError naming what is missing from `tensors`, surplus in it, or of another shape than `expected`."""
+def check_tensors(path: Any, tensors: Mapping[str, Any], expected: Mapping[str, Sequence[int]]) -> None:
+    """Raise a ValueError that names a tensor that is missing, surplus, or of another shape than `expected`."""
     missing = sorted(expected.keys() - tensors.keys())
     surplus = sorted(tensors.keys() - expected.keys())
     if missing or surplus:
@@ -99,21 +106,21 @@ def check_tensors(path, tensors, expected):
             )
 
 
-def first_names(names, count=3):
-    """The first of many names, and how many there are."""
+def first_names(names: Sequence[str], count: int = 3) -> str:
+    """List the first few names, and say how many there are."""
     rest = len(names) - count
     return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "") + f" ({len(names)} in all)" * (rest > 0)
 
 
-def base_source(name):
-    """The folder or Hub id that a base's name stands for."""
+def base_source(name: str) -> str:
+    """Return the folder or Hub id that a base's name stands for."""
     return BASE_ALIASES[name]() if name in BASE_ALIASES else name
 
 
-def base_fingerprint(name_or_path, revision=None, cache_dir=None):
-    """Hash of a base's checkpoint files, so that dtype and quantisation do not change it.
+def base_fingerprint(name_or_path: str, revision: str | None = None, cache_dir: Any = None) -> str:
+    """Hash a base's checkpoint files, which do not depend on dtype and quantisation.
 
-    Nothing is downloaded: a Hub id is looked up in the local cache, where the base has just been loaded from.
+    Nothing is downloaded: a Hub id is looked up in the local cache.
 
     Returns:
         ``"sha256:<hex>"``, or ``"unknown"`` where there are no checkpoint files.
@@ -135,21 +142,21 @@ def base_fingerprint(name_or_path, revision=None, cache_dir=None):
     return UNKNOWN
 
 
-def cached_commit(name_or_path, revision=None, cache_dir=None):
-    """The commit of a Hub id that lies in the local cache at `revision`; None for a folder or an unknown id."""
+def cached_commit(name_or_path: str, revision: str | None = None, cache_dir: Any = None) -> str | None:
+    """Return the commit of a Hub id's `revision` in the local cache; None for a folder or an unknown id."""
     if os.path.isdir(name_or_path):
         return None
     config = _local_file(name_or_path, "config.json", revision, cache_dir)
     return None if config is None else os.path.basename(os.path.dirname(config))
 
 
-def local_folder(name_or_path, revision=None, cache_dir=None):
-    """Where a base lies on this machine: its folder, or a Hub id's snapshot in the local cache; None if nowhere."""
+def local_folder(name_or_path: str, revision: str | None = None, cache_dir: Any = None) -> str | None:
+    """Return the folder of a base on this machine, or a Hub id's snapshot in the local cache; None if there is none."""
     config = _local_file(name_or_path, "config.json", revision, cache_dir)
     return None if config is None else os.path.dirname(config)
 
 
-def _local_file(name_or_path, name, revision, cache_dir):
+def _local_file(name_or_path: str, name: str, revision: str | None, cache_dir: Any) -> str | None:
     if os.path.isdir(name_or_path):
         path = os.path.join(name_or_path, name)
         return path if os.path.isfile(path) else None
@@ -157,7 +164,7 @@ def _local_file(name_or_path, name, revision, cache_dir):
     return found if isinstance(found, str) else None
 
 
-def _file_sha256(path):
+def _file_sha256(path: str) -> str:
     # The Hub's cache names a large file's blob by its sha256, and the snapshot links to it.
     blob = os.path.basename(os.path.realpath(path))
     if os.path.islink(path) and len(blob) == 64:

@@ -1,4 +1,4 @@
-"""Putting an adapter's modules into a base and taking them out; the canonical names and shapes of its tensors.
+"""Put an adapter's modules into a base and take them out; the canonical names and shapes of its tensors.
 
 Canonical names start at the decoder layers, whatever the base calls them and whether it has a head:
 ``layers.<i>.<path of a linear>.lora_A``, ``.lora_B``, ``.magnitude`` for LoRA and DoRA, and for a mixture
@@ -6,43 +6,67 @@ Canonical names start at the decoder layers, whatever the base calls them and wh
 stacked over the experts.
 """
 
-import torch
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
-from .adapted_linear import AdaptedLinear, LowRankUpdate, init_lora_a, layer_device, row_norms_squared
-from .base_structure import LinearSite
+import torch
+from torch import Tensor, nn
+
+from .adapted_linear import AdaptedLinear, LowRankUpdate
+from .base_structure import LinearSite, Site
+from .linear_layers import layer_device, row_norms_squared
 from .mixture import MixtureOfLoraExperts
 from .routing import routing_of
 
 STACKED = "experts"
+Tensors = dict[str, Tensor]
 
 
-def updates_at(site, config):
-    """Every low-rank update at a site: (canonical name, projection or None, r, scaling, shape of A, shape of B)."""
+class PlannedUpdate(NamedTuple):
+    """A low-rank update at a site: its canonical name, the projection in a mixture's block, and its shapes."""
+
+    name: str
+    projection: str | None
+    r: int
+    scaling: float
+    shape_a: tuple[int, ...]
+    shape_b: tuple[int, ...]
+
+
+def updates_at(site: Site, config: Any) -> Iterator[PlannedUpdate]:
+    """Every low-rank update at a site."""
     if isinstance(site, LinearSite):
         r, scaling = config.rank_and_scaling(site.name, config.r, config.lora_alpha)
-        yield site.name, None, r, scaling, (r, site.in_features), (site.out_features, r)
+        yield PlannedUpdate(site.name, None, r, scaling, (r, site.in_features), (site.out_features, r))
         return
     experts = config.num_experts
     for projection, out_features, in_features in site.targets:
         r, scaling = config.expert_rank_and_scaling(f"{site.name}.{projection}")
         name = f"{site.name}.{STACKED}.{projection}"
-        yield name, projection, r, scaling, (experts, r, in_features), (experts, out_features, r)
+        yield PlannedUpdate(name, projection, r, scaling, (experts, r, in_features), (experts, out_features, r))
 
 
-def expected_tensors(config, sites):
+def expected_tensors(config: Any, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
     """{canonical name: shape} of an adapter with this configuration on these sites."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for site in sites:
         if not isinstance(site, LinearSite):
             shapes[f"{site.name}.router"] = (config.num_experts, site.hidden_size)
-        for name, _, _, _, shape_a, shape_b in updates_at(site, config):
-            shapes[f"{name}.lora_A"], shapes[f"{name}.lora_B"] = shape_a, shape_b
+        for update in updates_at(site, config):
+            shapes[f"{update.name}.lora_A"], shapes[f"{update.name}.lora_B"] = update.shape_a, update.shape_b
             if config.use_dora:
-                shapes[f"{name}.magnitude"] = shape_b[:-1]
+                shapes[f"{update.name}.magnitude"] = update.shape_b[:-1]
     return shapes
 
 
-def attach(base, config, sites, tensors=None, seed=0, dtype=None):
+def attach(
+    base: nn.Module,
+    config: Any,
+    sites: Sequence[Site],
+    tensors: Tensors | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Put an adapter into `base`, in place. Everything is built first: a failure leaves the base as it was.
 
     Args: see `build_modules`.
@@ -51,8 +75,15 @@ def attach(base, config, sites, tensors=None, seed=0, dtype=None):
         replace_module(base, path, module)
 
 
-def build_modules(base, config, sites, tensors=None, seed=0, dtype=None):
-    """The modules of an adapter, {path in the base: module}, over the base's own, which stay where they are.
+def build_modules(
+    base: nn.Module,
+    config: Any,
+    sites: Sequence[Site],
+    tensors: Tensors | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Build the modules of an adapter, {path in the base: module}, over the base's own, which stay in place.
 
     Args:
         base: the plain base.
@@ -64,25 +95,50 @@ def build_modules(base, config, sites, tensors=None, seed=0, dtype=None):
         dtype: dtype of the adapter's tensors. Default: as they are (fresh ones float32). Magnitudes are always float32.
     """
     generator = torch.Generator().manual_seed(seed)
-    modules = {}
+    modules: dict[str, Any] = {}
     for site in sites:
-        build = _linear if isinstance(site, LinearSite) else _mixture
-        modules[site.path] = build(base.get_submodule(site.path), site, config, tensors, generator, dtype)
+        module = base.get_submodule(site.path)
+        updates = {
+            update.projection: _update(
+                module if update.projection is None else module.get_submodule(update.projection),
+                update,
+                config,
+                tensors,
+                generator,
+                dtype,
+            )
+            for update in updates_at(site, config)
+        }
+        if isinstance(site, LinearSite):
+            modules[site.path] = AdaptedLinear(module, updates[None])
+            continue
+        if tensors is None:
+            router = torch.empty(config.num_experts, site.hidden_size, device="cpu", dtype=torch.float32)
+            router.normal_(0.0, config.router_init_range, generator=generator)
+        else:
+            router = tensors[f"{site.name}.router"]
+        device = layer_device(module.get_submodule(site.structure.inputs[0]))
+        router = router.to(device=device, dtype=dtype or router.dtype)
+        experts = {projection: update for projection, update in updates.items() if projection is not None}
+        noise, dropout = config.router_jitter_noise, config.expert_dropout
+        modules[site.path] = MixtureOfLoraExperts(
+            module, site.structure, router, experts, routing_of(config), noise, dropout
+        )
     return modules
 
 
-def detach(base, sites):
+def detach(base: nn.Module, sites: Sequence[Site]) -> None:
     """Take the adapter out of `base` again."""
     for site in sites:
-        module = base.get_submodule(site.path)
+        module: Any = base.get_submodule(site.path)
         replace_module(base, site.path, module.base_layer if isinstance(site, LinearSite) else module.base_block)
 
 
-def adapter_parameters(base, sites):
+def adapter_parameters(base: nn.Module, sites: Sequence[Site]) -> dict[str, nn.Parameter]:
     """{canonical name: parameter} of the adapter in `base`."""
-    parameters = {}
+    parameters: dict[str, nn.Parameter] = {}
     for site in sites:
-        module = base.get_submodule(site.path)
+        module: Any = base.get_submodule(site.path)
         if isinstance(site, LinearSite):
             updates = {site.name: module.update}
         else:
@@ -93,55 +149,62 @@ def adapter_parameters(base, sites):
     return parameters
 
 
-def weight_holders(base):
+def merge_into_base(base: nn.Module, sites: Sequence[Site]) -> None:
+    """Write the merged weights of linear sites into the base's layers; the adapter's modules stay.
+
+    Raises:
+        ValueError: a base weight is quantised, offloaded or shared with another module. Nothing is changed then.
+    """
+    layers: list[Any] = [base.get_submodule(site.path) for site in sites]
+    merged = [layer.merged_weight() for layer in layers]
+    holders = weight_holders(base)
+    for site, layer in zip(sites, layers, strict=True):
+        held_by = holders[id(layer.base_layer.weight)]
+        if others := [path for path in held_by if base.get_submodule(path) is not layer]:
+            raise ValueError(
+                f"cannot merge into {site.path}: {', '.join(others)} shares its weight, and would change with it"
+            )
+    with torch.no_grad():
+        for layer, weight in zip(layers, merged, strict=True):
+            layer.base_layer.weight.copy_(weight)
+
+
+def weight_holders(base: nn.Module) -> dict[int, list[str]]:
     """{id of a parameter: paths of the modules that hold it}. A tied weight has several."""
-    holders = {}
+    holders: dict[int, list[str]] = {}
     for path, module in base.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             holders.setdefault(id(parameter), []).append(path.removesuffix(".base_layer"))
     return holders
 
 
-def replace_module(base, path, module):
+def replace_module(base: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module into `base` at a path."""
     parent, _, name = path.rpartition(".")
     setattr(base.get_submodule(parent), name, module)
 
 
-def _linear(layer, site, config, tensors, generator, dtype):
-    (update,) = updates_at(site, config)
-    return AdaptedLinear(layer, _update(layer, update, config, tensors, generator, dtype))
-
-
-def _mixture(block, site, config, tensors, generator, dtype):
-    experts = {
-        update[1]: _update(block.get_submodule(update[1]), update, config, tensors, generator, dtype)
-        for update in updates_at(site, config)
-    }
-    if tensors is None:
-        router = torch.empty(config.num_experts, site.hidden_size, device="cpu", dtype=torch.float32)
-        router.normal_(0.0, config.router_init_range, generator=generator)
-    else:
-        router = tensors[f"{site.name}.router"]
-    device = layer_device(block.get_submodule(site.structure.inputs[0]))
-    router = router.to(device=device, dtype=dtype or router.dtype)
-    noise, dropout = config.router_jitter_noise, config.expert_dropout
-    return MixtureOfLoraExperts(block, site.structure, router, experts, routing_of(config), noise, dropout)
-
-
-def _update(layer, update, config, tensors, generator, dtype):
-    name, _, _, scaling, shape_a, shape_b = update
+def _update(
+    layer: nn.Module,
+    update: PlannedUpdate,
+    config: Any,
+    tensors: Tensors | None,
+    generator: torch.Generator,
+    dtype: torch.dtype | None,
+) -> LowRankUpdate:
     norms = row_norms_squared(layer) if config.use_dora else None
     magnitude = None
     if tensors is None:
-        lora_a, lora_b = init_lora_a(shape_a, generator), torch.zeros(shape_b, device="cpu", dtype=torch.float32)
-        if config.use_dora:
-            magnitude = norms.sqrt().expand(shape_b[:-1]).clone()
+        bound = update.shape_a[-1] ** -0.5  # which is PEFT's Kaiming-uniform with a = sqrt(5)
+        lora_a = torch.empty(update.shape_a, dtype=torch.float32, device="cpu")
+        lora_a.uniform_(-bound, bound, generator=generator)
+        lora_b = torch.zeros(update.shape_b, dtype=torch.float32, device="cpu")
+        if norms is not None:
+            magnitude = norms.sqrt().expand(update.shape_b[:-1]).clone()
     else:
-        lora_a, lora_b = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
-        if config.use_dora:
-            magnitude = tensors[f"{name}.magnitude"]
+        lora_a, lora_b = tensors[f"{update.name}.lora_A"], tensors[f"{update.name}.lora_B"]
+        magnitude = tensors[f"{update.name}.magnitude"] if config.use_dora else None
     device = layer_device(layer)
     lora_a, lora_b = (tensor.to(device=device, dtype=dtype or tensor.dtype) for tensor in (lora_a, lora_b))
     magnitude = None if magnitude is None else magnitude.to(device)
-    return LowRankUpdate(lora_a, lora_b, magnitude, scaling, config.lora_dropout, norms)
+    return LowRankUpdate(lora_a, lora_b, magnitude, update.scaling, config.lora_dropout, norms)

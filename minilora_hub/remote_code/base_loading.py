@@ -1,23 +1,27 @@
-"""Loading a base whole, and telling whether a loaded one is what its checkpoint files hold.
+"""Load a base completely, and compare a loaded one with its checkpoint files.
 
-transformers fills a tensor that a checkpoint lacks with random numbers and goes on. And a model in memory may have
-other weights than the files whose name it carries: an adapter was merged into it, its embeddings were resized or
-trained. Here both are errors, so that loading an adapter gives the base it was made for.
+transformers fills a tensor that a checkpoint lacks with random numbers. And a model in memory may have other weights
+than the files whose name it carries: an adapter was merged into it, its embeddings were resized or trained. Here both
+are errors, so that loading an adapter gives the base it was made for.
 """
 
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers.utils import logging
 
-from .adapter_files import first_names
+from .adapter_files import base_source, first_names
 
 DIGEST_WIDTH = 2**14
 ROUNDED_TO = (torch.bfloat16, torch.float16)
+Digests = dict[str, tuple[torch.dtype, tuple[int, ...], Tensor]]
 
 
-def load_checked(loader, name_or_path, **arguments):
+def load_checked(loader: Any, name_or_path: Any, **arguments: Any) -> Any:
     """Load a model from its checkpoint, and check that every one of its tensors came from there.
 
     Args:
@@ -49,8 +53,39 @@ def load_checked(loader, name_or_path, **arguments):
     return model
 
 
-def _other_names(missing, unexpected):
-    """Under which name a missing tensor seems to be there, e.g. that of a compiled or wrapped model."""
+def load_base(auto_class: Any, config: Any, trust_remote_code: bool, arguments: dict[str, Any]) -> Any:
+    """Load the base that an adapter's configuration names, with `load_checked`.
+
+    Args:
+        auto_class: AutoModel or AutoModelForCausalLM.
+        config: the adapter's configuration.
+        trust_remote_code: whether the base's own code may run.
+        arguments: passed to `from_pretrained`.
+
+    Raises:
+        ValueError, OSError: no base is named, or it could not be loaded.
+    """
+    name = config.base_model_name_or_path
+    if name is None:
+        raise ValueError("base_model_name_or_path=None: the configuration names no base; pass base_model=")
+    # AutoModel looks for a PEFT adapter first, and would use the network without these.
+    offline = {key: arguments[key] for key in ("local_files_only", "cache_dir") if key in arguments}
+    if offline:
+        arguments = {"adapter_kwargs": offline, **arguments}
+    arguments |= {"revision": config.base_model_revision, "trust_remote_code": trust_remote_code}
+    source = base_source(name)
+    try:
+        return load_checked(auto_class, source, **arguments)
+    except (OSError, ValueError) as error:
+        hint = "pass base_model=<a folder or another Hub id>"
+        if "trust_remote_code" in str(error):
+            hint = "the base runs code of its own: pass base_trust_remote_code=True if you trust it"
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"the base model {name!r} could not be loaded: {error}\nWhat to do: {hint}") from error
+
+
+def _other_names(missing: Iterable[str], unexpected: Iterable[str]) -> str:
+    """Say under which other name a missing tensor seems to be there, e.g. that of a compiled model; "" if none."""
     for name in missing:
         for other in sorted(unexpected):
             parts = iter(other.split("."))
@@ -59,8 +94,8 @@ def _other_names(missing, unexpected):
     return ""
 
 
-def refuse_unknown_tokens(ids, rows, tokenizer):
-    """Raise a ValueError that names the first of these token ids for which an embedding of `rows` rows has none."""
+def refuse_unknown_tokens(ids: Iterable[int], rows: int, tokenizer: Any) -> None:
+    """Raise a ValueError that names the first of these token ids that an embedding of `rows` rows does not have."""
     for token in ids:
         if token >= rows:
             raise ValueError(
@@ -69,24 +104,23 @@ def refuse_unknown_tokens(ids, rows, tokenizer):
             )
 
 
-def differing_tensors(base, folder, given=None):
+def differing_tensors(base: Any, folder: str | None, given: Mapping[int, Tensor] | None = None) -> list[str]:
     """Compare a plain base with the checkpoint in a folder.
 
-    The checkpoint is loaded as transformers loads it. On the processor and in its own dtype its files are mapped, not
-    copied; a base that is quantised when it is loaded is loaded so once more. Values are compared after the cast to
-    the dtype that the base has them in; those that were rounded to half precision on the way count as the same.
-    Offloaded and sharded tensors are not compared.
+    The checkpoint is loaded as transformers loads it: on the CPU and in its own dtype its files are mapped, not copied;
+    a base that was quantised while loading is quantised again. Values are compared after the cast to the base's dtype;
+    those that were rounded to half precision on the way are equal. Offloaded and sharded tensors are not compared.
 
     Args:
         base: a model without an adapter.
-        folder: where its checkpoint lies.
+        folder: the folder of its checkpoint.
         given: {id of a parameter: the value to compare instead of it}.
 
     Returns:
-        What differs, a clause for each tensor.
+        The differences, a clause for each tensor.
     """
     quantizer = getattr(base, "hf_quantizer", None)
-    arguments = {"dtype": "auto"}
+    arguments: dict[str, Any] = {"dtype": "auto"}
     if quantizer is not None:
         arguments = {"dtype": base.config.dtype, "device_map": getattr(base, "hf_device_map", {"": base.device})}
         if not quantizer.pre_quantized:
@@ -112,21 +146,21 @@ def differing_tensors(base, folder, given=None):
     return found + [f"{name} is in the files only" for name in theirs]
 
 
-def _is_same(tensor, value):
+def _is_same(tensor: Tensor, value: Tensor) -> bool:
     value = value.to(tensor.device)
     if torch.equal(tensor, value.to(tensor.dtype)):
         return True
     return tensor.is_floating_point() and any(torch.equal(tensor, value.to(d).to(tensor.dtype)) for d in ROUNDED_TO)
 
 
-def _is_whole(tensor):
-    """Whether a tensor's values lie in this process: not offloaded, and no shard of a larger one."""
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether all values of a tensor are in this process: not offloaded, and not a shard of a larger one."""
     return not (tensor.is_meta or hasattr(tensor, "device_mesh") or hasattr(tensor, "ds_id"))
 
 
 @torch.no_grad()
-def tensor_digests(base, given=None):
-    """{name: digest} of a model's parameters, in which a change of their values shows; one pass over them.
+def tensor_digests(base: Any, given: Mapping[int, Tensor] | None = None) -> Digests:
+    """Compute a digest of each parameter, {name: digest}, that changes with its values.
 
     A digest holds, for every `DIGEST_WIDTH` values, their scalar product with a fixed vector. (A hash would cost ten
     times as much, and a copy from the GPU.)
@@ -146,7 +180,7 @@ def tensor_digests(base, given=None):
     return found
 
 
-def same_digests(first, second):
+def same_digests(first: Digests, second: Digests) -> bool:
     """Whether two results of `tensor_digests` are equal."""
     return first.keys() == second.keys() and all(
         first[name][:2] == second[name][:2] and torch.equal(first[name][2], second[name][2]) for name in first
@@ -154,8 +188,8 @@ def same_digests(first, second):
 
 
 @contextmanager
-def _quiet():
-    """No progress bars and no loading report of transformers."""
+def _quiet() -> Iterator[None]:
+    """Suppress progress bars and the loading report of transformers."""
     bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Where adapters go in a base model, found by its structure instead of a list of model names.
+"""Find where adapters go in a base model, by its structure instead of a list of model names.
 
 The decoder layers are the one list of modules that is as long as the configuration says and holds linear layers.
 Inside a layer, a feed-forward block is a module with two or three linears and one activation that, called with hidden
@@ -8,14 +8,19 @@ something else (a sparse mixture, an extra normalisation) is refused instead of 
 
 import inspect
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .adapted_linear import compute_dtype, keep_4bit_weights_exact, layer_device, linear_shape
+from .linear_layers import compute_dtype, keep_4bit_weights_exact, layer_device, linear_shape
 
 ADAPTED_CLASSES = ("AdaptedLinear", "MixtureOfLoraExperts")
+Shapes = dict[str, tuple[int, int]]
+Form = tuple[tuple[str, ...], str, bool | None]
+"""A reading of a block's linears: inputs, output and gate_first of a `FeedForwardStructure`."""
 
 
 class FeedForwardStructure:
@@ -28,36 +33,32 @@ class FeedForwardStructure:
         gate_first: in a fused pair, whether the gate is its first half.
     """
 
-    def __init__(self, block, inputs, output, activation, dropout, gate_first=None):
-        self.inputs, self.output, self.gate_first = inputs, output, gate_first
+    def __init__(self, form: Form, activation: Callable, dropout: Callable) -> None:
+        self.inputs, self.output, self.gate_first = form
         # The block owns these modules; they are held here without registering them a second time.
         self.activation, self.dropout = activation, dropout
-        self.block_class = type(block).__name__
 
-    def activate(self, *projected):
-        """(…, out) per input projection -> (…, ff). Without gradients what is handed in may be written to."""
+    def activate(self, *projected: Tensor) -> Tensor:
+        """(…, out) per input projection -> (…, ff). Without gradients the arguments may be written to."""
         if self.gate_first is not None:
             first, second = projected[0].chunk(2, dim=-1)
-            gate, up = (first, second) if self.gate_first else (second, first)
-        else:
-            gate, up = projected if len(projected) == 2 else (projected[0], None)
-        hidden = self.activation(gate)
-        if up is None:
+            projected = (first, second) if self.gate_first else (second, first)
+        hidden = self.activation(projected[0])
+        if len(projected) == 1:
             return hidden
+        up = projected[1]
         # In place where possible: a fresh tensor of this size costs more than the product.
         return hidden * up if torch.is_grad_enabled() else hidden.mul_(up)
 
-    def __call__(self, block, x):
-        """The whole block, from its parts."""
+    def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
+        """Compute the whole block from its parts."""
         hidden = self.activate(*(block.get_submodule(name)(x) for name in self.inputs))
         return self.dropout(block.get_submodule(self.output)(hidden))
 
 
 @dataclass(frozen=True)
 class LinearSite:
-    """A linear that gets LoRA or DoRA. `name` is canonical (``layers.3.self_attn.q_proj``), `path` is the base's
-    own.
-    """
+    """A linear that gets LoRA or DoRA: its canonical name (``layers.3.self_attn.q_proj``) and its path in the base."""
 
     name: str
     path: str
@@ -73,11 +74,14 @@ class MixtureSite:
     path: str
     structure: FeedForwardStructure
     hidden_size: int
-    targets: tuple  # of (projection name, out_features, in_features)
+    targets: tuple[tuple[str, int, int], ...]  # projection, out_features, in_features
 
 
-def find_decoder_layers(base):
-    """(path, ModuleList) of the decoder layers of `base`: of its language model, where it has other parts beside it.
+Site = LinearSite | MixtureSite
+
+
+def find_decoder_layers(base: Any) -> tuple[str, nn.ModuleList]:
+    """Find the decoder layers of `base`, or of its language model where it has other parts: (path, ModuleList).
 
     Raises:
         ValueError: there is none, or there are several and nothing says which; the message has their paths.
@@ -108,18 +112,18 @@ def find_decoder_layers(base):
     return outermost[0]
 
 
-def linears_in(layer):
+def linears_in(layer: nn.Module) -> Shapes:
     """{path in the layer: (out_features, in_features)} of every linear of a decoder layer, in the layer's own order."""
     shapes = ((path, linear_shape(module)) for path, module in layer.named_modules())
     return {path: shape for path, shape in shapes if shape}
 
 
-def matches_target(path, targets):
+def matches_target(path: str, targets: Sequence[str] | Literal["all-linear"]) -> bool:
     """Whether a path ends with one of `targets` at a dot; "all-linear" matches every path."""
     return targets == "all-linear" or any(path == target or path.endswith("." + target) for target in targets)
 
 
-def refuse_adapted(base):
+def refuse_adapted(base: nn.Module) -> None:
     """Raise if `base` already carries an adapter, of ours or of PEFT."""
     for path, module in base.named_modules():
         peft_layer = hasattr(module, "base_layer") and hasattr(module, "active_adapters")
@@ -130,11 +134,8 @@ def refuse_adapted(base):
             )
 
 
-def plan_sites(base, config):
-    """Every place where `config` puts an adapter on `base`. Nothing is changed.
-
-    Returns:
-        A list of `LinearSite` and, for a mixlora configuration, `MixtureSite`, layer by layer.
+def plan_sites(base: nn.Module, config: Any) -> list[Site]:
+    """Return every place where `config` puts an adapter on `base`, layer by layer. Nothing is changed.
 
     Raises:
         ValueError: the base is adapted already or not understood (the message has the module's path), or a name in
@@ -143,37 +144,36 @@ def plan_sites(base, config):
     refuse_adapted(base)
     keep_4bit_weights_exact(base)  # before a block is called below
     prefix, layers = find_decoder_layers(base)
-    known = {}
-    sites = []
+    known: dict[Any, Form] = {}
+    sites: list[Site] = []
     for index, layer in enumerate(layers):
         where, name = f"{prefix}.{index}", f"layers.{index}"
         shapes = linears_in(layer)
-        block_path = structure = None
+        block = None
         if config.model_type == "mixlora":
             # In every layer: a block is called once per kind, and a skeleton of a base has only its first one filled.
             found = _find_feed_forward(layer, where, known)
-            block_path, structure = found if config.has_mixture(index) else (None, None)
+            block = found if config.has_mixture(index) else None
         for path, shape in shapes.items():
-            in_block = block_path is not None and path.startswith(block_path + ".")
+            in_block = block is not None and path.startswith(block[0] + ".")
             if not in_block and matches_target(f"{name}.{path}", config.target_modules):
                 sites.append(LinearSite(f"{name}.{path}", f"{where}.{path}", *shape))
-        if structure is not None:
+        if block is not None:
+            block_path, structure = block
             paths = {projection: f"{block_path}.{projection}" for projection in (*structure.inputs, structure.output)}
-            targets = [
+            targets = tuple(
                 (p, *shapes[path])
                 for p, path in paths.items()
                 if matches_target(f"{name}.{path}", config.target_modules)
-            ]
+            )
             if targets:
-                hidden_size = shapes[paths[structure.output]][0]
-                sites.append(
-                    MixtureSite(f"{name}.{block_path}", f"{where}.{block_path}", structure, hidden_size, tuple(targets))
-                )
+                hidden = shapes[paths[structure.output]][0]
+                sites.append(MixtureSite(f"{name}.{block_path}", f"{where}.{block_path}", structure, hidden, targets))
     _check_targets(config, layers, sites)
     return sites
 
 
-def _check_targets(config, layers, sites):
+def _check_targets(config: Any, layers: nn.ModuleList, sites: Sequence[Site]) -> None:
     available = sorted({path for layer in layers for path in linears_in(layer)})
     names = [f"layers.{i}.{path}" for i, layer in enumerate(layers) for path in linears_in(layer)]
     if config.target_modules != "all-linear":
@@ -196,8 +196,8 @@ def _check_targets(config, layers, sites):
         )
 
 
-def _find_feed_forward(layer, where, known):
-    """(path in the layer, FeedForwardStructure) of the layer's one feed-forward block."""
+def _find_feed_forward(layer: nn.Module, where: str, known: dict[Any, Form]) -> tuple[str, FeedForwardStructure]:
+    """Find the layer's one feed-forward block: (path in the layer, structure)."""
     candidates = []
     for path, module in layer.named_modules():
         if path and len(_direct_linears(module)) in (2, 3) and _takes_hidden_states_only(module):
@@ -217,11 +217,12 @@ def _find_feed_forward(layer, where, known):
     )
 
 
-def _direct_linears(module):
-    return {name: linear_shape(child) for name, child in module.named_children() if linear_shape(child)}
+def _direct_linears(module: nn.Module) -> Shapes:
+    shapes = ((name, linear_shape(child)) for name, child in module.named_children())
+    return {name: shape for name, shape in shapes if shape}
 
 
-def _takes_hidden_states_only(module):
+def _takes_hidden_states_only(module: nn.Module) -> bool:
     """Whether forward has one required argument: attention needs positions or a mask, a feed-forward block does not."""
     parameters = inspect.signature(module.forward).parameters.values()
     required = [
@@ -230,15 +231,17 @@ def _takes_hidden_states_only(module):
     return len(required) == 1
 
 
-def _recognise(block, path, known):
-    """The structure of `block`, verified by calling it; None if no known form fits.
+def _recognise(block: nn.Module, path: str, known: dict[Any, Form]) -> FeedForwardStructure | None:
+    """Return the structure of `block`, verified by calling it; None if no known form fits.
 
-    `known` remembers the choice per class and shapes, so a deep model is verified once and not in every layer.
+    `known` keeps the form per class and shapes, so a deep model is verified once and not in every layer.
     """
     linears = _direct_linears(block)
     others = [(name, child) for name, child in block.named_children() if name not in linears]
     dropouts = [child for _, child in others if isinstance(child, nn.Dropout)]
-    activations = [c for _, c in others if not isinstance(c, nn.Dropout) and not any(True for _ in c.parameters())]
+    activations: list[Callable] = [
+        c for _, c in others if not isinstance(c, nn.Dropout) and not any(True for _ in c.parameters())
+    ]
     if not activations:  # a plain function, kept as an attribute
         attributes = vars(block).items()
         activations = [value for name, value in attributes if not name.startswith("_") and callable(value)]
@@ -248,16 +251,16 @@ def _recognise(block, path, known):
     signature = (type(block), tuple(linears.items()))
     forms = [known[signature]] if signature in known else _possible_forms(linears)
     for form in forms:
-        structure = FeedForwardStructure(block, *form[:2], activations[0], dropout, form[2])
+        structure = FeedForwardStructure(form, activations[0], dropout)
         if signature in known or _computes_the_same(structure, block, path):
             known[signature] = form
             return structure
     return None
 
 
-def _possible_forms(linears):
-    """(inputs, output, gate_first) for every reading of the shapes as a known form."""
-    forms = []
+def _possible_forms(linears: Shapes) -> list[Form]:
+    """Every reading of the shapes as a known form."""
+    forms: list[Form] = []
     for output, (hidden, inner) in linears.items():
         inputs = [name for name in linears if name != output]
         shapes = [linears[name] for name in inputs]
@@ -271,19 +274,15 @@ def _possible_forms(linears):
 
 
 @torch.no_grad()
-def _computes_the_same(structure, block, path):
+def _computes_the_same(structure: FeedForwardStructure, block: nn.Module, path: str) -> bool:
     """Whether the block, called as a whole, gives what `structure` computes from its parts."""
     first = block.get_submodule(structure.inputs[0])
-    device = layer_device(first)
+    device, hidden = layer_device(first), _direct_linears(block)[structure.inputs[0]][1]
     if device.type == "meta":
         raise ValueError(f"{path} lies on the meta device: load the base's weights before adapting it")
-    hidden = linear_shape(first)[1]
     # Deterministic, so that adapting a model does not touch the random state; varied, so that forms differ.
-    x = (
-        torch.sin(torch.arange(4 * hidden, device=device, dtype=torch.float32))
-        .view(1, 4, hidden)
-        .to(compute_dtype(first))
-    )
+    x = torch.sin(torch.arange(4 * hidden, device=device, dtype=torch.float32))
+    x = x.view(1, 4, hidden).to(compute_dtype(first))
     was_training = block.training
     block.eval()
     try:

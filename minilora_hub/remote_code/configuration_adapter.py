@@ -1,9 +1,9 @@
-"""What the configurations of MixLoRA and DoRA adapters share: hyper-parameters of the update, and which base it is for.
+"""What the configurations of MixLoRA and DoRA adapters share: hyper-parameters of the update, and the base it is for.
 
-A configuration names its base (id, revision, fingerprint) and carries the base's own configuration as `text_config`,
-the name under which transformers and TRL look for the language model inside a wrapper. Everything public that is not
-the adapter's is read from there and written there: what a tool sets on `model.config` (Trainer sets ``use_cache``), the
-base must see, and what it reads (``num_key_value_heads``) must be the base's.
+A configuration names its base (id, revision, fingerprint) and holds the base's own configuration as `text_config`, the
+name under which transformers and TRL look for the language model inside a wrapper. Every public attribute that is not
+the adapter's is read from there and written there: the base sees what a tool sets on `model.config` (Trainer sets
+``use_cache``), and a tool reads the base's values (``num_key_value_heads``).
 """
 
 import dataclasses
@@ -12,7 +12,8 @@ import inspect
 import math
 import re
 import sys
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -23,16 +24,16 @@ FORMAT_VERSION = 1
 ABOUT_THE_REPO = frozenset(
     ("architectures", "auto_map", "dtype", "name_or_path", "torch_dtype", "transformers_version")
 )
-"""What transformers keeps in any configuration and what is said here of the adapter: the base has values of its own."""
+"""Fields of any configuration that describe the repo: they are the adapter's here, and the base has its own."""
 
 
-def require(ok, argument, value, need):
+def require(ok: Any, argument: str, value: object, need: str) -> None:
     """Raise a ValueError that says argument, value and need, unless `ok`."""
     if not ok:
         raise ValueError(f"{argument}={value!r}: {need}")
 
 
-def require_pattern(pattern, argument):
+def require_pattern(pattern: Any, argument: str) -> None:
     """Raise a ValueError unless `pattern` is a mapping whose keys are regular expressions."""
     require(isinstance(pattern, dict), argument, pattern, "must be a mapping from names of modules")
     for key in pattern:
@@ -42,13 +43,13 @@ def require_pattern(pattern, argument):
             raise ValueError(f"{argument}: the key {key!r} must be a regular expression ({error})") from None
 
 
-def is_int(value, minimum):
-    """Whether `value` is an integer of at least `minimum`; True and False are none."""
+def is_int(value: Any, minimum: int) -> bool:
+    """Whether `value` is an integer of at least `minimum`; True and False do not count."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
-def is_number(value, minimum=0.0, maximum=sys.float_info.max):
-    """Whether `value` is a number from `minimum` to `maximum`; infinity is none."""
+def is_number(value: Any, minimum: float = 0.0, maximum: float = sys.float_info.max) -> bool:
+    """Whether `value` is a number from `minimum` to `maximum`; infinity does not count."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and minimum <= value <= maximum
 
 
@@ -76,26 +77,26 @@ class AdapterConfig(PreTrainedConfig):
     """
 
     sub_configs = {"text_config": AutoConfig}
-    text_config = None  # until there is one
+    text_config: Any = None  # until there is one
     _own_names: ClassVar[frozenset[str]] = frozenset()  # filled in below
 
     def __init__(
         self,
-        r=16,
-        lora_alpha=None,
-        lora_dropout=0.0,
-        use_rslora=False,
-        use_dora=False,
-        target_modules="all-linear",
-        rank_pattern=None,
-        alpha_pattern=None,
-        base_model_name_or_path=None,
-        base_model_revision=None,
-        base_fingerprint="unknown",
-        text_config=None,
-        format_version=FORMAT_VERSION,
-        **kwargs,
-    ):
+        r: int = 16,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        target_modules: Any = "all-linear",
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
+        base_model_name_or_path: str | None = None,
+        base_model_revision: str | None = None,
+        base_fingerprint: str = "unknown",
+        text_config: Any = None,
+        format_version: int = FORMAT_VERSION,
+        **kwargs: Any,
+    ) -> None:
         require(
             is_int(format_version, 1) and format_version <= FORMAT_VERSION,
             "format_version",
@@ -104,7 +105,7 @@ class AdapterConfig(PreTrainedConfig):
         )
         self.format_version = format_version
         self.r = r
-        self.lora_alpha = 2 * r if lora_alpha is None and is_int(r, 1) else lora_alpha
+        self.lora_alpha: Any = 2 * r if lora_alpha is None and is_int(r, 1) else lora_alpha
         self.lora_dropout = lora_dropout
         self.use_rslora = use_rslora
         self.use_dora = use_dora
@@ -121,14 +122,14 @@ class AdapterConfig(PreTrainedConfig):
         # The word embeddings belong to the base, which ties them itself.
         kwargs.pop("tie_word_embeddings", None)
         super().__init__(**kwargs)
-        # Last: what transformers sets as defaults in the lines above is not meant for the base.
+        # Last: the defaults that transformers has set above are not meant for the base.
         self.text_config = _base_config(text_config) if isinstance(text_config, dict) else text_config
-        for name in ("_attn_implementation", "_experts_implementation"):  # these go on to sub-configurations when set
+        for name in ("_attn_implementation", "_experts_implementation"):  # setting these sets them on text_config
             if getattr(self, name) is not None:
                 setattr(self, name, getattr(self, name))
 
-    def _refuse_misspelt(self, kwargs):
-        """PreTrainedConfig keeps unknown keys as attributes, so a misspelt field would be ignored in silence."""
+    def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
+        """Raise on a key that is nearly one of our fields: PreTrainedConfig keeps any key as an attribute, unread."""
         for key in kwargs:
             close = difflib.get_close_matches(key, self._own_fields(), n=1, cutoff=0.8)
             if close:
@@ -136,40 +137,40 @@ class AdapterConfig(PreTrainedConfig):
                     f"{key}={kwargs[key]!r}: {type(self).__name__} has no such field; did you mean {close[0]!r}?"
                 )
 
-    # ---- what is the base's ----
+    # ---- attributes of the base ----
 
-    def __init_subclass__(cls, *args, **kwargs):
+    def __init_subclass__(cls, *args: Any, **kwargs: Any) -> None:
         super().__init_subclass__(*args, **kwargs)
         cls._own_names = _names_of_the_adapter(cls)
 
-    def _is_own(self, name):
+    def _is_own(self, name: str) -> bool:
         """Whether an attribute is the adapter's: one of its fields, a method, or private."""
         return name.startswith("_") or name in self._own_names
 
-    def __getattribute__(self, name):
+    def __getattribute__(self, name: str) -> Any:
         base = super().__getattribute__("__dict__").get("text_config")
         if base is None or name.startswith("_") or name in self._own_names:
             return super().__getattribute__(name)
         return getattr(base, name)
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "text_config":
-            self._hand_over(value)
+            self._move_to(value)
         if self.text_config is None or self._is_own(name):
             super().__setattr__(name, value)
         else:
             setattr(self.text_config, name, value)
             self._set_on_base.add(name)
 
-    def __delattr__(self, name):
+    def __delattr__(self, name: str) -> None:
         if self.text_config is None or self._is_own(name):
             super().__delattr__(name)
         else:
             delattr(self.text_config, name)
             self._set_on_base.discard(name)
 
-    def _hand_over(self, base):
-        """Give another base's configuration what was set here for the base, so that nothing set is lost."""
+    def _move_to(self, base: Any) -> None:
+        """Set on the configuration of a new base what was set here for the base."""
         if base is None:
             self.__dict__["_set_on_base"] = set()
             return
@@ -180,83 +181,70 @@ class AdapterConfig(PreTrainedConfig):
             setattr(base, name, value)
         self.__dict__["_set_on_base"] = set(changes)
 
-    def base_changes(self):
-        """{name: value} of what was set on this configuration and is the base's."""
+    def base_changes(self) -> dict[str, Any]:
+        """Return {name: value} of what was set on this configuration for the base."""
         if self.text_config is not None:
             given = {name: getattr(self.text_config, name) for name in sorted(self._set_on_base)}
         else:
             defaults = vars(PreTrainedConfig())
             given = {name: value for name, value in vars(self).items() if not self._is_own(name)}
             given = {name: value for name, value in given.items() if name not in defaults or defaults[name] != value}
-        # transformers keeps this one under a private name where it is an argument of from_pretrained.
+        # transformers stores this argument of from_pretrained under a private name.
         return given | ({"output_attentions": True} if self.__dict__.get("_output_attentions") else {})
 
-    def get_text_config(self, decoder=None, encoder=None):
-        """The configuration of the base's language model, which lies deeper in a base that also sees or hears."""
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
+        """Return the configuration of the base's language model, which is nested in that of a multimodal base."""
         base = self.text_config
         return self if base is None else base.get_text_config(decoder=decoder, encoder=encoder)
 
     # ---- files ----
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
-        for of_this_process in ("_set_on_base", "quantization_config"):  # the latter is the base's, under text_config
-            fields.pop(of_this_process, None)
+        for name in ("_set_on_base", "quantization_config"):  # the latter is the base's, under text_config
+            fields.pop(name, None)
         return fields
 
-    def to_diff_dict(self):
-        """What config.json holds: every field of the adapter, defaults included, and nothing about this machine."""
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the content of config.json: every field of the adapter, also defaults, and nothing of this machine."""
         fields, values = super().to_diff_dict(), self.to_dict()
         fields.update((name, values[name]) for name in self._own_fields() if name in values)
         fields.pop("quantization_config", None)
         if self.text_config is not None:
             fields["text_config"] = self.text_config.to_diff_dict()
-            # How this process holds the base is its own choice, `_name_or_path` may be a local folder, Trainer sets
-            # `use_cache` on any model, and the code that `auto_map` names lies in the base's repo.
+            # Quantisation is this process's choice, `_name_or_path` may be a local folder, Trainer sets `use_cache` on
+            # any model, and the code that `auto_map` names is in the base's repo.
             for name in ("_name_or_path", "auto_map", "quantization_config", "transformers_version", "use_cache"):
                 fields["text_config"].pop(name, None)
         return fields
 
     @classmethod
-    def _own_fields(cls):
-        """Names of the constructor arguments that are the adapter's, not PreTrainedConfig's."""
-        own = set()
+    def _own_fields(cls) -> set[str]:
+        """Return the names of the constructor arguments that are the adapter's, not PreTrainedConfig's."""
+        own: set[str] = set()
         for ancestor in cls.__mro__[: cls.__mro__.index(PreTrainedConfig)]:
             if "__init__" in vars(ancestor):
-                own.update(inspect.signature(ancestor.__init__).parameters)
+                own.update(inspect.signature(vars(ancestor)["__init__"]).parameters)
         return own - {"self", "kwargs"}
 
-    def _check(self):
-        require(is_int(self.r, 1), "r", self.r, "the rank must be an integer of at least 1")
-        require(
-            is_number(self.lora_alpha) and self.lora_alpha > 0,
-            "lora_alpha",
-            self.lora_alpha,
-            "must be a number above 0",
-        )
-        require(
-            is_number(self.lora_dropout) and self.lora_dropout < 1,
-            "lora_dropout",
-            self.lora_dropout,
-            "must be a probability in [0, 1)",
-        )
-        for flag in ("use_rslora", "use_dora"):
-            require(isinstance(getattr(self, flag), bool), flag, getattr(self, flag), "must be True or False")
-        targets = self.target_modules
-        require(
-            targets == "all-linear"
-            or (isinstance(targets, list) and targets and all(isinstance(t, str) and t for t in targets)),
-            "target_modules",
-            targets,
-            'must be "all-linear" or a non-empty list of module names',
-        )
+    def _require(self, fits: Callable[[Any], Any], need: str, *names: str) -> None:
+        """Raise a ValueError for the first of these fields whose value does not fit."""
+        for name in names:
+            require(fits(getattr(self, name)), name, getattr(self, name), need)
+
+    def _check(self) -> None:
+        self._require(lambda r: is_int(r, 1), "the rank must be an integer of at least 1", "r")
+        self._require(lambda alpha: is_number(alpha) and alpha > 0, "must be a number above 0", "lora_alpha")
+        self._require(lambda p: is_number(p) and p < 1, "must be a probability in [0, 1)", "lora_dropout")
+        self._require(lambda flag: isinstance(flag, bool), "must be True or False", "use_rslora", "use_dora")
+        self._require(_are_targets, 'must be "all-linear" or a non-empty list of module names', "target_modules")
         for key, rank in self.rank_pattern.items():
             require(is_int(rank, 1), f"rank_pattern[{key!r}]", rank, "the rank must be an integer of at least 1")
         for key, alpha in self.alpha_pattern.items():
             require(is_number(alpha) and alpha > 0, f"alpha_pattern[{key!r}]", alpha, "must be a number above 0")
 
-    def rank_and_scaling(self, path, r, alpha):
-        """Rank and scaling of the linear at `path`, after `rank_pattern` and `alpha_pattern`.
+    def rank_and_scaling(self, path: str, r: int, alpha: float) -> tuple[int, float]:
+        """Return rank and scaling of the linear at `path`, after `rank_pattern` and `alpha_pattern`.
 
         A key matches a path that it equals, or that ends with ``"." + key``; keys are regular expressions, as in PEFT.
         """
@@ -265,8 +253,13 @@ class AdapterConfig(PreTrainedConfig):
         return r, alpha / (math.sqrt(r) if self.use_rslora else r)
 
 
-def _names_of_the_adapter(config_class):
-    """Public attributes of a configuration that are the adapter's: its fields and methods, no value of any model's."""
+def _are_targets(targets: Any) -> bool:
+    names = isinstance(targets, list) and len(targets) > 0 and all(isinstance(t, str) and t for t in targets)
+    return names or targets == "all-linear"
+
+
+def _names_of_the_adapter(config_class: Any) -> frozenset[str]:
+    """Return the public attributes that are the adapter's: fields and methods, but not what every model has."""
     shared = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     names = {name for name in dir(config_class) if not isinstance(inspect.getattr_static(config_class, name), property)}
     return frozenset((names - shared) | config_class._own_fields() | ABOUT_THE_REPO)
@@ -275,8 +268,8 @@ def _names_of_the_adapter(config_class):
 AdapterConfig._own_names = _names_of_the_adapter(AdapterConfig)
 
 
-def _base_config(fields):
-    """The base's configuration from its dict; a plain one where transformers does not know the type (remote code)."""
+def _base_config(fields: dict[str, Any]) -> Any:
+    """Return the base's configuration; a plain one where transformers does not know its type (remote code)."""
     fields = dict(fields)
     model_type = fields.pop("model_type", None)
     if model_type in CONFIG_MAPPING:
@@ -284,7 +277,7 @@ def _base_config(fields):
     return PreTrainedConfig.from_dict(fields)
 
 
-def _match_pattern(pattern, path, default):
+def _match_pattern(pattern: dict[str, Any], path: str, default: Any) -> Any:
     for key, value in pattern.items():
         if re.fullmatch(rf"(.*\.)?({key})", path):
             return value

@@ -1,5 +1,7 @@
 """The configurations of MixLoRA and DoRA adapters. What they share is in `configuration_adapter.py`."""
 
+from typing import Any
+
 from .configuration_adapter import AdapterConfig, is_int, is_number, require
 
 
@@ -8,22 +10,17 @@ class DoraConfig(AdapterConfig):
 
     model_type = "dora"
 
-    def __init__(self, r=16, lora_alpha=None, use_dora=True, **kwargs):
+    def __init__(self, r: int = 16, lora_alpha: float | None = None, use_dora: bool = True, **kwargs: Any) -> None:
         super().__init__(r=r, lora_alpha=lora_alpha, use_dora=use_dora, **kwargs)
 
-    def _check(self):
+    def _check(self) -> None:
         super()._check()
-        require(self.use_dora, "use_dora", self.use_dora, "a DoRA adapter has it on; plain LoRA is PEFT's LoraConfig")
+        self._require(bool, "a DoRA adapter has it on; plain LoRA is PEFT's LoraConfig", "use_dora")
 
 
-STRATEGY_DEFAULTS = {
+STRATEGY_DEFAULTS: dict[str, dict[str, Any]] = {
     "top_k": {"num_experts_per_tok": 2, "router_init_range": 0.02, "router_jitter_noise": 0.0},
-    "top_p": {
-        "router_top_p": 0.8,
-        "router_temperature": 0.0,
-        "router_init_range": 0.02,
-        "router_jitter_noise": 0.0,
-    },
+    "top_p": {"router_top_p": 0.8, "router_temperature": 0.0, "router_init_range": 0.02, "router_jitter_noise": 0.0},
     "switch": {
         "num_experts_per_tok": 1,
         "expert_capacity": 32,
@@ -45,12 +42,8 @@ REFERENCE_NAMES = {
     "sparse_step": "router_sparse_step",
     "ffn_dropout": "expert_dropout",
 }
-"""Names that the reference's configuration has for our fields. transformers would keep them as attributes, unread, and
-copy the first three into the generation settings."""
-
-
-def _listed_strategies():
-    return ", ".join(f'"{strategy}"' for strategy in STRATEGY_DEFAULTS)
+"""The reference's names for our fields. transformers would store them as attributes, unread, and copy the first three
+into the generation settings."""
 
 
 class MixLoraConfig(AdapterConfig):
@@ -82,9 +75,9 @@ class MixLoraConfig(AdapterConfig):
         router_init_range: standard deviation of a fresh router. Default: 0.02; 1.0 for ``"switch"``.
         router_jitter_noise: in training, the router's input is multiplied by U(1 - noise, 1 + noise). Default: 0; 0.01
             for ``"switch"``.
-        expert_dropout: dropout probability on what the mixture puts out, in training only. (`lora_dropout` is the one
-            inside the experts, on their low-rank path.)
-        output_router_logits: whether forward returns router logits and the balance loss when not told.
+        expert_dropout: dropout probability on the mixture's output, in training only. (`lora_dropout` applies inside
+            the experts, to the input of their low-rank path.)
+        output_router_logits: whether forward returns router logits and the balance loss by default.
         use_dora: DoRA on attention and experts alike ("MixDoRA"). Default: plain LoRA on both.
         **kwargs: see `AdapterConfig`.
     """
@@ -93,28 +86,29 @@ class MixLoraConfig(AdapterConfig):
 
     def __init__(
         self,
-        r=16,
-        lora_alpha=None,
-        num_experts=8,
-        num_experts_per_tok=None,
-        expert_r=None,
-        expert_alpha=None,
-        routing_strategy="top_k",
-        router_top_p=None,
-        router_temperature=None,
-        expert_capacity=None,
-        router_z_loss_coef=None,
-        router_sparse_step=None,
-        router_aux_loss_coef=0.001,
-        router_init_range=None,
-        router_jitter_noise=None,
-        expert_dropout=0.0,
-        output_router_logits=False,
-        **kwargs,
-    ):
-        # First, so that code which does not know a strategy says so, and not something about the strategy's fields.
+        r: int = 16,
+        lora_alpha: float | None = None,
+        num_experts: int = 8,
+        num_experts_per_tok: int | None = None,
+        expert_r: int | None = None,
+        expert_alpha: float | None = None,
+        routing_strategy: str = "top_k",
+        router_top_p: float | None = None,
+        router_temperature: float | None = None,
+        expert_capacity: int | None = None,
+        router_z_loss_coef: float | None = None,
+        router_sparse_step: int | None = None,
+        router_aux_loss_coef: float = 0.001,
+        router_init_range: float | None = None,
+        router_jitter_noise: float | None = None,
+        expert_dropout: float = 0.0,
+        output_router_logits: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        # First: for an unknown strategy the error must not be about the strategy's fields.
         known = isinstance(routing_strategy, str) and routing_strategy in STRATEGY_DEFAULTS
-        require(known, "routing_strategy", routing_strategy, f"this version of the code knows {_listed_strategies()}")
+        names = ", ".join(f'"{strategy}"' for strategy in STRATEGY_DEFAULTS)
+        require(known, "routing_strategy", routing_strategy, f"this version of the code knows {names}")
         for name in sorted(kwargs.keys() & REFERENCE_NAMES.keys()):
             raise ValueError(f"{name}={kwargs[name]!r}: this field is called {REFERENCE_NAMES[name]!r} here")
         self.num_experts = num_experts
@@ -135,8 +129,8 @@ class MixLoraConfig(AdapterConfig):
         self._fill_in_strategy()
         super().__init__(r=r, lora_alpha=lora_alpha, **kwargs)
 
-    def _fill_in_strategy(self):
-        """The strategy's own defaults where nothing is given; what it does not have must not be given."""
+    def _fill_in_strategy(self) -> None:
+        """Set the strategy's defaults for fields that are not given; refuse fields that it does not have."""
         defaults = STRATEGY_DEFAULTS[self.routing_strategy]
         for name in STRATEGY_FIELDS:
             value = getattr(self, name)
@@ -147,63 +141,49 @@ class MixLoraConfig(AdapterConfig):
                 need = f'only routing_strategy {" and ".join(having)} has it, this is "{self.routing_strategy}"'
                 require(name in defaults, name, value, need)
 
-    def to_diff_dict(self):
-        """Fields that the strategy does not have are left out: a top-k adapter's file is one that older code reads."""
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Leave out the fields that the strategy does not have: older code reads a top-k adapter's file."""
         fields, defaults = super().to_diff_dict(), STRATEGY_DEFAULTS[self.routing_strategy]
         for announced in ("output_router_logits", "router_aux_loss_coef"):  # by the model, for trainers
             if not hasattr(type(self.text_config), announced):
                 (fields.get("text_config") or {}).pop(announced, None)
         return {name: value for name, value in fields.items() if name in defaults or name not in STRATEGY_FIELDS}
 
-    def _check(self):
+    def _check(self) -> None:
         super()._check()
-        require(is_int(self.num_experts, 1), "num_experts", self.num_experts, "must be an integer of at least 1")
+        self._require(lambda n: is_int(n, 1), "must be an integer of at least 1", "num_experts")
         self._check_strategy()
-        for name in ("router_aux_loss_coef", "router_init_range"):
-            require(is_number(getattr(self, name)), name, getattr(self, name), "must be a number of at least 0")
-        for name in ("router_jitter_noise", "expert_dropout"):
-            value = getattr(self, name)
-            require(is_number(value) and value < 1, name, value, "must be in [0, 1)")
-        require(
-            self.expert_r is None or is_int(self.expert_r, 1),
-            "expert_r",
-            self.expert_r,
-            "must be an integer of at least 1",
-        )
-        require(
-            self.expert_alpha is None or (is_number(self.expert_alpha) and self.expert_alpha > 0),
-            "expert_alpha",
-            self.expert_alpha,
-            "must be a number above 0",
+        self._require(is_number, "must be a number of at least 0", "router_aux_loss_coef", "router_init_range")
+        self._require(lambda p: is_number(p) and p < 1, "must be in [0, 1)", "router_jitter_noise", "expert_dropout")
+        self._require(lambda r: r is None or is_int(r, 1), "must be an integer of at least 1", "expert_r")
+        self._require(
+            lambda alpha: alpha is None or (is_number(alpha) and alpha > 0), "must be a number above 0", "expert_alpha"
         )
 
-    def _check_strategy(self):
-        """The ranges of what `routing_strategy` has."""
-        most = 1 if self.routing_strategy == "switch" else self.num_experts
-        limits = {
-            "num_experts_per_tok": (
-                lambda k: is_int(k, 1) and k <= most,
-                f"must be an integer from 1 to num_experts={self.num_experts}"
-                if self.routing_strategy == "top_k"
-                else 'must be 1 under routing_strategy "switch"',
-            ),
-            "router_top_p": (lambda p: is_number(p, maximum=1) and p > 0, "must be a number above 0, at most 1"),
-            "router_temperature": (is_number, "must be a number of at least 0; 0 means none"),
-            "expert_capacity": (lambda n: is_int(n, 1), "must be an integer of at least 1"),
-            "router_z_loss_coef": (is_number, "must be a number of at least 0"),
-            "router_sparse_step": (lambda n: is_int(n, 1), "must be an integer of at least 1"),
-        }
-        for name in limits.keys() & STRATEGY_DEFAULTS[self.routing_strategy].keys():
-            fits, need = limits[name]
-            require(fits(getattr(self, name)), name, getattr(self, name), need)
+    def _check_strategy(self) -> None:
+        """Check the fields that `routing_strategy` has."""
+        is_count, count = (lambda n: is_int(n, 1)), "must be an integer of at least 1"
+        if self.routing_strategy == "top_k":
+            experts = self.num_experts
+            need = f"must be an integer from 1 to num_experts={experts}"
+            self._require(lambda k: is_int(k, 1) and k <= experts, need, "num_experts_per_tok")
+        elif self.routing_strategy == "top_p":
+            need = "must be a number above 0, at most 1"
+            self._require(lambda p: is_number(p, maximum=1) and p > 0, need, "router_top_p")
+            self._require(is_number, "must be a number of at least 0; 0 means none", "router_temperature")
+        else:
+            need = 'must be 1 under routing_strategy "switch"'
+            self._require(lambda k: is_int(k, 1) and k == 1, need, "num_experts_per_tok")
+            self._require(is_count, count, "expert_capacity", "router_sparse_step")
+            self._require(is_number, "must be a number of at least 0", "router_z_loss_coef")
 
-    def has_mixture(self, layer):
+    def has_mixture(self, layer: int) -> bool:
         """Whether the feed-forward block of the layer with this index is a mixture, as in Switch Transformers."""
         step = self.router_sparse_step or 1
         return step == 1 or layer % step == 1
 
-    def expert_rank_and_scaling(self, path):
-        """Rank and scaling of the experts on the projection at `path`."""
+    def expert_rank_and_scaling(self, path: str) -> tuple[int, float]:
+        """Return rank and scaling of the experts on the projection at `path`."""
         alpha = self.expert_alpha
         if alpha is None:
             alpha = self.lora_alpha if self.expert_r is None else 2 * self.expert_r

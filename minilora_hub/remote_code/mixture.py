@@ -15,20 +15,24 @@ slot.
 A slot is one (token, chosen expert) pair; `expert_slots.py` arranges them.
 """
 
-from contextlib import nullcontext
-from typing import NamedTuple
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .adapted_linear import apply_dora_scale, is_only_its_product, product_dtype
-from .expert_slots import SlotsByExpert, SlotsGathered, SlotsGrouped, SlotsMasked, SlotsOfOneToken
-from .routing import Routes, current_record
+from .adapted_linear import LowRankUpdate, apply_dora_scale, product_dtype
+from .base_structure import FeedForwardStructure
+from .expert_slots import Slots, SlotsByExpert, SlotsGathered, SlotsGrouped, SlotsMasked, SlotsOfOneToken
+from .linear_layers import is_only_its_product
+from .routing import Routing
+from .routing_record import Routes, RoutingRecord, current_record
 
 
-def _without_autocast(device_type):
-    """Entering autocast, also to switch it off, costs as much as a small product: only where it is on."""
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    """Switch autocast off where it is on; entering it costs as much as a small product."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
@@ -40,15 +44,15 @@ class Routed(NamedTuple):
         x: the block's input, (tokens, d).
         routes: `Routes` of the tokens.
         slots: how the slots are arranged.
-        low: A of the output projection applied to each slot, (slots, r), as `slots` keeps it; None where no expert is
-            on it.
+        low: A of the output projection applied to each slot, (slots, r), in the form of `slots`; None where no expert
+            is on it.
     """
 
-    hidden: torch.Tensor
-    x: torch.Tensor
+    hidden: Tensor
+    x: Tensor
     routes: Routes
-    slots: SlotsByExpert | SlotsGrouped | SlotsGathered
-    low: torch.Tensor | list | None
+    slots: Slots
+    low: Any
 
 
 class MixtureOfLoraExperts(nn.Module):
@@ -59,23 +63,35 @@ class MixtureOfLoraExperts(nn.Module):
         structure: its `FeedForwardStructure`: which linears it has and what happens between them.
         router: router weight, [experts, d].
         experts: projection name -> `LowRankUpdate` stacked over the experts. A projection may be left out.
-        routing: `TopKRouting`, `TopPRouting` or `SwitchRouting`: who serves which token.
+        routing: which experts serve which token.
         jitter_noise: in training, the router's input is multiplied by U(1 - noise, 1 + noise).
         dropout: probability with which values of the block's output are dropped in training.
     """
 
-    def __init__(self, base_block, structure, router, experts, routing, jitter_noise=0.0, dropout=0.0):
+    router: nn.Parameter
+
+    def __init__(
+        self,
+        base_block: nn.Module,
+        structure: FeedForwardStructure,
+        router: Tensor,
+        experts: dict[str, LowRankUpdate],
+        routing: Routing,
+        jitter_noise: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.base_block = base_block
         self.structure = structure
         self.router = nn.Parameter(router)
-        self.experts = nn.ModuleDict(experts)
+        self.experts = nn.ModuleDict(dict(experts))
         self.routing = routing
         self.jitter_noise = jitter_noise
         self.dropout = nn.Dropout(dropout)
-        self._masked_shape = None  # (batch, seq) of the last forward in training that knew its padding
+        # (batch, seq) of the last forward in training that knew its padding
+        self._masked_shape: Sequence[int] | None = None
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.flatten(0, -2)  # (tokens, d)
         # One base GEMM per projection, whatever the number of experts.
         shared = [self._project(name, x) for name in self.structure.inputs]  # each (tokens, out)
@@ -85,19 +101,16 @@ class MixtureOfLoraExperts(nn.Module):
             out = self.structure.dropout(self.dropout(out))
         return out.view_as(hidden_states)
 
-    def expand(self, x, shared, leading_shape):
-        """Everything before the output projection, which the caller runs on `hidden` and hands to `combine`.
+    def expand(self, x: Tensor, shared: Sequence[Tensor], leading_shape: Sequence[int]) -> Routed:
+        """Compute everything before the output projection, which the caller applies to `hidden`; see `combine`.
 
         Args:
             x: the block's input, (tokens, d).
-            shared: what the base's input projections make of it, each (tokens, out).
-            leading_shape: how the tokens lie in the call: (batch, seq), or any shape that ends with the sequence.
-
-        Returns:
-            A `Routed`.
+            shared: the outputs of the base's input projections, each (tokens, out).
+            leading_shape: the shape of the tokens in the call: (batch, seq), or any that ends with the sequence.
         """
         routes = self.route(x, leading_shape)
-        slots = self._group(routes)
+        slots = self._arrange(routes)
         h = self.structure.activate(*self._expert_inputs(shared, x, slots))  # (slots, ff)
         g = slots.of_slots(routes.weights).to(x.dtype)
         h = h * g if torch.is_grad_enabled() else h.mul_(g)  # g_k h_k
@@ -107,8 +120,8 @@ class MixtureOfLoraExperts(nn.Module):
         hidden = h if slotwise else slots.sum_slots(h)
         return Routed(hidden, x, routes, slots, low)
 
-    def combine(self, projected, routed):
-        """The block's output, (tokens, d), from the output projection of `routed.hidden`, with its bias added once.
+    def combine(self, projected: Tensor, routed: Routed) -> Tensor:
+        """Return the block's output, (tokens, d), from the output projection of `routed.hidden`, with its bias.
 
         Where no gradient needs it, `projected` is written to.
         """
@@ -131,30 +144,31 @@ class MixtureOfLoraExperts(nn.Module):
         return out
 
     @torch.no_grad()
-    def prepare(self):
-        """Compute what inference keeps (DoRA's c, which calls the base's layers), so that the first token need not."""
-        for name, update in self.experts.items():
-            if update.magnitude is not None:
+    def prepare(self) -> None:
+        """Compute DoRA's c, which inference keeps, ahead of the first token."""
+        for name in self.experts:
+            update = self._update_of(name)
+            if update is not None and update.magnitude is not None:
                 update.scale(self.base_block.get_submodule(name))
 
-    def _group(self, routes):
-        """The arrangement of the slots: see `expert_slots.py`."""
-        selected, num_experts = routes.selected, self.router.shape[0]
+    def _arrange(self, routes: Routes) -> Slots:
+        """Choose the arrangement of the slots; see `expert_slots.py`."""
+        selected, num_experts, updates = routes.selected, self.router.shape[0], self._updates()
         many = selected.numel() > num_experts
         if selected.device.type == "cpu" and not torch.compiler.is_compiling():
             if selected.shape[0] == 1:
                 return SlotsOfOneToken(selected, routes.kept)
-            if many and routes.kept is None and SlotsMasked.can(self.experts.values()):
+            if many and routes.kept is None and SlotsMasked.can(updates):
                 return SlotsMasked(selected, num_experts)
             return SlotsByExpert(selected, routes.kept)
-        if many and selected.device.type != "cpu" and SlotsGrouped.can(self.experts.values()):
+        if many and selected.device.type != "cpu" and SlotsGrouped.can(updates):
             return SlotsGrouped(selected, num_experts)
         if many and not torch.compiler.is_compiling():
             return SlotsByExpert(selected, routes.kept)
         return SlotsGathered(selected)
 
-    def route(self, x, leading_shape):
-        """`Routes` of x, (tokens, d); recorded where someone asked."""
+    def route(self, x: Tensor, leading_shape: Sequence[int]) -> Routes:
+        """Route the tokens x, (tokens, d), and add the decision to the open record, if there is one."""
         x, record = x.float(), current_record()
         if self.training and self.jitter_noise > 0:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
@@ -169,8 +183,10 @@ class MixtureOfLoraExperts(nn.Module):
             record.weights.append(routes.weights.view(*leading_shape, -1))
         return routes
 
-    def _token_mask(self, record, leading_shape, device):
-        """Which tokens are no padding, (batch, seq), where the routing asks and someone knows; None: every token."""
+    def _token_mask(
+        self, record: RoutingRecord | None, leading_shape: Sequence[int], device: torch.device
+    ) -> Tensor | None:
+        """(batch, seq), 0 on padding, where the routing depends on it and the record has it; else None."""
         if not (self.training and self.routing.needs_token_mask):
             return None
         if record is None:
@@ -185,20 +201,21 @@ class MixtureOfLoraExperts(nn.Module):
         # With a cache the mask also covers the past.
         return None if mask is None else mask[..., -leading_shape[-1] :].to(device)
 
-    def _project(self, name, x):
+    def _project(self, name: str, x: Tensor) -> Tensor:
         layer = self._layer(name)
         if x.shape[0] == 1 and is_only_its_product(layer):
-            return F.linear(x, layer._parameters["weight"], layer._parameters["bias"])
+            weight: Any = layer._parameters["weight"]
+            return F.linear(x, weight, layer._parameters["bias"])
         return layer(x)
 
-    def _layer(self, name):
-        block = self.base_block
-        return block._modules[name] if name in block._modules else block.get_submodule(name)
+    def _layer(self, name: str) -> nn.Module:
+        return self.base_block._modules.get(name) or self.base_block.get_submodule(name)
 
-    def _expert_inputs(self, shared, x, slots):
-        """The input projections of every slot: shared W x + b, and the slot's expert. Lists of (slots, out)."""
+    def _expert_inputs(self, shared: Sequence[Tensor], x: Tensor, slots: Slots) -> list[Tensor]:
+        """The input projections of every slot, each (slots, out): shared W x + b, and the update of its expert."""
         updates = {name: self._update_of(name) for name in self.structure.inputs}
         given = {name: update for name, update in updates.items() if update is not None}
+        hidden: dict[str, Any] = {}
         if self.training and any(update.dropout.p > 0 for update in given.values()):  # each drops its own input
             x = slots.of_tokens(x)
             x = x.to(product_dtype(shared[0], x))
@@ -214,27 +231,32 @@ class MixtureOfLoraExperts(nn.Module):
             projected.append(out)
         return projected
 
-    def _project_down(self, update, x, slots):
+    def _project_down(self, update: LowRankUpdate, x: Tensor, slots: Slots) -> Any:
         x = update.dropout(x) if self.training else x
         return slots.project_down(x.to(product_dtype(x, update.lora_A)), update)
 
-    def _update_of(self, name):
-        return self._modules["experts"]._modules.get(name)
+    def _update_of(self, name: str) -> LowRankUpdate | None:
+        experts: Any = self._modules["experts"]
+        return experts._modules.get(name)
 
-    def _output_bias(self):
+    def _updates(self) -> list[LowRankUpdate]:
+        experts: Any = self._modules["experts"]
+        return list(experts._modules.values())
+
+    def _output_bias(self) -> Tensor | None:
         return getattr(self._layer(self.structure.output), "bias", None)
 
-    def _weigh_bias(self, out, weights):
-        """From the output bias added once to sum_k g_k times, where the weights do not sum to one."""
+    def _weigh_bias(self, out: Tensor, weights: Tensor) -> Tensor:
+        """Correct the output bias, which was added once, to sum_k g_k times; for weights that do not sum to one."""
         bias = self._output_bias()
         if bias is None:
             return out
         return out + ((weights.sum(dim=-1, keepdim=True) - 1) * bias).to(out.dtype)
 
-    def _scaled(self, name, out, slots, with_bias=True):
-        """DoRA's c per slot; nothing for plain LoRA."""
+    def _scaled(self, name: str, out: Tensor, slots: Slots, with_bias: bool = True) -> Tensor:
+        """Multiply each slot with its expert's c; the identity for plain LoRA."""
         update = self._update_of(name)
-        if update.magnitude is None:
+        if update is None or update.magnitude is None:
             return out
         layer = self._layer(name)
         bias = getattr(layer, "bias", None) if with_bias else None

@@ -1,11 +1,12 @@
 """The public models: MixLoRA and DoRA adapters in a base with and without its language-model head."""
 
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.generation import GenerationMixin
@@ -13,20 +14,14 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 
 from .adapted_model import AdaptedModel
 from .configuration_minilora import DoraConfig, MixLoraConfig
-from .routing import (
-    checkpoint_contexts,
-    is_being_trained,
-    record_routing,
-    router_loss_weights,
-    router_losses,
-    routing_of,
-)
+from .routing import is_being_trained, router_loss_weights, router_losses, routing_of
+from .routing_record import RoutingRecord, checkpoint_contexts, record_routing
 from .trainer_support import shift_labels_of, takes_base_arguments
 
 
 @dataclass
 class MixLoraModelOutput(MoeModelOutputWithPast):
-    """`MoeModelOutputWithPast` with the balance loss and, with `output_routing=True`, who served which token.
+    """`MoeModelOutputWithPast` with the balance loss and, with `output_routing=True`, the routing of each token.
 
     Attributes:
         aux_loss: the load-balance loss, not yet multiplied by its coefficient.
@@ -46,8 +41,9 @@ class MixLoraModelOutput(MoeModelOutputWithPast):
 
 @dataclass
 class MixLoraCausalLMOutput(MoeCausalLMOutputWithPast):
-    """`MoeCausalLMOutputWithPast` with the z-loss and, for `output_routing=True`, who served which token (see
-    `MixLoraModelOutput`).
+    """`MoeCausalLMOutputWithPast` with the z-loss and, with `output_routing=True`, the routing of each token.
+
+    Attributes: see `MixLoraModelOutput`.
     """
 
     selected_experts: tuple | None = None
@@ -55,117 +51,56 @@ class MixLoraCausalLMOutput(MoeCausalLMOutputWithPast):
     z_loss: torch.FloatTensor | None = None
 
 
-def share_of_items(labels, num_items_in_batch):
-    """This micro-batch's share of an accumulated batch, so that the balance loss is averaged and not summed over it."""
+def share_of_items(labels: Any, num_items_in_batch: Any) -> Any:
+    """Return a micro-batch's share of an accumulated batch, over which the balance loss is averaged, not summed."""
     if num_items_in_batch is None:
         return 1.0
     return (labels[..., 1:] != -100).sum() / num_items_in_batch
 
 
-def _trl_adds_losses():
-    """Whether a TRL is installed whose trainers add `outputs.aux_loss` themselves."""
-    try:
-        numbers = re.findall(r"\d+", version("trl"))
-    except PackageNotFoundError:
-        return False
-    return [int(number) for number in numbers[:2]] >= [1, 16]
+INTEGRATIONS: list[Callable[[Any], Callable[[], None]]] = []
+"""Functions that are called with each new MixLoRA and return a function that undoes their changes to it and its base.
+
+minilora_hub adds one for trainers that do not take the loss from the model's outputs.
+"""
 
 
-class AnnouncedMixture:
-    """What TRL's trainers must see to add our router losses to the loss they compute, and to log them.
+class MixLoraBase(AdaptedModel):
+    """What MixLoRA adds to an adapted model: routing outputs and the balance loss."""
 
-    They put a forward of their own in place of the model's, which calls decoder and head apart. From TRL 1.16 on they
-    compute the loss from its log-probabilities, and where the base's configuration has the two fields that are set
-    here, as those of transformers' mixtures have, they add ``router_aux_loss_coef * outputs.aux_loss``. (Before, they
-    took the loss that comes out, so there is nothing to announce, and they would look for more than these fields.)
-
-    Args:
-        text_config: the base's configuration. It is changed.
-        weights: weights of the router losses, from `router_loss_weights`.
-
-    Attributes:
-        coefficient: what was written into the configuration; None where nothing was.
-    """
-
-    FIELDS = ("output_router_logits", "router_aux_loss_coef")
-    HEAD = "fused_lm_head"
-
-    def __init__(self, text_config, weights):
-        self.text_config, self.coefficient = text_config, None
-        if weights and _trl_adds_losses() and not any(hasattr(text_config, field) for field in self.FIELDS):
-            self.coefficient = weights.get("aux_loss", 1.0)
-            text_config.output_router_logits, text_config.router_aux_loss_coef = False, self.coefficient
-
-    def withdraw(self):
-        """Leave the configuration as it was."""
-        if self.coefficient is not None:
-            for field in self.FIELDS:
-                delattr(self.text_config, field)
-        self.coefficient = None
-
-    def scale(self):
-        """How much the trainer's own setting has changed the coefficient."""
-        return self.text_config.router_aux_loss_coef / self.coefficient if self.coefficient else 1.0
-
-    def put_out(self, outputs, penalty):
-        """The outputs of TRL's forward with `aux_loss`: the weighted losses, less the coefficient it will put to it."""
-        if penalty is None:
-            outputs["aux_loss"] = outputs.log_probs.new_zeros(())
-            return outputs
-        penalty = penalty.to(outputs.log_probs.device)
-        outputs["aux_loss"] = penalty / (self.coefficient or 1.0)
-        outputs["loss"] = outputs["loss"] + penalty * self.scale()
-        return outputs
-
-
-class MixtureForward:
-    """The part of forward that MixLoRA adds: routing outputs and the balance loss."""
-
-    def __init__(self, config, **kwargs):
+    def __init__(self, config: Any, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
-        self.announced = AnnouncedMixture(self.base.config.get_text_config(), router_loss_weights(config))
+        self._enter_integrations()
 
-    def __call__(self, *args, **kwargs):
-        """Forward, or what a trainer has put in its place (see `AnnouncedMixture`)."""
-        if "forward" not in self.__dict__:
-            return super().__call__(*args, **kwargs)
-        fused = kwargs.get(AnnouncedMixture.HEAD)
-        if fused:
-            kwargs["output_router_logits"] = False  # or it would look for them in the decoder's outputs
-        mask = kwargs.get("attention_mask")
-        with record_routing(mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None) as record:
-            outputs = super().__call__(*args, **kwargs)
-        weights, labels = router_loss_weights(self.config), kwargs.get("labels")
-        if isinstance(outputs, (MixLoraCausalLMOutput, MixLoraModelOutput, tuple)):  # our own, in somebody's wrapper
-            return outputs
-        if not (weights and (fused or (self.training and labels is not None))):
-            return self.announced.put_out(outputs, None) if fused else outputs
-        losses = self._router_losses(record)
-        penalty = sum(weight * losses[name] for name, weight in weights.items())
-        if fused:
-            return self.announced.put_out(outputs, penalty)
-        outputs["loss"] = outputs["loss"] + penalty * share_of_items(labels, kwargs.get("num_items_in_batch"))
-        return outputs
+    def _enter_integrations(self) -> None:
+        self._leave_integrations = [enter(self) for enter in INTEGRATIONS]
 
-    def unload(self):
-        self.announced.withdraw()
+    def unload(self) -> Any:
+        for leave in self._leave_integrations:
+            leave()
         return super().unload()
 
-    def save_base(self, folder, **kwargs):
-        self.announced.withdraw()  # the base's own configuration is saved, without what was put into it
-        super().save_base(folder, **kwargs)
-        self.announced = AnnouncedMixture(self.base.config.get_text_config(), router_loss_weights(self.config))
+    def save_base(self, folder: Any, **kwargs: Any) -> None:
+        for leave in self._leave_integrations:  # the base's configuration is saved, without what they put into it
+            leave()
+        try:
+            super().save_base(folder, **kwargs)
+        finally:
+            self._enter_integrations()
 
-    def _forward(self, output_class, output_router_logits, output_routing, arguments):
-        """Forward of the base with `arguments`, all by name, and what was asked of the routers."""
+    def _forward(
+        self, output_class: Any, output_router_logits: bool | None, output_routing: bool, arguments: dict[str, Any]
+    ) -> Any:
+        """Run the base with `arguments`, all by name, and add the outputs of the routers that were asked for."""
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         return_dict, arguments["return_dict"] = arguments.get("return_dict"), True
         labels, attention_mask = arguments.get("labels"), arguments.get("attention_mask")
         weights = router_loss_weights(self.config) if self.training and labels is not None else {}
-        tell_padding = self.training and routing_of(self.config).needs_token_mask
-        if not (output_router_logits or output_routing or weights or tell_padding):
-            outputs, routing = self.base(**arguments), {}
+        needs_padding = self.training and routing_of(self.config).needs_token_mask
+        if not (output_router_logits or output_routing or weights or needs_padding):
+            outputs: Any = self.base(**arguments)
+            routing: dict[str, Any] = {}
         else:
             is_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
             with record_routing(attention_mask if is_mask else None) as record:
@@ -185,34 +120,38 @@ class MixtureForward:
         result = output_class(**known)
         return result if return_dict is not False else result.to_tuple()
 
-    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, *args, **kwargs):
-        """What is padding goes along with a checkpointed layer, where the routing depends on it."""
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, *args: Any, **kwargs: Any
+    ) -> None:
+        """Make the padding known to checkpointed layers, where the routing depends on it."""
         given = getattr(gradient_checkpointing_func, "keywords", {})
         if routing_of(self.config).needs_token_mask and not given.get("use_reentrant") and "context_fn" not in given:
             gradient_checkpointing_func = partial(gradient_checkpointing_func, context_fn=checkpoint_contexts)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, *args, **kwargs)
 
-    def _router_losses(self, record):
+    def _router_losses(self, record: RoutingRecord) -> dict[str, Any]:
         router = next(p for name, p in self.adapter_parameters().items() if name.endswith(".router"))
         return router_losses(record, routing_of(self.config), is_being_trained(self, router))
 
 
 class GenerateOnBase:
-    """Generation is the base's own: the adapter sits in it, so its cache, settings and peculiarities all apply."""
+    """Generation is the base's own, with its cache and settings: the adapter is part of it."""
 
-    def generate(self, *args, **kwargs):
+    base: Any
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         return self.base.generate(*args, **kwargs)
 
     @property
-    def generation_config(self):
+    def generation_config(self) -> Any:
         return self.base.generation_config
 
     @generation_config.setter
-    def generation_config(self, value):
+    def generation_config(self: Any, value: Any) -> None:
         if "base" in self._modules:  # transformers sets a default one before there is a base
             self.base.generation_config = value
 
-    def prepare_inputs_for_generation(self, *args, **kwargs):
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         return self.base.prepare_inputs_for_generation(*args, **kwargs)
 
 
@@ -230,33 +169,48 @@ class DoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
     auto_class = AutoModelForCausalLM
 
     @takes_base_arguments
-    def forward(self, input_ids=None, *args, labels=None, **kwargs):
+    def forward(self, input_ids: Tensor | None = None, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         """The base's forward, with the adapter in it: same arguments, same outputs."""
         kwargs = kwargs if labels is None else {**kwargs, "labels": labels}
         return self.base(**self._base_arguments(input_ids, args, kwargs))
 
 
-class MixLoraModel(MixtureForward, AdaptedModel):
+class MixLoraModel(MixLoraBase):
     """A base without its language-model head, with a MixLoRA adapter (arXiv 2404.15159) in it."""
 
     config_class = MixLoraConfig
     auto_class = AutoModel
 
     @takes_base_arguments
-    def forward(self, input_ids=None, *args, output_router_logits=None, output_routing=False, **kwargs):
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *args: Any,
+        output_router_logits: bool | None = None,
+        output_routing: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """The base's forward plus routing outputs: see `MixLoraForCausalLM.forward`."""
         arguments = self._base_arguments(input_ids, args, kwargs)
         return self._forward(MixLoraModelOutput, output_router_logits, output_routing, arguments)
 
 
-class MixLoraForCausalLM(MixtureForward, GenerateOnBase, AdaptedModel, GenerationMixin):
+class MixLoraForCausalLM(GenerateOnBase, MixLoraBase, GenerationMixin):
     """A causal language model with a MixLoRA adapter (arXiv 2404.15159) in it."""
 
     config_class = MixLoraConfig
     auto_class = AutoModelForCausalLM
 
     @takes_base_arguments
-    def forward(self, input_ids=None, *args, labels=None, output_router_logits=None, output_routing=False, **kwargs):
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *args: Any,
+        labels: Tensor | None = None,
+        output_router_logits: bool | None = None,
+        output_routing: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """The base's forward plus routing outputs.
 
         Args:

@@ -1,4 +1,4 @@
-"""Where adapters would have an effect, found by running the base once on a few tokens.
+"""Find where adapters would have an effect, by running the base once on a few tokens.
 
 A module that looks like a linear need not be called as one: Mamba reads the weight of its `dt_proj`, Llama 4's router
 returns a tuple, and a result may be used where no gradient passes. An adapter there would never learn, or change what
@@ -9,20 +9,22 @@ kernels differ), and each module must be called, give a tensor, and pass a gradi
 import inspect
 import re
 import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging
 
-from .adapted_linear import layer_device, linear_shape
-from .base_structure import LinearSite, find_decoder_layers, matches_target, plan_sites
+from .base_structure import LinearSite, Site, find_decoder_layers, matches_target, plan_sites
+from .linear_layers import layer_device, linear_shape
 
 logger = logging.get_logger(__name__)
 
 
 class TargetsWarning(UserWarning):
-    """What a fresh adapter was asked to be on and is not."""
+    """A fresh adapter leaves out modules that `target_modules` asks for."""
 
 
 TOKENS = 8
@@ -30,11 +32,11 @@ KEPT_BUFFER = 2**20
 """Number of values up to which a buffer is copied before the base runs. Larger ones are quantised weights."""
 
 
-def settle_targets(base, config, refused=None):
-    """Make `target_modules` of a fresh adapter's configuration name only what an adapter has an effect on.
+def settle_targets(base: Any, config: Any, refused: Mapping[str, str] | None = None) -> None:
+    """Reduce `target_modules` of a fresh adapter's configuration to modules on which an adapter has an effect.
 
-    What is found to be without one is left out of "all-linear", which becomes a list of names then, with a warning that
-    names it. A base that lies on the meta device cannot be run and is passed over.
+    The others are left out of "all-linear", which then becomes a list of names, with a warning that names them. A base
+    on the meta device cannot be run: nothing is changed.
 
     Args:
         base: the plain base. It stays as it is.
@@ -51,37 +53,39 @@ def settle_targets(base, config, refused=None):
     useless = [site for site in sites if site.path in reasons]
     kept = {name for site in sites if site.path not in reasons for name in _names(site)}
     if useless:
-        told = {site.path: reasons[site.path] for site in useless}
+        left_out = {site.path: reasons[site.path] for site in useless}
         named = [] if asked == "all-linear" else asked
         lost = [target for target in named if not any(matches_target(name, [target]) for name in kept)]
         if lost or not kept or not all(isinstance(site, LinearSite) for site in useless):
-            raise ValueError(f"target_modules={lost or asked!r}: an adapter would have no effect on {_listed(told)}")
-        warn_of_left_out(asked, told)
+            raise ValueError(
+                f"target_modules={lost or asked!r}: an adapter would have no effect on {_listed(left_out)}"
+            )
+        warn_of_left_out(asked, left_out)
         config.target_modules = _shortest(kept, {name for site in useless for name in _names(site)})
     if asked == "all-linear":
         _warn_of_fused_experts(base, kept)
 
 
-def can_run(base):
-    """Whether `base` holds weights: a skeleton on the meta device does not, offloaded ones are fetched when it runs."""
+def can_run(base: Any) -> bool:
+    """Whether `base` has weights, in memory or offloaded; a skeleton on the meta device has none."""
     return layer_device(base.get_input_embeddings()).type != "meta"
 
 
-def warn_of_left_out(asked, reasons):
+def warn_of_left_out(asked: Any, reasons: Mapping[str, str]) -> None:
     """Warn that of the targets `asked` for, the modules in `reasons`, {path: reason}, get no adapter."""
     warnings.warn(f"target_modules={asked!r}: left out is {_listed(reasons)}", TargetsWarning, stacklevel=4)
 
 
-def _names(site):
-    """Canonical names of the linears that a site adapts."""
+def _names(site: Site) -> list[str]:
+    """Return the canonical names of the linears that a site adapts."""
     if isinstance(site, LinearSite):
         return [site.name]
     return [f"{site.name}.{projection}" for projection, _, _ in site.targets]
 
 
-def _listed(reasons, most=3):
-    """Paths by their reason, the first few of each."""
-    by_reason = {}
+def _listed(reasons: Mapping[str, str], most: int = 3) -> str:
+    """List the first few paths of each reason."""
+    by_reason: dict[str, list[str]] = {}
     for path, reason in reasons.items():
         by_reason.setdefault(reason, []).append(path)
     return "; ".join(
@@ -90,8 +94,8 @@ def _listed(reasons, most=3):
     )
 
 
-def _shortest(kept, left_out):
-    """Names that match what is kept and nothing of what is left out: last parts, paths in a layer, or whole names."""
+def _shortest(kept: Iterable[str], left_out: Iterable[str]) -> list[str]:
+    """Return target names that match `kept` and nothing in `left_out`: last parts, paths in a layer, or whole names."""
     for first in (-1, 2, 0):
         names = sorted({".".join(name.split(".")[first:]) for name in kept})
         if not any(matches_target(name, names) for name in left_out):
@@ -99,12 +103,12 @@ def _shortest(kept, left_out):
     return names
 
 
-def _warn_of_fused_experts(base, kept):
-    """Warn where the experts of a sparse mixture are parameters of their own, on which no adapter goes."""
+def _warn_of_fused_experts(base: Any, kept: Iterable[str]) -> None:
+    """Warn where the experts of a sparse mixture are parameters instead of linears, and get no adapter."""
     fields = vars(base.config.get_text_config(decoder=True)).items()
     counts = {value for name, value in fields if "experts" in name and isinstance(value, int)}
     prefix, layers = find_decoder_layers(base)
-    fused = {}
+    fused: dict[str, list[int]] = {}
     for index, layer in enumerate(layers):
         for path, module in layer.named_modules():
             if linear_shape(module) or isinstance(module, nn.modules.conv._ConvNd):
@@ -128,19 +132,20 @@ def _warn_of_fused_experts(base, kept):
 # ---- running the base ----
 
 
-def find_without_effect(base, sites):
-    """{path: reason} of the sites on which an adapter would have no effect.
+def find_without_effect(base: Any, sites: Sequence[Site]) -> dict[str, str]:
+    """Return {path: reason} of the sites on which an adapter would have no effect.
 
-    One expert of several that are modules of their own need not be called by a few tokens: one of its kind must be.
+    Of several experts that are modules, a few tokens need not call each: it is enough that they call one of its kind.
 
     Args:
-        base: the plain base; weights may be quantised or offloaded. Weights, buffers, modes and random states stay.
+        base: the plain base; weights may be quantised or offloaded. Weights, buffers, modes and random states are kept.
         sites: from `plan_sites`.
 
     Raises:
         ValueError: the base could not be run.
     """
-    first, reasons = {}, {}
+    first: dict[nn.Module, str] = {}
+    reasons: dict[str, str] = {}
     for site in sites:
         module = base.get_submodule(site.path)
         if first.setdefault(module, site.path) != site.path:
@@ -148,7 +153,7 @@ def find_without_effect(base, sites):
     can_learn = not any(parameter.is_inference() for parameter in base.parameters())
     if not can_learn:
         logger.warning("Whether every adapter gets a gradient is not known: the base was made in inference mode.")
-    with _as_it_was(base):
+    with _restored(base):
         for training in (True, False):
             base.train(training)
             for path, reason in _run(base, sites, training and can_learn).items():
@@ -161,13 +166,14 @@ def find_without_effect(base, sites):
 NEVER_CALLED = "the base does not call it (its weight is read directly, or not used)"
 
 
-def _run(base, sites, with_gradients):
-    """{path: reason} from one forward pass, and from a backward pass through it where gradients are asked for."""
+def _run(base: Any, sites: Sequence[Site], with_gradients: bool) -> dict[str, str]:
+    """Return {path: reason} from one forward pass, and from its backward pass `with_gradients`."""
     reasons = {site.path: NEVER_CALLED for site in sites}
-    leaves, hooks = {}, []
+    leaves: dict[str, Tensor] = {}
+    hooks: list[Any] = []
 
-    def look_at(path):
-        def hook(module, args, out):
+    def hook_for(path: str) -> Callable:
+        def hook(module: nn.Module, args: Any, out: Any) -> Tensor | None:
             if not isinstance(out, torch.Tensor):
                 reasons[path] = f"it returns a {type(out).__name__} instead of a tensor"
                 return None
@@ -176,13 +182,13 @@ def _run(base, sites, with_gradients):
                 return None
             if path not in leaves:
                 leaves[path] = torch.zeros((), dtype=out.dtype, device=out.device, requires_grad=True)
-            return out + leaves[path]  # what an adapter adds; its gradient shows whether it is used
+            return out + leaves[path]  # like an adapter's output; its gradient shows whether it is used
 
         return hook
 
     try:
         for site in sites:
-            hooks.append(base.get_submodule(site.path).register_forward_hook(look_at(site.path)))
+            hooks.append(base.get_submodule(site.path).register_forward_hook(hook_for(site.path)))
         with torch.inference_mode(False), torch.set_grad_enabled(with_gradients):
             out = _output(base)
     except Exception as error:
@@ -200,8 +206,8 @@ def _run(base, sites, with_gradients):
     return reasons
 
 
-def _output(base):
-    """What the base makes of a few tokens, none of which stands for an image or a sound."""
+def _output(base: Any) -> Tensor:
+    """Run the base on a few tokens, none of which stands for an image or a sound."""
     config = base.config.get_text_config(decoder=True)
     marks = {
         value
@@ -215,18 +221,18 @@ def _output(base):
     return outputs["logits"] if "logits" in outputs else outputs[0]
 
 
-def _gradients(out, leaves):
+def _gradients(out: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
     try:
         found = torch.autograd.grad(out.float().sum(), list(leaves.values()), allow_unused=True)
     except (RuntimeError, NotImplementedError) as error:  # a kernel that has no backward
-        logger.warning(f"Whether every adapter gets a gradient could not be found out: {error}")
+        logger.warning(f"Whether every adapter gets a gradient could not be determined: {error}")
         return {}
     return dict(zip(leaves, found, strict=True))
 
 
 @contextmanager
-def _as_it_was(base):
-    """Inside, the base may be run in any mode; afterwards it is as before, and so are the random states."""
+def _restored(base: Any) -> Iterator[None]:
+    """Restore the base's modes and buffers, and the random states, after the `with` block."""
     modes = [(module, module.training) for module in base.modules()]
     checkpointing = [module for module in base.modules() if getattr(module, "gradient_checkpointing", False)]
     buffers = [(module, dict(module._buffers)) for module in base.modules()]
@@ -238,7 +244,7 @@ def _as_it_was(base):
         module.gradient_checkpointing = False
     try:
         with torch.random.fork_rng(devices), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the libraries say of a run, they say again of the next one
+            warnings.simplefilter("ignore")  # they are shown again when the user runs it
             yield
     finally:
         for module, training in modes:

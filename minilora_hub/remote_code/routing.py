@@ -1,4 +1,4 @@
-"""The routers of a MixLoRA: which experts serve a token, with which weights, and the losses that keep their load even.
+"""Route the tokens of a MixLoRA: which experts serve a token, with which weights, and the losses that balance them.
 
 With p = softmax(router x), in fp32, over the E experts of a layer:
 
@@ -17,98 +17,20 @@ The last two follow `moe_peft` 2.0.2, the reference's training code, where they 
 - It multiplies what the experts see by the jitter as well (top_k and top_p); here only the router sees it.
 """
 
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-_RECORD = ContextVar("minilora_routing_record", default=None)
-_COMPILED_RECORD = [None]  # torch.compile cannot trace a ContextVar; a compiled forward runs in one thread
-
-
-@dataclass
-class RoutingRecord:
-    """What the routers of one forward are told and what they decided, a tensor a mixture, in the order of the layers.
-
-    K is `num_experts_per_tok` for top_k, 1 for switch and the number of experts for top_p.
-
-    Attributes:
-        logits: router logits, (batch, seq, experts), fp32.
-        selected: indices of the chosen experts, (batch, seq, K), the most probable first; -1 in the slots of top_p that
-            the token did not need, and for a token that switch let pass over an expert's capacity.
-        weights: their weights, (batch, seq, K), fp32; 0 where the index is -1.
-        token_mask: (batch, seq), 0 on padding, which takes no capacity in training. Given by the caller, or None.
-    """
-
-    logits: list = field(default_factory=list)
-    selected: list = field(default_factory=list)
-    weights: list = field(default_factory=list)
-    token_mask: torch.Tensor | None = None
-
-
-@contextmanager
-def record_routing(token_mask=None):
-    """Collect the routing of every mixture that runs inside: ``with record_routing() as record: model(...)``.
-
-    The record belongs to this thread's context, and is closed when the block ends, so a forward that gradient
-    checkpointing repeats during backward adds nothing to it.
-
-    Args:
-        token_mask: (batch, seq), 0 on padding; see `RoutingRecord`.
-    """
-    record = RoutingRecord(token_mask=token_mask)
-    if torch.compiler.is_compiling():
-        _COMPILED_RECORD[0] = record
-        try:
-            yield record
-        finally:
-            _COMPILED_RECORD[0] = None
-    else:
-        token = _RECORD.set(record)
-        try:
-            yield record
-        finally:
-            _RECORD.reset(token)
-
-
-def current_record():
-    """The open record of this context, or None."""
-    return _COMPILED_RECORD[0] if torch.compiler.is_compiling() else _RECORD.get()
-
-
-def checkpoint_contexts():
-    """`context_fn` for torch.utils.checkpoint: a repeated forward sees the padding that the first one saw.
-
-    Switch routing needs it in training with padding: what padding takes no capacity must be known again in backward,
-    when the record of the forward is closed, possibly in another thread.
-    """
-    record = current_record()
-    return nullcontext(), nullcontext() if record is None else record_routing(record.token_mask)
-
-
-class Routes(NamedTuple):
-    """Where the tokens of one call go.
-
-    Attributes:
-        weights: (tokens, K), fp32; 0 where a slot is not kept.
-        selected: expert of each slot, (tokens, K); a valid index also where a slot is not kept.
-        kept: which slots there are, (tokens, K), bool. None: all.
-        passed: weight with which a token's own input is its output, (tokens, 1), fp32. None: no token passes.
-    """
-
-    weights: torch.Tensor
-    selected: torch.Tensor
-    kept: torch.Tensor | None = None
-    passed: torch.Tensor | None = None
-
+from .routing_record import Routes, RoutingRecord
 
 # ---- the decisions ----
 
 
-def route_top_k(logits, k):
+def route_top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Softmax over the experts, the k largest, divided by their sum: which is the softmax of the k largest logits.
 
     Args:
@@ -122,7 +44,7 @@ def route_top_k(logits, k):
     return F.softmax(largest, dim=-1), selected
 
 
-def route_top_p(logits, top_p, temperature=0.0):
+def route_top_p(logits: Tensor, top_p: float, temperature: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax over the experts, the largest until their sum exceeds top_p, as they are (`moe_peft`, mixlora-dynamic).
 
     With q_1 >= q_2 >= … the sorted p / temperature (p where that is 0), slot j is kept if q_1 + … + q_{j-1} <= top_p:
@@ -149,7 +71,9 @@ def route_top_p(logits, top_p, temperature=0.0):
     return weights.masked_fill(~kept, 0.0), selected, kept
 
 
-def route_switch(logits, capacity=None, token_mask=None):
+def route_switch(
+    logits: Tensor, capacity: int | None = None, token_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The largest of the softmax over the experts, with its probability as weight (Switch Transformers, section 2.1).
 
     Args:
@@ -173,10 +97,10 @@ def route_switch(logits, capacity=None, token_mask=None):
 # ---- the losses ----
 
 
-def _stacked(logits, attention_mask):
+def _stacked(layers: Sequence[Tensor], attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Logits (layers, batch, seq, experts) on one device, and the weight of each token, (layers, batch, seq, 1)."""
-    device = logits[0].device  # layers may lie on several
-    logits = torch.stack([layer.to(device) for layer in logits]).float()
+    device = layers[0].device  # they may lie on several
+    logits = torch.stack([layer.to(device) for layer in layers]).float()
     if attention_mask is None:
         counts = torch.ones(logits.shape[:-1], device=device)
     else:
@@ -184,7 +108,7 @@ def _stacked(logits, attention_mask):
     return logits, counts.unsqueeze(-1)
 
 
-def _balance(probabilities, chosen, counts):
+def _balance(probabilities: Tensor, chosen: Tensor, counts: Tensor) -> Tensor:
     """E * sum_i f_i P_i. probabilities and chosen (0 or 1) are (layers, batch, seq, experts), counts has 1 expert."""
     total = counts.sum().clamp_min(1.0)
     share = (chosen * counts).sum(dim=(0, 1, 2)) / total  # f: (experts)
@@ -192,60 +116,55 @@ def _balance(probabilities, chosen, counts):
     return probabilities.shape[-1] * (share * mean_probability).sum()
 
 
-def load_balancing_loss(logits, k, attention_mask=None):
+def load_balancing_loss(layers: Sequence[Tensor], k: int, attention_mask: Tensor | None = None) -> Tensor:
     """E * sum_i f_i P_i over the tokens of all layers (eq. 7 of the paper; the form that transformers' MoE models use).
 
     f_i is the share of tokens that chose expert i, summed over their k slots, P_i the mean probability of expert i.
     With k = 1 it is Switch Transformers' loss (eq. 4 to 6 there), where a token over capacity counts as well.
 
     Args:
-        logits: router logits, a tensor (batch, seq, experts) per layer.
+        layers: router logits, a tensor (batch, seq, experts) per layer.
         k: experts per token.
         attention_mask: (batch, seq), 0 on padding, which does not count. None: every token counts.
 
     Returns:
         A scalar, fp32; k when the load is perfectly even.
     """
-    logits, counts = _stacked(logits, attention_mask)
+    logits, counts = _stacked(layers, attention_mask)
     probabilities = F.softmax(logits, dim=-1)
     chosen = torch.topk(probabilities, k, dim=-1).indices
     chosen = F.one_hot(chosen, probabilities.shape[-1]).sum(dim=-2).float()  # k ones a token
     return _balance(probabilities, chosen, counts)
 
 
-def top_p_balancing_loss(logits, top_p, temperature=0.0, attention_mask=None):
+def top_p_balancing_loss(
+    layers: Sequence[Tensor], top_p: float, temperature: float = 0.0, attention_mask: Tensor | None = None
+) -> Tensor:
     """E * sum_i f_i P_i, where f_i is the share of tokens whose kept slots hold expert i (`moe_peft`'s form).
 
     P_i is the mean of the probabilities, whatever the temperature. The reference lets padding count; here it does not.
 
-    Args:
-        logits: router logits, a tensor (batch, seq, experts) per layer.
-        top_p: see `route_top_p`.
-        temperature: see `route_top_p`.
-        attention_mask: (batch, seq), 0 on padding, which does not count. None: every token counts.
+    Args: see `route_top_p` and `load_balancing_loss`.
 
     Returns:
         A scalar, fp32; the mean number of experts per token when the load is perfectly even.
     """
-    logits, counts = _stacked(logits, attention_mask)
+    logits, counts = _stacked(layers, attention_mask)
     _, selected, kept = route_top_p(logits, top_p, temperature)
     probabilities = F.softmax(logits, dim=-1)
     chosen = torch.zeros_like(probabilities).scatter(-1, selected, kept.float())
     return _balance(probabilities, chosen, counts)
 
 
-def router_z_loss(logits, attention_mask=None):
+def router_z_loss(layers: Sequence[Tensor], attention_mask: Tensor | None = None) -> Tensor:
     """Mean over the tokens of all layers of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5).
 
-    Args:
-        logits: router logits, a tensor (batch, seq, experts) per layer.
-        attention_mask: (batch, seq), 0 on padding, which does not count (in the reference it does). None: every token
-            counts.
+    Args: see `load_balancing_loss`. (In the reference padding counts.)
 
     Returns:
         A scalar, fp32.
     """
-    logits, counts = _stacked(logits, attention_mask)
+    logits, counts = _stacked(layers, attention_mask)
     square = torch.logsumexp(logits, dim=-1, keepdim=True).square()  # (layers, batch, seq, 1)
     return (square * counts).sum() / counts.sum().clamp_min(1.0)
 
@@ -267,7 +186,9 @@ class TopKRouting:
     weights_sum_to_one: ClassVar[bool] = True
     needs_token_mask: ClassVar[bool] = False
 
-    def route(self, logits, leading_shape, training, token_mask=None):
+    def route(
+        self, logits: Tensor, leading_shape: Sequence[int], training: bool, token_mask: Tensor | None = None
+    ) -> Routes:
         """`Routes` of the tokens with these logits, (tokens, experts), which lie in the call as `leading_shape`.
 
         Args:
@@ -278,9 +199,9 @@ class TopKRouting:
         """
         return Routes(*route_top_k(logits, self.k))
 
-    def losses(self, logits, attention_mask=None):
-        """{"aux_loss": scalar} of a forward's router logits, and "z_loss" where the strategy has one."""
-        return {"aux_loss": load_balancing_loss(logits, self.k, attention_mask)}
+    def losses(self, layers: Sequence[Tensor], attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """{"aux_loss": scalar} of the router logits of each layer, and "z_loss" where the strategy has one."""
+        return {"aux_loss": load_balancing_loss(layers, self.k, attention_mask)}
 
 
 @dataclass(frozen=True)
@@ -292,11 +213,11 @@ class TopPRouting:
     weights_sum_to_one: ClassVar[bool] = False
     needs_token_mask: ClassVar[bool] = False
 
-    def route(self, logits, leading_shape, training, token_mask=None):
+    def route(self, logits: Tensor, *context: Any) -> Routes:
         return Routes(*route_top_p(logits, self.top_p, self.temperature))
 
-    def losses(self, logits, attention_mask=None):
-        return {"aux_loss": top_p_balancing_loss(logits, self.top_p, self.temperature, attention_mask)}
+    def losses(self, layers: Sequence[Tensor], attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        return {"aux_loss": top_p_balancing_loss(layers, self.top_p, self.temperature, attention_mask)}
 
 
 @dataclass(frozen=True)
@@ -310,24 +231,29 @@ class SwitchRouting:
     weights_sum_to_one: ClassVar[bool] = False
     needs_token_mask: ClassVar[bool] = True  # in training
 
-    def route(self, logits, leading_shape, training, token_mask=None):
+    def route(
+        self, logits: Tensor, leading_shape: Sequence[int], training: bool, token_mask: Tensor | None = None
+    ) -> Routes:
         if not training:
             probability, selected, _ = route_switch(logits)
             return Routes(probability.unsqueeze(-1), selected.unsqueeze(-1))
         logits = logits.view(*leading_shape, -1)
-        found = route_switch(logits, self.capacity, token_mask)
+        found: Any = route_switch(logits, self.capacity, token_mask)
         probability, selected, kept = (tensor.reshape(-1, 1) for tensor in found)
         passed = probability.masked_fill(kept, 0.0)
         return Routes(probability.masked_fill(~kept, 0.0), selected, kept, passed)
 
-    def losses(self, logits, attention_mask=None):
+    def losses(self, layers: Sequence[Tensor], attention_mask: Tensor | None = None) -> dict[str, Tensor]:
         return {
-            "aux_loss": load_balancing_loss(logits, 1, attention_mask),
-            "z_loss": router_z_loss(logits, attention_mask),
+            "aux_loss": load_balancing_loss(layers, 1, attention_mask),
+            "z_loss": router_z_loss(layers, attention_mask),
         }
 
 
-def routing_of(config):
+Routing = TopKRouting | TopPRouting | SwitchRouting
+
+
+def routing_of(config: Any) -> Routing:
     """The routing that a `MixLoraConfig` describes."""
     if config.routing_strategy == "top_k":
         return TopKRouting(config.num_experts_per_tok)
@@ -336,18 +262,18 @@ def routing_of(config):
     return SwitchRouting(config.expert_capacity)
 
 
-def router_loss_weights(config):
+def router_loss_weights(config: Any) -> dict[str, float]:
     """{name of a loss as in `TopKRouting.losses`: its weight in training}, without those whose weight is 0."""
     weights = {"aux_loss": config.router_aux_loss_coef, "z_loss": config.router_z_loss_coef}
     return {name: weight for name, weight in weights.items() if weight}
 
 
-def router_losses(record, routing, trained):
-    """The losses of everything that was recorded, as in `TopKRouting.losses`; padding does not count.
+def router_losses(record: RoutingRecord, routing: Routing, trained: bool) -> dict[str, Tensor]:
+    """The losses of a recorded forward, as in `TopKRouting.losses`; padding does not count.
 
     Args:
-        record: the `RoutingRecord` of a forward that has ended.
-        routing: `TopKRouting`, `TopPRouting` or `SwitchRouting`.
+        record: of a forward that has ended.
+        routing: what `routing_of` returned.
         trained: whether a router is being trained, so that the losses must have a gradient.
 
     Raises:
@@ -368,6 +294,6 @@ def router_losses(record, routing, trained):
     return routing.losses(record.logits, mask)
 
 
-def is_being_trained(module, router):
+def is_being_trained(module: nn.Module, router: Tensor) -> bool:
     """Whether a forward of `module` that runs now trains this router weight."""
     return module.training and torch.is_grad_enabled() and router.requires_grad

@@ -1,17 +1,20 @@
-"""What transformers' Trainer, and tools built on it, ask of a model beyond its outputs.
+"""Support transformers' Trainer, and tools built on it, in what they need from a model beyond its outputs.
 
-They read the arguments of `forward` to decide which columns of a data set to keep, look for a checkpoint's weights
-under fixed file names, hand over state dicts whose names carry the prefixes of wrappers, and take the class's name for
-whether labels are to be shifted.
+They choose the columns of a data set by the arguments of `forward`, look for a checkpoint's weights under fixed file
+names, pass state dicts with the prefixes of wrappers, and decide by the class's name whether labels are shifted.
 """
 
 import functools
 import inspect
 import re
 import types
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .adapter_files import write_adapter
@@ -23,31 +26,32 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "
 
 
 class takes_base_arguments:  # noqa: N801  (a decorator)
-    """A `forward` whose signature, seen from an instance, is that of the base's, with its own arguments added.
+    """A `forward` that an instance shows with the signature of its base's, and its own arguments added.
 
     The class's `forward` is the function itself.
     """
 
-    def __init__(self, function):
+    def __init__(self, function: Any) -> None:
         self.function = function
-        functools.update_wrapper(self, function)
+        functools.update_wrapper(self, function)  # type: ignore[arg-type]
 
-    def __get__(self, model, owner=None):
+    def __get__(self, model: Any, owner: Any = None) -> Any:
         if model is None:
             return self.function
-        if torch.compiler.is_compiling():  # which finds a bound method again by reading `forward`
+        if torch.compiler.is_compiling():  # it reads `forward` again to find a bound method
             return functools.partial(self.function, model)
-        return types.MethodType(_described(self.function, type(model.base)), model)
+        base_class: Any = type(model.base)
+        return types.MethodType(_described(self.function, base_class), model)
 
 
 @functools.cache
-def _described(function, base_class):
-    """A copy of a model's `forward` that shows the base's signature; a function, as torch.compile requires."""
+def _described(function: Any, base_class: Any) -> Any:
+    """Copy a model's `forward`, with the base's signature; the copy is a function, as torch.compile requires."""
     model, *ours = inspect.signature(function).parameters.values()
     theirs = list(inspect.signature(base_class.forward).parameters.values())[1:]
     names = {parameter.name for parameter in theirs}
     added = [p for p in ours if p.kind is p.KEYWORD_ONLY and p.name not in names]
-    copied = types.FunctionType(
+    copied: Any = types.FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
     functools.update_wrapper(copied, function)
@@ -56,8 +60,8 @@ def _described(function, base_class):
     return copied
 
 
-def by_name(forward, args, kwargs):
-    """The arguments of a call of `forward`, a bound method, by name.
+def by_name(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of `forward`, a bound method, by name.
 
     Raises:
         TypeError: there are too many, or one is given twice.
@@ -73,22 +77,23 @@ def by_name(forward, args, kwargs):
     return {**given, **kwargs}
 
 
-def without_wrappers(name):
-    """A parameter's name without the parts that wrappers add: ``_orig_mod.base.x`` is ``base.x``."""
+def without_wrappers(name: str) -> str:
+    """Return a parameter's name without the parts that wrappers add: ``_orig_mod.base.x`` is ``base.x``."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def find_in_state_dict(names, state_dict):
-    """The names under which a state dict holds parameters: {parameter's name: name in the state dict}.
+def find_in_state_dict(names: Iterable[str], state_dict: Iterable[str]) -> dict[str, str]:
+    """Return the names of parameters in a state dict: {parameter's name: name in the state dict}.
 
     Args:
         names: names of parameters, which wrappers may have changed in `state_dict`.
-        state_dict: what a wrapped model's `state_dict()` gave.
+        state_dict: of a model that may be wrapped.
 
     Raises:
         ValueError: one is missing.
     """
     held = {without_wrappers(name): name for name in state_dict}
+    names = list(names)
     missing = [name for name in names if without_wrappers(name) not in held]
     if missing:
         raise ValueError(
@@ -98,14 +103,14 @@ def find_in_state_dict(names, state_dict):
     return {name: held[without_wrappers(name)] for name in names}
 
 
-def write_checkpoint(folder, tensors):
+def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """In a folder of Trainer's checkpoints, write the adapter's tensors where Trainer looks for a model's weights.
 
-    Trainer resumes and takes the best model from that file only, through `load_state_dict`. In any other folder, one
-    that Trainer has copied there is removed: the adapter's own file is what is published.
+    Trainer resumes and loads the best model from that file only, through `load_state_dict`. In any other folder, a copy
+    of it that Trainer made is removed: the adapter's own file is what is published.
 
     Args:
-        folder: a pathlib.Path.
+        folder: the folder that is saved to.
         tensors: {parameter's name, with the wrappers' prefixes: tensor}.
     """
     path = folder / CHECKPOINT_FILE
@@ -115,8 +120,8 @@ def write_checkpoint(folder, tensors):
         path.unlink()
 
 
-def _names_in(path):
-    """Names of the tensors in a safetensors file, without the wrappers' prefixes; none where it cannot be read."""
+def _names_in(path: Path) -> set[str]:
+    """Return the names of the tensors in a safetensors file, without wrappers; none where it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             return {without_wrappers(name) for name in file.keys()}  # noqa: SIM118  (safe_open is not a mapping)
@@ -124,9 +129,9 @@ def _names_in(path):
         return set()
 
 
-def shift_labels_of(model_class):
-    """Tell Trainer that this class is a causal language model, whose labels it must shift under label smoothing.
+def shift_labels_of(model_class: Any) -> None:
+    """Make Trainer shift the labels of this class under label smoothing, as of any causal language model.
 
-    It goes by a table of class names, to which registering with the Auto classes adds nothing.
+    It looks the class up in a table of names, to which registering with the Auto classes adds nothing.
     """
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(model_class.config_class.model_type, model_class.__name__)

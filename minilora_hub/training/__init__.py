@@ -1,1 +1,1 @@
-"""Training adapters: `run.train` is one run, `sweep.sweep` many."""
+"""Train adapters: `run.train` makes one run, `sweep.sweep` many."""

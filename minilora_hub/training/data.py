@@ -1,14 +1,13 @@
-"""Rows of training data, each with the place it came from: JSONL, CSV and Parquet files, and data sets on the Hub.
+"""Read rows of training data from JSONL, CSV and Parquet files and from data sets on the Hub, each with its place.
 
-Three kinds of row are known by their fields, the first that fits:
+The fields of a row tell its kind, the first of these that fits:
 
-    messages             [{"role": "user", "content": …}, …]; the assistant's turns are what is learned
+    messages             [{"role": "user", "content": …}, …]; the assistant's turns are learned
     prompt, completion   texts, or lists of messages
     text                 plain text
 
-ShareGPT's and Alpaca's rows become messages (see `row_formats`). Other fields are ignored, but for `tools`, which the
-chat template gets. A message with `weight` 0 (or `loss` false) is not learned. A row that cannot be used is a `BadRow`,
-which says where it is and what is wrong. Nothing here loads torch.
+Rows of ShareGPT and Alpaca become messages (see `row_formats`). Other fields are ignored, except `tools`, which is
+passed to the chat template. A message with `weight` 0 (or `loss` false) is not learned. Nothing here loads torch.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from minilora_hub.quiet import quiet_libraries
 from minilora_hub.training.row_formats import (
     ROLES,
     as_messages,
-    half_a_character,
+    check_learnable,
+    check_turn,
+    lone_surrogate,
     parsed_tools,
-    refusal,
-    turn_problem,
     without_nulls,
 )
 
@@ -134,7 +133,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
         with path.open("rb") as file:
             for number, raw in enumerate(file, 1):
                 text = _decoded(raw, number, f"{path.name}:{number}")
-                if isinstance(text, BadRow):  # a cell may span lines, so the rows around it are lost, too
+                if isinstance(text, BadRow):  # a cell may span lines, so the rows around it are lost as well
                     raise DataError(f"{text.place}: {text.reason}")
                 yield text
 
@@ -162,14 +161,14 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parsed_cells(fields: dict[str, str]) -> dict[str, Any]:
-    """Lists of messages are JSON inside their cell; every other cell is text."""
+    """Parse cells that hold a list of messages as JSON; every other cell is text."""
     parsed: dict[str, Any] = dict(fields)
     for name in ("messages", "prompt", "completion", "conversations", "history"):
         if fields.get(name, "").lstrip().startswith(("[{", "[[")):
             try:
                 parsed[name] = json.loads(fields[name])
             except ValueError:
-                continue  # a text that happens to start so, or a broken list: the check of its kind says which
+                continue  # a text that starts like a list, or a broken list: the check of its kind says which
     return parsed
 
 
@@ -206,82 +205,76 @@ def _read_hub(name: str, split: str, revision: str | None) -> Iterator[tuple[str
             f"data {name!r}{at}: no such file, and no such data set on the Hub, or it is private or gated: check the "
             "name, or log in with `hf auth login`"
         ) from error
-    except Exception as error:  # one of many libraries read it, each with errors of its own
+    except Exception as error:  # raised by one of the many libraries that `datasets` reads with
         raise DataError(f"data {name!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
     for number, fields in enumerate(rows, 1):
         yield f"{name} ({split}), row {number}", without_nulls(fields)
 
 
 def checked(place: str, value: Any) -> Row | BadRow:
-    """A parsed value as a row of a known kind, or what is wrong with it."""
-    if not isinstance(value, dict):
-        return BadRow(place, f"is a {type(value).__name__}: each row must be an object with named fields")
-    reason = refusal(value)
-    if reason:
-        return BadRow(place, reason)
+    """Return a parsed value as a row of a known kind, or the reason why it is none."""
     try:
-        value = as_messages({name: content for name, content in value.items() if content is not None})
-        value["tools"] = parsed_tools(value.get("tools"))
+        return _row(place, value)
     except ValueError as error:
         return BadRow(place, str(error))
-    present = {name for name, content in value.items() if content is not None}
+
+
+def _row(place: str, value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise ValueError(f"is a {type(value).__name__}: each row must be an object with named fields")
+    check_learnable(value)
+    fields = as_messages({name: content for name, content in value.items() if content is not None})
+    fields["tools"] = parsed_tools(fields.get("tools"))
+    present = {name for name, content in fields.items() if content is not None}
     kind = next((kind for kind, names in KINDS.items() if present.issuperset(names)), None)
     if kind is None:
         for names in KINDS.values():
             missing = set(names) - present
             if missing < set(names):
-                return BadRow(place, f"has no {' and no '.join(sorted(missing))} beside {sorted(set(names) & present)}")
-        return BadRow(
-            place,
+                raise ValueError(f"has no {' and no '.join(sorted(missing))} beside {sorted(set(names) & present)}")
+        raise ValueError(
             f"has the fields {sorted(present)}; needed are messages, prompt and completion, text, conversations, or "
-            "instruction and output",
+            "instruction and output"
         )
-    problem = _problem(kind, value)
-    if problem:
-        return BadRow(place, problem)
-    kept = {name: value[name] for name in (*KINDS[kind], "tools") if value.get(name) is not None}
-    half = half_a_character(kept)
-    if half:
-        return BadRow(place, f"holds half a character, {half}, which no tokenizer can read: repair the text")
+    _check_values(kind, fields)
+    kept = {name: fields[name] for name in (*KINDS[kind], "tools") if fields.get(name) is not None}
+    if surrogate := lone_surrogate(kept):
+        raise ValueError(f"holds half a character, {surrogate}, which no tokenizer can read: repair the text")
     return Row(place, kind, kept)
 
 
-def _problem(kind: str, fields: dict[str, Any]) -> str | None:
-    if kind == "messages":
-        problem = _messages_problem("messages", fields["messages"])
-        if problem is None and not any(turn["role"] == "assistant" for turn in fields["messages"]):
-            problem = "messages: has no turn of the assistant, so there is nothing to learn"
-        return problem
+def _check_values(kind: str, fields: dict[str, Any]) -> None:
+    texts = {name: fields[name] for name in KINDS[kind] if isinstance(fields[name], str) and kind != "messages"}
     for name in KINDS[kind]:
-        value = fields[name]
-        if isinstance(value, str):
-            if not value.strip() and name != "prompt":
-                return f"{name} is empty"
+        if name in texts:
+            if not texts[name].strip() and name != "prompt":
+                raise ValueError(f"{name} is empty")
         elif kind == "text":
-            return f"text is a {type(value).__name__}, not a text"
+            raise ValueError(f"text is a {type(fields[name]).__name__}, not a text")
         else:
-            problem = _messages_problem(name, value)
-            if problem:
-                return problem
-    if kind != "text" and isinstance(fields["prompt"], str) != isinstance(fields["completion"], str):
-        return "prompt and completion must both be texts, or both be lists of messages"
-    if kind != "text" and not isinstance(fields["completion"], str):
+            _check_messages(name, fields[name])
+    if kind == "messages":
+        if not any(turn["role"] == "assistant" for turn in fields["messages"]):
+            raise ValueError("messages: has no turn of the assistant, so there is nothing to learn")
+    elif len(texts) == 1 and kind != "text":
+        raise ValueError("prompt and completion must both be texts, or both be lists of messages")
+    elif not texts:
         roles = {turn["role"] for turn in fields["completion"]}
         if roles != {"assistant"}:
-            return f"completion: has turns of {sorted(roles)}; they must be the assistant's"
-    return None
+            raise ValueError(f"completion: has turns of {sorted(roles)}; they must be the assistant's")
 
 
-def _messages_problem(name: str, value: Any) -> str | None:
+def _check_messages(name: str, value: Any) -> None:
     if not isinstance(value, list) or not value:
-        return f"{name} must be a list of messages, got {type(value).__name__}{'' if value else ' without any'}"
+        got = f"{type(value).__name__}{'' if value else ' without any'}"
+        raise ValueError(f"{name} must be a list of messages, got {got}")
     for number, turn in enumerate(value, 1):
-        if not isinstance(turn, dict) or turn.get("role") not in ROLES:
-            found = f"got {turn.get('role')!r}" if isinstance(turn, dict) else f"got {type(turn).__name__}"
-            return f"{name}, turn {number}: must have a role, one of {', '.join(ROLES)}; {found}"
-        if not isinstance(turn.get("content"), str) and not turn.get("tool_calls"):
-            return f"{name}, turn {number}: must have a content, a text"
-        problem = turn_problem(turn)
-        if problem:
-            return f"{name}, turn {number}: {problem}"
-    return None
+        try:
+            if not isinstance(turn, dict) or turn.get("role") not in ROLES:
+                got = repr(turn.get("role")) if isinstance(turn, dict) else type(turn).__name__
+                raise ValueError(f"must have a role, one of {', '.join(ROLES)}; got {got}")
+            if not isinstance(turn.get("content"), str) and not turn.get("tool_calls"):
+                raise ValueError("must have a content, a text")
+            check_turn(turn)
+        except ValueError as error:
+            raise ValueError(f"{name}, turn {number}: {error}") from None

@@ -1,4 +1,8 @@
-"""The rows of a run as examples for training and validation, with what was skipped, and a hash of all of it."""
+"""The rows of a run as examples for training and validation, in memory-mapped Arrow files.
+
+Millions of tokens as Python integers need some thirty times the memory of the file. Only the place of each row and its
+numbers of tokens are in memory.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,8 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
@@ -15,11 +19,47 @@ from typing import Any
 
 from minilora_hub.errors import DataError
 from minilora_hub.training.data import BadRow, read_rows
-from minilora_hub.training.example_rows import ExampleRows, ExampleWriter
 from minilora_hub.training.settings import TrainingSettings
-from minilora_hub.training.tokens import Encoder
+from minilora_hub.training.tokens import IGNORED, Encoder, Example
 
 SHOWN = 2
+ROWS_AT_ONCE = 50
+"""Rows that are Python objects at one time."""
+
+
+@dataclass(frozen=True)
+class ExampleRows:
+    """Examples in a file, in their order.
+
+    Attributes:
+        dataset: a `datasets.Dataset` with the columns ``input_ids`` and ``labels``.
+        places: where each row came from.
+        lengths: tokens of each row.
+        learned: tokens of each row that have a loss.
+    """
+
+    dataset: Any
+    places: list[str]
+    lengths: list[int]
+    learned: list[int]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(self.places[index], **self.dataset[index])
+
+    def __iter__(self) -> Iterator[Example]:
+        places = iter(self.places)
+        for columns in self.dataset.iter(ROWS_AT_ONCE):
+            for ids, labels in zip(columns["input_ids"], columns["labels"], strict=True):
+                yield Example(next(places), ids, labels)
+
+    def select(self, indices: Sequence[int]) -> ExampleRows:
+        """Return the rows with these indices, in this order; nothing is copied."""
+        places = [self.places[index] for index in indices]
+        lengths = [self.lengths[index] for index in indices]
+        return ExampleRows(self.dataset.select(indices), places, lengths, [self.learned[index] for index in indices])
 
 
 @dataclass(frozen=True)
@@ -35,8 +75,8 @@ class TrainingData:
 
     train: ExampleRows
     validation: ExampleRows
-    skipped: list[BadRow] = field(default_factory=list)
-    kinds: dict[str, int] = field(default_factory=dict)
+    skipped: list[BadRow]
+    kinds: dict[str, int]
 
     @property
     def tokens(self) -> int:
@@ -50,7 +90,7 @@ class TrainingData:
 
     @property
     def sha256(self) -> str:
-        """Hash of every token and label, so that a resumed run can tell whether the data is the same."""
+        """Hash of every token and label, which tells a resumed run whether the data is the same."""
         digest = hashlib.sha256()
         for example in chain(self.train, self.validation):
             digest.update(json.dumps([example.input_ids, example.labels]).encode())
@@ -59,11 +99,15 @@ class TrainingData:
     @property
     def largest_id(self) -> int:
         """The largest token id in it."""
-        return max(self.train.largest_id, self.validation.largest_id)
+        return max(max(example.input_ids) for example in chain(self.train, self.validation))
 
     def place_of(self, ids: list[int]) -> str | None:
         """Return where the row with these ids came from; None if there is none."""
-        return self.train.place_of(ids) or self.validation.place_of(ids)
+        for rows in (self.train, self.validation):
+            for index, length in enumerate(rows.lengths):
+                if length == len(ids) and rows[index].input_ids == ids:
+                    return rows.places[index]
+        return None
 
 
 def prepare_data(
@@ -81,7 +125,7 @@ def prepare_data(
         settings: which data, and how rows are cut and learned.
         tokenizer: the base's.
         context: the base's context, in tokens.
-        folder: where the tokens are kept, in files; it must stay as long as they are used.
+        folder: for the files with the tokens; it must exist as long as they are used.
         ends: see `Encoder`.
         now: see `Encoder`.
 
@@ -119,23 +163,41 @@ def _examples(
     skipped: list[BadRow],
     kinds: Counter[str],
 ) -> ExampleRows:
-    writer, bad = ExampleWriter(file), []
-    for row in read_rows(sources, split=settings.data_split, revision=settings.data_revision):
-        example = row if isinstance(row, BadRow) else encoder.encode(row)
-        if isinstance(example, BadRow):
-            bad.append(example)
-        else:
-            writer.add(example)
-            kinds[row.kind] += 1  # type: ignore[union-attr]
-    examples = writer.finish()
+    """Write the examples of some files into an Arrow file, and open it."""
+    from datasets import Dataset, Features, List, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    bad: list[BadRow] = []
+    places, lengths, learned = list[str](), list[int](), list[int]()
+    columns = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)  # a process that has mapped an older one keeps it
+        with ArrowWriter(features=columns, path=str(file), writer_batch_size=ROWS_AT_ONCE) as writer:
+            for row in read_rows(sources, split=settings.data_split, revision=settings.data_revision):
+                example = row if isinstance(row, BadRow) else encoder.encode(row)
+                if isinstance(example, BadRow):
+                    bad.append(example)
+                    continue
+                writer.write({"input_ids": example.input_ids, "labels": example.labels})
+                places.append(example.place)
+                lengths.append(len(example.input_ids))
+                learned.append(len(example.labels) - example.labels.count(IGNORED))
+                kinds[row.kind] += 1  # type: ignore[union-attr]
+            writer.finalize()
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(
+            f"the rows' tokens cannot be kept in {str(file.parent)!r} ({reason}): make room, or set TMPDIR"
+        ) from error
     if bad and not settings.skip_bad_rows:
         shown = "; ".join(f"{row.place}: {row.reason}" for row in bad[:SHOWN])
         more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
         raise DataError(f"{shown}{more}. Repair {'them' if len(bad) > 1 else 'it'}, or pass --skip-bad-rows")
-    if not examples:
+    if not places:
         raise DataError(f"{', '.join(sources)}: no row is left: all {len(bad)} cannot be used, e.g. {bad[0].reason}")
     skipped += bad
-    return examples
+    return ExampleRows(Dataset.from_file(str(file)), places, lengths, learned)
 
 
 def _hold_out(examples: ExampleRows, share: float, seed: int) -> tuple[ExampleRows, ExampleRows]:
@@ -147,7 +209,5 @@ def _hold_out(examples: ExampleRows, share: float, seed: int) -> tuple[ExampleRo
             f"validation={share}: that holds out all {len(examples)} rows: pass a smaller share, or more data"
         )
     chosen = set(random.Random(seed).sample(range(len(examples)), count))  # noqa: S311  not for security
-    return (
-        examples.select([index for index in range(len(examples)) if index not in chosen]),
-        examples.select(sorted(chosen)),
-    )
+    train = [index for index in range(len(examples)) if index not in chosen]
+    return examples.select(train), examples.select(sorted(chosen))

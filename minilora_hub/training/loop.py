@@ -1,4 +1,4 @@
-"""The trainer of a run: settings, examples and a model, as TRL takes them."""
+"""Build the trainer of a run from settings, examples and a model."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.errors import TrainingError
-from minilora_hub.training.dataset import TrainingData
-from minilora_hub.training.example_rows import ExampleRows
+from minilora_hub.training.dataset import ExampleRows, TrainingData
 from minilora_hub.training.models import Trainee, compute_dtype
+from minilora_hub.training.passthrough import method_callbacks
 from minilora_hub.training.plan import Shape, shape_of
+from minilora_hub.training.recipes import OURS
 from minilora_hub.training.settings import TrainingSettings
 
 
 @contextmanager
 def known_warnings_ignored() -> Iterator[None]:
-    """Warnings of the libraries about each other, and about what is taken care of here."""
+    """Ignore warnings of the libraries about each other, and about what is handled here."""
     with warnings.catch_warnings():
         for start in (
             "`is_gradient_checkpointing` is deprecated",  # PEFT reads transformers' old name
@@ -34,11 +35,11 @@ def known_warnings_ignored() -> Iterator[None]:
 def build_trainer(
     settings: TrainingSettings, trainee: Trainee, data: TrainingData, tokenizer: Any, out: Path, processes: int
 ) -> tuple[Any, Shape]:
-    """The trainer, ready to run, and how the rows become steps.
+    """Return the trainer, ready to run, and how the rows become steps.
 
     Raises:
-        TrainingError: packed rows would see each other on this base.
-        ValueError: the batch cannot be shared out.
+        TrainingError: packed rows would attend to each other on this base.
+        ValueError: the processes or micro-batches do not divide the batch.
     """
     from transformers import EarlyStoppingCallback, PrinterCallback
 
@@ -65,7 +66,7 @@ def build_trainer(
         train_dataset=rows,
         eval_dataset=data.validation.dataset if data.validation else None,
         processing_class=tokenizer,
-        callbacks=[checked, *_peft_callbacks(settings, trainee, shape)],
+        callbacks=[checked, *([] if settings.method in OURS else method_callbacks(trainee.model, shape.steps))],
     )
     checked.trainer = trainer
     trainer.remove_callback(PrinterCallback)
@@ -77,19 +78,12 @@ def build_trainer(
 
 
 def _can_balance_base(model: Any) -> bool:
-    """Whether TRL can compute the balance loss of a sparse base: it reads `num_experts`, which Llama 4 lacks."""
+    """Return whether TRL can compute the balance loss of a sparse base: it reads `num_experts`, which Llama 4 lacks."""
+    from minilora_hub.integrations.trl import ATTRIBUTE
+
     config = model.config.get_text_config(decoder=True)
-    return hasattr(model, "announced") or hasattr(config, "num_experts") or not hasattr(config, "output_router_logits")
-
-
-def _peft_callbacks(settings: TrainingSettings, trainee: Trainee, shape: Shape) -> list[Any]:
-    from minilora_hub.training.recipes import OURS
-
-    if settings.method in OURS:
-        return []
-    from minilora_hub.training.passthrough import method_callbacks
-
-    return method_callbacks(trainee.model, shape.steps)
+    ours = ATTRIBUTE in model.__dict__
+    return ours or hasattr(config, "num_experts") or not hasattr(config, "output_router_logits")
 
 
 def _arguments(settings: TrainingSettings, shape: Shape, out: Path, validated: bool) -> Any:
@@ -98,7 +92,6 @@ def _arguments(settings: TrainingSettings, shape: Shape, out: Path, validated: b
 
     recipe = settings.recipe
     on_gpu = torch.cuda.is_available()
-    packed = recipe.batching == "packed"
     known = {field.name for field in dataclasses.fields(SFTConfig)}
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     arguments: dict[str, Any] = {
@@ -128,7 +121,7 @@ def _arguments(settings: TrainingSettings, shape: Shape, out: Path, validated: b
         "use_cpu": not (on_gpu or torch.backends.mps.is_available()),
         "bf16": on_gpu and compute_dtype(settings) == torch.bfloat16,
         "fp16": False,
-        "packing": packed,
+        "packing": recipe.batching == "packed",
         "eval_packing": False,
         "max_length": None,
         "dataset_kwargs": {"skip_prepare_dataset": True},
@@ -143,7 +136,7 @@ def _arguments(settings: TrainingSettings, shape: Shape, out: Path, validated: b
 
 
 def _require_rows_kept_apart(model: Any, examples: ExampleRows) -> None:
-    """Two rows laid end to end must give the logits that each gives alone, on this base with this attention."""
+    """Raise if two packed rows do not give the logits that each gives alone, on this base with this attention."""
     import torch
 
     rows = [examples[index].input_ids[:24] for index in range(min(2, len(examples)))]
@@ -164,6 +157,6 @@ def _require_rows_kept_apart(model: Any, examples: ExampleRows) -> None:
     limit = 1e-3 if together.dtype == torch.float32 else 0.25
     if not gap < limit * max(1.0, together.abs().max().item()):
         raise TrainingError(
-            f"batching='packed': on this base rows laid end to end see each other (logits differ by {gap:.2g}): "
+            f"batching='packed': on this base packed rows attend to each other (logits differ by {gap:.2g}): "
             "pass --batching length-grouped"
         )

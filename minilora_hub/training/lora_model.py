@@ -1,8 +1,7 @@
-"""Plain LoRA for training: the same modules as DoRA's without a magnitude, saved in PEFT's format.
+"""Plain LoRA for training: DoRA's modules without a magnitude, saved in PEFT's format.
 
-Trained through our own modules and not PEFT's, so that every method of `OURS` runs the same lines: the same initial
-weights for a seed, the same checkpoints, the same treatment of quantised bases. Published it needs no code of ours:
-stock transformers reads PEFT's format, which is why there is no such class among the files that travel.
+It uses our own modules rather than PEFT's, so that all methods of `OURS` share initial weights for a seed, checkpoints
+and the treatment of quantised bases. Transformers reads PEFT's format itself, so a published LoRA needs no remote code.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from peft import TaskType
 from transformers import AutoModelForCausalLM
 from transformers.generation import GenerationMixin
 
-from minilora_hub.adapter_folder.tensor_names import to_peft
+from minilora_hub.adapter_folder.names import PEFT_CONFIG, to_peft
 from minilora_hub.remote_code.adapted_model import AdaptedModel
 from minilora_hub.remote_code.adapter_files import ADAPTER_FILE, write_adapter
 from minilora_hub.remote_code.base_structure import find_decoder_layers
@@ -42,13 +41,13 @@ class LoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
 
     @takes_base_arguments
     def forward(self, input_ids: Any = None, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
-        """The base's forward, with the adapter in it: same arguments, same outputs."""
+        """Call the base with the adapter in it: same arguments, same outputs."""
         kwargs = kwargs if labels is None else {**kwargs, "labels": labels}
         return self.base(**self._base_arguments(input_ids, args, kwargs))
 
     @classmethod
     def _refused_linears(cls, base: Any) -> dict[str, str]:
-        """What PEFT refuses: it is to read what is saved."""
+        """Return the linears that PEFT refuses, as PEFT must be able to read what is saved."""
         from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 
         refused: dict[str, str] = {}
@@ -67,18 +66,18 @@ class LoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
         tokenizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Write adapter_config.json and the tensors under PEFT's names, and the tokenizer.
+        """Write adapter_config.json, the tensors under PEFT's names, and the tokenizer.
 
         Args:
             save_directory: the folder, made if missing.
             state_dict: not used: the current weights are written.
             push_to_hub: not used: `minilora push` publishes.
             tokenizer: saved beside it, where given.
-            **kwargs: what transformers passes has nothing to act on here.
+            **kwargs: not used.
 
         Raises:
-            ValueError: the base has other weights than the files of the one that is named, or the tokenizer has more
-                tokens than the base. Nothing is written then.
+            ValueError: the base's weights are not those of the named base, or the tokenizer has more tokens than the
+                base. Nothing is written then.
         """
         self._check_before_saving(state_dict, tokenizer)
         folder = Path(save_directory)
@@ -86,7 +85,7 @@ class LoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
         layers_path, _ = find_decoder_layers(self.base)
         tensors = {to_peft(name, layers_path): value.cpu() for name, value in self.adapter_parameters().items()}
         write_adapter(folder / ADAPTER_FILE, tensors)
-        (folder / "adapter_config.json").write_text(self._peft_config(), encoding="utf-8")
+        (folder / PEFT_CONFIG).write_text(self._peft_config(), encoding="utf-8")
         self.generation_config.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

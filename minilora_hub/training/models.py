@@ -1,12 +1,13 @@
-"""From settings to the model that is trained: the base, quantised or not, with a fresh adapter of the method in it."""
+"""Build the model to train: the base, quantised or not, with a fresh adapter of the method in it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from minilora_hub.bases import loading
 from minilora_hub.bases.end_tokens import end_token_ids
-from minilora_hub.bases.resolving import ResolvedBase, resolve_base
+from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.errors import BaseModelError, TrainingError
 from minilora_hub.training.recipes import OURS
 from minilora_hub.training.settings import TrainingSettings
@@ -20,27 +21,20 @@ class Trainee:
         model: the base with the adapter in it; only the adapter requires gradients.
         base_parameters: how many the base has.
         fingerprint: hash of the base's weights.
-        revision: the base's commit; None for a folder and for "embedded".
     """
 
     model: Any
     base_parameters: int
     fingerprint: str
-    revision: str | None
 
 
 def load_tokenizer(resolved: ResolvedBase) -> Any:
-    """The base's tokenizer, with a padding token, which training needs and some bases lack.
+    """Load the base's tokenizer, and add the padding token that training needs and some bases lack.
 
     Raises:
         BaseModelError: it cannot be loaded, or has no eos token.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolved.path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"base {resolved.name!r}: its tokenizer cannot be loaded: {error}") from error
+    tokenizer = loading.load_tokenizer(resolved)
     if tokenizer.eos_token is None:
         known = end_token_ids(tokenizer, base_generation_config(resolved))
         example = tokenizer.convert_ids_to_tokens(known[0]) if known else "</s>"
@@ -53,13 +47,8 @@ def load_tokenizer(resolved: ResolvedBase) -> Any:
     return tokenizer
 
 
-def find_base(settings: TrainingSettings, progress: bool) -> ResolvedBase:
-    """The base on this machine's disk, fetched where needed."""
-    return resolve_base(settings.base, revision=settings.base_revision, progress=progress)
-
-
 def base_context(resolved: ResolvedBase) -> int:
-    """How many tokens the base takes at once, from its configuration."""
+    """Return the length of the base's context in tokens."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(resolved.path, trust_remote_code=False).get_text_config(decoder=True)
@@ -68,12 +57,12 @@ def base_context(resolved: ResolvedBase) -> int:
 
 
 def base_generation_config(resolved: ResolvedBase) -> Any:
-    """The base's generation settings, from its folder; those that its configuration implies where it has none."""
+    """Return the base's generation settings from its folder, or those that its configuration implies."""
     from transformers import AutoConfig, GenerationConfig
 
     if (resolved.path / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(resolved.path)
-    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(resolved.path))
+    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(resolved.path, trust_remote_code=False))
 
 
 def check_embedding(model: Any, tokenizer: Any, largest: int, resolved: ResolvedBase) -> None:
@@ -93,7 +82,7 @@ def check_embedding(model: Any, tokenizer: Any, largest: int, resolved: Resolved
 
 
 def compute_dtype(settings: TrainingSettings) -> Any:
-    """The dtype of the base's weights and of the computation: see `Recipe.dtype`."""
+    """Return the dtype of the base's weights and of the computation: see `Recipe.dtype`."""
     import torch
 
     if settings.recipe.dtype != "auto":
@@ -111,20 +100,21 @@ def build_trainee(settings: TrainingSettings, resolved: ResolvedBase) -> Trainee
     arguments = base_arguments(settings)
     if settings.method in OURS:
         model = _ours(settings, resolved, arguments)
-        adapter = sum(parameter.numel() for parameter in model.adapter_parameters().values())
         fingerprint = model.config.base_fingerprint
     else:
         from minilora_hub.remote_code.adapter_files import base_fingerprint
         from minilora_hub.training.passthrough import build_peft_model
 
         model = build_peft_model(settings, resolved, arguments)
-        adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         fingerprint = base_fingerprint(str(resolved.path))
-    return Trainee(model, _logical_size(model) - adapter, fingerprint, resolved.revision)
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    # A 4-bit weight holds two parameters in a byte.
+    shapes = (getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape) for parameter in frozen)
+    return Trainee(model, sum(shape.numel() for shape in shapes), fingerprint)
 
 
 def base_arguments(settings: TrainingSettings) -> dict[str, Any]:
-    """What the base's from_pretrained is called with: dtype, attention, quantisation, placement."""
+    """Return the arguments for the base's from_pretrained: dtype, attention, quantisation, placement."""
     import torch
 
     dtype = compute_dtype(settings)
@@ -154,8 +144,10 @@ def base_arguments(settings: TrainingSettings) -> dict[str, Any]:
 
 def _ours(settings: TrainingSettings, resolved: ResolvedBase, arguments: dict[str, Any]) -> Any:
     from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraConfig, MixLoraForCausalLM
+    from minilora_hub.integrations import trl
     from minilora_hub.training.lora_model import LoraConfig, LoraForCausalLM
 
+    trl.register()
     configs = {"lora": LoraConfig, "dora": DoraConfig}
     models = {"lora": LoraForCausalLM, "dora": DoraForCausalLM}
     config = configs.get(settings.method, MixLoraConfig)(**settings.recipe.adapter)
@@ -168,20 +160,11 @@ def _ours(settings: TrainingSettings, resolved: ResolvedBase, arguments: dict[st
         raise BaseModelError(" ".join(str(error).split())) from error
 
 
-def _logical_size(model: Any) -> int:
-    """Parameters, counting those of a 4-bit weight that holds two in a byte."""
-    total = 0
-    for parameter in model.parameters():
-        shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
-        total += shape.numel() if shape is not None else parameter.numel()
-    return total
-
-
 def trainable_parameters(model: Any) -> dict[str, Any]:
-    """{name: parameter} of everything that learns.
+    """Return ``{name: parameter}`` of everything that learns.
 
     Raises:
-        TrainingError: nothing does.
+        TrainingError: nothing learns.
     """
     found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not found:

@@ -1,26 +1,30 @@
-"""The folder a run leaves: adapter, tokenizer, settings, loss curve, and the training facts that the card tells."""
+"""The output folder of a run: adapter, tokenizer, settings, loss curve, and the facts for results.json."""
 
 from __future__ import annotations
 
 import csv
+import io
 import os
+import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from minilora_hub.adapter_folder.results import Base, DataSource, Results, Training
 from minilora_hub.bases.end_tokens import end_token_ids
 from minilora_hub.bases.resolving import ResolvedBase
+from minilora_hub.documents import write_whole
 from minilora_hub.training.dataset import TrainingData
-from minilora_hub.training.machine import hardware, library_versions
 from minilora_hub.training.models import Trainee, trainable_parameters
 from minilora_hub.training.recipes import OURS
 from minilora_hub.training.settings import TrainingSettings
 
 LOSS_FILE = "loss.csv"
 POINTS = 200
-"""How many points of the loss curve go into results.json; loss.csv has all of them."""
+"""Maximum number of points of the loss curve in results.json; loss.csv has all of them."""
 
-METHODS = {"mixdora": "mixlora"} | {name: name for name in ("mixlora", "dora", "lora")}
+METHODS = {"mixdora": "mixlora", "mixlora": "mixlora", "dora": "dora", "lora": "lora"}
+LIBRARIES = ("torch", "transformers", "peft", "minilora_hub")
 EMBEDDED_NOTE = (
     'trained on a Q4_1 rounding of these weights, expanded to float32 (what minilora_hub calls the base "embedded")'
 )
@@ -37,12 +41,12 @@ def write_result(
     ends: list[int],
     history: list[dict[str, float]],
     seconds: float,
-) -> Results | None:
-    """Write the adapter and what is told about it.
+) -> None:
+    """Write the adapter, and results.json if its format can be published.
 
     Args:
         out: the folder.
-        settings: what was asked for.
+        settings: of the run.
         resolved: the base.
         trainee: the trained model.
         data: what it learned from.
@@ -50,11 +54,8 @@ def write_result(
         ends: ids of the tokens that end an answer, for the saved generation settings.
         history: the trainer's log.
         seconds: wall time of the training, resumed parts included.
-
-    Returns:
-        What is in results.json; None for a method whose format cannot be published, which has none.
     """
-    generation = _generation_config(settings, trainee)
+    generation = (trainee.model if settings.method in OURS else trainee.model.get_base_model()).generation_config
     generation.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
     if settings.method in OURS:
         _cast_for_saving(settings, trainee)
@@ -66,25 +67,18 @@ def write_result(
         tokenizer.save_pretrained(out)
     write_loss(out / LOSS_FILE, history)
     settings.save(out)
-    if published_method(settings) is None:
-        return None
-    results = describe(settings, resolved, trainee, data, history, seconds)
-    results.save(out)
-    return results
-
-
-def _generation_config(settings: TrainingSettings, trainee: Trainee) -> Any:
-    model = trainee.model if settings.method in OURS else trainee.model.get_base_model()
-    return model.generation_config
+    method = published_method(settings)
+    if method is not None:
+        _results(method, settings, resolved, trainee, data, history, seconds).save(out)
 
 
 def note_on_ends(
     settings: TrainingSettings, generation_config: Any, ends: list[int], tokenizer: Any
 ) -> tuple[str, ...]:
-    """Return what the user should know where the saved generation settings are not those that loading will use.
+    """Return a note if loading the adapter will not use the saved generation settings.
 
     Args:
-        settings: what was asked for.
+        settings: of the run.
         generation_config: the base's own.
         ends: ids of the tokens that end an answer.
         tokenizer: the base's.
@@ -95,13 +89,13 @@ def note_on_ends(
         return ()
     names = " and ".join(tokenizer.convert_ids_to_tokens(lacking))
     return (
-        f"answers end with {names}, which the base's own generation settings do not know, and PEFT reads none from an "
+        f"answers end with {names}, which the base's generation settings do not list, and PEFT reads none from an "
         f"adapter's folder: generate with eos_token_id={ends}, or with GenerationConfig.from_pretrained(this folder)",
     )
 
 
 def _cast_for_saving(settings: TrainingSettings, trainee: Trainee) -> None:
-    """Give the adapter the dtype it is saved in; DoRA's magnitudes keep float32."""
+    """Convert the adapter to the dtype it is saved in; DoRA's magnitudes keep float32."""
     import torch
 
     for name, parameter in trainee.model.adapter_parameters().items():
@@ -110,7 +104,7 @@ def _cast_for_saving(settings: TrainingSettings, trainee: Trainee) -> None:
 
 
 def published_method(settings: TrainingSettings) -> str | None:
-    """What `results.json` calls the method; None for a PEFT method that is not of the LoRA family."""
+    """Return the method's name in results.json; None for a PEFT method that is not of the LoRA family."""
     if settings.method in METHODS:
         return METHODS[settings.method]
     adapter = settings.recipe.adapter
@@ -119,7 +113,8 @@ def published_method(settings: TrainingSettings) -> str | None:
     return "dora" if adapter.get("use_dora") else "lora"
 
 
-def describe(
+def _results(
+    method: str,
     settings: TrainingSettings,
     resolved: ResolvedBase,
     trainee: Trainee,
@@ -127,8 +122,8 @@ def describe(
     history: list[dict[str, float]],
     seconds: float,
 ) -> Results:
-    """The facts of a run, as results.json has them."""
-    parameters = saved_parameters(settings, trainee)
+    trained = sum(parameter.numel() for parameter in trainable_parameters(trainee.model).values())
+    parameters = 2 * trained if settings.method == "pissa" else trained  # which is saved at twice its rank
     files = [Path(source).name for source in settings.data]
     from_hub = not any(Path(source).suffix or Path(source).exists() for source in settings.data)
     tokens, items = data.tokens, len(data.train)
@@ -136,19 +131,17 @@ def describe(
         DataSource(
             name,
             description=settings.about_data,
-            # What a file of several holds on its own is not kept.
+            # The counts of each file are not kept.
             items=items if len(files) == 1 else None,
             tokens=tokens if len(files) == 1 else None,
         )
         for name in (settings.data if from_hub else files)
     )
-    method = published_method(settings)
-    assert method is not None
     return Results(
         method=method,
         base=Base(
             id=resolved.hub_id or resolved.path.name,
-            revision=trainee.revision,
+            revision=resolved.revision,
             fingerprint=trainee.fingerprint if trainee.fingerprint != "unknown" else None,
             parameters=trainee.base_parameters,
             license="apache-2.0" if resolved.embedded else None,
@@ -161,20 +154,14 @@ def describe(
         datasets=settings.data if from_hub else (),
         training=Training(
             data=sources,
-            hyperparameters=hyperparameters(settings),
+            hyperparameters=_hyperparameters(settings),
             steps=int(max((entry["step"] for entry in history), default=0)),
             seconds=round(seconds, 1),
-            hardware=hardware(),
-            libraries=library_versions(),
-            loss=loss_points(history),
+            hardware=_hardware(),
+            libraries={name: version(name) for name in LIBRARIES},
+            loss=_loss_points(history),
         ),
     )
-
-
-def saved_parameters(settings: TrainingSettings, trainee: Trainee) -> int:
-    """How many values the saved adapter has: PiSSA's is saved at twice the rank it was trained at."""
-    trained = sum(parameter.numel() for parameter in trainable_parameters(trainee.model).values())
-    return 2 * trained if settings.method == "pissa" else trained
 
 
 def _base_note(settings: TrainingSettings, resolved: ResolvedBase) -> str | None:
@@ -186,8 +173,8 @@ def _base_note(settings: TrainingSettings, resolved: ResolvedBase) -> str | None
     return "; ".join(notes) or None
 
 
-def hyperparameters(settings: TrainingSettings) -> dict[str, Any]:
-    """What the card's table of hyper-parameters says; settings that were left out of the run are left out of it."""
+def _hyperparameters(settings: TrainingSettings) -> dict[str, Any]:
+    """Return the rows of the card's table of hyper-parameters."""
     recipe = settings.recipe
     rows: dict[str, Any] = {
         "method": settings.method,
@@ -211,8 +198,21 @@ def hyperparameters(settings: TrainingSettings) -> dict[str, Any]:
     return {name: value for name, value in rows.items() if value is not None}
 
 
-def loss_points(history: list[dict[str, float]]) -> tuple[tuple[int, float], ...]:
-    """(step, training loss), thinned evenly to `POINTS`; the last one is kept."""
+def _hardware() -> str:
+    """Return what this process computes on, without the machine's name."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    name = platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"CPU: {os.cpu_count()} cores of {name}"
+
+
+def _loss_points(history: list[dict[str, float]]) -> tuple[tuple[int, float], ...]:
+    """Return (step, training loss), thinned evenly to `POINTS`; the last one is kept."""
     points = [(int(entry["step"]), round(entry["loss"], 5)) for entry in history if "loss" in entry]
     every = max(1, -(-len(points) // POINTS))
     return tuple(point for index, point in enumerate(points) if (len(points) - 1 - index) % every == 0)
@@ -220,20 +220,14 @@ def loss_points(history: list[dict[str, float]]) -> tuple[tuple[int, float], ...
 
 def write_loss(path: Path, history: list[dict[str, float]]) -> None:
     """Write every logged step: training loss, validation loss where there is one, learning rate, gradient norm."""
-    columns = {
-        "loss": "loss",
-        "eval_loss": "validation_loss",
-        "learning_rate": "learning_rate",
-        "grad_norm": "grad_norm",
-    }
+    columns = {"loss": "loss", "eval_loss": "validation_loss"} | {name: name for name in ("learning_rate", "grad_norm")}
     rows: dict[int, dict[str, float]] = {}
     for entry in history:
         found = {column: entry[key] for key, column in columns.items() if key in entry}
         if found:
             rows.setdefault(int(entry["step"]), {}).update(found)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["step", *columns.values()])
-        writer.writeheader()
-        writer.writerows({"step": step, **rows[step]} for step in sorted(rows))
-    os.replace(temporary, path)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, ["step", *columns.values()])
+    writer.writeheader()
+    writer.writerows({"step": step, **rows[step]} for step in sorted(rows))
+    write_whole(path, table.getvalue())

@@ -1,10 +1,10 @@
-"""PEFT's own methods, trained by the same loop and saved in PEFT's format.
+"""Train PEFT's own methods in the same loop, and save them in PEFT's format.
 
-Each needs something done around PEFT, which is here:
+Some need more than PEFT does:
 
-    PiSSA     changes the base's weights, so what is saved is the difference to the start: a LoRA of twice the rank
-    LoftQ     is computed on whatever device there is, and for any alpha (PEFT 0.21 asks for CUDA, and for alpha = r)
-    AdaLoRA   is told the number of steps, and after each step its gradients; its importance scores are checkpointed
+    PiSSA     changes the base's weights, so the difference to the start is saved: a LoRA of twice the rank
+    LoftQ     is computed on any device and for any alpha (PEFT 0.21 requires CUDA and alpha = r)
+    AdaLoRA   needs the number of steps, and each step's gradients; its importance scores are checkpointed
 """
 
 from __future__ import annotations
@@ -14,9 +14,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.bases.resolving import ResolvedBase, load_model
+import torch
+from peft import TaskType, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import Linear4bit
+from safetensors.torch import save_file
+from transformers import TrainerCallback, set_seed
+
+from minilora_hub.adapter_folder.names import PEFT_CONFIG, WEIGHTS
+from minilora_hub.bases.loading import load_base
+from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.errors import TrainingError
-from minilora_hub.training.peft_configs import config_class_of
+from minilora_hub.remote_code.base_structure import keep_4bit_weights_exact
+from minilora_hub.training.recipes import peft_config_class
 from minilora_hub.training.settings import TrainingSettings
 
 UNSCHEDULED = 10**9
@@ -24,31 +33,26 @@ UNSCHEDULED = 10**9
 
 
 def build_peft_model(settings: TrainingSettings, resolved: ResolvedBase, arguments: dict[str, Any]) -> Any:
-    """The base with a fresh PEFT adapter; the initial weights follow from the seed.
+    """Load the base and add a new PEFT adapter, whose initial weights follow from the seed.
 
     Raises:
         BaseModelError: the base cannot be loaded.
         ValueError: PEFT refuses the configuration or the base.
     """
-    from peft import TaskType, get_peft_model
-    from transformers import set_seed
-
-    from minilora_hub.remote_code.base_structure import keep_4bit_weights_exact
-
-    base = load_model(resolved, **arguments)
+    base = load_base(resolved, **arguments)
     keep_4bit_weights_exact(base)
     chosen = dict(settings.recipe.adapter)
-    config_class = config_class_of(chosen)
+    config_class = peft_config_class(chosen)
     fields = {name: value for name, value in chosen.items() if name != "peft_type"}
     if "total_step" in {field.name for field in dataclasses.fields(config_class)}:
         fields["total_step"] = UNSCHEDULED
     set_seed(settings.recipe.seed)
     model = get_peft_model(base, config_class(task_type=TaskType.CAUSAL_LM, **fields))
     if settings.method == "loftq":
-        make_up_for_rounding(model, resolved)
+        compensate_rounding(model, resolved)
     if _is_pissa(settings):
-        # What the adapter is at the start, of which the saved one is the difference.
-        model.initial_weights = {name: value.detach().clone() for name, value in _adapter_state(model).items()}
+        initial = get_peft_model_state_dict(model)
+        model.initial_weights = {name: value.detach().clone() for name, value in initial.items()}
     return model
 
 
@@ -56,27 +60,19 @@ def _is_pissa(settings: TrainingSettings) -> bool:
     return str(settings.recipe.adapter.get("init_lora_weights", "")).startswith("pissa")
 
 
-def _adapter_state(model: Any) -> dict[str, Any]:
-    from peft import get_peft_model_state_dict
-
-    return get_peft_model_state_dict(model)  # type: ignore[no-any-return]
-
-
-def make_up_for_rounding(model: Any, resolved: ResolvedBase) -> None:
-    """LoftQ's start (arXiv 2310.08659, one iteration): s B A is the best rank-r part of W - Q, on every 4-bit linear.
+def compensate_rounding(model: Any, resolved: ResolvedBase) -> None:
+    """Initialise LoftQ (arXiv 2310.08659, one iteration): s B A is the best rank-r part of W - Q of each 4-bit linear.
 
     Args:
         model: a PEFT LoRA model on an NF4 base.
-        resolved: the base, whose weights are read once more as they are.
+        resolved: the base, whose exact weights are read.
 
     Raises:
         TrainingError: the base has no 4-bit linear.
     """
     import bitsandbytes as bnb
-    import torch
-    from peft.tuners.lora import Linear4bit
 
-    exact = load_model(resolved, dtype="auto")
+    exact = load_base(resolved, dtype="auto")
     layers = {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, Linear4bit)}
     if not layers:
         raise TrainingError(f"LoftQ: base {resolved.name!r} has no 4-bit linear once it is quantised")
@@ -95,8 +91,6 @@ def make_up_for_rounding(model: Any, resolved: ResolvedBase) -> None:
 
 def save_peft_adapter(model: Any, out: Path, settings: TrainingSettings, resolved: ResolvedBase) -> None:
     """Write the adapter in PEFT's format, naming the base by its name and commit."""
-    from safetensors.torch import save_file
-
     out.mkdir(parents=True, exist_ok=True)
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = settings.base, resolved.revision
@@ -106,17 +100,17 @@ def save_peft_adapter(model: Any, out: Path, settings: TrainingSettings, resolve
             initial = Path(scratch, "initial")
             initial.mkdir()
             values = {name: value.contiguous() for name, value in model.initial_weights.items()}
-            save_file(values, initial / "adapter_model.safetensors")
+            save_file(values, initial / WEIGHTS)
             conversion["path_initial_model_for_weight_conversion"] = str(initial)
         saved = Path(scratch, "saved")
         model.save_pretrained(str(saved), **conversion)
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            (saved / name).replace(out / name)  # and not the card that PEFT writes: a push writes its own
+        for name in (PEFT_CONFIG, WEIGHTS):
+            (saved / name).replace(out / name)  # without the card that PEFT writes: a push writes its own
     model.get_base_model().generation_config.save_pretrained(out)
 
 
 def method_callbacks(model: Any, steps: int) -> list[Any]:
-    """What a method needs between steps.
+    """Return the callbacks that a method needs between steps.
 
     Raises:
         TrainingError: AdaLoRA's schedule does not fit the number of steps.
@@ -132,28 +126,21 @@ def method_callbacks(model: Any, steps: int) -> list[Any]:
             "lower them, or train longer"
         )
     config.total_step = steps
-    return [_ranks_allocated()]
+    return [RanksAllocated()]
 
 
-def _ranks_allocated() -> Any:
-    from transformers import TrainerCallback
+class RanksAllocated(TrainerCallback):
+    """Passes AdaLoRA the gradients of each step before they are reset."""
 
-    class RanksAllocated(TrainerCallback):
-        """Lets AdaLoRA see the gradients of each step before they are gone."""
-
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            model.base_model.update_and_allocate(state.global_step)
-
-    return RanksAllocated()
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.base_model.update_and_allocate(state.global_step)
 
 
 SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 def scores_to_keep(model: Any) -> dict[str, Any]:
-    """AdaLoRA's importance scores and ranks so far, which a checkpoint needs beside the weights; else nothing."""
-    import torch
-
+    """Return AdaLoRA's importance scores and ranks so far, which a checkpoint needs; nothing for other methods."""
     allocator = getattr(getattr(model, "base_model", None), "rankallocator", None)
     if allocator is None:
         return {}
@@ -163,15 +150,12 @@ def scores_to_keep(model: Any) -> dict[str, Any]:
 
 
 def restore_scores(model: Any, tensors: dict[str, Any]) -> None:
-    """The way back of `scores_to_keep`."""
-    allocator = getattr(getattr(model, "base_model", None), "rankallocator", None)
-    if allocator is None:
-        return
+    """Restore the scores and ranks that `scores_to_keep` returned."""
+    allocator = model.base_model.rankallocator
     found: dict[str, dict[str, Any]] = {kind: {} for kind in (*SCORES, "ranks")}
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
-        if kind in found:
-            found[kind][name] = value
+        found[kind][name] = value
     for kind in SCORES:
         setattr(allocator, kind, found[kind])
     if found["ranks"]:

@@ -1,4 +1,4 @@
-"""What a run will do and cost, told before it starts; time and activations are measured on one batch."""
+"""The plan of a run, printed before it starts: steps, memory and time, the latter two measured on one batch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from minilora_hub.formatting import duration, size
 from minilora_hub.training.dataset import TrainingData
 from minilora_hub.training.models import Trainee, trainable_parameters
 from minilora_hub.training.settings import TrainingSettings
@@ -38,15 +39,18 @@ class Plan:
     Attributes:
         trainable: parameters that learn.
         share: their share of the base's.
-        rows, validation_rows, skipped_rows: how many rows there are, are held out, were left out.
-        tokens, learned_tokens: in an epoch; those with a loss.
+        rows: rows to train on.
+        validation_rows: rows held out.
+        skipped_rows: rows left out.
+        tokens: in an epoch.
+        learned_tokens: those with a loss.
         longest: tokens in the longest row.
         steps: optimizer steps.
         batch: rows per step, over all processes.
-        base_bytes: the base's weights as they are held.
-        learning_bytes: adapter, its gradients and the optimizer's state.
-        activation_bytes: what a forward pass of the longest rows keeps for the backward pass.
-        seconds: expected time; None where nothing was measured.
+        base_bytes: memory of the base's weights.
+        learning_bytes: memory of the adapter, its gradients and the optimizer's state.
+        activation_bytes: memory that a forward pass of the longest rows keeps for the backward pass.
+        seconds: expected time.
         packed: whether a step's rows are packed ones.
         ends: the tokens that end an answer: what is learned ends with one, and generation stops at each.
     """
@@ -63,52 +67,35 @@ class Plan:
     batch: int
     base_bytes: int
     learning_bytes: int
-    activation_bytes: int | None
-    seconds: float | None
-    packed: bool = False
-    ends: tuple[str, ...] = ()
+    activation_bytes: int
+    seconds: float
+    packed: bool
+    ends: tuple[str, ...]
 
     def lines(self) -> list[tuple[str, str]]:
-        """The plan for people: (what, how much)."""
+        """Return the plan for people: (what, how much)."""
         held = f", {self.validation_rows:,} held out" if self.validation_rows else ""
         skipped = f", {self.skipped_rows:,} skipped" if self.skipped_rows else ""
-        memory = self.base_bytes + self.learning_bytes + (self.activation_bytes or 0)
-        parts = f"base {size(self.base_bytes)}, adapter and optimizer {size(self.learning_bytes)}"
-        if self.activation_bytes is not None:
-            parts += f", activations {size(self.activation_bytes)}"
+        parts = {"base": self.base_bytes, "adapter and optimizer": self.learning_bytes}
+        parts["activations"] = self.activation_bytes
+        memory = ", ".join(f"{part} {size(count)}" for part, count in parts.items())
+        seconds = max(self.seconds, 1) if self.seconds < 90 else 60 * round(self.seconds / 60)
         return [
             ("trainable", f"{self.trainable:,} parameters, {self.share:.2%} of the base"),
             ("data", f"{self.rows:,} rows{held}{skipped}"),
             ("tokens", f"{self.tokens:,} in an epoch, {self.learned_tokens:,} learned; longest row {self.longest:,}"),
             ("end", f"an answer ends with {' or '.join(self.ends)}"),
             ("steps", f"{self.steps:,} of {self.batch} {'packed ' * self.packed}row{'s' * (self.batch > 1)}"),
-            ("memory", f"about {size(memory)}: {parts}"),
-            ("time", "unknown" if self.seconds is None else f"about {duration(self.seconds)}"),
+            ("memory", f"about {size(sum(parts.values()))}: {memory}"),
+            ("time", f"about {duration(seconds)}"),
         ]
 
 
-def size(count: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them."""
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def shape_of(settings: TrainingSettings, rows: int, processes: int) -> Shape:
-    """How `rows` rows (packed ones, if they are packed) become steps on that many processes.
+    """Return how rows, or packed rows, become steps on a number of processes.
 
     Raises:
-        ValueError: the batch cannot be shared out evenly.
+        ValueError: the processes or micro-batches do not divide the batch.
     """
     recipe = settings.recipe
     if recipe.batch_size % processes:
@@ -132,7 +119,7 @@ def make_plan(
     ends: list[int],
     device: Any,
 ) -> Plan:
-    """The plan; one batch of typical rows goes forward and backward through a trainer's model, and leaves no trace.
+    """Make the plan: one batch of typical rows goes forward and backward through the model, which is not changed.
 
     Args:
         settings: what is asked for.
@@ -174,21 +161,16 @@ def make_plan(
 
 
 def _probe(model: Any, data: TrainingData, rows: int, pad: int, device: Any) -> tuple[float, int, int]:
-    """(seconds, bytes kept for the backward pass, tokens) of a micro-batch of rows around the median length."""
+    """Return (seconds, bytes kept for the backward pass, tokens) of a micro-batch of rows around the median length."""
     import torch
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     by_length = sorted(range(len(data.train)), key=data.train.lengths.__getitem__)
     middle = len(by_length) // 2
     chosen = [data.train[index] for index in by_length[max(0, middle - rows // 2) :][:rows]]
-    width = max(len(example.input_ids) for example in chosen)
-    ids = torch.full((len(chosen), width), pad, device=device)
-    labels = torch.full((len(chosen), width), -100, device=device)
-    mask = torch.zeros((len(chosen), width), dtype=torch.long, device=device)
-    for row, example in enumerate(chosen):
-        length = len(example.input_ids)
-        ids[row, :length] = torch.tensor(example.input_ids)
-        labels[row, :length] = torch.tensor(example.labels)
-        mask[row, :length] = 1
+    features = [{"input_ids": example.input_ids, "labels": example.labels} for example in chosen]
+    batch = DataCollatorForLanguageModeling(pad)(features)
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
@@ -205,7 +187,7 @@ def _probe(model: Any, data: TrainingData, rows: int, pad: int, device: Any) -> 
         for _ in range(2 if device.type == "cuda" else 1):  # the first one on a GPU also loads its kernels
             started = time.perf_counter()
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                outputs = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, fused_lm_head=True)
+                outputs = model(**batch, use_cache=False, fused_lm_head=True)
             outputs.loss.backward()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -213,4 +195,4 @@ def _probe(model: Any, data: TrainingData, rows: int, pad: int, device: Any) -> 
     for parameter in model.parameters():
         parameter.grad = None
     model.train(training)
-    return seconds, sum(kept.values()), ids.numel()
+    return seconds, sum(kept.values()), batch["input_ids"].numel()

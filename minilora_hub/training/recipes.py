@@ -1,8 +1,7 @@
-"""How each method is trained by default: a frozen dataclass per method.
+"""How a method is trained: the settings of a recipe, and each method's defaults.
 
-A field is a setting of the training itself (`Recipe`) or, under `adapter`, of the method's own configuration class,
-which checks its values: MixLoraConfig, DoraConfig, PEFT's LoraConfig and so on. Every field can be overridden by name;
-`minilora_hub.training.settings` does that and refuses a name that neither has.
+A setting is a field of the training itself (`Recipe`) or, under `adapter`, of the method's own configuration class,
+which checks its values: MixLoraConfig, DoraConfig, PEFT's LoraConfig and so on.
 
 The defaults are starting points, not results of a search: learning rates that the papers or the libraries name for
 adapters of this size, and a short warm-up into a cosine. `minilora sweep` finds better ones for your data.
@@ -10,16 +9,61 @@ adapters of this size, and a short warm-up into a cosine. `minilora sweep` finds
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-Batching = Literal["shuffled", "length-grouped", "packed"]
+from pydantic import AfterValidator, BeforeValidator, Field, Strict
+
+from minilora_hub.errors import TrainingError
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
-def _fields(**values: Any) -> Any:
-    return field(default_factory=lambda: MappingProxyType(dict(values)))
+def plain_value(value: Any) -> Any:
+    """Return a number that YAML 1.1 reads as text (``1e-4`` has no dot) as a number, and a tuple as a list."""
+    if isinstance(value, str) and NUMBER.fullmatch(value):
+        return float(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return plain_value(value)
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    items = [value] if isinstance(value, (str, os.PathLike)) else value
+    if not isinstance(items, (list, tuple)):
+        raise ValueError("must be a list of texts")
+    if "" in items:
+        raise ValueError("holds an empty text: leave it out")
+    return tuple(str(item) for item in items)
+
+
+def _share(of: str) -> AfterValidator:
+    def check(value: float) -> float:
+        if not 0 <= value < 1:
+            raise ValueError(f"must be a share of the {of}, at least 0 and below 1")
+        return value
+
+    return AfterValidator(check)
+
+
+Whole = Annotated[int, BeforeValidator(_number)]
+Count = Annotated[Whole, Field(ge=1)]
+Real = Annotated[float, BeforeValidator(_number)]
+Flag = Annotated[bool, Strict()]
+Text = Annotated[
+    str,
+    BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value),
+    Field(min_length=1),
+]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
 
 
 @dataclass(frozen=True)
@@ -62,150 +106,112 @@ class Recipe:
         report_to: where to log: ``"trackio"``, ``"tensorboard"``, ``"wandb"``.
     """
 
-    adapter: Mapping[str, Any] = _fields()
-    learning_rate: float = 2e-4
-    schedule: str = "cosine"
-    warmup: float = 0.05
-    epochs: float = 3.0
-    max_steps: int | None = None
-    batch_size: int = 8
-    micro_batch_size: int | None = None
-    batching: Batching = "shuffled"
-    optimizer: str = "adamw_torch"
-    loraplus_ratio: float | None = None
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    max_length: int | None = None
-    truncate: bool = False
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    learning_rate: Annotated[Real, Field(gt=0)] = 2e-4
+    schedule: Text = "cosine"
+    warmup: Annotated[Real, _share("steps")] = 0.05
+    epochs: Annotated[Real, Field(gt=0)] = 3.0
+    max_steps: Count | None = None
+    batch_size: Count = 8
+    micro_batch_size: Count | None = None
+    batching: Literal["shuffled", "length-grouped", "packed"] = "shuffled"
+    optimizer: Text = "adamw_torch"
+    loraplus_ratio: Annotated[Real, Field(ge=1)] | None = None
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[Real, Field(ge=0)] = 1.0
+    max_length: Count | None = None
+    truncate: Flag = False
     loss_on: Literal["completions", "all"] = "completions"
-    chat: bool = True
-    validation: float = 0.0
-    early_stopping: int | None = None
-    save_every: int | None = None
-    keep_checkpoints: int = 2
+    chat: Flag = True
+    validation: Annotated[Real, _share("rows")] = 0.0
+    early_stopping: Count | None = None
+    save_every: Count | None = None
+    keep_checkpoints: Count = 2
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     save_dtype: Literal["float32", "bfloat16"] = "float32"
     quantize: Literal["nf4", "int8"] | None = None
-    double_quant: bool = True
-    attention: str | None = None
-    gradient_checkpointing: bool = False
-    seed: int = 0
-    report_to: tuple[str, ...] = ()
+    double_quant: Flag = True
+    attention: Text | None = None
+    gradient_checkpointing: Flag = False
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0
+    report_to: Texts = ()
 
 
-@dataclass(frozen=True)
-class LoraRecipe(Recipe):
-    """LoRA (arXiv 2106.09685) on every linear of the decoder layers."""
+_LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+_MIXLORA = {"r": 16, "lora_alpha": 32, "num_experts": 8, "router_aux_loss_coef": 0.001}
+_PEFT_LORA = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_modules": "all-linear"}
 
-    adapter: Mapping[str, Any] = _fields(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear")
-
-
-@dataclass(frozen=True)
-class DoraRecipe(Recipe):
-    """DoRA (arXiv 2402.09353)."""
-
-    adapter: Mapping[str, Any] = _fields(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear")
-
-
-@dataclass(frozen=True)
-class MixLoraRecipe(Recipe):
-    """MixLoRA (arXiv 2404.15159): LoRA experts in the feed-forward blocks, LoRA on attention.
-
-    How many experts serve a token follows from the routing strategy: two, by default.
-    """
-
-    adapter: Mapping[str, Any] = _fields(r=16, lora_alpha=32, num_experts=8, router_aux_loss_coef=0.001)
-
-
-@dataclass(frozen=True)
-class MixDoraRecipe(MixLoraRecipe):
-    """MixLoRA whose experts and attention adapters are DoRA."""
-
-    adapter: Mapping[str, Any] = _fields(r=16, lora_alpha=32, num_experts=8, router_aux_loss_coef=0.001, use_dora=True)
-
-
-@dataclass(frozen=True)
-class RsLoraRecipe(Recipe):
-    """rsLoRA (arXiv 2312.03732): LoRA scaled by alpha / sqrt(r), so that a larger rank does not learn slower."""
-
-    learning_rate: float = 1e-4
-    adapter: Mapping[str, Any] = _fields(
-        peft_type="LORA", r=16, lora_alpha=16, use_rslora=True, target_modules="all-linear"
-    )
-
-
-@dataclass(frozen=True)
-class PissaRecipe(Recipe):
-    """PiSSA (arXiv 2404.02948): starts from the base's principal components, and leaves the rest in the base.
-
-    What is saved is a plain LoRA of twice the rank on the base as it was.
-    """
-
-    learning_rate: float = 1e-4
-    adapter: Mapping[str, Any] = _fields(
-        peft_type="LORA", r=16, lora_alpha=16, init_lora_weights="pissa", target_modules="all-linear"
-    )
-
-
-@dataclass(frozen=True)
-class LoftqRecipe(Recipe):
-    """LoftQ (arXiv 2310.08659): starts where LoRA makes up for the rounding of an NF4 base."""
-
-    quantize: Literal["nf4", "int8"] | None = "nf4"
-    double_quant: bool = False
-    adapter: Mapping[str, Any] = _fields(peft_type="LORA", r=16, lora_alpha=16, target_modules="all-linear")
-
-
-@dataclass(frozen=True)
-class AdaLoraRecipe(Recipe):
-    """AdaLoRA (arXiv 2303.10512): starts at rank `init_r`, and keeps the ranks that matter, `target_r` on average.
-
-    By default the ranks stay until a tenth of the run, and are settled for its last third (`tinit`, `tfinal`).
-    """
-
-    learning_rate: float = 1e-3
-    adapter: Mapping[str, Any] = _fields(
-        peft_type="ADALORA", init_r=12, target_r=8, lora_alpha=32, target_modules="all-linear"
-    )
-
-
-@dataclass(frozen=True)
-class FourierFtRecipe(Recipe):
-    """FourierFT (arXiv 2405.03003): learns a few coefficients of the update's spectrum."""
-
-    learning_rate: float = 1e-3
-    adapter: Mapping[str, Any] = _fields(
-        peft_type="FOURIERFT", n_frequency=1000, scaling=150.0, target_modules="all-linear"
-    )
-
-
-@dataclass(frozen=True)
-class VeraRecipe(Recipe):
-    """VeRA (arXiv 2310.11454): frozen random matrices, shared by all layers; two vectors a layer learn."""
-
-    learning_rate: float = 4e-3
-    adapter: Mapping[str, Any] = _fields(peft_type="VERA", r=256, target_modules="all-linear")
-
-
-@dataclass(frozen=True)
-class PeftRecipe(Recipe):
-    """Any causal-LM method of PEFT: `peft_type` names it, the other fields are its configuration's."""
-
-    adapter: Mapping[str, Any] = _fields()
-
-
-RECIPES: dict[str, type[Recipe]] = {
-    "lora": LoraRecipe,
-    "dora": DoraRecipe,
-    "mixlora": MixLoraRecipe,
-    "mixdora": MixDoraRecipe,
-    "rslora": RsLoraRecipe,
-    "pissa": PissaRecipe,
-    "loftq": LoftqRecipe,
-    "adalora": AdaLoraRecipe,
-    "fourierft": FourierFtRecipe,
-    "vera": VeraRecipe,
-    "peft": PeftRecipe,
+RECIPES: dict[str, dict[str, Any]] = {
+    # LoRA (arXiv 2106.09685) and DoRA (arXiv 2402.09353) on every linear of the decoder layers
+    "lora": {"adapter": _LORA},
+    "dora": {"adapter": _LORA},
+    # LoRA experts in the feed-forward blocks, LoRA on attention (arXiv 2404.15159); the routing strategy determines how
+    # many experts serve a token, two by default. MixDoRA: experts and attention adapters are DoRA.
+    "mixlora": {"adapter": _MIXLORA},
+    "mixdora": {"adapter": _MIXLORA | {"use_dora": True}},
+    # LoRA scaled by alpha / sqrt(r), so that a larger rank does not learn slower (arXiv 2312.03732)
+    "rslora": {"learning_rate": 1e-4, "adapter": _PEFT_LORA | {"use_rslora": True}},
+    # starts from the base's principal components (arXiv 2404.02948); saved as a LoRA of twice the rank
+    "pissa": {"learning_rate": 1e-4, "adapter": _PEFT_LORA | {"init_lora_weights": "pissa"}},
+    # starts where LoRA compensates the rounding of an NF4 base (arXiv 2310.08659)
+    "loftq": {"quantize": "nf4", "double_quant": False, "adapter": _PEFT_LORA},
+    # starts at rank `init_r` and keeps the ranks that matter, `target_r` on average (arXiv 2303.10512); by default the
+    # ranks stay for the first tenth of the run and are fixed for its last third (`tinit`, `tfinal`)
+    "adalora": {
+        "learning_rate": 1e-3,
+        "adapter": {
+            "peft_type": "ADALORA",
+            "init_r": 12,
+            "target_r": 8,
+            "lora_alpha": 32,
+            "target_modules": "all-linear",
+        },
+    },
+    # learns a few coefficients of the update's spectrum (arXiv 2405.03003)
+    "fourierft": {
+        "learning_rate": 1e-3,
+        "adapter": {"peft_type": "FOURIERFT", "n_frequency": 1000, "scaling": 150.0, "target_modules": "all-linear"},
+    },
+    # frozen random matrices shared by all layers; two vectors per layer are learned (arXiv 2310.11454)
+    "vera": {"learning_rate": 4e-3, "adapter": {"peft_type": "VERA", "r": 256, "target_modules": "all-linear"}},
+    # any causal-LM method of PEFT: `peft_type` names it, the other fields are its configuration's
+    "peft": {"adapter": {}},
 }
+"""The defaults of each method that differ from `Recipe`."""
 OURS = ("lora", "dora", "mixlora", "mixdora")
 """Trained by minilora_hub's own modules; the others by PEFT's."""
+
+
+def adapter_field_names(method: str, chosen: Mapping[str, Any]) -> set[str]:
+    """Return the names of the fields of a method's configuration that a user may set.
+
+    Args:
+        method: a name in `RECIPES`.
+        chosen: the fields that are set; ``"peft_type"`` names a method of PEFT.
+    """
+    if method not in OURS:
+        given = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "total_step"}
+        return {field.name for field in dataclasses.fields(peft_config_class(chosen))} - given
+    from minilora_hub.remote_code.configuration_minilora import AdapterConfig, DoraConfig, MixLoraConfig
+
+    config: Any = {"dora": DoraConfig, "lora": AdapterConfig}.get(method, MixLoraConfig)
+    given = {"base_model_name_or_path", "base_model_revision", "base_fingerprint", "text_config", "format_version"}
+    return set(config._own_fields()) - given - ({"use_dora"} if method in ("lora", "dora") else set())
+
+
+def peft_config_class(chosen: Mapping[str, Any]) -> Any:
+    """Return PEFT's configuration class of the method that ``chosen["peft_type"]`` names.
+
+    Raises:
+        TrainingError: PEFT has no such method.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    from minilora_hub.integrations.peft import method as peft_method
+
+    peft_method.register()  # adds MIXLORA to PEFT's methods
+    known = {str(getattr(kind, "value", kind)): kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+    name = str(chosen.get("peft_type", "")).upper()
+    if name not in known:
+        raise TrainingError(f"peft_type={chosen.get('peft_type')!r}: must be one of {', '.join(sorted(known))}")
+    return PEFT_TYPE_TO_CONFIG_MAPPING[known[name]]

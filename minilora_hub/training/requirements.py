@@ -1,14 +1,15 @@
-"""What a run needs from this machine, asked before anything is loaded: packages, CUDA."""
+"""Check the packages and the device that a run needs, before anything is loaded."""
 
 from __future__ import annotations
 
+import difflib
 import os
 from importlib.util import find_spec
 
 from minilora_hub.errors import MissingExtraError, TrainingError
 from minilora_hub.training.settings import TrainingSettings
 
-# What an optimizer's name says about the package it comes from, the first that fits.
+# Parts of optimizers' names, and the package that such an optimizer comes from; the first that fits counts.
 OPTIMIZER_PACKAGES = {
     "galore": "galore_torch",
     "apollo": "apollo_torch",
@@ -26,11 +27,11 @@ OPTIMIZER_PACKAGES = {
     "lion": "bitsandbytes",
 }
 SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
-"""What accelerate's launcher says in the environment. On CPUs it would then quietly train whole copies (1.15)."""
+"""Set by accelerate's launcher. On CPUs accelerate 1.15 would then train complete copies without a warning."""
 
 
 def check_requirements(settings: TrainingSettings) -> None:
-    """Raise if a package is missing, or if a setting needs CUDA and there is none.
+    """Check that the packages are installed, and that there is a CUDA device if a setting needs one.
 
     Raises:
         MissingExtraError: a package is missing; the message names the extra.
@@ -40,7 +41,7 @@ def check_requirements(settings: TrainingSettings) -> None:
     for variable, name in SHARDED.items():
         if os.environ.get(variable, "").lower() == "true":
             raise TrainingError(
-                f"{name}: a base in shards is not supported, each process holds all of it: launch without it, and "
+                f"{name}: sharded bases are not supported, each process holds the whole base: launch without it, and "
                 "pass --quantize nf4 where the base is too large"
             )
     for package in ("trl", "datasets"):
@@ -59,28 +60,21 @@ def _need(package: str, extra: str) -> None:
         raise MissingExtraError(package, extra)
 
 
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def _check_optimizer(name: str) -> None:
-    import difflib
-
+    import torch
     from transformers.training_args import OptimizerNames
 
     known = [member.value for member in OptimizerNames]
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3)
-        raise TrainingError(f"optimizer={name!r}: transformers has none of that name; close are {', '.join(close)}")
+        raise TrainingError(f"optimizer={name!r}: transformers has none of that name; similar: {', '.join(close)}")
     package = next((package for mark, package in OPTIMIZER_PACKAGES.items() if mark in name), None)
     if package == "bitsandbytes":
         _need(package, "quant")
     elif package is not None and find_spec(package) is None:
         raise TrainingError(f"optimizer={name!r} needs the package {package}, which is not installed")
-    # bitsandbytes 0.50 has 8-bit states on CPUs; in place of paged ones it would take ordinary ones, with a warning.
-    if "paged" in name and not _has_cuda():
+    # bitsandbytes 0.50 has 8-bit states on CPUs, but would replace paged states by ordinary ones, with a warning.
+    if "paged" in name and not torch.cuda.is_available():
         raise TrainingError(
             f"optimizer={name!r} needs a CUDA device, and there is none: pass {name.removeprefix('paged_')!r} "
             "or adamw_torch"

@@ -1,10 +1,10 @@
-"""Rows as other tools write them: ShareGPT's and Alpaca's become messages; what cannot be learned from is refused.
+"""Convert rows of ShareGPT and Alpaca to messages, and refuse rows that cannot be learned from.
 
     conversations          [{"from": "human", "value": …}, …] (ShareGPT), with `system` beside it
     instruction, output    texts (Alpaca), with `input`, `system` and `history` ([[question, answer], …]) beside them
 
-Fields that say nothing about what is learned are ignored, so files of ms-swift and LLaMA-Factory can be read as they
-are. Those that would change it are not: a preference pair, a rated answer, images.
+Fields that do not change what is learned are ignored, so files of ms-swift and LLaMA-Factory can be read as they are.
+Fields that would change it are refused: a preference pair, a rated answer, images.
 """
 
 from __future__ import annotations
@@ -26,29 +26,34 @@ REJECTED = ("rejected", "rejected_response", "rejected_messages")
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
 
-def refusal(fields: dict[str, Any]) -> str | None:
-    """Return why a row cannot be learned from, for a field that must not be ignored; else None."""
+def check_learnable(fields: dict[str, Any]) -> None:
+    """Check that a row has no field that must not be ignored.
+
+    Raises:
+        ValueError: it has one.
+    """
     rejected = next((name for name in REJECTED if fields.get(name)), None)
     if rejected:
-        return (
+        raise ValueError(
             f"is a preference pair (it has {rejected!r}), and training learns from answers: write the better one "
             "as completion, after its prompt, or train with TRL's DPOTrainer"
         )
     if isinstance(fields.get("label"), bool) and ("completion" in fields or "messages" in fields):
-        return "is a rated answer (label is true or false): keep the good ones without label, or train with KTOTrainer"
+        raise ValueError(
+            "is a rated answer (label is true or false): keep the good ones without label, or train with KTOTrainer"
+        )
     media = next((name for name in MEDIA if fields.get(name)), None)
     if media:
-        return f"has {media}: only text can be learned"
+        raise ValueError(f"has {media}: only text can be learned")
     if fields.get("chat_template_kwargs"):
-        return "has chat_template_kwargs, which generation would not give the chat template: leave them out"
-    return None
+        raise ValueError("has chat_template_kwargs, which generation would not give the chat template: leave them out")
 
 
 def as_messages(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return a ShareGPT or Alpaca row as a row of messages, any other row as it is.
+    """Return a ShareGPT or Alpaca row as a row of messages, and any other row unchanged.
 
     Raises:
-        ValueError: it is one of them, and a field is of a wrong type; the message names it.
+        ValueError: a field has a wrong type; the message names it.
     """
     if "messages" in fields or {"prompt", "completion"} <= fields.keys():
         return fields
@@ -103,33 +108,37 @@ def _system(fields: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def parsed_tools(tools: Any) -> list[dict[str, Any]] | None:
-    """Return the tools of a row, also where they are JSON text; None where there are none.
+    """Return the tools of a row, parsed if they are JSON text; None if there are none.
 
     Raises:
-        ValueError: they are no list of objects.
+        ValueError: they are not a list of objects.
     """
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
         except ValueError as error:
             raise ValueError(f"tools is no JSON ({error})") from None
-    if not tools or tools == "":
+    if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError("tools must be a list of objects, or JSON text of one")
     return tools
 
 
-def turn_problem(turn: dict[str, Any]) -> str | None:
-    """Return what is wrong with the marks and the tool calls of a message, None if nothing."""
+def check_turn(turn: dict[str, Any]) -> None:
+    """Check a message's `weight`, `loss` and tool calls.
+
+    Raises:
+        ValueError: one is wrong.
+    """
     weight = turn.get("weight")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        return f"weight={weight!r}: must be 0 (not learned) or 1"
+        raise ValueError(f"weight={weight!r}: must be 0 (not learned) or 1")
     if turn.get("loss") not in (None, True, False):
-        return f"loss={turn['loss']!r}: must be true or false"
+        raise ValueError(f"loss={turn['loss']!r}: must be true or false")
     calls = turn.get("tool_calls") or []
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        return "tool_calls must be a list of objects"
+        raise ValueError("tool_calls must be a list of objects")
     for call in calls:
         function = call.get("function", call)
         arguments = function.get("arguments") if isinstance(function, dict) else None
@@ -137,24 +146,23 @@ def turn_problem(turn: dict[str, Any]) -> str | None:
             try:
                 arguments = json.loads(arguments)
             except ValueError as error:
-                return f"the arguments of a tool call are no JSON ({error})"
+                raise ValueError(f"the arguments of a tool call are no JSON ({error})") from None
         if arguments and not isinstance(arguments, dict):
-            return f"the arguments of a tool call are a {type(arguments).__name__}, not an object"
-    return None
+            raise ValueError(f"the arguments of a tool call are a {type(arguments).__name__}, not an object")
 
 
 def without_nulls(value: Any) -> Any:
     """Return a value without the fields that are None, at any depth.
 
-    A column of Arrow's has the same fields in every row: those that a row did not have come back as None.
+    An Arrow column has the same fields in every row: those that a row did not have are None.
     """
     if isinstance(value, dict):
         return {name: without_nulls(item) for name, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def half_a_character(value: Any) -> str | None:
-    """Return the first surrogate without its other half in a value's texts, at any depth, as its escape in JSON."""
+def lone_surrogate(value: Any) -> str | None:
+    """Return the first lone surrogate in a value's texts, at any depth, as its escape in JSON."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -162,4 +170,4 @@ def half_a_character(value: Any) -> str | None:
             return ascii(value[error.start])[1:-1]
         return None
     parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
-    return next((found for part in parts if (found := half_a_character(part))), None)
+    return next((found for part in parts if (found := lone_surrogate(part))), None)

@@ -1,27 +1,37 @@
-"""What one training run does: method, base, data and recipe; put together from defaults, a YAML file and overrides.
+"""The settings of a training run: method, base, data and recipe, from defaults, a YAML file and overrides.
 
-`TrainingSettings` is also what lies beside the result as ``training.yaml``, complete, so that the same run can be made
-again from it. Nothing here loads torch.
+They are also saved beside the result as ``training.yaml``, complete, so that the same run can be repeated from it.
+Nothing here loads torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
-import re
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from minilora_hub.documents import write_whole
 from minilora_hub.errors import TrainingError
-from minilora_hub.training.recipes import OURS, RECIPES, Recipe
+from minilora_hub.training.recipes import OURS, RECIPES, Flag, Recipe, Text, Texts, adapter_field_names, plain_value
 
 SETTINGS_FILE = "training.yaml"
 REPORTERS = ("trackio", "tensorboard", "wandb")
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+NEEDS = {
+    "bool_type": "must be true or false",
+    "string_type": "must be a text",
+    "too_short": "is empty: leave it out for the default",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "literal_error": "must be one of {expected}",
+    "value_error": "{error}",
+}
+"""What is needed, by the type of pydantic's error; the other types are numbers that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -44,33 +54,30 @@ class TrainingSettings:
     """
 
     method: str
-    base: str
-    data: tuple[str, ...]
+    base: Text
+    data: Texts
     recipe: Recipe
-    base_revision: str | None = None
-    data_split: str = "train"
-    data_revision: str | None = None
-    validation_data: tuple[str, ...] = ()
-    skip_bad_rows: bool = False
-    license: str | None = None
-    language: tuple[str, ...] = ()
-    about_data: str | None = None
+    base_revision: Text | None = None
+    data_split: Text = "train"
+    data_revision: Text | None = None
+    validation_data: Texts = ()
+    skip_bad_rows: Flag = False
+    license: Text | None = None
+    language: Texts = ()
+    about_data: Text | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields flat, as the YAML file has them: the recipe's beside the run's own."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "recipe"}
-        recipe = {f.name: getattr(self.recipe, f.name) for f in dataclasses.fields(self.recipe)}
-        merged = own | recipe | {"adapter": dict(self.recipe.adapter)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in merged.items()}
+        fields = dataclasses.asdict(self)
+        fields |= fields.pop("recipe")
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     def save(self, folder: Path) -> None:
         """Write ``training.yaml``, complete."""
         import yaml
 
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
-        temporary = folder / f".{SETTINGS_FILE}.{os.getpid()}"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / SETTINGS_FILE)
+        write_whole(folder / SETTINGS_FILE, text)
 
 
 OWN_FIELDS = tuple(f.name for f in dataclasses.fields(TrainingSettings) if f.name != "recipe")
@@ -78,16 +85,16 @@ RECIPE_FIELDS = tuple(f.name for f in dataclasses.fields(Recipe))
 
 
 def make_settings(*sources: Mapping[str, Any]) -> TrainingSettings:
-    """Settings from the method's defaults and overrides, a later source before an earlier one.
+    """Build settings from the method's defaults and overrides; a later source overrides an earlier one.
 
     Args:
         *sources: {name: value}, where a name is a field of `TrainingSettings` or `Recipe`, or of the method's own
-            configuration; ``"adapter"`` may hold a mapping of the latter. None means "not said".
+            configuration; ``"adapter"`` may hold a mapping of the latter. None means "not given".
 
     Raises:
         TrainingError: a name is unknown, or a value has a wrong type or is out of range; the message names both.
     """
-    said: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     adapter: dict[str, Any] = {}
     for source in sources:
         values = {name.replace("-", "_"): value for name, value in source.items() if value is not None}
@@ -96,24 +103,31 @@ def make_settings(*sources: Mapping[str, Any]) -> TrainingSettings:
             raise TrainingError(f"adapter={nested!r}: must be a mapping of the method's own fields")
         adapter |= nested
         for name, value in values.items():
-            (said if name in OWN_FIELDS or name in RECIPE_FIELDS else adapter)[name] = value
-    method = said.get("method")
+            (given if name in OWN_FIELDS or name in RECIPE_FIELDS else adapter)[name] = value
+    method = given.get("method")
     if method not in RECIPES:
         raise TrainingError(f"method={method!r}: must be one of {', '.join(RECIPES)}")
     for name in ("base", "data"):
-        if not said.get(name):
+        if not given.get(name):
             raise TrainingError(f"{name} is missing: pass --{name}")
-    recipe_class = RECIPES[method]
-    default = recipe_class()
-    chosen = dict(default.adapter) | {name: _plain(value) for name, value in adapter.items()}
+    defaults = RECIPES[method]
+    chosen = defaults["adapter"] | {name: plain_value(value) for name, value in adapter.items()}
     if method in OURS and "lora_alpha" not in adapter and isinstance(chosen.get("r"), int):
         chosen["lora_alpha"] = 2 * chosen["r"]
     _check_adapter_fields(method, chosen)
-    recipe = recipe_class(**_typed(recipe_class, {k: v for k, v in said.items() if k in RECIPE_FIELDS}), adapter=chosen)
-    settings = TrainingSettings(
-        **_typed(TrainingSettings, {k: v for k, v in said.items() if k in OWN_FIELDS}), recipe=recipe
-    )
-    _check_ranges(settings)
+    recipe = defaults | {name: value for name, value in given.items() if name in RECIPE_FIELDS} | {"adapter": chosen}
+    own = {name: value for name, value in given.items() if name in OWN_FIELDS}
+    try:
+        settings = TypeAdapter(TrainingSettings).validate_python(own | {"recipe": recipe})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = next(step for step in reversed(problem["loc"]) if step in OWN_FIELDS or step in RECIPE_FIELDS)
+        number = "must be a whole number" if problem["type"].startswith("int") else "must be a number"
+        need = NEEDS.get(problem["type"], number).format(**problem.get("ctx", {}))
+        if problem["type"] == "literal_error":
+            need = need.replace("'", "").replace(" or ", ", ")
+        raise TrainingError(f"{name}={problem['input']!r}: {need}") from None
+    _check_combinations(settings)
     return settings
 
 
@@ -137,7 +151,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """``"num_experts=4"`` as a name and a value; values are written as in YAML, e.g. ``[q_proj, v_proj]``."""
+    """Parse ``"num_experts=4"`` into a name and a value; values are written as in YAML, e.g. ``[q_proj, v_proj]``."""
     import yaml
 
     name, equals, value = text.partition("=")
@@ -152,62 +166,6 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     return name.strip().replace("-", "_"), parsed
 
 
-def _plain(value: Any) -> Any:
-    """A number that YAML 1.1 takes for text (``1e-4`` has no dot) as a number."""
-    if isinstance(value, str) and NUMBER.fullmatch(value):
-        return float(value)
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _typed(kind: type, values: dict[str, Any]) -> dict[str, Any]:
-    hints = get_type_hints(kind)
-    return {name: _convert(name, hints[name], value) for name, value in values.items()}
-
-
-def _convert(name: str, kind: Any, value: Any) -> Any:
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        (kind,) = (member for member in arguments if member is not type(None))
-        return _convert(name, kind, value)
-    if origin is Literal:
-        if value not in arguments:
-            raise TrainingError(f"{name}={value!r}: must be one of {', '.join(map(str, arguments))}")
-        return value
-    if origin is tuple:
-        items = [value] if isinstance(value, (str, os.PathLike)) else value
-        if not isinstance(items, (list, tuple)):
-            raise TrainingError(f"{name}={value!r}: must be a list of texts")
-        if "" in items:
-            raise TrainingError(f"{name}={value!r}: holds an empty text: leave it out")
-        return tuple(str(item) for item in items)
-    if kind is str and isinstance(value, os.PathLike):
-        return os.fspath(value)
-    value = _plain(value) if kind in (int, float) else value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if value == "" and kind is str:
-        raise TrainingError(f"{name}='': is empty: leave it out for the default")
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        need = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}[kind]
-        raise TrainingError(f"{name}={value!r}: must be {need}")
-    return value
-
-
-def adapter_field_names(method: str, chosen: Mapping[str, Any]) -> set[str]:
-    """Names of the fields of a method's configuration; ours are read from the class, so a new one needs no list."""
-    if method in ("mixlora", "mixdora", "dora", "lora"):
-        from minilora_hub.remote_code.configuration_minilora import AdapterConfig, DoraConfig, MixLoraConfig
-
-        config: Any = {"dora": DoraConfig, "lora": AdapterConfig}.get(method, MixLoraConfig)
-        given = {"base_model_name_or_path", "base_model_revision", "base_fingerprint", "text_config", "format_version"}
-        return set(config._own_fields()) - given - (set() if method in ("mixlora", "mixdora") else {"use_dora"})
-    from minilora_hub.training.peft_configs import config_fields
-
-    return config_fields(chosen)
-
-
 def _check_adapter_fields(method: str, chosen: Mapping[str, Any]) -> None:
     known = adapter_field_names(method, chosen)
     for name in chosen:
@@ -217,26 +175,13 @@ def _check_adapter_fields(method: str, chosen: Mapping[str, Any]) -> None:
             raise TrainingError(f"{name}={chosen[name]!r}: neither a training setting nor a field of {method}{hint}")
 
 
-def _check_ranges(settings: TrainingSettings) -> None:
+def _check_combinations(settings: TrainingSettings) -> None:
     recipe = settings.recipe
 
     def require(holds: bool, name: str, need: str) -> None:
         if not holds:
             raise TrainingError(f"{name}={getattr(recipe, name)!r}: {need}")
 
-    require(recipe.learning_rate > 0, "learning_rate", "must be above 0")
-    require(recipe.epochs > 0, "epochs", "must be above 0")
-    for name in ("max_steps", "micro_batch_size", "max_length", "save_every", "early_stopping"):
-        value = getattr(recipe, name)
-        require(value is None or value >= 1, name, "must be at least 1")
-    for name in ("batch_size", "keep_checkpoints"):
-        require(getattr(recipe, name) >= 1, name, "must be at least 1")
-    require(0 <= recipe.warmup < 1, "warmup", "must be a share of the steps, at least 0 and below 1")
-    require(0 <= recipe.validation < 1, "validation", "must be a share of the rows, at least 0 and below 1")
-    require(recipe.loraplus_ratio is None or recipe.loraplus_ratio >= 1, "loraplus_ratio", "must be at least 1")
-    require(recipe.weight_decay >= 0, "weight_decay", "must be at least 0")
-    require(recipe.max_grad_norm >= 0, "max_grad_norm", "must be at least 0")
-    require(0 <= recipe.seed < 2**32, "seed", "must be at least 0 and below 2**32")
     micro = recipe.micro_batch_size
     require(micro is None or recipe.batch_size % micro == 0, "micro_batch_size", "must divide batch_size")
     validated = bool(settings.validation_data) or recipe.validation > 0

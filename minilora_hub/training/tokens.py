@@ -1,15 +1,15 @@
-"""Rows as token ids and labels: which tokens are learned, and that they are exactly the ones generation will meet.
+"""Encode rows as token ids and labels, with exactly the tokens that generation will see.
 
 A chat is tokenized once, as a whole, by `apply_chat_template`: those are the row's ids. An answer begins where the ids
-end that generation is given as its prompt, and ends with the token that generation stops at. Both places are found by
-comparing ids, so they hold for every tokenizer, with or without offsets. A row in which the prompt's ids are not the
-beginning of the whole is refused: pieces that are tokenized apart would train what inference never sees (SentencePiece
-puts a space before a piece; a token may reach over a boundary; a template may drop earlier reasoning).
+of the prompt end, as generation is given it, and ends with the token at which generation stops. Both places are found
+by comparing ids, so they are right for every tokenizer, with or without offsets. A row is refused if the prompt's ids
+are not the beginning of the whole: parts that are tokenized separately would train on tokens that inference never sees
+(SentencePiece puts a space before a part; a token may cross a boundary; a template may drop earlier reasoning).
 
-Only where a template ends an answer with no token at all, the tokenizer's eos token is added after the last one.
+Only where a template ends an answer without any token, the tokenizer's eos token is added after the last one.
 
-A plain prompt and its completion are tokenized together in the same way. Where a token would reach over the boundary,
-the completion's tokens follow the prompt's, as they do in generation, if together they decode to the same text.
+A plain prompt and its completion are tokenized together in the same way. Where a token would cross the boundary, the
+completion's tokens follow the prompt's, as in generation, if together they decode to the same text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ IGNORED = -100
 DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 AS_TEXTS = "write the rendered prompt and the answer as texts, with --set chat=false"
 MARKS = ("weight", "loss")
-"""Fields of a message that say whether it is learned; the chat template does not get them."""
+"""Fields of a message that say whether it is learned; they are not passed to the chat template."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Encoder:
         self._now = now if "strftime_now" in str(getattr(tokenizer, "chat_template", None)) else None
 
     def encode(self, row: Row) -> Example | BadRow:
-        """One row as tokens, or why that cannot be done exactly."""
+        """Return a row as tokens, or the reason why that cannot be done exactly."""
         try:
             ids, learned = self._encoded(row)
         except _CannotBeExact as error:
@@ -88,7 +88,7 @@ class Encoder:
         return Example(row.place, ids, labels)
 
     def _encoded(self, row: Row) -> tuple[list[int], list[bool]]:
-        """The row's ids, and for each whether it is learned."""
+        """Return the row's ids, and for each whether it is learned."""
         fields = row.fields
         if row.kind == "text":
             ids = self._closed(self._plain(fields["text"]))
@@ -104,10 +104,8 @@ class Encoder:
             return self._chat(turns, tools)
         return self._continued(prompt, completion)
 
-    # ---- chats ----
-
     def _chat(self, messages: list[dict[str, Any]], tools: Any, first: int = 0) -> tuple[list[int], list[bool]]:
-        """The whole conversation; the assistant's turns from the `first` message on are its answers."""
+        """Encode a conversation; the assistant's turns from the `first` message on are its answers."""
         if not self.has_template:
             raise _CannotBeExact("is a chat, but the base's tokenizer has no chat template: use prompt and completion")
         turns, ids = self._whole(messages, tools)
@@ -128,10 +126,10 @@ class Encoder:
         return ids, learned
 
     def _whole(self, messages: list[dict[str, Any]], tools: Any) -> tuple[list[dict[str, Any]], list[int]]:
-        """The messages as the template takes them, and all ids.
+        """Return the messages in the form that the template accepts, and all ids.
 
-        Arguments of tool calls that are JSON text are parsed, which is what templates expect; one that writes them as
-        text refuses them parsed, and gets them as they are.
+        Arguments of tool calls that are JSON text are parsed, as templates expect; a template that refuses the parsed
+        form gets the text.
         """
         given = [{name: value for name, value in turn.items() if name not in MARKS} for turn in messages]
         parsed = [_with_parsed_arguments(turn) for turn in given]
@@ -143,7 +141,7 @@ class Encoder:
             return given, self._ids(given, tools)
 
     def _answer_start(self, turns: list[dict[str, Any]], index: int, tools: Any, ids: list[int]) -> int:
-        """How many ids generation is given before it writes this turn; they must be the beginning of `ids`."""
+        """Return how many ids precede this turn in generation; they must be the beginning of `ids`."""
         if not index:
             raise _CannotBeExact("starts with the assistant: a chat needs a turn before it")
         prompt = self._ids(turns[:index], tools, opened=True)
@@ -158,10 +156,10 @@ class Encoder:
         )
 
     def _answer_stop(self, alone: list[int], ids: list[int], start: int, index: int) -> int:
-        """Where the turn ends, its end token included; `alone` is the conversation up to it.
+        """Return where the turn ends, its end token included; `alone` is the conversation up to it.
 
-        After the first end token a template may write white space and other end tokens, which follow the last turn only
-        in some: they need not be in the whole conversation, and are not learned.
+        After the first end token a template may write white space and other end tokens, some templates after the last
+        turn only: they need not be in the whole conversation, and are not learned.
         """
         same = _common(alone, ids)
         places = [place for place in range(start, same) if ids[place] in self.ends]
@@ -172,13 +170,15 @@ class Encoder:
             raise self._written_differently(index)
         if places:
             return places[-1] + 1
-        return same + (same < len(ids) and ids[same] in self.ends)  # some begin the next turn with what ends this one
+        return same + (
+            same < len(ids) and ids[same] in self.ends
+        )  # some templates begin the next turn with the token that ends this one
 
     @staticmethod
     def _written_differently(index: int) -> _CannotBeExact:
         return _CannotBeExact(
             f"turn {index + 1}: the chat template writes it differently alone than in the whole conversation, "
-            f"so its tokens cannot be told apart: make a row of prompt and completion for each answer, or {AS_TEXTS}"
+            f"so its tokens cannot be separated: make a row of prompt and completion for each answer, or {AS_TEXTS}"
         )
 
     def _ids(self, messages: list[dict[str, Any]], tools: Any, opened: bool = False) -> list[int]:
@@ -194,10 +194,8 @@ class Encoder:
         except Exception as error:  # a template is a program of the base's author
             raise _CannotBeExact(f"the chat template refuses it: {' '.join(str(error).split())[:200]}") from error
 
-    # ---- plain text ----
-
     def _continued(self, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
-        """A plain prompt, whose ids are those that generation is given, and the completion after it."""
+        """Encode a plain prompt, as generation is given it, and the completion after it."""
         given, ids = self._plain(prompt), self._plain(prompt + completion)
         if ids[: len(given)] != given:
             joined = [*given, *self._following(completion)]
@@ -211,10 +209,10 @@ class Encoder:
         return ids, [self.loss_on == "all"] * len(given) + [True] * (len(ids) - len(given))
 
     def _plain(self, text: str) -> list[int]:
-        """A text's ids as generation is given them.
+        """Return a text's ids as generation is given them.
 
-        The tokenizer's own special tokens are at the start, also of an empty text, unless the text begins with what a
-        rendered chat begins with, which has them already. Its own end is not: the end of a row is decided here.
+        They begin with the tokenizer's special tokens, unless the text begins like a rendered chat, which contains them
+        already. A special token that the tokenizer puts at the end is removed: `_closed` decides the end of a row.
         """
         if text.startswith(self._openings):
             return self._tokens(text)
@@ -226,19 +224,19 @@ class Encoder:
 
     @cached_property
     def _openings(self) -> tuple[str, ...]:
-        """The special tokens with which a rendered chat begins: BOS, or that of a first turn."""
+        """Special tokens with which a rendered chat begins: BOS, or that of a first turn."""
         found = {self.tokenizer.bos_token_id}
         user = {"role": "user", "content": "Question"}
         for turns in ([user], [{"role": "system", "content": "Answer"}, user]):
             try:
                 found.add(self._ids(turns, None)[0] if self.has_template else None)
             except (_CannotBeExact, IndexError):
-                continue  # many templates know no system's turn
+                continue  # many templates refuse a system message
         special = found & {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         return tuple(self.tokenizer.convert_ids_to_tokens(sorted(special)))
 
     def _following(self, text: str) -> list[int]:
-        """A text's ids in the middle of another: after a line break, before which SentencePiece puts its space."""
+        """Return a text's ids within another text: after a line break, before which SentencePiece puts its space."""
         before, after = self._tokens("\n"), self._tokens("\n" + text)
         return after[len(before) :] if after[: len(before)] == before else self._tokens(text)
 
@@ -249,7 +247,7 @@ class Encoder:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def _closed(self, ids: list[int]) -> list[int]:
-        """The ids with the eos token, unless an end token is the last that is not white space."""
+        """Add the eos token, unless the last token that is not white space ends an answer."""
         for token in reversed(ids):
             if token in self.ends:
                 return ids
@@ -264,9 +262,9 @@ class Encoder:
 
 
 def dated_template(template: str, now: datetime) -> str:
-    """Write a time into a chat template in place of its calls of `strftime_now`, which tell the time of the call.
+    """Replace a chat template's calls of `strftime_now`, which return the current time, with a fixed time.
 
-    A call whose format is no literal stays. (transformers replaces a function that is passed to a template.)
+    A call whose format is not a literal stays. (transformers overrides a function that is passed to a template.)
     """
     return DATE_CALL.sub(lambda call: json.dumps(now.strftime(call[2])), template)
 
@@ -276,7 +274,7 @@ def _is_learned(turn: dict[str, Any]) -> bool:
 
 
 def _with_parsed_arguments(turn: dict[str, Any]) -> dict[str, Any]:
-    """The message with the arguments of its tool calls as objects, not as JSON text."""
+    """Return the message with the arguments of its tool calls parsed from JSON text."""
     if not turn.get("tool_calls"):
         return turn
     calls = []
@@ -290,9 +288,7 @@ def _with_parsed_arguments(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _common(one: list[int], other: list[int]) -> int:
-    """With how many equal ids the lists begin."""
-    if other[: len(one)] == one:
-        return len(one)
+    """Return the length of the lists' common beginning."""
     different = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(different, min(len(one), len(other)))
 

@@ -1,16 +1,16 @@
-"""TRL's SFTTrainer for adapters: the model's own loss, checkpoints that are whole or absent, a stop at the first NaN.
+"""TRL's SFTTrainer for adapters: the model's own loss, complete checkpoints, a stop at the first NaN.
 
-How it differs from SFTTrainer (1.16), each found by running it:
+It differs from SFTTrainer 1.16:
 
-- SFTTrainer computes the loss itself from the log-probabilities of a fused head, so what a model of PEFT adds to its
-  loss is lost: AdaLoRA's orthogonality. Here the loss is the one that the model returns, from the same fused head.
-  MixLoRA's router losses are told to TRL by the model, and TRL adds them.
-- It casts the adapters of a quantised base to bfloat16, DoRA magnitudes of ours included. Here they stay float32.
-- A length-grouped order is drawn from torch's global state, so that a resumed run would see another one. Here it
+- SFTTrainer computes the loss from the log-probabilities of a fused head, so terms that a PEFT model adds to its loss
+  (AdaLoRA's orthogonality) are lost. Here the loss is the one that the model returns, from the same fused head.
+  MixLoRA's router losses are added by TRL.
+- SFTTrainer casts the adapters of a quantised base to bfloat16. Here they stay float32.
+- SFTTrainer draws a length-grouped order from torch's global random state, which a resumed run has not. Here the order
   follows from seed and epoch.
-- Off the GPU it scores every position, prompts and padding included, though only labels count: on a CPU a third of a
-  step. Here it scores labels everywhere, as it does on a GPU.
-- A checkpoint is written in place. Here it is written beside and then renamed, with the adapter's tensors only.
+- On a CPU SFTTrainer scores every position, prompts and padding included, a third of a step. Here it scores labels
+  only, as on a GPU.
+- SFTTrainer writes checkpoints in place. Here they are written beside and renamed, with the adapter's tensors only.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ SAVING = ".saving"
 
 
 def last_checkpoint(out: Path) -> Path | None:
-    """The last whole checkpoint of a run, None where there is none."""
+    """Return the last complete checkpoint of a run, None where there is none."""
     found = [path for path in (out / CHECKPOINTS).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
     return max(found, key=lambda path: int(path.name.partition("-")[2]), default=None)
 
 
 @contextmanager
 def labels_scored_only() -> Iterator[None]:
-    """TRL's fused head over the positions that have a label, on every device.
+    """Let TRL's fused head score only positions with a label, on every device.
 
-    It asks one function whether the device has Triton, and scores all positions elsewhere, for devices that compile
-    each shape anew. A CPU does not. The kernels ask their own copy of that function, which stays.
+    TRL does so where Triton is available; elsewhere it scores all positions, for devices that compile each shape again.
+    A CPU does not. The kernels have their own copy of the function that is replaced here.
     """
     from trl.trainer import utils
 
@@ -87,11 +87,11 @@ class LengthGrouped(Sampler[int]):
 
 
 class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer for a model whose adapter learns; see the head of this file.
+    """SFTTrainer for a model whose adapter learns; see the module's docstring.
 
     Args:
         recipe: how it is trained.
-        place_of: tells where the row with these token ids is, to say which batch a NaN came from.
+        place_of: returns where the row with these token ids is, for the message about a NaN.
         **kwargs: SFTTrainer's own.
     """
 
@@ -106,7 +106,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
             parameter.data = exact[name]
 
     def _send_telemetry(self) -> None:
-        """Nothing: TRL would count the run over the network, and nobody asked for that."""
+        """Send nothing: TRL would count the run over the network."""
 
     @property
     def run_dir(self) -> Path:
@@ -116,7 +116,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss with all its parts: router losses, and what a method of PEFT adds."""
+        """Return the loss with all its terms: router losses, and those of a PEFT method."""
         self._last_inputs = inputs
         with labels_scored_only():
             loss, outputs = self._loss(model, inputs, num_items_in_batch)
@@ -143,20 +143,17 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         )
 
     def not_finite_gradients(self) -> str:
-        """What to say of gradients that are not finite, before they are used."""
+        """Return the message about gradients that are not finite."""
         return self._not_finite("gradient", float("nan"), self._last_inputs)
 
     def _rows_in(self, inputs: dict[str, Any]) -> list[str]:
-        found = []
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         if mask is None:  # packed: a row starts where its position is 0
             starts = [*(inputs["position_ids"][0] == 0).nonzero().flatten().tolist(), ids.shape[1]]
             rows = [ids[0, start:end] for start, end in itertools.pairwise(starts)]
         else:
             rows = [row[keep.bool()] for row, keep in zip(ids, mask, strict=True)]
-        for row in rows:
-            found.append(self.place_of(row.tolist()) or "a part of a row")
-        return found
+        return [self.place_of(row.tolist()) or "a part of a row" for row in rows]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.recipe.batching != "length-grouped":
@@ -166,7 +163,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         return LengthGrouped(lengths, self.recipe.batch_size, self.args.seed)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """The recipe's optimizer; with `loraplus_ratio` PEFT's grouping of A and B."""
+        """Create the recipe's optimizer; with `loraplus_ratio` PEFT's grouping of A and B."""
         if self.optimizer is None and self.recipe.loraplus_ratio:
             from peft.optimizers import create_loraplus_optimizer
 
@@ -190,7 +187,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         return str(run / SAVING if getattr(self, "_saving", False) else run)
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
-        """Write a checkpoint beside the others, and move it among them once it is whole."""
+        """Write a checkpoint beside the others, and move it among them once it is complete."""
         run, step = self.run_dir, self.state.global_step
         target = run / f"checkpoint-{step}"
         if self.args.should_save:
@@ -226,17 +223,13 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        write_adapter(folder / WEIGHTS, self._learned(state_dict))
-        scores = scores_to_keep(self.accelerator.unwrap_model(self.model))
+        model = self.accelerator.unwrap_model(self.model)
+        values = trainable_parameters(model) if state_dict is None else state_dict
+        learned = {name: values[name].detach().cpu() for name in trainable_parameters(model)}
+        write_adapter(folder / WEIGHTS, learned)
+        scores = scores_to_keep(model)
         if scores:
             write_adapter(folder / SCORES, scores)
-
-    def _learned(self, state_dict: dict[str, Any] | None = None) -> dict[str, Any]:
-        model = self.accelerator.unwrap_model(self.model)
-        if state_dict is not None:
-            names = trainable_parameters(model)
-            return {name: value.cpu() for name, value in state_dict.items() if name in names}
-        return {name: parameter.detach().cpu() for name, parameter in trainable_parameters(model).items()}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.load_learned(Path(resume_from_checkpoint))
@@ -245,7 +238,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         self.load_learned(self.run_dir / f"checkpoint-{self.state.best_global_step}")
 
     def take_over(self, checkpoint: Path) -> None:
-        """End up where the run that wrote its last checkpoint would have: with the best weights, and its history."""
+        """Take the state after the last step from its checkpoint: the best weights, and the history."""
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self.load_learned(checkpoint)
         if self.args.load_best_model_at_end:

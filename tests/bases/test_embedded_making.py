@@ -55,6 +55,7 @@ print(embedded.embedded_folder(cache_dir=cache))
     def entries(cache: Path) -> list[str]:
         return sorted(path.name for path in (cache / "bases").iterdir() if path.suffix != ".lock")
 
+    @pytest.mark.slow
     def test_the_whole_way(self, tmp_path, folder):
         code = (
             "import sys; from minilora_hub.bases import resolve_base; print(resolve_base('embedded').path)\n"
@@ -77,7 +78,7 @@ print(embedded.embedded_folder(cache_dir=cache))
 
     def test_two_processes_convert_once(self, tmp_path):
         first = self.start(tmp_path, 1.5)
-        self.wait_until((tmp_path / "log").exists)
+        self.wait_until(lambda: (tmp_path / "log").is_file() and (tmp_path / "log").read_text())
         second = self.start(tmp_path, 1.5)
         answers = [process.communicate(timeout=60) for process in (first, second)]
         assert answers[0][0] == answers[1][0] == f"{tmp_path / 'bases' / embedded.FOLDER_NAME}\n"
@@ -87,7 +88,7 @@ print(embedded.embedded_folder(cache_dir=cache))
 
     def test_a_killed_run_leaves_nothing_that_looks_whole(self, tmp_path):
         killed = self.start(tmp_path, 60)
-        self.wait_until((tmp_path / "log").exists)
+        self.wait_until(lambda: (tmp_path / "log").is_file() and (tmp_path / "log").read_text())
         killed.kill()
         killed.communicate()
         (leftover,) = self.entries(tmp_path)
@@ -98,7 +99,7 @@ print(embedded.embedded_folder(cache_dir=cache))
 
     def test_ctrl_c_while_converting_cleans_up(self, tmp_path):
         stopped = self.start(tmp_path, 60)
-        self.wait_until((tmp_path / "log").exists)
+        self.wait_until(lambda: (tmp_path / "log").is_file() and (tmp_path / "log").read_text())
         stopped.send_signal(signal.SIGINT)
         assert "KeyboardInterrupt" in stopped.communicate(timeout=30)[1]
         assert self.entries(tmp_path) == []
@@ -142,6 +143,7 @@ print(embedded.embedded_folder(cache_dir=cache))
             embedded.embedded_folder(cache_dir=tmp_path, progress=False)
         assert self.entries(tmp_path) == []
 
+    @pytest.mark.slow
     def test_other_weights_than_expected_are_refused(self, gguf_file, tmp_path, monkeypatch):
         monkeypatch.setattr(gguf_conversion, "_write_weights", lambda reader, path, report: path.write_bytes(b"other"))
         with pytest.raises(BaseModelError, match=f"expected {embedded.WEIGHTS_SHA256}"):

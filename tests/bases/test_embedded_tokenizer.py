@@ -78,6 +78,7 @@ def reference_bpe(gguf_file: Path):
 
 
 class TestTokenizer:
+    @pytest.mark.slow
     @pytest.mark.parametrize("text", TEXTS)
     def test_equals_an_independent_reading_of_the_merges(self, text, tokenizer, reference_bpe):
         assert tokenizer.encode(text) == reference_bpe(text)

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraConfig, MixLoraForCausalLM
 from minilora_hub.bases import resolve_base
 from minilora_hub.compare.adapter_bank import AdapterBank
-from minilora_hub.compare.cached_forward import CachedForward
+from minilora_hub.compare.decoding import CachedForward
 from minilora_hub.compare.found_adapters import shared_copy
 
 CONTEXT = 64

@@ -56,13 +56,13 @@ def measure(hub, scratch: Path, rounds: int) -> dict:
     from minilora_hub.publish.push.build import build
     from minilora_hub.publish.push.push import push
     from minilora_hub.recording.document import RECORDING_FILE
-    from minilora_hub.recording.reuse import keep_recording
+    from minilora_hub.recording.reference import store_recording
 
     # The environment came after the client was imported for the server, so its constants are set by hand.
     huggingface_hub.constants.ENDPOINT = hub.endpoint
     base, folder = make_adapter(hub, scratch)
     start = time.perf_counter()
-    keep_recording(folder, resolve_base(base))  # as `train` does when it ends
+    store_recording(folder, resolve_base(base))  # as `train` does when it ends
     recording = time.perf_counter() - start
     built = build(folder, scratch / "built", repo_id="ana/adapter", base_model=str(base))
     api, first, unrecorded = HfApi(), scratch / "first", scratch / "unrecorded"

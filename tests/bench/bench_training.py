@@ -24,11 +24,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from minilora_hub.bases import resolve_base
 from minilora_hub.evaluation.tasks.training_files import MIX, write
 from minilora_hub.quiet import quiet_libraries
 from minilora_hub.training.dataset import prepare_data
 from minilora_hub.training.loop import build_trainer, known_warnings_ignored
-from minilora_hub.training.models import base_context, build_trainee, find_base, load_tokenizer, trainable_parameters
+from minilora_hub.training.models import base_context, build_trainee, load_tokenizer, trainable_parameters
 from minilora_hub.training.settings import make_settings
 
 PEFT = {"method": "peft", "peft_type": "LORA", "lora_alpha": 32, "target_modules": "all-linear"}
@@ -48,7 +49,7 @@ def build(names: list[str], rows: Path, scratch: Path) -> dict:
     trainers, weights = {}, {}
     for name in names:
         settings = make_settings({"base": "embedded", "data": str(rows), "r": 16}, VARIANTS[name])
-        resolved = find_base(settings, progress=True)
+        resolved = resolve_base(settings.base, revision=settings.base_revision)
         tokenizer = load_tokenizer(resolved)
         data = prepare_data(settings, tokenizer, base_context(resolved), scratch / name)
         trainee = build_trainee(settings, resolved)

@@ -1,6 +1,5 @@
 """The command line, as a shell sees it: what it prints, where, and with which exit code."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -14,17 +13,6 @@ import tiny_stand_ins
 from minilora_hub import cli
 from minilora_hub.cli import demo
 from minilora_hub.errors import MissingExtraError
-
-
-def minilora(*arguments, **environment):
-    """Run the command line in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "minilora_hub.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | environment,
-    )
 
 
 def main(capsys, *arguments):
@@ -69,9 +57,9 @@ def test_wrong_usage_exits_with_2(capsys, arguments):
     assert main(capsys, *arguments)[0] == 2
 
 
-def test_a_missing_adapter_is_one_line_and_exit_code_1(tmp_path):
+def test_a_missing_adapter_is_one_line_and_exit_code_1(run_command, tmp_path):
     """No traceback, and the base is not loaded in vain."""
-    done = minilora("demo", tmp_path / "gone", "--base", tmp_path)
+    done = run_command("demo", tmp_path / "gone", "--base", tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]

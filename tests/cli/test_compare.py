@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from minilora_hub import cli
-from minilora_hub.cli.compare import _picture, _printable, _Shown
+from minilora_hub.cli.compare import _Answer, _picture, _printable
 from minilora_hub.compare.engine import Column, Update
 
 
@@ -108,7 +108,7 @@ def test_what_a_model_writes_is_shown_as_text():
     """Neither rich's markup nor control sequences; side by side, or below each other where it is narrow."""
     shown = []
     for name in ("one", "two"):
-        answer = _Shown(Column(name, "DoRA"), text="[red]hi[/red] \x1b[31m\x07 zwölf 漢字")
+        answer = _Answer(Column(name, "DoRA"), text="[red]hi[/red] \x1b[31m\x07 zwölf 漢字")
         answer.updates.append(Update(0, tokens=4, finished=True, reason="eos"))
         shown.append(answer)
     pictures = {}

@@ -13,6 +13,7 @@ from minilora_hub.compare import engine
 from minilora_hub.evaluation import run as evaluation
 from minilora_hub.training import run as training
 from minilora_hub.training import sweep as sweeping
+from minilora_hub.training.sweep_trials import Range
 
 
 class Captured(Exception):
@@ -159,17 +160,21 @@ def test_sweep_takes_or_refuses(flags, message, tmp_path):
 )
 def test_a_sweep_keeps_what_its_file_says(config, said, expected, tmp_path, monkeypatch):
     """The share that is held out, and the seed of the search: the command line's alone were seen."""
-    seeds = []
+    import optuna
+
+    seeds, sampler = [], optuna.samplers.TPESampler
 
     def capture(out, **settings):
         raise Captured(settings)
 
     monkeypatch.setattr(sweeping, "train", capture)
-    monkeypatch.setattr(sweeping, "_tpe", lambda vary, seed, done: seeds.append(seed) or iter([{"r": 4}]))
+    monkeypatch.setattr(
+        optuna.samplers, "TPESampler", lambda seed, **said: seeds.append(seed) or sampler(seed=seed, **said)
+    )
     (tmp_path / "config.yaml").write_text(f"method: dora\nbase: embedded\ndata: rows.jsonl\nseed: 5\n{config}\n")
     said = said | {"search": "tpe", "config": str(tmp_path / "config.yaml")}
     with pytest.raises(Captured) as raised:
-        sweeping.sweep(tmp_path / "out", {"r": sweeping.Range(4, 16)}, **said)
+        sweeping.sweep(tmp_path / "out", {"r": Range(4, 16)}, **said)
     assert raised.value.args[0].get("validation") == expected
     assert seeds == [5]
 

@@ -146,22 +146,15 @@ def test_everything_is_put_back(capsys):
     assert state() == before
 
 
-@pytest.mark.parametrize("load", ["comparing", "recording", "converting"])
-def test_loading_a_base_from_python_draws_nothing(load, tmp_path, capsys):
-    """Wherever that is done, for people who call our functions and not our commands."""
+def test_loading_a_base_from_python_draws_nothing(tmp_path, capsys):
+    """For people who call our functions and not our commands."""
     from minilora_hub.bases import resolve_base
-    from minilora_hub.bases import skeleton as base_source
-    from minilora_hub.compare import found_adapters as columns
-    from minilora_hub.recording import bases_of_record
+    from minilora_hub.bases.loading import load_base, load_tokenizer
 
     base = write_base(tmp_path)
     capsys.readouterr()
-    if load == "comparing":
-        columns.load_base(base, "cpu", None, lambda line: None)
-    elif load == "recording":
-        bases_of_record.load_base(resolve_base(base))
-    else:
-        base_source.find_base(None, str(base)).load()
+    load_base(resolve_base(base))
+    load_tokenizer(resolve_base(base))
     assert capsys.readouterr().err == ""
     assert shown_bars(capsys) == {"T", "H", "D"}
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -163,7 +161,7 @@ def test_a_launcher_that_asks_for_shards_is_refused(rows, tmp_path, capsys, monk
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     command = ["--method", "dora", "--base", "no/such-base", "--data", rows, "--out", str(tmp_path / "out")]
     assert run(*command) == 1
-    assert one_line(capsys).startswith("minilora: FSDP: a base in shards is not supported")
+    assert one_line(capsys).startswith("minilora: FSDP: sharded bases are not supported")
 
 
 def test_it_logs_where_it_is_told_to(base, rows, tmp_path, capsys):
@@ -211,28 +209,32 @@ def test_a_folder_that_is_in_use_is_left_alone(base, rows, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
-def test_base_and_rows_come_from_the_hub_and_the_commit_is_kept(base, tmp_path):
+@pytest.fixture
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+def test_base_and_rows_come_from_the_hub_and_the_commit_is_kept(base, hub, run_on_hub, monkeypatch, tmp_path):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     lines = "".join(json.dumps(row) + "\n" for row in colour_rows(10)).encode()
-    command = [sys.executable, "-m", "minilora_hub.cli", "train", "--method", "dora", "--base", "me/tiny"]
-    with HubServer() as hub:
-        token = hub.add_user("me")
-        hub.add_repo("me/tiny", files={path.name: path.read_bytes() for path in Path(base).iterdir()})
-        hub.add_repo("me/colours", "dataset", files={"train.jsonl": lines}, private=True)
-        environment = hub.environment(token=token, cache_dir=tmp_path / "cache")
-
-        def said(*arguments: str) -> subprocess.CompletedProcess:
-            done = [*command, "--out", str(tmp_path / "out"), "--max-steps", "1", *arguments]
-            return subprocess.run(done, env=environment, capture_output=True, text=True, timeout=120)
-
-        done = said("--data", "me/colours")
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "10 rows" in done.stderr
-        results = json.loads((tmp_path / "out" / "results.json").read_text())
-        assert results["datasets"] == ["me/colours"]
-        config = json.loads((tmp_path / "out" / "config.json").read_text())
-        assert config["base_model_name_or_path"] == results["base"]["id"] == "me/tiny"
-        assert re.fullmatch("[0-9a-f]{40}", results["base"]["revision"])
-        assert config["base_model_revision"] == results["base"]["revision"]
-        assert results["training"]["data"][0]["name"] == "me/colours"
-        missing = said("--data", "me/none", "--resume")
-        assert missing.returncode == 1
+    token, out = hub.add_user("me"), tmp_path / "out"
+    hub.add_repo("me/tiny", files={path.name: path.read_bytes() for path in Path(base).iterdir()})
+    hub.add_repo("me/colours", "dataset", files={"train.jsonl": lines}, private=True)
+    command = ["train", "--method", "dora", "--base", "me/tiny", "--out", out, "--max-steps", "1"]
+    done = run_on_hub(*command, "--data", "me/colours", token=token)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "10 rows" in done.stderr
+    results = json.loads((out / "results.json").read_text())
+    assert results["datasets"] == ["me/colours"]
+    config = json.loads((out / "config.json").read_text())
+    assert config["base_model_name_or_path"] == results["base"]["id"] == "me/tiny"
+    assert re.fullmatch("[0-9a-f]{40}", results["base"]["revision"])
+    assert config["base_model_revision"] == results["base"]["revision"]
+    assert results["training"]["data"][0]["name"] == "me/colours"
+    missing = run_on_hub(*command[:-3], tmp_path / "other", "--data", "me/none", token=token)
+    assert missing.returncode == 1
+    assert "data 'me/none': no such file, and no such data set on the Hub" in missing.stderr

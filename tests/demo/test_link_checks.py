@@ -84,7 +84,12 @@ def test_what_fits_is_fetched_at_last(hub, links, models, engine, tmp_path, name
     [
         ("dora", {"base_model_name_or_path": "org/other"}, "is for 'org/other', but this page runs 'org/base'"),
         ("dora", {"base_fingerprint": "sha256:" + "0" * 64}, "was trained on other weights of org/base"),
-        ("dora", {"model_type": "llama"}, "model_type='llama': an adapter has 'mixlora' or 'dora'"),
+        (
+            "dora",
+            {"model_type": "llama"},
+            "'configuration_minilora.DoraConfig', and a page runs no code of an adapter's",
+        ),
+        ("dora", {"model_type": "llama", "auto_map": None}, "is a whole model (DoraForCausalLM), not an adapter"),
         ("mix", {"routing_strategy": "unheard_of"}, "config.json does not load"),
         ("mix", {"num_experts": 10**9, "num_experts_per_tok": 0}, "config.json does not load: num_experts_per_tok=0"),
         ("dora", {"target_modules": ["nothing"]}, "the base of this page has no such linear"),
@@ -119,7 +124,7 @@ def test_nothing_at_all_is_fetched_of_what_the_list_of_files_shows(hub, links, m
     cases = {
         "no-adapter": ({"config.json": files["config.json"]}, "has no adapter_model.safetensors"),
         "large": (files | {WEIGHTS: bytes(3_100_000)}, "through a link this page fetches at most 3 MB"),
-        "outside": (files | {"a/../../x.json": b"{}"}, "which is no path inside a repo"),
+        "outside": (files | {"a/../../x.json": b"{}"}, "which is not a path inside a repo"),
         "config": (files | {"tokenizer_config.json": bytes(2**20 + 1)}, "fetches at most 1.04858 MB"),
     }
     for name, (content, told) in cases.items():
@@ -154,5 +159,5 @@ def test_folders_that_visitors_choose_from_are_looked_at(links, models, engine, 
     (folder / "results.json").unlink()
     with (folder / WEIGHTS).open("ab") as file:
         file.write(bytes(1000))
-    with pytest.raises(AdapterError, match="its header speaks of"):
+    with pytest.raises(AdapterError, match="not a readable safetensors file"):
         links.load("mine", folder)

@@ -40,7 +40,7 @@ def main(capsys, *arguments):
 
 def test_wrong_arguments_and_a_missing_lm_eval(saved, capsys, monkeypatch, tmp_path):
     """All of them before anything is loaded."""
-    monkeypatch.setattr("minilora_hub.evaluation.lm_eval_tasks.load_base", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr("minilora_hub.evaluation.lm_eval_tasks.load_base", lambda *_, **__: pytest.fail("loaded"))
     base, (mix, *_) = saved
     common = [mix, "--base", base, "--lm-eval", "colours"]
     for arguments, said in (

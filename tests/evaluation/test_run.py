@@ -346,7 +346,7 @@ def test_an_adapter_without_results_gets_them(saved, tmp_path):
 def test_a_wrong_setting_is_told_before_anything_is_loaded(saved, settings, said, monkeypatch):
     from pathlib import Path
 
-    monkeypatch.setattr("minilora_hub.evaluation.run.load_base", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr("minilora_hub.evaluation.run.load_base", lambda *_, **__: pytest.fail("loaded"))
     if "text" in settings:
         settings = settings | {"text": Path(settings["text"])}
     with pytest.raises(ValueError, match=said):
@@ -376,7 +376,7 @@ def test_more_examples_than_there_are_and_too_long_prompts(saved):
 
 
 def test_an_adapter_for_another_base_is_refused_before_anything_is_loaded(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr("minilora_hub.evaluation.run.load_base", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr("minilora_hub.evaluation.run.load_base", lambda *_, **__: pytest.fail("loaded"))
     other = tmp_path / "other"
     tiny_llama(seed=1).save_pretrained(other)
     byte_tokenizer().save_pretrained(other)

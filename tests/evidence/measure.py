@@ -13,12 +13,13 @@ from evidence.plan import EVALUATION_DTYPE, FEW_SHOT, TASKS, TEST_ITEMS, TRAIN_I
 
 from minilora_hub.adapter_folder.results import Results
 from minilora_hub.errors import TrainingError, TrainingInterrupted
+from minilora_hub.evaluation.measured import Model, Report
 from minilora_hub.evaluation.report import routers, updated_results
-from minilora_hub.evaluation.run import Model, Report, evaluate
+from minilora_hub.evaluation.run import evaluate
 from minilora_hub.evaluation.tasks.training_files import write
 from minilora_hub.publish.push.build import build
 from minilora_hub.training.run import train
-from minilora_hub.training.run_state import STATE_FILE
+from minilora_hub.training.run_folder import STATE_FILE
 
 
 def write_data(folder: Path) -> None:

@@ -11,6 +11,8 @@ from peft import LoraConfig, get_peft_model
 from tiny import fill_adapter, tiny_base, tiny_config
 
 from minilora_hub import MixLoraForCausalLM
+from minilora_hub.adapter_folder.names import COMPANIONS
+from minilora_hub.formats.exporting import export_adapter
 
 
 def base_folder(folder: Path, family: str = "llama", **changes) -> Path:
@@ -112,3 +114,11 @@ def listing(folder: Path) -> set[str]:
         for where, dirs, files in os.walk(folder)
         for name in dirs + files
     }
+
+
+def peft_mixlora_folder(source, out):
+    """A MixLoRA of ours in the layout of our PEFT method, without the base's tokenizer."""
+    export_adapter(source, out, "peft")
+    for name in COMPANIONS:
+        (out / name).unlink(missing_ok=True)
+    return out

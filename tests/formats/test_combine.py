@@ -8,6 +8,7 @@ from formats.helpers import base_folder, edit_json, listing, mixlora, peft_folde
 from peft import PeftModel
 from peft.utils import merge_utils
 from safetensors.torch import load_file
+from sweeps import sweep
 from tiny import logits, tiny_base
 from torch.nn import functional
 
@@ -48,7 +49,7 @@ def peft_combination(folders, method, weights, density, rank):
     return model
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sweep(METHODS, "linear", "ties_svd", "cat"))
 def test_as_pefts_own_method(method, base, tmp_path, monkeypatch):
     def every_third(tensor, density, rescale):
         mask = (torch.arange(tensor.numel()) % 3 != 0).view(tensor.shape)

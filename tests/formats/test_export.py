@@ -7,6 +7,7 @@ import torch
 from formats.helpers import base_folder, listing, mixlora, peft_folder, reference_folder
 from peft import PeftModel
 from safetensors.torch import load_file
+from sweeps import sweep
 from tiny import fill_adapter, logits, tiny_base, tiny_config, token_ids
 from tiny_stand_ins import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -46,7 +47,7 @@ def run(capsys, *arguments):
     return end.value.code, capsys.readouterr()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gpt2"])
+@pytest.mark.parametrize("family", sweep(["llama", "qwen2", "phi3", "gpt2"], "llama", "gpt2"))
 def test_peft_loads_our_dora(family, bases, tmp_path):
     model = dora(bases(family), tmp_path / "ours", use_rslora=family == "qwen2", rank_pattern={})
     export_adapter(tmp_path / "ours", tmp_path / "out", "peft")
@@ -54,7 +55,7 @@ def test_peft_loads_our_dora(family, bases, tmp_path):
     torch.testing.assert_close(logits(twin), logits(model), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", sweep(["auto", "float32", "bfloat16", "float16"], "auto", "bfloat16"))
 @pytest.mark.parametrize("method", ["dora", "peft-lora", "peft-dora"])
 def test_dense(method, dtype, bases, tmp_path):
     base = bases("mistral")
@@ -114,8 +115,8 @@ def test_a_quantised_base_is_opened_on_request_only(bases, tmp_path):
     ("to", "make", "message"),
     [
         ("dense", "mixlora", "is a MixLoRA: every token takes its own experts"),
-        ("mixtral", "dora", "is a dora: it merges into its base, --to dense"),
-        ("mixlora", "dora", "the reference format holds MixLoRA only"),
+        ("mixtral", "dora", "is a dora: --to mixtral takes a MixLoRA only; --to dense merges"),
+        ("mixlora", "dora", "--to mixlora takes a MixLoRA only"),
         ("peft", "peft", "in PEFT's format: --to peft takes an adapter in our format"),
         ("moe", "reference", "in the reference format"),
         ("mixlora", "mixdora", "no place for magnitudes"),
@@ -159,7 +160,7 @@ def test_a_mixlora_as_the_peft_method_and_back(bases, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
     (tmp_path / "peft" / "adapter_model.safetensors").write_bytes(b"x" * 40)
     for place in ("again", "peft/again"):
-        with pytest.raises(AdapterError, match="its header claims"):
+        with pytest.raises(AdapterError, match="header too large"):
             import_adapter(tmp_path / "peft", tmp_path / place, base=str(bases()))
     assert not (tmp_path / "again").exists()
 
@@ -173,7 +174,7 @@ def test_import_and_export_from_the_shell(bases, tmp_path, capsys):
     source = reference_folder(tmp_path / "source", model)
     code, out = run(capsys, "import", source, "--base", bases(), "--out", tmp_path / "ours")
     assert code == 0
-    assert all(line.startswith("Note: ") for line in out.err.splitlines())
+    assert all(line.startswith("note: ") for line in out.err.splitlines())
     assert out.out.startswith(f"{tmp_path / 'ours'} (")
     code, out = run(capsys, "export", tmp_path / "ours", "--to", "mixtral", "--out", tmp_path / "mixtral")
     assert code == 0

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from formats.helpers import base_folder, mixlora, reference_folder
 from hub.server import HubServer
@@ -13,6 +14,7 @@ from minilora_hub import MixLoraForCausalLM
 from minilora_hub.adapter_folder.folders import read_json
 
 
+@pytest.mark.slow
 def test_import_by_id(tmp_path):
     base = base_folder(tmp_path)
     model = mixlora(tiny_base())

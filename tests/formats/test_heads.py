@@ -9,6 +9,7 @@ import torch
 from formats.helpers import base_folder, edit_json, listing
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from sweeps import sweep
 from tiny import logits, token_ids
 from tiny_peft import fill
 from transformers import AutoModelForCausalLM
@@ -54,7 +55,7 @@ def through_the_bank(base, folder):
 
 
 @pytest.mark.parametrize(("use_dora", "tied"), [(False, False), (False, True), (True, True)])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "phi3", "gpt2"])
+@pytest.mark.parametrize("family", sweep(["llama", "mistral", "qwen2", "gemma2", "phi3", "gpt2"], "llama"))
 def test_every_reader_computes_what_peft_does(family, use_dora, tied, tmp_path):
     base = base_folder(tmp_path, family, tie_word_embeddings=tied)
     want = on_the_head(tmp_path / "source", base, use_dora=use_dora)

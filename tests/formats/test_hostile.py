@@ -19,17 +19,26 @@ from collections import Counter
 
 import pytest
 import torch
-from formats.helpers import base_folder, edit_json, legacy_tensors, listing, mixlora, peft_folder, reference_folder
+from formats.helpers import (
+    base_folder,
+    edit_json,
+    legacy_tensors,
+    listing,
+    mixlora,
+    peft_folder,
+    peft_mixlora_folder,
+    reference_folder,
+)
 from safetensors.torch import load_file, save_file
+from sweeps import sweep
 from tiny import fill_adapter, tiny_base
 
 from minilora_hub import MixLoraForCausalLM
 from minilora_hub.adapter_folder.folders import read_folder
-from minilora_hub.adapter_folder.writing import read_ours
+from minilora_hub.adapter_folder.reading import read_ours
 from minilora_hub.errors import AdapterError, MiniLoraError
 from minilora_hub.formats.combine import Combination, combine
 from minilora_hub.formats.importing import import_adapter, import_as_experts
-from minilora_hub.formats.peft_mixlora import to_peft_layout
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +61,7 @@ def good(tmp_path_factory, base):
     saved = MixLoraForCausalLM.from_base(str(base), model.config)
     fill_adapter(saved)
     saved.save_pretrained(folder / "ours")
-    found["peft mixlora"] = to_peft_layout(folder / "ours", folder / "peft mixlora")
+    found["peft mixlora"] = peft_mixlora_folder(folder / "ours", folder / "peft mixlora")
     (found["legacy"] / "adapter_model.bin").unlink()
     save_file(legacy_tensors(model), found["legacy"] / "adapter_model.safetensors")
     shard(found["shards"])
@@ -201,7 +210,7 @@ def two_spellings(tensors):
         (
             "peft lora",
             lambda folder: (folder / FILE).write_bytes(struct.pack("<Q", 10**12) + b"{}"),
-            "its header claims 1,000,000,000,000 bytes",
+            "header too large",
         ),
         ("peft lora", twice, "occurs twice in one object"),
         ("peft dora", change(FILE, two_spellings), "twice, under two spellings"),
@@ -211,7 +220,7 @@ def two_spellings(tensors):
             "safetensors",
         ),
         ("peft lora", lambda f: write_safetensors(f / FILE, {NAME: ENTRY | {"data_offsets": [0, 80]}}), "safetensors"),
-        ("peft lora", lambda f: write_safetensors(f / FILE, b"[" * 100_000), "nested too deeply"),
+        ("peft lora", lambda f: write_safetensors(f / FILE, b"[" * 100_000), "not a readable safetensors"),
         ("peft lora", lambda f: (f / FILE).write_bytes((f / FILE).read_bytes()[:-1]), "not a readable safetensors"),
         ("peft lora", change(FILE, lambda t: t.update({NAME: torch.zeros(3, 32)})), "rank 4 on the base"),
         ("peft lora", change(FILE, lambda t: t.update({NAME: torch.zeros(4, 32, 1)})), "has shape (4, 32, 1)"),
@@ -262,7 +271,7 @@ def index(edit):
 def test_a_shard_outside_the_folder(place, spoil, tmp_path):
     save_file({NAME: torch.zeros(4, 32)}, tmp_path / "secret.safetensors")
     message = spoil("shards", index(lambda places: places.update({NAME: place})))
-    assert f"{NAME} is said to be in {place!r}" in message
+    assert f"{NAME} is in {place!r}" in message
 
 
 @pytest.mark.parametrize(
@@ -271,7 +280,7 @@ def test_a_shard_outside_the_folder(place, spoil, tmp_path):
         (lambda places: places.pop(NAME), "which adapter_model.safetensors.index.json does not list there"),
         (lambda places: places.update(more="adapter_model-00001-of-00002.safetensors"), "lists more, which is not in"),
         (lambda places: places.update(more="gone.safetensors"), "gone.safetensors is not a readable"),
-        (lambda places: places.clear(), "weight_map must say"),
+        (lambda places: places.clear(), "weight_map must name"),
     ],
 )
 def test_an_index_that_lies(edit, message, spoil):
@@ -418,13 +427,13 @@ def check_result(imported, base):
 
     found = read_folder(imported.folder)
     read = read_peft if found.dialect == "peft" else read_ours
-    read(found, find_base(None, str(base)))
+    read(found, find_base(str(base)))
 
 
 KINDS = ("reference", "legacy", "peft lora", "peft dora", "shards", "peft mixlora")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sweep(KINDS, "peft lora"))
 def test_mutations(kind, good, base, tmp_path):
     ends = mutate(kind, 64, good, base, tmp_path)
     assert ends["refused"] > 20

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from evaluation.small_tasks import small_tasks  # noqa: F401  a fixture
-from formats.helpers import base_folder, edit_json, listing, peft_folder
+from formats.helpers import base_folder, edit_json, listing, peft_folder, peft_mixlora_folder
 from safetensors.torch import load_file, save_file
 from tiny import fill_adapter, logits, tiny_base, tiny_config
 from tiny_stand_ins import byte_tokenizer
@@ -222,10 +222,9 @@ def test_other_formats_are_told_apart(good, base, tmp_path):
 def test_a_mixlora_of_peft_under_another_prefix(good, base, tmp_path):
     """Its names were read from the layer's number on, whatever stood before."""
     from minilora_hub import register
-    from minilora_hub.formats.peft_mixlora import to_peft_layout
 
     register()
-    source = to_peft_layout(good["mixlora"], tmp_path / "peft")
+    source = peft_mixlora_folder(good["mixlora"], tmp_path / "peft")
     renamed("model.model.layers", "model.vision_tower.layers")(source)
     with pytest.raises(AdapterError, match=r"vision_tower.*: not a tensor under 'base_model\.model\.model\.layers\.'"):
         import_adapter(source, tmp_path / "out", base=str(base))

@@ -6,14 +6,15 @@ import json
 
 import pytest
 import torch
+from formats.helpers import peft_mixlora_folder
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import fill_adapter, logits, tiny_base, tiny_config
 
 from minilora_hub import MixLoraConfig, MixLoraForCausalLM, register
 from minilora_hub.errors import AdapterError
+from minilora_hub.formats.exporting import export_adapter
 from minilora_hub.formats.importing import import_adapter
-from minilora_hub.formats.peft_mixlora import to_peft_layout
 from minilora_hub.remote_code.adapter_files import ADAPTER_FILE
 
 register()
@@ -46,7 +47,7 @@ def saved(base_folder, out, method="mixlora", **changes):
 @pytest.mark.parametrize("case", CASES)
 def test_there_and_back(case, base_folder, tmp_path):
     model = saved(base_folder, tmp_path / "ours", **CASES[case])
-    to_peft_layout(tmp_path / "ours", tmp_path / "peft")
+    peft_mixlora_folder(tmp_path / "ours", tmp_path / "peft")
     peft_model = PeftModel.from_pretrained(tiny_base(), tmp_path / "peft")
     assert torch.equal(logits(peft_model), logits(model))
 
@@ -56,7 +57,7 @@ def test_there_and_back(case, base_folder, tmp_path):
     assert all(torch.equal(ours[name], again[name]) and ours[name].dtype == again[name].dtype for name in ours)
     before, after = (MixLoraConfig.from_pretrained(tmp_path / name).to_diff_dict() for name in ("ours", "again"))
     if "target_modules" in CASES[case]:  # shortened names come back as they are within a layer
-        before["target_modules"] = ["mlp.up_proj", "self_attn.v_proj"]
+        before["target_modules"] = ["up_proj", "v_proj"]
     assert after == before
     loaded = MixLoraForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(logits(loaded), logits(model))
@@ -64,7 +65,7 @@ def test_there_and_back(case, base_folder, tmp_path):
 
 def test_a_peft_layout_saved_by_peft_becomes_ours(base_folder, tmp_path):
     saved(base_folder, tmp_path / "ours")
-    to_peft_layout(tmp_path / "ours", tmp_path / "peft")
+    peft_mixlora_folder(tmp_path / "ours", tmp_path / "peft")
     PeftModel.from_pretrained(tiny_base(), tmp_path / "peft").save_pretrained(tmp_path / "resaved")
     import_adapter(tmp_path / "resaved", tmp_path / "again", base=str(base_folder))
     ours, again = (load_file(tmp_path / name / ADAPTER_FILE) for name in ("ours", "again"))
@@ -76,7 +77,7 @@ def test_the_reference_reads_the_configuration(base_folder, tmp_path):
     from mixlora.config import MixLoraConfig as Reference
 
     saved(base_folder, tmp_path / "ours", expert_r=2)
-    to_peft_layout(tmp_path / "ours", tmp_path / "peft")
+    peft_mixlora_folder(tmp_path / "ours", tmp_path / "peft")
     fields = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     fields["task_type"], fields["lora_alpha"] = "CAUSAL_LM", int(fields["lora_alpha"])
     read = Reference.from_config(fields)
@@ -101,7 +102,7 @@ def test_tensors_that_do_not_fit_are_named(spoil, message, base_folder, tmp_path
     spoil(tensors)
     save_file(tensors, tmp_path / "ours" / ADAPTER_FILE)
     with pytest.raises(AdapterError, match=message):
-        to_peft_layout(tmp_path / "ours", tmp_path / "peft")
+        export_adapter(tmp_path / "ours", tmp_path / "peft", "peft")
     assert not (tmp_path / "peft").exists()
 
 
@@ -120,9 +121,9 @@ def test_what_ours_cannot_say_is_named(base_folder, tmp_path):
         get_peft_model(base, MixLoraPeftConfig(r=4, num_experts=4, **arguments)).save_pretrained(tmp_path / name)
         with pytest.raises(AdapterError, match=message):
             import_adapter(tmp_path / name, tmp_path / "out")
-    with pytest.raises(AdapterError, match="not a MixLoRA of ours"):
-        to_peft_layout(tmp_path / "saved", tmp_path / "out")
+    with pytest.raises(AdapterError, match="--to peft takes an adapter in our format"):
+        export_adapter(tmp_path / "saved", tmp_path / "out", "peft")
     with pytest.raises(AdapterError, match="a whole model"):
         import_adapter(base_folder, tmp_path / "out")
     with pytest.raises(AdapterError, match="empty"):
-        to_peft_layout(base_folder, base_folder)
+        export_adapter(base_folder, base_folder, "peft")

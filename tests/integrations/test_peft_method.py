@@ -12,6 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.utils import infer_device
 from safetensors.torch import load_file
+from sweeps import sweep
 from tiny import FAMILIES, OTHER_FAMILIES, fill_adapter, logits, tiny_base, token_ids
 from tiny_peft import STRATEGIES, adapter_tensors, fill, mixlora, peft_model
 
@@ -97,7 +98,7 @@ def test_it_computes_what_our_model_computes(strategy, dora):
     model = peft_model(expert_lora={"r": 3}, use_dora=dora, routing_strategy=strategy)
     with torch.no_grad():
         values = ours.adapter_parameters()
-        from minilora_hub.adapter_folder.tensor_names import canonical_of_peft_mixlora
+        from minilora_hub.adapter_folder.names import canonical_of_peft_mixlora
 
         for name, parameter in model.named_parameters():
             if ".default." in name:
@@ -106,7 +107,7 @@ def test_it_computes_what_our_model_computes(strategy, dora):
     assert torch.equal(logits(model), logits(ours.eval()))
 
 
-@pytest.mark.parametrize("family", FAMILIES + OTHER_FAMILIES)
+@pytest.mark.parametrize("family", sweep(FAMILIES + OTHER_FAMILIES, "llama", "phi3", "gpt2"))
 def test_every_family(family, tmp_path):
     base = tiny_base(family)
     want = logits(base)
@@ -221,7 +222,7 @@ def test_a_target_that_cannot_be_is_named_and_nothing_is_changed(fields, message
 
 
 def test_targets_do_not_come_from_a_files_tensors():
-    with pytest.raises(ValueError, match="state_dict: where a MixLoRA goes is said by its configuration"):
+    with pytest.raises(ValueError, match="state_dict: the configuration determines where a MixLoRA goes"):
         peft.inject_adapter_in_model(mixlora(), tiny_base(), state_dict={"layers.0.mlp.router": torch.zeros(4, 32)})
 
 
@@ -457,7 +458,7 @@ def test_a_state_dict_holds_one_adapter_and_no_base():
 
 def test_our_own_layout_loads_in_peft(tmp_path):
     """Tensors under the island's names, as in a published folder's file."""
-    from minilora_hub.adapter_folder.tensor_names import canonical_of_peft_mixlora
+    from minilora_hub.adapter_folder.names import canonical_of_peft_mixlora
 
     model = peft_model(use_dora=True)
     model.save_pretrained(tmp_path)

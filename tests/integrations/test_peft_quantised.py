@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from minilora_hub import MixLoraConfig, MixLoraForCausalLM, register
-from minilora_hub.adapter_folder.tensor_names import canonical_of_peft_mixlora
+from minilora_hub.adapter_folder.names import canonical_of_peft_mixlora
 
 register()
 
@@ -118,6 +118,7 @@ def test_qlora_under_sft_keeps_the_magnitudes_exact(wide_base_folder, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own look at outputs
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES[::2])
 def test_compiled_training_gives_the_same_gradients(strategy):
     arguments = {"input_ids": token_ids(), "labels": token_ids(), "attention_mask": torch.ones(2, 9, dtype=torch.long)}

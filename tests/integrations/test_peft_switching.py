@@ -237,8 +237,8 @@ def test_natural_names_give_no_warning(name):
 # ---- compiled ----
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["base", "peft model"])
-@pytest.mark.parametrize("other", [mixlora, lora], ids=["same shapes", "a lora"])
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["base", "peft model"])
+@pytest.mark.parametrize("other", [mixlora, pytest.param(lora, marks=pytest.mark.slow)], ids=["same shapes", "a lora"])
 def test_switching_when_compiled(whole, other):
     """Adapters of the same shapes share a compiled base's graphs; PEFT's own forward is compiled once per name."""
     graphs = []

@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from sweeps import sweep
 from tiny import fill_adapter, tiny_base, token_ids
 from tiny_peft import STRATEGIES, fill, lora, mixlora, peft_model
 from tiny_stand_ins import byte_tokenizer
@@ -17,7 +18,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from minilora_hub import MixLoraForCausalLM, register
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
-from minilora_hub.remote_code.routing import record_routing
+from minilora_hub.remote_code.routing_record import record_routing
 
 register()
 
@@ -223,7 +224,7 @@ def logged(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", sweep([1, 2], 2))
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_trainer(strategy, steps, tmp_path):
     model = training_model(strategy)
@@ -264,7 +265,7 @@ def sft_config(strategy="mixlora"):
     return mixlora(router_aux_loss_coef=COEFFICIENT, jitter_noise=0.0, routing_strategy=strategy, **more)
 
 
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", sweep([1, 2], 2))
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_sft_trainer(strategy, steps, tmp_path):
     trainer = sft(tmp_path, sft_config(strategy), gradient_accumulation_steps=steps)
@@ -280,7 +281,7 @@ def test_sft_trainer(strategy, steps, tmp_path):
 def test_sft_trainer_on_our_own_model(strategy, tmp_path):
     """Given to SFTTrainer as it is, without PEFT: its forward is replaced there, too."""
     base = tiny_base(vocab_size=259, eos_token_id=None, bos_token_id=None)
-    model = MixLoraForCausalLM.from_base(base, sft_config(strategy).island_config())
+    model = MixLoraForCausalLM.from_base(base, sft_config(strategy).model_config())
     fill_adapter(model)
     model.save_pretrained(tmp_path / "before", tokenizer=tokenizer())
     trainer = SFTTrainer(
@@ -297,6 +298,10 @@ def test_sft_trainer_on_our_own_model(strategy, tmp_path):
     trainer.model.save_pretrained(tmp_path / "after", tokenizer=tokenizer())
     fields = json.loads((tmp_path / "after" / "config.json").read_text())["text_config"]
     assert not {"output_router_logits", "router_aux_loss_coef"} & fields.keys()
+    trainer.model.save_base(tmp_path / "base")
+    fields = json.loads((tmp_path / "base" / "config.json").read_text())
+    assert not {"output_router_logits", "router_aux_loss_coef"} & fields.keys()
+    assert trainer.model.base.config.router_aux_loss_coef == COEFFICIENT
     assert not hasattr(trainer.model.unload().config, "output_router_logits")
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import huggingface_hub
 import pytest
@@ -17,6 +18,9 @@ from tiny import fill_adapter
 
 from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraConfig, MixLoraForCausalLM
 from minilora_hub.adapter_folder.results import Base, Evaluation, Results, Training
+
+if TYPE_CHECKING:
+    from minilora_hub.publish.verify.isolated_process import IsolatedProcess
 
 BASE_ID = "org/base"
 
@@ -83,6 +87,15 @@ def good(trained: dict[str, Path], base_folder: Path) -> dict[str, Path]:
     return built
 
 
+@pytest.fixture(scope="session")
+def process() -> Iterator[IsolatedProcess]:
+    """Verify in one process, which starts again only for other code."""
+    from minilora_hub.publish.verify.isolated_process import IsolatedProcess
+
+    with IsolatedProcess() as started:
+        yield started
+
+
 @pytest.fixture
 def copy_of(tmp_path: Path, trained: dict[str, Path]):
     """Return a function that copies a trained folder, for a test to change."""
@@ -99,7 +112,6 @@ def hub(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     impatient = SimpleNamespace(sleep=lambda seconds: None, time=lambda: 0.0, perf_counter=lambda: 0.0)
     for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download", "minilora_hub.hub.errors"):
         monkeypatch.setattr(f"{module}.time", impatient)
-    monkeypatch.setattr("minilora_hub.publish.push.commit.time", impatient)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with HubServer(lfs_threshold=10_000) as server:
         for name, value in server.environment(cache_dir=tmp_path / "hf").items():

@@ -8,7 +8,7 @@ import json
 import shutil
 from pathlib import Path
 
-from minilora_hub.adapter_folder.code import island_files
+from minilora_hub.adapter_folder.code import remote_code_files
 from minilora_hub.adapter_folder.results import (
     Base,
     DataSource,
@@ -117,7 +117,7 @@ def card_folder(folder: Path, results: Results, config: dict | None = None) -> P
     results.save(folder)
     (folder / "config.json").write_text(json.dumps(CONFIG if config is None else config))
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    for name, path in island_files().items():
+    for name, path in remote_code_files().items():
         shutil.copyfile(path, folder / name)
     return folder
 

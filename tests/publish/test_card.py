@@ -20,9 +20,10 @@ from publish.examples import CONFIG, card_folder, clean_folder, evaluated_result
 from tiny import tiny_base
 from tiny_stand_ins import byte_tokenizer
 
+from minilora_hub import formatting
 from minilora_hub.adapter_folder.results import Base, Evaluation, Sample
 from minilora_hub.errors import AdapterError
-from minilora_hub.publish.card import free_text, markdown
+from minilora_hub.publish.card import free_text
 from minilora_hub.publish.card.metadata import eval_results_files
 from minilora_hub.publish.card.render import numbers_in, render_card, settings_of, write_card
 
@@ -351,7 +352,7 @@ def test_nothing_breaks_out(text, tmp_path):
 @pytest.mark.parametrize("text", ["plain", "a `b` c", "``", "`", "a|b", "<i>|`x`</i>", "*a* _b_ #c $d$ \\e [f](g)"])
 def test_escapes_show_the_text_itself(text):
     show = MarkdownIt("commonmark").enable("table").render
-    for shown in (markdown.inline(text), markdown.code(text)):
+    for shown in (formatting.inline(text), formatting.code(text)):
         for html in (show(f"x {shown}"), show(f"| h |\n| - |\n| {shown} |")):
             assert re.sub(r"<[^>]*>", "", html).strip().removeprefix("x ").removeprefix("h").strip() == (
                 text.replace("<", "&lt;").replace(">", "&gt;")
@@ -395,7 +396,7 @@ def test_pictures_are_small_and_follow_the_numbers(full):
 
 def test_damaged_inputs_are_named(full):
     (full / "config.json").write_text("[]")
-    with pytest.raises(AdapterError, match=r"config\.json: must hold a JSON object"):
+    with pytest.raises(AdapterError, match=r"config\.json must hold a JSON object"):
         render_card(full, repo_id=None)
     (full / "config.json").unlink()
     with pytest.raises(AdapterError, match=r"no config\.json"):

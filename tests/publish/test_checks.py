@@ -35,7 +35,8 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.publish.card.render import write_card
 from minilora_hub.publish.checks.files import looks_like_pickle
 from minilora_hub.publish.checks.folder import Problem, check_folder
-from minilora_hub.recording.shapes import expected_shapes
+from minilora_hub.publish.checks.tensors import _is_finite, expected_tensors
+from minilora_hub.publish.checks.texts import IN_EVERY_MACHINE_PATH, MACHINE_PATH
 
 RIGHT_BASE = {"base_exists": lambda base, revision: True, "base_license": lambda base, revision: "apache-2.0"}
 
@@ -123,7 +124,7 @@ def test_other_routers_have_no_false_alarms(strategy, tmp_path):
 def test_the_tensors_of_a_sparse_mixture_are_known():
     """Its first mixture is not in the first layer, the one whose block is filled to be looked at."""
     model = tiny_model("llama", "mixlora", router_sparse_step=2, **SWITCH)
-    shapes, _, why_not = expected_shapes(model.config)
+    shapes, _, why_not = expected_tensors(model.config)
     assert not why_not
     assert shapes == {name: tuple(tensor.shape) for name, tensor in model.adapter_parameters().items()}
 
@@ -150,7 +151,7 @@ def test_ones_own_token_is_found_whatever_it_looks_like(folder, monkeypatch):
 
 def test_the_peft_folder(folder, clean):
     """`peft/` must hold the same adapter."""
-    from minilora_hub.adapter_folder.tensor_names import to_peft
+    from minilora_hub.adapter_folder.names import to_peft
 
     target = shutil.copytree(clean["dora"], folder.parent / "dora")
     tensors = {to_peft(name, "model.layers"): t for name, t in load_file(target / WEIGHTS).items()}
@@ -297,3 +298,25 @@ def test_no_text_looks_like_a_pickle():
     ]
     assert texts
     assert [path.name for path in texts if looks_like_pickle(path.read_bytes())] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
+def test_values_that_are_not_finite_are_found(dtype):
+    assert _is_finite(torch.zeros(0, dtype=dtype))
+    for wrong in (float("nan"), float("inf"), -float("inf")):
+        values = torch.ones(3, 5)
+        assert _is_finite(values.to(dtype))
+        values[1, 3] = wrong
+        assert not _is_finite(values.to(dtype))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/home/ana/x", "/Users/ana/x", "file:///root/x", "/mnt/c/x", "/content/drive/My", "/kaggle/working",
+        "/private/var/folders/a", "C:\\Users\\ana", "C:/Users/ana", "c:\\\\Users\\\\ana",
+    ],
+)  # fmt: skip
+def test_the_quick_look_for_paths_misses_none(path):
+    assert MACHINE_PATH.search(f"at {path}")
+    assert any(part in path for part in IN_EVERY_MACHINE_PATH)

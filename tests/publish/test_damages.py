@@ -20,8 +20,8 @@ MISSING, NO_NUMBER = "a missing tensor", "a value that is no number"
 @contextmanager
 def damaged(copy, change):
     before = copy.read_bytes()
-    end = change.offset + len(change.content)
-    copy.write_bytes(before[: change.offset] + change.content + before[end:])
+    offset, content = change
+    copy.write_bytes(before[:offset] + content + before[offset + len(content) :])
     yield
     copy.write_bytes(before)
 
@@ -72,7 +72,7 @@ def test_the_weights_are_never_in_memory_and_copied_once(folder, tmp_path):
         tracemalloc.stop()
     assert size > 2e8
     assert peak < 1e6
-    assert sum(len(one.content) for one in found.values()) < 100
+    assert sum(len(content) for _, content in found.values()) < 100
     assert sum(path.stat().st_size for path in (tmp_path / "scratch").iterdir()) == size + 2
 
 
@@ -84,4 +84,4 @@ def test_a_disk_without_room_and_weights_without_values(folder, tmp_path, monkey
     save_file({"a": torch.ones(0)}, folder / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="holds no tensor"):
         damages(folder / "adapter_model.safetensors")
-    assert damage.POISON == b"\xff" * 8
+    assert damage.NOT_FINITE == b"\xff" * 8

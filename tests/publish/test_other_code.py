@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from minilora_hub import cli
-from minilora_hub.adapter_folder.results import Verification
+from minilora_hub.adapter_folder.results import Verification, is_hashed
 from minilora_hub.bases import resolve_base
 from minilora_hub.compare.engine import CompareEngine
 from minilora_hub.demo.adapters.catalogue import Catalogue
@@ -31,7 +31,7 @@ from minilora_hub.demo.votes.sharing import SharedComparisons
 from minilora_hub.demo.votes.votes import VoteStore
 from minilora_hub.errors import AdapterError
 from minilora_hub.publish.find import info
-from minilora_hub.publish.push.build import NOT_HASHED, list_files
+from minilora_hub.publish.push.build import list_files
 from minilora_hub.publish.verify.verify import verify
 
 OTHER = "someone/else"
@@ -71,7 +71,7 @@ def attacked(request, hub, good, tmp_path, marker):
             if "auto_map" in content:
                 content["auto_map"] = before | content["auto_map"]
             path.write_text(json.dumps(content))
-        hashes = {file.path: file.sha256 for file in list_files(folder) if file.path not in NOT_HASHED}
+        hashes = {file.path: file.sha256 for file in list_files(folder) if is_hashed(file.path)}
         dataclasses.replace(Verification.load(folder), sha256=hashes).save(folder)
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         hub.add_repo(f"ana/{method}", files={name: path.read_bytes() for name, path in files.items()})

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from minilora_hub import push
-from minilora_hub.adapter_folder.code import island_files
+from minilora_hub.adapter_folder.code import remote_code_files
 from minilora_hub.errors import AdapterError, PublishError
 from minilora_hub.publish.card.render import settings_of
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 ROOT = {"README.md", "adapter_model.safetensors", "results.json", "verification.json", "tokenizer.json"}
 ROOT |= {"tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
-OURS = ROOT | {"config.json", *island_files()}
+OURS = ROOT | {"config.json", *remote_code_files()}
 PEFT = {"peft/adapter_config.json", "peft/adapter_model.safetensors"}
 
 
@@ -43,14 +43,14 @@ def ana(hub, monkeypatch):
     [("dora", OURS | PEFT), ("mixlora", OURS), ("lora", ROOT | {"adapter_config.json"})],
 )
 def test_the_layout_that_arrives(hub, ana, trained, method, expected):
-    result = push(trained[method], "ana/adapter", progress=False)
+    result = push(trained[method], "ana/adapter", progress=False, verify=method == "dora")
     assert result.ok, result.verification.problem
     repo = hub.repo("ana/adapter")
     assert {name for name in repo.files("main") if not name.startswith(("pictures/", ".eval"))} == expected
     assert repo.private
     assert repo.commit("main").oid == result.commit
     assert [commit.title for commit in repo.commits()][1:] == ["initial commit"]
-    for name, path in island_files().items():
+    for name, path in remote_code_files().items():
         assert repo.files("main").get(name, path.read_bytes()) == path.read_bytes()
     assert ana not in json.dumps(result.to_dict())
 
@@ -92,7 +92,7 @@ def test_only_what_changed_is_sent_and_what_was_ours_is_removed(hub, ana, traine
     actions = {file.path: file.action for file in result.plan.sends}
     assert actions["chat_template.jinja"] == "delete"
     assert actions["results.json"] == "change"
-    assert not {"adapter_model.safetensors", "config.json", *island_files()} & set(actions)
+    assert not {"adapter_model.safetensors", "config.json", *remote_code_files()} & set(actions)
     assert len(hub.sent("PUT")) == sent
     assert tree(hub)["notes.txt"] == b"the owner's own"
     assert "chat_template.jinja" not in tree(hub)
@@ -291,3 +291,13 @@ def test_a_folder_that_is_none(hub, ana, tmp_path):
     with pytest.raises(AdapterError, match="no such folder"):
         quick(tmp_path / "gone")
     assert ("model", "ana/adapter") not in hub.repos
+
+
+def test_a_push_sends_under_the_hash_that_was_checked(hub, monkeypatch, trained):
+    """The client does not hash it again; the Hub does, and finds it right."""
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("ana"))
+    monkeypatch.setattr("huggingface_hub.lfs.sha_fileobj", lambda file, *_: pytest.fail(f"{file.name} was read"))
+    result = push(trained["mixlora"], "ana/adapter", verify=False, progress=False)
+    sent = hub.repo("ana/adapter").commit("main").blobs["adapter_model.safetensors"]
+    assert sent.lfs
+    assert {file.path: file.sha256 for file in result.plan.files}["adapter_model.safetensors"] == sent.sha256

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, tmp_path):
     """A Hub with a base and two adapters; the client in this process talks to it, and nobody sleeps."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -33,7 +33,8 @@ def hub(monkeypatch):
         for name in ("huggingface_hub.constants.ENDPOINT", "huggingface_hub.hf_api.ENDPOINT"):
             monkeypatch.setattr(name, server.endpoint, raising=False)
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + TEMPLATE)
-        monkeypatch.setattr(spaces.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         server.add_repo("org/base", files={"config.json": b"{}"})
         server.add_repo("ana/dora", files=DORA | WEIGHTS)
         server.add_repo("ana/lora", files=WEIGHTS | {"adapter_config.json": DORA["config.json"]})
@@ -73,7 +74,7 @@ def test_a_new_space(hub, push):
     files = repo.files()
     assert set(files) == set(done.files)
     assert files["app.py"] == (ROOT / "app.py").read_bytes()
-    assert files["minilora_hub/demo/ui/app.py"] == (PACKAGE / "demo" / "ui.py").read_bytes()
+    assert files["minilora_hub/demo/ui/app.py"] == (PACKAGE / "demo" / "ui" / "app.py").read_bytes()
     assert files["minilora_hub/demo/page.css"]
     assert not any(path.startswith("model_cards/") or "__pycache__" in path for path in files)
     card = card_of(files)
@@ -128,7 +129,7 @@ def test_an_update_changes_what_differs(hub, push):
 def test_secrets_reach_the_settings_and_no_file(hub, push):
     """Nor the plan, nor what is printed of it."""
     hub.add_repo("ana/hidden", files=DORA | WEIGHTS, private=True)
-    with pytest.raises(PublishError, match="ana/hidden is private: the Space reads it only with a token"):
+    with pytest.raises(PublishError, match="ana/hidden is private: the Space needs a token to read it"):
         push("ana/compare", ["ana/hidden"])
     assert ("space", "ana/compare") not in hub.repos
     done = push("ana/compare", ["ana/hidden"], secrets={"HF_TOKEN": "hf_very_secret"})
@@ -172,7 +173,7 @@ def test_a_dry_run_needs_no_hub(monkeypatch):
         (["ana/compare", ["ana/gone"]], {}, "ana/gone is not on the Hub"),
         (["ana/compare", ["org/base"]], {}, "org/base holds no adapter"),
         (["ana/compare", ["ana/dora", "ana/other"]], {}, "must be for one base"),
-        (["ana/compare", ["no id"]], {}, "no id on the Hub"),
+        (["ana/compare", ["no id"]], {}, "must be an id on the Hub"),
         (["ana/compare"], {"base": "./here"}, "needs the id of a model on the Hub"),
         (["ana/compare"], {"base": "org/gone"}, "the base org/gone is not on the Hub"),
         (["ana/compare"], {"hardware": "h900"}, "hardware='h900': must be one of cpu-basic"),

@@ -9,20 +9,21 @@ import pytest
 import tiny_stand_ins
 
 from minilora_hub import push
-from minilora_hub.adapter_folder.code import REGISTRY, code_files, code_hash, island_files, island_hash, release_of
+from minilora_hub.adapter_folder.code import (
+    REGISTRY,
+    code_files,
+    code_hash,
+    release_of,
+    remote_code_files,
+    remote_code_hash,
+)
 from minilora_hub.adapter_folder.results import Verification
 from minilora_hub.errors import AdapterError
-from minilora_hub.publish.verify.isolated_process import CleanProcess
-from minilora_hub.publish.verify.verify import verify, verify_with
+from minilora_hub.publish.verify.isolated_process import IsolatedProcess
+from minilora_hub.publish.verify.verify import verify
 from minilora_hub.recording.logits import difference
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-
-
-@pytest.fixture(scope="module")
-def stranger():
-    with CleanProcess() as process:
-        yield process
 
 
 @pytest.fixture
@@ -41,17 +42,18 @@ def steps(report):
 
 def rewritten(folder, **changes):
     """Change verification.json, and let it tell the truth about all other files."""
-    from minilora_hub.publish.push.build import NOT_HASHED, list_files
+    from minilora_hub.adapter_folder.results import is_hashed
+    from minilora_hub.publish.push.build import list_files
 
-    hashes = {file.path: file.sha256 for file in list_files(folder) if file.path not in NOT_HASHED}
+    hashes = {file.path: file.sha256 for file in list_files(folder) if is_hashed(file.path)}
     content = Verification.load(folder).to_dict() | {"sha256": hashes} | changes
     Verification.from_dict(json.loads(json.dumps(content))).save(folder)
     return folder
 
 
 @pytest.mark.parametrize("method", ["dora", "mixlora", "lora"])
-def test_a_good_folder(stranger, good, base_folder, method):
-    report = verify_with(stranger, good[method], base_model=str(base_folder))
+def test_a_good_folder(process, good, base_folder, method):
+    report = verify(good[method], base_model=str(base_folder), process=process)
     assert report.ok, report.problem
     expected = {"hashes", "code", "loading", "logits"}
     if method != "lora":
@@ -64,17 +66,17 @@ def test_a_good_folder(stranger, good, base_folder, method):
     assert json.loads(json.dumps(report.to_dict()))["ok"]
 
 
-def test_unknown_code_is_refused_before_it_runs(stranger, copied, base_folder, tmp_path):
+def test_unknown_code_is_refused_before_it_runs(process, copied, base_folder, tmp_path):
     folder, trace = copied(), tmp_path / "it ran"
     code = folder / "modeling_minilora.py"
     code.write_text(f"open({str(trace)!r}, 'w').close()\n" + code.read_text())
     rewritten(folder)
-    refused = verify_with(stranger, folder, base_model=str(base_folder))
+    refused = verify(folder, base_model=str(base_folder), process=process)
     assert not refused.ok
     assert "no release of minilora_hub" in refused.problem
     assert "--trust-remote-code" in refused.problem
     assert not trace.exists()
-    trusted = verify_with(stranger, folder, base_model=str(base_folder), trust_remote_code=True)
+    trusted = verify(folder, base_model=str(base_folder), trust_remote_code=True, process=process)
     assert trusted.ok, trusted.problem
     assert trace.exists()
 
@@ -107,10 +109,10 @@ def test_the_process_has_no_token_and_asks_nobody(hub, copied, tmp_path, monkeyp
     monkeypatch.setenv("HF_TOKEN_PATH", str(stored))
     monkeypatch.setenv("HOME", str(tmp_path))
     asked = []
-    with CleanProcess() as process:
+    with IsolatedProcess() as process:
         run = process.run
         monkeypatch.setattr(process, "run", lambda *job: asked.append(len(hub.requests)) or run(*job))
-        report = verify_with(process, "ana/adapter", token=secret, trust_remote_code=True, progress=False)
+        report = verify("ana/adapter", token=secret, trust_remote_code=True, progress=False, process=process)
     assert report.ok, report.problem
     assert asked == [len(hub.requests)]
     seen = json.loads(trace.read_text())
@@ -130,7 +132,7 @@ def test_the_process_has_no_token_and_asks_nobody(hub, copied, tmp_path, monkeyp
         ("tokenizer_config.json", {"AutoTokenizer": ["attach.Tokenizer", None]}, "auto_map names 'attach.Tokenizer'"),
     ],
 )
-def test_released_code_under_other_names_is_refused(stranger, copied, base_folder, monkeypatch, file, change, told):
+def test_released_code_under_other_names_is_refused(process, copied, base_folder, monkeypatch, file, change, told):
     """The hash is that of a release, and every module lies in the repo: only our own classes may be named."""
     folder = copied()
     content = json.loads((folder / file).read_text())
@@ -139,54 +141,57 @@ def test_released_code_under_other_names_is_refused(stranger, copied, base_folde
     else:
         content["auto_map"] = content.get("auto_map", {}) | change
     (folder / file).write_text(json.dumps(content))
-    monkeypatch.setattr(stranger, "run", lambda *_: pytest.fail("something was loaded"))
-    report = verify_with(stranger, rewritten(folder), base_model=str(base_folder))
-    assert report.code == island_hash()
+    monkeypatch.setattr(process, "run", lambda *_: pytest.fail("something was loaded"))
+    report = verify(rewritten(folder), base_model=str(base_folder), process=process)
+    assert report.code == remote_code_hash()
     assert report.problem.startswith(f"code: {file}: ")
     assert told in report.problem
 
 
-def test_links_and_holes_are_refused_before_anything_is_read(stranger, copied, tmp_path, monkeypatch):
+def test_links_and_holes_are_refused_before_anything_is_read(process, copied, tmp_path, monkeypatch):
     folder = copied()
-    monkeypatch.setattr(stranger, "run", lambda *_: pytest.fail("something was loaded"))
+    monkeypatch.setattr(process, "run", lambda *_: pytest.fail("something was loaded"))
     weights = folder / "adapter_model.safetensors"
     with weights.open("r+b") as file:
         file.truncate(10**13)
-    assert "nearly all of them are holes" in verify_with(stranger, folder).problem
+    assert "nearly all of them are holes" in verify(folder, process=process).problem
     weights.rename(tmp_path / "elsewhere")
     weights.symlink_to(tmp_path / "elsewhere")
-    assert "adapter_model.safetensors is a symbolic link out of the folder" in verify_with(stranger, folder).problem
+    assert "adapter_model.safetensors is a symbolic link out of the folder" in verify(folder, process=process).problem
 
 
-def test_an_index_that_leaves_the_folder(stranger, copied, base_folder):
+def test_an_index_that_leaves_the_folder(process, copied, base_folder):
     folder = copied()
     index = {"weight_map": {"a": "../../elsewhere.safetensors"}}
     (folder / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
-    report = verify_with(stranger, rewritten(folder), base_model=str(base_folder))
+    report = verify(rewritten(folder), base_model=str(base_folder), process=process)
     assert report.problem.startswith("files: adapter_model.safetensors.index.json: weight_map names")
 
 
-def test_a_named_base_that_nobody_has(stranger, copied, hub):
-    for name, told in (("org/gone", "'org/gone' is not on the Hub"), ("embedded", "='embedded' is no id on the Hub")):
+def test_a_named_base_that_nobody_has(process, copied, hub):
+    for name, told in (
+        ("org/gone", "'org/gone' is not on the Hub"),
+        ("embedded", "='embedded' is not an id on the Hub"),
+    ):
         folder = copied()
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
-        report = verify_with(stranger, rewritten(folder), progress=False)
+        report = verify(rewritten(folder), progress=False, process=process)
         assert not steps(report)["loading"].ok
         assert told in report.problem
         shutil.rmtree(folder)
 
 
-def test_the_clean_process_cannot_import_us(stranger, copied, base_folder):
+def test_the_clean_process_cannot_import_us(process, copied, base_folder):
     folder = copied()
     code = folder / "modeling_minilora.py"
     code.write_text(code.read_text() + "\nimport minilora_hub.errors\n")
-    report = verify_with(stranger, rewritten(folder), base_model=str(base_folder), trust_remote_code=True)
+    report = verify(rewritten(folder), base_model=str(base_folder), trust_remote_code=True, process=process)
     assert not steps(report)["loading"].ok
     assert "minilora_hub" in report.problem
 
 
-def test_a_class_that_is_not_the_repos(stranger, copied, base_folder):
+def test_a_class_that_is_not_the_repos(process, copied, base_folder):
     """A repo whose config leads to another class does not pass, whatever that computes."""
     folder = copied()
     config = json.loads((folder / "config.json").read_text())
@@ -195,7 +200,7 @@ def test_a_class_that_is_not_the_repos(stranger, copied, base_folder):
     )
     config["auto_map"]["AutoModelForCausalLM"] = "other.Mine"
     (folder / "config.json").write_text(json.dumps(config))
-    report = verify_with(stranger, rewritten(folder), base_model=str(base_folder), trust_remote_code=True)
+    report = verify(rewritten(folder), base_model=str(base_folder), trust_remote_code=True, process=process)
     assert not steps(report)["loading"].ok
 
 
@@ -206,41 +211,41 @@ def test_a_class_that_is_not_the_repos(stranger, copied, base_folder):
         ({"dtype": "int8"}, "dtype='int8'"),
     ],
 )
-def test_a_record_that_asks_for_too_little(stranger, copied, base_folder, changes, message):
-    report = verify_with(stranger, rewritten(copied(), **changes), base_model=str(base_folder))
+def test_a_record_that_asks_for_too_little(process, copied, base_folder, changes, message):
+    report = verify(rewritten(copied(), **changes), base_model=str(base_folder), process=process)
     assert message in report.problem
 
 
-def test_other_logits_are_told(stranger, copied, base_folder):
+def test_other_logits_are_told(process, copied, base_folder):
     folder = copied()
     logits = [list(row) for row in Verification.load(folder).top_logits]
     logits[1][3] += 0.5
-    report = verify_with(stranger, rewritten(folder, top_logits=logits), base_model=str(base_folder))
+    report = verify(rewritten(folder, top_logits=logits), base_model=str(base_folder), process=process)
     assert not steps(report)["logits"].ok
     assert report.difference == pytest.approx(0.5, abs=1e-3)
 
 
-def test_another_base_is_told(stranger, good, tmp_path):
+def test_another_base_is_told(process, good, tmp_path):
     other = tmp_path / "other"
     tiny_stand_ins.tiny_llama(seed=9).save_pretrained(other)
-    report = verify_with(stranger, good["mixlora"], base_model=str(other))
+    report = verify(good["mixlora"], base_model=str(other), process=process)
     assert not steps(report)["logits"].ok
 
 
-def test_a_peft_folder_with_other_weights(stranger, copied, base_folder):
+def test_a_peft_folder_with_other_weights(process, copied, base_folder):
     folder = copied()
     shutil.copyfile(folder / "adapter_model.safetensors", folder / "peft" / "adapter_model.safetensors")
-    report = verify_with(stranger, rewritten(folder), base_model=str(base_folder))
+    report = verify(rewritten(folder), base_model=str(base_folder), process=process)
     assert not report.ok
 
 
-def test_a_process_that_dies_is_an_answer(stranger, copied, base_folder):
+def test_a_process_that_dies_is_an_answer(process, copied, base_folder):
     folder = copied()
     code = folder / "modeling_minilora.py"
     code.write_text("import os\nos._exit(9)\n" + code.read_text())
-    report = verify_with(stranger, rewritten(folder), base_model=str(base_folder), trust_remote_code=True)
+    report = verify(rewritten(folder), base_model=str(base_folder), trust_remote_code=True, process=process)
     assert "ended with code 9" in report.problem
-    assert verify_with(stranger, folder, base_model=str(base_folder)).problem  # and the next one starts afresh
+    assert verify(folder, base_model=str(base_folder), process=process).problem  # and the next one starts afresh
 
 
 def test_a_published_repo_with_its_revision(hub, trained, monkeypatch):
@@ -249,10 +254,11 @@ def test_a_published_repo_with_its_revision(hub, trained, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", token)
     first = push(trained["dora"], "ana/adapter", tag="v1", verify=False, progress=False)
     hub.repo("ana/adapter").push({"adapter_model.safetensors": b"broken"})
-    assert verify("ana/adapter", revision="v1", progress=False).revision == first.commit
-    monkeypatch.setenv("HF_TOKEN", "")
-    assert verify("ana/adapter", revision="v1", token=token, progress=False).ok
-    report = verify("ana/adapter", token=token, progress=False)
+    with IsolatedProcess() as process:
+        assert verify("ana/adapter", revision="v1", progress=False, process=process).revision == first.commit
+        monkeypatch.setenv("HF_TOKEN", "")
+        assert verify("ana/adapter", revision="v1", token=token, progress=False, process=process).ok
+        report = verify("ana/adapter", token=token, progress=False, process=process)
     assert "changed since: adapter_model.safetensors" in report.problem
     with pytest.raises(AdapterError, match="ana/adapter is not on the Hub"):
         verify("ana/adapter", revision="main", progress=False)
@@ -269,16 +275,16 @@ def test_what_is_no_adapter(tmp_path, hub):
 
 def test_the_registry_of_released_code(tmp_path):
     """This version's code is known without an entry; an entry is a version and a hash."""
-    assert release_of(island_hash()) == "this version"
+    assert release_of(remote_code_hash()) == "this version"
     assert release_of("sha256:0") is None
     copied = tmp_path / "code"
     copied.mkdir()
-    for name, path in island_files().items():
+    for name, path in remote_code_files().items():
         shutil.copyfile(path, copied / name)
-    assert code_hash(code_files(copied)) == island_hash()
+    assert code_hash(code_files(copied)) == remote_code_hash()
     for version, digest in json.loads(REGISTRY.read_text()).items():
         assert version[0].isdigit()
-        assert len(digest) == len(island_hash())
+        assert len(digest) == len(remote_code_hash())
 
 
 def test_difference_counts_what_overtakes():

@@ -349,11 +349,11 @@ def test_a_cast_is_no_change(base_folder, tmp_path):
 
 
 def test_saving_reads_the_files_of_an_unchanged_base_once(base_folder, tmp_path, monkeypatch):
-    from minilora_hub.remote_code import base_naming
+    from minilora_hub.remote_code import saving
 
     compared = []
-    real = base_naming.differing_tensors
-    monkeypatch.setattr(base_naming, "differing_tensors", lambda *a: compared.append(a) or real(*a))
+    real = saving.differing_tensors
+    monkeypatch.setattr(saving, "differing_tensors", lambda *a: compared.append(a) or real(*a))
     model = DoraForCausalLM.from_base(str(base_folder), tiny_config("dora"))
     for _ in range(2):
         model.save_pretrained(tmp_path / "out")

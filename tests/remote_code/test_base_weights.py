@@ -14,15 +14,17 @@ from safetensors.torch import load_file, save_file
 from tiny_training import SHORT, write_base, write_rows
 
 import minilora_hub
-from minilora_hub.bases import load_model, resolve_base
+from minilora_hub.bases import resolve_base
+from minilora_hub.bases.loading import load_base
 from minilora_hub.bases.skeleton import find_base
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.engine import CompareEngine, Sampling
+from minilora_hub.compare.prompting import Promptings
 from minilora_hub.errors import BaseModelError
 from minilora_hub.evaluation.lm_eval_tasks import _rows_of
 from minilora_hub.evaluation.run import evaluate
 from minilora_hub.formats import exporting
-from minilora_hub.recording import bases_of_record, logits
+from minilora_hub.recording import logits
 from minilora_hub.training.run import train
 
 PACKAGE = Path(minilora_hub.__file__).parent
@@ -55,8 +57,8 @@ def training(method):
 WAYS = {
     "compare": lambda base, out, adapters: CompareEngine(base, [adapters["lora"]], device="cpu"),
     "eval": lambda base, out, adapters: evaluate(tasks=["echo"], base=base, cache=False),
-    "record": lambda base, out, adapters: bases_of_record.load_base(resolve_base(base)),
-    "convert": lambda base, out, adapters: find_base(None, str(base)).load(),
+    "record": lambda base, out, adapters: load_base(resolve_base(base), dtype="float32"),
+    "convert": lambda base, out, adapters: find_base(str(base)).load(),
     "export dora --to dense": export("dense", "dora"),
     "export lora --to dense": export("dense", "lora"),
     "export mixlora --to mixtral": export("mixtral", "mix"),
@@ -95,12 +97,12 @@ def test_nobody_else_loads_a_base():
     }
 
 
-def test_load_model_names_the_base_and_passes_arguments_on(tmp_path):
+def test_load_base_names_the_base_and_passes_arguments_on(tmp_path):
     base = write_base(tmp_path / "base")
-    assert load_model(resolve_base(base), dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert load_base(resolve_base(base), dtype=torch.bfloat16).dtype == torch.bfloat16
     (base / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(BaseModelError, match=rf"base '{base}' cannot be loaded"):
-        load_model(resolve_base(base))
+        load_base(resolve_base(base))
 
 
 # ---- tokens that the base does not know ----
@@ -137,7 +139,8 @@ def test_an_evaluation_refuses_an_unknown_token_before_it_measures(short_base, m
 
 def test_lm_eval_refuses_an_unknown_token():
     bank = AdapterBank(tiny_stand_ins.tiny_llama(vocab_size=258))
-    with _rows_of(bank, None, tiny_stand_ins.byte_tokenizer()):
+    prompting = Promptings(bank.model, tiny_stand_ins.byte_tokenizer()).base
+    with _rows_of(bank, None, prompting):
         bank.model(torch.tensor([[257, 1]]))
         with pytest.raises(
             ValueError, match=r"'<\|assistant\|>' has the id 258, but the base's embedding has 258 rows"

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import PeftModel
-from reference import peft_twin, reference_mixlora
+from reference import peft_twin, reference_in_double, reference_mixlora
 from tiny import fill_adapter, logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,7 +42,8 @@ def test_dora_equals_peft(base, ids):
 def test_mixlora_equals_the_reference_package(base, ids, tmp_path):
     model = MixLoraForCausalLM.from_base(shared_copy(base), MixLoraConfig(r=16))
     fill_adapter(model, scale=0.02)
-    twin = reference_mixlora(copy.deepcopy(base), model, tmp_path)
+    twin = reference_in_double(reference_mixlora(copy.deepcopy(base), model, tmp_path))
+    model.double()  # in float32 the two ways to round differ by 1e-4 after 30 layers
     difference = (logits(model, ids) - logits(twin, ids)).abs().max().item()
     effect = (logits(model, ids) - logits(base, ids)).abs().max().item()
     print(f"MixLoRA against the mixlora package on SmolLM2-135M: {difference:.1e}, an effect of {effect:.1f} in logits")

@@ -37,7 +37,13 @@ def assert_same_tokens(model, got, other, prompt_length):
 
 @pytest.mark.parametrize("biases", [False, True], ids=["plain", "biases"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHER_FAMILIES])
+@pytest.mark.parametrize(
+    "family",
+    [
+        family if family in ("llama", "gemma2", "phi3", "gpt2") else pytest.param(family, marks=pytest.mark.slow)
+        for family in (*FAMILIES, *OTHER_FAMILIES)
+    ],
+)
 def test_train_save_load_generate(family, method, biases, tmp_path):
     base = tiny_base(family, biases=biases)
     before = logits(base)

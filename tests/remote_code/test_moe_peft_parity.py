@@ -90,7 +90,7 @@ def both(routers, family, method, strategy):
 
 
 @pytest.mark.parametrize("method", ["mixlora", "mixdora"])
-@pytest.mark.parametrize("family", ["llama", "phi3", "phi"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("phi3", marks=pytest.mark.slow), "phi"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_training_equals_moe_pefts(strategy, family, method, routers):
     module, router, loss, config = both(routers, family, method, strategy)

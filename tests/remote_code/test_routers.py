@@ -91,8 +91,8 @@ def test_switch_serves_the_first_of_each_sequence(capacity, masked):
 @pytest.mark.parametrize("gathered", [False, True], ids=["sorted", "gathered"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize("method", ["mixlora", "mixdora"])
-@pytest.mark.parametrize("family", ["llama", "phi3", "phi"])
-@pytest.mark.parametrize("targets", ["all-linear", "no output", "only output"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("phi3", marks=pytest.mark.slow), "phi"])
+@pytest.mark.parametrize("targets", ["all-linear", "no output", pytest.param("only output", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_block_equals_the_equations(strategy, targets, family, method, training, gathered, monkeypatch):
     """Forward and gradients, biases included: a token with weights that do not sum to one gets that much of a bias."""
@@ -129,7 +129,9 @@ def test_the_test_data_exercise_the_strategy(strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHER_FAMILIES])
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in OTHER_FAMILIES)]
+)
 def test_logits_equal_the_equations(family, strategy):
     model = tiny_model(family, "mixlora", **strategy)
     got = logits(model)

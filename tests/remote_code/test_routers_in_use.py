@@ -175,9 +175,11 @@ def test_trains_saves_and_loads_on_an_nf4_base(strategy, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # inductor's own
-@pytest.mark.parametrize("tokens", [1, 12])
-@pytest.mark.parametrize("method", ["mixlora", "mixdora"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("tokens", [1, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["mixlora", pytest.param("mixdora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "strategy", [pytest.param(TOP_P, id="top_p", marks=pytest.mark.slow), pytest.param(SWITCH, id="switch")]
+)
 def test_compiles_without_a_graph_break(strategy, method, tokens):
     model, ids = tiny_model("llama", method, **strategy), token_ids(2, tokens)
     expected = model(ids, use_cache=False)

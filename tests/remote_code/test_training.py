@@ -9,7 +9,8 @@ from tiny import CAUSAL_LM, METHODS, fill_adapter, logits, tiny_base, tiny_confi
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
-from minilora_hub.remote_code.adapted_linear import add_low_rank, add_low_rank_, row_norms_squared
+from minilora_hub.remote_code.adapted_linear import add_low_rank, add_low_rank_
+from minilora_hub.remote_code.linear_layers import row_norms_squared
 
 
 def train(model, folder, steps=12, **arguments):
@@ -65,6 +66,7 @@ def test_reentrant_checkpointing_would_lose_the_balance_loss_and_is_refused():
         model(ids, labels=ids)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # dynamo's own
 def test_compiled_checkpointing_would_lose_the_balance_loss_and_is_refused():
     model, ids = tiny_model("llama", "mixlora").train(), token_ids()
@@ -254,7 +256,7 @@ def test_whoever_listens_to_a_base_layer_keeps_what_it_gave(method, dropout, lis
 @pytest.mark.parametrize("method", ["dora", "lora"])
 def test_training_keeps_no_more_of_a_layer_than_its_gradient_needs(method):
     """Plain LoRA keeps x and A x; DoRA what its scale multiplies, too. The base's own product is not kept beside it."""
-    from minilora_hub.remote_code.adapted_linear import AdaptedLinear, LowRankUpdate, row_norms_squared
+    from minilora_hub.remote_code.adapted_linear import AdaptedLinear, LowRankUpdate
 
     layer, rows, r = nn.Linear(32, 48).requires_grad_(False), 7, 4
     dora = method == "dora"
@@ -284,7 +286,7 @@ def test_training_keeps_no_more_of_a_layer_than_its_gradient_needs(method):
 # ---- torch.compile ----
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["dora", "mixlora", pytest.param("mixdora", marks=pytest.mark.slow)])
 def test_forward_compiles_without_a_graph_break_for_dora(method):
     """DoRA compiles whole. A mixture's sorted path reads counts on the host, so it compiles whole for few tokens."""
     model = tiny_model("llama", method)

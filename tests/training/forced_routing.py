@@ -27,15 +27,15 @@ def main(out: Path, said: dict) -> None:
         return weights / weights.sum(dim=-1, keepdim=True), selected.contiguous()
 
     routing.route_top_k = forced
-    before = run_module._Run._train
+    before = run_module._train
 
-    def noticed(self, trainer, *args):
-        seconds = before(self, trainer, *args)
+    def noticed(trainer, *args):
+        seconds = before(trainer, *args)
         tensors = {name: value.detach().clone() for name, value in trainer.model.adapter_parameters().items()}
         save_file(tensors, out.parent / f"process{rank}.safetensors")
         return seconds
 
-    run_module._Run._train = noticed
+    run_module._train = noticed
     run_module.train(out, **said)
 
 

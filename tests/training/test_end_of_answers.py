@@ -41,7 +41,7 @@ def test_the_templates_end_token_is_in_the_saved_generation_settings(method, qwe
     assert ("end", "an answer ends with <|endoftext|> or <|im_end|>") in result.plan.lines()
     if method != "dora":  # PEFT loads the base's generation settings, and none of the adapter's
         (note,) = result.notes
-        assert "answers end with <|im_end|>, which the base's own generation settings do not know" in note
+        assert "answers end with <|im_end|>, which the base's generation settings do not list" in note
         assert f"eos_token_id={ends}" in note
         return
     assert result.notes == ()

@@ -8,12 +8,12 @@ import sys
 import pytest
 
 from minilora_hub.errors import TrainingError
-from minilora_hub.training.folder_lock import folder_lock
 from minilora_hub.training.run import train
+from minilora_hub.training.run_folder import folder_lock
 from minilora_hub.training.sweep import sweep
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from minilora_hub.training.folder_lock import folder_lock\n"
+    "import sys, time; from pathlib import Path; from minilora_hub.training.run_folder import folder_lock\n"
     "with folder_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
 )
 

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from minilora_hub import DoraForCausalLM, MixLoraForCausalLM
 from minilora_hub.adapter_folder.results import Results
+from minilora_hub.bases import resolve_base
 from minilora_hub.errors import TrainingError
-from minilora_hub.remote_code.base_structure import keep_4bit_weights_exact
+from minilora_hub.remote_code.linear_layers import keep_4bit_weights_exact
 from minilora_hub.training import run as run_module
-from minilora_hub.training.models import find_base
 from minilora_hub.training.passthrough import build_peft_model
 from minilora_hub.training.run import train
 from minilora_hub.training.settings import make_settings
@@ -65,14 +65,14 @@ def plain(base: str, kind: str | None = None):
 def trained(monkeypatch):
     """The model of the last run, as it was when the run ended."""
     models = []
-    build = run_module._Run._train
+    build = run_module._train
 
-    def noticed(self, trainer, *args):
-        seconds = build(self, trainer, *args)
+    def noticed(trainer, *args):
+        seconds = build(trainer, *args)
         models.append(trainer.model)
         return seconds
 
-    monkeypatch.setattr(run_module._Run, "_train", noticed)
+    monkeypatch.setattr(run_module, "_train", noticed)
     return models
 
 
@@ -158,7 +158,9 @@ def test_loftq_starts_nearer_to_the_base_than_its_rounding(base, rows):
     settings = make_settings(said)
     from minilora_hub.training.models import base_arguments
 
-    model = build_peft_model(settings, find_base(settings, progress=False), base_arguments(settings))
+    model = build_peft_model(
+        settings, resolve_base(settings.base, revision=settings.base_revision), base_arguments(settings)
+    )
     exact, checked = plain(base), 0
     for name, module in model.get_base_model().named_modules():
         if type(module).__name__ != "Linear4bit" or not hasattr(module, "lora_A"):

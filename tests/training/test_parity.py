@@ -12,10 +12,11 @@ from tiny_training import SHORT
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from minilora_hub.adapter_folder.tensor_names import to_peft
+from minilora_hub.adapter_folder.names import to_peft
+from minilora_hub.bases import resolve_base
 from minilora_hub.training.dataset import prepare_data
 from minilora_hub.training.loop import build_trainer, known_warnings_ignored
-from minilora_hub.training.models import build_trainee, find_base, load_tokenizer
+from minilora_hub.training.models import build_trainee, load_tokenizer
 from minilora_hub.training.run import train
 from minilora_hub.training.settings import make_settings
 
@@ -25,7 +26,7 @@ PLAIN = {"schedule": "constant", "warmup": 0.0, "learning_rate": 3e-3, "max_grad
 def parts(out: Path, **said):
     """The model and the batches of a run, as the run itself builds them."""
     settings = make_settings(said)
-    resolved = find_base(settings, progress=False)
+    resolved = resolve_base(settings.base, revision=settings.base_revision)
     tokenizer = load_tokenizer(resolved)
     data = prepare_data(settings, tokenizer, 512, out)
     trainee = build_trainee(settings, resolved)

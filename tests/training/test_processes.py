@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_training import SHORT
@@ -56,6 +57,7 @@ def test_two_processes_reach_the_curve_of_one(base, rows, tmp_path):
     assert json.loads((tmp_path / "two" / "results.json").read_text())["training"]["steps"] == 8
 
 
+@pytest.mark.slow
 def test_experts_without_tokens_neither_hang_nor_skew_a_process(base, rows, tmp_path):
     said = SHORT | {"method": "mixlora", "num_experts": 4, "base": base, "data": rows}
     script = str(Path(__file__).with_name("forced_routing.py"))
@@ -72,6 +74,7 @@ def test_experts_without_tokens_neither_hang_nor_skew_a_process(base, rows, tmp_
         assert moved.tolist() == [True, True, True, False], name
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_both_processes_after_the_same_step(base, rows, tmp_path):
     out = tmp_path / "out"
     flags = ["--method", "dora", "--base", base, "--data", rows, "--out", str(out), "--batch-size", "4", "--rank", "4"]

@@ -52,7 +52,7 @@ def test_a_result_passes_every_check(method, base, rows, tmp_path):
 
 
 def test_what_cannot_be_recorded_is_told_and_the_run_is_kept(base, rows, tmp_path, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("not enough memory:\nyou tried to allocate 12 GB")
 
     monkeypatch.setattr("minilora_hub.recording.reference.load_base", fail)

@@ -8,8 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.adapter_folder.facts import WEIGHTS, adapter_facts
+from minilora_hub.adapter_folder.folders import adapter_facts
 from minilora_hub.adapter_folder.hashes import file_sha256
+from minilora_hub.adapter_folder.names import WEIGHTS
 from minilora_hub.adapter_folder.results import RESULTS_FILE, Results
 from minilora_hub.demo.runs.comparison import Weights
 from minilora_hub.errors import AdapterError

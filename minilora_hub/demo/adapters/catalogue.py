@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
-from minilora_hub.adapter_folder.sources import read_source
+from minilora_hub.adapter_folder.folders import inspect_source
 from minilora_hub.compare.engine import Column, CompareEngine
 from minilora_hub.demo.adapters.cards import AdapterCard, read_card
 from minilora_hub.demo.adapters.from_hub import LinkedAdapters
@@ -98,7 +98,7 @@ def _adapters_in(folder: Path) -> dict[str, Path]:
     found = {}
     for path in sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
         try:
-            read_source(path)
+            inspect_source(path)
         except AdapterError:
             continue
         found[path.name] = path

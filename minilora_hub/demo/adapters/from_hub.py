@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.adapter_folder.code_references import CONFIGURATION_FILES, code_references
-from minilora_hub.adapter_folder.folders import describe_folder
+from minilora_hub.adapter_folder.folders import describe_folder, read_configuration
+from minilora_hub.adapter_folder.names import WEIGHTS
+from minilora_hub.adapter_folder.reading import our_config
 from minilora_hub.adapter_folder.results import RESULTS_FILE
-from minilora_hub.adapter_folder.sources import WEIGHTS, read_configuration
-from minilora_hub.adapter_folder.writing import our_config
 from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.compare.engine import Column, CompareEngine
 from minilora_hub.demo.adapters.cards import AdapterCard, read_card
@@ -90,11 +90,11 @@ class LinkedAdapters:
         return repo
 
     def _check(self, repo: PublicRepo, folder: Path) -> None:
-        source = read_configuration(folder)
-        for reference in code_references(folder, repo.sizes.keys()):
+        for reference in code_references(folder, repo.sizes.keys()):  # first: the code was not fetched
             if not reference.own:
                 why = "" if reference.problem else ", and a page runs no code of an adapter's"
                 raise AdapterError(f"{repo.name} is not loaded: {reference}{why}")
+        source = read_configuration(folder)
         check_settings(source.config, peft=source.layout == "peft")
         self._check_base(repo.name, source.base, source.base_fingerprint)
         if source.layout == "auto":

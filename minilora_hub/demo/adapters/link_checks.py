@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from minilora_hub.adapter_folder.companions import TEMPLATE
+from minilora_hub.adapter_folder.names import TEMPLATE
 from minilora_hub.errors import AdapterError
 from minilora_hub.remote_code.base_structure import matches_target
 

@@ -13,7 +13,7 @@ from typing import Any
 from minilora_hub.demo.ui.page_state import text_of
 from minilora_hub.documents import Scalar, strict_json
 from minilora_hub.errors import PageError
-from minilora_hub.publish.card.markdown import block, inline
+from minilora_hub.formatting import block, inline
 
 VERSION = 1
 UNKNOWN = "unknown"

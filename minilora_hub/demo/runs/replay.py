@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from minilora_hub.adapter_folder.facts import WEIGHTS
 from minilora_hub.adapter_folder.hashes import file_sha256
+from minilora_hub.adapter_folder.names import WEIGHTS
 from minilora_hub.compare.engine import CompareEngine, Sampling
 from minilora_hub.demo.adapters.columns import describe_columns
 from minilora_hub.demo.ui.page_state import RunningComparison

@@ -15,8 +15,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from minilora_hub.demo.votes.storage import locked, write_file
+from minilora_hub.demo.votes.storage import locked
 from minilora_hub.demo.votes.votes import VoteStore
+from minilora_hub.documents import write_whole
 from minilora_hub.errors import PageError
 from minilora_hub.hub.errors import FAILURES, explain
 
@@ -102,7 +103,7 @@ class VoteDataset:
                 here = self._store.folder / name
                 with locked(self._store.folder):
                     if not here.is_file() or here.stat().st_size < len(content):
-                        write_file(here, content)
+                        write_whole(here, content)
         # Files that a killed process has left on this disk are sent once.
         for file in sorted(self._store.folder.glob("votes*.jsonl")):
             self._send(file)

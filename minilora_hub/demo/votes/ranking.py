@@ -1,6 +1,6 @@
 """The ranking that votes give: wins, ties, and shares with their intervals. No Gradio.
 
-There are two shares, each with scipy's Wilson interval of 95%:
+There are two shares, each with Wilson's interval of 95%:
 
 - Of a model: of the votes that chose an answer while this model was among them, those that chose it. With k answers,
   chance alone gives 1/k; ``chance`` is the mean of that over the same votes.
@@ -16,6 +16,7 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from minilora_hub.demo.votes.votes import ALL_BAD, TIE, Vote
+from minilora_hub.evaluation.metrics import wilson_interval
 
 
 class Model(NamedTuple):
@@ -65,9 +66,7 @@ def rank(votes: Sequence[Vote]) -> dict[str, list[dict[str, Any]]]:
 
 def share(wins: int, n: int) -> dict[str, float] | None:
     """Return the share ``value`` = `wins`/`n` with its interval, ``low`` to ``high``; None for no votes."""
-    from scipy.stats import binomtest
-
     if not n:
         return None
-    interval = binomtest(wins, n).proportion_ci(confidence_level=0.95, method="wilson")
-    return {"wins": wins, "n": n, "value": wins / n, "low": float(interval.low), "high": float(interval.high)}
+    low, high = wilson_interval(wins, n)
+    return {"wins": wins, "n": n, "value": wins / n, "low": low, "high": high}

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from minilora_hub.demo.runs.comparison import Comparison
 from minilora_hub.demo.runs.limits import PageLimits
-from minilora_hub.demo.votes.storage import locked, write_file
+from minilora_hub.demo.votes.storage import locked
+from minilora_hub.documents import write_whole
 from minilora_hub.errors import PageError
 
 IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{22}", re.ASCII)
@@ -44,7 +45,7 @@ class SharedComparisons:
         try:
             with locked(self.folder):
                 self._make_room(len(content))
-                write_file(self.folder / f"{identifier}.json", content)
+                write_whole(self.folder / f"{identifier}.json", content)
         except OSError as error:
             raise PageError(f"the comparison could not be stored: {error}") from error
         return identifier

@@ -1,4 +1,4 @@
-"""Writes votes and shared comparisons: locked against other writers, completely or not at all. No Gradio."""
+"""Locks the folders of votes and shared comparisons, and appends lines completely or not at all. No Gradio."""
 
 from __future__ import annotations
 
@@ -53,20 +53,3 @@ def append_line(file: Path, line: bytes) -> None:
         except OSError:
             out.truncate(size)
             raise
-
-
-def write_file(file: Path, content: bytes) -> None:
-    """Write a file completely or not at all.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)

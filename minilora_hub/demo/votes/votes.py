@@ -8,15 +8,25 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 from minilora_hub.demo.runs.comparison import Comparison, answer_hash, now
 from minilora_hub.demo.ui.page_state import text_of
 from minilora_hub.demo.votes.storage import append_line, locked
-from minilora_hub.documents import Document, Require, Scalar, strict_json
+from minilora_hub.documents import Document, Scalar, need, strict_json
 from minilora_hub.errors import AdapterError, PageError
 
 TIE, ALL_BAD = "tie", "all bad"
+EACH_ONCE = need(
+    "must be the index of each candidate once",
+    lambda order, vote: sorted(order) == [*range(len(vote.get("candidates", order)))],
+)
+A_CANDIDATE = need(
+    f"must be the index of a candidate, {TIE!r} or {ALL_BAD!r}",
+    lambda choice, vote: choice in (*range(len(vote.get("candidates", ()))), TIE, ALL_BAD) and choice is not True,
+)
 
 
 @dataclass(frozen=True)
@@ -31,14 +41,11 @@ class Candidate:
         revision: the adapter's commit on the Hub, None where it comes from a folder.
     """
 
-    name: str
+    name: Annotated[str, Field(min_length=1)]
     kind: str
     weights: str
     answer: str
     revision: str | None = None
-
-    def _check(self, require: Require) -> None:
-        require(bool(self.name), "name", "a name")
 
 
 @dataclass(frozen=True)
@@ -60,25 +67,16 @@ class Vote(Document):
     FILE: ClassVar[str] = "vote"
     VERSION: ClassVar[int] = 1
 
-    id: str
+    id: Annotated[str, Field(min_length=1)]
     time: str
     prompt: str
     sampling: dict[str, Scalar]
     base: str
     base_fingerprint: str
-    candidates: tuple[Candidate, ...]
-    order: tuple[int, ...]
-    choice: int | str
+    candidates: Annotated[tuple[Candidate, ...], Field(min_length=2)]
+    order: Annotated[tuple[int, ...], EACH_ONCE]
+    choice: Annotated[int | str, A_CANDIDATE]
     schema_version: int = VERSION
-
-    def _check(self, require: Require) -> None:
-        amount = len(self.candidates)
-        require(bool(self.id), "id", "a text")
-        require(amount >= 2, "candidates", "at least two")
-        require(sorted(self.order) == [*range(amount)], "order", "each candidate's index once")
-        numbered = isinstance(self.choice, int) and not isinstance(self.choice, bool)
-        chosen = self.choice in range(amount) if numbered else self.choice in (TIE, ALL_BAD)
-        require(chosen, "choice", f"the index of a candidate, {TIE!r} or {ALL_BAD!r}")
 
 
 def vote_on(comparison: Comparison, identifier: str, order: tuple[int, ...], choice: int | str) -> Vote:

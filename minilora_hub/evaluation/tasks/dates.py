@@ -32,7 +32,7 @@ STEPS = {
 
 
 def make(split: str) -> tuple[Item, ...]:
-    """All items of a split."""
+    """Make all items of a split."""
     draw = Draw("dates", split)
     return distinct(lambda: _item(draw, split), {"train": 2000, "validation": 120, "test": 500, "held_out": 200}[split])
 
@@ -71,7 +71,7 @@ def _item(draw: Draw, split: str) -> Item:
 
 
 def _day(draw: Draw, split: str, step: int = 0, month_end: bool = False) -> date:
-    """A date of the split; the one that is `step` days earlier, which a prompt will name, belongs to it as well."""
+    """Draw a date of the split; the date `step` days earlier, which a prompt names, is also of this split."""
     while True:
         day = FIRST + timedelta(days=draw.number(20, (LAST - FIRST).days - 20))
         if month_end:

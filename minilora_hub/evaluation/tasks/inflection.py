@@ -1,7 +1,7 @@
 """English words in another form, from lemminflect's lexicon: plurals, verb forms, comparatives.
 
 1: an ending is added. 2: the spelling changes with it. 3: irregular, at first as many as of 1 and 2 together.
-Held out: the superlative. Words with several accepted forms are left out, because one answer counts.
+Held out: the superlative. Words with several accepted forms are left out, because an item has one answer.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ FORMS = {
 HELD_OUT = {"JJS": "superlative"}
 ENDINGS = {"NNS": "s", "VBD": "ed", "VBN": "ed", "VBG": "ing", "JJR": "er", "JJS": "est"}
 REGULAR = {"train": 800, "validation": 50, "test": 240, "held_out": 100}
-"""How many items of difficulty 1, and of 2, at most; of 3 there are as many as the lexicon has."""
+"""The most items of difficulty 1, and of 2; of 3 all that the lexicon has."""
 
 
 def make(split: str, avoid: frozenset[str] = frozenset()) -> tuple[Item, ...]:
-    """All items of a split.
+    """Make all items of a split.
 
     Args:
         split: one of `items.SPLITS`.
-        avoid: words that are asked for in training only, such as those that other tasks are made of.
+        avoid: words that may occur in training only, such as those of other tasks.
     """
     tags = HELD_OUT if split == "held_out" else FORMS
     avoid = frozenset() if split == "train" else avoid | _trained_words()
@@ -50,7 +50,7 @@ def make(split: str, avoid: frozenset[str] = frozenset()) -> tuple[Item, ...]:
 
 @cache
 def _lexicon() -> tuple[tuple[str, str, str], ...]:
-    """(lemma, tag, form), sorted: one form each, in plain letters, and another word than the lemma."""
+    """Return (lemma, tag, form), sorted, for words with one form, in plain letters, that differs from the lemma."""
     lemminflect = library("lemminflect")
     codec = library("lemminflect.codecs.InflectionLUCodec").InflectionLUCodec
     found = []
@@ -65,7 +65,7 @@ def _lexicon() -> tuple[tuple[str, str, str], ...]:
 
 
 def _difficulty(lemma: str, tag: str, form: str) -> int:
-    """1 if the ending is only added, 2 if that changes the spelling, 3 if no rule makes this form."""
+    """Return 1 if the ending is only added, 2 if that changes the spelling, 3 if no rule gives this form."""
     ending = ENDINGS[tag]
     if form == lemma + ending:
         return 1
@@ -85,7 +85,7 @@ def _difficulty(lemma: str, tag: str, form: str) -> int:
 
 @cache
 def _split(lemma: str) -> str:
-    """The split of a word, which is that of the irregular word it is made with: undergo goes where go goes."""
+    """Return the split of a word: that of the irregular word in it, so that undergo and go are in one split."""
     irregular = _irregular()
     own, roots = irregular.get(lemma, {}), [lemma]
     for start in range(1, len(lemma) - 1):
@@ -97,7 +97,7 @@ def _split(lemma: str) -> str:
 
 @cache
 def _irregular() -> dict[str, dict[str, str]]:
-    """For every word its irregular forms by tag; none for most."""
+    """Return the irregular forms of every word that has some, by tag."""
     forms: dict[str, dict[str, str]] = {}
     for lemma, tag, form in _lexicon():
         if _difficulty(lemma, tag, form) == 3:
@@ -107,5 +107,5 @@ def _irregular() -> dict[str, dict[str, str]]:
 
 @cache
 def _trained_words() -> frozenset[str]:
-    """Every word that training may ask for or answer with."""
+    """Return every word of the training items."""
     return frozenset(word for lemma, _, form in _lexicon() if _split(lemma) == "train" for word in (lemma, form))

@@ -1,8 +1,8 @@
-"""What a task is made of: items, the splits they fall into, and the random draws that make them.
+"""Items of tasks, their splits, and the random draws that make them.
 
-Items are made, not stored: the same ones on every machine and Python version, because every draw is one of
-`random.Random`'s stable methods, seeded with a text, and a split is a hash of the entity. What the libraries under the
-tasks return may change with their versions: a test holds a hash of each task's items.
+Items are generated, not stored. They are the same on every machine and Python version: every draw is one of
+`random.Random`'s stable methods, seeded with a text, and a split is a hash of the entity. The data of the libraries may
+change with their versions; a test compares a hash of each task's items.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from minilora_hub.errors import MissingExtraError
 
 T = TypeVar("T")
 SPLITS = ("train", "validation", "test", "held_out")
-"""`held_out` items are made of test entities in a format that occurs in no other split: what carries over to it?"""
+"""`held_out` items are made of test entities, in a format that occurs in no other split."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question and the one right answer.
+    """A question and its one right answer.
 
     Args:
         task: the name of its task.
         split: one of `SPLITS`.
-        prompt: what the user says.
-        completion: the answer, to the letter.
-        difficulty: 1 (a change of notation), 2 (one more thing to know) or 3 (several steps, or irregular).
-        entity: what the split is decided by: no entity of one split occurs in another, but for test and held_out.
-        labels: what results may be grouped by, e.g. ``{"format": "de long"}``.
+        prompt: the user's text.
+        completion: the exact answer.
+        difficulty: 1 (a change of notation), 2 (one more fact to know) or 3 (several steps, or irregular).
+        entity: it determines the split: no entity occurs in two splits, except in test and held_out.
+        labels: keys by which results may be grouped, e.g. ``{"format": "de long"}``.
     """
 
     task: str
@@ -47,13 +47,13 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its items by split, and how an answer is judged.
+    """A task: its items by split, and how an answer is scored.
 
     Args:
         name: as in ``minilora eval --task``.
-        title: what is to be done, for tables and cards.
-        kind: ``"exact"``, the answer's text counts; ``"json"``, the value that it spells, and its fields.
-        make: all items of a split, in an order that mixes difficulties.
+        title: for tables and cards.
+        kind: ``"exact"``: the text is compared; ``"json"``: also the fields of the JSON value.
+        make: makes all items of a split, in an order that mixes difficulties.
     """
 
     name: str
@@ -66,14 +66,14 @@ class Task:
         return {}
 
     def items(self, split: str, count: int | None = None) -> tuple[Item, ...]:
-        """The items of a split; fewer of them are the first ones.
+        """Return the first `count` items of a split, or all.
 
         Args:
             split: one of `SPLITS`.
-            count: how many. Default: all there are.
+            count: number of items.
 
         Raises:
-            ValueError: there is no such split, or not so many items.
+            ValueError: there is no such split, or it has fewer items.
             MissingExtraError: a library that makes the items is not installed.
         """
         if split not in SPLITS:
@@ -87,13 +87,13 @@ class Task:
 
 
 def entity_split(entity: str) -> str:
-    """Train, validation or test, by a hash of the entity: 80, 5 and 15 of 100."""
+    """Return train, validation or test, by a hash of the entity: 80, 5 and 15 of 100."""
     place = int.from_bytes(hashlib.sha256(entity.encode()).digest()[:8], "big") % 100
     return "train" if place < 80 else "validation" if place < 85 else "test"
 
 
 def entities_of(split: str) -> str:
-    """The split whose entities a split's items are made of."""
+    """Return the split whose entities the items of a split are made of."""
     return "test" if split == "held_out" else split
 
 
@@ -104,21 +104,21 @@ class Draw:
         self._rng = random.Random(f"{task}/{split}")  # noqa: S311  (data, not secrets)
 
     def one(self, values: Sequence[T]) -> T:
-        """One of them, each as likely."""
+        """Draw one value, each with equal probability."""
         return values[self._rng.randrange(len(values))]
 
     def number(self, low: int, high: int) -> int:
-        """An integer from low to high, both included."""
+        """Draw an integer from low to high, both included."""
         return low + self._rng.randrange(high - low + 1)
 
     def shuffled(self, values: Iterable[T]) -> list[T]:
-        """All of them, in a random order."""
+        """Return all values in a random order."""
         left = list(values)
         return [left.pop(self._rng.randrange(len(left))) for _ in range(len(left))]
 
 
 def distinct(make: Callable[[], Item | None], count: int) -> tuple[Item, ...]:
-    """Call `make` until there are so many items with different prompts; it returns None for a draw that won't do."""
+    """Call `make` until there are `count` items with different prompts; it returns None for a draw to discard."""
     found: dict[str, Item] = {}
     for _ in range(1000 * count):
         item = make()

@@ -14,7 +14,7 @@ FORMS = {1: ("cardinal",), 2: ("cardinal", "cardinal", "ordinal", "year"), 3: ("
 
 
 def make(split: str) -> tuple[Item, ...]:
-    """All items of a split."""
+    """Make all items of a split."""
     draw = Draw("numbers", split)
     return distinct(lambda: _item(draw, split), {"train": 2000, "validation": 120, "test": 500, "held_out": 200}[split])
 

@@ -1,8 +1,7 @@
 """A sentence about people, as a JSON record: names, jobs and countries from Faker.
 
-1: three fields, all said. 2: nested, or with fields that the sentence leaves out and that must be null. 3: two people:
-both as a list, or one of them, told by the job, among what is said about the other. Held out: people who speak for
-themselves.
+1: three fields. 2: nested, or with fields that the sentence leaves out and that must be null. 3: two people: both as a
+list, or one of them, identified by the job. Held out: sentences in the first person.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class _Pools:
 
 
 def make(split: str) -> tuple[Item, ...]:
-    """All items of a split."""
+    """Make all items of a split."""
     draw, pools = Draw("records", split), _pools(entities_of(split))
     return distinct(
         lambda: _item(draw, split, pools), {"train": 2000, "validation": 120, "test": 500, "held_out": 200}[split]

@@ -1,4 +1,4 @@
-"""The four tasks that adapters are measured on, made from the data of other libraries (extra `eval`)."""
+"""The four evaluation tasks, made from the data of other libraries (extra `eval`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _make_inflection(split: str) -> tuple[Item, ...]:
 
 @cache
 def _words_in_training() -> frozenset[str]:
-    """The words of everything that training shows outside inflection's own words: they are no test words."""
+    """Return the words of all training prompts and answers, which must not be test words of inflection."""
     items = [item for task in OTHERS for item in task.items("train")]
     texts = [f"{item.prompt} {item.completion}" for item in items] + [
         item.prompt.partition(":")[0] for item in inflection.make("train")

@@ -1,4 +1,4 @@
-"""The tasks' items as JSON lines: what `minilora train --data` takes."""
+"""Write the items of tasks as JSON lines, for `minilora train --data`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MIX = "mix"
 
 
 def mixed(names: tuple[str, ...], split: str, count: int) -> tuple[Item, ...]:
-    """The first `count` items of each task, taking turns, so that every stretch of rows is a mix.
+    """Return the first `count` items of each task, alternating between the tasks.
 
     Args:
         names: tasks.
@@ -28,16 +28,16 @@ def write(out: Path, tasks: tuple[str, ...], splits: tuple[str, ...], count: int
     """Write ``<task>.<split>.jsonl`` for each task and, of several, ``mix.<split>.jsonl``.
 
     Args:
-        out: the folder; made if it is not there. Files of the same names are replaced.
-        tasks: names of tasks; all if there are none.
-        splits: what of each.
-        count: items of each task, the first ones. Default: all; the mix then has as many of each as the smallest.
+        out: the folder, created if missing. Files of the same names are replaced.
+        tasks: names of tasks; all if empty.
+        splits: the splits to write.
+        count: the first items of each task. Default: all; the mix then has as many of each as the smallest.
 
     Returns:
-        How many rows each file has.
+        The number of rows of each file.
 
     Raises:
-        MiniLoraError: an unknown task or split, `out` is a file, or a task has not so many items.
+        MiniLoraError: a task or split is unknown, `out` is a file, or a task has fewer items.
     """
     for what, given, known in (("task", tasks, tuple(TASKS)), ("split", splits, SPLITS)):
         for value in given:

@@ -1,7 +1,7 @@
-"""`MixLoraPeftConfig`: a MixLoRA in PEFT's and the reference's words, translated to the island's configuration.
+"""`MixLoraPeftConfig`: the configuration of a MixLoRA as a PEFT method, and its translation to a MixLoraConfig.
 
-``adapter_config.json`` keeps the keys of the reference (`mixlora` 0.2.3 and `moe_peft` 2.0.2). A few have
-other names in the island: transformers copies a field called ``top_k`` or ``temperature`` into the generation settings.
+``adapter_config.json`` keeps the keys of the reference (`mixlora` 0.2.3 and `moe_peft` 2.0.2). A few have other names
+in MixLoraConfig: transformers copies a field called ``top_k`` or ``temperature`` into the generation settings.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftType
 
+from minilora_hub.adapter_folder.names import STRATEGIES
 from minilora_hub.remote_code.configuration_minilora import AdapterConfig, MixLoraConfig
 
 MIXLORA = "MIXLORA"
-"""The method's name in PEFT. `peft_method.py` makes it known there."""
+"""The method's name in PEFT. `method.register` makes it known there."""
 
-STRATEGIES = {"mixlora": "top_k", "mixlora-dynamic": "top_p", "mixlora-switch": "switch"}
-"""The reference's names of the routing strategies, and ours."""
-
-ISLAND_NAMES = {
+ADAPTER_FIELDS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+SAME_FIELDS = (*ADAPTER_FIELDS, "num_experts", "base_fingerprint")
+"""Fields that have the same name in a MixLoraConfig."""
+FIELD_NAMES = {
     "top_k": "num_experts_per_tok",
     "top_p": "router_top_p",
     "temperature": "router_temperature",
@@ -30,7 +31,7 @@ ISLAND_NAMES = {
     "router_z_loss_coef": "router_z_loss_coef",
     "router_init_range": "router_init_range",
 }
-"""Routing fields in ``adapter_config.json`` -> in the island's configuration."""
+"""Routing fields in ``adapter_config.json`` -> in a MixLoraConfig."""
 
 EXPERT_KEYS = ("r", "lora_alpha", "lora_dropout")
 REFERENCE_EXPERT_KEYS = {"bias", "task_type", "base_model_name_or_path", "peft_type", "use_dora", "use_rslora"}
@@ -122,10 +123,10 @@ class MixLoraPeftConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             setattr(self, name, _as_list(getattr(self, name)))
         self._resolve_expert_lora()
-        island = self.island_config()
-        self.lora_alpha = island.lora_alpha
-        for theirs, ours in ISLAND_NAMES.items():
-            setattr(self, theirs, getattr(island, ours, None))
+        ours = self.model_config()
+        self.lora_alpha = ours.lora_alpha
+        for theirs, name in FIELD_NAMES.items():
+            setattr(self, theirs, getattr(ours, name, None))
 
     def _resolve_expert_lora(self) -> None:
         """Fill `expert_lora` in, so that the file says it and the reference reads it."""
@@ -143,30 +144,22 @@ class MixLoraPeftConfig(PeftConfig):
         AdapterConfig(lora_dropout=dropout)  # its check of the range
         self.expert_lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout}
 
-    def island_config(self) -> MixLoraConfig:
-        """Return the same adapter as the island describes it, for every linear of every decoder layer.
+    def model_config(self) -> MixLoraConfig:
+        """Return the MixLoraConfig of the same adapter, for every linear of every decoder layer.
 
-        What goes where (`target_modules` and the like) is decided in PEFT's ways, and is not part of it.
+        PEFT's fields that choose modules (`target_modules` and the like) are not part of it; see `sites.plan_adapter`.
         """
         assert self.expert_lora is not None
         if self.bias != "none":  # here, since PEFT would train what is set on the configuration later
             raise ValueError(f'bias={self.bias!r}: must be "none": a MixLoRA trains no bias of the base')
-        routing = {ours: getattr(self, theirs) for theirs, ours in ISLAND_NAMES.items()}
+        routing = {ours: getattr(self, theirs) for theirs, ours in FIELD_NAMES.items()}
         try:
             return MixLoraConfig(
-                r=self.r,
-                lora_alpha=self.lora_alpha,
-                lora_dropout=self.lora_dropout,
-                use_rslora=self.use_rslora,
-                use_dora=self.use_dora,
-                rank_pattern=self.rank_pattern,
-                alpha_pattern=self.alpha_pattern,
-                num_experts=self.num_experts,
+                **{name: getattr(self, name) for name in SAME_FIELDS},
                 expert_r=self.expert_lora["r"],
                 expert_alpha=self.expert_lora["lora_alpha"],
                 routing_strategy=STRATEGIES[self.routing_strategy],
                 router_aux_loss_coef=self.router_aux_loss_coef if self.router_loss else 0.0,
-                base_fingerprint=self.base_fingerprint,
                 **{name: value for name, value in routing.items() if value is not None},
             )
         except ValueError as error:
@@ -179,7 +172,7 @@ def _as_list(names: Any) -> Any:
 
 
 def _in_peft_words(message: str) -> str:
-    for theirs, ours in ISLAND_NAMES.items():
+    for theirs, ours in FIELD_NAMES.items():
         if message.startswith(f"{ours}="):
             return theirs + message.removeprefix(ours)
     return message
@@ -233,17 +226,10 @@ class PeerLoraConfig(LoraConfig):
         """Return the fields as PEFT's LoRA writes them."""
         return super().to_dict() | {"peft_type": "LORA"}
 
-    def island_config(self) -> AdapterConfig:
-        """Return the same adapter as the island describes it (see `MixLoraPeftConfig.island_config`)."""
-        return AdapterConfig(
-            r=self.r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            use_rslora=self.use_rslora,
-            use_dora=bool(self.use_dora),
-            rank_pattern=self.rank_pattern,
-            alpha_pattern=self.alpha_pattern,
-        )
+    def model_config(self) -> AdapterConfig:
+        """Return the AdapterConfig of the same adapter; see `MixLoraPeftConfig.model_config`."""
+        values = {name: getattr(self, name) for name in ADAPTER_FIELDS}
+        return AdapterConfig(**values | {"use_dora": bool(self.use_dora)})
 
 
 def as_peer(config: PeftConfig) -> PeftConfig:

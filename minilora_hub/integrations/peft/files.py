@@ -1,4 +1,4 @@
-"""Tensors of one adapter between a model with PEFT layers and a file: names, and a check that nothing is amiss.
+"""Translate the tensor names of one adapter between a PEFT model and its file, and check the file.
 
 PEFT only warns of missing tensors and drops surplus ones; here both are errors, before a value is copied.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from minilora_hub.adapter_folder.tensor_names import (
+from minilora_hub.adapter_folder.names import (
     MIXLORA_ATTRIBUTE,
     PEFT_PREFIX,
     as_stock_transformers_reads,
@@ -20,7 +20,7 @@ from minilora_hub.remote_code.adapter_files import check_tensors
 
 
 def saved_name(key: str, adapter_name: str, *, as_lora: bool) -> str:
-    """The name in a file of a parameter in a model.
+    """Return the name in a file of a parameter in a model.
 
     Args:
         key: e.g. ``base_model.model.model.layers.0.mlp.moe_lora.default.router``.
@@ -28,7 +28,7 @@ def saved_name(key: str, adapter_name: str, *, as_lora: bool) -> str:
         as_lora: whether the adapter is a PEFT LoRA, whose file has PEFT's LoRA names.
     """
     module, _, leaf = key.partition(f".{MIXLORA_ATTRIBUTE}.{adapter_name}.")
-    # A linear inside a block that is wrapped itself.
+    # A linear inside a block that is wrapped, too.
     module = ".".join(part for part in module.split(".") if part != "base_layer")
     name = f"{module}.{MIXLORA_ATTRIBUTE}.{leaf}"
     return lora_name_of_peft_mixlora(name) if as_lora else name
@@ -37,12 +37,12 @@ def saved_name(key: str, adapter_name: str, *, as_lora: bool) -> str:
 def remap_for_load(
     model: Any, adapter_name: str, state_dict: dict[str, torch.Tensor], *, as_lora: bool
 ) -> dict[str, torch.Tensor]:
-    """A file's tensors under the names of the model's parameters, whichever dialect the file speaks.
+    """Return a file's tensors under the names of the model's parameters, whichever dialect the file is in.
 
     Args:
         model: the model, with the adapter's parameters in it.
         adapter_name: the adapter.
-        state_dict: what is in the file, and what PEFT has already named (`modules_to_save`, embeddings).
+        state_dict: the tensors of the file, and those that PEFT has named already (`modules_to_save`, embeddings).
         as_lora: see `saved_name`.
 
     Raises:

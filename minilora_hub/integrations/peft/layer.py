@@ -1,7 +1,8 @@
 """A layer that holds the adapters of one base module in a PEFT model.
 
-A `MixLoraLayer` takes the place of a linear or of a whole feed-forward block, and holds, per adapter name, the island's
-module over that one base module: an `AdaptedLinear` or a `MixtureOfLoraExperts`. It calls the active one, or the base.
+A `MixLoraLayer` replaces a linear or a whole feed-forward block, and holds, per adapter name, a module of
+`remote_code` over that one base module: an `AdaptedLinear` or a `MixtureOfLoraExperts`. It calls the active one, or the
+base.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from minilora_hub.integrations.peft.sites import Plan
-from minilora_hub.remote_code.adapted_linear import LowRankUpdate, compute_dtype, layer_device, linear_shape
+from minilora_hub.remote_code.adapted_linear import LowRankUpdate
 from minilora_hub.remote_code.attach import build_modules
 from minilora_hub.remote_code.base_structure import LinearSite
+from minilora_hub.remote_code.linear_layers import compute_dtype, layer_device, linear_shape
 from minilora_hub.remote_code.routing import router_loss_weights
 
 CANNOT_MERGE = (
@@ -26,18 +28,18 @@ CANNOT_MERGE = (
 
 
 class PeftUpdate(LowRankUpdate):
-    """The island's update with its magnitude under PEFT's name, by which others know what must stay in fp32.
+    """A LowRankUpdate with its magnitude under PEFT's name, by which TRL knows what must stay in fp32.
 
-    (TRL casts every other trainable tensor on a quantised base to bf16.)
+    It casts every other trainable tensor on a quantised base to bf16.
     """
 
     @property
-    def magnitude(self) -> Any:
+    def magnitude(self) -> Any:  # type: ignore[override]
         return self._parameters["lora_magnitude_vector"]
 
 
 class MixLoraLayer(nn.Module, BaseTunerLayer):
-    """A base module with the modules of several adapters over it, of which one is called, or none.
+    """A base module and the modules of several adapters over it, of which at most one is called.
 
     Args:
         base_layer: a linear or a feed-forward block of the base.
@@ -63,7 +65,7 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
         self.train(base_layer.training)
 
     def add(self, name: str, module: nn.Module) -> None:
-        """Hold `module` as the adapter `name`. Its base is shared, not owned: it is registered here once."""
+        """Add `module` as the adapter `name`. Its base is registered once, on this layer."""
         for base in ("base_layer", "base_block"):
             if base in module._modules:
                 module.__dict__[base] = module._modules.pop(base)
@@ -96,7 +98,7 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
         raise ValueError(CANNOT_MERGE)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """To the base's device; the dtype stays, since PEFT's own cast follows where it is asked for."""
+        """Move it to the base's device; the dtype stays, since PEFT casts it later where the user wants that."""
         if adapter_name in self.moe_lora:
             module = self.moe_lora[adapter_name]
             if not any(parameter.is_meta for parameter in module.parameters()):
@@ -113,7 +115,7 @@ def refuse_several(adapter_names: Any) -> None:
 
 
 def build_module(model: nn.Module, site: Any, plan: Plan, config: Any) -> nn.Module:
-    """Return the island's module for one site, with fresh weights, over the base module that is there."""
+    """Return the adapter's module for one site, with fresh weights, over the base module that is there."""
     base = model.get_submodule(site.path)
     seed = int(torch.randint(2**62, ()))  # from torch's global state, as PEFT's own initialisation
     (module,) = build_modules(model, plan.config, [site], seed=seed).values()

@@ -1,6 +1,6 @@
-"""MixLoRA as a PEFT method, over the island's modules: the one file that touches PEFT's internals.
+"""MixLoRA as a PEFT method, made of the modules of `remote_code`. Only this file touches PEFT's internals.
 
-`MixLoraModel` puts `MixLoraLayer`s (peft_layer.py) where a configuration says (peft_sites.py). It computes nothing.
+`MixLoraModel` puts `MixLoraLayer`s (layer.py) where a configuration says (sites.py). It computes nothing.
 
 PEFT (0.21) has no entry point for methods: its `PeftType` is a closed Enum, which is extended here, and a `PeftModel`
 refuses an adapter of another type, which is lifted here for a LoRA beside MixLoRAs.
@@ -24,7 +24,7 @@ from peft.utils.integrations import init_empty_weights
 from peft.utils.other import set_additional_trainable_modules
 from torch import nn
 
-from minilora_hub.adapter_folder.tensor_names import MIXLORA_ATTRIBUTE
+from minilora_hub.adapter_folder.names import MIXLORA_ATTRIBUTE
 from minilora_hub.errors import MiniLoraError
 from minilora_hub.integrations.peft.config import MIXLORA, MixLoraPeftConfig, PeerLoraConfig, as_peer
 from minilora_hub.integrations.peft.files import remap_for_load, saved_name
@@ -61,7 +61,7 @@ class MixLoraModel(BaseTuner):
         the linears of a feed-forward block. What PEFT does after its loop is done here in the same way.
         """
         if state_dict is not None:
-            raise ValueError("state_dict: where a MixLoRA goes is said by its configuration, not by a file's tensors")
+            raise ValueError("state_dict: the configuration determines where a MixLoRA goes, not the tensors of a file")
         config: Any = as_peer(self.peft_config[adapter_name])
         self.peft_config[adapter_name] = config
         config = self._prepare_adapter_config(config, self.get_model_config(model))
@@ -251,10 +251,9 @@ def register() -> None:
 
 
 def _adapt_peft_model() -> None:
-    """Change two things for models of MixLoRAs, and for those only.
+    """Change two things for models with MixLoRAs only.
 
-    A LoraConfig that is added becomes one that lives beside them; and a file that does not fit leaves the model as it
-    was.
+    A LoraConfig that is added becomes a PeerLoraConfig, and a file that does not fit leaves the model as it was.
     """
     add_adapter, load_adapter = PeftModel.add_adapter, PeftModel.load_adapter
     from_pretrained = PeftModel.from_pretrained.__func__  # type: ignore[attr-defined]

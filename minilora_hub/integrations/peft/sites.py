@@ -1,7 +1,7 @@
-"""Which modules of a model a PEFT configuration names, as the island's sites. Nothing is changed here.
+"""Find the modules of a model that a PEFT configuration names, as sites of `remote_code`. Nothing is changed here.
 
-PEFT's ways of naming (endings, regular expressions, exclusions, layer indices) decide about every linear of the decoder
-layers; the island says which of them form a feed-forward block, and what its parts do.
+PEFT's ways of naming (endings, regular expressions, exclusions, layer indices) choose among the linears of the decoder
+layers; `remote_code.base_structure` finds which of them form a feed-forward block, and what its parts do.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ OWN_NAMES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Where one adapter goes.
+    """The sites of one adapter.
 
     Attributes:
-        config: the island's configuration.
-        sites: the island's sites, under the base's own paths.
+        config: the adapter's MixLoraConfig or AdapterConfig.
+        sites: the adapter's sites, named by the base's own paths.
         linears: paths of the linears that are adapted.
         target_modules: names of the targets, resolved where the configuration says "all-linear".
         excluded: whether the configuration excludes any module.
@@ -57,7 +57,7 @@ class Plan:
 
 @contextmanager
 def plain_base(model: nn.Module, layer_class: type) -> Iterator[None]:
-    """Inside, the model is the plain base, whatever adapters of ours and modules trained beside them it carries."""
+    """Make the model the plain base for a while: without our adapters, and without modules that PEFT trains whole."""
     places: list[tuple[nn.Module, str, Any]] = []
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -65,8 +65,8 @@ def plain_base(model: nn.Module, layer_class: type) -> Iterator[None]:
                 places.append((module, name, child))
     known = model.__dict__.pop("peft_config", None)
     router_loss = model.__dict__.get(ATTRIBUTE)
-    looked_at = router_loss.layers if router_loss else []
-    if router_loss:  # the base may be run here, and its losses are none of an adapter's
+    layers = router_loss.layers if router_loss else []
+    if router_loss:  # the base may be run here, without an adapter's losses
         router_loss.layers = []
     for parent, name, wrapper in places:
         own = isinstance(wrapper, layer_class)
@@ -77,13 +77,13 @@ def plain_base(model: nn.Module, layer_class: type) -> Iterator[None]:
         for parent, name, wrapper in places:
             parent._modules[name] = wrapper
         if router_loss:
-            router_loss.layers = looked_at
+            router_loss.layers = layers
         if known is not None:
             model.__dict__["peft_config"] = known
 
 
 def holder_of(model: nn.Module, path: str, layer_class: Any) -> tuple[nn.Module, str]:
-    """(module, name) that hold the module at this path of the plain base, through the layers around it.
+    """Return the (module, attribute) that hold the module at this path of the plain base, through wrapping layers.
 
     Raises:
         ValueError: the module, or one that it is a part of, is trained whole for another adapter.
@@ -102,7 +102,7 @@ def holder_of(model: nn.Module, path: str, layer_class: Any) -> tuple[nn.Module,
 
 
 def plan_adapter(model: Any, config: Any, adapter_name: str, matches: Callable[[Any, str], Any]) -> Plan:
-    """Every site of one adapter on a plain base.
+    """Find every site of one adapter on a plain base.
 
     Args:
         model: the base, plain (see `plain_base`).
@@ -119,13 +119,13 @@ def plan_adapter(model: Any, config: Any, adapter_name: str, matches: Callable[[
     act_fn, own = getattr(config, "act_fn", None), getattr(model.config.get_text_config(), "hidden_act", None)
     if act_fn not in (None, own):
         raise ValueError(f"act_fn={act_fn!r}: the base's activation is {own!r}, which its experts share")
-    ours = config.island_config()
+    ours = config.model_config()
     everywhere = copy.copy(ours)
     everywhere.target_modules, everywhere.rank_pattern, everywhere.alpha_pattern = "all-linear", {}, {}
     sites = plan_sites(model, everywhere)
     prefix, layers = find_decoder_layers(model)
     linears = {f"{prefix}.{index}.{path}" for index, layer in enumerate(layers) for path in linears_in(layer)}
-    # How a model from elsewhere is called is not known, so it is not run.
+    # It is not known how to call a model that is not of transformers, so that is not run.
     if _are_all(config.target_modules) and isinstance(model, PreTrainedModel) and can_run(model):
         useless = find_without_effect(model, sites)
         if useless:
@@ -152,12 +152,12 @@ def plan_adapter(model: Any, config: Any, adapter_name: str, matches: Callable[[
 
 
 def _is_excluded(answer: Any) -> bool:
-    """Whether PEFT's answer is that the configuration excludes the module, not that it does not name it."""
+    """Whether PEFT's answer means that the configuration excludes the module, rather than does not name it."""
     return not answer and answer not in (False, None)
 
 
 def _is_chosen(path: str, answers: dict[str, Any], blocks: set[str]) -> bool:
-    """Whether a linear is named, or stands in a feed-forward block that is; and neither of the two is excluded."""
+    """Whether a linear, or the feed-forward block it is in, is named, and neither of the two is excluded."""
     given = [answers[path], *(answers[block] for block in blocks if path.startswith(block + "."))]
     return any(given) and not any(_is_excluded(answer) for answer in given)
 
@@ -181,7 +181,7 @@ def _are_all(targets: Any) -> bool:
 
 
 def _resolved(targets: Any, model: nn.Module, linears: set[str], prefix: str) -> Any:
-    """The targets, where they are "all-linear" as the shortest names that match these linears only."""
+    """Return the targets; for "all-linear", the shortest names that match exactly these linears."""
     if not _are_all(targets):
         return targets
     others = {path.rpartition(".")[2] for path, _ in model.named_modules() if path not in linears}
@@ -219,7 +219,7 @@ def _check_patterns(config: Any, targeted: list[str]) -> None:
 
 
 def _narrowed(site: Any, chosen: set[str]) -> Any:
-    """The site under the base's own path, with what the configuration names of it; None if that is nothing."""
+    """Return the site under the base's own path, reduced to the chosen linears; None if there are none."""
     if isinstance(site, LinearSite):
         return replace(site, name=site.path) if site.path in chosen else None
     targets = tuple(target for target in site.targets if f"{site.path}.{target[0]}" in chosen)

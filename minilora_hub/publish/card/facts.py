@@ -1,14 +1,13 @@
-"""The facts of a card in words: what kind of adapter it is, its settings, how it was trained."""
+"""Describe an adapter in the rows and sentences of its card: its method, its settings, its training."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from minilora_hub.adapter_folder.results import Base, Results, Training
-from minilora_hub.publish.card.markdown import code, duration, inline, number, percent
+from minilora_hub.adapter_folder.results import METHODS, Base, Results, Training
+from minilora_hub.formatting import code, duration, inline, number, percent
 
-METHOD_NAMES = {"mixlora": "MixLoRA", "dora": "DoRA", "lora": "LoRA"}
 PAPERS = {"mixlora": "2404.15159", "dora": "2402.09353", "lora": "2106.09685"}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 PUBLIC_HUB = "https://huggingface.co"
@@ -16,7 +15,7 @@ Rows = list[tuple[str, str]]
 
 
 def base_link(base: Base, hub: str) -> str:
-    """The base's id, as a link to its page on a Hub where it is an id."""
+    """Return the base's id, as a link to its page where it is an id on the Hub."""
     if not HUB_ID.fullmatch(base.id):
         return code(base.id)
     tree = f"/tree/{base.revision}" if base.revision and HUB_ID.fullmatch(base.revision) else ""
@@ -24,7 +23,7 @@ def base_link(base: Base, hub: str) -> str:
 
 
 def summary(results: Results, config: dict[str, Any], hub: str) -> str:
-    """The first sentences of the card."""
+    """Return the first sentence of the card."""
     method = results.method
     kind = {
         "mixlora": f"a mixture of {inline(config.get('num_experts'))} LoRA experts in {_mixtures(config)}, "
@@ -33,7 +32,7 @@ def summary(results: Results, config: dict[str, Any], hub: str) -> str:
         "lora": "low-rank adaptation",
     }[method]
     return (
-        f"A [{METHOD_NAMES[method]}](https://arxiv.org/abs/{PAPERS[method]}) adapter ({kind}) for "
+        f"A [{METHODS[method]}](https://arxiv.org/abs/{PAPERS[method]}) adapter ({kind}) for "
         f"{base_link(results.base, hub)}: {_size(results)}."
     )
 
@@ -44,7 +43,7 @@ def _mixtures(config: dict[str, Any]) -> str:
 
 
 def _active_experts(config: dict[str, Any]) -> str:
-    """How many experts serve a token, as the routing strategy has it."""
+    """Return how many experts are active for a token, according to the routing strategy."""
     if config.get("routing_strategy") == "top_p":
         return (
             f"each token served by its most probable ones until their probabilities exceed "
@@ -54,7 +53,7 @@ def _active_experts(config: dict[str, Any]) -> str:
 
 
 def _routing_rows(config: dict[str, Any]) -> Rows:
-    """The strategy, and what only it has."""
+    """Return the routing strategy and the settings that only it has."""
     rows = [("Routing", inline(config.get("routing_strategy")))]
     if config.get("routing_strategy") == "top_p":
         rows += [
@@ -78,10 +77,10 @@ def _size(results: Results) -> str:
 
 
 def adapter_rows(results: Results, config: dict[str, Any], hub: str) -> Rows:
-    """What the adapter is: method, settings, base."""
+    """Return the rows about method, settings and base."""
     base = results.base
     rows = [
-        ("Method", METHOD_NAMES[results.method] + (" with DoRA experts" if _mixdora(results, config) else "")),
+        ("Method", METHODS[results.method] + (" with DoRA experts" if _mixdora(results, config) else "")),
         ("Rank, alpha", f"{inline(config.get('r'))}, {inline(config.get('lora_alpha'))}"),
     ]
     if results.method == "mixlora":
@@ -118,7 +117,7 @@ def _mixdora(results: Results, config: dict[str, Any]) -> bool:
 
 
 def training_rows(training: Training) -> Rows:
-    """How the adapter was trained."""
+    """Return the rows about the training."""
     libraries = ", ".join(f"{name} {value}" for name, value in training.libraries.items()) or None
     return [
         ("Steps", number(training.steps)),

@@ -1,34 +1,24 @@
-"""The files of a published folder that are for people: results.json, the pictures, and the card."""
+"""Write the files of a published folder that are for people: results.json, the pictures, and the card."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
+from minilora_hub.adapter_folder.folders import AdapterFolder as Source
 from minilora_hub.adapter_folder.results import RESULTS_FILE, Base, Results
-from minilora_hub.adapter_folder.sources import Source
 from minilora_hub.errors import AdapterError, MissingExtraError
 
 CARD = "README.md"
-EMBEDDED_NOTE = "trained on the Q4_1 rounding of these weights that minilora_hub calls `embedded`"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What building found out: the base as it is published and as it was loaded, and the adapter's size."""
-
-    base_id: str
-    base_revision: str | None
-    fingerprint: str
-    base_parameters: int
-    embedded: bool
-    parameters: int
 
 
 def previous_card(folder: Path) -> str | None:
-    """Return the README.md of a folder, None where there is none."""
+    """Return the README.md of a folder, None where there is none.
+
+    Raises:
+        AdapterError: it is not UTF-8.
+    """
     card = folder / CARD
     if not card.is_file():
         return None
@@ -38,27 +28,35 @@ def previous_card(folder: Path) -> str | None:
         raise AdapterError(f"{CARD} is not UTF-8 ({error}): repair or delete it") from error
 
 
-def write_results(source: Source, folder: Path, measured: Measured, license: str | None) -> Results:
-    """Write results.json: what was measured, or where nothing was, what the files themselves tell."""
+def write_results(source: Source, folder: Path, base: Base, parameters: int, license: str | None) -> Results:
+    """Write results.json: what was measured, or where nothing was, what the files themselves say.
+
+    Args:
+        source: the trained adapter.
+        folder: where to write.
+        base: the base as it is published, with its fingerprint and number of parameters.
+        parameters: of the adapter.
+        license: the adapter's licence; default: the one in the results.json of `source`.
+
+    Raises:
+        AdapterError: its results.json is damaged, or about another method.
+    """
     if (source.folder / RESULTS_FILE).is_file():
         results = Results.load(source.folder)
-        base = dataclasses.replace(results.base, id=measured.base_id)
-        base = base if base.fingerprint else dataclasses.replace(base, fingerprint=measured.fingerprint)
+        if results.method != source.method:
+            raise AdapterError(f"{RESULTS_FILE}: method={results.method!r}, but the adapter is {source.method!r}")
+        fingerprint, note = results.base.fingerprint or base.fingerprint, results.base.note or base.note
+        named = dataclasses.replace(results.base, id=base.id, fingerprint=fingerprint, note=note)
+        results = dataclasses.replace(results, base=named, license=license or results.license)
     else:
-        base = Base(measured.base_id, measured.base_revision, measured.fingerprint, parameters=measured.base_parameters)
-        share = measured.parameters / measured.base_parameters
-        results = Results(source.method, base, parameters=measured.parameters, share=share)
-    if results.method != source.method:
-        raise AdapterError(f"{RESULTS_FILE}: method={results.method!r}, but the adapter is {source.method!r}")
-    if measured.embedded and base.note is None:
-        base = dataclasses.replace(base, note=EMBEDDED_NOTE)
-    results = dataclasses.replace(results, base=base, license=license or results.license)
+        share = parameters / (base.parameters or 1)
+        results = Results(source.method, base, parameters=parameters, share=share, license=license)
     results.save(folder)
     return results
 
 
 def write_card_pictures(source: Path, folder: Path, results: Results, notes: list[str], *, keep: bool) -> None:
-    """Draw the card's pictures, or keep those of an earlier build, which another matplotlib would draw differently."""
+    """Draw the card's pictures, or copy those of an earlier build, which another matplotlib would draw differently."""
     from minilora_hub.publish.card.pictures import wanted_pictures, write_pictures
 
     wanted = wanted_pictures(results)
@@ -86,13 +84,13 @@ def card_to_keep(own: str | None, published: str | None, notes: list[str]) -> st
     return kept if kept and settings_of(kept) else None
 
 
-def write_card(folder: Path, repo_id: str, revision: str | None, space: str | None, previous: str | None) -> str:
-    """Write the card and what goes with it, and return it. It tells of the files that are there already.
+def write_built_card(folder: Path, repo_id: str, revision: str | None, space: str | None, previous: str | None) -> str:
+    """Write the card and `.eval_results/` into a folder that has everything else, and return the card's text.
 
     Its links lead to the Hub that is pushed to (``HF_ENDPOINT``).
 
     Args:
-        folder: the folder, with everything else in it.
+        folder: the folder.
         repo_id: see `render_card`.
         revision: see `render_card`.
         space: see `render_card`; default: the one that `previous` names.
@@ -103,11 +101,10 @@ def write_card(folder: Path, repo_id: str, revision: str | None, space: str | No
     from minilora_hub.publish.card.metadata import eval_results_files
     from minilora_hub.publish.card.render import render_card, settings_of
 
-    before = settings_of(previous) if previous else None
     for name, text in eval_results_files(folder).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
-    space = space or (before["space"] if before else None)
+    space = space or ((settings_of(previous) or {}).get("space") if previous else None)
     card = render_card(
         folder, repo_id=repo_id, revision=revision, space=space, hub=constants.ENDPOINT, previous=previous
     )

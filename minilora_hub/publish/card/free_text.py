@@ -1,10 +1,10 @@
-"""The sections of a card that a person writes, and that survive when the card is rendered again.
+"""Sections of a card that a person writes, and that are kept when the card is rendered again.
 
     <!-- minilora:free-text intro -->
     Whatever the author wants to say.
     <!-- /minilora:free-text -->
 
-The marks stand on lines of their own. In a code block they are text: a model's answer cannot open a section.
+The marks are on lines of their own. In a code block they are text: a model's answer cannot open a section.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
 
 
 def classify(card: str) -> Iterator[tuple[Kind, str, str]]:
-    """Tell of every line of a card what it is.
+    """Classify every line of a card.
 
     Yields:
         ``(kind, section, line)``: ``"mark"`` (opens or closes the section), ``"free"`` (in it), ``"code"`` (a fenced
@@ -34,7 +34,7 @@ def classify(card: str) -> Iterator[tuple[Kind, str, str]]:
     seen: set[str] = set()
     name, opened_at, fence = "", 0, ""
     lines = card.splitlines()
-    # The metadata at the head is YAML: what looks like a fence or a mark in there is part of a value.
+    # The front matter is YAML: what looks like a fence or a mark there is part of a value.
     metadata_end = lines.index("---", 1) + 1 if lines[:1] == ["---"] and "---" in lines[1:] else 0
     for count, line in enumerate(lines, start=1):
         if count <= metadata_end:
@@ -66,7 +66,7 @@ def classify(card: str) -> Iterator[tuple[Kind, str, str]]:
 
 
 def sections_of(card: str) -> dict[str, str]:
-    """``{name: what stands between its marks}`` of every section, the empty ones too."""
+    """Return ``{name: text between its marks}`` of every section, also of empty ones."""
     sections: dict[str, list[str]] = {}
     for kind, name, line in classify(card):
         if kind in ("mark", "free"):
@@ -75,7 +75,7 @@ def sections_of(card: str) -> dict[str, str]:
 
 
 def squeeze(card: str) -> str:
-    """One blank line where the template leaves several; free text and code stay as they are."""
+    """Leave one blank line where the template has several; free text and code stay as they are."""
     kept: list[str] = []
     for kind, _, line in classify(card):
         if kind != "text" or line.strip() or (kept and kept[-1].strip()):
@@ -84,5 +84,5 @@ def squeeze(card: str) -> str:
 
 
 def section(name: str, text: str) -> str:
-    """One section with its marks."""
+    """Return a section with its marks."""
     return "\n".join([f"<!-- minilora:free-text {name} -->", *([text] if text else []), CLOSE])

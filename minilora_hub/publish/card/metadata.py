@@ -1,7 +1,7 @@
-"""What the Hub reads of a card: the front matter of README.md, and `.eval_results/*.yaml`.
+"""Write what the Hub reads: the front matter of README.md, and `.eval_results/*.yaml`.
 
 The front matter makes the repo searchable (as an adapter of its base, with its method as a tag) and shows the measured
-numbers beside the card. Results on a benchmark that is registered on the Hub go to its leaderboard, too.
+numbers beside the card. Results on a benchmark that is registered on the Hub also appear on its leaderboard.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 from huggingface_hub.utils import yaml_dump
 
 from minilora_hub.adapter_folder.results import Results
-from minilora_hub.publish.card.markdown import visible
+from minilora_hub.formatting import visible
 
 TAGS = {
     "mixlora": ["minilora", "mixlora", "lora", "mixture-of-experts", "adapter"],
@@ -23,14 +23,11 @@ TAGS = {
 }
 HUB_DATASET = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 PROCEDURAL = "procedural"
-"""Stands for the dataset of tasks that are made by a program and lie in no repo."""
+"""The dataset of tasks that a program generates."""
 
 
 def card_data(results: Results, name: str, stock: bool = False) -> ModelCardData:
-    """The metadata of an adapter called `name`, in PEFT's layout if `stock`.
-
-    What nobody knows is left out: the Hub knows no "unknown".
-    """
+    """Return the metadata of an adapter called `name`, in PEFT's layout if `stock`. Unknown fields are left out."""
     fields: dict[str, Any] = {
         "base_model": results.base.id,
         "base_model_relation": "adapter",
@@ -54,7 +51,7 @@ def _eval_result(row: Any) -> EvalResult:
         task_type="text-generation",
         dataset_type=row.dataset or PROCEDURAL,
         dataset_name=visible(row.task),
-        dataset_config=_slug(row.task),  # rows of one type and configuration would be put together under one name
+        dataset_config=_slug(row.task),  # the client merges rows of one type and configuration
         metric_type=_slug(row.metric),
         metric_name=visible(row.metric),
         metric_value=row.value,
@@ -66,20 +63,20 @@ def _slug(text: str) -> str:
 
 
 def front_matter(results: Results, name: str, stock: bool = False) -> str:
-    """The metadata as the head of a README."""
+    """Return the metadata as the front matter of a README."""
     return f"---\n{card_data(results, name, stock).to_yaml(line_break=chr(10))}\n---"
 
 
 def eval_results_files(folder: Path) -> dict[str, str]:
-    """`.eval_results/<dataset>.yaml` for results on benchmarks that are registered on the Hub.
+    """Return the files `.eval_results/<dataset>.yaml`, for results on benchmarks that are registered on the Hub.
 
-    Only an evaluation that names both a dataset and its `benchmark_task` counts; other tasks are in the front matter.
+    They hold evaluations with both a dataset and its `benchmark_task`; other tasks are in the front matter.
 
     Args:
         folder: with results.json.
 
     Returns:
-        ``{path in the repo: content}``, empty where there is nothing to say.
+        ``{path in the repo: content}``.
     """
     entries: dict[str, list[EvalResultEntry]] = {}
     for row in Results.load(folder).evaluation:

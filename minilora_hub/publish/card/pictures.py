@@ -1,6 +1,6 @@
-"""The pictures of a card, drawn from results.json: the loss curve, and who served which tokens, also task by task.
+"""Draw the pictures of a card from results.json: the loss curve, and the load of the experts, also task by task.
 
-Small PNGs in `pictures/`, because every reader of a card shows those. The same numbers give the same picture.
+They are small PNGs in `pictures/`. The same numbers give the same picture.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INK, LINE = "#30363d", "#3b6fb6"
 
 
 def wanted_pictures(results: Results) -> list[str]:
-    """The pictures that these results have numbers for, as paths in the repo."""
+    """Return the paths of the pictures that these results have numbers for."""
     wanted = []
     if results.training and len(results.training.loss) > 1:
         wanted.append(LOSS)
@@ -36,7 +36,7 @@ def wanted_pictures(results: Results) -> list[str]:
 
 
 def write_pictures(results: Results, folder: Path) -> list[Path]:
-    """Draw them into a folder, and remove one that there are no numbers for any more.
+    """Draw the pictures into a folder, and remove those without numbers.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -50,7 +50,7 @@ def write_pictures(results: Results, folder: Path) -> list[Path]:
             continue
         path.parent.mkdir(exist_ok=True)
         figure = draw(results)
-        # No version of the program and no date in the file: they would differ without a reason.
+        # Without the version of the program and the date, which would change the file.
         figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None}, facecolor="white")
         written.append(path)
     return written
@@ -101,7 +101,7 @@ def _draw_expert_load(results: Results) -> Figure:
 
 
 def _draw_load_by_task(results: Results) -> Figure:
-    """A heat map a task, and below them the entropy of the routers, a line a task."""
+    """Draw a heat map for each task, and below them the entropy of the routers."""
     uses = results.router
     experts = max(len(layer) for use in uses for layer in use.load)
     height = min(0.5 + 0.11 * experts, 2.0)
@@ -124,12 +124,12 @@ def _draw_load_by_task(results: Results) -> Figure:
 
 
 def _plain(text: str) -> str:
-    """A text from outside, of which nothing is read as a formula."""
+    """Escape a text so that matplotlib does not read it as a formula."""
     return text.replace("$", r"\$")
 
 
 def _heat_map(axes: Any, load: tuple[tuple[float, ...], ...], most: float) -> Any:
-    """Experts by layers on some axes."""
+    """Draw the load of experts by layers."""
     from matplotlib.ticker import MaxNLocator
 
     experts = max(map(len, load))
@@ -143,7 +143,7 @@ def _heat_map(axes: Any, load: tuple[tuple[float, ...], ...], most: float) -> An
 
 
 def _bar(figure: Figure, image: Any, axes: Any, experts: int, aspect: float = 20) -> None:
-    """The scale of the heat maps, with a line where the load would be even."""
+    """Draw the scale of the heat maps, with a line where the load would be even."""
     bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=aspect)
     bar.set_label("share of tokens", color=INK)
     bar.ax.axhline(1 / experts, color="white", linewidth=1.5)

@@ -1,7 +1,7 @@
-"""The README of a published adapter, from its results.json and its configuration, and from nothing else.
+"""Render the README of a published adapter from its results.json and its configuration.
 
-Every number on the card is in one of those two files; what is unknown is called unknown. A person adds to a card in its
-free-text sections (`free_text`), which survive when it is rendered again. Nothing here loads torch.
+Every number on the card is from one of those two files; what is not known is called unknown. People add to a card in
+its free-text sections (`free_text`), which are kept when it is rendered again. Torch is not needed.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import re
 import shlex
 from functools import cache
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from minilora_hub import formatting
 from minilora_hub.adapter_folder.code import code_files, code_hash, release_of
+from minilora_hub.adapter_folder.folders import read_json
+from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG
 from minilora_hub.adapter_folder.results import Results
-from minilora_hub.documents import strict_json
 from minilora_hub.errors import AdapterError
-from minilora_hub.publish.card import free_text, markdown
+from minilora_hub.publish.card import free_text
 from minilora_hub.publish.card.facts import PUBLIC_HUB, adapter_rows, summary, training_rows
 from minilora_hub.publish.card.metadata import front_matter
 from minilora_hub.publish.card.pictures import EXPERT_LOAD, EXPERT_LOAD_BY_TASK, LOSS, wanted_pictures, write_pictures
@@ -46,9 +47,9 @@ def render_card(
 
     Args:
         folder: with results.json and config.json (or PEFT's adapter_config.json), and the code files if it has any.
-        repo_id: where it is published; None writes the folder's name.
-        revision: the tag or commit that the load snippet pins. None: ``"main"``, with a word on pinning.
-        space: id of the Space that "try it" opens; None gives the local command.
+        repo_id: where it is published; None for the folder's name.
+        revision: the tag or commit that the load snippet pins. None: ``"main"``, with a comment on pinning.
+        space: id of the Space that "try it" opens; None for the local command.
         hub: address of the Hub that links lead to. None: the public one.
         previous: an earlier card, whose free-text sections are kept.
 
@@ -57,25 +58,26 @@ def render_card(
 
     Raises:
         AdapterError: results.json or the configuration is missing or damaged, or a free-text section is not closed.
-        ValueError: `repo_id` or `space` is no valid id.
+        ValueError: `repo_id` or `space` is not a valid id.
     """
     if repo_id is not None:
         validate_repo_id(repo_id)
     require_space(space)
     hub = hub or PUBLIC_HUB
     results = Results.load(folder)
-    config = read_config(folder)
+    # PEFT's layout: no code comes along, none is needed.
+    stock = (folder / PEFT_CONFIG).is_file() and not (folder / OUR_CONFIG).is_file()
+    config = read_json(folder / (PEFT_CONFIG if stock else OUR_CONFIG))
     kept = free_text.sections_of(previous) if previous else {}
     code = code_files(folder)
     wanted = wanted_pictures(results)
     name = repo_id or f"./{folder.resolve().name}"
     title = (repo_id or folder.resolve().name).rpartition("/")[2]
     training = results.training
-    stock = not (folder / "config.json").is_file()  # PEFT's layout: no code comes along, none is needed
     text = _template().render(
         front_matter=front_matter(results, title, stock),
         settings=_settings(repo_id, revision, space, hub),
-        title=markdown.inline(title),
+        title=formatting.inline(title),
         summary=summary(results, config, hub),
         results=results,
         base=results.base,
@@ -96,7 +98,7 @@ def render_card(
         loss_picture=LOSS if LOSS in wanted else None,
         code_files=[(path, hashlib.sha256(file.read_bytes()).hexdigest()) for path, file in code.items()],
         code_origin=_code_origin(code),
-        verify_name=markdown.inline(name),
+        verify_name=formatting.inline(name),
         license_line=_license_line(results),
         free_text=lambda section: free_text.section(section, kept.get(section, "")),
         section=free_text.section,
@@ -113,10 +115,10 @@ def write_card(
     space: str | None = None,
     hub: str | None = None,
 ) -> Path:
-    """Write README.md and its pictures into a folder; the free text of the README that lies there is kept.
+    """Write README.md and its pictures into a folder; the free text of the folder's README is kept.
 
     Raises:
-        AdapterError: as `render_card`; or README.md was written by somebody else, and would be lost.
+        AdapterError: as `render_card`; or README.md was not written by minilora, and would be lost.
         MissingExtraError: there are numbers for a picture, and matplotlib is not installed.
     """
     path = folder / README
@@ -142,7 +144,7 @@ def require_space(space: str | None) -> None:
 
 
 def settings_of(card: str) -> dict[str, str | None] | None:
-    """What a card was rendered with (`repo_id`, `revision`, `space`, `hub`), or None if it is not one of ours."""
+    """Return the arguments that a card was rendered with, or None if it is not a card of ours."""
     found = SETTINGS.search(card)
     try:
         settings = json.loads(found[1]) if found else None
@@ -154,31 +156,15 @@ def settings_of(card: str) -> dict[str, str | None] | None:
 
 
 def numbers_in(card: str) -> list[str]:
-    """Every number a card states, as written, outside free text, code blocks, links and ids."""
+    """Return every number on a card, as written, outside free text, code blocks, links and ids."""
     rest = "\n".join(line for kind, _, line in free_text.classify(card) if kind == "text")
     rest = re.sub(r"<!--.*?-->|`[^`\n]*`|\]\([^)\s]*\)|https?://\S+", " ", rest, flags=re.DOTALL)
     return NUMBER.findall(rest)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder, or PEFT's adapter_config.json where there is none, as it stands there."""
-    for name in ("config.json", "adapter_config.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            config = strict_json(path.read_bytes())
-        except ValueError as error:
-            raise AdapterError(f"{folder.name}/{name} cannot be read: {error}") from error
-        if not isinstance(config, dict):
-            raise AdapterError(f"{folder.name}/{name}: must hold a JSON object")
-        return config
-    raise AdapterError(f"{folder.name}: no config.json: this is no adapter folder")
-
-
 @cache
 def _template() -> Template:
-    # Not autoescape, which knows HTML only: every outside text goes through a filter of `markdown`.
+    # Not autoescape, which is for HTML: every text from outside passes through a filter of `formatting`.
     environment = Environment(  # noqa: S701
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -187,16 +173,16 @@ def _template() -> Template:
         keep_trailing_newline=True,
     )
     environment.filters |= {
-        name: getattr(markdown, name) for name in ("between", "inline", "cell", "code", "block", "number", "short")
+        name: getattr(formatting, name) for name in ("between", "inline", "cell", "code", "block", "number", "short")
     }
     return environment.get_template("card.md.jinja")
 
 
 def _settings(repo_id: str | None, revision: str | None, space: str | None, hub: str) -> str:
     settings = {"repo_id": repo_id, "revision": revision, "space": space}
-    if hub != PUBLIC_HUB:  # without it a card is what earlier versions wrote
+    if hub != PUBLIC_HUB:  # without it, the card is as earlier versions wrote it
         settings["hub"] = hub
-    return json.dumps(settings).replace(">", "\\u003e")  # so that no revision ends the comment
+    return json.dumps(settings).replace(">", "\\u003e")  # so that a revision cannot end the comment
 
 
 def _snippet(folder: Path, results: Results, name: str, revision: str | None, stock: bool) -> str:
@@ -207,15 +193,15 @@ def _snippet(folder: Path, results: Results, name: str, revision: str | None, st
         if revision
         else ['# The commit\'s hash instead of "main" pins the code and weights that you have looked at.']
     )
-    # A tokenizer needs no code: without this transformers would ask, as config.json names classes of the repo.
+    # A tokenizer needs no code, but transformers would ask, because config.json names classes of the repo.
     trust, tokenizer_trust = ("", "") if stock else (", trust_remote_code=True", ", trust_remote_code=False")
-    # For PEFT's format transformers takes a plain `revision` for the base's, too; this one is the adapter's alone.
+    # For PEFT's format transformers would use a plain `revision` for the base, too.
     pinned = 'adapter_kwargs={"revision": revision}' if stock else f"revision=revision{trust}"
     template = folder / "tokenizer_config.json"
     chat = (folder / "chat_template.jinja").is_file() or (
         template.is_file() and '"chat_template"' in template.read_text(encoding="utf-8", errors="replace")
     )
-    text = json.dumps(markdown.visible(prompt), ensure_ascii=False)
+    text = json.dumps(formatting.visible(prompt), ensure_ascii=False)
     inputs = (
         [
             f'messages = [{{"role": "user", "content": {text}}}]',
@@ -256,10 +242,10 @@ def _code_origin(code: dict[str, Path]) -> str:
 
 
 def _license_line(results: Results) -> str:
-    base = f"The base's licence: {markdown.inline(results.base.license)}."
+    base = f"The base's licence: {formatting.inline(results.base.license)}."
     name = results.license_name or results.license
     if name is None:
-        return f"The adapter's licence: {markdown.UNKNOWN}. {base}"
+        return f"The adapter's licence: {formatting.UNKNOWN}. {base}"
     link = results.license_link if (results.license_link or "").startswith(("https://", "http://")) else None
-    shown = f"[{markdown.inline(name)}](<{quote(link, safe=':/?#=&%.-_~')}>)" if link else markdown.inline(name)
+    shown = f"[{formatting.inline(name)}](<{quote(link, safe=':/?#=&%.-_~')}>)" if link else formatting.inline(name)
     return f"The adapter: {shown}. {base}"

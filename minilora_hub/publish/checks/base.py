@@ -1,20 +1,21 @@
-"""Checks of the base that an adapter names, and of the licences of both."""
+"""Check the base that an adapter names, and the licences of both."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
 
+from minilora_hub.adapter_folder.names import PEFT_CONFIG
 from minilora_hub.adapter_folder.results import RESULTS_FILE
 from minilora_hub.bases.resolving import EMBEDDED
 from minilora_hub.errors import AdapterError
-from minilora_hub.publish.checks.problems import PEFT_CONFIG, Folder, Problem
+from minilora_hub.publish.checks.problems import Folder, Problem
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 BaseExists = Callable[[str, str | None], bool | None]
-"""Told a base and its revision: whether the Hub has it; None, or an exception, where that is not known."""
+"""Called with a base and its revision: whether the Hub has it; None, or an exception, where that is unknown."""
 BaseLicense = Callable[[str, str | None], str | None]
 
 PERMISSIVE = {
@@ -22,56 +23,23 @@ PERMISSIVE = {
     "unlicense", "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "pddl", "wtfpl", "ncsa", "bsl-1.0",
     "artistic-2.0", "ms-pl", "postgresql", "afl-3.0", "ecl-2.0", "odc-by", "cdla-permissive-1.0", "cdla-permissive-2.0",
 }  # fmt: skip
-"""Licences whose terms let a derivative have another one. Under any other, the adapter must keep the base's."""
-
-
-class HubBase:
-    """What the Hub says about a base; each is asked for once.
-
-    `exists` and `license` raise OSError or an error of the client where the Hub cannot be asked.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, str | None], tuple[bool, str | None]] = {}
-
-    def exists(self, base: str, revision: str | None) -> bool:
-        """Whether the base is on the Hub at that revision, also where its conditions were not accepted yet."""
-        return self._ask(base, revision)[0]
-
-    def license(self, base: str, revision: str | None) -> str | None:
-        """The licence on the base's card, None where it has none."""
-        return self._ask(base, revision)[1]
-
-    def _ask(self, base: str, revision: str | None) -> tuple[bool, str | None]:
-        from huggingface_hub import HfApi, errors
-
-        if (base, revision) not in self._known:
-            try:
-                info = HfApi().model_info(base, revision=revision)
-                data = info.card_data.to_dict() if info.card_data else {}
-                license = data.get("license_name") if data.get("license") == "other" else data.get("license")
-                self._known[base, revision] = True, license if isinstance(license, str) else None
-            except errors.GatedRepoError:
-                self._known[base, revision] = True, None
-            except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
-                self._known[base, revision] = False, None
-        return self._known[base, revision]
+"""Licences that allow another one for a derivative. Under any other, the adapter must keep the base's."""
 
 
 def base_of(folder: Folder) -> tuple[str | None, str | None]:
-    """The base's id and revision as the configuration names them."""
+    """Return the base's id and revision as the configuration names them."""
     config = folder.config
     base, revision = config.get("base_model_name_or_path"), config.get("base_model_revision", config.get("revision"))
     return base if isinstance(base, str) else None, revision if isinstance(revision, str) else None
 
 
 def is_hub_id(base: str) -> bool:
-    """Whether the Hub could have a model of that name."""
+    """Return whether a name is a valid id of a model on the Hub."""
     return bool(HUB_ID.fullmatch(base)) and base != EMBEDDED and "--" not in base and ".." not in base
 
 
 def check_base(folder: Folder, exists: BaseExists) -> Iterator[Problem]:
-    """The base is a model on the Hub, and pinned to a commit."""
+    """Check that the base is a model on the Hub, and pinned to a commit."""
     file = PEFT_CONFIG if folder.peft_layout else "config.json"
     if not folder.config:
         return
@@ -82,25 +50,25 @@ def check_base(folder: Folder, exists: BaseExists) -> Iterator[Problem]:
         yield Problem("base-missing", file, "base_model_name_or_path is not set: nobody can load it", remedy)
         return
     if not is_hub_id(base):
-        what = "an alias that only minilora_hub knows" if base == EMBEDDED else "no id of a model on the Hub"
+        what = "an alias that only minilora_hub knows" if base == EMBEDDED else "not an id of a model on the Hub"
         remedy = "write the id on the Hub of the same weights: owner/name"
         yield Problem("base-local", file, f"{field} is {what}", remedy)
         return
     yield from check_existence(file, base, revision, exists)
     if not revision or not COMMIT.fullmatch(revision):
-        message = f"base_model_revision={revision!r} is no commit: the base may change under the adapter"
+        message = f"base_model_revision={revision!r} is not a commit: the base may change under the adapter"
         yield Problem(
             "base-unpinned", file, message, "set it to the commit of the base it was trained on", blocking=False
         )
 
 
 def check_existence(file: str, base: str, revision: str | None, exists: BaseExists) -> Iterator[Problem]:
-    """The base that `file` names is on the Hub, at the revision it names."""
+    """Check that the base that `file` names is on the Hub, at the revision it names."""
     field, at = f"base_model_name_or_path={base!r}", f" at revision {revision!r}" if revision else ""
     reason = ""
     try:
         found = exists(base, revision)
-    except Exception as error:  # no connection, no answer: the client raises many kinds
+    except Exception as error:  # the client raises many kinds
         found, reason = None, f" ({type(error).__name__})"
     if found is None:
         message = f"{field}: whether it exists{at} is unknown: the Hub gave no answer{reason}"
@@ -111,14 +79,14 @@ def check_existence(file: str, base: str, revision: str | None, exists: BaseExis
 
 
 def check_own_license(license: str | None) -> Iterator[Problem]:
-    """The adapter has a licence."""
+    """Check that the adapter has a licence."""
     if not license:
         message = "license is not set: without one nobody may use the adapter"
         yield Problem("license-missing", RESULTS_FILE, message, "set it in results.json: minilora push --license ID")
 
 
 def check_license(folder: Folder, license_of: BaseLicense) -> Iterator[Problem]:
-    """The adapter has a licence, and one that the base's allows."""
+    """Check that the adapter has a licence, and one that the base's allows."""
     results = folder.results
     if isinstance(results, AdapterError):
         return  # found by another check
@@ -129,7 +97,7 @@ def check_license(folder: Folder, license_of: BaseLicense) -> Iterator[Problem]:
         return
     try:
         theirs = license_of(base, revision)
-    except Exception as error:  # as above
+    except Exception as error:
         reason = f"the Hub gave no answer ({type(error).__name__})"
         theirs = None
     else:
@@ -143,6 +111,6 @@ def check_license(folder: Folder, license_of: BaseLicense) -> Iterator[Problem]:
         message = f"base.license={results.base.license!r}, but the Hub says {theirs!r}"
         yield Problem("license-contradicts", RESULTS_FILE, message, "correct it")
     if own and theirs and theirs.lower() not in PERMISSIVE and own.lower() != theirs.lower():
-        message = f"license={own!r} contradicts the base's {theirs!r}, whose terms follow what is made from it"
+        message = f"license={own!r} contradicts the base's {theirs!r}, whose terms apply to what is made from it"
         remedy = f"publish the adapter under {theirs!r}; a licence with a name of its own is 'other' and license_name"
         yield Problem("license-contradicts", RESULTS_FILE, message, remedy)

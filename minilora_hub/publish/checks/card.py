@@ -1,4 +1,4 @@
-"""Checks of what the folder says about itself: results.json, verification.json and the card, against the files."""
+"""Compare results.json, verification.json and the card with the files of the folder."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from minilora_hub.adapter_folder.hashes import file_sha256
+from minilora_hub.adapter_folder.names import WEIGHTS
 from minilora_hub.adapter_folder.results import RESULTS_FILE, VERIFICATION_FILE, Verification
 from minilora_hub.documents import strict_json
 from minilora_hub.errors import AdapterError
 from minilora_hub.publish.card import free_text
 from minilora_hub.publish.card.render import README, numbers_in, render_card, settings_of
 from minilora_hub.publish.checks.base import base_of
-from minilora_hub.publish.checks.problems import WEIGHTS, Folder, Problem
+from minilora_hub.publish.checks.problems import Folder, Problem
 
 RENDER = "render it again: minilora card DIR; words of your own go between its free-text marks"
 SHOWN = 3
 
 
 def check_results(folder: Folder) -> Iterator[Problem]:
-    """results.json follows its schema and is about this adapter."""
+    """Check that results.json follows its schema and is about this adapter."""
     if RESULTS_FILE not in folder.files:
         return
     results = folder.results
@@ -51,7 +53,7 @@ def _parameters(folder: Folder) -> int | None:
 
 
 def check_verification(folder: Folder) -> Iterator[Problem]:
-    """verification.json follows its schema, and the files are those it was recorded with."""
+    """Check that verification.json follows its schema, and that its hashes are those of the files."""
     if VERIFICATION_FILE not in folder.files:
         return
     rebuild = "build the folder again: minilora push does"
@@ -63,32 +65,28 @@ def check_verification(folder: Folder) -> Iterator[Problem]:
     for name, digest in recorded.sha256.items():
         path = folder.files.get(name)
         if path is None:
-            yield Problem("hash", name, f"is named in {VERIFICATION_FILE}, but is not there", rebuild)
+            yield Problem("hash", name, f"is named in {VERIFICATION_FILE}, but is missing", rebuild)
             continue
-        if folder.hashes.of(path) != digest:
+        if file_sha256(path) != digest:
             yield Problem("hash", name, f"is not the file that {VERIFICATION_FILE} was recorded with", rebuild)
     if WEIGHTS not in recorded.sha256:
         yield Problem("hash", VERIFICATION_FILE, f"sha256 does not name {WEIGHTS}", rebuild)
 
 
-def check_card(folder: Folder, rendered: str | None = None) -> Iterator[Problem]:
-    """Every number on the card, and its metadata, come from results.json and the configuration.
-
-    `rendered` is the card as it was rendered from these files, where somebody has just done that.
-    """
+def check_card(folder: Folder) -> Iterator[Problem]:
+    """Check that every number on the card, and its metadata, come from results.json and the configuration."""
     card = folder.text(README)
     if card is None:
         if README in folder.files:
-            yield Problem("card", README, "is no text in UTF-8", RENDER)
+            yield Problem("card", README, "is not UTF-8 text", RENDER)
         return
-    if card != rendered:
-        yield from _check_against_a_rendering(folder, card)
+    yield from _compare_with_rendering(folder, card)
     for name in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", card):
         if "://" not in name and name not in folder.files:
             yield Problem("card", README, f"shows {name}, which is not there", RENDER)
 
 
-def _check_against_a_rendering(folder: Folder, card: str) -> Iterator[Problem]:
+def _compare_with_rendering(folder: Folder, card: str) -> Iterator[Problem]:
     settings = settings_of(card)
     try:
         free_text.sections_of(card)
@@ -104,7 +102,7 @@ def _check_against_a_rendering(folder: Folder, card: str) -> Iterator[Problem]:
 
 
 def _check_ours(card: str, rendered: str) -> Iterator[Problem]:
-    """A card of ours: line by line and in order, so that a number that is right elsewhere is not right here."""
+    """Compare a card of ours line by line, so that a number that is right in another place is wrong here."""
     right, there = ([line for kind, _, line in free_text.classify(text) if kind != "free"] for text in (rendered, card))
     changed: list[str] = []
     lost: list[str] = []
@@ -124,7 +122,7 @@ def _check_ours(card: str, rendered: str) -> Iterator[Problem]:
 
 
 def _check_foreign(card: str, rendered: str) -> Iterator[Problem]:
-    """A card that somebody wrote: its results-like numbers (fractions, percentages) must be known ones."""
+    """Check a card that a person wrote: its fractions and percentages must be in results.json."""
     known = {_value(text) for text in numbers_in(rendered)}
     known |= {round(value * 100, 6) for value in known}
     unknown = [n for n in numbers_in(card) if ("." in n or "%" in n) and _value(n) not in known]

@@ -1,4 +1,4 @@
-"""Checks of everything that loading could run: the island's files, what they import, and pointers to other code."""
+"""Check all code that loading could run: the remote code's files, their imports, and references to other code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator
 from functools import cache
 
-from minilora_hub.adapter_folder.code import island_files
+from minilora_hub.adapter_folder.code import remote_code_files
 from minilora_hub.adapter_folder.code_references import code_references, own_auto_map
 from minilora_hub.publish.checks.problems import Folder, Problem
 
@@ -15,14 +15,14 @@ REBUILD = "build the folder again with this version of minilora_hub: minilora pu
 RUNNERS = {"eval", "exec", "compile", "__import__"}
 
 
-def check_island(folder: Folder) -> Iterator[Problem]:
-    """Python files that are not, byte by byte, those of this version; and what such a file would import."""
-    ours = island_files()
+def check_code_files(folder: Folder) -> Iterator[Problem]:
+    """Find code files that are not, byte by byte, those of this version, and what they import and call."""
+    ours = remote_code_files()
     for name in folder.files:
         if not name.endswith((".py", ".pyc", ".pyd", ".so", ".dll")):
             continue
         if folder.peft_layout:
-            yield Problem("code-differs", name, "is code, which an adapter in PEFT's layout has none of", "remove it")
+            yield Problem("code-differs", name, "is code, and an adapter in PEFT's layout needs none", "remove it")
         elif name in ours:
             found = hashlib.sha256(folder.files[name].read_bytes()).digest()
             if found == hashlib.sha256(ours[name].read_bytes()).digest():
@@ -33,9 +33,9 @@ def check_island(folder: Folder) -> Iterator[Problem]:
 
 @cache
 def allowed_imports() -> frozenset[str]:
-    """The modules that this version's island imports, by their first name."""
+    """Return the top-level modules that this version's remote code imports."""
     found: set[str] = set()
-    for path in island_files().values():
+    for path in remote_code_files().values():
         found.update(_imported(ast.parse(path.read_text(encoding="utf-8"))))
     return frozenset(found)
 
@@ -54,18 +54,18 @@ def _check_source(folder: Folder, name: str) -> Iterator[Problem]:
     try:
         tree = ast.parse(folder.files[name].read_bytes())
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        yield Problem("code-syntax", name, f"is no Python: {error}", REBUILD)
+        yield Problem("code-syntax", name, f"is not Python: {error}", REBUILD)
         return
     for module in sorted(set(_imported(tree)) - allowed_imports()):
         message = f"imports {module}, which the code of an adapter does not need"
         yield Problem("code-imports", name, message, REBUILD)
     called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     for runner in sorted(called & RUNNERS):
-        yield Problem("code-imports", name, f"calls {runner}(), which can run any text", REBUILD)
+        yield Problem("code-imports", name, f"calls {runner}(), which can run any code", REBUILD)
 
 
 def check_auto_map(folder: Folder) -> Iterator[Problem]:
-    """Entries that make transformers run code: those of config.json must be this repo's own classes, others absent."""
+    """Check that only config.json refers to code, and only to this repo's own classes."""
     expected = None if folder.peft_layout else own_auto_map(folder.config.get("model_type"))
     if expected and folder.config.get("auto_map") != expected:
         message = f"auto_map={str(folder.config.get('auto_map'))[:200]}: must be {expected}"
@@ -73,5 +73,5 @@ def check_auto_map(folder: Folder) -> Iterator[Problem]:
     for reference in code_references(folder.path):
         if not reference.own:
             message = f"{reference.text}: loading it would run code that is not the adapter's"
-            remedy = "remove the entry; a tokenizer with code of its own cannot come along"
+            remedy = "remove the entry; a tokenizer with code of its own cannot be published"
             yield Problem("auto-map", reference.file, message, remedy)

@@ -13,13 +13,13 @@ from fnmatch import fnmatchcase
 from io import BytesIO
 from pathlib import Path
 
-from minilora_hub.adapter_folder.code import island_files
-from minilora_hub.adapter_folder.hashes import Hashes
+from minilora_hub.adapter_folder.code import remote_code_files
+from minilora_hub.adapter_folder.names import PEFT_CONFIG, WEIGHTS
 from minilora_hub.publish.card.pictures import PICTURES
-from minilora_hub.publish.checks.problems import PEFT_CONFIG, WEIGHTS, Folder, Problem
+from minilora_hub.publish.checks.problems import Folder, Problem
 
 MEBI = 2**20
-# Everything that a published repo may hold, and how large it may be.
+# Every file that a published repo may hold, and its largest size.
 LARGEST = {
     WEIGHTS: 20 * 1024 * MEBI,
     f"peft/{WEIGHTS}": 20 * 1024 * MEBI,
@@ -45,8 +45,8 @@ COMPRESSED = (
 PNG_HEAD, PNG_TAIL = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
-def read_folder(path: Path, hashes: Hashes) -> tuple[Folder, list[Problem]]:
-    """List a folder's regular files; what else lies there is a problem."""
+def read_folder(path: Path) -> tuple[Folder, list[Problem]]:
+    """List a folder's regular files; anything else in it is a problem."""
     files: dict[str, Path] = {}
     problems = []
     for place, folders, names in os.walk(path, followlinks=False):
@@ -57,27 +57,27 @@ def read_folder(path: Path, hashes: Hashes) -> tuple[Folder, list[Problem]]:
                 remedy = "put the file itself there: a repo has no links, and this one may lead out of the folder"
                 problems.append(Problem("link", shown, "is a symbolic link", remedy))
             elif not entry.is_dir() and not entry.is_file():
-                problems.append(Problem("special-file", shown, "is no ordinary file", "remove it"))
+                problems.append(Problem("special-file", shown, "is not a regular file", "remove it"))
             elif entry.is_file():
                 files[shown] = entry
-        # A version-control folder is one stray thing, not a thousand.
+        # A version-control folder is one problem, not a thousand.
         folders[:] = sorted(f for f in folders if f not in (".git", ".hg", ".svn") and not Path(place, f).is_symlink())
         problems += [
             Problem("stray", Path(place, f).relative_to(path).as_posix(), "is version control's own", "remove it")
             for f in (".git", ".hg", ".svn")
             if Path(place, f).is_dir()
         ]
-    return Folder(path, dict(sorted(files.items())), hashes), problems
+    return Folder(path, dict(sorted(files.items()))), problems
 
 
 def check_layout(folder: Folder) -> Iterator[Problem]:
-    """Missing, stray, oversized and executable files, and names that do not travel."""
+    """Find missing, stray, oversized and executable files, and names that some systems do not allow."""
     allowed = dict(LARGEST)
     if folder.peft_layout:
         allowed = {name: size for name, size in allowed.items() if name not in ("config.json", "verification.json")}
         allowed |= {PEFT_CONFIG: 8 * MEBI, "verification.json": 4 * MEBI}
     else:
-        allowed |= dict.fromkeys(island_files(), MEBI)
+        allowed |= dict.fromkeys(remote_code_files(), MEBI)
     stray_folders: set[str] = set()
     for name, path in folder.files.items():
         limit = next((size for pattern, size in allowed.items() if fnmatchcase(name, pattern)), None)
@@ -91,7 +91,7 @@ def check_layout(folder: Folder) -> Iterator[Problem]:
             where = name if known_folder else top
             if where not in stray_folders:
                 stray_folders.add(where)
-                yield Problem("stray", where, "is no file of a published adapter", "remove it, or keep it elsewhere")
+                yield Problem("stray", where, "is not a file of a published adapter", "remove it, or keep it elsewhere")
         elif size > limit:
             message = f"has {size:,} bytes; a file of this name has at most {limit:,}"
             yield Problem("oversized", name, message, "look at what is in it, and make it smaller")
@@ -100,7 +100,7 @@ def check_layout(folder: Folder) -> Iterator[Problem]:
         if os.name == "posix" and path.stat().st_mode & (stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH):
             yield Problem("executable", name, "may be executed", f"chmod a-x {name}")
     yield from _check_names(folder)
-    required = REQUIRED_PEFT if folder.peft_layout else (*REQUIRED, *island_files())
+    required = REQUIRED_PEFT if folder.peft_layout else (*REQUIRED, *remote_code_files())
     for name in required:
         if name not in folder.files:
             yield Problem(
@@ -126,7 +126,7 @@ def _check_names(folder: Folder) -> Iterator[Problem]:
 
 
 def check_pickles(folder: Folder) -> Iterator[Problem]:
-    """Pickles, by name and by content, alone or in an archive; archives; pictures that are none."""
+    """Find pickles, by name and by content, also in an archive; archives; and pictures that are not PNGs."""
     remedy = "remove it: a pickle runs code when it is read; weights go into adapter_model.safetensors"
     for name, path in folder.files.items():
         if name.lower().endswith(PICKLES):
@@ -144,11 +144,11 @@ def check_pickles(folder: Folder) -> Iterator[Problem]:
         elif looks_like_pickle(head):
             yield Problem("pickle", name, "is a pickle, by its content", remedy)
         elif name.endswith(".png") and not _is_png(path, head):
-            yield Problem("picture", name, "is no PNG, or more than one", "render the card again: minilora card DIR")
+            yield Problem("picture", name, "is not a PNG, or more than one", "render the card again: minilora card DIR")
 
 
 def _is_tar(path: Path) -> bool:
-    """Whether it is a tar archive that is not compressed; the others are known by their first bytes."""
+    """Return whether it is an uncompressed tar archive; compressed ones are known by their first bytes."""
     try:
         with tarfile.open(path, "r:"):
             return True
@@ -174,7 +174,7 @@ def _is_png(path: Path, head: bytes) -> bool:
 
 
 def looks_like_pickle(head: bytes) -> bool:
-    """Whether bytes are the start of a pickle: a protocol mark and instructions, or (protocol 0) calls up to a stop."""
+    """Return whether bytes begin a pickle: a protocol mark and instructions, or (protocol 0) calls up to a stop."""
     marked = len(head) > 2 and head[0] == 0x80 and 2 <= head[1] <= 5
     names = []
     try:
@@ -182,6 +182,6 @@ def looks_like_pickle(head: bytes) -> bool:
             names.append(opcode.name)
             if marked and len(names) > 2:
                 return True
-    except Exception:  # whatever it trips over, this is no pickle up to there
+    except Exception:  # whatever the error, these bytes are not a pickle
         return False
     return marked or bool(CALLS.intersection(names))

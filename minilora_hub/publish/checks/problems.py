@@ -1,28 +1,26 @@
-"""What the checks find, and what they look at: a problem, and a folder read once."""
+"""The problems that checks find, and the folder that they read."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.adapter_folder.hashes import Hashes
+from minilora_hub.adapter_folder.names import PEFT_CONFIG
 from minilora_hub.adapter_folder.results import Results
 from minilora_hub.documents import strict_json
 from minilora_hub.errors import AdapterError
 
-WEIGHTS = "adapter_model.safetensors"
-PEFT_CONFIG = "adapter_config.json"
 LARGEST_TEXT = 64 * 2**20
 LARGEST_HEADER = 100 * 2**20  # safetensors' own limit
 
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """Something that is wrong with a folder, or that could not be found out.
+    """Something that is wrong with a folder, or that could not be checked.
 
     Attributes:
         code: which check found it, e.g. ``"secret"``; stable, for scripts.
@@ -46,12 +44,10 @@ class Folder:
     Attributes:
         path: the folder.
         files: ``{path in the folder: file}``, without links, sockets and the like.
-        hashes: what is known of the files' hashes.
     """
 
     path: Path
-    files: dict[str, Path] = field(default_factory=dict)
-    hashes: Hashes = field(default_factory=Hashes, repr=False, compare=False)
+    files: dict[str, Path]
 
     @property
     def peft_layout(self) -> bool:
@@ -59,7 +55,7 @@ class Folder:
         return "config.json" not in self.files and PEFT_CONFIG in self.files
 
     def data(self, name: str) -> bytes | None:
-        """A file's bytes: all of a text, the header of a safetensors file; None for a large or missing one."""
+        """Return a file's bytes, the header of a safetensors file; None for a large or missing one."""
         path = self.files.get(name)
         if path is None:
             return None
@@ -68,7 +64,7 @@ class Folder:
         return path.read_bytes() if path.stat().st_size <= LARGEST_TEXT else None
 
     def text(self, name: str) -> str | None:
-        """A file's text; None where it is no UTF-8, or holds NULs as binary files do."""
+        """Return a file's text; None where it is not UTF-8, or holds NULs as binary files do."""
         data = self.data(name)
         if data is None or b"\0" in data:
             return None
@@ -85,7 +81,7 @@ class Folder:
 
     @cached_property
     def unescaped(self) -> dict[str, str]:
-        """{name: what its texts say} of JSON with escapes, which hide what it says."""
+        """{name: its strings} of JSON with escapes, which would hide secrets and paths."""
         found = {}
         for name, text in self.texts.items():
             if "\\" in text and name.endswith((".json", ".safetensors")):
@@ -97,7 +93,7 @@ class Folder:
 
     @cached_property
     def json_files(self) -> dict[str, Any]:
-        """What the JSON files hold; those that do not parse are missing here and found by a check."""
+        """{name: content} of the JSON files; those that do not parse are left out, and found by a check."""
         found = {}
         for name in self.files:
             if name.endswith(".json"):
@@ -109,7 +105,7 @@ class Folder:
 
     @cached_property
     def results(self) -> Results | AdapterError:
-        """What results.json says, or why it cannot be read."""
+        """The content of results.json, or the error of reading it."""
         try:
             return Results.load(self.path)
         except AdapterError as error:
@@ -123,7 +119,7 @@ class Folder:
 
 
 def safetensors_header(path: Path) -> bytes | None:
-    """The JSON header of a safetensors file, None if the file is too short for the one it announces."""
+    """Return the JSON header of a safetensors file, None if the file is too short for it."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length) if length <= LARGEST_HEADER else b""
@@ -131,7 +127,7 @@ def safetensors_header(path: Path) -> bytes | None:
 
 
 def strings_in(content: Any) -> Iterator[str]:
-    """Every text in parsed JSON, keys included."""
+    """Yield every string in parsed JSON, keys included."""
     if isinstance(content, str):
         yield content
     elif isinstance(content, dict):

@@ -1,6 +1,6 @@
-"""Checks of the configuration and the tensors: they load, are finite, and are exactly those the configuration implies.
+"""Check that the configuration loads, and that the tensors are finite and exactly those that it implies.
 
-Which tensors those are, `shapes` says: from the model that was just loaded, where somebody has it, or else anew.
+Which tensors those are follows from the structure that `text_config` describes, without the base's weights.
 """
 
 from __future__ import annotations
@@ -9,51 +9,57 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from minilora_hub.adapter_folder.tensor_names import from_peft
+from minilora_hub.adapter_folder.names import PEFT_CONFIG, WEIGHTS, from_peft
 from minilora_hub.publish.checks.base import base_of
-from minilora_hub.publish.checks.problems import PEFT_CONFIG, WEIGHTS, Folder, Problem
-from minilora_hub.recording.shapes import Shapes, expected_shapes
+from minilora_hub.publish.checks.problems import Folder, Problem
 
 SHOWN = 3
 RETRAIN = "save the adapter again from the model it was trained in; damaged weights cannot be repaired"
 PEFT_TENSOR = re.compile(r"base_model\.model\..+\.(lora_[AB]\.weight|lora_magnitude_vector(\.weight)?)")
 
 
-def check_adapter(folder: Folder, loaded: Shapes | None = None) -> Iterator[Problem]:
-    """The configuration loads, and the tensors are exactly those it implies.
-
-    `loaded` is what a model had that was loaded from this configuration: one that is another now is looked at anew.
-    """
+def check_adapter(folder: Folder) -> Iterator[Problem]:
+    """Check that the configuration loads, and that the tensors are exactly those it implies."""
     if folder.peft_layout:
         yield from _check_peft(folder, "")
         return
     if not folder.config:
-        return  # missing, or no JSON: found by other checks
+        return  # missing, or not JSON: found by other checks
     yield from _check_architectures(folder)
-    expected: Mapping[str, tuple[int, ...]] | None
-    if loaded is not None and loaded.follow_from(folder.config):
-        expected, layers_path = loaded.tensors, loaded.layers_path
-    else:
-        config, problems = load_config(folder)
-        yield from problems
-        if config is None:
-            yield from _check_values(folder, WEIGHTS)
-            return
-        expected, layers_path, why_not = expected_shapes(config)
-        if expected is None:
-            message = (
-                f"whether its tensors are the right ones is unknown: no base can be built from text_config ({why_not})"
-            )
-            remedy = "minilora verify loads it on the real base"
-            yield Problem("tensors-unknown", WEIGHTS, message, remedy, blocking=False)
+    config, problems = load_config(folder)
+    yield from problems
+    if config is None:
+        yield from _check_values(folder, WEIGHTS)
+        return
+    expected, layers_path, reason = expected_tensors(config)
+    if expected is None:
+        message = f"whether its tensors are the right ones is unknown: no base can be built from text_config ({reason})"
+        yield Problem("tensors-unknown", WEIGHTS, message, "minilora verify loads it on the real base", blocking=False)
     yield from _check_values(folder, WEIGHTS, expected)
     if f"peft/{WEIGHTS}" in folder.files or f"peft/{PEFT_CONFIG}" in folder.files:
         yield from _check_peft(folder, "peft/")
         yield from _check_same(folder, layers_path)
 
 
+def expected_tensors(config: Any) -> tuple[dict[str, tuple[int, ...]] | None, str, str]:
+    """Return {name: shape} of every tensor that a configuration implies, and the path of the base's layers.
+
+    Returns:
+        None instead of the tensors where they cannot be determined; the third value is the reason.
+    """
+    from minilora_hub.bases.skeleton import skeleton
+    from minilora_hub.remote_code import attach
+    from minilora_hub.remote_code.base_structure import find_decoder_layers, plan_sites
+
+    try:
+        base = skeleton(config.text_config, blocks=config.model_type == "mixlora")
+        return dict(attach.expected_tensors(config, plan_sites(base, config))), find_decoder_layers(base)[0], ""
+    except Exception as error:  # other libraries' code on settings from outside may raise anything
+        return None, "", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def load_config(folder: Folder) -> tuple[Any, list[Problem]]:
-    """The configuration, by the island's own classes; None where they refuse it."""
+    """Load the configuration with the classes of the remote code; None where they refuse it."""
     from minilora_hub.remote_code.configuration_minilora import DoraConfig, MixLoraConfig
 
     file = "config.json"
@@ -84,7 +90,7 @@ def _check_architectures(folder: Folder) -> Iterator[Problem]:
 def _check_values(
     folder: Folder, name: str, expected: Mapping[str, tuple[int, ...]] | None = None
 ) -> Iterator[Problem]:
-    """The file is readable, its tensors are floating-point and finite, and fit `expected` where that is known."""
+    """Check that a file is readable, and its tensors floating-point, finite and those of `expected`, if given."""
     from safetensors import SafetensorError, safe_open
 
     path = folder.files.get(name)
@@ -112,7 +118,7 @@ def _check_values(
                     wrong.setdefault("holds values that are not finite", []).append(tensor_name)
                 trained = trained or ("lora_B" in tensor_name and bool(tensor.any()))
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        yield Problem("tensors", name, f"is no readable safetensors file: {error}", RETRAIN)
+        yield Problem("tensors", name, f"is not a readable safetensors file: {error}", RETRAIN)
         return
     for what, names_ in wrong.items():
         for tensor_name in names_[:SHOWN]:
@@ -127,7 +133,7 @@ def _check_values(
 
 
 def _is_finite(tensor: Any) -> bool:
-    """Whether no value is infinite or no number: both show in the extremes, which are found in one pass."""
+    """Return whether no value is infinite or NaN: both appear in the extremes, which one pass finds."""
     import torch
 
     if tensor.element_size() < 2:  # torch finds no extremes in 8 bits
@@ -136,7 +142,7 @@ def _is_finite(tensor: Any) -> bool:
 
 
 def _check_peft(folder: Folder, prefix: str) -> Iterator[Problem]:
-    """An adapter in PEFT's format: plain LoRA or DoRA, for the same base, with tensors of PEFT's names."""
+    """Check an adapter in PEFT's format: LoRA or DoRA, for the same base, with tensors of PEFT's names."""
     from safetensors import SafetensorError, safe_open
 
     file = prefix + PEFT_CONFIG
@@ -163,11 +169,11 @@ def _check_peft(folder: Folder, prefix: str) -> Iterator[Problem]:
     except (SafetensorError, OSError, ValueError):
         return
     for name in surplus[:SHOWN]:
-        yield Problem("tensors", prefix + WEIGHTS, f"{name} is no tensor of a LoRA or DoRA adapter", RETRAIN)
+        yield Problem("tensors", prefix + WEIGHTS, f"{name} is not a tensor of a LoRA or DoRA adapter", RETRAIN)
 
 
 def _check_same(folder: Folder, layers_path: str) -> Iterator[Problem]:
-    """`peft/` holds the same tensors as the root."""
+    """Check that `peft/` holds the same tensors as the root."""
     import torch
     from safetensors import SafetensorError, safe_open
 

@@ -1,4 +1,4 @@
-"""Checks of what the files say: secrets, paths of the author's machine, JSON that readers would take differently."""
+"""Find secrets, paths of the author's machine, and JSON that parsers read differently."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from minilora_hub.errors import MissingExtraError
 from minilora_hub.publish.checks.problems import Folder, Problem, strings_in
 
 VOCABULARIES = ("vocab.json", "vocab.txt", "merges.txt")
-"""Lists of word pieces: whatever they hold, it is not about this machine."""
+"""Lists of tokens, in which a match is a coincidence."""
 
 MACHINE_PATH = re.compile(
     r"""(?<![\w.:/~-])(?:file://)?
@@ -30,9 +30,11 @@ MACHINE_PATH = re.compile(
 IN_EVERY_MACHINE_PATH = (
     "/home/", "/root/", "/mnt/", "/content/drive/", "/kaggle/working", "/private/var/folders/", "Users",
 )  # fmt: skip
-"""One of these is in whatever `MACHINE_PATH` matches: a text without them, as most are, need not be searched slowly."""
+"""Every match of `MACHINE_PATH` contains one of these: most texts do not, and need not be searched slowly."""
 REVOKE = "remove it, and revoke it where it was issued: it may have been copied already"
-ANONYMOUS = "write the Hub id instead, or remove it: the path means nothing elsewhere and tells about this machine"
+ANONYMOUS = (
+    "write the Hub id instead, or remove it: the path means nothing elsewhere, and reveals something about this machine"
+)
 
 
 @cache
@@ -41,11 +43,11 @@ def _scanner() -> Any:
         from kingfisher_sdk import Scanner
     except ImportError:
         raise MissingExtraError("kingfisher_sdk", "publish") from None
-    return Scanner()  # offline: it compares with patterns, and asks no service
+    return Scanner()  # offline: it compares with patterns
 
 
 def check_secrets(folder: Folder) -> Iterator[Problem]:
-    """Credentials in any file, in the metadata of the weights too; first of all this user's own token."""
+    """Find credentials in any file and in the metadata of the weights, and the user's own token."""
     own = get_token()
     found: set[tuple[str, str, int]] = set()
     for name, data in _contents(folder):
@@ -70,14 +72,14 @@ def _contents(folder: Folder) -> Iterator[tuple[str, bytes]]:
 
 
 def check_machine_paths(folder: Folder) -> Iterator[Problem]:
-    """Absolute paths of somebody's home, and those of this process, in any text and in the weights' metadata."""
+    """Find absolute paths of somebody's home and of this process in any text and in the weights' metadata."""
     own = _own_places(folder.path)
     seen: set[str] = set()
     for name, text in chain(folder.texts.items(), folder.unescaped.items()):
         if name in VOCABULARIES or name in seen:
             continue
         searched = text
-        if name == "tokenizer.json":  # its escapes are resolved right here
+        if name == "tokenizer.json":  # `_without_vocabulary` decodes its escapes
             searched = _without_vocabulary(text)
             seen.add(name)
         found = MACHINE_PATH.search(searched) if any(part in searched for part in IN_EVERY_MACHINE_PATH) else None
@@ -91,14 +93,14 @@ def check_machine_paths(folder: Folder) -> Iterator[Problem]:
 
 
 def _own_places(folder: Path) -> set[str]:
-    """This user's home, the folder this process is in, the one that is checked, and the temporary one."""
+    """Return the user's home, the working folder, the checked folder and the folder of temporary files."""
     places = {str(Path.home()), os.getcwd(), str(folder.absolute()), str(folder.resolve()), tempfile.gettempdir()}
     places = {place for place in places if len(place) > 3}  # "/" and "C:\" are in every text
     return places | {place.replace("\\", "\\\\") for place in places}
 
 
 def _pattern_of(places: set[str]) -> re.Pattern[str]:
-    """Matches one of the places as a whole path or the start of one."""
+    """Return a pattern that matches one of the places as a path or the start of one."""
     longest_first = sorted(places, key=len, reverse=True)
     return re.compile(
         rf"(?<![\w.:/~-])(?:{'|'.join(map(re.escape, longest_first))})(?=[/\\\s\"'`)\],;]|$)", re.MULTILINE
@@ -115,13 +117,13 @@ def _without_vocabulary(text: str) -> str:
 
 
 def check_json(folder: Folder) -> Iterator[Problem]:
-    """JSON that does not parse, or that two parsers read differently."""
+    """Find JSON that does not parse, or that two parsers read differently."""
     for name in folder.files:
         if name.endswith(".json"):
             try:
                 content = strict_json(folder.data(name) or b"")
             except ValueError as error:
-                yield Problem("json", name, f"is no valid JSON: {error}", "write it again")
+                yield Problem("json", name, f"is not valid JSON: {error}", "write it again")
                 continue
             if not isinstance(content, dict):
                 yield Problem("json", name, "must hold a JSON object", "write it again")

@@ -1,4 +1,4 @@
-"""Checks of what stands beside the adapter: the tokenizer, its chat template, and the generation settings load."""
+"""Check that the tokenizer, its chat templates and the generation settings load."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from minilora_hub.publish.checks.problems import Folder, Problem
 
 GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-"""A tag that transformers adds to Jinja."""
+"""A tag that transformers adds to Jinja's."""
 SAVE = "save it again from the base's tokenizer"
 
 
 def check_tokenizer(folder: Folder) -> Iterator[Problem]:
-    """tokenizer.json, the chat template and generation_config.json can be read by what will read them."""
+    """Load tokenizer.json, the chat templates and generation_config.json with the libraries that will read them."""
     text = folder.text("tokenizer.json")
     if text is not None:
         from tokenizers import Tokenizer
@@ -31,7 +31,7 @@ def check_tokenizer(folder: Folder) -> Iterator[Problem]:
 
         try:
             GenerationConfig.from_dict(settings).validate()
-        except Exception as error:  # a damaged file can make any part of it stumble
+        except Exception as error:  # a damaged file may fail anywhere in transformers
             message = f"does not load: {str(error)[:200]}"
             yield Problem("config", "generation_config.json", message, "save the adapter again")
 
@@ -42,10 +42,10 @@ def _check_template(folder: Folder, name: str) -> Iterator[Problem]:
 
     text = folder.text(name)
     if text is None:
-        yield Problem("tokenizer", name, "is no text in UTF-8", SAVE)
+        yield Problem("tokenizer", name, "is not UTF-8 text", SAVE)
         return
     text = GENERATION_TAG.sub("", text)
     try:  # parsed, not rendered
         ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
     except TemplateSyntaxError as error:
-        yield Problem("tokenizer", name, f"is no Jinja template: {error}", SAVE)
+        yield Problem("tokenizer", name, f"is not a Jinja template: {error}", SAVE)

@@ -1,55 +1,54 @@
-"""From a trained folder to exactly the folder that is published.
+"""Build the folder that is published from a trained folder.
 
-    config.json with auto_map    adapter_model.safetensors    the island's files of this version
+    config.json with auto_map    adapter_model.safetensors    this version's remote code
     tokenizer, chat template     generation_config.json       README.md  results.json  verification.json  pictures
     peft/                        the same adapter in PEFT's format, where PEFT can read it (DoRA)
 
-There is never an `adapter_config.json` at the root of such a repo: AutoModel would then take the base's config and
-never see the class. Plain LoRA, and `layout="peft"`, are published in PEFT's own layout instead, without code.
+The root of such a repo never has an `adapter_config.json`: AutoModel would take the base's config and not see the class
+of the adapter. Plain LoRA, and `layout="peft"`, are published in PEFT's own layout instead, without code.
 
-What the adapter computes on its base is recorded with our installed classes, so nothing of the folder is run; a
-recording that still holds is used again, and then the base is not even loaded. The folder appears whole or not at all.
+The reference logits are recorded with our installed classes, so no code of the folder is run; a recording that still
+holds is reused, and then the base is not loaded. The folder appears completely or not at all.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from concurrent.futures import Future, wait
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.adapter_folder.code import island_files
 from minilora_hub.adapter_folder.code_references import require_no_other_code
-from minilora_hub.adapter_folder.companions import TEMPLATE, TOKENIZING, companion_files, copy_files
-from minilora_hub.adapter_folder.hashes import Hashes
-from minilora_hub.adapter_folder.output import require_free, whole_folder
-from minilora_hub.adapter_folder.recorded import PEFT_FOLDER, recorded_before, require_recorded
-from minilora_hub.adapter_folder.results import VERIFICATION_FILE, Verification
-from minilora_hub.adapter_folder.sources import OUR_CONFIG, WEIGHTS, Layout, Source, read_source
+from minilora_hub.adapter_folder.companions import companion_files, copy_files
+from minilora_hub.adapter_folder.folders import AdapterFolder as Source
+from minilora_hub.adapter_folder.folders import Layout, read_source
+from minilora_hub.adapter_folder.hashes import file_sha256, recorded_before
+from minilora_hub.adapter_folder.names import GENERATION, OUR_CONFIG, TEMPLATE, TOKENIZING, WEIGHTS
+from minilora_hub.adapter_folder.results import VERIFICATION_FILE, Base, Verification, is_hashed
+from minilora_hub.adapter_folder.writing import whole_folder, write_code
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.peft import PeftTargets, copy_peft_weights, write_peft_config
 from minilora_hub.publish.card.files import (
-    CARD,
-    Measured,
     card_to_keep,
     previous_card,
-    write_card,
+    write_built_card,
     write_card_pictures,
     write_results,
 )
-from minilora_hub.recording.bases_of_record import BaseOfRecord, find_base, revision_of_record
-from minilora_hub.recording.inputs import GENERATION, tokenizer_folder
+from minilora_hub.recording.bases_of_record import BaseOfRecord, find_base_of_record, revision_of_record
+from minilora_hub.recording.document import Recording, recording_key
 from minilora_hub.recording.logits import TOLERANCES, libraries
-from minilora_hub.recording.reference import model_class, shapes_of_recording, write_dora_for_peft
-from minilora_hub.recording.reuse import Obtained, obtain_recording
-from minilora_hub.recording.shapes import Shapes
+from minilora_hub.recording.reference import (
+    Obtained,
+    model_class,
+    obtain_recording,
+    tokenizer_folder,
+    write_dora_for_peft,
+)
 
-NOT_HASHED = (CARD, ".eval_results/", VERIFICATION_FILE)
-"""People edit the card on the Hub's page, which has measured results beside it; a file cannot hold its own hash."""
+PEFT_FOLDER = "peft"
+EMBEDDED_NOTE = "trained on the Q4_1 rounding of these weights that minilora_hub calls `embedded`"
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class PublishedFile:
 
 @dataclass(frozen=True)
 class Recorded:
-    """Where the recorded logits come from: whether they were there before, and why they were used again or made."""
+    """Whether the reference logits were recorded before (and the base was not loaded), and why."""
 
     reused: bool
     reason: str
@@ -81,8 +80,7 @@ class Built:
         base_elsewhere: where the base was loaded from, where that is not `base_id` on the Hub.
         card: the text of its README.md.
         files: every file in it, sorted by path.
-        hashes: of these files, for whoever needs one again.
-        recorded: whether the logits in verification.json were recorded now, or before; and why.
+        recorded: where the logits in verification.json come from.
         notes: what the author should know, a line each.
     """
 
@@ -93,7 +91,6 @@ class Built:
     base_elsewhere: str | None
     card: str
     files: tuple[PublishedFile, ...]
-    hashes: Hashes = field(repr=False, compare=False)
     recorded: Recorded
     notes: tuple[str, ...] = ()
 
@@ -112,16 +109,13 @@ def build(
     published_card: str | None = None,
     token: str | None = None,
     progress: bool = False,
-    hashes: Hashes | None = None,
-    passing: bool = False,
-    meanwhile: Callable[[Path, Shapes | None, str], object] | None = None,
 ) -> Built:
     """Build the folder that is published.
 
     Args:
         source: what ``save_pretrained`` wrote, with results.json where something was measured.
         out: the folder to write; it must not exist yet, or be empty.
-        repo_id: the repo it is for; the card names it.
+        repo_id: the repo that the card names.
         revision: the tag or commit that the card's snippet pins.
         layout: ``"peft"`` publishes a DoRA in PEFT's layout. Plain LoRA is published so in any case.
         base_id: the base's id on the Hub, where the adapter names a folder.
@@ -131,49 +125,50 @@ def build(
         published_card: the earlier card, where the folder has none of its own; its free text is kept.
         token: for a private or gated base.
         progress: show bars while the base is fetched.
-        hashes: of the source's files, where somebody has begun to read them already.
-        passing: the folder is read once and removed: the weights may then be linked instead of copied.
-        meanwhile: called while large files are hashed, with the folder, in which only verification.json is missing, the
-            tensors that the loaded model has, and the text of the card.
 
     Raises:
         AdapterError: the folder is damaged, incomplete, or cannot be published like this.
         BaseModelError: the base cannot be loaded.
         ValueError: the weights do not fit the configuration and the base; the message names the tensor.
     """
-    trained = _source_for(source, layout)
+    trained = _read_adapter(source, layout)
     layout = "peft" if trained.layout == "peft" else layout
-    out, hashes = Path(out), hashes or Hashes()
-    require_free(out)
-    before = recorded_before(trained.folder, hashes)
+    before = recorded_before(trained.folder)
     previous = previous_card(trained.folder)
-    base = find_base(trained, base_id, base_model, token, progress)
-    with whole_folder(out) as folder, ExitStack() as ending:
-        copied = _copy_model(trained, folder, layout, base, hashes, passing)
-        ending.callback(wait, [copied])  # so that nothing is written any more when a failed build is removed
-        found = obtain_recording(trained, base, before, hashes.of)
+    base = find_base_of_record(trained, base_id, base_model, token, progress)
+    with whole_folder(out) as folder:
+        found = obtain_recording(trained, base, before)
+        recording = found.recording
         notes = [found.note] if found.note else []
-        measured = _measured(trained, base, found)
-        notes += _write_adapter(trained, folder, layout, measured, found, hashes)
-        results = write_results(trained, folder, measured, license)
+        published_base = _published_base(trained, base, recording)
+        _copy_model(trained, folder, layout, base)
+        notes += _write_adapter(trained, folder, layout, published_base, recording)
+        results = write_results(trained, folder, published_base, recording.parameters, license)
         write_card_pictures(trained.folder, folder, results, notes, keep=before is not None)
-        card = write_card(folder, repo_id, revision, space, card_to_keep(previous, published_card, notes))
-        copied.result()
-        if meanwhile:
-            meanwhile(folder, shapes_of_recording(found.recording, trained), card)
-        if before:
-            require_recorded(trained.folder, before, hashes)
-        _require_unchanged(trained, found, hashes)
-        _write_verification(folder, found, before, hashes)
-    hashes = hashes.moved(folder, out)
-    files, recorded = list_files(out, hashes), Recorded(found.reused, found.reason)
+        kept = card_to_keep(previous, published_card, notes)
+        card = write_built_card(folder, repo_id, revision, space, kept)
+        _require_unchanged(trained, base, recording)
+        _write_verification(folder, found, before)
     return Built(
-        out, layout, trained.method, base.id, base.elsewhere, card, files, hashes, recorded, tuple(dict.fromkeys(notes))
+        folder=Path(out),
+        layout=layout,
+        method=trained.method,
+        base_id=base.id,
+        base_elsewhere=base.elsewhere,
+        card=card,
+        files=list_files(Path(out)),
+        recorded=Recorded(found.reused, found.reason),
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
-def _source_for(folder: str | Path, layout: str) -> Source:
-    """Read the adapter, which must be one that this layout can hold."""
+def list_files(folder: Path) -> tuple[PublishedFile, ...]:
+    """List every file under a folder with its size and hash, sorted by path."""
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return tuple(PublishedFile(name, paths[name].stat().st_size, file_sha256(paths[name])) for name in sorted(paths))
+
+
+def _read_adapter(folder: str | Path, layout: str) -> Source:
     if layout not in ("auto", "peft"):
         raise ValueError(f"layout={layout!r}: must be 'auto' or 'peft'")
     source = read_source(folder)
@@ -183,108 +178,80 @@ def _source_for(folder: str | Path, layout: str) -> Source:
     return source
 
 
-def list_files(folder: Path, hashes: Hashes | None = None) -> tuple[PublishedFile, ...]:
-    """List every file under a folder with its size and hash, sorted by path."""
-    hashes = hashes or Hashes()
-    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return tuple(PublishedFile(name, paths[name].stat().st_size, hashes.of(paths[name])) for name in sorted(paths))
+def _published_base(source: Source, base: BaseOfRecord, recording: Recording) -> Base:
+    """Return the base as results.json names it."""
+    fingerprint = recording.key["base"]
+    note = EMBEDDED_NOTE if base.found.embedded else None
+    revision = revision_of_record(source, base, fingerprint)
+    return Base(base.id, revision, fingerprint, parameters=recording.base_parameters, note=note)
 
 
-def _copy_model(
-    source: Source, folder: Path, layout: Layout, base: BaseOfRecord, hashes: Hashes, link: bool
-) -> Future[Any]:
-    """Copy weights, tokenizer and generation settings; what the adapter has not is the base's.
-
-    Returns:
-        What tells when the weights are there: they are copied in the background.
-    """
-    copied: Future[Any] = Future()
-    if source.layout == layout == "auto":
-        copied = hashes.copy(source.folder / WEIGHTS, folder / WEIGHTS, link=link)
-    else:
-        hashes.start(source.folder / WEIGHTS)
-        copied.set_result(None)
+def _copy_model(source: Source, folder: Path, layout: Layout, base: BaseOfRecord) -> None:
+    """Copy weights, tokenizer and generation settings; the base's, where the adapter has none."""
     if source.layout == "peft":
         copy_peft_weights(source.folder, folder)
         write_peft_config(folder, source.config, base.id, base.revision)
-        hashes.start(folder / WEIGHTS)
+    elif layout == "auto":
+        shutil.copyfile(source.folder / WEIGHTS, folder / WEIGHTS)
     tokenizer = tokenizer_folder(source, base.found)
     copy_files(companion_files(tokenizer, TOKENIZING), tokenizer, folder)
     copy_files(companion_files(base.found.path, (GENERATION,)), base.found.path, folder)
     # An adapter may have these without a tokenizer of its own.
     copy_files(companion_files(source.folder, (GENERATION, TEMPLATE)), source.folder, folder)
-    return copied
 
 
-def _measured(source: Source, base: BaseOfRecord, found: Obtained) -> Measured:
-    recording = found.recording
-    fingerprint = recording.inputs["base/fingerprint"]
-    return Measured(
-        base.id,
-        revision_of_record(source, base, fingerprint),
-        fingerprint,
-        recording.base_parameters,
-        base.found.embedded,
-        recording.parameters,
-    )
-
-
-def _write_adapter(
-    source: Source, folder: Path, layout: Layout, base: Measured, found: Obtained, hashes: Hashes
-) -> list[str]:
-    """Write what makes the copied weights an adapter: configuration and code, and the folder for PEFT.
+def _write_adapter(source: Source, folder: Path, layout: Layout, base: Base, recording: Recording) -> list[str]:
+    """Write the configuration and the code of the copied weights, and the folder for PEFT.
 
     Returns:
         What the author should know, a line each.
     """
     notes = []
     if source.method == "dora" and source.layout == "auto":
-        problem = found.recording.peft_problem
+        problem = recording.peft_problem
         if problem and layout == "peft":
             raise AdapterError(f"layout='peft': {problem}; publish it with the layout 'auto'")
         if problem:
             notes.append(f"no {PEFT_FOLDER}/ folder: {problem}")
         else:
             peft = folder if layout == "peft" else folder / PEFT_FOLDER
-            targets = PeftTargets(
-                found.recording.peft_targets, found.recording.layers_path or "", found.recording.peft_fan_in_fan_out
-            )
-            write_dora_for_peft(source, peft, targets, base.base_id, base.base_revision)
-            hashes.start(peft / WEIGHTS)
+            targets = PeftTargets(recording.peft_targets, recording.layers_path or "", recording.peft_fan_in_fan_out)
+            write_dora_for_peft(source, peft, targets, base.id, base.revision)
     if layout == "auto":
         config = json.dumps(_published_config(source, base), indent=2, sort_keys=True)
         (folder / OUR_CONFIG).write_text(config + "\n", encoding="utf-8", newline="\n")
-        for name, path in island_files().items():
-            shutil.copyfile(path, folder / name)
+        write_code(folder)
     return notes
 
 
-def _published_config(source: Source, base: Measured) -> dict[str, Any]:
-    """Return the configuration as it is published: the source's, naming the real base and our classes."""
-    from minilora_hub.remote_code.adapted_model import auto_map
+def _published_config(source: Source, base: Base) -> dict[str, Any]:
+    """Return the configuration as it is published: the source's, naming the base on the Hub and our classes."""
+    from minilora_hub.remote_code.saving import auto_map
 
     of = model_class(source)
     return source.config | {
         "architectures": [of.__name__],
         "auto_map": auto_map(of.config_class()),
-        "base_model_name_or_path": base.base_id,
-        "base_model_revision": base.base_revision,
+        "base_model_name_or_path": base.id,
+        "base_model_revision": base.revision,
     }
 
 
-def _require_unchanged(source: Source, found: Obtained, hashes: Hashes) -> None:
-    """Refuse weights or a configuration that were changed while they were published: the recording is of the others."""
-    for name, digest in found.recording.inputs.items():
-        kind, _, file = name.partition("/")
-        if kind == "adapter" and hashes.of(source.folder / file) != digest:
-            raise AdapterError(f"{file} was changed while it was published: leave it alone, and push again")
+def _require_unchanged(source: Source, base: BaseOfRecord, recording: Recording) -> None:
+    """Refuse weights or a configuration that changed after they were recorded."""
+    key = recording_key(source, base.found, recording.key["base"])
+    for name in ("weights", "configuration"):
+        if key[name] != recording.key[name]:
+            raise AdapterError(
+                f"{source.folder.name!r}: its {name} changed while it was published: wait until it is complete, and "
+                "push again"
+            )
 
 
-def _write_verification(folder: Path, found: Obtained, before: Verification | None, hashes: Hashes) -> None:
-    """Write verification.json, or keep what an earlier build recorded where it still holds."""
-    files = [file for file in list_files(folder, hashes) if not file.path.startswith(NOT_HASHED)]
-    sha256 = {file.path: file.sha256 for file in files}
+def _write_verification(folder: Path, found: Obtained, before: Verification | None) -> None:
+    """Write verification.json, or keep the recording of an earlier build where it still holds."""
     recording = found.recording
+    sha256 = {file.path: file.sha256 for file in list_files(folder) if is_hashed(file.path)}
     limit = TOLERANCES[recording.dtype]
     if before is not None and found.gap is not None:
         if not found.gap <= limit:
@@ -302,7 +269,7 @@ def _write_verification(folder: Path, found: Obtained, before: Verification | No
         top_logits=recording.top_logits,
         tolerance=limit,
         sha256=sha256,
-        base_fingerprint=recording.inputs["base/fingerprint"],
+        base_fingerprint=recording.key["base"],
         dtype=recording.dtype,
         libraries=libraries(),
     ).save(folder)

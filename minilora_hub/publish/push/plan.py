@@ -1,20 +1,20 @@
-"""What a push would send: each file of the built folder against what the repo holds."""
+"""Compare the built folder with the repo and list the files to upload and to delete."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub import HfApi
+
 from minilora_hub.adapter_folder.results import VERIFICATION_FILE
-from minilora_hub.hub.client import RemoteFile, RemoteState
-from minilora_hub.publish.push.build import Built, PublishedFile, Recorded
+from minilora_hub.hub import client as hub
+from minilora_hub.publish.push.build import Built, Recorded
+from minilora_hub.publish.push.target import Target
 
 Action = Literal["add", "change", "keep", "delete"]
-ReadRemote = Callable[[str], bytes]
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,18 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What is about to be sent, for a question before it is.
+    """What a push is about to send.
 
     Attributes:
         repo_id: the full id.
         private: whether the repo is, or will be, seen by its owner only.
-        creates: whether the repo is made by this push.
+        creates: whether the push creates the repo.
         create_pr: whether the commit opens a pull request instead of changing the branch.
         tag: the tag that is set, None for none.
         revision: the branch.
         files: every file and what happens to it.
         card: the text of README.md.
-        recording: whether the logits that `verify` compares with were recorded now, or before; and why.
+        recording: whether the logits that `verify` compares with were recorded now or before, and why.
         notes: what the author should know.
     """
 
@@ -57,65 +57,64 @@ class PushPlan:
 
     @property
     def sends(self) -> tuple[PlannedFile, ...]:
-        """The files that differ from what is there."""
+        """The files that differ from the repo's."""
         return tuple(file for file in self.files if file.action != "keep")
 
 
-def plan_files(built: Built, remote: RemoteState, ours: set[str]) -> tuple[PlannedFile, ...]:
-    """Say what happens to each file.
+def plan_push(api: HfApi, target: Target, built: Built, notes: tuple[str, ...]) -> PushPlan:
+    """Return what sending a built folder would do.
 
-    Args:
-        built: what is to be in the repo.
-        remote: what is in it.
-        ours: paths that an earlier push of ours put there: those that are not built any more are deleted. Files of
-            others stay.
+    A file that an earlier push put there and that is not built any more is deleted; files of others stay.
+
+    Raises:
+        PublishError: the tag would have to be moved, or the repo cannot be read.
     """
-    there = remote.files or {}
+    there = target.state.files
     planned = []
     for file in built.files:
         before = there.get(file.path)
-        same = before is not None and same_content(built.folder / file.path, file, before)
+        same = before is not None and before.has_content(built.folder / file.path, file.sha256)
         action: Action = "keep" if same else "add" if before is None else "change"
         planned.append(PlannedFile(file.path, action, file.size, file.sha256))
-    gone = sorted((ours & there.keys()) - {file.path for file in built.files})
+    gone = (pushed_by_us(api, target) & there.keys()) - {file.path for file in built.files}
     planned += [PlannedFile(path, "delete", there[path].size, None) for path in gone]
-    return tuple(sorted(planned, key=lambda file: file.path))
+    plan = PushPlan(
+        repo_id=target.repo_id,
+        private=target.private,
+        creates=not target.state.exists,
+        create_pr=target.create_pr,
+        tag=target.tag,
+        revision=target.branch,
+        files=tuple(sorted(planned, key=lambda file: file.path)),
+        card=built.card,
+        recording=built.recorded,
+        notes=built.notes + notes,
+    )
+    if target.tagged and (plan.sends or target.tagged != target.state.head):
+        target.refuse_to_move_tag()
+    return plan
 
 
-def same_content(path: Path, file: PublishedFile, remote: RemoteFile) -> bool:
-    """Whether a file is what the repo holds: large files are known by their sha256, others by git's id of them."""
-    if remote.size != file.size:
-        return False
-    return remote.sha256 == file.sha256 if remote.sha256 else remote.oid == git_id(path)
+def pushed_by_us(api: HfApi, target: Target) -> set[str]:
+    """Return the paths that an earlier push put into the repo: those its verification.json lists, and its own."""
+    if VERIFICATION_FILE not in target.state.files:
+        return set()
+    content = hub.read_file(api, target.repo_id, VERIFICATION_FILE, target.state.head)
+    try:
+        listed: Any = json.loads(content).get("sha256", {})
+    except (ValueError, AttributeError):
+        return set()  # a damaged file must not cause deletions
+    evaluations = {path for path in target.state.files if path.startswith(".eval_results/")}
+    return {str(path) for path in listed} | evaluations | {VERIFICATION_FILE}
 
 
-def git_id(path: Path) -> str:
-    """Return the id git gives to a file's content."""
-    data = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-
-
-def arrived(files: tuple[PlannedFile, ...], folder: Path, remote: RemoteState) -> bool:
-    """Whether a repo holds everything that was planned, and nothing that was to be deleted."""
-    there = remote.files or {}
+def is_applied(files: tuple[PlannedFile, ...], folder: Path, remote: hub.RemoteState) -> bool:
+    """Return whether a repo holds every planned file, and none of those to delete."""
     for file in files:
-        if file.action == "delete":
-            if file.path in there:
+        there = remote.files.get(file.path)
+        if file.sha256 is None:
+            if there is not None:
                 return False
-        elif file.path not in there or not same_content(
-            folder / file.path, PublishedFile(file.path, file.size, file.sha256 or ""), there[file.path]
-        ):
+        elif there is None or not there.has_content(folder / file.path, file.sha256):
             return False
     return True
-
-
-def pushed_by_us(read: ReadRemote, remote: RemoteState) -> set[str]:
-    """Return the paths that an earlier push put into a repo: those its verification.json lists, and what goes along."""
-    if VERIFICATION_FILE not in (remote.files or {}):
-        return set()
-    try:
-        listed: Any = json.loads(read(VERIFICATION_FILE)).get("sha256", {})
-    except (ValueError, AttributeError):
-        return set()  # nothing is deleted on the word of a damaged file
-    evaluations = {path for path in remote.files or {} if path.startswith(".eval_results/")}
-    return {str(path) for path in listed} | evaluations | {VERIFICATION_FILE}

@@ -1,7 +1,7 @@
-"""The files of a Space: `app.py`, this package as it is, requirements with the versions installed here, a card.
+"""Write the files of a Space: `app.py`, this package, requirements with the versions installed here, a card.
 
-The package travels in the Space's repo rather than as a line of requirements.txt: the Space then runs the code that was
-tried here, released or not, and nobody has to publish anything first.
+The package is copied into the Space's repo instead of being named in requirements.txt: the Space then runs the code
+that was tried here, released or not.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from minilora_hub.publish.card.facts import PUBLIC_HUB
 PACKAGE = Path(__file__).resolve().parents[2]
 APP, README, REQUIREMENTS = "app.py", "README.md", "requirements.txt"
 VENDORED = ("minilora_hub/", "model_cards/")
-"""Folders of a Space that are ours altogether: what a later push no longer has in them is deleted."""
+"""Folders of a Space in which a later push deletes the files that it does not have."""
 
 OUR_VARIABLES = ("MINILORA_BASE", "MINILORA_ADAPTERS", "MINILORA_MCP")
-"""What `SpaceSettings.variables` may set: one that a later push does not set is removed."""
+"""Variables of `SpaceSettings.variables`: a later push removes those that it does not set."""
 
 MARKER = "<!-- Written by `minilora space push`. -->"
 PYTHON = "3.12"
 ZERO_GPU = "zero-"
 ZERO_GPU_TORCH = "2.10.0"
-"""ZeroGPU offers torch 2.8 to 2.11; of those, the oldest torch that the tests run with."""
+"""ZeroGPU has torch 2.8 to 2.11; this is the oldest of them that the tests run with."""
 
 SHORT_DESCRIPTION = "One prompt, one base, its adapters side by side"
 
 
 @dataclass(frozen=True)
 class SpaceSettings:
-    """What a Space shows, and on what it runs.
+    """What a Space shows, and its hardware.
 
     Attributes:
         title: its headline on the Hub.
         base: ``"embedded"``, or the id of the base.
-        adapters: ids on the Hub; none for the adapters that travel with minilora_hub.
-        public: those of base and adapters that everybody may download.
-        hardware: what it asks for; None leaves that to the Hub.
+        adapters: ids on the Hub; empty for the adapters that are shipped with minilora_hub.
+        public: those of base and adapters that are public.
+        hardware: the hardware to request; None leaves it to the Hub.
         mcp: whether the page is a tool for MCP clients, too.
         hub: address of the Hub that links lead to.
     """
@@ -60,24 +60,24 @@ class SpaceSettings:
 
     @property
     def zero_gpu(self) -> bool:
-        """Whether it runs on ZeroGPU, which brings its own rules."""
+        """Whether it runs on ZeroGPU, which needs its own version of torch."""
         return bool(self.hardware) and str(self.hardware).startswith(ZERO_GPU)
 
     def variables(self) -> dict[str, str]:
-        """What app.py is told."""
-        told = {"MINILORA_BASE": self.base}
-        told |= {"MINILORA_ADAPTERS": ",".join(self.adapters)} if self.adapters else {}
-        return told | ({"MINILORA_MCP": "1"} if self.mcp else {})
+        """Return the environment variables of app.py."""
+        found = {"MINILORA_BASE": self.base}
+        found |= {"MINILORA_ADAPTERS": ",".join(self.adapters)} if self.adapters else {}
+        return found | ({"MINILORA_MCP": "1"} if self.mcp else {})
 
 
 def stage(folder: Path, settings: SpaceSettings) -> list[str]:
-    """Write everything a Space needs into an empty folder.
+    """Write the files of a Space into an empty folder.
 
     Returns:
         The paths of the files, in order.
 
     Raises:
-        PublishError: minilora_hub is not installed, so the versions beside it are not known.
+        PublishError: minilora_hub is not installed, so the versions of its dependencies are not known.
     """
     shutil.copyfile(_app_file(), folder / APP)
     for path in _package_files():
@@ -95,7 +95,7 @@ def stage(folder: Path, settings: SpaceSettings) -> list[str]:
 
 
 def _app_file() -> Path:
-    """Find app.py: beside the package in a checkout, inside it in an installed wheel."""
+    """Find app.py: next to the package in a checkout, inside it in an installed wheel."""
     for path in (PACKAGE / "demo" / "space_app.py", PACKAGE.parent / APP):
         if path.is_file():
             return path
@@ -103,7 +103,7 @@ def _app_file() -> Path:
 
 
 def _package_files() -> Iterator[Path]:
-    """The package's own files: nothing that was compiled or generated beside them, nor the adapters of a wheel."""
+    """Yield the package's own files, without compiled or generated ones and without the adapters of a wheel."""
     for path in sorted(PACKAGE.rglob("*")):
         inside = path.relative_to(PACKAGE)
         generated = path.suffix in (".pyc", ".pyo", ".pyi") or "__pycache__" in inside.parts
@@ -112,12 +112,12 @@ def _package_files() -> Iterator[Path]:
 
 
 def requirements(settings: SpaceSettings) -> str:
-    """What the Space installs: each dependency at the version that is installed here, Gradio's own line aside.
+    """Return requirements.txt: each dependency at the version that is installed here.
 
-    Gradio comes with the Space's `sdk_version`, and `spaces` with ZeroGPU.
+    Gradio is installed by the Space's `sdk_version`, and `spaces` by ZeroGPU.
 
     Raises:
-        PublishError: minilora_hub is not installed, so the versions beside it are not known.
+        PublishError: minilora_hub is not installed, so the versions of its dependencies are not known.
     """
     try:
         declared = [Requirement(line) for line in metadata.requires("minilora_hub") or []]
@@ -141,7 +141,7 @@ def _version(name: str, settings: SpaceSettings) -> str:
 
 def _installed(name: str) -> str:
     try:
-        return metadata.version(name).partition("+")[0]  # "2.13.0+cpu" is no version of the public index
+        return metadata.version(name).partition("+")[0]  # the public index has no "2.13.0+cpu"
     except metadata.PackageNotFoundError:
         extra = {"gradio": "demo", "gguf": "embedded"}.get(name)
         install = f"pip install 'minilora_hub[{extra}]'" if extra else f"pip install {name}"
@@ -166,7 +166,7 @@ def space_card(settings: SpaceSettings) -> str:
         "models": list(dict.fromkeys([base, *settings.adapters])),
         "tags": ["lora", "dora", "mixlora", "text-generation", *(["mcp-server"] if settings.mcp else [])],
         **({"suggested_hardware": settings.hardware} if settings.hardware else {}),
-        # Fetched while the Space is built, so that it starts sooner. Building knows no secret: public repos only.
+        # Fetched while the Space is built, so that it starts sooner. A build has no secrets: public repos only.
         **({"preload_from_hub": public} if public else {}),
     }
     shown = "\n".join(f"- [{name}]({settings.hub}/{name})" for name in settings.adapters)

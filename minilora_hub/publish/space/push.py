@@ -1,7 +1,7 @@
-"""`minilora space push`: a Space made or brought up to date by one commit, its variables set, waited for until it runs.
+"""Deploy the comparison page as a Space: stage its files, set its variables, send one commit, wait until it runs.
 
-Everything that can be wrong is looked at before anything is changed. Variables are set before the commit, so that the
-build which the commit starts sees them already.
+Everything is checked before anything is changed. Variables are set before the commit, so that the build which the
+commit starts sees them.
 """
 
 from __future__ import annotations
@@ -9,21 +9,20 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceHardware, errors, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceHardware, get_token
 
 from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.errors import PublishError
 from minilora_hub.hub import client as hub
-from minilora_hub.hub.errors import ATTEMPTS, FAILURES, explain, is_passing, patiently, status_of, wait_after
+from minilora_hub.hub.errors import ATTEMPTS, FAILURES, explain, patiently, status_of
 from minilora_hub.publish.card.render import require_space
-from minilora_hub.publish.push.build import PublishedFile
-from minilora_hub.publish.push.plan import same_content
+from minilora_hub.publish.push.commit import COMMIT_ATTEMPTS
 from minilora_hub.publish.push.progress import Stages
 from minilora_hub.publish.space.files import APP, MARKER, OUR_VARIABLES, README, VENDORED, SpaceSettings, stage
 from minilora_hub.publish.space.models import find_models
@@ -31,28 +30,27 @@ from minilora_hub.publish.space.waiting import wait_until_it_runs
 from minilora_hub.quiet import quiet_libraries
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-COMMIT_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
 class SpacePush:
-    """What was sent, or would be.
+    """What was sent, or would be sent.
 
     Attributes:
         space: its id.
         url: its page.
-        creates: whether it is made by this push.
+        creates: whether this push makes it.
         private: whether only its owner sees it.
-        hardware: what is asked for; None leaves it as it is.
-        variables: all that are set.
-        secrets: names of those that are set; their values are nowhere in here.
+        hardware: the hardware to request; None leaves it as it is.
+        variables: the variables that are set.
+        secrets: names of the secrets that are set, without their values.
         files: {path: bytes}.
-        deletes: files that go.
+        deletes: files that are deleted.
         requirements: the text of requirements.txt.
         card: the text of README.md.
         dry_run: whether nothing was sent.
         commit: the commit; None where nothing was sent.
-        stage: what the Space was doing when it was last looked at; None where nobody waited.
+        stage: the Space's last known stage, e.g. ``"RUNNING"``; None where it was not waited for.
     """
 
     space: str
@@ -105,17 +103,17 @@ def push_space(
         variables: more variables for app.py.
         secrets: {name: value}; the values go to the Hub's settings, into no file.
         token: default: the one of HF_TOKEN or ``hf auth login``.
-        dry_run: look and stage, but send nothing. Works without a token; where the Hub is not reached, the Space is
-            taken for a new one, and `base` must be given beside adapters.
+        dry_run: send nothing. Works without a token; where the Hub is not reached, the Space is taken for a new one,
+            and adapters need `base`.
         wait: seconds until it must run; 0 does not wait.
-        progress: show what is being done, on stderr.
+        progress: show each stage on stderr.
 
     Returns:
         What was sent.
 
     Raises:
         PublishError: the token, the Hub, the build or the app failed; the message says what to do.
-        AdapterError: an adapter is not on the Hub, or is none, or they are for different bases.
+        AdapterError: an adapter is not on the Hub, is not an adapter, or they are for different bases.
         ValueError: an argument is wrong.
     """
     variables, secrets = dict(variables or {}), dict(secrets or {})
@@ -139,7 +137,7 @@ def push_space(
         stages.start("Staging")
         folder = Path(scratch)
         paths = stage(folder, settings)
-        deletes = sorted(path for path in state.files or {} if path.startswith(VENDORED) and path not in paths)
+        deletes = sorted(path for path in state.files if path.startswith(VENDORED) and path not in paths)
         plan = SpacePush(
             space,
             f"{api.endpoint}/spaces/{space}",
@@ -160,10 +158,8 @@ def push_space(
         state = _set_up(api, plan, secrets, state)
         stages.start(f"Sending {len(paths)} files")
         commit = _commit(api, plan, folder, state)
-        done = SpacePush(**{**vars(plan), "dry_run": False, "commit": commit})
-        if not wait:
-            return done
-        return SpacePush(**{**vars(done), "stage": wait_until_it_runs(api, space, commit, wait, stages)})
+        stage_now = wait_until_it_runs(api, space, commit, wait, stages) if wait else None
+        return replace(plan, dry_run=False, commit=commit, stage=stage_now)
 
 
 def _check_arguments(
@@ -188,42 +184,29 @@ def _check_arguments(
         raise ValueError(f"{both[0]} is given as a variable and as a secret: choose one")
 
 
-def _look(api: HfApi, space: str, dry_run: bool = False) -> hub.RemoteState:
+def _look(api: HfApi, space: str, dry_run: bool) -> hub.RemoteState:
+    """Look at the Space; a dry run without a Hub takes it for a new one."""
     try:
-        info = patiently(lambda: api.space_info(space, files_metadata=True), 1 if dry_run else ATTEMPTS)
-    except errors.RepositoryNotFoundError:
-        return hub.RemoteState(False)
-    except FAILURES as error:
-        if dry_run and status_of(error) is None:
+        return hub.look(api, space, attempts=1 if dry_run else ATTEMPTS, repo_type="space")
+    except PublishError as error:
+        if dry_run and error.__cause__ is not None and status_of(error.__cause__) is None:
             return hub.RemoteState(False)
-        raise PublishError(explain(error, space, "looking at the Space")) from None
-    files = {
-        file.rfilename: hub.RemoteFile(file.size or 0, file.blob_id or "", file.lfs.sha256 if file.lfs else None)
-        for file in info.siblings or []
-    }
-    return hub.RemoteState(True, bool(info.private), info.sha, files)
+        raise
 
 
 def _require_ours(api: HfApi, space: str, state: hub.RemoteState) -> None:
-    """Refuse to write over a Space that somebody made otherwise."""
-    if APP not in (state.files or {}):
+    """Refuse to overwrite a Space that was not made by `minilora space push`."""
+    if APP not in state.files:
         return
-    card = ""
-    if README in (state.files or {}):
-        try:
-            with tempfile.TemporaryDirectory(prefix="minilora-space-") as folder:
-                path = api.hf_hub_download(space, README, repo_type="space", revision=state.head, local_dir=folder)
-                card = Path(path).read_text(encoding="utf-8", errors="replace")
-        except FAILURES as error:
-            raise PublishError(explain(error, space, "reading its card")) from None
-    if MARKER not in card:
+    card = hub.read_file(api, space, README, state.head, repo_type="space") if README in state.files else b""
+    if MARKER not in card.decode("utf-8", "replace"):
         raise PublishError(
             f"{space} is a Space that `minilora space push` did not make: nothing is overwritten; choose another name"
         )
 
 
 def _set_up(api: HfApi, plan: SpacePush, secrets: dict[str, str], state: hub.RemoteState) -> hub.RemoteState:
-    """Make the Space, or bring its settings up to date; only what differs is set, as each change restarts it."""
+    """Make the Space, or update its settings; only what differs is set, as each change restarts it."""
     space = plan.space
     try:
         if plan.creates:
@@ -236,16 +219,16 @@ def _set_up(api: HfApi, plan: SpacePush, secrets: dict[str, str], state: hub.Rem
                 space_variables=[{"key": name, "value": value} for name, value in plan.variables.items()],
                 space_secrets=[{"key": name, "value": value} for name, value in secrets.items()],
             )
-            return _look(api, space)
+            return hub.look(api, space, repo_type="space")
         there = patiently(lambda: api.get_space_variables(space))
         for name, value in plan.variables.items():
             if name not in there or there[name].value != value:
-                _set(api.add_space_variable, space, name, value)
+                patiently(partial(api.add_space_variable, space, name, value))
         for name in OUR_VARIABLES:
             if name in there and name not in plan.variables:
-                _set(api.delete_space_variable, space, name)
-        for name, value in secrets.items():  # nobody can read whether it is the same
-            _set(api.add_space_secret, space, name, value)
+                patiently(partial(api.delete_space_variable, space, name))
+        for name, value in secrets.items():  # its present value cannot be read
+            patiently(partial(api.add_space_secret, space, name, value))
         if plan.hardware is not None:
             runtime = patiently(lambda: api.get_space_runtime(space))
             if plan.hardware not in (runtime.requested_hardware, runtime.hardware):
@@ -255,43 +238,40 @@ def _set_up(api: HfApi, plan: SpacePush, secrets: dict[str, str], state: hub.Rem
     return state
 
 
-def _set(setter: Any, *arguments: str) -> None:
-    patiently(lambda: setter(*arguments))
-
-
 def _commit(api: HfApi, plan: SpacePush, folder: Path, state: hub.RemoteState) -> str:
-    """Make the one commit. Whether it was made although its answer was lost, the repo itself says."""
-    operations: list[Any] = [CommitOperationDelete(path) for path in plan.deletes]
-    for attempt in range(COMMIT_ATTEMPTS):
-        added = [CommitOperationAdd(path, folder / path) for path in plan.files]
-        try:
-            made = api.create_commit(
-                plan.space,
-                [*operations, *added],
-                repo_type="space",
-                commit_message="The comparison page of minilora_hub",
-                parent_commit=state.head,
-            )
-            return made.oid
-        except FAILURES as error:
-            now = _look(api, plan.space)
-            if now.head and now.head != state.head:
-                if _arrived(plan, folder, now):
-                    return now.head
-                raise PublishError(
-                    f"somebody else has committed to {plan.space} meanwhile: nothing was overwritten; push again"
-                ) from None
-            if attempt == COMMIT_ATTEMPTS - 1 or not is_passing(error):
-                told = explain(error, plan.space, "sending the files")
-                raise PublishError(f"{told}; its settings are set, its files are as they were: push again") from None
-            time.sleep(wait_after(error, attempt))
-    raise AssertionError("unreachable")
+    """Make the one commit and return it."""
+
+    def commit() -> str:
+        return api.create_commit(
+            plan.space,
+            [
+                *(CommitOperationDelete(path) for path in plan.deletes),
+                *(CommitOperationAdd(path, folder / path) for path in plan.files),
+            ],
+            repo_type="space",
+            commit_message="The comparison page of minilora_hub",
+            parent_commit=state.head,
+        ).oid
+
+    def find_commit(error: BaseException) -> str | None:
+        now = hub.look(api, plan.space, repo_type="space")
+        if not now.head or now.head == state.head:
+            return None
+        if _is_applied(plan, folder, now):
+            return now.head
+        raise PublishError(
+            f"somebody else has committed to {plan.space} meanwhile: nothing was overwritten; push again"
+        )
+
+    try:
+        return patiently(commit, COMMIT_ATTEMPTS, recover=find_commit)
+    except FAILURES as error:
+        failure = explain(error, plan.space, "sending the files")
+        raise PublishError(f"{failure}; its settings are set, its files are as they were: push again") from None
 
 
-def _arrived(plan: SpacePush, folder: Path, now: hub.RemoteState) -> bool:
-    there = now.files or {}
-    return not any(path in there for path in plan.deletes) and all(
-        path in there
-        and same_content(folder / path, PublishedFile(path, size, file_sha256(folder / path)), there[path])
-        for path, size in plan.files.items()
+def _is_applied(plan: SpacePush, folder: Path, now: hub.RemoteState) -> bool:
+    return not any(path in now.files for path in plan.deletes) and all(
+        path in now.files and now.files[path].has_content(folder / path, file_sha256(folder / path))
+        for path in plan.files
     )

@@ -1,4 +1,4 @@
-"""Waiting for a Space until the commit that was sent runs, or does not."""
+"""Wait until a commit of a Space runs or fails."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from minilora_hub.publish.push.progress import Stages
 
 BUSY_STAGES = frozenset({"BUILDING", "RUNNING_BUILDING", "APP_STARTING", "RUNNING_APP_STARTING"})
 LATE_SECONDS = 60.0
-"""For so long the Hub may go on to tell the stage of before the commit."""
+"""How long after a commit the Hub may still report the stage of the commit before."""
 
 
 def wait_until_it_runs(api: HfApi, space: str, commit: str, seconds: float, stages: Stages, poll: float = 2.0) -> str:
-    """Look until the commit runs, or does not.
+    """Wait until a commit runs, and return the stage.
 
-    The client's own `wait_for_space` takes the first stage that is no building one, which right after a commit may
+    The client's own `wait_for_space` returns the first stage that is not a building one, which right after a commit may
     still be that of the commit before.
 
     Raises:
@@ -32,7 +32,7 @@ def wait_until_it_runs(api: HfApi, space: str, commit: str, seconds: float, stag
             raise PublishError(explain(error, space, "waiting for the Space") + "; its files are there") from None
         now, waited = str(getattr(runtime.stage, "value", runtime.stage)), time.monotonic() - began
         about = runtime.raw.get("sha")
-        # Where the Hub does not say which commit it tells about, a build must have been seen.
+        # Where the Hub does not say of which commit the stage is, a build must have been seen.
         late = now == "NO_APP_FILE" or (about != commit if about else not shown)
         if now not in BUSY_STAGES and (not late or waited > LATE_SECONDS):
             if now in ("RUNNING", "PAUSED", "STOPPED"):
@@ -42,8 +42,9 @@ def wait_until_it_runs(api: HfApi, space: str, commit: str, seconds: float, stag
             stages.start({"BUILDING": "Building", "RUNNING_BUILDING": "Building"}.get(now, "Starting"))
             shown = now
         if waited > seconds:
-            told = f"{space} does not run after {seconds:g} s ({now})"
-            raise PublishError(f"{told}: look at {api.endpoint}/spaces/{space}")
+            raise PublishError(
+                f"{space} does not run after {seconds:g} s ({now}): look at {api.endpoint}/spaces/{space}"
+            )
         time.sleep(min(poll, max(0.0, seconds - waited) + 0.01))
 
 
@@ -52,5 +53,5 @@ def _last_line(api: HfApi, space: str, *, build: bool) -> str:
         lines = [line.strip() for line in api.fetch_space_logs(space, build=build) if line.strip()]
     except FAILURES:
         lines = []
-    said = lines[-1] if lines else "its log says nothing"
-    return f"{said} (the whole log: {api.endpoint}/spaces/{space}?logs={'build' if build else 'container'})"
+    last = lines[-1] if lines else "its log is empty"
+    return f"{last} (the whole log: {api.endpoint}/spaces/{space}?logs={'build' if build else 'container'})"

@@ -1,9 +1,8 @@
-"""Runs `isolated_worker.py`: a process that cannot import minilora_hub, and keeps nothing of what it ran.
+"""Run `isolated_worker.py` in a process that cannot import minilora_hub and has no secrets.
 
-It has what code from a repo needs to load from files that are there already, and nothing more: no token and no other
-secret in its environment, no home folder of the user, and a Hub client that is offline. What it is asked to load must
-therefore be in the Hub's cache, or in a folder. This keeps secrets out of reach of code that merely looks for them; it
-is no sandbox, since the process runs as the same user.
+Its environment has no token and no other secret, its home folder is an empty one, and its Hub client is offline, so
+everything that it loads must be in the Hub's cache or in a folder. This keeps secrets from code that merely looks for
+them; it is not a sandbox, since the process runs as the same user.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from typing import Any
 
 from huggingface_hub import constants
 
-STRANGER = Path(__file__).with_name("isolated_worker.py")
+WORKER = Path(__file__).with_name("isolated_worker.py")
 
 PASSED_ON = re.compile(
     "PATH|LANG|LANGUAGE|LC_.*|TZ|TMPDIR|TEMP|TMP|USER|LOGNAME|USERNAME|VIRTUAL_ENV|PYTHON.*|LD_.*|DYLD_.*"
@@ -31,30 +30,29 @@ PASSED_ON = re.compile(
     "|CUDA_.*|CUBLAS_.*|CUDNN_.*|NVIDIA_.*|HIP_.*|ROCR_.*|ROCM_.*|HSA_.*",
     re.IGNORECASE,
 )
-"""The variables that Python, torch and their libraries need. Any other may hold a secret."""
+"""The environment variables that Python, torch and their libraries need. Any other may hold a secret."""
 
 
-class CleanProcess:
-    """A process that loads adapters as somebody does who has only transformers (and PEFT). One job after the other.
+class IsolatedProcess:
+    """A process that loads adapters as somebody does who has only transformers and PEFT, one job after the other.
 
-    with CleanProcess() as stranger:
-        answer = stranger.run({"target": "user/adapter", ...})
+    with IsolatedProcess() as process:
+        answer = process.run({"target": "user/adapter", ...}, code=None)
     """
 
     def __init__(self) -> None:
-        """Prepare it; it starts with the first job."""
         self._process: subprocess.Popen[str] | None = None
         self._code: str | None = None
 
-    def __enter__(self) -> CleanProcess:
-        """Make the folders it works in."""
+    def __enter__(self) -> IsolatedProcess:
+        """Make its folders; the process starts with the first job."""
         self._scratch = tempfile.TemporaryDirectory(prefix="minilora-verify-")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the process and remove what it wrote."""
+        """End the process and remove its folders."""
         self._stop()
         self._scratch.cleanup()
 
@@ -65,17 +63,17 @@ class CleanProcess:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._log):
             assert stream is not None
-            with suppress(BrokenPipeError):  # what could not be sent to a process that died
+            with suppress(BrokenPipeError):  # unsent input of a process that died
                 stream.close()
         self._process = None
 
     def run(self, job: dict[str, Any], code: str | None) -> dict[str, Any]:
-        """Do one job (see `isolated_worker.py`) and return its answer, ``{"error": …}`` where it failed or died.
+        """Run one job and return its answer, ``{"error": …}`` where it failed or the process died.
 
         Args:
-            job: what to do.
+            job: see `isolated_worker.py`.
             code: hash of the code that the job runs. Other code gets another process: transformers registers the
-                classes it has loaded, and would take those of the job before.
+                classes it has loaded, and would use those of the job before.
         """
         if code != self._code:
             self._stop()
@@ -94,7 +92,7 @@ class CleanProcess:
             line = ""
         if not line:
             process.wait()
-            last = self._last_words()
+            last = self._last_log_line()
             ended = process.returncode
             self._stop()
             return {"error": f"the process ended with code {ended}" + (f": {last}" if last else "")}
@@ -105,7 +103,7 @@ class CleanProcess:
         self._log = Path(self._scratch.name, "log").open("w+", encoding="utf-8")  # noqa: SIM115  (lives as long as it)
         # -P: the folder of the script, which is inside minilora_hub, stays off the module path.
         self._process = subprocess.Popen(  # noqa: S603  (our own script)
-            [sys.executable, "-P", str(STRANGER)],
+            [sys.executable, "-P", str(WORKER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -114,14 +112,14 @@ class CleanProcess:
             encoding="utf-8",
         )
 
-    def _last_words(self) -> str:
+    def _last_log_line(self) -> str:
         self._log.seek(0)
         lines = [line.strip() for line in self._log if line.strip()]
         return lines[-1] if lines else ""
 
 
 def _environment(scratch: Path) -> dict[str, str]:
-    """Build the environment of the process: the files that are in the Hub's cache, and no way to the Hub."""
+    """Return the environment of the process: it can read the Hub's cache and cannot reach the Hub."""
     home = scratch / "home"
     home.mkdir(exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)}
@@ -134,7 +132,7 @@ def _environment(scratch: Path) -> dict[str, str]:
         "HF_HUB_CACHE": constants.HF_HUB_CACHE,
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        # A folder of its own for the repo's code: what another copy left in the user's cache must not be run instead.
+        # A folder of its own for the repo's code: code that another repo left in the user's cache must not run instead.
         "HF_MODULES_CACHE": str(scratch / "modules"),
         "TOKENIZERS_PARALLELISM": "false",
     }

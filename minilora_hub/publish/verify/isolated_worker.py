@@ -1,17 +1,17 @@
-"""Run as a script in a process of its own: loads adapters as a stranger would, where minilora_hub cannot be imported.
+"""Load adapters where minilora_hub cannot be imported. A script that runs in a process of its own.
 
-Reads one JSON job a line from stdin and answers each with one JSON line on the stdout it was started with. Whatever
-the libraries print goes to stderr. The parent judges; this only loads, computes and reports. A job:
+It reads one JSON job a line from stdin and answers each with one JSON line on stdout. What the libraries print goes to
+stderr. The parent judges; this only loads, computes and reports. A job:
 
     target, revision     folder or Hub id of the adapter, and its commit
     layout               "auto" (the repo's own code, through AutoModel) or "peft"
-    base                 another base than the adapter names: a folder; null for the named one
+    base                 folder of another base than the adapter names; null for the named one
     dtype                "float32", …
     prompts, tokens      token ids of each prompt, and the tokens whose logits are wanted
-    copy                 a copy of the weights beside their configuration, to be damaged, or null
-    damages              {name: [offset, bytes in hexadecimal]}: written into the copy in turns, it must be refused
+    copy                 a copy of the weights to damage, with the configuration beside it, or null
+    damages              {name: [position, bytes in hexadecimal]}: written into the copy in turns; loading must fail
     peft                 folder of the same adapter in PEFT's format, or null
-    tokenizer            whether the adapter has one, to be loaded too
+    tokenizer            whether the adapter has a tokenizer, which is loaded too
 """
 
 import json
@@ -20,13 +20,13 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-sys.modules["minilora_hub"] = None  # type: ignore[assignment]  # importing it fails, as where it is not installed
+sys.modules["minilora_hub"] = None  # type: ignore[assignment]  # so that importing it fails
 
 
 def main() -> None:
@@ -46,14 +46,14 @@ def main() -> None:
 
 @torch.no_grad()
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Load, compute, and try what must fail."""
+    """Load the adapter, compute logits, and try to load damaged copies."""
     dtype = getattr(torch, job["dtype"])
     if job["tokenizer"]:
         AutoTokenizer.from_pretrained(job["target"], revision=job["revision"], trust_remote_code=False)
     if job["layout"] == "peft":
         stock = load_peft_layout(job, dtype)
         return {"class": class_name(stock), "logits": logits(stock, job)}
-    # A `None` would name another base, or none.
+    # `base_model=None` would be taken for a name.
     given = {"base_model": job["base"]} if job["base"] else {}
     model: Any = AutoModelForCausalLM.from_pretrained(
         job["target"], revision=job["revision"], dtype=dtype, trust_remote_code=True, **given
@@ -69,7 +69,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_peft_layout(job: dict[str, Any], dtype: torch.dtype) -> Any:
-    """Load PEFT's own layout: through AutoModel, unless another base is asked for."""
+    """Load PEFT's own layout: through AutoModel, unless another base is given."""
     if not job["base"]:
         return AutoModelForCausalLM.from_pretrained(
             job["target"], revision=job["revision"], dtype=dtype, trust_remote_code=False
@@ -79,7 +79,7 @@ def load_peft_layout(job: dict[str, Any], dtype: torch.dtype) -> Any:
 
 
 def with_peft(base: Any, folder: str) -> Any:
-    """Put an adapter in PEFT's format onto a base. PEFT only warns of missing tensors: here that is an error."""
+    """Load an adapter in PEFT's format onto a base. PEFT only warns of missing tensors; here that is an error."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
@@ -89,22 +89,17 @@ def with_peft(base: Any, folder: str) -> Any:
 
 @contextmanager
 def damaged(weights: str, offset: int, content: bytes) -> Iterator[str]:
-    """Write some bytes into the copy of the weights, and put back afterwards what was there; return its folder."""
-    with open(weights, "r+b") as file:
+    """Yield the folder of the copy with some bytes of the weights changed, and restore them afterwards."""
+    with open(weights, "r+b", buffering=0) as file:
         file.seek(offset)
         before = file.read(len(content))
-        write_at(file, offset, content)
+        file.seek(offset)
+        file.write(content)
         try:
             yield os.path.dirname(weights)
         finally:
-            write_at(file, offset, before)
-
-
-def write_at(file: BinaryIO, offset: int, content: bytes) -> None:
-    """Write some bytes, for other readers of the file to see."""
-    file.seek(offset)
-    file.write(content)
-    file.flush()
+            file.seek(offset)
+            file.write(before)
 
 
 def refusal(model_class: Any, folder: str, base: Any) -> str | None:

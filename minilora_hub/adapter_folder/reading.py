@@ -1,7 +1,7 @@
-"""Strict reading of adapter tensors that come from anywhere: safetensors, shards of it, and pickles without code.
+"""Read the configuration and the tensors of an untrusted adapter folder strictly.
 
-A file from outside may lie about its size, name a tensor twice, point out of its folder, or hold a pickle that runs
-code when it is loaded. All of that is refused by name, before memory is taken for it.
+A weights file may claim a wrong size, name a tensor twice, refer to files outside its folder, or be a pickle that runs
+code when it is loaded. Each of these is refused by name, before memory is allocated for it.
 """
 
 from __future__ import annotations
@@ -12,18 +12,75 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minilora_hub.adapter_folder.folders import read_json, refuse_lfs_pointer
-from minilora_hub.documents import strict_json
+from minilora_hub.adapter_folder.folders import AdapterFolder, read_json, refuse_lfs_pointer
+from minilora_hub.adapter_folder.names import PICKLE, WEIGHTS, WEIGHTS_INDEX
+from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
+from minilora_hub.hub.plain_files import read_header
 
 if TYPE_CHECKING:
     import torch
 
-SAFETENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-INDEX = SAFETENSORS + ".index.json"
-TENSOR_FILES = (SAFETENSORS, INDEX, PICKLE)
-MAX_HEADER = 100 * 2**20  # as in the safetensors library
 SHARD = re.compile(r"\w[\w.-]*\.safetensors")
+
+# ---- our format ----
+
+
+def read_ours(source: AdapterFolder, base: BaseSource) -> tuple[Any, dict[str, torch.Tensor], list[Any]]:
+    """Read a folder in our format and check it against the base.
+
+    Returns:
+        The configuration, ``{canonical name: tensor}``, and the sites.
+
+    Raises:
+        AdapterError: the configuration or a tensor is wrong.
+    """
+    config = our_config(source)
+    tensors = read_tensors(source.folder)
+    return config, tensors, check_against_base(config, tensors, base)
+
+
+def our_config(source: AdapterFolder) -> Any:
+    """Return the MixLoraConfig or DoraConfig of a folder in our format.
+
+    Raises:
+        AdapterError: a field is out of range.
+    """
+    from minilora_hub.remote_code.configuration_minilora import DoraConfig, MixLoraConfig
+
+    kind: Any = MixLoraConfig if source.method == "mixlora" else DoraConfig
+    try:
+        return kind.from_dict(dict(source.config))
+    except Exception as error:  # a damaged file may fail anywhere in transformers
+        raise AdapterError(f"config.json does not load: {' '.join(str(error).split())[:300]}") from error
+
+
+def check_against_base(
+    config: Any, tensors: dict[str, torch.Tensor], base: BaseSource, file: str = WEIGHTS
+) -> list[Any]:
+    """Check that tensors are exactly those of this configuration on this base, and return the sites.
+
+    Raises:
+        AdapterError: the configuration does not fit the base, or a tensor is missing, surplus or misshapen; the message
+            names the field or the tensor.
+    """
+    from minilora_hub.remote_code.adapter_files import check_tensors
+    from minilora_hub.remote_code.attach import expected_tensors
+    from minilora_hub.remote_code.base_structure import plan_sites
+
+    try:
+        sites: list[Any] = plan_sites(base.skeleton, config)
+        expected = expected_tensors(config, sites)
+    except ValueError as error:
+        raise AdapterError(str(error)) from error
+    try:
+        check_tensors(file, tensors, expected)
+    except ValueError as error:
+        raise AdapterError(f"{error} (base {base.name!r})") from error
+    return sites
+
+
+# ---- tensors of any format ----
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -32,14 +89,14 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         AdapterError: there is no such file, it is damaged or hostile, or a tensor is not floating-point or not finite.
     """
-    if (folder / SAFETENSORS).is_file():
-        tensors = read_safetensors(folder / SAFETENSORS)
-    elif (folder / INDEX).is_file():
+    if (folder / WEIGHTS).is_file():
+        tensors = read_safetensors(folder / WEIGHTS)
+    elif (folder / WEIGHTS_INDEX).is_file():
         tensors = _read_shards(folder)
     elif (folder / PICKLE).is_file():
         tensors = read_pickle(folder / PICKLE)
     else:
-        raise AdapterError(f"adapter {folder.name!r}: none of {', '.join(TENSOR_FILES)} is there")
+        raise AdapterError(f"adapter {folder.name!r}: it has none of {WEIGHTS}, {WEIGHTS_INDEX} and {PICKLE}")
     if not tensors:
         raise AdapterError(f"adapter {folder.name!r}: its weights hold no tensor")
     for name, tensor in tensors.items():
@@ -48,28 +105,20 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file, after a look at its header.
+    """Read a safetensors file after a strict check of its header.
 
     Raises:
-        AdapterError: the header is larger than the file, is no JSON or names a tensor twice, or the file is damaged.
+        AdapterError: the header does not fit the file, is not JSON or names a tensor twice, or the file is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
-    tensors = {}
     try:
         refuse_lfs_pointer(path)
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(size - 8, MAX_HEADER):
-                raise AdapterError(f"{path.name}: its header claims {length:,} bytes, the file has {size:,}")
-            strict_json(file.read(length))  # safetensors itself takes the last of two tensors of one name
+        read_header(path)  # safetensors itself takes the last of two tensors of one name
         with safe_open(path, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                tensors[name] = opened.get_tensor(name).clone()
+            return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise AdapterError(f"{path.name} is not a readable safetensors file: {error}") from error
-    return tensors
 
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
@@ -90,13 +139,13 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
             raise AdapterError(f"{path.name} is damaged: {error}") from error
         if unpacked > size:
             raise AdapterError(
-                f"{path.name} would unpack from {size:,} to {unpacked:,} bytes: torch.save packs nothing"
+                f"{path.name} would unpack from {size:,} to {unpacked:,} bytes: torch.save does not compress"
             )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on old storage classes, which are what such files hold
+            warnings.simplefilter("ignore")  # about old storage classes, which such files contain
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can make any part of the reader stumble
+    except Exception as error:  # a damaged pickle may fail anywhere in torch
         reason = " ".join(str(error).split())[:200]
         raise AdapterError(
             f"{path.name} is not a plain pickle of tensors, and is not read in any other way "
@@ -120,37 +169,27 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone().contiguous() for name, tensor in content.items()}
 
 
-def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file tensor by tensor, without a second copy of them in memory."""
-    import os
-
-    from safetensors.torch import save_file
-
-    save_file(tensors, path, metadata={"format": "pt"})
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)  # save_file leaves a file that only its owner may read
-
-
 def _read_shards(folder: Path) -> dict[str, torch.Tensor]:
-    places = read_json(folder / INDEX).get("weight_map")
+    places = read_json(folder / WEIGHTS_INDEX).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise AdapterError(f"{INDEX}: weight_map must say which file each tensor is in")
+        raise AdapterError(f"{WEIGHTS_INDEX}: weight_map must name the file of each tensor")
     for name, shard in places.items():
         if not isinstance(shard, str) or not SHARD.fullmatch(shard):
-            raise AdapterError(f"{INDEX}: {name} is said to be in {shard!r}: must be a safetensors file of this folder")
+            raise AdapterError(
+                f"{WEIGHTS_INDEX}: {name} is in {shard!r}, which must be a safetensors file of this folder"
+            )
     tensors: dict[str, torch.Tensor] = {}
     for shard in sorted(set(places.values())):
         found = read_safetensors(folder / shard)
         for name, tensor in found.items():
             if name in tensors:
-                raise AdapterError(f"{INDEX}: {name} is in two files")
+                raise AdapterError(f"{WEIGHTS_INDEX}: {name} is in two files")
             if places.get(name) != shard:
-                raise AdapterError(f"{shard} holds {name}, which {INDEX} does not list there")
+                raise AdapterError(f"{shard} holds {name}, which {WEIGHTS_INDEX} does not list there")
             tensors[name] = tensor
     missing = sorted(places.keys() - tensors.keys())
     if missing:
-        raise AdapterError(f"{INDEX} lists {missing[0]}, which is not in {places[missing[0]]}")
+        raise AdapterError(f"{WEIGHTS_INDEX} lists {missing[0]}, which is not in {places[missing[0]]}")
     return tensors
 
 

@@ -1,27 +1,46 @@
-"""Tensor names of one adapter in every dialect, in both directions.
+"""Names in an adapter folder: of its files, and of one adapter's tensors in every dialect, in both directions.
 
-    canonical   layers.3.self_attn.q_proj.lora_A                                   our files
-    PEFT        base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight     PEFT's files; the base's own path
-                                                                                   to its layers is in the middle
-    PEFT, a MixLoRA    base_model.model.model.layers.3.mlp.moe_lora.router            MixLoRA as a PEFT method:
-                       …layers.3.mlp.moe_lora.experts.up_proj.lora_A             the experts stacked, as in
-                       …layers.3.self_attn.q_proj.moe_lora.update.lora_A         our files
-    reference   mixlora.layers.3.self_attn.q_proj.lora_A.weight                    files of `mixlora` and MoE-PEFT
-                mixlora.layers.3.mlp.up_proj.experts.0.lora_A.weight               one tensor an expert; here stacked
-                mixlora.layers.3.mlp.moe_gate.weight                               the router
-    legacy      mixlora.layers.3.experts.0.w3_proj.lora_A.weight                   the same in the reference's older
-                mixlora.layers.3.gate.weight                                       files (w1 gate, w2 down, w3 up)
+    canonical     layers.3.self_attn.q_proj.lora_A                                   our files
+    PEFT          base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight     PEFT's LoRA and DoRA; the base's
+                                                                                     own path to its layers is inside
+    PEFT MixLoRA  base_model.model.model.layers.3.mlp.moe_lora.router                MixLoRA as a PEFT method; experts
+                  …layers.3.mlp.moe_lora.experts.up_proj.lora_A                      stacked, as in our files
+                  …layers.3.self_attn.q_proj.moe_lora.update.lora_A
+    reference     mixlora.layers.3.self_attn.q_proj.lora_A.weight                    files of `mixlora` and MoE-PEFT:
+                  mixlora.layers.3.mlp.up_proj.experts.0.lora_A.weight               one tensor for each expert
+                  mixlora.layers.3.mlp.moe_gate.weight                               the router
+    legacy        mixlora.layers.3.experts.0.w3_proj.lora_A.weight                   older files of the reference
+                  mixlora.layers.3.gate.weight                                       (w1 gate, w2 down, w3 up)
 
-A DoRA magnitude is ``magnitude`` here and ``lora_magnitude_vector`` there. PEFT writes that name as it is and reads it
-with ``.weight`` behind it, too; transformers' own loading of PEFT's format (5.23) finds it only with ``.weight``, and
-otherwise puts a fresh magnitude in its place, with a report that is easily overlooked. So ``.weight`` is what we write.
-Shapes and values are the same in PEFT's dialect: renaming is all there is to do. The reference has a tensor for every
-expert where we have one stack; it knows no other block than ``mlp``. Nothing here loads torch.
+A DoRA magnitude is ``magnitude`` here and ``lora_magnitude_vector`` in PEFT. PEFT writes that name without ``.weight``
+and reads both spellings. transformers' own loader of PEFT's format (5.23) finds it only with ``.weight``; otherwise it
+initialises a new magnitude and only logs that. So we write it with ``.weight``. Nothing here loads torch.
 """
 
 from __future__ import annotations
 
 import re
+
+# ---- files ----
+
+OUR_CONFIG, PEFT_CONFIG = "config.json", "adapter_config.json"
+WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+WEIGHTS_INDEX = WEIGHTS + ".index.json"
+GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+TOKENIZING = (
+    *TOKENIZER_FILES,
+    TEMPLATE,
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
+"""Files that transformers reads a tokenizer from."""
+COMPANIONS = (*TOKENIZING, GENERATION)
+"""Files beside the weights that are copied with an adapter. Other files of a training run are not."""
+
+# ---- tensors of PEFT's LoRA and DoRA ----
 
 PEFT_PREFIX = "base_model.model."
 CANONICAL_LAYERS = "layers"
@@ -29,12 +48,41 @@ PEFT_LEAVES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude"
 CANONICAL_LEAVES = {leaf: name for name, leaf in PEFT_LEAVES.items()} | {"lora_magnitude_vector": "magnitude"}
 
 
-def to_peft(name: str, layers_path: str) -> str:
-    """Translate a canonical name to PEFT's.
+def split_peft(name: str) -> tuple[str, str]:
+    """Split a PEFT name into the path of the linear in the base, and ``lora_A``, ``lora_B`` or ``magnitude``.
+
+    Raises:
+        ValueError: the name is not that of a LoRA or DoRA tensor on a linear.
+    """
+    for leaf, canonical in CANONICAL_LEAVES.items():
+        if name.startswith(PEFT_PREFIX) and name.endswith(f".{leaf}"):
+            return name.removeprefix(PEFT_PREFIX).removesuffix(f".{leaf}"), canonical
+    raise ValueError(f"name={name!r}: not a LoRA or DoRA tensor on a linear in PEFT's format")
+
+
+def join_peft(path: str, leaf: str) -> str:
+    """Return PEFT's name of a tensor: the inverse of `split_peft`."""
+    return f"{PEFT_PREFIX}{path}.{PEFT_LEAVES[leaf]}"
+
+
+def from_peft(name: str, layers_path: str) -> str:
+    """Translate a PEFT name to the canonical one.
 
     Args:
-        name: e.g. ``"layers.0.mlp.up_proj.magnitude"``.
+        name: e.g. ``"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"``.
         layers_path: where the base keeps its decoder layers, e.g. ``"model.layers"`` or ``"transformer.h"``.
+
+    Raises:
+        ValueError: the name is not PEFT's, or lies outside the decoder layers.
+    """
+    path, leaf = split_peft(name)
+    if not path.startswith(f"{layers_path}."):
+        raise ValueError(f"name={name!r}: not under {PEFT_PREFIX}{layers_path}, where the base has its layers")
+    return f"{CANONICAL_LAYERS}.{path.removeprefix(f'{layers_path}.')}.{leaf}"
+
+
+def to_peft(name: str, layers_path: str) -> str:
+    """Translate a canonical name to PEFT's: the inverse of `from_peft`.
 
     Raises:
         ValueError: PEFT has no such tensor (a router, stacked experts), or the name is not canonical.
@@ -43,7 +91,7 @@ def to_peft(name: str, layers_path: str) -> str:
     layers, _, path = module.partition(".")
     if layers != CANONICAL_LAYERS or leaf not in PEFT_LEAVES or ".experts." in f".{path}.":
         raise ValueError(f"name={name!r}: PEFT's LoRA format has no tensor for it")
-    return f"{PEFT_PREFIX}{layers_path}.{path}.{PEFT_LEAVES[leaf]}"
+    return join_peft(f"{layers_path}.{path}", leaf)
 
 
 def as_stock_transformers_reads(name: str) -> str:
@@ -52,33 +100,14 @@ def as_stock_transformers_reads(name: str) -> str:
 
 
 def is_update(name: str) -> bool:
-    """Whether a tensor of a LoRA or DoRA in PEFT's format is part of an update; otherwise it is the base's own."""
+    """Whether a tensor in PEFT's format belongs to a LoRA or DoRA; otherwise it is a copy of the base's own."""
     return any(name.endswith(f".{leaf}") for leaf in CANONICAL_LEAVES)
 
 
-def from_peft(name: str, layers_path: str) -> str:
-    """Translate a PEFT name to the canonical one: the inverse of `to_peft`.
-
-    Args:
-        name: e.g. ``"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"``.
-        layers_path: where the base keeps its decoder layers.
-
-    Raises:
-        ValueError: the name is not PEFT's, or lies outside the decoder layers.
-    """
-    start = f"{PEFT_PREFIX}{layers_path}."
-    for leaf, canonical in CANONICAL_LEAVES.items():
-        if name.startswith(start) and name.endswith(f".{leaf}"):
-            path = name.removeprefix(start).removesuffix(f".{leaf}")
-            return f"{CANONICAL_LAYERS}.{path}.{canonical}"
-    raise ValueError(f"name={name!r}: not a LoRA or DoRA tensor under {start!r} in PEFT's format")
-
-
-# ---- a MixLoRA as a PEFT method ----
+# ---- tensors of a MixLoRA as a PEFT method ----
 
 MIXLORA_ATTRIBUTE = "moe_lora"
-"""Under this name a module of the base holds its adapter in a PEFT model; PEFT puts the adapter's name behind it."""
-
+"""Attribute under which a module of a PEFT model holds its adapters; PEFT appends the adapter's name."""
 PEFT_MIXLORA_MAGNITUDE = "lora_magnitude_vector"
 LINEAR_UPDATE = "update"
 
@@ -94,19 +123,16 @@ def to_peft_mixlora(name: str, layers_path: str) -> str:
         ValueError: the name is not canonical.
     """
     layers, _, path = name.partition(".")
-    leaf = path.rpartition(".")[2]
+    module, _, leaf = path.rpartition(".")
     if layers != CANONICAL_LAYERS or leaf not in (*PEFT_LEAVES, "router"):
         raise ValueError(f"name={name!r}: not a canonical tensor name of a MixLoRA")
-    if leaf == "router":
-        module, inner = path.removesuffix(".router"), "router"
-    elif ".experts." in path:
-        module, _, inner = path.partition(".experts.")
-        inner = f"experts.{inner}"
-    else:
-        module, inner = path.removesuffix(f".{leaf}"), f"{LINEAR_UPDATE}.{leaf}"
-    if leaf == "magnitude":
-        inner = inner.removesuffix(leaf) + PEFT_MIXLORA_MAGNITUDE
-    return f"{PEFT_PREFIX}{layers_path}.{module}.{MIXLORA_ATTRIBUTE}.{inner}"
+    leaf = PEFT_MIXLORA_MAGNITUDE if leaf == "magnitude" else leaf
+    block, stacked, projection = module.partition(".experts.")
+    if stacked:
+        module, leaf = block, f"experts.{projection}.{leaf}"
+    elif leaf != "router":
+        leaf = f"{LINEAR_UPDATE}.{leaf}"
+    return f"{PEFT_PREFIX}{layers_path}.{module}.{MIXLORA_ATTRIBUTE}.{leaf}"
 
 
 def canonical_of_peft_mixlora(name: str) -> str:
@@ -130,27 +156,16 @@ def canonical_of_peft_mixlora(name: str) -> str:
 
 
 def lora_name_of_peft_mixlora(name: str) -> str:
-    """The name in PEFT's LoRA format of a tensor of a LoRA that lives beside MixLoRAs in a PEFT model."""
+    """Return the name in PEFT's LoRA format of a tensor of a LoRA that lives beside MixLoRAs in a PEFT model."""
     module, _, leaf = name.partition(f".{MIXLORA_ATTRIBUTE}.{LINEAR_UPDATE}.")
     return f"{module}.{leaf}.weight"
 
 
-def split_peft(name: str) -> tuple[str, str]:
-    """Split a PEFT name into the path of the linear in the base, and ``lora_A``, ``lora_B`` or ``magnitude``.
+# ---- tensors and settings of the reference format ----
 
-    Raises:
-        ValueError: the name is not that of a LoRA or DoRA tensor on a linear.
-    """
-    for leaf, canonical in CANONICAL_LEAVES.items():
-        if name.startswith(PEFT_PREFIX) and name.endswith(f".{leaf}"):
-            return name.removeprefix(PEFT_PREFIX).removesuffix(f".{leaf}"), canonical
-    raise ValueError(f"name={name!r}: not a LoRA or DoRA tensor on a linear in PEFT's format")
-
-
-def join_peft(path: str, leaf: str) -> str:
-    """Return PEFT's name of a tensor: the inverse of `split_peft`."""
-    return f"{PEFT_PREFIX}{path}.{PEFT_LEAVES[leaf]}"
-
+STRATEGIES = {"mixlora": "top_k", "mixlora-dynamic": "top_p", "mixlora-switch": "switch"}
+"""The reference's names of the routing strategies -> ours."""
+LEGACY_STRATEGIES = {"mixtral": "top_k", "dynamic": "top_p", "switch": "switch"}
 
 REFERENCE_PREFIX = "mixlora.layers"
 REFERENCE_FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "fc1", "fc2", "gate_up_proj"}
@@ -174,7 +189,7 @@ def from_reference(name: str) -> tuple[str, int | None]:
         name: e.g. ``"mixlora.layers.0.mlp.up_proj.experts.3.lora_A.weight"``.
 
     Returns:
-        The canonical name, and which expert of the stack the tensor is; None where there is no stack.
+        The canonical name, and the index of the expert in the stack; None where there is no stack.
 
     Raises:
         ValueError: the name is not the reference's.
@@ -186,13 +201,13 @@ def from_reference(name: str) -> tuple[str, int | None]:
     layer = f"{CANONICAL_LAYERS}.{parts['layer']}"
     if parts.get("router"):
         return f"{layer}.mlp.router", None
-    if parts.get("attention") and reference_projection(parts["attention"]) in REFERENCE_FEED_FORWARD:
+    if attention := parts.get("attention"):
+        projection = reference_projection(attention)
         # Old files with a sparse_step: plain LoRA on the block of a layer without a mixture, under attention's name.
-        return f"{layer}.mlp.{reference_projection(parts['attention'])}.{parts['leaf']}", None
-    if parts.get("attention"):
-        return f"{layer}.self_attn.{parts['attention']}.{parts['leaf']}", None
-    projection = reference_projection(parts["projection"])
-    return f"{layer}.mlp.experts.{projection}.{parts['leaf']}", int(parts["expert"])
+        if projection in REFERENCE_FEED_FORWARD:
+            return f"{layer}.mlp.{projection}.{parts['leaf']}", None
+        return f"{layer}.self_attn.{attention}.{parts['leaf']}", None
+    return f"{layer}.mlp.experts.{reference_projection(parts['projection'])}.{parts['leaf']}", int(parts["expert"])
 
 
 def reference_projection(name: str) -> str:
@@ -205,7 +220,7 @@ def to_reference(name: str, expert: int | None = None) -> str:
 
     Args:
         name: e.g. ``"layers.0.mlp.experts.up_proj.lora_A"``.
-        expert: which expert of the stack; None where there is no stack.
+        expert: index of the expert in the stack; None where there is no stack.
 
     Raises:
         ValueError: the reference has no such tensor.

@@ -1,4 +1,4 @@
-"""The README's snippet about PEFT, executed as written against a Hub over HTTP."""
+"""The snippet of docs/peft.md, executed as written against a Hub over HTTP."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from hub.server import HubServer
 from tiny import tiny_base
 from tiny_stand_ins import byte_tokenizer
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-SECTION = README.split("## MixLoRA in PEFT, TRL and lm-eval")[1].split("\n## ")[0]
+PAGE = (Path(__file__).parents[2] / "docs" / "peft.md").read_text(encoding="utf-8")
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 CHECK = """
@@ -23,8 +23,9 @@ assert model.active_adapters == ["lora"]
 """
 
 
+@pytest.mark.slow
 def test_the_snippet_runs(tmp_path):
-    (snippet,) = re.findall(r"```python\n(.*?)```", SECTION, re.S)
+    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     base = tmp_path / "base"
     tiny_base(vocab_size=259, eos_token_id=None, bos_token_id=None).save_pretrained(base)
     tokenizer = byte_tokenizer()

@@ -1,7 +1,7 @@
-"""Text from outside, put into Markdown so that it is shown and never acts.
+"""Format numbers, sizes, durations and texts from outside, for the terminal and for Markdown.
 
-Names, prompts and answers on a card come from people and models: a table must not break at a `|`, a code block must not
-end at the backticks of an answer, and `<script>` is something to read. Every such text passes through one of these.
+Names, prompts and answers on a card come from people and models: a `|` must not break a table, the backticks of an
+answer must not end a code block, and `<script>` must not act. Every such text passes through a function of this module.
 """
 
 from __future__ import annotations
@@ -17,55 +17,51 @@ PUNCTUATION = re.compile(r"([\\`*_\[\]|~$#])")
 
 
 def visible(text: str) -> str:
-    """Write control and direction characters as escapes; line ends become plain ones."""
+    """Write control and direction characters as escapes; all line ends become newlines."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n")
     return INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", lines)
 
 
 def inline(value: object) -> str:
-    """Plain text for a paragraph, a heading, a link or a table cell."""
+    """Escape a value for a paragraph, a heading, a link or a table cell."""
     if value is None:
         return UNKNOWN
     one_line = " ".join(visible(str(value)).split())
-    # The backslash comes before the entities, whose own `#` and `&` must stay as they are.
+    # Backslashes before entities, whose own `#` and `&` must stay.
     return html.escape(PUNCTUATION.sub(r"\\\1", one_line), quote=False)
 
 
 def cell(value: str) -> str:
-    """Text of several lines in a table cell; its line breaks and indentation show."""
+    """Escape a text of several lines for a table cell; its line breaks and indentation are kept."""
     lines = visible(value).strip("\n").split("\n")
     return "<br>".join("&nbsp;" * (len(line) - len(line.lstrip())) + inline(line) for line in lines)
 
 
 def code(value: object) -> str:
-    """Text in a code span, also inside a table cell; None becomes the bare word "unknown"."""
+    """Put a value into a code span, also inside a table cell; None becomes the plain word "unknown"."""
     if value is None:
         return UNKNOWN
     one_line = " ".join(visible(str(value)).split()) or " "
-    if "|" in one_line:  # a table would split the cell here, and outside a table the escape would show
-        return f"<code>{_entities(one_line)}</code>"
-    ticks = "`" * (_longest_run(one_line, "`") + 1)
+    if "|" in one_line:  # in a code span it would end a table cell, and outside a table its escape would be shown
+        entities = re.sub(r"[^\w\s.,/-]|_", lambda found: f"&#{ord(found[0])};", one_line)
+        return f"<code>{entities}</code>"
+    ticks = "`" * (_longest_run_of_ticks(one_line) + 1)
     pad = " " if one_line.startswith("`") or one_line.endswith("`") else ""
     return f"{ticks}{pad}{one_line}{pad}{ticks}"
 
 
-def _entities(text: str) -> str:
-    """Text between HTML tags in Markdown: nothing in it is read as HTML or as Markdown."""
-    return re.sub(r"[^\w\s.,/-]|_", lambda found: f"&#{ord(found[0])};", text)
-
-
 def block(text: str, language: str = "text") -> str:
-    """A fenced block, with a fence that the text cannot close."""
-    fence = "`" * max(3, _longest_run(text, "`") + 1)
+    """Put a text into a code block whose fence it cannot close."""
+    fence = "`" * max(3, _longest_run_of_ticks(text) + 1)
     return f"{fence}{language}\n{visible(text).rstrip()}\n{fence}"
 
 
-def _longest_run(text: str, character: str) -> int:
-    return max((len(run) for run in re.findall(f"{re.escape(character)}+", text)), default=0)
+def _longest_run_of_ticks(text: str) -> int:
+    return max((len(run) for run in re.findall("`+", text)), default=0)
 
 
 def number(value: float | None) -> str:
-    """A number as a reader likes it: thousands separated, four significant digits of a fraction."""
+    """Format a number with separated thousands and four significant digits of a fraction."""
     if value is None:
         return UNKNOWN
     if isinstance(value, int) or float(value).is_integer():
@@ -74,25 +70,34 @@ def number(value: float | None) -> str:
 
 
 def short(value: float) -> str:
-    """A number to three significant digits, for the ends of an interval."""
+    """Format a number with three significant digits."""
     return f"{value:.3g}"
 
 
 def between(interval: tuple[float, float] | None) -> str:
-    """An interval's two ends."""
+    """Format an interval."""
     return UNKNOWN if interval is None else f"{short(interval[0])} to {short(interval[1])}"
 
 
 def percent(share: float | None) -> str:
-    """A share in percent, two digits after the point."""
+    """Format a share in percent with two decimals."""
     return UNKNOWN if share is None else f"{100 * share:.2f}%"
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as hours, minutes and seconds."""
+    """Format seconds as hours, minutes and seconds."""
     if seconds is None:
         return UNKNOWN
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     parts = [(hours, "h"), (minutes, "min"), (rest, "s")]
     return " ".join(f"{value} {unit}" for value, unit in parts if value) or "0 s"
+
+
+def size(count: float) -> str:
+    """Format a number of bytes in decimal units, as the Hub does."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

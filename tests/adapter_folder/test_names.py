@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from minilora_hub.adapter_folder.tensor_names import (
+from minilora_hub.adapter_folder.names import (
     as_stock_transformers_reads,
     canonical_of_peft_mixlora,
     from_peft,

@@ -1,0 +1,57 @@
+"""Names of the linears that an adapter sits on: as PEFT's `target_modules`, and as those of our format."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from minilora_hub.bases.skeleton import BaseSource
+from minilora_hub.errors import AdapterError
+
+
+def peft_target_names(sites: list[Any], base: Any) -> list[str]:
+    """Return the shortest names that PEFT matches to exactly the linears at these sites.
+
+    Args:
+        sites: LinearSites and MixtureSites; see `remote_code.base_structure`.
+        base: the base or its skeleton.
+    """
+    paths = [site.path for site in sites if not hasattr(site, "targets")]
+    paths += [f"{site.path}.{name}" for site in sites for name, *_ in getattr(site, "targets", ())]
+    return shortest_names(paths, base)
+
+
+def shortest_names(paths: Collection[str], base: Any) -> list[str]:
+    """Return the last parts of these paths where they are those of no other module of the base, else the paths."""
+    names = {path.rpartition(".")[2] for path in paths}
+    matched = {path for path, _ in base.named_modules() if path.rpartition(".")[2] in names}
+    return sorted(names if matched == set(paths) else paths)
+
+
+def layer_targets(tensors: Collection[str], base: BaseSource) -> list[str] | str:
+    """Return the `target_modules` of our format that mean the linears of an adapter.
+
+    Args:
+        tensors: canonical names of its tensors, e.g. ``"layers.0.mlp.experts.up_proj.lora_A"``.
+        base: the base.
+
+    Raises:
+        AdapterError: a linear is adapted in some layers only.
+    """
+    from minilora_hub.remote_code.base_structure import find_decoder_layers, linears_in, matches_target
+
+    layers = find_decoder_layers(base.skeleton)[1]
+    adapted = {name.removesuffix(".lora_A").replace(".experts.", ".") for name in tensors if name.endswith(".lora_A")}
+    inner = sorted({name.split(".", 2)[2] for name in adapted})
+    for path in inner:
+        number = sum(f"layers.{index}.{path}" in adapted for index in range(len(layers)))
+        if number != len(layers):
+            raise AdapterError(
+                f"{path} is adapted in {number} of {len(layers)} layers (layers_to_transform, exclude_modules or a "
+                "pattern): our format has the same targets in every layer"
+            )
+    available = set(linears_in(layers[0]))
+    if available == set(inner):
+        return "all-linear"
+    leaves = sorted({path.rpartition(".")[2] for path in inner})
+    return leaves if {path for path in available if matches_target(path, leaves)} == set(inner) else inner

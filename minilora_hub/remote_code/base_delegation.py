@@ -1,0 +1,54 @@
+"""What an adapted model passes on to the base that it wraps: embeddings, decoder, and forward."""
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+
+from .base_structure import find_decoder_layers
+from .trainer_support import by_name, takes_base_arguments
+
+
+class DelegatesToBase:
+    """The part of an adapted model that its base, `self.base`, does for it."""
+
+    base: Any
+
+    @property
+    def base_model(self: Any) -> Any:
+        """The decoder without its head, as in transformers' own models."""
+        decoder = self.base.base_model
+        if decoder is self.base and self.can_generate():  # Llama 4's text model names no part
+            decoder = self.base.get_submodule(find_decoder_layers(self.base)[0].rpartition(".")[0])
+        return decoder
+
+    def get_input_embeddings(self) -> Any:
+        return self.base.get_input_embeddings()
+
+    def set_input_embeddings(self, value: Any) -> None:
+        self.base.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> Any:
+        return self.base.get_output_embeddings()
+
+    def set_output_embeddings(self, value: Any) -> None:
+        self.base.set_output_embeddings(value)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base.resize_token_embeddings(*args, **kwargs)  # its attributes hold the size, too
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base's forward takes `num_items_in_batch`; Trainer asks."""
+        parameters = inspect.signature(self.base.forward).parameters.values()
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        return getattr(self.base, "accepts_loss_kwargs", takes_any)
+
+    @takes_base_arguments
+    def forward(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The base's forward, with the adapter in it: same arguments, same outputs."""
+        return self.base(**self._base_arguments(input_ids, args, kwargs))
+
+    def _base_arguments(self, input_ids: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return a call's arguments by name; positional ones are in the base's order."""
+        return by_name(self.base.forward, (input_ids, *args), kwargs) if args else {"input_ids": input_ids, **kwargs}

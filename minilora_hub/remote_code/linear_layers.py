@@ -1,0 +1,115 @@
+"""What an adapter needs to know of a base's linear layer, of any make: plain, quantised, offloaded or Conv1D.
+
+A layer is called, never unpacked. Only `plain_weight` looks at its weight, and only where it lies open in memory.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_GLOBAL_HOOKS = tuple(
+    getattr(nn.modules.module, name, {}) for name in ("_global_forward_hooks", "_global_forward_pre_hooks")
+)
+
+
+def linear_shape(layer: Any) -> tuple[int, int] | None:
+    """(out_features, in_features) of a linear layer; None if `layer` is not one."""
+    for out_name, in_name in (("out_features", "in_features"), ("outfeatures", "infeatures"), ("nf", "nx")):
+        out_features, in_features = getattr(layer, out_name, None), getattr(layer, in_name, None)
+        if isinstance(out_features, int) and isinstance(in_features, int):
+            return out_features, in_features
+    return None
+
+
+def plain_weight(layer: nn.Module) -> Tensor | None:
+    """The layer's weight as a float tensor [out, in]; None where it is quantised or offloaded."""
+    weight: Any = getattr(layer, "weight", None)
+    if not isinstance(layer, nn.Linear) or type(weight) not in (nn.Parameter, Tensor):
+        return None
+    if weight.is_meta or not weight.is_floating_point() or tuple(weight.shape) != linear_shape(layer):
+        return None
+    return weight
+
+
+def layer_device(layer: Any) -> torch.device:
+    """The device on which `layer` computes, also where its weights are offloaded."""
+    device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        tensor = next(layer.parameters(), None)
+        return (next(layer.buffers()) if tensor is None else tensor).device
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+
+
+def compute_dtype(layer: nn.Module) -> torch.dtype:
+    """The dtype of the inputs of `layer`: its weight's, or the compute dtype of a quantised layer."""
+    weight = getattr(layer, "weight", None)
+    if weight is not None and weight.is_floating_point() and weight.element_size() > 1:
+        return weight.dtype
+    return getattr(layer, "compute_dtype", None) or torch.get_default_dtype()
+
+
+def keep_4bit_weights_exact(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU when they are first used in eval mode.
+
+    The repacked form is rounded (absmax to bf16), its kernel computes in bf16 and has no backward, and it stays when
+    training continues: base outputs would change by about 1%, and gradients would silently be wrong.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            quantised: Any = module
+            quantised.support_avx512bf16_for_cpu = False
+            if getattr(quantised.weight.quant_state, "packing_format_for_cpu", False):
+                quantised.state_dict()  # bitsandbytes' own way back to the ordinary layout
+
+
+@torch.no_grad()
+def apply_without_bias(layer: nn.Module, rows: Tensor) -> Tensor:
+    """W applied to each row: (..., in) -> (..., out), in fp32."""
+    out = layer(rows.to(device=layer_device(layer), dtype=compute_dtype(layer))).float()
+    bias = getattr(layer, "bias", None)
+    return out if bias is None else out - bias.to(out)
+
+
+@torch.no_grad()
+def row_norms_squared(layer: nn.Module, chunk: int = 512) -> Tensor:
+    """||W||^2 of each output row: [out], fp32. A weight that is not plain is read through chunks of the identity."""
+    weight = plain_weight(layer)
+    if weight is not None:
+        return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+    shape = linear_shape(layer)
+    assert shape is not None
+    out_features, in_features = shape
+    device = layer_device(layer)
+    total = torch.zeros(out_features, device=device)
+    for start in range(0, in_features, chunk):
+        rows = torch.zeros(min(chunk, in_features - start), in_features, device=device)
+        rows.diagonal(offset=start).fill_(1.0)
+        total += apply_without_bias(layer, rows).square().sum(dim=0)  # (chunk, out) -> (out)
+    return total
+
+
+def may_overwrite_output(layer: nn.Module) -> bool:
+    """Whether a result of `layer` may be written to: no hook reads it, and no gradient needs it.
+
+    The gradient of a plain linear needs its input and weight only; another kind of layer may need its output.
+    """
+    return not _has_hooks(layer) and (not torch.is_grad_enabled() or _is_plain(layer))
+
+
+def is_only_its_product(layer: nn.Module) -> bool:
+    """Whether calling `layer` now is `F.linear` and nothing else: a plain linear at inference, without hooks.
+
+    Then a single row skips the module's call, which costs as much as a small product.
+    """
+    plain = _is_plain(layer) and not torch.is_grad_enabled() and not _has_hooks(layer)
+    return plain and not torch.compiler.is_compiling()
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether it computes what nn.Linear does: it is one, and its forward was not replaced (as to fetch weights)."""
+    return type(layer) is nn.Linear and "forward" not in layer.__dict__
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or any(_GLOBAL_HOOKS))

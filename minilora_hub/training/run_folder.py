@@ -1,0 +1,105 @@
+"""The output folder of a run: its lock, and the state of the run in it.
+
+The state lets a run be resumed, and only with the data it started with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from minilora_hub.documents import write_whole
+from minilora_hub.errors import TrainingError
+
+LOCK_FILE, STATE_FILE = ".lock", "run.json"
+
+
+@contextmanager
+def folder_lock(out: Path) -> Iterator[None]:
+    """Hold the lock of an output folder, which is made if it is missing.
+
+    The operating system releases the lock also after SIGKILL. The file in the folder says which process holds it; it is
+    removed at the end, and so is the folder if it was made here and nothing was written into it.
+
+    Raises:
+        TrainingError: another run holds the lock, or the folder cannot be made.
+    """
+    new = not out.exists()
+    lock, file = FileLock(out / LOCK_FILE), out / LOCK_FILE
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except FileExistsError:
+        raise TrainingError(f"out={str(out)!r}: is a file") from None
+    except Timeout:
+        raise TrainingError(
+            f"out={str(out)!r}: another run writes into it{_holder(file)}: wait for its end, or pass another --out"
+        ) from None
+    except OSError as error:
+        raise TrainingError(f"out={str(out)!r}: cannot be written ({error.strerror or error})") from error
+    try:
+        with suppress(OSError):
+            file.write_text(str(os.getpid()), encoding="utf-8")
+        yield
+    finally:
+        with suppress(OSError):
+            file.unlink()
+        lock.release()
+        if new:
+            with suppress(OSError):  # it is no longer empty
+                out.rmdir()
+
+
+def _holder(file: Path) -> str:
+    try:
+        number = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return f" (process {number})" if number.isdigit() else ""
+
+
+def is_empty(out: Path) -> bool:
+    """Return whether a folder holds nothing but a lock, or does not exist."""
+    return not out.is_dir() or all(path.name == LOCK_FILE for path in out.iterdir())
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The state of a run.
+
+    Attributes:
+        data_sha256: hash of its tokens and labels.
+        seconds: training time up to the last checkpoint.
+        finished: whether the result is written.
+        begun: when it began, in ISO format: the date that a chat template writes, also after a resume on another day.
+    """
+
+    data_sha256: str
+    seconds: float = 0.0
+    finished: bool = False
+    begun: str | None = None
+
+    def save(self, out: Path) -> None:
+        """Write ``run.json``."""
+        write_whole(out / STATE_FILE, json.dumps(asdict(self), indent=2) + "\n")
+
+
+def read_state(out: Path) -> RunState | None:
+    """Return the state of the run in a folder, None where there is none.
+
+    Raises:
+        TrainingError: the file is damaged.
+    """
+    file = out / STATE_FILE
+    if not file.is_file():
+        return None
+    try:
+        return RunState(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        raise TrainingError(f"{STATE_FILE} in {out.name!r} cannot be read ({error}): use another --out") from error

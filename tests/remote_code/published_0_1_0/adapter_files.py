@@ -1,0 +1,149 @@
+"""Files of an adapter and of its base: strict reading of the adapter's tensors, and the base's fingerprint."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+ADAPTER_FILE = "adapter_model.safetensors"
+CODE_FILES = (
+    "adapted_linear.py",
+    "adapted_model.py",
+    "adapter_files.py",
+    "attach.py",
+    "base_structure.py",
+    "configuration_adapter.py",
+    "configuration_minilora.py",
+    "expert_slots.py",
+    "mixture.py",
+    "modeling_minilora.py",
+    "routing.py",
+)
+CHECKPOINT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+UNKNOWN = "unknown"
+
+BASE_ALIASES: dict[str, Callable[[], str]] = {}
+"""Base names that are neither folders nor Hub ids: alias -> function that returns a local folder. Filled from
+outside.
+"""
+
+
+def write_adapter(path, tensors):
+    """Write {name: tensor} to a safetensors file, complete or not at all."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        # Not save_file, which leaves a file that only its owner may read.
+        Path(temporary).write_bytes(save(contiguous, metadata={"format": "pt"}))
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def read_adapter(path, expected=None):
+    """Every tensor of a safetensors file, copied into memory and checked.
+
+    Args:
+        path: the file.
+        expected: {name: shape} that the file must hold, no more and no less. None: any names and shapes.
+
+    Raises:
+        ValueError: the file is damaged, or a tensor is missing, surplus, misshapen or not finite; the message names it.
+    """
+    tensors = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            # Copied: a mapped tensor's alignment changes what the matrix library computes for one row.
+            for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                tensors[name] = file.get_tensor(name).clone()
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error}); download or save it again") from error
+    if expected is not None:
+        check_tensors(path, tensors, expected)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} has dtype {tensor.dtype}, a floating-point dtype is required")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name} holds values that are not finite")
+    return tensors
+
+
+def check_tensors(path, tensors, expected):
+    """Raise a ValueError naming what is missing from `tensors`, surplus in it, or of another shape than `expected`."""
+    missing = sorted(expected.keys() - tensors.keys())
+    surplus = sorted(tensors.keys() - expected.keys())
+    if missing or surplus:
+        parts = [f"{what} {_first(names)}" for what, names in (("missing", missing), ("surplus", surplus)) if names]
+        raise ValueError(f"{path} does not fit this configuration and base: {'; '.join(parts)}")
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != tuple(shape):
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(tensors[name].shape)}, "
+                f"this configuration and base require {tuple(shape)}"
+            )
+
+
+def _first(names, count=3):
+    rest = len(names) - count
+    return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "") + f" ({len(names)} in all)" * (rest > 0)
+
+
+def base_fingerprint(name_or_path, revision=None, cache_dir=None):
+    """Hash of a base's checkpoint files, so that dtype and quantisation do not change it.
+
+    Nothing is downloaded: a Hub id is looked up in the local cache, where the base has just been loaded from.
+
+    Returns:
+        ``"sha256:<hex>"``, or ``"unknown"`` where there are no checkpoint files.
+    """
+    for name in CHECKPOINT_FILES:
+        first = _local_file(name_or_path, name, revision, cache_dir)
+        if first is None:
+            continue
+        names = [name]
+        if name.endswith(".index.json"):
+            names = sorted(set(json.loads(Path(first).read_text(encoding="utf-8"))["weight_map"].values()))
+        digest = hashlib.sha256()
+        for part in names:
+            file = _local_file(name_or_path, part, revision, cache_dir)
+            if file is None:
+                return UNKNOWN
+            digest.update(f"{part}:{_file_sha256(file)}\n".encode())
+        return f"sha256:{digest.hexdigest()}"
+    return UNKNOWN
+
+
+def cached_commit(name_or_path, revision=None, cache_dir=None):
+    """The commit of a Hub id that lies in the local cache at `revision`; None for a folder or an unknown id."""
+    if os.path.isdir(name_or_path):
+        return None
+    config = _local_file(name_or_path, "config.json", revision, cache_dir)
+    return None if config is None else os.path.basename(os.path.dirname(config))
+
+
+def _local_file(name_or_path, name, revision, cache_dir):
+    if os.path.isdir(name_or_path):
+        path = os.path.join(name_or_path, name)
+        return path if os.path.isfile(path) else None
+    found = try_to_load_from_cache(str(name_or_path), name, cache_dir=cache_dir, revision=revision)
+    return found if isinstance(found, str) else None
+
+
+def _file_sha256(path):
+    # The Hub's cache names a large file's blob by its sha256, and the snapshot links to it.
+    blob = os.path.basename(os.path.realpath(path))
+    if os.path.islink(path) and len(blob) == 64:
+        return blob
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,280 @@
+"""Where adapters go in a base model, found by its structure instead of a list of model names.
+
+The decoder layers are the one list of modules that is as long as the configuration says and holds linear layers.
+Inside a layer, a feed-forward block is a module with two or three linears and one activation that, called with hidden
+states, computes what one of the three known forms computes. That is checked by calling it, so a block that does
+something else (a sparse mixture, an extra normalisation) is refused instead of being adapted wrongly.
+"""
+
+import inspect
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .adapted_linear import compute_dtype, keep_4bit_weights_exact, layer_device, linear_shape
+
+ADAPTED_CLASSES = ("AdaptedLinear", "MixtureOfLoraExperts")
+
+
+class FeedForwardStructure:
+    """The linears of a feed-forward block and what happens between them.
+
+    Attributes:
+        inputs: names of the projections of the block's input, in the order that `activate` takes their outputs:
+            ``(gate, up)``, ``(gate_up,)`` for a fused pair, or ``(up,)`` for a block without a gate.
+        output: name of the projection back to the hidden size.
+        gate_first: in a fused pair, whether the gate is its first half.
+    """
+
+    def __init__(self, block, inputs, output, activation, dropout, gate_first=None):
+        self.inputs, self.output, self.gate_first = inputs, output, gate_first
+        # The block owns these modules; they are held here without registering them a second time.
+        self.activation, self.dropout = activation, dropout
+        self.block_class = type(block).__name__
+
+    def activate(self, *projected):
+        """(…, out) per input projection -> (…, ff). Without gradients what is handed in may be written to."""
+        if self.gate_first is not None:
+            first, second = projected[0].chunk(2, dim=-1)
+            gate, up = (first, second) if self.gate_first else (second, first)
+        else:
+            gate, up = projected if len(projected) == 2 else (projected[0], None)
+        hidden = self.activation(gate)
+        if up is None:
+            return hidden
+        # In place where possible: a fresh tensor of this size costs more than the product.
+        return hidden * up if torch.is_grad_enabled() else hidden.mul_(up)
+
+    def __call__(self, block, x):
+        """The whole block, from its parts."""
+        hidden = self.activate(*(block.get_submodule(name)(x) for name in self.inputs))
+        return self.dropout(block.get_submodule(self.output)(hidden))
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """A linear that gets LoRA or DoRA. `name` is canonical (``layers.3.self_attn.q_proj``), `path` is the base's
+    own.
+    """
+
+    name: str
+    path: str
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True)
+class MixtureSite:
+    """A feed-forward block that gets a router and experts on the projections in `targets`."""
+
+    name: str
+    path: str
+    structure: FeedForwardStructure
+    hidden_size: int
+    targets: tuple  # of (projection name, out_features, in_features)
+
+
+def find_decoder_layers(base):
+    """(path, ModuleList) of the decoder layers of `base`."""
+    count = base.config.get_text_config(decoder=True).num_hidden_layers
+    found = [
+        (path, module)
+        for path, module in base.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and all(any(linear_shape(part) for part in layer.modules()) for layer in module)
+    ]
+    if not found:
+        raise ValueError(
+            f"base {type(base).__name__}: found no list of {count} decoder layers (config.num_hidden_layers) "
+            "with linears in it"
+        )
+    return min(found, key=lambda item: item[0].count("."))
+
+
+def linears_in(layer):
+    """{path in the layer: (out_features, in_features)} of every linear of a decoder layer, in the layer's own order."""
+    shapes = ((path, linear_shape(module)) for path, module in layer.named_modules())
+    return {path: shape for path, shape in shapes if shape}
+
+
+def matches_target(path, targets):
+    """Whether a path ends with one of `targets` at a dot; "all-linear" matches every path."""
+    return targets == "all-linear" or any(path == target or path.endswith("." + target) for target in targets)
+
+
+def refuse_adapted(base):
+    """Raise if `base` already carries an adapter, of ours or of PEFT."""
+    for path, module in base.named_modules():
+        peft_layer = hasattr(module, "base_layer") and hasattr(module, "active_adapters")
+        if type(module).__name__ in ADAPTED_CLASSES or peft_layer or hasattr(module, "peft_config"):
+            raise ValueError(
+                f"base {type(base).__name__} already carries an adapter ({path or 'the model itself'} is a "
+                f"{type(module).__name__}): pass the plain base, which unload() of the adapted model gives back"
+            )
+
+
+def plan_sites(base, config):
+    """Every place where `config` puts an adapter on `base`. Nothing is changed.
+
+    Returns:
+        A list of `LinearSite` and, for a mixlora configuration, `MixtureSite`, layer by layer.
+
+    Raises:
+        ValueError: the base is adapted already or not understood (the message has the module's path), or a name in
+            `target_modules` matches nothing.
+    """
+    refuse_adapted(base)
+    keep_4bit_weights_exact(base)  # before a block is called below
+    prefix, layers = find_decoder_layers(base)
+    known = {}
+    sites = []
+    for index, layer in enumerate(layers):
+        where, name = f"{prefix}.{index}", f"layers.{index}"
+        shapes = linears_in(layer)
+        block_path = structure = None
+        if config.model_type == "mixlora":
+            # In every layer: a block is called once per kind, and a skeleton of a base has only its first one filled.
+            found = _find_feed_forward(layer, where, known)
+            block_path, structure = found if config.has_mixture(index) else (None, None)
+        for path, shape in shapes.items():
+            in_block = block_path is not None and path.startswith(block_path + ".")
+            if not in_block and matches_target(path, config.target_modules):
+                sites.append(LinearSite(f"{name}.{path}", f"{where}.{path}", *shape))
+        if structure is not None:
+            paths = {projection: f"{block_path}.{projection}" for projection in (*structure.inputs, structure.output)}
+            targets = [(p, *shapes[path]) for p, path in paths.items() if matches_target(path, config.target_modules)]
+            if targets:
+                hidden_size = shapes[paths[structure.output]][0]
+                sites.append(
+                    MixtureSite(f"{name}.{block_path}", f"{where}.{block_path}", structure, hidden_size, tuple(targets))
+                )
+    _check_targets(config, layers, sites)
+    return sites
+
+
+def _check_targets(config, layers, sites):
+    available = sorted({path for layer in layers for path in linears_in(layer)})
+    if config.target_modules != "all-linear":
+        unknown = [t for t in config.target_modules if not any(matches_target(path, [t]) for path in available)]
+        if unknown:
+            raise ValueError(f"target_modules={unknown}: the base has no such linear in its layers; it has {available}")
+    for field in ("rank_pattern", "alpha_pattern"):
+        names = [f"layers.{i}.{path}" for i, layer in enumerate(layers) for path in linears_in(layer)]
+        for key in getattr(config, field):
+            if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names):
+                raise ValueError(f"{field}[{key!r}]: matches no linear in the base's layers; it has {available}")
+    if config.model_type == "mixlora" and not any(isinstance(site, MixtureSite) for site in sites):
+        if not any(config.has_mixture(index) for index in range(len(layers))):
+            raise ValueError(
+                f"router_sparse_step={config.router_sparse_step}: layer 1 would be the first mixture; the base has "
+                f"{len(layers)}"
+            )
+        raise ValueError(
+            f"target_modules={config.target_modules}: a MixLoRA needs at least one projection of the feed-forward "
+            f"block; the base has {available}"
+        )
+
+
+def _find_feed_forward(layer, where, known):
+    """(path in the layer, FeedForwardStructure) of the layer's one feed-forward block."""
+    candidates = []
+    for path, module in layer.named_modules():
+        if path and len(_direct_linears(module)) in (2, 3) and _takes_hidden_states_only(module):
+            structure = _recognise(module, f"{where}.{path}", known)
+            if structure is not None:
+                candidates.append((path, structure))
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        raise ValueError(
+            f"{where} has {len(candidates)} feed-forward blocks ({[path for path, _ in candidates]}), not one"
+        )
+    blocks = [f"{where}.{path} ({type(m).__name__})" for path, m in layer.named_children() if linears_in(m)]
+    raise ValueError(
+        f"{where} ({type(layer).__name__}): no feed-forward block of a known form (a gated one, a fused gated "
+        f"one, or two linears with an activation between) was found; its blocks are {blocks}"
+    )
+
+
+def _direct_linears(module):
+    return {name: linear_shape(child) for name, child in module.named_children() if linear_shape(child)}
+
+
+def _takes_hidden_states_only(module):
+    """Whether forward has one required argument: attention needs positions or a mask, a feed-forward block does not."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    required = [
+        p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return len(required) == 1
+
+
+def _recognise(block, path, known):
+    """The structure of `block`, verified by calling it; None if no known form fits.
+
+    `known` remembers the choice per class and shapes, so a deep model is verified once and not in every layer.
+    """
+    linears = _direct_linears(block)
+    others = [(name, child) for name, child in block.named_children() if name not in linears]
+    dropouts = [child for _, child in others if isinstance(child, nn.Dropout)]
+    activations = [c for _, c in others if not isinstance(c, nn.Dropout) and not any(True for _ in c.parameters())]
+    if not activations:  # a plain function, kept as an attribute
+        attributes = vars(block).items()
+        activations = [value for name, value in attributes if not name.startswith("_") and callable(value)]
+    if len(activations) != 1 or len(dropouts) > 1:
+        return None
+    dropout = dropouts[0] if dropouts else nn.Identity()
+    signature = (type(block), tuple(linears.items()))
+    forms = [known[signature]] if signature in known else _possible_forms(linears)
+    for form in forms:
+        structure = FeedForwardStructure(block, *form[:2], activations[0], dropout, form[2])
+        if signature in known or _computes_the_same(structure, block, path):
+            known[signature] = form
+            return structure
+    return None
+
+
+def _possible_forms(linears):
+    """(inputs, output, gate_first) for every reading of the shapes as a known form."""
+    forms = []
+    for output, (hidden, inner) in linears.items():
+        inputs = [name for name in linears if name != output]
+        shapes = [linears[name] for name in inputs]
+        if len(inputs) == 2 and shapes == [(inner, hidden)] * 2:
+            forms += [(tuple(inputs), output, None), (tuple(reversed(inputs)), output, None)]
+        if len(inputs) == 1 and shapes == [(2 * inner, hidden)]:
+            forms += [((inputs[0],), output, True), ((inputs[0],), output, False)]
+        if len(inputs) == 1 and shapes == [(inner, hidden)]:
+            forms.append(((inputs[0],), output, None))
+    return forms
+
+
+@torch.no_grad()
+def _computes_the_same(structure, block, path):
+    """Whether the block, called as a whole, gives what `structure` computes from its parts."""
+    first = block.get_submodule(structure.inputs[0])
+    device = layer_device(first)
+    if device.type == "meta":
+        raise ValueError(f"{path} lies on the meta device: load the base's weights before adapting it")
+    hidden = linear_shape(first)[1]
+    # Deterministic, so that adapting a model does not touch the random state; varied, so that forms differ.
+    x = (
+        torch.sin(torch.arange(4 * hidden, device=device, dtype=torch.float32))
+        .view(1, 4, hidden)
+        .to(compute_dtype(first))
+    )
+    was_training = block.training
+    block.eval()
+    try:
+        expected, got = block(x), structure(block, x)
+    except (TypeError, RuntimeError):  # another signature or other shapes: not this form
+        return False
+    finally:
+        block.train(was_training)
+    if not isinstance(expected, torch.Tensor) or expected.shape != got.shape:
+        return False
+    expected, got = expected.float(), got.float()
+    return bool((expected - got).abs().max() <= 1e-2 * expected.abs().max())

@@ -1,0 +1,287 @@
+"""Slots of a mixture: (token, chosen expert) pairs, arranged so that experts' low-rank products are few and large.
+
+N tokens have up to N * K slots. Three arrangements compute the same:
+
+    SlotsOfOneToken  those of a single token, each with its expert's own vector products. Read by Python as well.
+    SlotsByExpert  sorted by expert: each expert that serves any multiplies one contiguous block. How many slots each
+                   has is read by Python, which is free on a CPU and waits for the device elsewhere.
+    SlotsGrouped   sorted by expert, and one grouped product on the device (`torch.nn.functional.grouped_mm`, bf16):
+                   nothing waits. For many slots on a GPU.
+    SlotsGathered  in token order, each with its own expert's weights gathered: nothing waits. For few slots elsewhere
+                   than on a CPU, and under torch.compile.
+
+Only the first leaves out slots that are not kept; the others compute them as well, and their weight is 0.
+"""
+
+from collections import Counter
+
+import torch
+from torch.nn import functional as F
+
+
+class SlotsByExpert:
+    """Slots sorted by expert: each expert that serves any multiplies one contiguous block, with its own weights.
+
+    What is projected down is kept as a list of blocks, one an expert.
+    """
+
+    FEW = 64
+    """Slots that Python sorts sooner than the kernels of sorting, counting and copying start."""
+
+    def __init__(self, selected, kept=None):
+        self.num_tokens, self.per_token = selected.shape
+        flat = selected.flatten()
+        order = None if kept is None else kept.flatten().nonzero().squeeze(-1)
+        flat = flat if order is None else flat[order]  # expert of each slot
+        if flat.numel() <= self.FEW and flat.device.type == "cpu":
+            experts = flat.tolist()
+            by_expert = sorted(range(len(experts)), key=experts.__getitem__)
+            served = Counter(experts[slot] for slot in by_expert)
+            self.experts, self.counts = list(served), list(served.values())
+            self._arrange(flat, order, torch.tensor(by_expert, dtype=torch.long))
+        else:
+            expert, by_expert = flat.sort(stable=True)
+            served, counts = torch.unique_consecutive(expert, return_counts=True)
+            self.experts, self.counts = served.tolist(), counts.tolist()
+            self._arrange(flat, order, by_expert)
+
+    def _arrange(self, flat, order, by_expert):
+        self.expert = flat[by_expert]
+        self.order = by_expert if order is None else order[by_expert]  # place among (tokens * K) of each slot
+        self.token = self.order // self.per_token  # token of each slot
+
+    def of_tokens(self, per_token):
+        """Each slot's token: (tokens, n) -> (slots, n), a copy."""
+        return per_token.index_select(0, self.token)
+
+    def of_slots(self, per_slot):
+        """(tokens, K) -> (slots, 1) in this order."""
+        return per_slot.flatten()[self.order].unsqueeze(-1)
+
+    def _served(self, experts):
+        return [experts[expert] for expert in self.experts]
+
+    def project_down(self, x, update):
+        """A_e x: (slots, in) -> (slots, r), in blocks."""
+        blocks, experts = x.split_with_sizes(self.counts), self._served(update.experts(x.dtype)[0])
+        return [F.linear(rows, a) for rows, a in zip(blocks, experts, strict=True)]
+
+    def project_tokens_down(self, x, updates):
+        """A_e x of each slot's token, for several updates of one input: (tokens, in) -> a (slots, r) for each."""
+        experts = [self._served(update.experts(x.dtype)[0]) for update in updates]
+        blocks = x.index_select(0, self.token).split_with_sizes(self.counts)
+        if len(updates) == 1 or len(self.token) <= self.FEW:
+            return [[F.linear(rows, a) for rows, a in zip(blocks, served, strict=True)] for served in experts]
+        # Side by side the A are one matrix, wide enough for the matrix library to be good at.
+        hidden = [F.linear(rows, torch.cat(a)) for rows, a in zip(blocks, zip(*experts, strict=True), strict=True)]
+        ranks = [served[0].shape[0] for served in experts]
+        return list(zip(*(rows.split_with_sizes(ranks, dim=-1) for rows in hidden), strict=True))
+
+    def add_projected_up(self, out, hidden, update):
+        """out + s B_e hidden: (slots, r) -> (slots, out). Without gradients `out` itself is written to."""
+        experts, scaling = self._served(update.experts(hidden[0].dtype)[1]), update.scaling
+        blocks = zip(out.split_with_sizes(self.counts), hidden, experts, strict=True)
+        if not out.dtype == hidden[0].dtype == experts[0].dtype:
+            return torch.cat([o + (F.linear(h, b) * scaling).to(o.dtype) for o, h, b in blocks])
+        if torch.is_grad_enabled():
+            return torch.cat([torch.addmm(o, h, b.mT, alpha=scaling) for o, h, b in blocks])
+        for o, h, b in blocks:
+            o.addmm_(h, b.mT, alpha=scaling)
+        return out
+
+    def sum_slots(self, per_slot):
+        """Sum each token's slots: (slots, n) -> (tokens, n)."""
+        return per_slot.new_zeros(self.num_tokens, per_slot.shape[-1]).index_add_(0, self.token, per_slot)
+
+    def add_to_tokens(self, out, hidden, update):
+        """out + the sum over each token's slots of s B_e hidden: (slots, r) -> (tokens, out).
+
+        Without gradients `out` itself may be written to.
+        """
+        blocks = zip(hidden, self._served(update.experts(hidden[0].dtype)[1]), strict=True)
+        added = torch.cat([F.linear(h, b) for h, b in blocks])
+        if out.dtype != added.dtype:
+            return out + (self.sum_slots(added) * update.scaling).to(out.dtype)
+        return torch.index_add(out, 0, self.token, added, alpha=update.scaling)
+
+
+class SlotsOfOneToken:
+    """The slots of a single token: each expert multiplies one vector. Methods as in `SlotsByExpert`.
+
+    Products with vectors start in half the time of those with matrices of one row. What is projected down is a list of
+    vectors, [r] an expert.
+    """
+
+    def __init__(self, selected, kept=None):
+        self.expert = selected.flatten() if kept is None else selected[kept]
+        self.kept = kept
+        self.experts = self.expert.tolist()
+
+    def of_tokens(self, per_token):
+        return torch.cat([per_token] * len(self.experts))  # starts sooner than repeat
+
+    def of_slots(self, per_slot):
+        return per_slot.view(-1, 1) if self.kept is None else per_slot[self.kept].unsqueeze(-1)
+
+    def project_down(self, x, update):
+        a = update.experts(x.dtype)[0]
+        return [torch.mv(a[expert], row) for expert, row in zip(self.experts, x.unbind(), strict=True)]
+
+    def project_tokens_down(self, x, updates):
+        row, stacks = x.view(-1), [update.experts(x.dtype)[0] for update in updates]
+        return [[torch.mv(a[expert], row) for expert in self.experts] for a in stacks]
+
+    def add_projected_up(self, out, hidden, update):
+        b, scaling = update.experts(hidden[0].dtype)[1], update.scaling
+        rows = zip(out.unbind(), hidden, self.experts, strict=True)
+        if out.dtype != hidden[0].dtype:
+            return torch.stack([row + (torch.mv(b[expert], h) * scaling).to(row.dtype) for row, h, expert in rows])
+        if torch.is_grad_enabled():
+            return torch.stack([torch.addmv(row, b[expert], h, alpha=scaling) for row, h, expert in rows])
+        for row, h, expert in rows:
+            row.addmv_(b[expert], h, alpha=scaling)
+        return out
+
+    def sum_slots(self, per_slot):
+        return per_slot.sum(dim=0, keepdim=True)
+
+    def add_to_tokens(self, out, hidden, update):
+        b, row = update.experts(hidden[0].dtype)[1], out.view(-1)
+        for h, expert in zip(hidden, self.experts, strict=True):
+            if out.dtype == h.dtype:
+                add = row.addmv if torch.is_grad_enabled() else row.addmv_
+                row = add(b[expert], h, alpha=update.scaling)
+            else:
+                row = row + (torch.mv(b[expert], h) * update.scaling).to(row.dtype)
+        return row.unsqueeze(0)
+
+
+class SlotsMasked:
+    """Slots in token order: one product with the matrices of all experts side by side, of which a slot keeps its own.
+
+    What is projected down is (slots, experts * r), 0 but for the r values of the slot's expert. Methods as in
+    `SlotsByExpert`.
+    """
+
+    WIDE = 32
+    """Columns, experts * r, up to which computing all of them is quicker than a small product for each expert."""
+
+    def __init__(self, selected, num_experts):
+        self.num_tokens, self.per_token = selected.shape
+        self.expert = selected.flatten()
+        self.chosen = F.one_hot(self.expert, num_experts).unsqueeze(-1)  # (slots, experts, 1)
+
+    @classmethod
+    def can(cls, updates):
+        """Whether the experts of these updates are few and narrow enough."""
+        return all(update.lora_A.shape[0] * update.lora_A.shape[1] <= cls.WIDE for update in updates)
+
+    def of_tokens(self, per_token):
+        return per_token.repeat(1, self.per_token).view(len(self.expert), -1)
+
+    def of_slots(self, per_slot):
+        return per_slot.reshape(-1, 1)
+
+    def project_down(self, x, update):
+        return self._masked(F.linear(x, update.lora_A.to(x.dtype).flatten(0, 1)))
+
+    def project_tokens_down(self, x, updates):
+        return [self._masked(self.of_tokens(F.linear(x, u.lora_A.to(x.dtype).flatten(0, 1)))) for u in updates]
+
+    def _masked(self, every):
+        return (every.unflatten(-1, (self.chosen.shape[1], -1)) * self.chosen.to(every.dtype)).flatten(1)
+
+    def add_projected_up(self, out, hidden, update):
+        b = update.lora_B.to(hidden.dtype).mT.flatten(0, 1)  # (experts * r, out)
+        if out.dtype != hidden.dtype:
+            return out + (hidden @ b * update.scaling).to(out.dtype)
+        if torch.is_grad_enabled():
+            return torch.addmm(out, hidden, b, alpha=update.scaling)
+        return out.addmm_(hidden, b, alpha=update.scaling)
+
+    def sum_slots(self, per_slot):
+        return per_slot.view(self.num_tokens, self.per_token, -1).sum(dim=1)
+
+    def add_to_tokens(self, out, hidden, update):
+        return self.add_projected_up(out, self.sum_slots(hidden), update)
+
+
+class SlotsGrouped:
+    """Slots sorted by expert, every expert's block in one grouped product. Methods as in `SlotsByExpert`."""
+
+    def __init__(self, selected, num_experts):
+        self.num_tokens, self.per_token = selected.shape
+        self.expert, self.order = selected.flatten().sort(stable=True)
+        self.token = self.order // self.per_token
+        # The end of each expert's block, (experts). Not bincount, which waits for the device.
+        every = torch.arange(num_experts, device=selected.device)
+        self.ends = (self.expert <= every.unsqueeze(-1)).sum(dim=-1, dtype=torch.int32)
+
+    @staticmethod
+    def can(updates):
+        """Whether the grouped product takes these updates: bf16, rows of whole 16 bytes, and from torch 2.10 on."""
+        if not hasattr(F, "grouped_mm"):
+            return False
+        tensors = [tensor for update in updates for tensor in (update.lora_A, update.lora_B)]
+        return all(t.dtype == torch.bfloat16 and t.shape[-1] % 8 == 0 and t.shape[-2] % 8 == 0 for t in tensors)
+
+    def of_tokens(self, per_token):
+        return per_token.index_select(0, self.token)
+
+    def of_slots(self, per_slot):
+        return per_slot.flatten()[self.order].unsqueeze(-1)
+
+    def project_down(self, x, update):
+        return F.grouped_mm(x, update.lora_A.mT, offs=self.ends)
+
+    def project_tokens_down(self, x, updates):
+        x = self.of_tokens(x)
+        return [self.project_down(x, update) for update in updates]
+
+    def add_projected_up(self, out, hidden, update):
+        return torch.add(out, self._project_up(hidden, update).to(out.dtype), alpha=update.scaling)
+
+    def sum_slots(self, per_slot):
+        return per_slot.new_zeros(self.num_tokens, per_slot.shape[-1]).index_add_(0, self.token, per_slot)
+
+    def add_to_tokens(self, out, hidden, update):
+        added = self._project_up(hidden, update).to(out.dtype)
+        return torch.index_add(out, 0, self.token, added, alpha=update.scaling)
+
+    def _project_up(self, hidden, update):
+        return F.grouped_mm(hidden, update.lora_B.mT, offs=self.ends)
+
+
+class SlotsGathered:
+    """Slots in token order, each with its own expert's weights gathered. Methods as in `SlotsByExpert`."""
+
+    def __init__(self, selected):
+        self.expert = selected.flatten()  # (slots)
+        self.num_tokens, self.per_token = selected.shape
+        self.token = torch.arange(self.num_tokens, device=selected.device).repeat_interleave(self.per_token)
+
+    def of_tokens(self, per_token):
+        return per_token[self.token]
+
+    def of_slots(self, per_slot):
+        return per_slot.flatten().unsqueeze(-1)
+
+    def project_down(self, x, update):
+        return torch.bmm(update.lora_A[self.expert], x.unsqueeze(-1)).squeeze(-1)
+
+    def project_tokens_down(self, x, updates):
+        x = x[self.token]
+        return [self.project_down(x, update) for update in updates]
+
+    def add_projected_up(self, out, hidden, update):
+        return torch.add(out, self._project_up(hidden, update).to(out.dtype), alpha=update.scaling)
+
+    def sum_slots(self, per_slot):
+        return per_slot.view(self.num_tokens, self.per_token, -1).sum(dim=1)
+
+    def add_to_tokens(self, out, hidden, update):
+        added = self.sum_slots(self._project_up(hidden, update))
+        return torch.add(out, added.to(out.dtype), alpha=update.scaling)
+
+    def _project_up(self, hidden, update):
+        return torch.bmm(update.lora_B[self.expert], hidden.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,241 @@
+"""MixLoRA's feed-forward block: a router, and LoRA experts over the one frozen block they share (arXiv 2404.15159).
+
+For a token x with experts e_1 .. e_K and weights g_1 .. g_K, which `routing.py` decides (eq. 4 to 6 of the paper):
+
+    y = sum_k g_k * E_{e_k}(x),   E_e(x) = W_down' act(W_gate' x) * (W_up' x),   W' = W + s B_e A_e
+
+How this differs from the reference: W_gate x and W_up x are the same for every expert, and W_down is linear, so
+
+    sum_k g_k W_down h_k = W_down sum_k g_k h_k
+
+and every base matrix multiplication runs once per token, as in the dense model; an expert adds its low-rank parts only.
+With DoRA experts (`use_dora`) the per-expert output scale keeps W_down from being combined: there it runs once per
+slot.
+
+A slot is one (token, chosen expert) pair; `expert_slots.py` arranges them.
+"""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .adapted_linear import apply_dora_scale, is_only_its_product, product_dtype
+from .expert_slots import SlotsByExpert, SlotsGathered, SlotsGrouped, SlotsMasked, SlotsOfOneToken
+from .routing import Routes, current_record
+
+
+def _without_autocast(device_type):
+    """Entering autocast, also to switch it off, costs as much as a small product: only where it is on."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+class Routed(NamedTuple):
+    """Tokens between the input and the output projections of a mixture.
+
+    Attributes:
+        hidden: what the output projection is called with: (tokens, ff), or (slots, ff) where DoRA scales each slot.
+        x: the block's input, (tokens, d).
+        routes: `Routes` of the tokens.
+        slots: how the slots are arranged.
+        low: A of the output projection applied to each slot, (slots, r), as `slots` keeps it; None where no expert is
+            on it.
+    """
+
+    hidden: torch.Tensor
+    x: torch.Tensor
+    routes: Routes
+    slots: SlotsByExpert | SlotsGrouped | SlotsGathered
+    low: torch.Tensor | list | None
+
+
+class MixtureOfLoraExperts(nn.Module):
+    """A feed-forward block of the base with a router and LoRA experts over it: (batch, seq, d) -> (batch, seq, d).
+
+    Args:
+        base_block: the base's feed-forward module; its linears are called, never unpacked.
+        structure: its `FeedForwardStructure`: which linears it has and what happens between them.
+        router: router weight, [experts, d].
+        experts: projection name -> `LowRankUpdate` stacked over the experts. A projection may be left out.
+        routing: `TopKRouting`, `TopPRouting` or `SwitchRouting`: who serves which token.
+        jitter_noise: in training, the router's input is multiplied by U(1 - noise, 1 + noise).
+        dropout: probability with which values of the block's output are dropped in training.
+    """
+
+    def __init__(self, base_block, structure, router, experts, routing, jitter_noise=0.0, dropout=0.0):
+        super().__init__()
+        self.base_block = base_block
+        self.structure = structure
+        self.router = nn.Parameter(router)
+        self.experts = nn.ModuleDict(experts)
+        self.routing = routing
+        self.jitter_noise = jitter_noise
+        self.dropout = nn.Dropout(dropout)
+        self._masked_shape = None  # (batch, seq) of the last forward in training that knew its padding
+
+    def forward(self, hidden_states):
+        x = hidden_states.flatten(0, -2)  # (tokens, d)
+        # One base GEMM per projection, whatever the number of experts.
+        shared = [self._project(name, x) for name in self.structure.inputs]  # each (tokens, out)
+        routed = self.expand(x, shared, hidden_states.shape[:-1])
+        out = self.combine(self._project(self.structure.output, routed.hidden), routed)  # (tokens, d)
+        if self.training:
+            out = self.structure.dropout(self.dropout(out))
+        return out.view_as(hidden_states)
+
+    def expand(self, x, shared, leading_shape):
+        """Everything before the output projection, which the caller runs on `hidden` and hands to `combine`.
+
+        Args:
+            x: the block's input, (tokens, d).
+            shared: what the base's input projections make of it, each (tokens, out).
+            leading_shape: how the tokens lie in the call: (batch, seq), or any shape that ends with the sequence.
+
+        Returns:
+            A `Routed`.
+        """
+        routes = self.route(x, leading_shape)
+        slots = self._group(routes)
+        h = self.structure.activate(*self._expert_inputs(shared, x, slots))  # (slots, ff)
+        g = slots.of_slots(routes.weights).to(x.dtype)
+        h = h * g if torch.is_grad_enabled() else h.mul_(g)  # g_k h_k
+        update = self._update_of(self.structure.output)
+        low = None if update is None else self._project_down(update, h, slots)  # (slots, r)
+        slotwise = update is not None and update.magnitude is not None
+        hidden = h if slotwise else slots.sum_slots(h)
+        return Routed(hidden, x, routes, slots, low)
+
+    def combine(self, projected, routed):
+        """The block's output, (tokens, d), from the output projection of `routed.hidden`, with its bias added once.
+
+        Where no gradient needs it, `projected` is written to.
+        """
+        slots = routed.slots
+        update = self._update_of(self.structure.output)
+        if update is None:
+            out = projected
+        elif update.magnitude is None:
+            out = slots.add_to_tokens(projected, routed.low, update)
+        else:  # g * (c * (W h + s B A h) + b): the bias is left out of every slot and added once
+            bias = self._output_bias()
+            out = projected if bias is None else projected - bias
+            out = slots.add_projected_up(out, routed.low, update)
+            out = slots.sum_slots(self._scaled(self.structure.output, out, slots, with_bias=False))
+            out = out if bias is None else out + bias
+        if not self.routing.weights_sum_to_one:
+            out = self._weigh_bias(out, routed.routes.weights)
+        if routed.routes.passed is not None:
+            out = out + (routed.routes.passed * routed.x).to(out.dtype)
+        return out
+
+    @torch.no_grad()
+    def prepare(self):
+        """Compute what inference keeps (DoRA's c, which calls the base's layers), so that the first token need not."""
+        for name, update in self.experts.items():
+            if update.magnitude is not None:
+                update.scale(self.base_block.get_submodule(name))
+
+    def _group(self, routes):
+        """The arrangement of the slots: see `expert_slots.py`."""
+        selected, num_experts = routes.selected, self.router.shape[0]
+        many = selected.numel() > num_experts
+        if selected.device.type == "cpu" and not torch.compiler.is_compiling():
+            if selected.shape[0] == 1:
+                return SlotsOfOneToken(selected, routes.kept)
+            if many and routes.kept is None and SlotsMasked.can(self.experts.values()):
+                return SlotsMasked(selected, num_experts)
+            return SlotsByExpert(selected, routes.kept)
+        if many and selected.device.type != "cpu" and SlotsGrouped.can(self.experts.values()):
+            return SlotsGrouped(selected, num_experts)
+        if many and not torch.compiler.is_compiling():
+            return SlotsByExpert(selected, routes.kept)
+        return SlotsGathered(selected)
+
+    def route(self, x, leading_shape):
+        """`Routes` of x, (tokens, d); recorded where someone asked."""
+        x, record = x.float(), current_record()
+        if self.training and self.jitter_noise > 0:
+            x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
+        token_mask = self._token_mask(record, leading_shape, x.device)
+        with _without_autocast(x.device.type):  # routing in fp32, as the reference does
+            logits = F.linear(x, self.router.float())  # (tokens, experts)
+            routes = self.routing.route(logits, leading_shape, self.training, token_mask)
+        if record is not None:
+            selected = routes.selected if routes.kept is None else routes.selected.masked_fill(~routes.kept, -1)
+            record.logits.append(logits.view(*leading_shape, -1))
+            record.selected.append(selected.view(*leading_shape, -1))
+            record.weights.append(routes.weights.view(*leading_shape, -1))
+        return routes
+
+    def _token_mask(self, record, leading_shape, device):
+        """Which tokens are no padding, (batch, seq), where the routing asks and someone knows; None: every token."""
+        if not (self.training and self.routing.needs_token_mask):
+            return None
+        if record is None:
+            if torch.is_grad_enabled() and self._masked_shape == leading_shape:
+                raise ValueError(
+                    "attention_mask: gradient checkpointing repeats a forward without the padding it had, which takes "
+                    "no capacity: pass use_reentrant=False and context_fn=routing.checkpoint_contexts to the checkpoint"
+                )
+            return None
+        mask = record.token_mask
+        self._masked_shape = None if mask is None else leading_shape
+        # With a cache the mask also covers the past.
+        return None if mask is None else mask[..., -leading_shape[-1] :].to(device)
+
+    def _project(self, name, x):
+        layer = self._layer(name)
+        if x.shape[0] == 1 and is_only_its_product(layer):
+            return F.linear(x, layer._parameters["weight"], layer._parameters["bias"])
+        return layer(x)
+
+    def _layer(self, name):
+        block = self.base_block
+        return block._modules[name] if name in block._modules else block.get_submodule(name)
+
+    def _expert_inputs(self, shared, x, slots):
+        """The input projections of every slot: shared W x + b, and the slot's expert. Lists of (slots, out)."""
+        updates = {name: self._update_of(name) for name in self.structure.inputs}
+        given = {name: update for name, update in updates.items() if update is not None}
+        if self.training and any(update.dropout.p > 0 for update in given.values()):  # each drops its own input
+            x = slots.of_tokens(x)
+            x = x.to(product_dtype(shared[0], x))
+            hidden = {name: self._project_down(update, x, slots) for name, update in given.items()}
+        elif given:
+            x = x.to(product_dtype(shared[0], next(iter(given.values())).lora_A))
+            hidden = dict(zip(given, slots.project_tokens_down(x, list(given.values())), strict=True))
+        projected = []
+        for (name, update), out in zip(updates.items(), shared, strict=True):
+            out = slots.of_tokens(out)  # a copy, so that it may be written to
+            if update is not None:
+                out = self._scaled(name, slots.add_projected_up(out, hidden[name], update), slots)
+            projected.append(out)
+        return projected
+
+    def _project_down(self, update, x, slots):
+        x = update.dropout(x) if self.training else x
+        return slots.project_down(x.to(product_dtype(x, update.lora_A)), update)
+
+    def _update_of(self, name):
+        return self._modules["experts"]._modules.get(name)
+
+    def _output_bias(self):
+        return getattr(self._layer(self.structure.output), "bias", None)
+
+    def _weigh_bias(self, out, weights):
+        """From the output bias added once to sum_k g_k times, where the weights do not sum to one."""
+        bias = self._output_bias()
+        if bias is None:
+            return out
+        return out + ((weights.sum(dim=-1, keepdim=True) - 1) * bias).to(out.dtype)
+
+    def _scaled(self, name, out, slots, with_bias=True):
+        """DoRA's c per slot; nothing for plain LoRA."""
+        update = self._update_of(name)
+        if update.magnitude is None:
+            return out
+        layer = self._layer(name)
+        bias = getattr(layer, "bias", None) if with_bias else None
+        return apply_dora_scale(out, update.scale(layer)[slots.expert], bias)

@@ -1,0 +1,373 @@
+"""The routers of a MixLoRA: which experts serve a token, with which weights, and the losses that keep their load even.
+
+With p = softmax(router x), in fp32, over the E experts of a layer:
+
+    top_k   the k largest p, divided by their sum                                  (arXiv 2404.15159, eq. 5)
+    top_p   the largest p until they exceed top_p together, not divided by their sum      (arXiv 2403.07652)
+    switch  the largest p, as it is; in training an expert serves the first `capacity` tokens of a sequence that chose
+            it, and the others pass: y = p x                                              (arXiv 2101.03961)
+
+The last two follow `moe_peft` 2.0.2, the reference's training code, where they are called ``mixlora-dynamic`` and
+``mixlora-switch``. How this differs from it, each because the reference's result would be wrong:
+
+- At inference its switch router returns its input and no expert is ever used; here inference is training without
+  dropout, jitter and capacity. (With a capacity, what a token gets would depend on how much of its sequence is in the
+  same call: generation with a cache would differ from generation without.)
+- Padding counts in its losses of top_p and switch, and takes capacity; here it does neither.
+- It multiplies what the experts see by the jitter as well (top_k and top_p); here only the router sees it.
+"""
+
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+_RECORD = ContextVar("minilora_routing_record", default=None)
+_COMPILED_RECORD = [None]  # torch.compile cannot trace a ContextVar; a compiled forward runs in one thread
+
+
+@dataclass
+class RoutingRecord:
+    """What the routers of one forward are told and what they decided, a tensor a mixture, in the order of the layers.
+
+    K is `num_experts_per_tok` for top_k, 1 for switch and the number of experts for top_p.
+
+    Attributes:
+        logits: router logits, (batch, seq, experts), fp32.
+        selected: indices of the chosen experts, (batch, seq, K), the most probable first; -1 in the slots of top_p that
+            the token did not need, and for a token that switch let pass over an expert's capacity.
+        weights: their weights, (batch, seq, K), fp32; 0 where the index is -1.
+        token_mask: (batch, seq), 0 on padding, which takes no capacity in training. Given by the caller, or None.
+    """
+
+    logits: list = field(default_factory=list)
+    selected: list = field(default_factory=list)
+    weights: list = field(default_factory=list)
+    token_mask: torch.Tensor | None = None
+
+
+@contextmanager
+def record_routing(token_mask=None):
+    """Collect the routing of every mixture that runs inside: ``with record_routing() as record: model(...)``.
+
+    The record belongs to this thread's context, and is closed when the block ends, so a forward that gradient
+    checkpointing repeats during backward adds nothing to it.
+
+    Args:
+        token_mask: (batch, seq), 0 on padding; see `RoutingRecord`.
+    """
+    record = RoutingRecord(token_mask=token_mask)
+    if torch.compiler.is_compiling():
+        _COMPILED_RECORD[0] = record
+        try:
+            yield record
+        finally:
+            _COMPILED_RECORD[0] = None
+    else:
+        token = _RECORD.set(record)
+        try:
+            yield record
+        finally:
+            _RECORD.reset(token)
+
+
+def current_record():
+    """The open record of this context, or None."""
+    return _COMPILED_RECORD[0] if torch.compiler.is_compiling() else _RECORD.get()
+
+
+def checkpoint_contexts():
+    """`context_fn` for torch.utils.checkpoint: a repeated forward sees the padding that the first one saw.
+
+    Switch routing needs it in training with padding: what padding takes no capacity must be known again in backward,
+    when the record of the forward is closed, possibly in another thread.
+    """
+    record = current_record()
+    return nullcontext(), nullcontext() if record is None else record_routing(record.token_mask)
+
+
+class Routes(NamedTuple):
+    """Where the tokens of one call go.
+
+    Attributes:
+        weights: (tokens, K), fp32; 0 where a slot is not kept.
+        selected: expert of each slot, (tokens, K); a valid index also where a slot is not kept.
+        kept: which slots there are, (tokens, K), bool. None: all.
+        passed: weight with which a token's own input is its output, (tokens, 1), fp32. None: no token passes.
+    """
+
+    weights: torch.Tensor
+    selected: torch.Tensor
+    kept: torch.Tensor | None = None
+    passed: torch.Tensor | None = None
+
+
+# ---- the decisions ----
+
+
+def route_top_k(logits, k):
+    """Softmax over the experts, the k largest, divided by their sum: which is the softmax of the k largest logits.
+
+    Args:
+        logits: (tokens, experts), fp32.
+        k: experts per token.
+
+    Returns:
+        weights (tokens, k), fp32, and indices (tokens, k), the largest first.
+    """
+    largest, selected = torch.topk(logits, k, dim=-1)
+    return F.softmax(largest, dim=-1), selected
+
+
+def route_top_p(logits, top_p, temperature=0.0):
+    """Softmax over the experts, the largest until their sum exceeds top_p, as they are (`moe_peft`, mixlora-dynamic).
+
+    With q_1 >= q_2 >= … the sorted p / temperature (p where that is 0), slot j is kept if q_1 + … + q_{j-1} <= top_p:
+    always one, and the one with which the sum exceeds top_p. The weights are the q of the kept slots.
+
+    As in the reference, the temperature divides the probabilities, not the logits: it is equal to a threshold of
+    ``top_p * temperature`` with weights divided by the temperature, and makes nothing softer or sharper. A temperature
+    of the softmax would only be another scale of the router's weights, which are trained anyway.
+
+    Args:
+        logits: (..., experts), fp32.
+        top_p: the threshold, above 0, at most 1.
+        temperature: see above; 0 means none.
+
+    Returns:
+        weights (..., experts), fp32, 0 where not kept; indices (..., experts), the largest first; kept (..., experts).
+    """
+    probabilities = F.softmax(logits, dim=-1)
+    if temperature > 0:
+        probabilities = probabilities / temperature
+    weights, selected = torch.sort(probabilities, dim=-1, descending=True)
+    before = F.pad(weights.cumsum(dim=-1)[..., :-1], (1, 0))  # the sum of the slots before
+    kept = before <= top_p
+    return weights.masked_fill(~kept, 0.0), selected, kept
+
+
+def route_switch(logits, capacity=None, token_mask=None):
+    """The largest of the softmax over the experts, with its probability as weight (Switch Transformers, section 2.1).
+
+    Args:
+        logits: (..., seq, experts), fp32.
+        capacity: tokens of a sequence that one expert serves: the first that chose it. None: as many as there are.
+        token_mask: (..., seq), 0 on padding, which takes no capacity and is never refused. None: no padding.
+
+    Returns:
+        probability (..., seq), fp32, index (..., seq), and kept (..., seq), bool; None without a capacity.
+    """
+    probability, selected = F.softmax(logits, dim=-1).max(dim=-1)
+    if capacity is None:
+        return probability, selected, None
+    chosen = F.one_hot(selected, logits.shape[-1])  # (..., seq, experts)
+    if token_mask is not None:
+        chosen = chosen * token_mask.to(chosen).unsqueeze(-1)
+    place = (chosen.cumsum(dim=-2) * chosen).sum(dim=-1)  # in its expert's queue, from 1; 0 for padding
+    return probability, selected, place <= capacity
+
+
+# ---- the losses ----
+
+
+def _stacked(logits, attention_mask):
+    """Logits (layers, batch, seq, experts) on one device, and the weight of each token, (layers, batch, seq, 1)."""
+    device = logits[0].device  # layers may lie on several
+    logits = torch.stack([layer.to(device) for layer in logits]).float()
+    if attention_mask is None:
+        counts = torch.ones(logits.shape[:-1], device=device)
+    else:
+        counts = attention_mask.to(device=device, dtype=torch.float32).expand(logits.shape[:-1])
+    return logits, counts.unsqueeze(-1)
+
+
+def _balance(probabilities, chosen, counts):
+    """E * sum_i f_i P_i. probabilities and chosen (0 or 1) are (layers, batch, seq, experts), counts has 1 expert."""
+    total = counts.sum().clamp_min(1.0)
+    share = (chosen * counts).sum(dim=(0, 1, 2)) / total  # f: (experts)
+    mean_probability = (probabilities * counts).sum(dim=(0, 1, 2)) / total  # P: (experts)
+    return probabilities.shape[-1] * (share * mean_probability).sum()
+
+
+def load_balancing_loss(logits, k, attention_mask=None):
+    """E * sum_i f_i P_i over the tokens of all layers (eq. 7 of the paper; the form that transformers' MoE models use).
+
+    f_i is the share of tokens that chose expert i, summed over their k slots, P_i the mean probability of expert i.
+    With k = 1 it is Switch Transformers' loss (eq. 4 to 6 there), where a token over capacity counts as well.
+
+    Args:
+        logits: router logits, a tensor (batch, seq, experts) per layer.
+        k: experts per token.
+        attention_mask: (batch, seq), 0 on padding, which does not count. None: every token counts.
+
+    Returns:
+        A scalar, fp32; k when the load is perfectly even.
+    """
+    logits, counts = _stacked(logits, attention_mask)
+    probabilities = F.softmax(logits, dim=-1)
+    chosen = torch.topk(probabilities, k, dim=-1).indices
+    chosen = F.one_hot(chosen, probabilities.shape[-1]).sum(dim=-2).float()  # k ones a token
+    return _balance(probabilities, chosen, counts)
+
+
+def top_p_balancing_loss(logits, top_p, temperature=0.0, attention_mask=None):
+    """E * sum_i f_i P_i, where f_i is the share of tokens whose kept slots hold expert i (`moe_peft`'s form).
+
+    P_i is the mean of the probabilities, whatever the temperature. The reference lets padding count; here it does not.
+
+    Args:
+        logits: router logits, a tensor (batch, seq, experts) per layer.
+        top_p: see `route_top_p`.
+        temperature: see `route_top_p`.
+        attention_mask: (batch, seq), 0 on padding, which does not count. None: every token counts.
+
+    Returns:
+        A scalar, fp32; the mean number of experts per token when the load is perfectly even.
+    """
+    logits, counts = _stacked(logits, attention_mask)
+    _, selected, kept = route_top_p(logits, top_p, temperature)
+    probabilities = F.softmax(logits, dim=-1)
+    chosen = torch.zeros_like(probabilities).scatter(-1, selected, kept.float())
+    return _balance(probabilities, chosen, counts)
+
+
+def router_z_loss(logits, attention_mask=None):
+    """Mean over the tokens of all layers of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5).
+
+    Args:
+        logits: router logits, a tensor (batch, seq, experts) per layer.
+        attention_mask: (batch, seq), 0 on padding, which does not count (in the reference it does). None: every token
+            counts.
+
+    Returns:
+        A scalar, fp32.
+    """
+    logits, counts = _stacked(logits, attention_mask)
+    square = torch.logsumexp(logits, dim=-1, keepdim=True).square()  # (layers, batch, seq, 1)
+    return (square * counts).sum() / counts.sum().clamp_min(1.0)
+
+
+# ---- one object a strategy ----
+
+
+@dataclass(frozen=True)
+class TopKRouting:
+    """``routing_strategy="top_k"``: see `route_top_k` and `load_balancing_loss`.
+
+    Attributes:
+        k: experts per token.
+        weights_sum_to_one: whether a token's weights do.
+        needs_token_mask: whether routing in training depends on what is padding.
+    """
+
+    k: int
+    weights_sum_to_one: ClassVar[bool] = True
+    needs_token_mask: ClassVar[bool] = False
+
+    def route(self, logits, leading_shape, training, token_mask=None):
+        """`Routes` of the tokens with these logits, (tokens, experts), which lie in the call as `leading_shape`.
+
+        Args:
+            logits: (tokens, experts), fp32.
+            leading_shape: (batch, seq), or any shape that ends with the sequence.
+            training: whether a capacity counts.
+            token_mask: `leading_shape`, 0 on padding, or None.
+        """
+        return Routes(*route_top_k(logits, self.k))
+
+    def losses(self, logits, attention_mask=None):
+        """{"aux_loss": scalar} of a forward's router logits, and "z_loss" where the strategy has one."""
+        return {"aux_loss": load_balancing_loss(logits, self.k, attention_mask)}
+
+
+@dataclass(frozen=True)
+class TopPRouting:
+    """``routing_strategy="top_p"``: see `route_top_p` and `top_p_balancing_loss`; methods as in `TopKRouting`."""
+
+    top_p: float
+    temperature: float = 0.0
+    weights_sum_to_one: ClassVar[bool] = False
+    needs_token_mask: ClassVar[bool] = False
+
+    def route(self, logits, leading_shape, training, token_mask=None):
+        return Routes(*route_top_p(logits, self.top_p, self.temperature))
+
+    def losses(self, logits, attention_mask=None):
+        return {"aux_loss": top_p_balancing_loss(logits, self.top_p, self.temperature, attention_mask)}
+
+
+@dataclass(frozen=True)
+class SwitchRouting:
+    """``routing_strategy="switch"``: see `route_switch`, `load_balancing_loss` with k = 1 and `router_z_loss`.
+
+    Methods as in `TopKRouting`. The capacity counts in training only (see the head of this file).
+    """
+
+    capacity: int
+    weights_sum_to_one: ClassVar[bool] = False
+    needs_token_mask: ClassVar[bool] = True  # in training
+
+    def route(self, logits, leading_shape, training, token_mask=None):
+        if not training:
+            probability, selected, _ = route_switch(logits)
+            return Routes(probability.unsqueeze(-1), selected.unsqueeze(-1))
+        logits = logits.view(*leading_shape, -1)
+        found = route_switch(logits, self.capacity, token_mask)
+        probability, selected, kept = (tensor.reshape(-1, 1) for tensor in found)
+        passed = probability.masked_fill(kept, 0.0)
+        return Routes(probability.masked_fill(~kept, 0.0), selected, kept, passed)
+
+    def losses(self, logits, attention_mask=None):
+        return {
+            "aux_loss": load_balancing_loss(logits, 1, attention_mask),
+            "z_loss": router_z_loss(logits, attention_mask),
+        }
+
+
+def routing_of(config):
+    """The routing that a `MixLoraConfig` describes."""
+    if config.routing_strategy == "top_k":
+        return TopKRouting(config.num_experts_per_tok)
+    if config.routing_strategy == "top_p":
+        return TopPRouting(config.router_top_p, config.router_temperature)
+    return SwitchRouting(config.expert_capacity)
+
+
+def router_loss_weights(config):
+    """{name of a loss as in `TopKRouting.losses`: its weight in training}, without those whose weight is 0."""
+    weights = {"aux_loss": config.router_aux_loss_coef, "z_loss": config.router_z_loss_coef}
+    return {name: weight for name, weight in weights.items() if weight}
+
+
+def router_losses(record, routing, trained):
+    """The losses of everything that was recorded, as in `TopKRouting.losses`; padding does not count.
+
+    Args:
+        record: the `RoutingRecord` of a forward that has ended.
+        routing: `TopKRouting`, `TopPRouting` or `SwitchRouting`.
+        trained: whether a router is being trained, so that the losses must have a gradient.
+
+    Raises:
+        ValueError: nothing was recorded, or the routers' logits have no gradient: checkpointing has hidden them.
+    """
+    if not record.logits:
+        raise ValueError(
+            "torch.compile and gradient checkpointing together hide the router from its losses: use one of them"
+        )
+    if trained and not record.logits[0].requires_grad:
+        raise ValueError(
+            "gradient checkpointing with use_reentrant=True hides the router from the balance loss: "
+            'pass gradient_checkpointing_kwargs={"use_reentrant": False}'
+        )
+    mask = record.token_mask
+    if mask is not None:
+        mask = mask[:, -record.logits[0].shape[1] :]  # with a cache the mask also covers the past
+    return routing.losses(record.logits, mask)
+
+
+def is_being_trained(module, router):
+    """Whether a forward of `module` that runs now trains this router weight."""
+    return module.training and torch.is_grad_enabled() and router.requires_grad
