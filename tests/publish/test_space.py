@@ -75,7 +75,7 @@ def test_a_new_space(hub, push):
     assert set(files) == set(done.files)
     assert files["app.py"] == (ROOT / "app.py").read_bytes()
     assert files["minilora_hub/demo/ui/app.py"] == (PACKAGE / "demo" / "ui" / "app.py").read_bytes()
-    assert files["minilora_hub/demo/page.css"]
+    assert files["minilora_hub/demo/static/page.css"]
     assert not any(path.startswith("model_cards/") or "__pycache__" in path for path in files)
     card = card_of(files)
     assert (card["title"], card["sdk"], card["app_file"]) == ("Compare mine", "gradio", "app.py")
