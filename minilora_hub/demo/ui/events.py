@@ -72,7 +72,7 @@ def connect_run(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> Start:
 
     def start(event: Callable[..., Dependency], same_seed: bool = False) -> Dependency:
         inputs = [] if same_seed else [settings.greedy, settings.keep_seed, settings.seed]
-        begun = event(begin, inputs, [*outputs, parts.blind, *inputs[2:]], queue=False, **QUIET)
+        begun = event(begin, inputs or None, [*outputs, parts.blind, *inputs[2:]], queue=False, **QUIET)
         return begun.then(
             answer,
             [parts.prompt, *settings.inputs],
