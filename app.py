@@ -1,29 +1,29 @@
-"""The Space: the comparison page over the shipped adapters, or over anybody's.
+"""The Space: the comparison page over the shipped adapters, or over others.
 
 MINILORA_BASE       the base model: "embedded" (the default), a folder, or an id on the Hub
 MINILORA_ADAPTERS   adapter folders or ids on the Hub, separated by commas; default: those under model_cards/
 MINILORA_MCP        1: the comparison is also a tool for MCP clients; default: 0
 
-What one visitor may ask for, and how many at once:
+What visitors and programs may use:
 
 MINILORA_MAX_PROMPT    the most characters of a prompt; default: 8000
 MINILORA_MAX_TOKENS    the most new tokens of an answer; default: 512
 MINILORA_MAX_ROWS      the most answers of a comparison, the base's included; default: 8
 MINILORA_AT_ONCE       comparisons that take turns; default: 16
-MINILORA_MAX_WAITING   how many more may wait in line; default: 32
+MINILORA_MAX_WAITING   comparisons that wait in the queue; default: 32
 
-A link with ``?adapter=owner/name`` shows that public adapter beside the base. What such links may cost:
+A link with ``?adapter=owner/name`` shows that public adapter beside the base:
 
-MINILORA_LINK_MEGABYTES   the weights of one adapter, at most; default: 200
-MINILORA_LINK_ADAPTERS    how many of them are kept in memory; default: 8
+MINILORA_LINK_MEGABYTES   the most megabytes of one adapter's weights; default: 200
+MINILORA_LINK_ADAPTERS    such adapters that stay in memory; default: 8
 
 Votes, shared comparisons and files of prompts:
 
 MINILORA_DATA              folder for votes and shared comparisons; default: the user's folder for data
-MINILORA_VOTES_DATASET     a data set on the Hub that keeps the votes when the disk is lost; needs HF_TOKEN
-MINILORA_SHARED            how many shared comparisons are kept; default: 2000
-MINILORA_SHARED_MEGABYTES  how large they are together; default: 200
-MINILORA_KEPT_MEGABYTES    memory for what was run for visitors who are here, together; default: 500
+MINILORA_VOTES_DATASET     a dataset on the Hub that keeps the votes when the disk is lost; needs HF_TOKEN
+MINILORA_SHARED            shared comparisons that are kept; default: 2000
+MINILORA_SHARED_MEGABYTES  disk space for them, in megabytes; default: 200
+MINILORA_KEPT_MEGABYTES    memory for the comparisons of present visitors, in megabytes; default: 500
 MINILORA_BATCH_ROWS        the most prompts of one file; default: 50
 """
 
@@ -38,22 +38,22 @@ from minilora_hub.quiet import quiet_process
 
 def main() -> None:
     """Load the models, then serve the page until the process ends."""
-    from minilora_hub.demo.runs import zero_gpu  # the first: on ZeroGPU it must come before torch touches CUDA
+    from minilora_hub.demo.runs import zero_gpu  # first: on ZeroGPU it must come before torch touches CUDA
     from minilora_hub.bases import resolve_base  # isort: skip
     from minilora_hub.compare.engine import CompareEngine
     from minilora_hub.compare.found_adapters import shipped_adapters
-    from minilora_hub.demo.adapters.from_hub import Limits, LinkedAdapters
+    from minilora_hub.demo.adapters.from_hub import LinkedAdapters
     from minilora_hub.demo.runs.limits import PageLimits, flag
     from minilora_hub.demo.ui.app import build_demo, launch
 
     base = os.environ.get("MINILORA_BASE") or "embedded"
     named = [name.strip() for name in os.environ.get("MINILORA_ADAPTERS", "").split(",") if name.strip()]
-    limits, link_limits, mcp = PageLimits.from_environment(), Limits.from_environment(), flag("MINILORA_MCP")
+    limits, mcp = PageLimits.from_environment(), flag("MINILORA_MCP")
     adapters = named or shipped_adapters()
     limits.check_columns(1 + len(adapters))
-    # On ZeroGPU the models are put onto "cuda" here, before any GPU is there; each comparison is then lent one.
+    # On ZeroGPU the models are moved to "cuda" before a GPU is present; each comparison gets one later.
     engine = CompareEngine(base, adapters, device="cuda" if zero_gpu.is_zero_gpu() else None, progress=print)
-    links = LinkedAdapters(engine, resolve_base(base), link_limits)
+    links = LinkedAdapters(engine, resolve_base(base), limits)
     launch(build_demo(engine, links=links, limits=limits), mcp=mcp)
 
 
@@ -61,5 +61,5 @@ if __name__ == "__main__":
     try:
         with quiet_process():
             main()
-    except (MiniLoraError, ValueError) as error:  # a variable that is wrong: one line in the Space's log
+    except (MiniLoraError, ValueError) as error:  # a wrong variable is one line in the Space's log
         sys.exit(f"app.py: {error}")

@@ -26,7 +26,6 @@ ROOMS = (
     "progress_display",
     "documents",
     "formatting",
-    "user_folders",
     "remote_code",
     "hub",
     "bases",

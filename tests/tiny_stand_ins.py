@@ -1,15 +1,9 @@
-"""Tiny stand-ins for models and tokenizers, and a page over them: everything here starts in a second.
-
-Run as a script, it serves the page and answers ``forwards`` on stdin with the engine's counter, for the browser tests.
-"""
+"""Tiny stand-ins for models and tokenizers: everything here starts in a second."""
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import torch
@@ -160,26 +154,3 @@ def save_parrots(folder: Path, names: dict[str, str]) -> list[Path]:
         tensors = {tensor: torch.ones(shape) for tensor, shape in shapes.items()}
         write_adapter(folder / name / "adapter_model.safetensors", tensors)
     return [folder / name for name in names]
-
-
-def main() -> None:
-    """Serve a page: a base that never ends, and two parrots."""
-    from minilora_hub.compare.engine import CompareEngine
-    from minilora_hub.demo.runs.limits import PageLimits, flag
-    from minilora_hub.demo.ui.app import build_demo, launch
-
-    with TemporaryDirectory() as folder:
-        parrots = save_parrots(Path(folder), {"parrot-dora": "dora", "parrot-mix": "mixlora"})
-        delay = float(os.environ.get("MINILORA_DELAY", "0.03"))
-        engine = CompareEngine(ScriptedBase(delay), parrots, tokenizer=byte_tokenizer())
-    limits = PageLimits.from_environment()
-    demo = build_demo(engine, title="Same prompt, three answers", examples=["Hello 👋 there", "Ünïcödé"], limits=limits)
-    address = launch(demo, host="127.0.0.1", port=int(sys.argv[1]), block=False, mcp=flag("MINILORA_MCP"))
-    print(address, flush=True)
-    for line in sys.stdin:
-        if line.strip() == "forwards":
-            print(engine.forwards, flush=True)
-
-
-if __name__ == "__main__":
-    main()

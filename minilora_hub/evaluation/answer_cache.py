@@ -23,7 +23,7 @@ CODE_AND_LIBRARIES = code_inputs("minilora_hub.evaluation.run") | library_inputs
 
 def default_folder() -> Path:
     """Return the folder in minilora_hub's cache."""
-    from minilora_hub.user_folders import cache_root
+    from minilora_hub.bases.embedded import cache_root
 
     return cache_root() / "evaluation"
 

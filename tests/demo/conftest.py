@@ -4,6 +4,7 @@ import os
 import shutil
 
 import pytest
+from demo.serving import PageServer
 
 CHROMIUM = shutil.which("chromium")
 ARGUMENTS = [
@@ -29,3 +30,10 @@ def browser():
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def page_server():
+    """One process for the pages of all tests."""
+    with PageServer() as server:
+        yield server

@@ -1,49 +1,45 @@
-"""A page in a process of its own: tests/tiny_stand_ins.py, or another script of that kind."""
+"""Pages in a process of their own: `PageServer` starts `page_server.py`, which serves them on request."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 TESTS = Path(__file__).parents[1]
+STAGE_ADAPTERS = ("lora", "dora", "mix")
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """Return a port of this machine that is free."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         return free.getsockname()[1]
 
 
-class Serving:
-    """A page over a base that never ends and two parrots, for as long as the `with` block lasts.
+class PageServer:
+    """A process that serves pages for as long as the `with` block lasts.
 
     Args:
-        script: another page's, which takes the port and `arguments`.
-        arguments: of the script.
         environment: variables of the process.
     """
 
-    def __init__(self, script: str = "tiny_stand_ins.py", *arguments: str, **environment: str) -> None:
-        self._command = [sys.executable, str(TESTS / script), str(free_port()), *arguments]
-        self._environment = {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1", **environment}
+    def __init__(self, **environment: str) -> None:
+        self._environment = {"OMP_NUM_THREADS": "1", **environment}
+        self._environment["PYTHONPATH"] = f"{TESTS.parent}{os.pathsep}{TESTS}"
 
-    def __enter__(self) -> Serving:
+    def __enter__(self) -> PageServer:
         self.process = subprocess.Popen(
-            self._command,
+            [sys.executable, str(TESTS / "demo" / "page_server.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | self._environment,
         )
-        lines = iter(self.process.stdout.readline, "")
-        self.address = next((line.strip() for line in lines if line.startswith("http")), "")
-        if not self.address:
-            self.__exit__()
-            raise AssertionError("the page did not start; see its traceback above")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -52,15 +48,34 @@ class Serving:
         self.process.wait(timeout=30)
         self.process.stdout.close()
 
-    def ask(self, what: str) -> int:
-        """Ask the running page for a number."""
-        self.process.stdin.write(f"{what}\n")
+    def ask(self, **request: Any) -> Any:
+        """Send a request and return the answer."""
+        self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+        lines = iter(self.process.stdout.readline, "")
+        for line in lines:
+            if line.startswith(("[", "{", '"')) or line.strip().isdigit():
+                return json.loads(line)
+        raise AssertionError("the page server ended; see its traceback above")
+
+    def serve(self, page: str, **arguments: Any) -> Served:
+        """Serve a page; see the functions of `page_server.py`."""
+        return Served(self, self.ask(serve=page, **arguments))
+
+
+class Served:
+    """A page that is served.
+
+    Attributes:
+        address: of the page.
+    """
+
+    def __init__(self, server: PageServer, address: str) -> None:
+        self.server, self.address = server, address
 
     def forwards(self) -> int:
-        """How many forwards the engine has computed."""
-        return self.ask("forwards")
+        """Return how many forwards its engine has computed."""
+        return self.server.ask(forwards=self.address)
 
     def settled(self, within: float = 20.0) -> int:
         """Wait until the engine computes no more, and return its count of forwards."""

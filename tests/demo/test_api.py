@@ -13,7 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from demo.serving import Serving
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
@@ -21,9 +20,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def server():
-    with Serving() as server:
-        yield server
+def server(page_server):
+    return page_server.serve("scripted")
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +199,8 @@ def test_a_client_that_dies_frees_the_computation(client, server):
 def test_the_snippet_of_the_docs_runs(server):
     """Streaming, then cancelling, as written but for the address."""
     page = (ROOT / "docs" / "page.md").read_text(encoding="utf-8")
-    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    section = page.split("## From a program")[1].split("\n## ")[0]
+    snippet = re.findall(r"```python\n(.*?)```", section, re.S)[0]
     assert 'Client("http://localhost:7860")' in snippet
     program = snippet.replace('"http://localhost:7860"', f"{server.address!r}, verbose=False")
     before = server.forwards()

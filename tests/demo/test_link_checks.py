@@ -12,8 +12,9 @@ from tiny_stand_ins import save_base_and_adapters
 from minilora_hub.bases import resolve_base
 from minilora_hub.compare.engine import CompareEngine
 from minilora_hub.demo.adapters.catalogue import Catalogue
-from minilora_hub.demo.adapters.from_hub import Limits, LinkedAdapters
-from minilora_hub.demo.adapters.link_sizes import most_bytes
+from minilora_hub.demo.adapters.from_hub import LinkedAdapters
+from minilora_hub.demo.adapters.link_checks import most_bytes
+from minilora_hub.demo.runs.limits import PageLimits
 from minilora_hub.errors import AdapterError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -55,7 +56,7 @@ def hub(models, tmp_path, monkeypatch):
 
 @pytest.fixture
 def links(hub, engine):
-    return LinkedAdapters(engine, resolve_base("org/base", progress=False), Limits(weight_bytes=3 * 10**6))
+    return LinkedAdapters(engine, resolve_base("org/base", progress=False), PageLimits(link_megabytes=3))
 
 
 def fetched(hub):
@@ -71,9 +72,9 @@ def with_changes(files, **fields):
 def test_what_fits_is_fetched_at_last(hub, links, models, engine, tmp_path, name):
     """The weights are the last file that is asked for; loaded and answering as before."""
     hub.add_repo("ana/adapter", files=models[1][name])
-    links.fetch("ana/adapter", tmp_path)
+    repo = links.fetch("ana/adapter", tmp_path)
     assert fetched(hub)[-1] == WEIGHTS
-    column = links.load("ana/adapter", tmp_path)
+    column = links.load("ana/adapter", tmp_path, repo)
     assert column.parameters_added > 0
     engine.unload("ana/adapter")
 

@@ -56,7 +56,7 @@ def test_a_column_says_whose_template_it_has(template, said, saved, tmp_path, mo
     links = LinkedAdapters(engine, ResolvedBase("org/base", base, "org/base", None, False))
     fetched = tmp_path / "fetched"
     fetched.mkdir()
-    links.fetch("ana/lora", fetched)
-    column = links.load("ana/lora", fetched)
+    repo = links.fetch("ana/lora", fetched)
+    column = links.load("ana/lora", fetched, repo)
     assert column.detail == f"r 4{said}"
     assert engine.prompt_ids("hi", "ana/lora") == engine.prompt_ids("hi")

@@ -2,21 +2,20 @@
 
 import json
 import os
-import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from demo.test_page import ask, contrasts, texts, wait_for_states
+from demo.browsing import Visits, ask, contrasts, names, open_panel, texts, wait_for_states
+from demo.serving import free_port
 from hub.server import HubServer
 from tiny_stand_ins import save_base_and_adapters
 
 TESTS = Path(__file__).parents[1]
-MARKER = "minilora_stranger_code_ran"
+MARKER = "minilora_remote_code_ran"
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +80,16 @@ class Page:
         _, folders = models
         shutil.copytree(folders["dora"], scratch / "local" / "dora")
         self.marker = scratch / "ran"
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
         environment = os.environ | hub.environment(hub.add_user("ana"), scratch / "cache")
         environment |= {"PYTHONPATH": str(TESTS.parent), MARKER: str(self.marker), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, str(TESTS / "demo" / "linked_page.py"), str(port), "org/base", str(folders["dora"])],
+            [
+                sys.executable,
+                str(TESTS / "demo" / "linked_page.py"),
+                str(free_port()),
+                "org/base",
+                str(folders["dora"]),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -96,7 +99,7 @@ class Page:
         self.address = self.process.stdout.readline().strip()
         assert self.address.startswith("http"), "the page did not start; see its traceback above"
 
-    def tell(self, what):
+    def ask(self, what):
         """Ask the running page."""
         self.process.stdin.write(f"{what}\n")
         self.process.stdin.flush()
@@ -111,37 +114,25 @@ class Page:
 
 
 @pytest.fixture(scope="module")
-def page_server(hub, models, published, tmp_path_factory):
+def link_server(hub, models, published, tmp_path_factory):
     server = Page(hub, models, tmp_path_factory.mktemp("page"))
     yield server
     server.close()
 
 
 @pytest.fixture
-def visit(page_server, browser):
-    """Open the page by a link; nothing may go wrong in the browser."""
-    contexts, troubles = [], []
+def visit(link_server, browser):
+    """Open the page by a link, and wait for its notice."""
+    visits = Visits(browser, link_server.address, columns=2)
 
-    def open_page(adapter, phase, width=1280, height=800, **settings):
-        context = browser.new_context(viewport={"width": width, "height": height}, **settings)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(60_000)
-        page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: troubles.append(str(error)))
-        assert page.goto(f"{page_server.address}?adapter={quote(adapter, safe='')}").ok
+    def open_page(adapter, phase, *arguments, **settings):
+        page = visits(f"?adapter={quote(adapter, safe='')}", *arguments, wait=False, **settings)
         page.wait_for_selector(f".ml-notice[data-phase={phase}]")
         page.wait_for_selector("#ml-prompt textarea")
         return page
 
     yield open_page
-    for context in contexts:
-        context.close()
-    assert troubles == []
-
-
-def names(page):
-    return page.locator(".ml-name").all_inner_texts()
+    visits.close()
 
 
 @pytest.mark.parametrize(("name", "kind"), [("dora", "DoRA"), ("mixlora", "MixLoRA"), ("lora", "LoRA")])
@@ -172,40 +163,26 @@ def test_a_link_shows_that_adapter_beside_the_base(visit, models, name, kind):
 
 
 @pytest.mark.parametrize(
-    ("adapter", "told"),
+    ("adapter", "words"),
     [
         ("ana/gone", "the Hub has no public repo ana/gone"),
-        ("ana/private", "the Hub has no public repo ana/private"),
-        ("ana/pickle", "has no adapter_model.safetensors"),
-        ("ana/no-adapter", "has no adapter_model.safetensors"),
-        (
-            "ana/large",
-            "of ana/large is 0.1 MB; through a link this page fetches at most 0.1 MB",
-        ),
         ("ana/damaged", "not a readable safetensors file"),
-        ("ana/other-base", "ana/other-base is for 'org/other', but this page runs 'org/base'"),
-        ("ana/other-weights", "was trained on other weights of org/base than this page runs"),
         ("ana/slow-regex", "rank_pattern: a page reads plain names of modules only"),
-        ("ana/pissa", "changes the base's own weights"),
-        ("ana/imports", "megatron_config makes PEFT import the module"),
-        ("local/dora", "the Hub has no public repo local/dora"),
         ("../local/dora", "is no id on the Hub"),
-        ("/etc", "is no id on the Hub"),
-        ("embedded", "is no id on the Hub"),
-        ("", "is no id on the Hub"),
-        ("ana/../dora", "is no id on the Hub"),
-        ("https://example.org/a", "is no id on the Hub"),
-        ("a/" + "b" * 5000, "is no id on the Hub"),
         ("<img src=x onerror=\"document.title='hacked'\">", "is no id on the Hub"),
     ],
 )
-def test_a_link_that_cannot_be_followed_is_told_and_the_page_works(visit, adapter, told):
+def test_a_link_that_cannot_be_followed_gives_a_reason_and_the_page_works(visit, adapter, words):
     """One message, as text; the page's own adapters are there and answer."""
+    check_refused(visit, adapter, words)
+
+
+def check_refused(visit, adapter, words):
     page = visit(adapter, "error")
-    words = page.locator(".ml-notice-words").inner_text()
-    assert words.startswith("The adapter of this link is not shown: ")
-    assert told in words
-    assert len(words) < 500
+    notice = page.locator(".ml-notice-words").inner_text()
+    assert notice.startswith("The adapter of this link is not shown: ")
+    assert words in notice
+    assert len(notice) < 500
     assert page.title() == "minilora · compare"
     page.wait_for_function("document.querySelectorAll('.ml-card[data-kind]').length === 2")
     assert names(page) == ["base", "dora"]
@@ -214,13 +191,41 @@ def test_a_link_that_cannot_be_followed_is_told_and_the_page_works(visit, adapte
         wait_for_states(page, "length", "length")
 
 
-def test_a_strangers_code_never_runs(visit, page_server):
-    """The repo's Python files are not even fetched; the answer is that of our own classes."""
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("adapter", "words"),
+    [
+        ("ana/private", "the Hub has no public repo ana/private"),
+        ("ana/pickle", "has no adapter_model.safetensors"),
+        ("ana/no-adapter", "has no adapter_model.safetensors"),
+        (
+            "ana/large",
+            "of ana/large is 0.1 MB; through a link this page fetches at most 0.1 MB",
+        ),
+        ("ana/other-base", "ana/other-base is for 'org/other', but this page runs 'org/base'"),
+        ("ana/other-weights", "was trained on other weights of org/base than this page runs"),
+        ("ana/pissa", "changes the base's own weights"),
+        ("ana/imports", "megatron_config makes PEFT import the module"),
+        ("local/dora", "the Hub has no public repo local/dora"),
+        ("/etc", "is no id on the Hub"),
+        ("embedded", "is no id on the Hub"),
+        ("", "is no id on the Hub"),
+        ("ana/../dora", "is no id on the Hub"),
+        ("https://example.org/a", "is no id on the Hub"),
+        ("a/" + "b" * 5000, "is no id on the Hub"),
+    ],
+)
+def test_all_links_that_cannot_be_followed(visit, adapter, words):
+    check_refused(visit, adapter, words)
+
+
+def test_code_of_an_adapter_never_runs(visit, link_server):
+    """The repo's Python files are not even fetched; the installed classes answer."""
     page = visit("ana/evil", "shown")
     ask(page, "Hello")
     wait_for_states(page, "length", "length")
-    assert not page_server.marker.exists()
-    assert page_server.tell("modules") == []
+    assert not link_server.marker.exists()
+    assert link_server.ask("modules") == []
 
 
 def test_code_is_not_fetched(hub, visit):
@@ -236,34 +241,34 @@ def test_code_is_not_fetched(hub, visit):
     assert {record.user for record in hub.requests if "org/base" in record.path} == {"ana"}
 
 
-def test_few_adapters_are_kept_and_the_least_recently_used_goes(hub, visit, page_server):
-    """The limit here is two; whoever still has the third open is told to reload."""
+def test_few_adapters_are_kept_and_the_least_recently_used_goes(hub, visit, link_server):
+    """The limit here is two; a visitor who still has the third open gets a reason."""
     first = visit("ana/dora", "shown")
     visit("ana/mixlora", "shown")
     first.reload()
     first.wait_for_selector(".ml-notice[data-phase=shown]")
     visit("ana/evil", "shown")
-    assert set(page_server.tell("kept")) == {"ana/dora", "ana/evil"}
+    assert set(link_server.ask("kept")) == {"ana/dora", "ana/evil"}
     start = len(hub.requests)
     visit("ana/dora", "shown")
     assert len(hub.requests) == start
     second = visit("ana/mixlora", "shown")
     visit("ana/evil", "shown")
-    assert set(page_server.tell("kept")) == {"ana/mixlora", "ana/evil"}
+    assert set(link_server.ask("kept")) == {"ana/mixlora", "ana/evil"}
     ask(first, "Hello")
     first.wait_for_selector(".ml-status[data-phase=error]")
-    assert "ana/dora was put away" in first.locator(".ml-words").inner_text()
+    assert "ana/dora is no longer in memory" in first.locator(".ml-words").inner_text()
     ask(second, "Hello")
     wait_for_states(second, "length", "length")
 
 
-def test_the_picker_takes_ids_of_the_hub(visit, page_server):
-    """Beside the page's own; each with a card; what cannot be shown is told, and what is shown stays."""
+def test_the_picker_takes_ids_of_the_hub(visit):
+    """Beside the page's own; each with a card; a wrong one gives a reason, and the columns stay."""
     page = visit("ana/dora", "shown")
-    page.get_by_role("button", name=re.compile("^Adapters")).click()
+    open_panel(page, "Adapters")
     page.wait_for_function("document.querySelectorAll('.ml-adapter').length === 2")
     assert page.locator(".ml-pick input:checked").evaluate_all("all => all.map(one => one.value)") == ["ana/dora"]
-    for name, told in (
+    for name, words in (
         ("ana/private", "the Hub has no public repo ana/private"),
         ("/etc/passwd", "is no id on the Hub"),
     ):
@@ -271,7 +276,7 @@ def test_the_picker_takes_ids_of_the_hub(visit, page_server):
         page.click(".ml-strong")
         page.wait_for_selector(".ml-picker[data-phase=error]")
         page.wait_for_function(
-            "told => document.querySelector('.ml-picker-words').textContent.includes(told)", arg=told
+            "words => document.querySelector('.ml-picker-words').textContent.includes(words)", arg=words
         )
         assert names(page) == ["base", "ana/dora"]
     page.locator(".ml-pick input[value=dora]").check()
@@ -289,11 +294,19 @@ def test_the_picker_takes_ids_of_the_hub(visit, page_server):
     assert len(set(texts(page)[2:])) == 2
 
 
-@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("width", "height", "scheme"),
+    [
+        (390, 844, "dark"),
+        *(
+            pytest.param(*look, marks=pytest.mark.slow)
+            for look in ((390, 844, "light"), (1280, 800, "dark"), (1280, 800, "light"))
+        ),
+    ],
+)
 def test_the_notice_can_be_read(visit, width, height, scheme):
     """On a desktop and on a phone, in light and in dark: nothing to scroll sideways, contrast of at least 4.5."""
     for adapter, phase in (("ana/dora", "shown"), ("a/" + "b" * 300, "error")):
-        page = visit(adapter, phase, width, height, color_scheme=scheme)
+        page = visit(adapter, phase, width, height, scheme)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert {name: ratio for name, ratio in contrasts(page, ".ml-notice-words") if ratio < 4.5} == {}

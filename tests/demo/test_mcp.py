@@ -10,7 +10,6 @@ import time
 from contextlib import asynccontextmanager
 
 import pytest
-from demo.serving import Serving
 from demo.threads import run_async
 
 try:
@@ -22,9 +21,8 @@ except ImportError:
 
 
 @pytest.fixture(scope="module")
-def server():
-    with Serving(MINILORA_MCP="1") as server:
-        yield server
+def server(page_server):
+    return page_server.serve("scripted", mcp=True)
 
 
 @asynccontextmanager
@@ -115,12 +113,12 @@ def test_what_is_refused_is_an_error_with_its_reason(server, arguments, message)
     assert server.forwards() == before
 
 
-def test_a_page_is_no_tool_unless_it_is_asked_for():
-    """Without MINILORA_MCP there is nothing at the address."""
-    with Serving() as server:
-        with pytest.raises(BaseException, match=r"404|405|unhandled errors") as caught:  # a group of them
-            in_session(server, lambda session: session.list_tools())
-        assert not isinstance(caught.value, (KeyboardInterrupt, SystemExit))
+def test_a_page_is_no_tool_unless_it_is_asked_for(page_server):
+    """Without `mcp` there is nothing at the address."""
+    server = page_server.serve("scripted")
+    with pytest.raises(BaseException, match=r"404|405|unhandled errors") as caught:  # a group of them
+        in_session(server, lambda session: session.list_tools())
+    assert not isinstance(caught.value, (KeyboardInterrupt, SystemExit))
 
 
 def test_an_abandoned_call_ends_with_its_limit(server):

@@ -1,142 +1,46 @@
 """The page in a real browser, used as a visitor would: typed into, watched, stopped, on a phone, in the dark."""
 
-import os
 import re
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
-from demo.panels import set_number
-
-TESTS = Path(__file__).parents[1]
-HTML = "<img src=x onerror=\"document.title='hacked'\"><b>bold</b> & ${props} {{value}} `x`"
-
-
-class Server:
-    """tests/tiny_stand_ins.py in a process of its own: its address, and the engine's counter."""
-
-    def __init__(self):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        self.process = subprocess.Popen(
-            [sys.executable, str(TESTS / "tiny_stand_ins.py"), str(port)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(TESTS.parent)},
-        )
-        self.address = self.process.stdout.readline().strip()
-        assert self.address.startswith("http"), "the page did not start; see its traceback above"
-
-    def forwards(self):
-        """Ask the running engine how many forwards it has computed."""
-        self.process.stdin.write("forwards\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+from demo.browsing import (
+    Visits,
+    ask,
+    begun,
+    contrasts,
+    luminance,
+    open_panel,
+    set_number,
+    settled,
+    texts,
+    wait_for_states,
+    wait_until_writing,
+)
 
 
 @pytest.fixture(scope="module")
-def server():
-    """One server for all tests."""
-    server = Server()
-    yield server
-    server.process.stdin.close()
-    server.process.terminate()
-    server.process.wait(timeout=30)
-    server.process.stdout.close()
+def server(page_server):
+    return page_server.serve("scripted")
 
 
 @pytest.fixture
 def visit(server, browser):
-    """Open the page; at the end of the test nothing may have gone wrong in the browser or left this machine."""
-    contexts, troubles, hosts = [], [], set()
-
-    def open_page(width=1280, height=800, scheme="light", **settings):
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, **settings)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(60_000)
-        page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
-        page.goto(server.address)
-        page.wait_for_function("document.querySelectorAll('.ml-card[data-kind]').length === 3")
-        for name in ("#ml-prompt textarea", "#ml-run", "#ml-stop", ".ml-chip >> nth=1"):  # each arrives on its own
-            page.wait_for_selector(name, state="attached")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert troubles == []
-    assert hosts <= {"127.0.0.1", None}  # None: data: and blob: addresses
+    visits = Visits(browser, server.address)
+    yield visits
+    visits.close()
 
 
-def ask(page, prompt):
-    """Type a prompt and press Enter."""
-    page.fill("#ml-prompt textarea", prompt)
-    page.press("#ml-prompt textarea", "Enter")
+@pytest.fixture(scope="module")
+def page(server, browser):
+    """One page for the tests that need no page of their own."""
+    visits = Visits(browser, server.address)
+    yield visits()
+    visits.close()
 
 
-def wait_for_states(page, *states):
-    """Wait until the columns are in these states."""
-    page.wait_for_function(
-        "states => JSON.stringify([...document.querySelectorAll('.ml-card')].map(c => c.dataset.state)) === states",
-        arg=str(list(states)).replace("'", '"').replace(" ", ""),
-    )
-
-
-def wait_until_writing(page):
-    """Wait until every column has some text."""
-    page.wait_for_function("[...document.querySelectorAll('.ml-text')].every(text => text.textContent.length > 3)")
-
-
-def texts(page):
-    """The columns' answers."""
-    return page.locator(".ml-text").all_text_contents()
-
-
-def settled(server):
-    """Assert that the engine computes nothing."""
-    time.sleep(0.15)  # the step that runs
-    before = server.forwards()
-    time.sleep(0.6)
-    assert server.forwards() == before
-
-
-def luminance(color):
-    """Relative luminance of a CSS colour, as WCAG defines it."""
-    channels = [int(value) / 255 for value in re.findall(r"\d+", color)[:3]]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-
-def contrasts(page, *more):
-    """Contrast ratios of the visible texts, and of `more` selectors, against what lies behind them."""
-    names = (
-        ".ml-head h1, .ml-head p, .ml-words, .ml-name, .ml-facts, .ml-answer, .ml-state, .ml-numbers dt, .ml-numbers dd"
-    )
-    pairs = page.evaluate(
-        """names => names.split(", ").map(name => {
-            const element = document.querySelector(name);
-            let behind = element;
-            while (/, 0\\)$/.test(getComputedStyle(behind).backgroundColor)) behind = behind.parentElement;
-            return [name, getComputedStyle(element).color, getComputedStyle(behind).backgroundColor];
-        })""",
-        ", ".join((names, ".ml-badge, #ml-prompt textarea, .ml-chip, #ml-run, #ml-stop", *more)),
-    )
-    for name, front, back in pairs:
-        light, dark = sorted((luminance(front), luminance(back)), reverse=True)
-        yield name, (light + 0.05) / (dark + 0.05)
-
-
-def test_columns_fill_and_tell_their_numbers(server, visit):
+def test_columns_fill_and_tell_their_numbers(server, page):
     """Opens, streams, ends: text, kinds, parameters and measured numbers in every column."""
-    page = visit()
     assert page.title() == "minilora · compare"
     assert page.locator("h1").inner_text() == "Same prompt, three answers"
     assert page.locator(".ml-name").all_inner_texts() == ["base", "parrot-dora", "parrot-mix"]
@@ -161,9 +65,8 @@ def test_columns_fill_and_tell_their_numbers(server, visit):
     assert page.locator("#ml-stop").is_disabled()
 
 
-def test_text_only_ever_appends(visit):
+def test_text_only_ever_appends(page):
     """No flicker: whatever was on the page stays there while more follows."""
-    page = visit()
     ask(page, "some words to be said back slowly")
     wait_until_writing(page)
     page.evaluate("window.first = document.querySelector('.ml-token')")
@@ -179,9 +82,8 @@ def test_text_only_ever_appends(visit):
 
 
 @pytest.mark.parametrize("way", ["button", "escape"])
-def test_stop_stops_the_computation(server, visit, way):
+def test_stop_stops_the_computation(server, page, way):
     """The text no longer grows, and neither does the engine's counter."""
-    page = visit()
     ask(page, "a long text, " * 20)
     wait_until_writing(page)
     if way == "button":
@@ -207,9 +109,8 @@ def test_a_closed_tab_stops_the_computation(server, visit):
     settled(server)
 
 
-def test_a_new_prompt_replaces_a_running_one(visit):
+def test_a_new_prompt_replaces_a_running_one(page):
     """Enter in the middle of an answer starts over with what is typed now."""
-    page = visit()
     ask(page, "a long text, " * 20)
     wait_until_writing(page)
     ask(page, "second")
@@ -236,19 +137,54 @@ def test_visitors_take_turns(visit):
     assert len(texts(third)[1]) < len("third " * 10)
 
 
-def test_html_is_shown_as_text(visit):
-    """In the prompt, in answers and in error messages."""
-    page = visit()
-    ask(page, HTML)
-    wait_for_states(page, "length", "eos", "eos")
-    assert texts(page)[1] == HTML
+HOSTILE = {
+    "markup": "<img src=x onerror=\"document.title='hacked'\"><script>document.title='hacked'</script><b>&amp;</b>",
+    "templates": "${alert(1)} {{7*7}} {% x %} `document.title='x'` </template></script><style>*{display:none}</style>",
+    "right to left": "שלום \u202eabc\u202c עולם \u2066 مرحبا",
+    "emoji": "👩‍👩‍👧 🇩🇪 😀 \U0001f9d1\u200d\U0001f680 👋🏽",
+    "controls": "a\x01b\x07c\x1b[31md\x7f\x85\u2028\u2029\ufeffe",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_any_prompt_is_shown_as_text(page, name):
+    """Letter by letter as it was typed: nothing of it is run, and nothing becomes an element."""
+    ask(page, HOSTILE[name])
+    wait_for_states(page, "length", *["length" if len(HOSTILE[name].encode()) >= 96 else "eos"] * 2)
+    assert all(HOSTILE[name].startswith(text.rstrip("\ufffd")) and len(text) > 10 for text in texts(page)[1:])
     assert page.title() == "minilora · compare"
-    assert page.locator(".ml-card img, .ml-card b").count() == 0
+    assert page.locator(".ml-card script, .ml-card img, .ml-card style, .ml-text b").count() == 0
+    page.locator(".ml-answer").nth(1).press("ArrowRight")
+    assert page.locator(".ml-inspected-words").is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
 
 
-def test_one_columns_error_leaves_the_others_running(visit):
+@pytest.mark.parametrize(("prompt", "said"), [("a\ud800b", "a\ufffdb"), ("nul \x00 here", "nul \x00 here")])
+def test_texts_that_no_keyboard_types_are_answered(page, prompt, said):
+    """A lone surrogate is replaced, since no answer can contain it."""
+    page.evaluate(
+        """text => { const box = document.querySelector('#ml-prompt textarea'); box.value = text;
+                     box.dispatchEvent(new Event('input', {bubbles: true})); }""",
+        prompt,
+    )
+    begun(page, lambda: page.click("#ml-run"))
+    wait_for_states(page, "length", "eos", "eos")
+    assert texts(page)[1] == said
+
+
+def test_number_keys_are_for_voting(page):
+    """Outside of text fields 1 to 9 become an event; inside they are typed."""
+    page.fill("#ml-prompt textarea", "")
+    page.evaluate("window.votes = []; document.addEventListener('ml:vote', e => window.votes.push(e.detail))")
+    page.locator("h1").click()
+    page.keyboard.press("2")
+    page.locator("#ml-prompt textarea").press("3")
+    assert page.evaluate("window.votes") == [2]
+    assert page.input_value("#ml-prompt textarea") == "3"
+
+
+def test_one_columns_error_leaves_the_others_running(page):
     """The failed columns say why, as text; the base goes on to its end."""
-    page = visit()
     ask(page, "explode, please")
     wait_for_states(page, "length", "error", "error")
     errors = page.locator(".ml-error").all_text_contents()
@@ -258,9 +194,8 @@ def test_one_columns_error_leaves_the_others_running(visit):
     assert page.locator(".ml-words").inner_text().startswith("2 of 3 columns failed.")
 
 
-def test_an_error_of_all_columns_is_shown_as_text(visit):
+def test_an_error_of_all_columns_is_shown_as_text(page):
     """Markup in it is not obeyed, and the page stays usable."""
-    page = visit()
     ask(page, "destroy, please")
     wait_for_states(page, "error", "error", "error")
     assert page.locator(".ml-error").all_text_contents() == ["RuntimeError: <b>boom</b>"] * 3
@@ -269,10 +204,10 @@ def test_an_error_of_all_columns_is_shown_as_text(visit):
     wait_for_states(page, "length", "eos", "eos")
 
 
-def test_an_empty_prompt_is_told_in_the_status_line(visit):
+def test_an_empty_prompt_is_told_in_the_status_line(page):
     """A sentence, and nothing breaks."""
-    page = visit()
-    page.click("#ml-run")
+    page.fill("#ml-prompt textarea", "")
+    begun(page, lambda: page.click("#ml-run"))
     page.wait_for_selector(".ml-status[data-phase=error]")
     assert "must hold some text" in page.locator(".ml-words").inner_text()
     assert page.locator("#ml-stop").is_disabled()
@@ -281,7 +216,7 @@ def test_an_empty_prompt_is_told_in_the_status_line(visit):
 def test_examples_run_and_settings_apply(visit):
     """A chip fills the prompt and runs it; the length setting is obeyed."""
     page = visit()
-    page.get_by_role("button", name="Settings").click()
+    open_panel(page, "Settings")
     set_number(page, "Max new tokens", "7")
     page.get_by_role("button", name="Ünïcödé").click()
     wait_for_states(page, "length", "length", "length")
@@ -289,22 +224,20 @@ def test_examples_run_and_settings_apply(visit):
     assert page.locator(".ml-tokens").all_inner_texts() == ["7", "7", "7"]
 
 
-def test_shift_enter_makes_a_new_line(visit):
+def test_shift_enter_makes_a_new_line(page):
     """Only a plain Enter runs."""
-    page = visit()
     page.fill("#ml-prompt textarea", "one")
     page.press("#ml-prompt textarea", "Shift+Enter")
     page.keyboard.type("two")
     assert page.input_value("#ml-prompt textarea") == "one\ntwo"
-    assert page.locator(".ml-card[data-state=idle]").count() == 3
-    page.keyboard.press("Enter")
+    assert page.locator("#ml-stop").is_disabled()
+    begun(page, lambda: page.keyboard.press("Enter"))
     wait_for_states(page, "length", "eos", "eos")
     assert texts(page)[1] == "one\ntwo"
 
 
-def test_one_line_is_read_aloud(visit):
+def test_one_line_is_read_aloud(page):
     """A screen reader hears a summary, not three streams at once."""
-    page = visit()
     live = page.locator("[aria-live]:not([aria-live=off])")
     ours = [name for name in live.evaluate_all("all => all.map(one => one.className)") if name.startswith("ml-")]
     assert ours == ["ml-words"]
@@ -313,7 +246,7 @@ def test_one_line_is_read_aloud(visit):
 
 def test_on_a_phone_one_column_fills_the_screen(visit):
     """Tabs name the columns and bring them; a swipe does, too; nothing else scrolls sideways."""
-    page = visit(width=390, height=844, has_touch=True)
+    page = visit(width=390, height=844)
     seen = "cards => cards.map(c => c.getBoundingClientRect()).map(b => b.left >= 0 && b.right <= 390 && b.width > 300)"
     tabs = page.locator(".ml-tab")
     assert tabs.all_inner_texts() == ["base", "DoRA", "MixLoRA"]
@@ -332,7 +265,7 @@ def test_on_a_phone_one_column_fills_the_screen(visit):
 
 def test_on_a_phone_the_prompt_stays_at_hand(visit):
     """Stuck to the bottom, above whatever is scrolled, and the end of the page is not hidden behind it."""
-    page = visit(width=390, height=844, has_touch=True)
+    page = visit(width=390, height=844)
     page.fill("#ml-prompt textarea", "line\n" * 15)
     page.click("#ml-run")
     page.wait_for_selector("#ml-stop:not(:disabled)")
@@ -348,11 +281,9 @@ def test_on_a_phone_the_prompt_stays_at_hand(visit):
     assert last["y"] + last["height"] <= page.locator("#ml-ask").bounding_box()["y"]
 
 
-def test_on_a_desktop_columns_stand_side_by_side(visit):
+def test_on_a_desktop_columns_stand_side_by_side(page):
     """In one row, equally wide and high, also when one answer is much longer than the others."""
-    page = visit()
-    page.fill("#ml-prompt textarea", "line\n" * 19 + "line")
-    page.press("#ml-prompt textarea", "Enter")
+    ask(page, "line\n" * 19 + "line")
     wait_for_states(page, "length", "length", "length")
     boxes = page.locator(".ml-card").evaluate_all("cards => cards.map(c => c.getBoundingClientRect().toJSON())")
     assert len({round(box["top"]) for box in boxes}) == len({round(box["width"]) for box in boxes}) == 1

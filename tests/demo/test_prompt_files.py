@@ -2,14 +2,16 @@
 
 import pytest
 
-from minilora_hub.demo.runs.prompt_files import FileLimits, read_prompts
+from minilora_hub.demo.runs import prompt_files
+from minilora_hub.demo.runs.limits import PageLimits
+from minilora_hub.demo.runs.prompt_files import read_prompts
 from minilora_hub.errors import PageError
 
 
 def read(tmp_path, name, content, **limits):
     """Write a file and read its prompts."""
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_prompts(tmp_path / name, FileLimits(**limits))
+    return read_prompts(tmp_path / name, PageLimits(**limits))
 
 
 @pytest.mark.parametrize(
@@ -28,7 +30,7 @@ def test_prompts_are_read(tmp_path, name, content, prompts):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "words"),
     [
         ("p.parquet", "x", r"must end in \.txt, \.jsonl, \.csv"),
         ("p.txt", b"\xff\xfe", "not UTF-8: byte 0"),
@@ -46,15 +48,7 @@ def test_prompts_are_read(tmp_path, name, content, prompts):
         ("p.txt", "x" * 2000, "2 kB: at most 1 kB"),
     ],
 )
-def test_what_cannot_be_read_is_named(tmp_path, name, content, told):
-    bytes_allowed = 100_000 if name == "p.jsonl" else 1000
-    with pytest.raises(PageError, match=told):
-        read(tmp_path, name, content, rows=3, bytes=bytes_allowed, characters=10)
-
-
-def test_limits_come_from_the_environment(monkeypatch):
-    monkeypatch.setenv("MINILORA_BATCH_ROWS", "7")
-    assert FileLimits.from_environment().rows == 7
-    monkeypatch.setenv("MINILORA_BATCH_ROWS", "0")
-    with pytest.raises(ValueError, match="MINILORA_BATCH_ROWS='0'"):
-        FileLimits.from_environment()
+def test_what_cannot_be_read_is_named(tmp_path, monkeypatch, name, content, words):
+    monkeypatch.setattr(prompt_files, "MOST_BYTES", 100_000 if name == "p.jsonl" else 1000)
+    with pytest.raises(PageError, match=words):
+        read(tmp_path, name, content, file_prompts=3, prompt=10)

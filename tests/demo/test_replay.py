@@ -7,13 +7,12 @@ import time
 from itertools import zip_longest
 
 import pytest
-from demo.serving import Serving
-from demo.test_page import ask, texts, wait_for_states
+from demo.browsing import Visits, ask, texts, wait_for_states
 from tiny_stand_ins import save_base_and_adapters
 
 from minilora_hub.compare.engine import CompareEngine, Sampling
 from minilora_hub.compare.found_adapters import shipped_adapters
-from minilora_hub.demo.runs.replay import SHIPPED, difference, find_replay, record
+from minilora_hub.demo.runs.replay import SHIPPED, difference, find_replay, make_replay
 from minilora_hub.demo.ui.page_state import text_of
 from minilora_hub.errors import MiniLoraError
 
@@ -22,50 +21,35 @@ TIE = 0.05
 
 
 @pytest.fixture(scope="module")
-def recording():
+def replay():
     return json.loads(SHIPPED.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
-def stage(recording):
-    return recording["stage"]
+def stage(replay):
+    return replay["stage"]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with Serving("demo/replay_page.py", MINILORA_DATA=str(tmp_path_factory.mktemp("data"))) as server:
-        yield server
+def server(page_server):
+    return page_server.serve("shipped")
 
 
 @pytest.fixture
 def visit(server, browser):
-    contexts, troubles = [], []
-
-    def open_page(**settings):
-        context = browser.new_context(viewport={"width": 1280, "height": 900}, **settings)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(60_000)
-        page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.goto(server.address)
-        page.wait_for_selector(".ml-replay")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert troubles == []
+    visits = Visits(browser, server.address)
+    yield visits
+    visits.close()
 
 
 def shown_tokens(page):
     return page.locator(".ml-token:not([hidden])").count()
 
 
-def test_the_recording_is_of_the_shipped_adapters(recording, stage):
+def test_the_replay_is_of_the_shipped_adapters(replay, stage):
     """Their weights and their tokens, up to a tie. If not: python -m minilora_hub.demo.runs.replay."""
     engine = CompareEngine("embedded", shipped_adapters())
-    assert difference(recording, engine) is None
+    assert difference(replay, engine) is None
     sampling = Sampling(**{**stage["sampling"], "stop": tuple(stage["sampling"]["stop"])})
     again = [[] for _ in stage["columns"]]
     for update in engine.stream(stage["prompt"], sampling):
@@ -81,20 +65,20 @@ def test_the_recording_is_of_the_shipped_adapters(recording, stage):
             assert abs(one["l"] - update.logprob) < 0.01
 
 
-def test_the_page_opens_with_it_and_plays_it(visit, stage, recording):
+def test_the_page_opens_with_it_and_plays_it(visit, stage, replay):
     """At reading pace, labelled, without computing anything; at the end all of it is there."""
     page = visit()
     label = page.locator(".ml-replay").inner_text()
     assert label.startswith("replay")
     assert stage["prompt"] in label
-    assert recording["machine"] in label
+    assert replay["machine"] in label
     assert page.locator(".ml-words").inner_text() == "Replay of a recorded run."
     page.wait_for_function("document.querySelectorAll('.ml-token:not([hidden])').length > 6")
     total = page.locator(".ml-token").count()
     assert shown_tokens(page) < total
     page.wait_for_function("!document.querySelector('.ml-token[hidden]')")
     assert texts(page) == [text_of(column) for column in stage["columns"]]
-    assert page.locator(".ml-count").inner_text() == recording["status"]["badge"]
+    assert page.locator(".ml-count").inner_text() == replay["status"]["badge"]
 
 
 def test_nothing_moves_for_those_who_asked_for_stillness(visit, stage):
@@ -112,7 +96,7 @@ def test_a_prompt_ends_it(visit, server):
     before = server.forwards()
     ask(page, "Write this in digits: seven thousand, eight hundred and ten")
     page.wait_for_selector(".ml-replay", state="hidden")
-    # The recording may have ended as well: its columns are finished before the new ones begin.
+    # The replay may have ended as well: its columns are finished before the new ones begin.
     page.wait_for_function("document.querySelector('.ml-words').textContent.startsWith('Done.')")
     wait_for_states(page, *["eos"] * page.locator(".ml-card").count())
     assert server.forwards() > before
@@ -120,13 +104,13 @@ def test_a_prompt_ends_it(visit, server):
     assert page.locator(".ml-token[hidden]").count() == 0
 
 
-def test_other_models_do_not_show_it(tmp_path, monkeypatch, recording):
-    """A page over other adapters starts empty, until it has a recording of its own; one that has aged is told."""
+def test_other_models_do_not_show_it(tmp_path, monkeypatch, replay):
+    """A page over other adapters starts empty, until it has a replay of its own; one that has aged is told."""
     base, adapters = save_base_and_adapters(tmp_path)
     engine = CompareEngine(base, adapters[:1], device="cpu")
     assert find_replay(engine) is None
     own = tmp_path / "own.json"
-    made = record(engine, "Hello", 5)
+    made = make_replay(engine, "Hello", 5)
     own.write_text(json.dumps(made))
     monkeypatch.setenv("MINILORA_REPLAY", str(own))
     found = find_replay(engine)
@@ -134,25 +118,25 @@ def test_other_models_do_not_show_it(tmp_path, monkeypatch, recording):
         text_of(column) for column in made["stage"]["columns"]
     ]
     own.write_text(json.dumps({**made, "weights": {"mix": "0" * 64}}))
-    with pytest.raises(MiniLoraError, match="other weights of mix; record again with"):
+    with pytest.raises(MiniLoraError, match="other weights of mix; make it again with"):
         find_replay(engine)
     own.write_text(SHIPPED.read_text(encoding="utf-8"))
     with pytest.raises(MiniLoraError, match="it is of the columns"):
         find_replay(engine)
     own.write_text("[]")
-    with pytest.raises(MiniLoraError, match="must be a recording"):
+    with pytest.raises(MiniLoraError, match="must be a replay"):
         find_replay(engine)
     own.unlink()
-    with pytest.raises(MiniLoraError, match="cannot be read as a recording"):
+    with pytest.raises(MiniLoraError, match="cannot be read as a replay"):
         find_replay(engine)
 
 
-def test_a_recording_is_made_by_running(tmp_path):
+def test_a_replay_is_made_by_computing(tmp_path):
     """It tells its command, day and machine, and the forwards that the engine counted."""
     base, adapters = save_base_and_adapters(tmp_path)
     engine = CompareEngine(base, adapters, device="cpu")
     before = engine.forwards
-    made = record(engine, "Hello", 7)
+    made = make_replay(engine, "Hello", 7)
     assert engine.forwards - before == 4 + 7  # a short warm-up, then one forward a token
     assert made["status"]["badge"].startswith("1 pass · 7 forwards, not 28 · first token ")
     assert made["date"] == time.strftime("%Y-%m-%d", time.gmtime())

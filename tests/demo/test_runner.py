@@ -1,4 +1,4 @@
-"""Runs that take turns in one engine: nobody fails, nobody is forgotten, whoever leaves frees the computation."""
+"""Comparisons that take turns in one engine: none fails, none is forgotten, one that is left computes nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from demo.threads import run_async
 
 from minilora_hub.compare.engine import CompareEngine, Sampling
 from minilora_hub.demo.runs.limits import PageLimits
-from minilora_hub.demo.runs.runner import LiveRuns
+from minilora_hub.demo.runs.runner import Runner
 
 DELAY = 0.01
 
@@ -42,7 +42,7 @@ def test_sixteen_at_once_take_turns(engine):
     """None fails; all progress side by side, so that nobody ends much later than a fair share of the work."""
 
     async def scene():
-        runs = LiveRuns(engine, limits=PageLimits(at_once=16))
+        runs = Runner(engine, limits=PageLimits(at_once=16))
         before = engine.forwards
         done = await asyncio.gather(*(all_of(runs, f"visitor {number}", 30) for number in range(16)))
         assert engine.forwards - before == 16 * 30
@@ -63,7 +63,7 @@ def test_a_short_answer_does_not_wait_for_a_long_one(engine):
     """It ends when the long one has computed as many steps, and not many more."""
 
     async def scene():
-        runs = LiveRuns(engine, limits=PageLimits(at_once=4))
+        runs = Runner(engine, limits=PageLimits(at_once=4))
         long = asyncio.create_task(all_of(runs, "a long one", 300))
         await asyncio.sleep(0.2)
         short, _ = await all_of(runs, "short", 10)
@@ -83,7 +83,7 @@ def test_those_without_a_place_wait_in_order(engine):
     """Each is told a position that only falls, then computes."""
 
     async def scene():
-        runs = LiveRuns(engine, limits=PageLimits(at_once=1))
+        runs = Runner(engine, limits=PageLimits(at_once=1))
         return await asyncio.gather(*(all_of(runs, f"visitor {number}", 150) for number in range(3)))
 
     done = run_async(scene())
@@ -102,7 +102,7 @@ def test_the_estimate_comes_true(engine):
     """What the last one is told, once steps were measured, against how long it then takes."""
 
     async def scene():
-        runs = LiveRuns(engine, limits=PageLimits(at_once=2))
+        runs = Runner(engine, limits=PageLimits(at_once=2))
         return await asyncio.gather(*(all_of(runs, "hello", 120) for _ in range(5)))
 
     moments, times = run_async(scene())[-1]
@@ -122,7 +122,7 @@ def test_whoever_leaves_frees_the_computation_within_one_step(engine, way):
     """By the Stop button, by closing the iterator, by cancelling the task that reads it."""
 
     async def scene():
-        runs = LiveRuns(engine, limits=PageLimits(at_once=1))
+        runs = Runner(engine, limits=PageLimits(at_once=1))
         stop = threading.Event()
         moments = runs.answer("a long text", Sampling(400), engine.columns, stop)
         while not (await anext(moments)).updates:
@@ -159,7 +159,7 @@ def test_whoever_leaves_frees_the_computation_within_one_step(engine, way):
 
 def test_a_stop_while_waiting_costs_nothing(engine):
     async def scene():
-        runs = LiveRuns(engine, limits=PageLimits(at_once=1))
+        runs = Runner(engine, limits=PageLimits(at_once=1))
         stop = threading.Event()
         long = asyncio.create_task(all_of(runs, "long", 200))
         waiting = asyncio.create_task(all_of(runs, "never", 200, stop))
@@ -178,7 +178,7 @@ def test_one_who_breaks_the_forward_breaks_only_their_own(engine):
     """An error of all rows of one comparison, and NaN in the adapters of another: the third goes on."""
 
     async def scene():
-        runs = LiveRuns(engine, limits=PageLimits(at_once=3))
+        runs = Runner(engine, limits=PageLimits(at_once=3))
         return await asyncio.gather(*(all_of(runs, prompt, 20) for prompt in ("destroy it", "explode", "hello")))
 
     destroyed, exploded, fine = (ends(moments) for moments, _ in run_async(scene()))
@@ -189,7 +189,7 @@ def test_one_who_breaks_the_forward_breaks_only_their_own(engine):
 
 def test_what_is_too_much_is_refused_before_it_takes_a_place(engine):
     async def scene():
-        runs = LiveRuns(engine, limits=PageLimits(prompt=10, tokens=20, rows=2, at_once=1, waiting=0))
+        runs = Runner(engine, limits=PageLimits(prompt=10, tokens=20, rows=2, at_once=1, waiting=0))
         two = engine.columns[:2]
         for prompt, tokens, columns, message in (
             ("x" * 11, 5, two, "prompt of 11 characters: this page takes at most 10"),
@@ -201,7 +201,7 @@ def test_what_is_too_much_is_refused_before_it_takes_a_place(engine):
             with pytest.raises(ValueError, match=message):
                 runs.answer(prompt, Sampling(tokens), columns)
         first = runs.answer("x", Sampling(5), two)
-        with pytest.raises(ValueError, match="the line is full, with 0 waiting"):
+        with pytest.raises(ValueError, match="the queue is full, with 0 waiting"):
             runs.answer("x", Sampling(5), two)
         assert [moment.finished async for moment in first][-1]
         assert len((await all_of(runs, "x", 5, columns=two))[0]) > 0
@@ -214,7 +214,7 @@ def test_a_long_prompt_is_read_in_turns(engine, monkeypatch):
     monkeypatch.setattr("minilora_hub.compare.batch.PREFILL_TOKENS", 48)
 
     async def scene():
-        runs = LiveRuns(engine, limits=PageLimits(at_once=2))
+        runs = Runner(engine, limits=PageLimits(at_once=2))
         reader = runs.answer("words " * 60, Sampling(2), engine.columns)
         first = await anext(reader)
         assert not first.updates

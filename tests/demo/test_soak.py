@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 import pytest
-from demo.serving import Serving
+from demo.serving import PageServer
 from gradio_client import Client
 
 pytestmark = pytest.mark.soak
@@ -26,11 +26,12 @@ def resident_bytes(process: int) -> int:
 
 def test_a_thousand_comparisons_leave_nothing_behind():
     """Every tenth is cancelled halfway, every second comes from a new visitor."""
-    with Serving(MINILORA_DELAY="0") as server:
+    with PageServer() as process:
+        server = process.serve("scripted", delay=0)
         client, warm = Client(server.address, verbose=False), 0
         for number in range(COMPARISONS):
             if number == WARM:
-                warm = resident_bytes(server.process.pid)
+                warm = resident_bytes(process.process.pid)
             if number % 2 == 0:
                 client = Client(server.address, verbose=False)
             prompt = f"visitor {number}"
@@ -42,6 +43,6 @@ def test_a_thousand_comparisons_leave_nothing_behind():
                 rows = client.predict(prompt, max_new_tokens=30, api_name="/compare")["rows"]
                 assert [row["text"] for row in rows[1:]] == [prompt] * 2
         server.settled()
-        grown = resident_bytes(server.process.pid) - warm
+        grown = resident_bytes(process.process.pid) - warm
         assert grown <= MOST_GROWTH, f"{grown / 2**20:.1f} MiB"
         print(f"{grown / 2**20:.1f} MiB in {COMPARISONS - WARM} comparisons")

@@ -1,100 +1,57 @@
-"""Voting, the board, links, history, exports, batches, the picker: in a real browser, as visitors do them."""
+"""Votes, the Board, links, history, exports, files of prompts, the picker: in a real browser, as visitors do them."""
 
 import csv
 import io
 import json
-import os
-import re
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
-from demo.panels import set_number
-from demo.test_page import ask, settled, texts, wait_for_states
+from demo.browsing import (
+    Visits,
+    ask,
+    names,
+    open_panel,
+    serious,
+    set_number,
+    settled,
+    texts,
+    wait_for_states,
+)
 
-TESTS = Path(__file__).parents[1]
 HOSTILE = "<img src=x onerror=\"document.title='hacked'\"> & ${props} `x`"
 
 
-class Server:
-    """tests/demo/social_page.py in a process of its own."""
-
-    def __init__(self, data):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        self.data = data
-        self.process = subprocess.Popen(
-            [sys.executable, str(TESTS / "demo" / "social_page.py"), str(port), str(data)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"},
-        )
-        self.address = self.process.stdout.readline().strip()
-        assert self.address.startswith("http"), "the page did not start; see its traceback above"
-
-    def forwards(self):
-        """Ask the running engine how many forwards it has computed."""
-        self.process.stdin.write("forwards\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def votes(self):
-        """Read what is on the disk."""
-        file = self.data / "votes" / "votes.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-    def close(self):
-        """End it."""
-        self.process.stdin.close()
-        self.process.terminate()
-        self.process.wait(timeout=30)
-        self.process.stdout.close()
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """One server for all tests but that of a restart."""
-    server = Server(tmp_path_factory.mktemp("data"))
-    yield server
-    server.close()
+def server(page_server, data):
+    return page_server.serve("social", data=str(data))
 
 
 @pytest.fixture
 def visit(server, browser):
-    """Open a page; at the end nothing may have gone wrong in the browser or left this machine."""
-    contexts, troubles, hosts = [], [], set()
-
-    def open_page(path="", width=1280, height=800, scheme="light", at=None, **settings):
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, **settings)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(60_000)
-        page.on("console", lambda message: troubles.append(message.text) if serious_message(message) else None)
-        page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
-        page.goto((at or server.address) + path)
-        if not path.startswith("board"):
-            page.wait_for_function("document.querySelectorAll('.ml-card[data-kind]').length >= 3")
-            for name in ("#ml-prompt textarea", "#ml-run", ".ml-switch", ".ml-keeping"):
-                page.wait_for_selector(name)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert troubles == []
-    assert hosts <= {"127.0.0.1", None}  # None: data: and blob: addresses
+    visits = Visits(browser, server.address)
+    yield visits
+    visits.close()
 
 
-def serious_message(message):
-    """Whether a line in the console is an error, but for Gradio's own about the stream of a page that was left."""
-    of_leaving = ("AbortError: signal is aborted", "Unexpected error Connection errored out")
-    return message.type == "error" and not message.text.startswith(of_leaving)
+@pytest.fixture(scope="module")
+def page(server, browser):
+    """One page for the tests that need no page of their own."""
+    visits = Visits(browser, server.address)
+    yield visits()
+    visits.close()
+
+
+@pytest.fixture
+def votes(data):
+    """Read the votes on the disk."""
+    file = data / "votes" / "votes.jsonl"
+    return lambda: [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def run(page, prompt="Hello"):
@@ -105,7 +62,7 @@ def run(page, prompt="Hello"):
 
 
 def ended(page, past):
-    """Wait until one more than `past` comparisons have ended."""
+    """Wait until a comparison has ended that is not the newest one of the history before."""
     page.wait_for_function("past => document.querySelectorAll('.ml-past').length > past", arg=past)
     page.wait_for_selector(".ml-status[data-phase=done]")
 
@@ -119,44 +76,24 @@ def blind_run(page, prompt="Hello"):
     page.wait_for_selector(".ml-blind[data-phase=open]")
 
 
-def names(page):
-    return page.locator(".ml-name").all_inner_texts()
-
-
 def words(page):
     return page.locator(".ml-blind-words").inner_text()
 
 
-def open_panel(page, name):
-    page.get_by_role("button", name=re.compile(f"^{name}")).click()
-
-
-def serious(page):
-    """Serious violations that axe-core finds, each with the elements it names."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    found = Axe().run(page).response["violations"]
-    return {
-        one["id"]: [node["html"][:200] for node in one["nodes"]]
-        for one in found
-        if one["impact"] in ("serious", "critical")
-    }
-
-
 def test_an_empty_board_says_how_to_vote(visit):
     """The first test here: nobody has voted on this server yet."""
-    page = visit("board")
+    page = visit("board", wait=False)
     page.wait_for_selector(".ml-board[data-phase=empty]")
-    assert "Nobody has voted yet" in page.locator(".ml-board-empty").inner_text()
+    assert "There are no votes yet" in page.locator(".ml-board-empty").inner_text()
 
 
 # ---- blind votes ----
 
 
-def test_a_blind_vote_is_stored_and_shows_the_names(server, visit):
+def test_a_blind_vote_is_stored_and_shows_the_names(votes, visit):
     """Nothing that can be seen before the vote tells which column is which."""
     page = visit()
-    before = len(server.votes())
+    before = len(votes())
     page.click(".ml-switch")
     page.wait_for_function("[...document.querySelectorAll('.ml-name')].every(n => n.textContent.startsWith('Answer'))")
     assert page.locator(".ml-vote:visible").count() == 0
@@ -173,9 +110,9 @@ def test_a_blind_vote_is_stored_and_shows_the_names(server, visit):
     shown = texts(page)
     letter = "ABC"[shown.index("Hello")]
     page.get_by_role("button", name=f"Answer {letter} is best").click()
-    page.wait_for_selector(".ml-blind[data-phase=told]")
-    vote = server.votes()[-1]
-    assert len(server.votes()) == before + 1
+    page.wait_for_selector(".ml-blind[data-phase=closed]")
+    vote = votes()[-1]
+    assert len(votes()) == before + 1
     assert vote["order"][shown.index("Hello")] == vote["choice"]
     chosen = vote["candidates"][vote["choice"]]["name"]
     assert words(page) == f"Your vote is stored: {letter}, which was {chosen}."
@@ -191,28 +128,27 @@ def test_a_blind_vote_is_stored_and_shows_the_names(server, visit):
     page.keyboard.press("1")
     page.keyboard.press("t")
     time.sleep(0.5)
-    assert len(server.votes()) == before + 1
+    assert len(votes()) == before + 1
 
 
 @pytest.mark.parametrize(("key", "choice"), [("t", "tie"), ("x", "all bad")])
-def test_votes_have_keys(server, visit, key, choice):
-    page = visit()
+def test_votes_have_keys(votes, page, key, choice):
+    before = page.get_attribute(".ml-switch", "aria-checked")
     page.evaluate("document.activeElement.blur()")
     page.keyboard.press("b")
-    page.wait_for_selector(".ml-switch[aria-checked=true]")
+    page.wait_for_selector(f".ml-switch:not([aria-checked={before}])")
     blind_run(page)
     page.evaluate("document.activeElement.blur()")
     page.keyboard.press(key)
-    page.wait_for_selector(".ml-blind[data-phase=told]")
-    assert server.votes()[-1]["choice"] == choice
+    page.wait_for_selector(".ml-blind[data-phase=closed]")
+    assert votes()[-1]["choice"] == choice
 
 
-def test_names_without_a_vote_and_a_stopped_comparison_give_none(server, visit):
-    page = visit()
-    before = len(server.votes())
+def test_names_without_a_vote_and_a_stopped_comparison_give_none(votes, page):
+    before = len(votes())
     blind_run(page)
     page.get_by_role("button", name="Show the names without a vote").click()
-    page.wait_for_selector(".ml-blind[data-phase=told]")
+    page.wait_for_selector(".ml-blind[data-phase=closed]")
     assert words(page) == "Names shown without a vote."
     page.wait_for_function("document.querySelector('.ml-name').textContent === 'base'")
     open_panel(page, "Settings")
@@ -222,59 +158,54 @@ def test_names_without_a_vote_and_a_stopped_comparison_give_none(server, visit):
     page.wait_for_function("document.querySelector('.ml-name').textContent === 'Answer A'")
     page.wait_for_function("document.querySelector('.ml-text').textContent.length > 1")
     page.keyboard.press("Escape")
-    page.wait_for_selector(".ml-blind[data-phase=told]")
+    page.wait_for_selector(".ml-blind[data-phase=closed]")
     assert words(page).startswith("No vote: an answer was stopped")
     page.wait_for_function("document.querySelector('.ml-name').textContent === 'base'")
     page.click(".ml-switch")
     page.wait_for_selector(".ml-switch[aria-checked=false]")
-    assert len(server.votes()) == before
+    assert len(votes()) == before
 
 
-def test_a_comparison_is_voted_on_once_however_often_the_browser_votes(server, visit):
+def test_a_comparison_is_voted_on_once_however_often_the_browser_votes(votes, page):
     """Three votes sent at once, and one on a page on which nothing was run."""
-    page = visit()
-    before = len(server.votes())
+    before = len(votes())
     blind_run(page)
     page.evaluate("""() => {
         const one = document.querySelector('.ml-letter');
         for (let i = 0; i < 3; i++) { one.disabled = false; one.click(); }
     }""")
-    page.wait_for_selector(".ml-blind[data-phase=told]")
+    page.wait_for_selector(".ml-blind[data-phase=closed]")
     time.sleep(1)
-    assert len(server.votes()) == before + 1
+    assert len(votes()) == before + 1
 
 
 # ---- the board ----
 
 
-def test_the_board_counts_and_survives_a_restart(server, visit):
-    """A second server over the same folder shows what was cast on the first, in numbers made by hand from the file."""
+def test_the_board_counts_and_survives_a_restart(page_server, data, votes, visit):
+    """A second page over the same folder shows the votes of the first, in numbers counted by hand from the file."""
     page = visit()
     blind_run(page)
     page.locator(".ml-letter").first.click()
-    page.wait_for_selector(".ml-blind[data-phase=told]")
-    votes = server.votes()
-    second = Server(server.data)
-    try:
-        page.goto(second.address)
-        page.get_by_role("link", name="Board").click()
-        page.wait_for_selector(".ml-board[data-phase=votes]")
-        amount = "1 vote" if len(votes) == 1 else f"{len(votes)} votes"
-        assert page.locator(".ml-board-words").inner_text() == f"{amount} on blind comparisons."
-        rows = page.locator(".ml-board-rows tr")
-        assert rows.count() == 3
-        for row in rows.all():
-            name = row.locator(".ml-model-name").inner_text()
-            mine = [one["candidates"][one["choice"]]["name"] == name for one in votes if isinstance(one["choice"], int)]
-            ties, bad = (sum(one["choice"] == choice for one in votes) for choice in ("tie", "all bad"))
-            counts = [sum(mine), len(mine) - sum(mine), ties, bad, len(votes)]
-            assert row.locator(".ml-count-cell").all_inner_texts() == [str(count) for count in counts]
-            assert row.locator(".ml-share").inner_text() == f"{round(100 * sum(mine) / len(mine))}%"
-        page.get_by_role("link", name="Compare").click()
-        page.wait_for_selector(".ml-switch")
-        page.goto("about:blank")
-    finally:
-        second.close()
+    page.wait_for_selector(".ml-blind[data-phase=closed]")
+    cast = votes()
+    second = page_server.serve("social", data=str(data))
+    page.goto(second.address)
+    page.get_by_role("link", name="Board").click()
+    page.wait_for_selector(".ml-board[data-phase=votes]")
+    amount = "1 vote" if len(cast) == 1 else f"{len(cast)} votes"
+    assert page.locator(".ml-board-words").inner_text() == f"{amount} on blind comparisons."
+    rows = page.locator(".ml-board-rows tr")
+    assert rows.count() == 3
+    for row in rows.all():
+        name = row.locator(".ml-model-name").inner_text()
+        mine = [one["candidates"][one["choice"]]["name"] == name for one in cast if isinstance(one["choice"], int)]
+        ties, bad = (sum(one["choice"] == choice for one in cast) for choice in ("tie", "all bad"))
+        counts = [sum(mine), len(mine) - sum(mine), ties, bad, len(cast)]
+        assert row.locator(".ml-count-cell").all_inner_texts() == [str(count) for count in counts]
+        assert row.locator(".ml-share").inner_text() == f"{round(100 * sum(mine) / len(mine))}%"
+    page.get_by_role("link", name="Compare").click()
+    page.wait_for_selector(".ml-switch")
 
 
 # ---- again, history, links, exports ----
@@ -303,14 +234,14 @@ def test_history_restores_prompt_settings_and_answers_and_ends_with_the_visit(vi
     assert page.locator(".ml-past").count() == 0
 
 
-def test_a_share_link_restores_everything_in_another_browser(server, visit):
+def test_a_share_link_restores_everything_in_another_browser(server, data, visit):
     """Nothing is stored before the click; the link says that what it shows is stored; nothing is computed for it."""
     page = visit()
     open_panel(page, "Settings")
     set_number(page, "Max new tokens", "11")
     run(page, HOSTILE)
     shown = texts(page)
-    folder = server.data / "shared"
+    folder = data / "shared"
     kept = len(list(folder.glob("*.json"))) if folder.exists() else 0
     page.click("[data-action=share]")
     page.wait_for_selector(".ml-shared:visible")
@@ -337,8 +268,14 @@ def test_a_share_link_restores_everything_in_another_browser(server, visit):
     assert json.loads(Path(saved.value.path()).read_text())["prompt"] == HOSTILE
 
 
-@pytest.mark.parametrize("identifier", ["a" * 22, "../votes/votes", "%2e%2e%2fvotes", "<b>x</b>"])
-def test_a_link_to_nothing_is_told(visit, identifier):
+@pytest.mark.parametrize(
+    "identifier",
+    [
+        "../votes/votes",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("a" * 22, "%2e%2e%2fvotes", "<b>x</b>")),
+    ],
+)
+def test_a_link_to_nothing_gives_a_reason(visit, identifier):
     page = visit(f"?shared={identifier}")
     page.wait_for_selector(".ml-notice[data-phase=error]")
     assert page.locator(".ml-notice-words").inner_text().startswith("The comparison of this link is not shown: ")
@@ -467,7 +404,7 @@ def test_a_batch_can_be_stopped(server, visit, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "words"),
     [
         ("p.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("p.txt", b"\n \n", "holds no prompts"),
@@ -478,13 +415,12 @@ def test_a_batch_can_be_stopped(server, visit, tmp_path):
         ("p.txt", b"z" * 600_000, "600 kB: at most 500 kB"),
     ],
 )
-def test_a_file_that_cannot_be_run_is_told(visit, tmp_path, name, content, told):
-    page = visit()
+def test_a_file_that_cannot_be_run_gives_a_reason(page, tmp_path, name, content, words):
     open_panel(page, "A file of prompts")
     (tmp_path / name).write_bytes(content)
     page.locator("#ml-batch-file").locator("xpath=..").locator("input[type=file]").set_input_files(tmp_path / name)
-    page.wait_for_selector(".ml-batch[data-phase=error]")
-    assert told in page.locator(".ml-batch-words").inner_text()
+    page.wait_for_function("words => document.querySelector('.ml-batch-words').textContent.includes(words)", arg=words)
+    assert page.get_attribute(".ml-batch", "data-phase") == "error"
 
 
 # ---- the picker ----
@@ -532,11 +468,17 @@ def test_adapters_are_chosen_from_cards(visit):
 # ---- looks ----
 
 
-@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("width", "height", "scheme"),
+    [
+        (1280, 800, "light"),
+        (390, 844, "dark"),
+        *(pytest.param(*look, marks=pytest.mark.slow) for look in ((390, 844, "light"), (1280, 800, "dark"))),
+    ],
+)
 def test_everything_can_be_read_and_reached(server, visit, width, height, scheme):
     """Blind mode, opened panels, the board: nothing to scroll sideways, no serious violation for axe-core."""
-    page = visit(width=width, height=height, scheme=scheme)
+    page = visit("", width, height, scheme)
     blind_run(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert serious(page) == {}

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from demo.records import record
+from demo.comparisons import comparison
 from hub.server import HubServer
 
 from minilora_hub.demo.runs.comparison import answer_hash
-from minilora_hub.demo.votes import storage
-from minilora_hub.demo.votes.hub_dataset import VoteSync, open_votes
+from minilora_hub.demo.votes.hub_dataset import VoteDataset, open_votes
+from minilora_hub.demo.votes.storage import locked
 from minilora_hub.demo.votes.votes import ALL_BAD, TIE, VoteStore, vote_on
 from minilora_hub.errors import AdapterError, PageError
 
@@ -22,7 +22,7 @@ TESTS = Path(__file__).parents[1]
 
 def cast(store, identifier, choice=0, prompt="Why?"):
     """Store a vote and return it."""
-    vote = vote_on(record(prompt=prompt), identifier, (2, 0, 1), choice)
+    vote = vote_on(comparison(prompt=prompt), identifier, (2, 0, 1), choice)
     store.add(vote)
     return vote
 
@@ -94,7 +94,7 @@ def test_the_same_vote_in_two_files_counts_once(tmp_path):
 
 def test_two_writers_that_are_killed_lose_no_vote_that_was_stored(tmp_path):
     """Lines of 10 kB, longer than any buffer: without the lock they would be torn, without fsync-and-newline joined."""
-    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
     command = [sys.executable, str(TESTS / "demo" / "vote_writer.py"), str(tmp_path)]
     writers = [
         subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True, env=environment) for name in ("a", "b")
@@ -130,10 +130,9 @@ def test_on_a_full_disk_the_vote_is_refused_and_the_file_stays_as_it_was(tmp_pat
     assert cast(store, "three") in store.read().votes
 
 
-def test_a_folder_that_somebody_else_holds_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "LOCK_SECONDS", 0.05)
-    with storage.locked(tmp_path), pytest.raises(PageError, match="held by another writer"):
-        cast(VoteStore(tmp_path), "one")
+def test_a_folder_that_another_writer_holds_is_an_error(tmp_path):
+    with locked(tmp_path), pytest.raises(PageError, match="held by another writer"), locked(tmp_path, 0.05):
+        pass
 
 
 # ---- on the Hub ----
@@ -154,42 +153,39 @@ def account(hub, monkeypatch):
 
 
 def synced(hub, token, folder, writer, repo, lines=None):
-    """A store and what keeps it on the Hub, whose client is told the test's endpoint."""
-    from huggingface_hub import HfApi
-
+    """A store and its dataset on the test's Hub."""
     store = VoteStore(folder, writer)
-    sync = VoteSync(store, repo, token, (lines if lines is not None else []).append)
-    sync._api = HfApi(endpoint=hub.endpoint, token=token)
-    return store, sync
+    say = (lines if lines is not None else []).append
+    return store, VoteDataset(store, repo, token, say, endpoint=hub.endpoint)
 
 
 def test_votes_survive_a_lost_disk_through_the_data_set(hub, account, tmp_path):
-    store, sync = synced(hub, account, tmp_path / "a", "a", "ana/votes")
+    store, dataset = synced(hub, account, tmp_path / "a", "a", "ana/votes")
     first = cast(store, "one")
-    assert sync.sync()
+    assert dataset.synchronize()
     second = cast(store, "two")
-    sync.stop()
+    dataset.stop()
     assert hub.repo("ana/votes", "dataset").private
-    again, sync = synced(hub, account, tmp_path / "b", "b", "ana/votes")
-    assert sync.sync()
+    again, dataset = synced(hub, account, tmp_path / "b", "b", "ana/votes")
+    assert dataset.synchronize()
     assert list(again.read().votes) == [first, second]
     third = cast(again, "three")
-    assert sync.sync()
+    assert dataset.synchronize()
     files = hub.repo("ana/votes", "dataset").files("main")
     assert {name for name in files if name.endswith(".jsonl")} == {"votes-a.jsonl", "votes-b.jsonl"}
     assert [json.loads(line)["id"] for line in files["votes-b.jsonl"].splitlines()] == [third.id]
     commits = len([record for record in hub.requests if "/commit/" in record.path])
-    assert sync.sync()  # nothing new: nothing is sent
+    assert dataset.synchronize()  # nothing new: nothing is sent
     assert len([record for record in hub.requests if "/commit/" in record.path]) == commits
 
 
 def test_what_a_killed_process_left_unsent_is_sent_by_the_next(hub, account, tmp_path):
-    store, sync = synced(hub, account, tmp_path, "old", "ana/leftover")
+    store, dataset = synced(hub, account, tmp_path, "old", "ana/leftover")
     first = cast(store, "one")
-    sync.sync()
+    dataset.synchronize()
     second = cast(store, "two")  # and now it is killed
-    _, sync = synced(hub, account, tmp_path, "new", "ana/leftover")
-    assert sync.sync()
+    _, dataset = synced(hub, account, tmp_path, "new", "ana/leftover")
+    assert dataset.synchronize()
     content = hub.repo("ana/leftover", "dataset").files("main")["votes-old.jsonl"]
     assert [json.loads(line)["id"] for line in content.splitlines()] == [first.id, second.id]
     assert list(store.read().votes) == [first, second]
@@ -197,16 +193,16 @@ def test_what_a_killed_process_left_unsent_is_sent_by_the_next(hub, account, tmp
 
 def test_a_hub_that_cannot_be_reached_is_told_once_and_tried_again(hub, account, tmp_path):
     lines = []
-    store, sync = synced(hub, account, tmp_path, "a", "ana/flaky", lines)
+    store, dataset = synced(hub, account, tmp_path, "a", "ana/flaky", lines)
     vote = cast(store, "one")
     hub.faults.add(kind="status", status=403, path_regex="/commit/", times=2)
-    assert not sync.sync()
-    assert not sync.sync()
-    assert "the token may not do this in ana/flaky" in sync.trouble
+    assert not dataset.synchronize()
+    assert not dataset.synchronize()
+    assert "the token may not do this in ana/flaky" in dataset.trouble
     assert len(lines) == 1
     assert store.read().votes == (vote,)
-    assert sync.sync()
-    assert sync.trouble is None
+    assert dataset.synchronize()
+    assert dataset.trouble is None
     assert len(lines) == 2
     assert b'"one"' in hub.repo("ana/flaky", "dataset").files("main")["votes-a.jsonl"]
     assert account not in "".join(lines)

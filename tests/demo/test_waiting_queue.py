@@ -1,4 +1,4 @@
-"""Who computes, who waits, and whether what the waiting are told is true."""
+"""The queue: the order, the positions, and the estimates, against a simulation; and the limits of a page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from demo.threads import run_async
 
 from minilora_hub.demo.runs.limits import VARIABLES, PageLimits, flag, whole_number
 from minilora_hub.demo.runs.runner import waiting_words
-from minilora_hub.demo.runs.waiting_queue import Line, Waiting, steps_until_place
+from minilora_hub.demo.runs.waiting_queue import Waiting, WaitingQueue, steps_until_start
 
 
 def simulated(running, before, places):
@@ -33,43 +33,47 @@ def test_the_estimate_is_what_taking_turns_needs(seed):
     places = draw.randint(1, 5)
     running = [draw.randint(1, 60) for _ in range(places)]
     before = [draw.randint(1, 60) for _ in range(draw.randint(0, 6))]
-    assert steps_until_place(running, before, places) == simulated(running, before, places)
+    assert steps_until_start(running, before, places) == simulated(running, before, places)
 
 
 def test_there_is_no_wait_while_places_are_free():
-    assert steps_until_place([5], [], 2) == 0
-    assert steps_until_place([], [], 1) == 0
+    assert steps_until_start([5], [], 2) == 0
+    assert steps_until_start([], [], 1) == 0
 
 
 def test_first_come_first_served():
-    """Places go in the order of arrival; whoever leaves the line gives the place to the next."""
+    """Places go in the order of arrival; one who leaves gives the place to the next."""
 
     async def scene():
-        line = Line(2, 10)
-        tickets = [line.join(10) for _ in range(5)]
-        assert [ticket.admitted for ticket in tickets] == [True, True, False, False, False]
-        assert [ticket.waiting().position for ticket in tickets[2:]] == [1, 2, 3]
-        tickets[3].leave()
-        assert tickets[4].waiting().position == 2
-        tickets[0].leave()
-        assert [tickets[2].admitted, tickets[4].admitted] == [True, False]
+        queue = WaitingQueue(2, 10)
+        tickets = [queue.join(10) for _ in range(5)]
+        assert running(tickets) == [True, True, False, False, False]
+        assert [queue.waiting(ticket).position for ticket in tickets[2:]] == [1, 2, 3]
+        queue.leave(tickets[3])
+        assert queue.waiting(tickets[4]).position == 2
+        queue.leave(tickets[0])
+        assert running([tickets[2], tickets[4]]) == [True, False]
         await tickets[2].wait(0)
         await tickets[4].wait(0.01)
-        for ticket in (*tickets, *tickets):  # leaving twice takes nobody else's place
-            ticket.leave()
-        assert len(line) == 0
-        assert [line.join(1).admitted for _ in range(3)] == [True, True, False]
+        for ticket in (*tickets, *tickets):  # leaving twice takes no other's place
+            queue.leave(ticket)
+        assert len(queue) == 0
+        assert running([queue.join(1) for _ in range(3)]) == [True, True, False]
 
     run_async(scene())
 
 
-def test_the_line_is_bounded():
+def running(tickets):
+    return [ticket.running.is_set() for ticket in tickets]
+
+
+def test_the_queue_is_bounded():
     async def scene():
-        line = Line(1, 2)
+        queue = WaitingQueue(1, 2)
         for _ in range(3):
-            line.join(5)
-        with pytest.raises(ValueError, match="the line is full, with 2 waiting: try again in some minutes"):
-            line.join(5)
+            queue.join(5)
+        with pytest.raises(ValueError, match="the queue is full, with 2 waiting: try again in some minutes"):
+            queue.join(5)
 
     run_async(scene())
 
@@ -78,29 +82,29 @@ def test_seconds_come_from_measured_steps():
     """None before anything was measured; then steps that are left times the time of a step."""
 
     async def scene():
-        line = Line(1, 10)
-        first, second, third = line.join(100), line.join(40), line.join(10)
-        assert third.waiting() == Waiting(2, None)
-        first.stepped(10, 2.0)
-        assert second.waiting() == Waiting(1, pytest.approx(90 * 0.2))
-        assert third.waiting() == Waiting(2, pytest.approx(130 * 0.2))
+        queue = WaitingQueue(1, 10)
+        first, second, third = queue.join(100), queue.join(40), queue.join(10)
+        assert queue.waiting(third) == Waiting(2, None)
+        queue.stepped(first, 10, 2.0)
+        assert queue.waiting(second) == Waiting(1, pytest.approx(90 * 0.2))
+        assert queue.waiting(third) == Waiting(2, pytest.approx(130 * 0.2))
 
     run_async(scene())
 
 
 def test_answers_that_end_early_shorten_the_estimate():
-    """Where answers use a tenth of what was asked for, the next one is told so."""
+    """Answers that use a tenth of the steps asked for let the next one start sooner."""
 
     async def scene():
-        line = Line(1, 10)
+        queue = WaitingQueue(1, 10)
         for _ in range(60):
-            ticket = line.join(100)
-            ticket.stepped(10, 1.0)
-            ticket.leave(finished=True)
-        running, waiting = line.join(100), line.join(100)
-        assert waiting.waiting().seconds == pytest.approx(10 * 0.1, rel=0.1)
-        running.stepped(50, 5.0)  # longer than they use to be: it may end any time
-        assert waiting.waiting().seconds == pytest.approx(0.1)
+            ticket = queue.join(100)
+            queue.stepped(ticket, 10, 1.0)
+            queue.leave(ticket, finished=True)
+        first, second = queue.join(100), queue.join(100)
+        assert queue.waiting(second).seconds == pytest.approx(10 * 0.1, rel=0.1)
+        queue.stepped(first, 50, 5.0)  # longer than answers usually are: it may end at any time
+        assert queue.waiting(second).seconds == pytest.approx(0.1)
 
     run_async(scene())
 
@@ -108,10 +112,10 @@ def test_answers_that_end_early_shorten_the_estimate():
 @pytest.mark.parametrize(
     ("waiting", "words"),
     [
-        (Waiting(1, None), "Number 1 in line."),
-        (Waiting(2, 0.2), "Number 2 in line: your turn comes in about 1 s."),
-        (Waiting(3, 41.4), "Number 3 in line: your turn comes in about 41 s."),
-        (Waiting(30, 400), "Number 30 in line: your turn comes in about 7 min."),
+        (Waiting(1, None), "Number 1 in the queue."),
+        (Waiting(2, 0.2), "Number 2 in the queue: your turn comes in about 1 s."),
+        (Waiting(3, 41.4), "Number 3 in the queue: your turn comes in about 41 s."),
+        (Waiting(30, 400), "Number 30 in the queue: your turn comes in about 7 min."),
     ],
 )
 def test_words(waiting, words):

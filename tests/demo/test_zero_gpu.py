@@ -20,8 +20,9 @@ import tiny_stand_ins
 from demo.threads import run_async
 
 from minilora_hub.compare.engine import CompareEngine, Row, Sampling
-from minilora_hub.demo.runs import runner as live
+from minilora_hub.demo.adapters.catalogue import Catalogue
 from minilora_hub.demo.runs import zero_gpu
+from minilora_hub.demo.runs.runner import Runner
 from minilora_hub.errors import AdapterError
 
 ROOT = Path(__file__).parents[2]
@@ -100,11 +101,11 @@ async def all_of(moments):
     return [moment async for moment in moments]
 
 
-def test_a_comparison_is_one_call_with_a_time_that_fits_it(spaces, engine):
+def test_a_comparison_is_one_call_with_a_time_that_fits_it(spaces, engine, monkeypatch):
     """The same answers as without ZeroGPU; computed elsewhere, so the engine in this process counts nothing."""
     before = engine.forwards
     asked = ("hello", Sampling(20), engine.columns)
-    there = run_async(all_of(live.LiveRuns(engine).answer(*asked)))
+    there = run_async(all_of(Runner(engine).answer(*asked)))
     assert engine.forwards == before
     ((seconds, (rows,)),) = spaces.asked
     assert [row.adapter for row in rows] == [None, "dora", "mix"]
@@ -112,17 +113,10 @@ def test_a_comparison_is_one_call_with_a_time_that_fits_it(spaces, engine):
     assert sum(moment.forwards for moment in there) == 20
 
     spaces.asked.clear()
-    here = run_async(all_of(LocalRuns(engine).answer(*asked)))
+    monkeypatch.setenv("SPACES_ZERO_GPU", "")
+    here = run_async(all_of(Runner(engine).answer(*asked)))
     assert spaces.asked == []
     assert texts(there) == texts(here) == {1: "hello", 2: "hello"} | {0: texts(here)[0]}
-
-
-class LocalRuns(live.LiveRuns):
-    """Without ZeroGPU."""
-
-    def __init__(self, engine):
-        super().__init__(engine)
-        self._remote = None
 
 
 def texts(moments):
@@ -149,7 +143,7 @@ def test_whoever_leaves_ends_the_call(spaces, engine, way):
 
     async def scene():
         stop = threading.Event()
-        moments = live.LiveRuns(engine).answer("a long text", Sampling(400), engine.columns, stop)
+        moments = Runner(engine).answer("a long text", Sampling(400), engine.columns, stop)
         while not (await anext(moments)).updates:
             pass
         if way == "stop":
@@ -170,7 +164,7 @@ def test_whoever_leaves_ends_the_call(spaces, engine, way):
 def test_links_are_not_followed_there(spaces, engine):
     """Nothing can be loaded once the page is served."""
     with pytest.raises(AdapterError, match="its own adapters only"):
-        run_async(live.LiveRuns(engine, links=object()).fetch("ana/dora"))
+        run_async(Runner(engine, Catalogue(engine, links=object())).fetch("ana/dora"))
 
 
 def test_elsewhere_the_folder_spaces_is_no_package():

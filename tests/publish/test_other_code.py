@@ -22,9 +22,13 @@ from minilora_hub import cli
 from minilora_hub.adapter_folder.results import Verification, is_hashed
 from minilora_hub.bases import resolve_base
 from minilora_hub.compare.engine import CompareEngine
+from minilora_hub.demo.adapters.catalogue import Catalogue
 from minilora_hub.demo.adapters.from_hub import LinkedAdapters
-from minilora_hub.demo.ui.adapter_picker import view
-from minilora_hub.demo.ui.panels import open_memory, open_runs
+from minilora_hub.demo.runs.runner import Runner
+from minilora_hub.demo.runs.visitor import Visitors
+from minilora_hub.demo.ui.adapter_picker import picker_value
+from minilora_hub.demo.votes.sharing import SharedComparisons
+from minilora_hub.demo.votes.votes import VoteStore
 from minilora_hub.errors import AdapterError
 from minilora_hub.publish.find import info
 from minilora_hub.publish.push.build import list_files
@@ -147,23 +151,23 @@ def test_the_page_refuses_it_from_a_link_and_in_the_picker(attacked, hub, base_f
     shutil.copytree(folders[method], allowed / "mine")
     engine = CompareEngine(str(base_folder), device="cpu")
     links = LinkedAdapters(engine, resolve_base("org/base"))
-    runs = open_runs(engine, links, open_memory(tmp_path / "data"), (allowed,))
+    runner = Runner(engine, Catalogue(engine, links, [allowed]))
+    visitor = Visitors(runner, VoteStore(tmp_path / "votes"), SharedComparisons(tmp_path / "shared")).of("ana")
 
     def run(coroutine):
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(asyncio.run, coroutine).result()
 
-    for ask in (runs.open("ana", f"ana/{method}"), runs.choose("ana", [f"ana/{method}"])):
-        with pytest.raises(AdapterError) as refused:
-            run(ask)
-        assert str(refused.value).startswith(f"ana/{method} is not loaded: {file}: ")
+    with pytest.raises(AdapterError) as refused:
+        run(visitor.choose([f"ana/{method}"]))
+    assert str(refused.value).startswith(f"ana/{method} is not loaded: {file}: ")
     assert not [one for one in hub.requests if f"ana/{method}/" in one.path and one.path.endswith(".safetensors")]
     assert "custom_generate" not in {one.path.split("/")[-2] for one in hub.requests if "/resolve/" in one.path}
     with pytest.raises(AdapterError, match=f"is not loaded: {file}: "):
-        run(runs.choose("ana", ["mine"]))
-    (card,) = view(runs, "ana")["cards"]
+        run(visitor.choose(["mine"]))
+    (card,) = picker_value(runner, [])["cards"]
     assert file in card["facts"][0]
-    assert [column.kind for column in runs.columns_of("ana")] == ["base"]
+    assert [column.kind for column in visitor.columns()] == ["base"]
 
 
 @pytest.mark.slow

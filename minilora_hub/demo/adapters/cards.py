@@ -1,11 +1,12 @@
-"""What a card says about an adapter: its configuration, its file, and what results.json has measured. No Gradio."""
+"""Cards of adapters: what the configuration, the weights' header and results.json say about each. No Gradio."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from minilora_hub.adapter_folder.folders import adapter_facts
 from minilora_hub.adapter_folder.hashes import file_sha256
@@ -22,54 +23,37 @@ SCORES = 6
 
 
 @dataclass(frozen=True)
-class Score:
-    """One measured number: what was asked, how an answer counts, the adapter's value, the base's, and of how many."""
-
-    task: str
-    metric: str
-    value: float
-    base_value: float | None
-    n: int | None
-
-
-@dataclass(frozen=True)
 class AdapterCard:
-    """What is shown of one adapter.
+    """The card of one adapter, as adapter_picker.js paints it.
 
     Attributes:
-        name: what it is called on the page.
+        name: its name on the page.
         kind: the method.
-        detail: rank, experts.
-        parameters: values in its file.
-        bytes: of its file.
+        facts: rank, number of parameters, size, licence.
         weights: the hash of its file, and its commit on the Hub.
-        license: None where it is not told.
         repo: its id on the Hub, None where it comes from a folder.
-        loss: training losses in order, at most `LOSS_POINTS` of them.
-        scores: at most `SCORES` measured numbers.
-        trouble: why its results.json is not shown; None where there is nothing wrong with it.
+        loss: training losses in order, at most `LOSS_POINTS`.
+        scores: at most `SCORES` measured numbers: ``{"task", "metric", "value", "base", "n"}``.
+        trouble: why its results.json is not shown; None where it is fine.
     """
 
     name: str
     kind: str
-    detail: str
-    parameters: int
-    bytes: int
-    weights: Weights
-    license: str | None = None
+    facts: list[str]
+    weights: Weights = field(default_factory=Weights)
     repo: str | None = None
-    loss: tuple[float, ...] = ()
-    scores: tuple[Score, ...] = ()
+    loss: list[float] = field(default_factory=list)
+    scores: list[dict[str, Any]] = field(default_factory=list)
     trouble: str | None = None
 
 
-def read_card(name: str, folder: Path, *, repo: str | None = None, revision: str | None = None) -> AdapterCard:
-    """Read what is known of an adapter from its folder; nothing of it is run, and no tensor is read.
+def read_card(name: str, folder: Path, repo: str | None = None, revision: str | None = None) -> AdapterCard:
+    """Read an adapter's card from its folder; nothing is run, and no tensor is read.
 
     Args:
-        name: what it is called on the page.
+        name: its name on the page.
         folder: its files.
-        repo: its id on the Hub; default: what a folder in the Hub's cache tells.
+        repo: its id on the Hub. Default: found from the path, if the folder is in the Hub's cache.
         revision: its commit there; likewise.
 
     Raises:
@@ -80,22 +64,32 @@ def read_card(name: str, folder: Path, *, repo: str | None = None, revision: str
         repo, revision = f"{cached['owner']}/{cached['name']}", cached["commit"]
     file = folder / WEIGHTS
     weights = Weights(f"sha256:{file_sha256(file)}", revision)
-    known = (name, facts.kind, facts.detail, facts.parameters, file.stat().st_size, weights)
-    if not (folder / RESULTS_FILE).is_file():
-        return AdapterCard(*known, repo=repo)
-    try:
-        results = Results.load(folder)
-    except AdapterError as error:
-        return AdapterCard(*known, repo=repo, trouble=f"{error}")
-    losses = [loss for _, loss in results.training.loss] if results.training else []
-    scores = [Score(e.task, e.metric, e.value, e.base_value, e.n) for e in results.evaluation[:SCORES]]
-    license_name = results.license_name or results.license
-    return AdapterCard(*known, license_name, repo, tuple(thinned(losses, LOSS_POINTS)), tuple(scores))
+    size = file.stat().st_size
+    shown = f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
+    results, trouble = None, None
+    if (folder / RESULTS_FILE).is_file():
+        try:
+            results = Results.load(folder)
+        except AdapterError as error:
+            trouble = f"{error}"
+    license_name = results and (results.license_name or results.license)
+    losses = [loss for _, loss in results.training.loss] if results and results.training else []
+    scores = results.evaluation[:SCORES] if results else ()
+    return AdapterCard(
+        name,
+        facts.kind,
+        [facts.detail, f"{facts.parameters:,} parameters", shown, f"licence {license_name or 'unknown'}"],
+        weights,
+        repo,
+        _thinned(losses),
+        [{"task": e.task, "metric": e.metric, "value": e.value, "base": e.base_value, "n": e.n} for e in scores],
+        trouble,
+    )
 
 
-def thinned(values: list[float], amount: int) -> list[float]:
-    """Return the means of at most `amount` neighbouring groups of `values`."""
-    if len(values) <= amount:
+def _thinned(values: list[float]) -> list[float]:
+    """Return the means of at most `LOSS_POINTS` groups of neighbours."""
+    if len(values) <= LOSS_POINTS:
         return values
-    edges = [round(index * len(values) / amount) for index in range(amount + 1)]
+    edges = [round(index * len(values) / LOSS_POINTS) for index in range(LOSS_POINTS + 1)]
     return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]

@@ -1,4 +1,4 @@
-"""The adapters that visitors can choose: the page's own, folders its owner allows, and public ones by id. No Gradio."""
+"""Adapters that visitors can choose: the page's own, folders that its owner allows, public ones by id. No Gradio."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from minilora_hub.adapter_folder.folders import inspect_source
-from minilora_hub.compare.engine import CompareEngine
+from minilora_hub.compare.engine import Column, CompareEngine
 from minilora_hub.demo.adapters.cards import AdapterCard, read_card
 from minilora_hub.demo.adapters.from_hub import LinkedAdapters
 from minilora_hub.demo.runs.comparison import UNKNOWN, Weights
 from minilora_hub.errors import AdapterError
 from minilora_hub.hub.plain_files import require_plain_files
 
-CHOSEN = 5
-"""The most adapters beside the base."""
+MOST_ADAPTERS = 5
+"""Beside the base."""
 
 
 class Catalogue:
-    """What there is to choose from, with a card for each.
+    """The adapters of a page, with a card for each.
 
     Args:
         engine: the page's engine, whose columns are the page's own.
-        links: what fetches and keeps the others; None: there are no others.
-        allowed: folders in which each folder that holds an adapter can be chosen, by its name. A visitor never names a
-            path: only what stands in this list when the page starts.
+        links: fetches and keeps adapters from the Hub; None: the page shows its own only.
+        allowed: folders in which every folder of an adapter can be chosen, by its name. Visitors never name a path:
+            only what is in these folders when the page starts can be chosen.
+
+    Attributes:
+        folders: {name: folder} of the allowed adapters.
 
     Raises:
         AdapterError: one of `allowed` is no folder, holds no adapter, or two adapters have the same name.
@@ -34,8 +37,7 @@ class Catalogue:
     def __init__(
         self, engine: CompareEngine, links: LinkedAdapters | None = None, allowed: Iterable[Path] = ()
     ) -> None:
-        """Look through the folders; nothing is loaded."""
-        self._engine, self._links = engine, links
+        self.engine, self.links = engine, links
         self._cards: dict[str, AdapterCard] = {}
         self._lock = threading.Lock()
         own = {column.name for column in engine.columns}
@@ -47,49 +49,47 @@ class Catalogue:
                 self.folders[name] = path
 
     @property
+    def base(self) -> str:
+        """The base's id on the Hub, or its name if it has none."""
+        return (self.links and self.links.base_name) or self.engine.columns[0].name
+
+    @property
     def names(self) -> list[str]:
         """The adapters that can be chosen without fetching anything."""
-        return [*(column.name for column in self._engine.columns[1:]), *self.folders]
+        return [*(column.name for column in self.engine.columns[1:]), *self.folders]
+
+    def column(self, name: str) -> Column | None:
+        """Return an adapter's column, if it is in memory."""
+        own = next((column for column in self.engine.columns[1:] if column.name == name), None)
+        return own or (self.links.get(name) if self.links else None)
 
     def card(self, name: str) -> AdapterCard:
-        """Return what is known of an adapter that is here.
+        """Return an adapter's card.
 
         Raises:
-            AdapterError: it is not, or its folder is damaged.
+            AdapterError: it is not on this page, or its folder is damaged.
         """
-        if self._links and (linked := self._links.cards.get(name)):
+        if self.links and (linked := self.links.card(name)):
             return linked
         with self._lock:
             if name not in self._cards:
-                folder = self._folder(name)
+                folders = {entry.name: entry.folder for entry in self.engine.bank.list()} | self.folders
+                if name not in folders:
+                    raise AdapterError(f"{name[:60]!r}: there is no such adapter on this page")
                 if name in self.folders:
-                    require_plain_files(folder)
-                self._cards[name] = read_card(name, folder)
+                    require_plain_files(folders[name])
+                self._cards[name] = read_card(name, folders[name])
             return self._cards[name]
 
     def weights(self, names: Iterable[str]) -> tuple[Weights, ...]:
-        """Return which weights the base and then each of `names` are. Hashing a large base takes a moment, once."""
-        base = Weights(self._links.fingerprint if self._links else UNKNOWN)
-        return base, *(self._weights_of(name) for name in names)
-
-    def _weights_of(self, name: str) -> Weights:
-        try:
-            return self.card(name).weights
-        except AdapterError:  # its folder went away while it stayed in memory
-            return Weights()
-
-    @property
-    def base(self) -> str:
-        """What the base is called: its id on the Hub where it has one."""
-        return (self._links and self._links.base_name) or self._engine.columns[0].name
-
-    def _folder(self, name: str) -> Path:
-        if name in self.folders:
-            return self.folders[name]
-        for entry in self._engine.bank.list():
-            if entry.name == name:
-                return entry.folder
-        raise AdapterError(f"{name[:60]!r}: there is no such adapter on this page")
+        """Return the weights of the base and of each of `names`. Hashing a large base takes a moment, once."""
+        found = [Weights(self.links.fingerprint if self.links else UNKNOWN)]
+        for name in names:
+            try:
+                found.append(self.card(name).weights)
+            except AdapterError:  # its folder was removed while it stayed in memory
+                found.append(Weights())
+        return tuple(found)
 
 
 def _adapters_in(folder: Path) -> dict[str, Path]:

@@ -1,25 +1,77 @@
-"""What the page says about its models before any of them runs: one dictionary a column, and the headline. No Gradio."""
+"""Columns of a comparison: their descriptions, the headline above them, and single experts as columns. No Gradio."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from minilora_hub.compare.engine import Column, CompareEngine
+from minilora_hub.errors import AdapterError
 
 NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
+MOST_SOLO_EXPERTS = 4
+
+
+@dataclass(frozen=True)
+class SoloExperts:
+    """Experts of a mixture that each answer alone, in a column of their own.
+
+    Attributes:
+        adapter: the mixture.
+        experts: their numbers; empty for the ordinary comparison.
+    """
+
+    adapter: str
+    experts: tuple[int, ...]
+
+    @classmethod
+    def read(cls, content: Any) -> SoloExperts:
+        """Read what a browser sent: ``{"adapter": name, "experts": [0, 2]}``.
+
+        Raises:
+            AdapterError: it is something else.
+        """
+        content = content if isinstance(content, dict) else {}
+        adapter, experts = content.get("adapter"), content.get("experts")
+        numbers = isinstance(experts, list) and all(type(one) is int for one in experts)
+        if not isinstance(adapter, str) or not numbers:
+            raise AdapterError("experts alone: must name an adapter and the numbers of its experts")
+        return cls(adapter, tuple(dict.fromkeys(experts)))
+
+    def columns(self, columns: Sequence[Column]) -> tuple[Column, ...]:
+        """Return the base, the mixture, and a column for each expert; without experts, `columns`.
+
+        Raises:
+            AdapterError: the adapter is not among `columns`, it has no such expert, or there are too many experts.
+        """
+        if not self.experts:
+            return tuple(columns)
+        mixture = next((one for one in columns if one.adapter == self.adapter and one.experts), None)
+        if mixture is None:
+            raise AdapterError(f"experts alone: no adapter {self.adapter[:100]!r} with experts is shown here")
+        wrong = [one for one in self.experts if not 0 <= one < mixture.experts]
+        if wrong:
+            raise AdapterError(
+                f"experts alone: expert {wrong[0]} of {self.adapter!r} must be from 0 to {mixture.experts - 1}"
+            )
+        if len(self.experts) > MOST_SOLO_EXPERTS:
+            raise AdapterError(f"experts alone: {len(self.experts)} at once, must be at most {MOST_SOLO_EXPERTS}")
+        return (columns[0], mixture, *(mixture.alone(expert) for expert in self.experts))
 
 
 def describe_columns(engine: CompareEngine, columns: Sequence[Column]) -> list[dict]:
-    """Describe each column in one line, and give it a letter."""
+    """Return the ``about`` of each column of a stage: its name, method, letter, and a line of facts."""
     base_size = sum(parameter.numel() for parameter in engine.bank.model.parameters())
     seen: Counter[str] = Counter()
     described = []
     for column in columns:
         facts: list[str] = [column.kind]
         if column.parameters_added:
-            share = column.parameters_added / base_size
-            facts.append(f"+{_count(column.parameters_added)} parameters ({share:.1%})")
+            count = column.parameters_added
+            shown = f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
+            facts.append(f"+{shown} parameters ({count / base_size:.1%})")
         if column.detail:
             facts.append(column.detail)
         if column.solo_expert is None:
@@ -27,7 +79,7 @@ def describe_columns(engine: CompareEngine, columns: Sequence[Column]) -> list[d
             seen[initial] += 1
             badge = initial + (str(seen[initial]) if seen[initial] > 1 else "")
         else:
-            badge = letter(column.solo_expert)
+            badge = expert_letter(column.solo_expert)
             facts = [f"{column.name} with expert {badge} alone, whatever the router says"]
         described.append(
             {
@@ -43,29 +95,23 @@ def describe_columns(engine: CompareEngine, columns: Sequence[Column]) -> list[d
     return described
 
 
-def letter(expert: int) -> str:
-    """Call an expert A to Z, then A1 to Z1 and so on, as the page does."""
+def expert_letter(expert: int) -> str:
+    """Return the letter of an expert: A to Z, then A1 to Z1 and so on, as in comparison_model.js."""
     return chr(65 + expert % 26) + (str(expert // 26) if expert >= 26 else "")
 
 
-def headline(engine: CompareEngine, title: str | None = None, *, columns: Sequence[Column] | None = None) -> dict:
-    """Say how many answers there are, and what they cost in memory."""
-    amount = len(engine.columns if columns is None else columns)
-    answers = NUMBERS[amount] if amount < len(NUMBERS) else amount
-    return {"title": title or f"Same prompt. {answers} answers. One forward pass.", "facts": _memory_line(engine)}
-
-
-def _memory_line(engine: CompareEngine) -> str:
+def headline(engine: CompareEngine, columns: Sequence[Column], title: str | None = None) -> dict:
+    """Return the headline: how many answers there are, and how much memory the models take."""
+    answers = NUMBERS[len(columns)] if len(columns) < len(NUMBERS) else len(columns)
     memory = engine.memory()
     adapters = f"; its adapters add {_bytes(memory.adapters)}" if memory.adapters else ""
-    return f"{engine.columns[0].name} is in memory once: {_bytes(memory.base)}{adapters}."
-
-
-def _count(value: int) -> str:
-    return f"{value / 1e6:.1f} M" if value >= 1e5 else f"{value:,}"
+    return {
+        "title": title or f"Same prompt. {answers} answers. One forward pass.",
+        "facts": f"{engine.columns[0].name} is in memory once: {_bytes(memory.base)}{adapters}.",
+    }
 
 
 def _bytes(value: int) -> str:
-    return (
-        f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB" if value < 1e7 else f"{value / 1e6:.0f} MB"
-    )
+    if value >= 1e9:
+        return f"{value / 1e9:.1f} GB"
+    return f"{value / 1e6:.1f} MB" if value < 1e7 else f"{value / 1e6:.0f} MB"

@@ -1,14 +1,10 @@
-"""One finished comparison: what was asked, with which settings, of which weights, and what came. No Gradio.
-
-It is what a vote is about, what a share link restores, what the history lists, and what an export holds.
-"""
+"""A finished comparison, which votes, share links, history and exports refer to. No Gradio."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import re
 import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,9 +13,12 @@ from typing import Any
 from minilora_hub.demo.ui.page_state import text_of
 from minilora_hub.documents import Scalar, strict_json
 from minilora_hub.errors import PageError
+from minilora_hub.formatting import block, inline
 
 VERSION = 1
 UNKNOWN = "unknown"
+COLUMN_BYTES = 4000
+"""Memory of a column without its log and its error: an upper bound."""
 
 
 def now() -> str:
@@ -29,11 +28,11 @@ def now() -> str:
 
 @dataclass(frozen=True)
 class Weights:
-    """Which weights a column ran.
+    """The weights that a column ran.
 
     Attributes:
         hash: of the adapter's file, ``"sha256:…"``; for the base, the fingerprint of its checkpoint; or ``"unknown"``.
-        revision: the commit on the Hub that they were fetched from, None where they come from a folder.
+        revision: their commit on the Hub, None where they come from a folder.
     """
 
     hash: str = UNKNOWN
@@ -41,16 +40,16 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Record:
-    """A prompt, the settings, and what each column made of it.
+class Comparison:
+    """A prompt, the settings, and the answer of each column.
 
     Attributes:
-        prompt: what the visitor asked.
-        sampling: name of a setting -> its value.
-        base: the base's name, on the Hub if it is from there.
+        prompt: the prompt.
+        sampling: {setting: value}.
+        base: the base's name; its id on the Hub if it has one.
         stage: what the columns showed at the end, the base's first; see `minilora_hub.demo.ui.page_state`.
         status: what the status line showed.
-        weights: for each column.
+        weights: of each column.
         time: when it ended, ISO 8601, UTC.
     """
 
@@ -64,30 +63,31 @@ class Record:
 
     @property
     def columns(self) -> list[dict[str, Any]]:
-        """What each column showed: ``about``, ``state``, ``log`` and the numbers."""
+        """The columns of the stage."""
         return list(self.stage["columns"])
 
     @property
     def names(self) -> list[str]:
-        """What the columns are called."""
+        """The columns' names."""
         return [column["about"]["name"] for column in self.columns]
 
     @property
     def complete(self) -> bool:
-        """Whether every column came to its end, without an error and without being stopped."""
+        """Whether every answer ended by itself, without an error and without being stopped."""
         return all(column["state"] in ("eos", "length", "stop") for column in self.columns)
 
     @property
     def memory(self) -> int:
         """Bytes of memory that it takes."""
-        return _size_of(self.__dict__, set())
+        texts = [self.prompt, *(column[name] for column in self.columns for name in ("log", "error"))]
+        return COLUMN_BYTES * len(self.columns) + sum(sys.getsizeof(text) for text in texts)
 
     def to_json(self) -> str:
         """Write it as JSON that `from_json` reads."""
         return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, ensure_ascii=False, allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Record:
+    def from_json(cls, text: str | bytes) -> Comparison:
         """Read what `to_json` wrote.
 
         Raises:
@@ -98,28 +98,14 @@ class Record:
             version = content.pop("version")
             if version != VERSION:
                 raise PageError(f"it was stored by another version of minilora_hub ({version!r})")
-            record = cls(weights=tuple(Weights(**one) for one in content.pop("weights")), **content)
-            texts = [text_of(column) for column in record.columns]
-            if not record.names or len(texts) != len(record.weights) or not isinstance(record.sampling, dict):
+            weights = tuple(Weights(**one) for one in content.pop("weights"))
+            comparison = cls(weights=weights, **content)
+            texts = [text_of(column) for column in comparison.columns]
+            if not comparison.names or len(texts) != len(weights) or not isinstance(comparison.sampling, dict):
                 raise ValueError("its columns do not fit together")
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise PageError(f"what was stored is damaged ({type(error).__name__}: {error})") from None
-        return record
-
-
-def _size_of(thing: Any, seen: set[int]) -> int:
-    """Memory of parsed JSON and of what is in it; `seen` holds the ids of what was counted already."""
-    if id(thing) in seen:
-        return 0
-    seen.add(id(thing))
-    size = sys.getsizeof(thing)
-    if isinstance(thing, Weights):
-        thing = thing.__dict__
-    if isinstance(thing, dict):
-        size += sum(_size_of(key, seen) + _size_of(value, seen) for key, value in thing.items())
-    elif isinstance(thing, (list, tuple)):
-        size += sum(_size_of(value, seen) for value in thing)
-    return size
+        return comparison
 
 
 def answer_hash(text: str) -> str:
@@ -127,8 +113,8 @@ def answer_hash(text: str) -> str:
     return f"sha256:{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()}"
 
 
-def exported_json(record: Record) -> str:
-    """Write a comparison for programs: one object, indented; the answers as texts, with the numbers beside them."""
+def exported_json(comparison: Comparison) -> str:
+    """Write a comparison for programs: one indented object, with each answer as one text."""
     columns = [
         {
             "name": column["about"]["name"],
@@ -143,47 +129,32 @@ def exported_json(record: Record) -> str:
             "tokens_per_second": column["rate"],
             "milliseconds_per_step": column["step"],
         }
-        for column, weights in zip(record.columns, record.weights, strict=True)
+        for column, weights in zip(comparison.columns, comparison.weights, strict=True)
     ]
     content = {
-        "prompt": record.prompt,
-        "sampling": record.sampling,
-        "base": record.base,
-        "time": record.time,
-        "summary": record.status["words"],
+        "prompt": comparison.prompt,
+        "sampling": comparison.sampling,
+        "base": comparison.base,
+        "time": comparison.time,
+        "summary": comparison.status["words"],
         "columns": columns,
     }
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def exported_markdown(record: Record) -> str:
-    """Write a comparison for readers. Texts are in fences that they cannot leave, names are escaped."""
-    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in record.sampling.items())
-    lines = ["| | | tokens | tokens/s | first token |", "| --- | --- | ---: | ---: | ---: |"]
+def exported_markdown(comparison: Comparison) -> str:
+    """Write a comparison for readers. Texts are in fences that they cannot close, names are escaped."""
+    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in comparison.sampling.items())
+    rows = ["| | | tokens | tokens/s | first token |", "| --- | --- | ---: | ---: | ---: |"]
     answers = []
-    for column in record.columns:
-        name = escaped(column["about"]["name"])
-        numbers = [_number(column, *one) for one in (("tokens", "{:d}"), ("rate", "{:.1f}"), ("first", "{:.2f} s"))]
-        lines.append(f"| {name} | {escaped(column['about']['facts'])} | {' | '.join(numbers)} |")
-        answers.append(f"## {name}\n\n{fenced(text_of(column)) if text_of(column) else 'No text.'}")
+    for column in comparison.columns:
+        name, text = inline(column["about"]["name"]), text_of(column)
+        rate = "" if column["rate"] is None else f"{column['rate']:.1f}"
+        first = "" if column["first"] is None else f"{column['first']:.2f} s"
+        rows.append(f"| {name} | {inline(column['about']['facts'])} | {column['tokens']} | {rate} | {first} |")
+        answers.append(f"## {name}\n\n{block(text) if text else 'No text.'}")
         if column["error"]:
-            answers.append(f"Failed: {escaped(column['error'])}")
-    told = f"{escaped(record.status['words'])} {record.time}. Base: {escaped(record.base)}. Settings: {settings}."
-    parts = ["# One prompt, side by side", fenced(record.prompt), told, "\n".join(lines), *answers]
-    return "\n\n".join(parts) + "\n"
-
-
-def _number(column: dict[str, Any], name: str, form: str) -> str:
-    return "" if column[name] is None else form.format(column[name])
-
-
-def escaped(text: str) -> str:
-    """Make a text one line that Markdown shows as it is."""
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&])", r"\\\1", " ".join(text.split()))
-
-
-def fenced(text: str) -> str:
-    """Put a text between fences longer than any in it."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"
+            answers.append(f"Failed: {inline(column['error'])}")
+    summary = f"{inline(comparison.status['words'])} {comparison.time}. Base: {inline(comparison.base)}."
+    parts = ["# One prompt, side by side", block(comparison.prompt), f"{summary} Settings: {settings}."]
+    return "\n\n".join([*parts, "\n".join(rows), *answers]) + "\n"

@@ -1,14 +1,15 @@
-"""What one visitor may ask of the page, and how many at once; a Space's owner says it in variables. No Gradio."""
+"""Limits of the page, the API and the MCP tool, which the owner of a Space sets in environment variables."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from minilora_hub.compare.engine import Sampling
 
 MOST_AT_ONCE = 150
-"""Visitors that run and wait, together: each keeps one of the server's workers."""
+"""Comparisons that run and wait, together: each of them occupies one of the server's threads."""
+
 
 VARIABLES = {
     "prompt": "MINILORA_MAX_PROMPT",
@@ -16,34 +17,33 @@ VARIABLES = {
     "rows": "MINILORA_MAX_ROWS",
     "at_once": "MINILORA_AT_ONCE",
     "waiting": "MINILORA_MAX_WAITING",
+    "link_megabytes": "MINILORA_LINK_MEGABYTES",
+    "link_adapters": "MINILORA_LINK_ADAPTERS",
+    "shared": "MINILORA_SHARED",
+    "shared_megabytes": "MINILORA_SHARED_MEGABYTES",
+    "kept_megabytes": "MINILORA_KEPT_MEGABYTES",
+    "file_prompts": "MINILORA_BATCH_ROWS",
 }
 
 
 @dataclass(frozen=True)
 class PageLimits:
-    """Limits of the page, the API and the MCP tool alike.
+    """What visitors and programs may use."""
 
-    Attributes:
-        prompt: the most characters of a prompt.
-        tokens: the most new tokens of one answer.
-        rows: the most answers of one comparison.
-        at_once: comparisons that run in turns, one step each; others wait in line.
-        waiting: the most that wait.
-    """
-
-    prompt: int = 8000
-    tokens: int = 512
-    rows: int = 8
-    at_once: int = 16
-    waiting: int = 32
+    prompt: int = 8000  # characters of a prompt
+    tokens: int = 512  # new tokens of one answer
+    rows: int = 8  # answers of one comparison
+    at_once: int = 16  # comparisons that take turns, one step each
+    waiting: int = 32  # comparisons in the queue
+    link_megabytes: float = 200  # weights of one adapter from the Hub
+    link_adapters: int = 8  # adapters from the Hub that stay in memory
+    shared: int = 2000  # shared comparisons on the disk
+    shared_megabytes: float = 200  # all of them
+    kept_megabytes: float = 500  # visitors' comparisons in memory; a tenth for one visitor
+    file_prompts: int = 50  # prompts in one file
 
     def __post_init__(self) -> None:
-        """Refuse what no page could keep."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            least = 0 if field.name == "waiting" else 1
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{field.name}={value!r}: must be a whole number of at least {least}")
+        """Check that the server has threads for all comparisons."""
         if self.at_once + self.waiting > MOST_AT_ONCE:
             raise ValueError(
                 f"at_once={self.at_once} and waiting={self.waiting}: must be at most {MOST_AT_ONCE} together"
@@ -51,24 +51,23 @@ class PageLimits:
 
     @classmethod
     def from_environment(cls) -> PageLimits:
-        """Read the variables named in `VARIABLES`.
+        """Read the variables.
 
         Raises:
-            ValueError: one is no whole number, or too small; the message names it.
+            ValueError: a variable is not a whole number, or too small; the message names it.
         """
-        defaults = cls()
         return cls(
             **{
-                name: whole_number(variable, getattr(defaults, name), least=0 if name == "waiting" else 1)
+                name: whole_number(variable, getattr(cls, name), 0 if name == "waiting" else 1)
                 for name, variable in VARIABLES.items()
             }
         )
 
     def check(self, prompt: str, sampling: Sampling, rows: int) -> None:
-        """Refuse a comparison that is too large, before anything of it is computed.
+        """Refuse a comparison that is too large, before anything is computed.
 
         Raises:
-            ValueError: it is; the message says how large it may be.
+            ValueError: the prompt, the length of the answers or their number is above the limit.
         """
         try:
             prompt.encode()
@@ -83,20 +82,16 @@ class PageLimits:
         self.check_columns(rows)
 
     def check_columns(self, rows: int) -> None:
-        """Refuse a comparison, or a page, of too many columns.
-
-        Raises:
-            ValueError: there are; the message says how many there may be.
-        """
+        """Raise ValueError if a comparison, or a page, has too many columns or none."""
         if not 1 <= rows <= self.rows:
-            raise ValueError(f"{rows} answers: this page gives 1 to {self.rows} at once ({VARIABLES['rows']})")
+            raise ValueError(f"{rows} answers: this page gives 1 to {self.rows} at once (MINILORA_MAX_ROWS)")
 
 
 def whole_number(variable: str, default: int, least: int = 1) -> int:
     """Read a whole number from the environment; unset or empty gives the default.
 
     Raises:
-        ValueError: it is none, or below `least`.
+        ValueError: it is not a whole number, or below `least`.
     """
     text = os.environ.get(variable) or str(default)
     if not text.isascii() or not text.isdigit() or int(text) < least:
@@ -105,10 +100,10 @@ def whole_number(variable: str, default: int, least: int = 1) -> int:
 
 
 def flag(variable: str) -> bool:
-    """Read a switch from the environment: 1 or 0; unset or empty is 0.
+    """Read a switch from the environment; unset or empty is off.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it is neither 0 nor 1.
     """
     text = os.environ.get(variable) or "0"
     if text not in ("0", "1"):

@@ -1,52 +1,41 @@
-"""Prompts from a file that a visitor uploads: read, bounded, and every mistake named by its line. No Gradio."""
+"""Files of prompts: read, with errors that name the line, and answered one after the other as a table. No Gradio."""
 
 from __future__ import annotations
 
 import csv
 import io
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from minilora_hub.demo.runs.limits import whole_number
-from minilora_hub.documents import strict_json
+from minilora_hub.compare.engine import Sampling
+from minilora_hub.demo.runs.limits import PageLimits
+from minilora_hub.demo.runs.visitor import Visitor, sampling_fields
+from minilora_hub.demo.ui.page_state import text_of
+from minilora_hub.documents import Scalar, strict_json
 from minilora_hub.errors import PageError
 
 KINDS = (".txt", ".jsonl", ".csv")
-COLUMN = "prompt"
+FIELD = "prompt"
+MOST_BYTES = 500_000
+ENDS = {"eos": "finished", "length": "length limit", "stop": "stop text", "stopped": "stopped", "error": "failed"}
 
 
-@dataclass(frozen=True)
-class FileLimits:
-    """How much one file may hold: prompts, bytes, and characters of one prompt."""
+def read_prompts(file: Path, limits: PageLimits) -> list[str]:
+    """Read the prompts of a file: one a line (.txt), or the field ``prompt`` of each row (.jsonl, .csv).
 
-    rows: int = 50
-    bytes: int = 500_000
-    characters: int = 8000
-
-    @classmethod
-    def from_environment(cls) -> FileLimits:
-        """Read MINILORA_BATCH_ROWS.
-
-        Raises:
-            ValueError: it is no whole number of at least 1.
-        """
-        return cls(whole_number("MINILORA_BATCH_ROWS", cls.rows))
-
-
-def read_prompts(file: Path, limits: FileLimits | None = None) -> list[str]:
-    """Read the prompts of a file: a line each (.txt), or the field ``prompt`` of each row (.jsonl, .csv).
-
-    Empty lines are passed over. A .jsonl row may also be a bare text; a .csv of one column needs no header.
+    Empty lines are skipped. A .jsonl row may also be a bare text; a .csv of one column needs no header.
 
     Raises:
-        PageError: the file is of another kind, too large, not UTF-8, empty, or a row is wrong; the message says it.
+        PageError: the file is of another kind, too large, not UTF-8, empty, or a row is wrong.
     """
-    limits = limits or FileLimits()
     kind = file.suffix.lower()
     if kind not in KINDS:
         raise PageError(f"{file.name[:60]!r}: must end in {', '.join(KINDS)}")
-    if (size := file.stat().st_size) > limits.bytes:
-        raise PageError(f"the file is {size / 1000:,.0f} kB: at most {limits.bytes / 1000:g} kB are read")
+    if (size := file.stat().st_size) > MOST_BYTES:
+        raise PageError(f"the file is {size / 1000:,.0f} kB: at most {MOST_BYTES / 1000:g} kB are read")
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -54,11 +43,11 @@ def read_prompts(file: Path, limits: FileLimits | None = None) -> list[str]:
     rows = {".txt": _lines, ".jsonl": _json_rows, ".csv": _csv_rows}[kind](text)
     if not rows:
         raise PageError("the file holds no prompts")
-    if len(rows) > limits.rows:
-        raise PageError(f"the file holds {len(rows)} prompts: at most {limits.rows} are run")
+    if len(rows) > limits.file_prompts:
+        raise PageError(f"the file holds {len(rows)} prompts: at most {limits.file_prompts} are run")
     for line, prompt in rows:
-        if len(prompt) > limits.characters:
-            raise PageError(f"line {line}: {len(prompt)} characters: a prompt has at most {limits.characters}")
+        if len(prompt) > limits.prompt:
+            raise PageError(f"line {line}: {len(prompt)} characters: a prompt has at most {limits.prompt}")
     return [prompt for _, prompt in rows]
 
 
@@ -74,36 +63,89 @@ def _json_rows(text: str) -> list[tuple[int, str]]:
             row = strict_json(line)
         except ValueError as error:
             raise PageError(f"line {number}: not JSON ({error})") from None
-        prompt = row.get(COLUMN) if isinstance(row, dict) else row
+        prompt = row.get(FIELD) if isinstance(row, dict) else row
         if not isinstance(prompt, str) or not prompt.strip():
-            raise PageError(f'line {number}: must be {{"{COLUMN}": "…"}} with some text, or a text')
+            raise PageError(f'line {number}: must be {{"{FIELD}": "…"}} with some text, or a text')
         rows.append((number, prompt))
     return rows
 
 
 def _csv_rows(text: str) -> list[tuple[int, str]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows = []
     try:
-        for row in reader:
-            if any(cell.strip() for cell in row):
-                rows.append((reader.line_num, row))
+        rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:
         raise PageError(f"line {reader.line_num}: not CSV ({error})") from None
     if not rows:
         return []
     header = [cell.strip().lower() for cell in rows[0][1]]
-    if COLUMN in header:
-        place, rows = header.index(COLUMN), rows[1:]
+    if FIELD in header:
+        place, rows = header.index(FIELD), rows[1:]
     elif all(len(row) == 1 for _, row in rows):
         place = 0
     else:
         raise PageError(
-            f"line 1: a file of several columns needs a header with {COLUMN!r}; found {', '.join(header)[:80]}"
+            f"line 1: a file of several columns needs a header with {FIELD!r}; found {', '.join(header)[:80]}"
         )
-    prompts = []
     for number, row in rows:
         if len(row) <= place or not row[place].strip():
-            raise PageError(f"line {number}: the field {COLUMN!r} is empty")
-        prompts.append((number, row[place]))
-    return prompts
+            raise PageError(f"line {number}: the field {FIELD!r} is empty")
+    return [(number, row[place]) for number, row in rows]
+
+
+@dataclass
+class PromptTable:
+    """The answers to a file of prompts, as far as they were computed."""
+
+    names: list[str]  # of the columns, the base's first
+    total: int  # prompts in the file
+    sampling: dict[str, Scalar]
+    rows: list[dict[str, Any]] = field(default_factory=list)  # {"prompt", "answers", "error"}, see `run_prompts`
+    stopped: bool = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing follows."""
+        return self.stopped or len(self.rows) == self.total
+
+    @property
+    def words(self) -> str:
+        """The progress, in a sentence."""
+        failed = sum(1 for row in self.rows if row["error"] or any(one["error"] for one in row["answers"]))
+        troubles = f" {failed} with an error." if failed else ""
+        if self.stopped:
+            return f"Stopped after {len(self.rows)} of {self.total} prompts.{troubles}"
+        if self.finished:
+            return f"Done: {self.total} prompts.{troubles}"
+        return f"Prompt {len(self.rows) + 1} of {self.total}…{troubles}"
+
+
+async def run_prompts(visitor: Visitor, prompts: Sequence[str], sampling: Sampling) -> AsyncGenerator[PromptTable]:
+    """Answer prompts for a visitor, one after the other; yield the same table after each.
+
+    The names are shown even if the visitor is blind, and nothing is kept in the history. A prompt that is refused or a
+    column that fails is an error in its row, and the next prompt follows. What ends the visitor's comparison (Stop,
+    another run, a closed tab) ends the table; so does closing the iterator.
+    """
+    table = PromptTable([one["name"] for one in visitor.about()], len(prompts), sampling_fields(sampling))
+    yield table
+    for prompt in prompts:
+        visitor.begin()
+        async with aclosing(visitor.run(prompt, sampling)) as frames:
+            async for frame in frames:
+                last = frame
+        columns = last.stage["columns"]
+        if any(column["state"] == "stopped" for column in columns):
+            table.stopped = True
+            yield table
+            return
+        row: dict[str, Any] = {"prompt": prompt, "answers": [], "error": None}
+        if all(column["state"] == "idle" for column in columns):
+            row["error"] = last.status["words"]
+        else:
+            row["answers"] = [
+                {"text": text_of(one), "ended": ENDS[one["state"]], "error": one["error"], "tokens": one["tokens"]}
+                for one in columns
+            ]
+        table.rows.append(row)
+        yield table

@@ -1,12 +1,12 @@
-"""The comparison that the page opens with: recorded once by running it, then shown again, and labelled so. No Gradio.
+"""The replay that the page opens with: an earlier comparison, labelled with its day and machine. No Gradio.
 
-A recording belongs to the adapters it was made with: a page over others does not show it. After a shipped adapter has
-changed, record again::
+A replay belongs to the weights that it was made with; a page over other adapters does not show it. After a shipped
+adapter has changed, make it again::
 
     python -m minilora_hub.demo.runs.replay
     python -m minilora_hub.demo.runs.replay --base org/model --adapter me/poet --prompt "…" --out mine.json
 
-``MINILORA_REPLAY=mine.json`` makes a page open with a recording of its own.
+With ``MINILORA_REPLAY=mine.json`` a page opens with a replay of its own.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Sequence
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ import torch
 
 from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.adapter_folder.names import WEIGHTS
-from minilora_hub.compare.engine import Column, CompareEngine, Sampling
+from minilora_hub.compare.engine import CompareEngine, Sampling
 from minilora_hub.demo.adapters.columns import describe_columns
-from minilora_hub.demo.ui.page_state import Comparison
+from minilora_hub.demo.ui.page_state import RunningComparison
 from minilora_hub.errors import MiniLoraError
 
 SHIPPED = Path(__file__).parent / "replay.json"
@@ -38,39 +37,36 @@ COMMAND = "python -m minilora_hub.demo.runs.replay"
 
 
 def find_replay(engine: CompareEngine) -> dict[str, Any] | None:
-    """Find the recording for the models of a page.
-
-    Returns:
-        ``{"stage", "status"}`` as the page shows them, or None where the shipped one is of other models.
+    """Return the replay for the models of a page, or None where the shipped one is of other models.
 
     Raises:
-        MiniLoraError: ``MINILORA_REPLAY`` names a file that is no recording, or one of other models.
+        MiniLoraError: ``MINILORA_REPLAY`` names a file that is no replay, or one of other models.
     """
     named = os.environ.get("MINILORA_REPLAY")
-    recording = _read(Path(named) if named else SHIPPED)
-    differs = difference(recording, engine)
+    replay = _read(Path(named) if named else SHIPPED)
+    differs = difference(replay, engine)
     if differs is None:
-        return {"stage": recording["stage"], "status": recording["status"]}
+        return replay
     if named:
-        raise MiniLoraError(f"MINILORA_REPLAY={named!r}: {differs}; record again with {COMMAND}")
+        raise MiniLoraError(f"MINILORA_REPLAY={named!r}: {differs}; make it again with {COMMAND}")
     return None
 
 
-def difference(recording: dict[str, Any], engine: CompareEngine) -> str | None:
-    """Say what keeps a recording from being one of an engine's columns; None: nothing does."""
+def difference(replay: dict[str, Any], engine: CompareEngine) -> str | None:
+    """Return why a replay is not one of an engine's columns; None where it is."""
     about = json.loads(json.dumps(describe_columns(engine, engine.columns)))
-    recorded = [column["about"] for column in recording["stage"]["columns"]]
-    if about != recorded:
-        names = [[one["name"] for one in each] for each in (recorded, about)]
+    replayed = [column["about"] for column in replay["stage"]["columns"]]
+    if about != replayed:
+        names = [[one["name"] for one in each] for each in (replayed, about)]
         return f"it is of the columns {names[0]}, described as they were then, and the page's are {names[1]}"
-    for name, digest in _digests(engine, engine.columns).items():
-        if recording["weights"].get(name) != digest:
+    for name, digest in _digests(engine).items():
+        if replay["weights"].get(name) != digest:
             return f"it is of other weights of {name}"
     return None
 
 
-def record(engine: CompareEngine, prompt: str = PROMPT, max_new_tokens: int = 96) -> dict[str, Any]:
-    """Answer a prompt greedily with every column, and keep all that the page shows of it.
+def make_replay(engine: CompareEngine, prompt: str = PROMPT, max_new_tokens: int = 96) -> dict[str, Any]:
+    """Answer a prompt greedily with every column, and return the content of a replay's file.
 
     Raises:
         ValueError: the prompt is empty or too long.
@@ -78,73 +74,68 @@ def record(engine: CompareEngine, prompt: str = PROMPT, max_new_tokens: int = 96
     """
     sampling = Sampling(max_new_tokens)
     for _ in engine.stream(prompt, Sampling(4)):
-        pass  # what is slower the first time is not what a visitor waits for
-    comparison = Comparison(0, describe_columns(engine, engine.columns), prompt, sampling, engine.token_text)
+        pass  # warm up: the times should not hold what is slower the first time
+    running = RunningComparison(0, describe_columns(engine, engine.columns), prompt, sampling, engine.token_text)
     before = engine.forwards
     for update in engine.stream(prompt, sampling):
         if update.error:
-            raise MiniLoraError(f"{engine.columns[update.row].name} cannot be recorded: {update.error}")
-        comparison.add(update)
-    comparison.forwards = engine.forwards - before
-    frame = comparison.frame(finished=True)
+            raise MiniLoraError(f"the replay cannot be made: {engine.columns[update.row].name}: {update.error}")
+        running.add(update)
+    running.forwards = engine.forwards - before
+    frame = running.frame(finished=True)
     today, machine = datetime.now(UTC).date(), _machine()
-    label = f"recorded {_spoken(today)} on {machine}"
     return {
         "command": COMMAND,
         "date": today.isoformat(),
         "machine": machine,
-        "weights": _digests(engine, engine.columns),
+        "weights": _digests(engine),
         "status": {**frame.status, "phase": "replay", "words": "Replay of a recorded run."},
-        "stage": {**frame.stage, "replay": label},
+        "stage": {**frame.stage, "replay": f"recorded {today.day} {today:%B %Y} on {machine}"},
     }
 
 
-def _digests(engine: CompareEngine, columns: Sequence[Column]) -> dict[str, str]:
+def _digests(engine: CompareEngine) -> dict[str, str]:
     folders = {entry.name: entry.folder for entry in engine.bank.list()}
-    return {c.adapter: file_sha256(folders[c.adapter] / WEIGHTS) for c in columns if c.adapter is not None}
+    return {column.name: file_sha256(folders[column.name] / WEIGHTS) for column in engine.columns[1:]}
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        recording = json.loads(path.read_text(encoding="utf-8"))
-        if all(name in recording for name in ("stage", "status", "weights")):
-            return recording
+        replay = json.loads(path.read_text(encoding="utf-8"))
+        if all(name in replay for name in ("stage", "status", "weights")):
+            return replay
     except (OSError, ValueError, TypeError) as error:
-        raise MiniLoraError(f"{str(path)!r} cannot be read as a recording: {error}") from error
-    raise MiniLoraError(f"{str(path)!r}: must be a recording made with {COMMAND}")
+        raise MiniLoraError(f"{str(path)!r} cannot be read as a replay: {error}") from error
+    raise MiniLoraError(f"{str(path)!r}: must be a replay made with {COMMAND}")
 
 
 def _machine() -> str:
-    """Name the processor, and how many threads computed."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    cpus = Path("/proc/cpuinfo")
-    if not name and cpus.is_file():
+    """Return the name of the GPU, or of the processor and the number of threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name, cpus = "", Path("/proc/cpuinfo")
+    if cpus.is_file():
         lines = cpus.read_text(encoding="utf-8", errors="replace").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    name = name or platform.processor() or platform.machine()
     threads = torch.get_num_threads()
-    return name if torch.cuda.is_available() else f"{name}, {threads} {'thread' if threads == 1 else 'threads'}"
-
-
-def _spoken(day: date) -> str:
-    return f"{day.day} {day:%B %Y}"
+    return f"{name or platform.processor() or platform.machine()}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def main() -> None:
-    """Record, and write the file."""
+    """Make a replay, and write the file."""
     from minilora_hub.compare.found_adapters import shipped_adapters
 
-    parser = argparse.ArgumentParser(prog=COMMAND, description="Record the comparison that the page opens with.")
+    parser = argparse.ArgumentParser(prog=COMMAND, description="Make the replay that the page opens with.")
     parser.add_argument("--base", default="embedded", help='the base; default: "embedded"')
     parser.add_argument("--adapter", action="append", help="folder or id; may be given again; default: those shipped")
-    parser.add_argument("--prompt", default=PROMPT, help="what to answer")
+    parser.add_argument("--prompt", default=PROMPT, help="the prompt")
     parser.add_argument("--tokens", type=int, default=96, help="the most tokens of an answer; default: 96")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="the file; default: the one that is shipped")
-    told = parser.parse_args()
-    engine = CompareEngine(told.base, told.adapter or shipped_adapters(), progress=print)
-    recording = record(engine, told.prompt, told.tokens)
-    told.out.write_text(json.dumps(recording, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    print(f"{recording['status']['badge']}; written to {told.out}")
+    arguments = parser.parse_args()
+    engine = CompareEngine(arguments.base, arguments.adapter or shipped_adapters(), progress=print)
+    replay = make_replay(engine, arguments.prompt, arguments.tokens)
+    arguments.out.write_text(json.dumps(replay, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    print(f"{replay['status']['badge']}; written to {arguments.out}")
 
 
 if __name__ == "__main__":

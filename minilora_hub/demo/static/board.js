@@ -1,4 +1,4 @@
-// The board: tables with bars. Names are what an adapter's author chose: text only.
+// The Board: tables with bars. An adapter's author chose its name, so names are shown as text only.
 const box = element.querySelector(".ml-board");
 const find = (name) => box.querySelector(name);
 const percent = (value) => Math.round(100 * value) + "%";
@@ -34,7 +34,7 @@ function model(name, kind, weights) {
   return head;
 }
 
-function rates(rate, chance) {
+function shareCells(rate, chance) {
   if (!rate) return [make("td", "", "–"), make("td", "ml-wide", "no vote chose one yet")];
   const words = make("span", "ml-rate-words", `${percent(rate.low)} to ${percent(rate.high)}`);
   return [make("td", "ml-share", percent(rate.value)), make("td", "ml-wide", bar(rate, chance), words)];
@@ -48,15 +48,17 @@ function paint() {
   find(".ml-board-empty").hidden = now.phase !== "empty";
   find(".ml-board-votes").hidden = now.phase !== "votes";
   if (now.phase !== "votes") return;
-  find(".ml-board-rows").replaceChildren(...now.rows.map((one) => {
-    const counts = [one.wins, one.losses, one.ties, one.bad, one.shown].map((count) => make("td", "ml-count-cell", String(count)));
-    const line = make("tr", "", model(one.name, one.kind, one.weights), ...rates(one.rate, one.chance), ...counts);
+  find(".ml-board-rows").replaceChildren(...now.models.map((one) => {
+    const counts = [one.wins, one.losses, one.ties, one.all_bad, one.shown].map((count) => make("td", "ml-count-cell", String(count)));
+    const line = make("tr", "", model(one.name, one.kind, one.weights.replace("sha256:", "").slice(0, 8)), ...shareCells(one.share, one.chance), ...counts);
     line.dataset.kind = one.kind;
     return line;
   }));
   find(".ml-board-pairs").replaceChildren(...now.pairs.map((one) => {
-    const line = make("tr", "", model(`${one.first} over ${one.second}`, one.kinds.join(" over ")), ...rates(one.rate, 0.5), make("td", "ml-count-cell", String(one.rate.n)));
-    line.dataset.kind = one.kinds[0];
+    const { first, second, share } = one;
+    const head = model(`${first.name} over ${second.name}`, `${first.kind} over ${second.kind}`);
+    const line = make("tr", "", head, ...shareCells(share, 0.5), make("td", "ml-count-cell", String(share.n)));
+    line.dataset.kind = first.kind;
     return line;
   }));
   find(".ml-board-pairs").closest(".ml-board-scroll").hidden = now.pairs.length === 0;

@@ -1,4 +1,4 @@
-// What the model thought of at one token: its probability, the alternatives, and the experts layer by layer.
+// One token: its probability, the alternatives, and the experts layer by layer.
 
 class Inspector {
   constructor(box) {
@@ -34,11 +34,11 @@ class Inspector {
   }
 
   words(answer, token, at) {
-    const told = [`token ${at + 1} of ${answer.about.name}`];
+    const facts = [`token ${at + 1} of ${answer.about.name}`];
     if (token.l !== undefined && token.l !== null) {
-      told.push(`probability ${percent(Math.exp(token.l))}`, `log-probability ${digits(token.l, 3)}`);
+      facts.push(`probability ${percent(Math.exp(token.l))}`, `log-probability ${digits(token.l, 3)}`);
     }
-    return make("span", "ml-inspected-words", told.join(" · "));
+    return make("span", "ml-inspected-words", facts.join(" · "));
   }
 
   choices(title, token) {

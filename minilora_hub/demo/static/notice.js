@@ -1,4 +1,4 @@
-// What became of ?adapter= in the page's address; its words are text, whoever wrote the link.
+// The result of ?adapter= or ?shared= in the page's address. Anyone can write such a link: its words are shown as text only.
 const box = element.querySelector(".ml-notice");
 
 function paint() {

@@ -122,17 +122,11 @@ class Picture {
         this.pen.fillRect(at[0], at[1] + 6, wide, 2);
       }
     }
-    const told = now.error ? now.error.slice(0, 60) : `${now.tokens} tokens · ${digits(now.rate, 1)} tokens/s`;
-    this.write(told, x + 24, y + height - 24, 17, now.error ? "bad" : "soft");
+    const facts = now.error ? now.error.slice(0, 60) : `${now.tokens} tokens · ${digits(now.rate, 1)} tokens/s`;
+    this.write(facts, x + 24, y + height - 24, 17, now.error ? "bad" : "soft");
   }
 
   save(name) {
-    this.canvas.toBlob((blob) => {
-      const link = document.createElement("a");
-      link.href = URL.createObjectURL(blob);
-      link.download = name;
-      link.click();
-      setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
-    }, "image/png");
+    this.canvas.toBlob((blob) => minilora.save(name, blob), "image/png");
   }
 }

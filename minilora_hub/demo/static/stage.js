@@ -1,4 +1,4 @@
-// The columns and what belongs to them; page/ holds the work. Runs once when the page loads.
+// The columns and the panels below them; comparison.js does the work. Runs once when the page loads.
 const stage = window.minilora.stage(element, (name, data) => name === "solo" && trigger("solo", data));
 const paint = () => stage.paint(props.value);
 watch("value", paint);

@@ -1,109 +1,96 @@
-"""The adapter picker: a card for each adapter that can be chosen, and a field for any public one on the Hub."""
+"""The adapter picker: a card for each adapter, a field for one on the Hub, and ``?adapter=`` links."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import gradio as gr
 from huggingface_hub import constants
 
 from minilora_hub.demo.adapters.cards import AdapterCard
-from minilora_hub.demo.adapters.catalogue import CHOSEN
+from minilora_hub.demo.adapters.catalogue import MOST_ADAPTERS
 from minilora_hub.demo.adapters.columns import headline
-from minilora_hub.demo.runs.kept_runs import KeptRuns
+from minilora_hub.demo.runs.runner import Runner
+from minilora_hub.demo.runs.visitor import Visitor, Visitors
 from minilora_hub.demo.ui.blind_bar import BLIND_OFF
-from minilora_hub.demo.ui.components import QUIET, component
-from minilora_hub.demo.ui.layout import Parts
+from minilora_hub.demo.ui.components import QUIET, component, sent
+from minilora_hub.demo.ui.layout import NO_NOTICE, Parts
 from minilora_hub.demo.ui.page_state import idle_stage, status
 from minilora_hub.errors import MiniLoraError
 
 
-def build_picker(runs: KeptRuns) -> gr.HTML:
-    """Build it, closed."""
-    with gr.Accordion("Adapters", open=False, elem_id="ml-picker-box"):
-        return component("picker", value=view(runs, ""), elem_id="ml-picker")
-
-
-def view(runs: KeptRuns, visitor: str, *, phase: str = "idle", words: str = "") -> dict:
-    """Return what the picker shows to a visitor."""
-    chosen = runs.chosen(visitor)
-    names = dict.fromkeys([*runs.catalogue.names, *chosen])
+def picker_value(runner: Runner, chosen: Sequence[str], phase: str = "idle", words: str = "") -> dict:
+    """Return what the picker shows: all cards, which adapters are chosen, and a sentence."""
+    catalogue = runner.catalogue
+    cards = []
+    for name in dict.fromkeys([*catalogue.names, *chosen]):
+        try:
+            card = catalogue.card(name)
+        except MiniLoraError as error:
+            card = AdapterCard(name, "", [f"{error}"])
+        # Only ever an address on the Hub: a link that an adapter's author wrote could lead anywhere.
+        link = f"{constants.ENDPOINT}/{card.repo}" if card.repo else None
+        cards.append({**dataclasses.asdict(card), "link": link})
     return {
-        "base": runs.catalogue.base,
-        "cards": [*_cards(runs, names)],
-        "chosen": chosen,
-        "limit": CHOSEN,
-        "fetches": runs.fetches,
+        "base": catalogue.base,
+        "cards": cards,
+        "chosen": list(chosen),
+        "limit": MOST_ADAPTERS,
+        "fetches": runner.fetches,
         "phase": phase,
         "words": words,
     }
 
 
-def _cards(runs: KeptRuns, names: Iterable[str]) -> Iterable[dict]:
-    for name in names:
+def build_adapter_picker(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> None:
+    """Build the picker, closed, and connect it: the chosen adapters replace those on the page."""
+    runner = visitors.runner
+    with gr.Accordion("Adapters", open=False, elem_id="ml-picker-box"):
+        own = [column.name for column in runner.engine.columns[1:]]
+        picker = component("adapter_picker", value=picker_value(runner, own), elem_id="ml-picker")
+
+    async def value(visitor: Visitor, phase: str, words: str) -> dict:
+        # In a thread: a card that is read for the first time hashes the weights.
+        return await asyncio.to_thread(picker_value, runner, visitor.adapters(), phase, words)
+
+    def shown(visitor: Visitor) -> dict[Any, dict]:
+        return {
+            parts.headline: headline(runner.engine, visitor.columns()),
+            parts.stage: idle_stage(visitor.about()),
+            parts.status: status("idle", "Ready."),
+        }
+
+    async def choose(event: gr.EventData, request: gr.Request) -> AsyncIterator[dict]:
+        visitor = visitors.of(request.session_hash)
+        names = [str(name) for name in sent(event).get("names") or ()][: MOST_ADAPTERS + 1]
+        yield {picker: await value(visitor, "busy", "Loading adapters…")}
         try:
-            yield _card(runs.catalogue.card(name))
+            await visitor.choose(names)
         except MiniLoraError as error:
-            yield {"name": name, "kind": "", "facts": [f"{error}"], "loss": [], "scores": [], "link": None}
-
-
-def _card(card: AdapterCard) -> dict[str, Any]:
-    facts = [
-        card.detail,
-        f"{card.parameters:,} parameters",
-        f"{card.bytes / 1e6:,.1f} MB" if card.bytes >= 1e5 else f"{card.bytes / 1e3:,.1f} kB",
-        f"licence {card.license}" if card.license else "licence unknown",
-    ]
-    scores = [
-        {"task": one.task, "metric": one.metric, "value": one.value, "base": one.base_value, "n": one.n}
-        for one in card.scores
-    ]
-    return {
-        "name": card.name,
-        "kind": card.kind,
-        "facts": facts,
-        "loss": list(card.loss),
-        "scores": scores,
-        # Only ever an address on the Hub: a link that an adapter's author wrote could lead anywhere.
-        "link": f"{constants.ENDPOINT}/{card.repo}" if card.repo else None,
-        "trouble": card.trouble,
-    }
-
-
-def wire_picker(runs: KeptRuns, parts: Parts, picker: gr.HTML) -> None:
-    """Connect it: the chosen adapters take the place of those on the page."""
-    unchanged = [gr.skip()] * 5
-
-    async def choose(event: gr.EventData, request: gr.Request) -> AsyncIterator[list]:
-        visitor, told = request.session_hash or "", event._data or {}
-        names = [str(name) for name in told.get("names") or ()][: CHOSEN + 1]
-        yield [view(runs, visitor, phase="busy", words="Loading what is not here yet…"), *unchanged]
-        try:
-            await runs.choose(visitor, names)
-        except MiniLoraError as error:
-            yield [view(runs, visitor, phase="error", words=f"Not changed: {error}."), *unchanged]
+            yield {picker: await value(visitor, "error", f"Not changed: {error}.")}
             return
-        runs.make_blind(visitor, False)
-        words = f"Compared from now on: {', '.join(names)}."
-        stage = idle_stage(runs.about(visitor))
-        head = headline(runs.engine, columns=runs.columns_of(visitor))
-        nothing = {"phase": "none", "words": ""}
-        yield [
-            view(runs, visitor, phase="done", words=words),
-            head,
-            stage,
-            nothing,
-            BLIND_OFF,
-            status("idle", "Ready."),
-        ]
+        visitor.blind = False
+        done = await value(visitor, "done", f"Compared from now on: {', '.join(names)}.")
+        yield {picker: done, parts.notice: NO_NOTICE, parts.blind: BLIND_OFF, **shown(visitor)}
 
-    def follow(shown: dict | None, request: gr.Request) -> Any:
-        now = view(runs, request.session_hash or "")
-        # The choice made here changes the notice, too: what it says of itself stays.
-        return gr.skip() if shown and shown["chosen"] == now["chosen"] else now
+    async def follow_link(request: gr.Request) -> AsyncIterator[dict]:
+        name = request.query_params.get("adapter")
+        if name is None:
+            yield gr.skip()
+            return
+        visitor = visitors.of(request.session_hash)
+        yield {parts.notice: {"phase": "busy", "words": f"Fetching {name[:100]} from the Hub…"}}
+        try:
+            await visitor.choose([name])
+        except MiniLoraError as error:
+            yield {parts.notice: {"phase": "error", "words": f"The adapter of this link is not shown: {error}."}}
+            return
+        notice = {"phase": "shown", "words": f"{name} beside its base, as your link asked."}
+        yield {parts.notice: notice, picker: await value(visitor, "idle", ""), **shown(visitor)}
 
-    outputs = [picker, parts.head, parts.stage, parts.notice, parts.blind, parts.status]
+    outputs = [picker, parts.headline, parts.stage, parts.notice, parts.blind, parts.status]
     picker.submit(choose, None, outputs, concurrency_id="link", **QUIET)
-    # A link in the page's address may have changed what is chosen.
-    parts.notice.change(follow, picker, picker, queue=False, **QUIET)
+    demo.load(follow_link, None, outputs, concurrency_id="link", **QUIET)

@@ -1,4 +1,4 @@
-"""The comparison page in Gradio: a prompt above, one column a model below. Here it is put together and served."""
+"""The comparison page in Gradio: a prompt above, a column for each model below. Builds and serves it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from platformdirs import user_data_path
+
 from minilora_hub.errors import MissingExtraError
 
-# Before gradio is imported: nothing on this page may ask another host for anything.
+# Before gradio is imported: this page makes no request to any other host.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-# Gradio keeps a line on each of the last events, and goes through all of them after each: not through 10,000.
+# Gradio keeps the last events and goes through all of them after each: 10,000 by default.
 os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "200")
 
 try:
@@ -21,26 +23,33 @@ except ImportError as error:
     raise MissingExtraError("gradio", "demo") from error
 
 from minilora_hub.compare.engine import CompareEngine
+from minilora_hub.demo.adapters.catalogue import Catalogue
 from minilora_hub.demo.adapters.columns import describe_columns, headline
 from minilora_hub.demo.adapters.from_hub import LinkedAdapters
-from minilora_hub.demo.api import wire_api
+from minilora_hub.demo.api import add_api
 from minilora_hub.demo.runs.limits import PageLimits
 from minilora_hub.demo.runs.replay import find_replay
-from minilora_hub.demo.ui.board_page import build_board
-from minilora_hub.demo.ui.components import STATIC, page_script, page_style
-from minilora_hub.demo.ui.events import wire_link, wire_run
+from minilora_hub.demo.runs.runner import Runner
+from minilora_hub.demo.runs.visitor import Visitors
+from minilora_hub.demo.ui.adapter_picker import build_adapter_picker
+from minilora_hub.demo.ui.blind_bar import build_board, connect_blind_bar
+from minilora_hub.demo.ui.components import STATIC, page_head
+from minilora_hub.demo.ui.events import connect_run
+from minilora_hub.demo.ui.history_panel import build_history_panel
 from minilora_hub.demo.ui.layout import build_parts
 from minilora_hub.demo.ui.page_state import idle_stage, status
-from minilora_hub.demo.ui.panels import build_extras, open_memory, open_runs
+from minilora_hub.demo.ui.prompt_file_panel import build_prompt_file_panel
+from minilora_hub.demo.votes.hub_dataset import open_votes
+from minilora_hub.demo.votes.sharing import SharedComparisons
 
 EXAMPLES = (
-    # What the shipped adapters were trained for: items of the test split, one on which they differ …
+    # What the shipped adapters were trained for: items of the test split, the first one answered differently …
     "JSON with name, age, city of the dietitian: Joyce Henson of Ebersberg is an ergonomist, while Sara Carey of "
     "Potsdam is a dietitian and 18.",
     "Write as YYYY-MM-DD: the last day of March 1949",
     "Write this in digits: four thousand, nine hundred and seventeen point six three",
     "Write the past participle of: outdo",
-    # … and what they were not.
+    # … and what they were not trained for.
     "Why is the sky blue?",
 )
 SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
@@ -62,32 +71,45 @@ def build_demo(
 
     Args:
         engine: the models.
-        links: what follows ``?adapter=owner/name`` in the page's address: that adapter is shown beside the base, in
-            place of the engine's own. None: such a link is answered with a notice.
-        title: the headline. Default: how many answers there are.
+        links: fetches adapters that ``?adapter=owner/name`` in the page's address or the picker names. None: the page
+            shows the engine's own only.
+        title: the headline. Default: the number of answers.
         examples: prompts to start from; choosing one runs it.
         max_new_tokens: where the length setting starts.
-        limits: what a visitor may ask for, and how many at once.
+        limits: what visitors may use. Default: from the environment.
         data: folder for votes and shared comparisons. Default: ``$MINILORA_DATA``, or the user's folder for data.
         allowed: folders of adapters, which visitors can choose by the name of their folder; never by a path.
 
     Returns:
-        The page, to be handed to `launch`.
+        The page, for `launch`.
     """
-    memory = open_memory(data)
-    runs = open_runs(engine, links, memory, tuple(allowed), limits)
+    limits = limits or PageLimits.from_environment()
+    folder = data or _data_folder()
+    votes, dataset = open_votes(folder / "votes")
+    if dataset:
+        dataset.start()
+    runner = Runner(engine, Catalogue(engine, links, allowed), limits)
+    visitors = Visitors(runner, votes, SharedComparisons(folder / "shared", limits))
     with gr.Blocks(title="minilora · compare", analytics_enabled=False, fill_width=True) as demo:
         opening = find_replay(engine) or {
             "stage": idle_stage(describe_columns(engine, engine.columns)),
             "status": status("idle", "Ready."),
         }
-        parts = build_parts(headline(engine, title), opening, examples, max_new_tokens, runs.limits.tokens)
-        start = wire_run(demo, runs, parts)
-        wire_link(demo, runs, parts)
-        build_extras(demo, runs, parts, memory, start)
-        wire_api(runs)
-    build_board(demo, memory.visits)
+        head = headline(engine, engine.columns, title)
+        parts = build_parts(head, opening, examples, max_new_tokens, limits.tokens)
+        start = connect_run(demo, visitors, parts)
+        names_shown = connect_blind_bar(visitors, parts.blind, parts.stage, parts.finished)
+        build_history_panel(demo, visitors, parts, start, names_shown)
+        build_adapter_picker(demo, visitors, parts)
+        build_prompt_file_panel(visitors, parts)
+        add_api(runner)
+    build_board(demo, votes)
     return demo
+
+
+def _data_folder() -> Path:
+    chosen = os.environ.get("MINILORA_DATA")
+    return Path(chosen).expanduser() if chosen else user_data_path("minilora_hub", appauthor=False)
 
 
 def launch(
@@ -128,13 +150,13 @@ def launch(
         ssr_mode=False,
         run_history=False,
         mcp_server=mcp,
-        state_session_capacity=200,  # of each visitor it keeps a copy of the page; more than can be at work at once
-        max_threads=200,  # also Gradio's bound on runs and those who wait, which `live.py` keeps in a line of its own
+        state_session_capacity=200,  # it keeps a copy of the page for each session; more than can run and wait
+        max_threads=200,  # also Gradio's bound on comparisons that run and wait; `waiting_queue.py` has its own
         max_file_size="1mb",
         footer_links=[],
         favicon_path=STATIC / "favicon.svg",
         theme=gr.themes.Base(font=SYSTEM_FONTS, font_mono=SYSTEM_MONO, radius_size="sm"),
-        head=f"<style>{page_style()}</style><script>{page_script()}</script>",
+        head=page_head(),
     )
     if block:
         try:

@@ -1,106 +1,111 @@
-"""The bar above the columns: names hidden, votes cast, names shown. The order stays on the server until the vote."""
+"""Voting: the bar above the columns, where names are hidden and votes cast, and the Board, a page with the ranking.
+
+The value of the bar is ``{"phase", "letters", "words"}``: the phase is off, ready, open (a vote can be cast) or closed,
+and ``letters`` are those to vote for.
+"""
 
 from __future__ import annotations
 
 import gradio as gr
 from gradio.events import Dependency
 
-from minilora_hub.demo.runs.kept_runs import KeptRuns
-from minilora_hub.demo.runs.visits import Kept
-from minilora_hub.demo.ui.components import QUIET
+from minilora_hub.demo.runs.history import KeptComparison
+from minilora_hub.demo.runs.visitor import Visitor, Visitors
+from minilora_hub.demo.ui.components import QUIET, component, sent
 from minilora_hub.demo.ui.page_state import idle_stage
 from minilora_hub.demo.votes.blind import LETTERS, Blindfold, revealed
-from minilora_hub.demo.votes.votes import ALL_BAD, TIE
+from minilora_hub.demo.votes.ranking import rank
+from minilora_hub.demo.votes.votes import ALL_BAD, TIE, VoteStore
 from minilora_hub.errors import PageError
 
 BLIND_OFF = {"phase": "off", "letters": "", "words": ""}
-"""A value of the bar: ``phase`` is off, ready, open (a vote can be cast) or told; ``letters`` are those to vote for."""
+READY = {"phase": "ready", "letters": "", "words": "Answers come in a random order, without names."}
 
 
-def view(runs: KeptRuns, visitor: str) -> dict:
-    """Return what the bar shows to a visitor, once a comparison has ended."""
-    if not runs.is_blind(visitor):
+def bar_value(visitor: Visitor, running: bool = False) -> dict:
+    """Return the value of the bar while a comparison is `running`, or after the last one has ended."""
+    if not visitor.blind:
         return BLIND_OFF
     try:
-        kept = runs.visits.last(visitor)
+        kept = visitor.history.last()
     except PageError:
-        return _ready()
-    if kept.order is None:
-        return _ready()
-    if kept.closed is None:
-        letters = LETTERS[: len(kept.order)]
-        return {
-            "phase": "open",
-            "letters": letters,
-            "words": "Which answer is best? The names are shown after your vote.",
-        }
-    return {"phase": "told", "letters": "", "words": f"No vote: {kept.closed}."}
+        return READY
+    if running or kept.order is None:
+        return READY
+    if kept.closed:
+        return _closed(f"No vote: {kept.closed}.")
+    words = "Which answer is best? The names are shown after your vote."
+    return {"phase": "open", "letters": LETTERS[: len(kept.order)], "words": words}
 
 
-def begun(runs: KeptRuns, visitor: str) -> dict:
-    """Return what the bar shows to a visitor while a comparison runs."""
-    return _ready() if runs.is_blind(visitor) else BLIND_OFF
+def _closed(words: str) -> dict:
+    return {"phase": "closed", "letters": "", "words": words}
 
 
-def _ready() -> dict:
-    return {"phase": "ready", "letters": "", "words": "Answers come in a random order, without names."}
-
-
-def thanks(kept: Kept, choice: str) -> dict:
-    """Return what the bar shows after a vote."""
-    order = kept.order or ()
+def _thanks(kept: KeptComparison, choice: str) -> dict:
     if choice in (TIE, ALL_BAD):
         what = "a tie" if choice == TIE else "all bad"
     else:
-        what = f"{LETTERS[int(choice)]}, which was {kept.record.names[order[int(choice)]]}"
-    return {"phase": "told", "letters": "", "words": f"Your vote is stored: {what}."}
+        what = f"{LETTERS[int(choice)]}, which was {kept.comparison.names[(kept.order or ())[int(choice)]]}"
+    return _closed(f"Your vote is stored: {what}.")
 
 
-def wire_blind(runs: KeptRuns, bar: gr.HTML, stage: gr.HTML, finished: gr.State) -> Dependency:
-    """Connect the bar: it switches, takes votes, and follows what has been run.
-
-    Args:
-        runs: the visitors' runs.
-        bar: from the layout.
-        stage: the columns.
-        finished: changes when a comparison has ended.
+def connect_blind_bar(visitors: Visitors, bar: gr.HTML, stage: gr.HTML, finished: gr.State) -> Dependency:
+    """Connect the bar's switch and its votes, and update it when a comparison has `finished`.
 
     Returns:
-        The event of somebody who acts on the bar.
+        The event of a visitor who uses the bar.
     """
 
-    def switch(visitor: str, blind: bool) -> list:
-        runs.make_blind(visitor, blind)
+    def switch(visitor: Visitor, blind: bool) -> list:
+        visitor.blind = blind
         try:
-            kept = runs.visits.last(visitor)
+            kept = visitor.history.last()
         except PageError:  # nothing was run: the columns lose or get their names at once
-            idle = idle_stage(runs.about(visitor))
-            order = tuple(range(len(idle["columns"])))
-            return [_ready(), Blindfold(order).stage(idle)] if blind else [BLIND_OFF, idle]
+            idle = idle_stage(visitor.about())
+            return [READY, Blindfold(range(len(idle["columns"]))).stage(idle)] if blind else [BLIND_OFF, idle]
         if blind or kept.closed:
-            return [_ready() if blind else BLIND_OFF, gr.skip()]
-        runs.visits.give_up(visitor)
-        return [BLIND_OFF, revealed(kept.record.stage, kept.order or ())]
+            return [READY if blind else BLIND_OFF, gr.skip()]
+        return [BLIND_OFF, reveal(visitor)]
 
-    def act(event: gr.EventData, request: gr.Request) -> list:
-        visitor, told = request.session_hash or "", event._data or {}
-        if told.get("action") == "switch":
-            return switch(visitor, bool(told.get("blind")))
+    def reveal(visitor: Visitor) -> dict:
+        kept = visitor.history.close_last("the names were shown before a vote")
+        return revealed(kept.comparison.stage, kept.order or ())
+
+    async def act(event: gr.EventData, request: gr.Request) -> list:
+        visitor, action = visitors.of(request.session_hash), sent(event).get("action")
+        if action == "switch":
+            return switch(visitor, bool(sent(event).get("blind")))
         try:
-            if told.get("action") == "reveal":
-                kept = runs.visits.give_up(visitor)
-                bar_value = {"phase": "told", "letters": "", "words": "Names shown without a vote."}
-            else:
-                choice = str(told.get("choice"))
-                kept = runs.visits.vote(visitor, choice)
-                bar_value = thanks(kept, choice)
+            if action == "reveal":
+                return [_closed("Names shown without a vote."), reveal(visitor)]
+            choice = str(sent(event).get("choice"))
+            kept = await visitor.vote(choice)
         except PageError as error:
-            return [{**view(runs, visitor), "words": f"{error}"}, gr.skip()]
-        return [bar_value, revealed(kept.record.stage, kept.order or ())]
+            return [{**bar_value(visitor), "words": f"{error}"}, gr.skip()]
+        return [_thanks(kept, choice), revealed(kept.comparison.stage, kept.order or ())]
 
-    def follow(ended: dict | None, request: gr.Request) -> dict:
-        visitor = request.session_hash or ""
-        return begun(runs, visitor) if ended is None else view(runs, visitor)
+    async def follow(ended: dict | None, request: gr.Request) -> dict:
+        return bar_value(visitors.of(request.session_hash), running=ended is None)
 
     finished.change(follow, finished, bar, queue=False, **QUIET)
     return bar.select(act, None, [bar, stage], queue=False, **QUIET)
+
+
+def build_board(demo: gr.Blocks, store: VoteStore) -> None:
+    """Add the Board; call it outside of the `gr.Blocks` context, as Gradio requires."""
+
+    def view() -> dict:
+        try:
+            found = store.read()
+        except PageError as error:
+            return {"phase": "error", "words": f"{error}"}
+        count = "1 vote" if len(found.votes) == 1 else f"{len(found.votes)} votes"
+        skipped = f" {found.skipped} more could not be read." if found.skipped else ""
+        words = f"{count} on blind comparisons.{skipped}"
+        return {"phase": "votes" if found.votes else "empty", "words": words, **rank(found.votes)}
+
+    with demo.route("Board", "/board", show_in_navbar=False):
+        page = component("board", value={"phase": "loading"}, elem_id="ml-board")
+        # When the page opens, so that a reload shows the votes of the moment.
+        demo.load(view, None, page, queue=False, **QUIET)

@@ -1,4 +1,7 @@
-"""Components out of ``<name>.html`` and ``<name>.js``: what a visitor or a model wrote reaches them as text only."""
+"""Components made of ``static/<name>.html`` and ``<name>.js``, and the page's style sheets and scripts.
+
+What a visitor or a model wrote reaches a component as its value, which its script shows as text.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,16 @@ from typing import Any
 import gradio as gr
 
 STATIC = Path(__file__).resolve().parents[1] / "static"
+STYLES = ("page", "columns", "analysis", "panels")
+SCRIPTS = ("comparison_model", "column", "tabs", "timeline", "heatmap", "inspector", "picture", "comparison")
+"""What draws a comparison; each script uses only those before it."""
+
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-"""Of every event: no spinner over the page, and no endpoint or MCP tool of its own."""
+"""Arguments of every event: no spinner over the page, and no endpoint or MCP tool of its own."""
 
 
-def component(name: str, **arguments) -> gr.HTML:
-    """Build a component whose values its script paints; see `gr.HTML` for the arguments."""
+def component(name: str, **arguments: Any) -> gr.HTML:
+    """Build a component; `arguments` are those of `gr.HTML`."""
     return gr.HTML(
         html_template=read(f"{name}.html"), js_on_load=read(f"{name}.js"), apply_default_css=False, **arguments
     )
@@ -24,18 +31,16 @@ def read(name: str) -> str:
     return (STATIC / name).read_text(encoding="utf-8")
 
 
-SCRIPTS = ("model", "column", "tabs", "timeline", "heatmap", "inspector", "picture", "stage_view")
-"""What draws the comparison, in an order in which each uses only those before it."""
+def page_head() -> str:
+    """Return the style sheets and the scripts, whose names stay inside but for ``window.minilora``.
+
+    The style sheets are not passed as `launch(css=)`, which rewrites selectors so that media queries lose.
+    """
+    styles = "\n".join(read(f"{name}.css") for name in STYLES)
+    scripts = "\n".join(read(f"{name}.js") for name in SCRIPTS)
+    return f"<style>{styles}</style><script>(() => {{\n{scripts}\n}})();\n</script>"
 
 
-STYLES = ("page", "columns", "panels", "extras")
-
-
-def page_style() -> str:
-    """Join the page's style sheets; not for `launch(css=)`, which rewrites selectors, so that media queries lose."""
-    return "\n".join(read(f"{name}.css") for name in STYLES)
-
-
-def page_script() -> str:
-    """Join these scripts into one, whose names stay inside it but for ``window.minilora``."""
-    return "(() => {\n" + "\n".join(read(f"{name}.js") for name in SCRIPTS) + "\n})();\n"
+def sent(event: gr.EventData) -> dict[str, Any]:
+    """Return what a component's script sent with an event."""
+    return event._data or {}

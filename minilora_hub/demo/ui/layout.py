@@ -1,4 +1,4 @@
-"""The page's parts, from top to bottom. Each function builds one of them inside the open `gr.Blocks`."""
+"""The page's parts, from top to bottom, which the other modules connect."""
 
 from __future__ import annotations
 
@@ -11,63 +11,38 @@ from minilora_hub.demo.ui.blind_bar import BLIND_OFF
 from minilora_hub.demo.ui.components import component
 from minilora_hub.demo.ui.settings import Settings, build_settings
 
+NO_NOTICE = {"phase": "none", "words": ""}
+
 
 @dataclass(frozen=True)
 class Parts:
-    """What is wired.
+    """The components."""
 
-    Attributes:
-        head: the headline.
-        notice: what became of ``?adapter=`` in the page's address.
-        prompt: what to answer.
-        run: the button that starts a comparison.
-        stop: the button that ends it.
-        examples: prompts to start from.
-        settings: how tokens are chosen.
-        blind: the bar on which names are hidden and votes are cast.
-        status: the line that is read aloud.
-        stage: the columns, see `frames.py`.
-        finished: a `gr.State`: the stage of the visitor's last comparison, once it has ended. Its `change` is the place
-            to hang on what happens then.
-    """
-
-    head: gr.HTML
-    notice: gr.HTML
+    headline: gr.HTML
+    notice: gr.HTML  # result of ?adapter= or ?shared= in the page's address
     prompt: gr.Textbox
     run: gr.Button
     stop: gr.Button
-    examples: list[gr.Button]
+    examples: list[gr.Button]  # prompts to start from
     settings: Settings
-    blind: gr.HTML
-    status: gr.HTML
-    stage: gr.HTML
-    finished: gr.State
+    status: gr.HTML  # the line above the columns
+    blind: gr.HTML  # the bar for blind votes
+    stage: gr.HTML  # the columns, see `page_state.py`
+    finished: gr.State  # the stage of the visitor's last comparison, once it has ended: listen to its `change`
 
 
 def build_parts(headline: dict, opening: dict, examples: Sequence[str], max_new_tokens: int, most_tokens: int) -> Parts:
-    """Lay out the page.
+    """Build the parts inside the open `gr.Blocks`.
 
     Args:
-        headline: from `describing.headline`.
+        headline: from `columns.headline`.
         opening: what ``stage`` and ``status`` show at first.
         examples: prompts to start from.
         max_new_tokens: where the length setting starts.
         most_tokens: where it ends.
     """
-    head = component("head", value=headline)
-    notice = component("notice", value={"phase": "none", "words": ""}, elem_id="ml-notice")
-    prompt, run, stop = build_asking()
-    chips = build_examples(examples)
-    settings = build_settings(max_new_tokens, most_tokens)
-    with gr.Row(elem_id="ml-line"):
-        line = component("status", value=opening["status"], elem_id="ml-status")
-        blind = component("blind", value=BLIND_OFF, elem_id="ml-blind")
-    columns = component("stage", value=opening["stage"], elem_id="ml-stage")
-    return Parts(head, notice, prompt, run, stop, chips, settings, blind, line, columns, gr.State(None))
-
-
-def build_asking() -> tuple[gr.Textbox, gr.Button, gr.Button]:
-    """Build the prompt bar."""
+    head = component("headline", value=headline)
+    notice = component("notice", value=NO_NOTICE, elem_id="ml-notice")
     with gr.Row(elem_id="ml-ask"):
         prompt = gr.Textbox(
             show_label=False,
@@ -83,10 +58,11 @@ def build_asking() -> tuple[gr.Textbox, gr.Button, gr.Button]:
         with gr.Row(elem_id="ml-buttons", scale=1):
             run = gr.Button("Run", variant="primary", elem_id="ml-run", min_width=110)
             stop = gr.Button("Stop", interactive=False, elem_id="ml-stop", min_width=110)
-    return prompt, run, stop
-
-
-def build_examples(examples: Sequence[str]) -> list[gr.Button]:
-    """Build a button for each example."""
     with gr.Row(elem_id="ml-examples"):
-        return [gr.Button(example, size="sm", min_width=0, elem_classes="ml-chip") for example in examples]
+        chips = [gr.Button(example, size="sm", min_width=0, elem_classes="ml-chip") for example in examples]
+    settings = build_settings(max_new_tokens, most_tokens)
+    with gr.Row(elem_id="ml-line"):
+        status = component("status_line", value=opening["status"], elem_id="ml-status")
+        blind = component("blind_bar", value=BLIND_OFF, elem_id="ml-blind")
+    stage = component("stage", value=opening["stage"], elem_id="ml-stage")
+    return Parts(head, notice, prompt, run, stop, chips, settings, status, blind, stage, gr.State(None))

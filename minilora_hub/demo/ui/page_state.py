@@ -1,18 +1,18 @@
-r"""What the page shows of one comparison, as plain dictionaries: built from the engine's updates. No Gradio.
+r"""What the page shows of one comparison, as plain dictionaries made from the engine's updates. No Gradio.
 
-A stage, which the columns are painted from, and which history, links and recordings can keep and hand back::
+A *stage* is the state of all columns. The page paints it; the history, share links and replays store it::
 
     {"run": 3,                another number clears the columns
      "prompt": "…",
      "sampling": {…},         as asked, see `Sampling`
-     "replay": None,          or what the label of a recording says; the page then plays it at reading pace
-     "columns": [{"about": {"name", "kind", "badge", "facts", "experts", …},   from `describing.describe_columns`
-                  "state": "idle" | "waiting" | "writing" | the reason why it ended,
+     "replay": None,          or the label of a replay, which the page then plays at reading pace
+     "columns": [{"about": {"name", "kind", "badge", "facts", "experts", …},   from `columns.describe_columns`
+                  "state": "idle" | "waiting" | "writing" | the reason why the answer ended,
                   "log": '{"t": "Hi", …}\n…',     one line of JSON a token, see `_token_line`
                   "tokens": 3, "first": seconds, "rate": tokens/s, "step": ms, "error": None}]}
 
-The log is text that only grows, since Gradio sends of such a text only what was added: a stage costs a visitor the new
-tokens, however long the answers are. A status is the line above the columns, read aloud as it changes::
+The log is text that only grows, because Gradio sends only what is appended to such a text: a comparison costs the
+network each token once, however long the answers are. A *status* is the line above the columns::
 
     {"phase": "idle" | "busy" | "done" | "stopped" | "error", "words": "…", "badge": "…"}
 """
@@ -32,31 +32,25 @@ from minilora_hub.compare.engine import Sampling, Update
 
 @dataclass(frozen=True)
 class Frame:
-    """One picture of a running comparison.
-
-    Attributes:
-        stage: what the columns show; see the module.
-        status: what the status line shows.
-        finished: this is the last frame.
-    """
+    """The state of the page at one moment of a comparison: its stage, its status, and whether it is the last one."""
 
     stage: dict
     status: dict
     finished: bool = False
 
 
-class Comparison:
-    """One comparison in the making.
+class RunningComparison:
+    """State of a comparison while it runs.
 
     Args:
         number: of the run; differs from every other on this page.
-        about: what is told of each column.
-        prompt: what they answer.
-        sampling: how.
-        token_text: how a token of an adapter's column is written on its own; see `CompareEngine.token_text`.
+        about: description of each column.
+        prompt: the prompt.
+        sampling: the settings.
+        token_text: returns the text of a token on its own, for an adapter; see `CompareEngine.token_text`.
 
     Attributes:
-        forwards: of the base, for this comparison; whoever advances the engine adds to it.
+        forwards: forwards of the base for this comparison; the caller counts them.
     """
 
     def __init__(
@@ -67,17 +61,16 @@ class Comparison:
         sampling: Sampling | None = None,
         token_text: Callable[[int, str | None], str] = lambda token, adapter: str(token),
     ) -> None:
-        """Start with columns that wait."""
         self.forwards = 0
         self._started = time.perf_counter()
         self._number, self._prompt, self._sampling = number, prompt, sampling
         self._token_text = token_text
-        self._alone = [0] * len(about)  # forwards of each column, had it been answered alone
+        self._alone = [0] * len(about)  # forwards that each column would have needed by itself
         blank = {"log": "", "tokens": 0, "first": None, "rate": None, "step": None, "error": None}
         self._columns: list[dict[str, Any]] = [{"about": one, "state": "waiting", **blank} for one in about]
 
     def add(self, update: Update) -> None:
-        """Take in what one step changed in one row."""
+        """Add what one step changed in one column."""
         column = self._columns[update.row]
         if update.token_id is not None or update.text:
             adapter = column["about"].get("adapter")
@@ -91,29 +84,28 @@ class Comparison:
         column["error"] = update.error
 
     def waiting(self, words: str) -> Frame:
-        """Show columns that wait, and say why."""
-        return Frame(self._stage(), status("busy", words))
+        """Return the frame of a comparison that waits, with the reason."""
+        return Frame(self.stage(), status("busy", words))
 
     def refused(self, words: str) -> Frame:
-        """Show that nothing was computed, and say why."""
-        return Frame(self._stage(state="idle"), status("error", words), finished=True)
+        """Return the frame of a comparison that is not computed, with the reason."""
+        return Frame(self.stage(state="idle"), status("error", words), finished=True)
 
     def frame(self, *, finished: bool = False, stopped: bool = False) -> Frame:
-        """Show what there is by now."""
-        return Frame(self._stage(), self._summary(finished, stopped), finished)
+        """Return the frame with everything that was added so far."""
+        return Frame(self.stage(), self._status(finished, stopped), finished)
 
-    def _stage(self, **fields: Any) -> dict:
-        sampling = None if self._sampling is None else dataclasses.asdict(self._sampling)
-        columns = [{**column, **fields} for column in self._columns]
+    def stage(self, **fields: Any) -> dict:
+        """Return the stage; `fields` replace those of every column."""
         return {
             "run": self._number,
             "prompt": self._prompt,
-            "sampling": sampling,
+            "sampling": None if self._sampling is None else dataclasses.asdict(self._sampling),
             "replay": None,
-            "columns": columns,
+            "columns": [{**column, **fields} for column in self._columns],
         }
 
-    def _summary(self, finished: bool, stopped: bool) -> dict:
+    def _status(self, finished: bool, stopped: bool) -> dict:
         if not finished:
             writing = any(column["state"] != "waiting" for column in self._columns)
             return status("busy", "Writing…" if writing else "Reading the prompt…", self._badge())
@@ -127,41 +119,41 @@ class Comparison:
         return status("done", f"Done. {facts}", self._badge())
 
     def _badge(self) -> str:
-        """What one pass has saved: forwards that the model counted, against those of the columns one by one."""
+        """Compare the forwards that the model counted with those that the columns would need one by one."""
         if not self.forwards:
             return ""
         first = [column["first"] for column in self._columns if column["first"] is not None]
-        told = ["1 pass", f"{self.forwards} forwards, not {sum(self._alone)}"]
-        return " · ".join([*told, f"first token {max(first):.1f} s"] if first else told)
+        parts = ["1 pass", f"{self.forwards} forwards, not {sum(self._alone)}"]
+        return " · ".join([*parts, f"first token {max(first):.1f} s"] if first else parts)
 
 
 def idle_stage(about: Sequence[dict]) -> dict:
-    """Show columns that have not been asked anything yet."""
-    return Comparison(0, about)._stage(state="idle")
+    """Return the stage of columns before their first prompt."""
+    return RunningComparison(0, about).stage(state="idle")
 
 
 def status(phase: str, words: str, badge: str = "") -> dict:
-    """Build what the status line shows."""
+    """Return the content of the status line."""
     return {"phase": phase, "words": words, "badge": badge}
 
 
 def text_of(column: dict) -> str:
-    """Read the text of a column of a stage."""
+    """Return the text of a column of a stage."""
     # Not splitlines(): a token may hold a line separator of Unicode.
     return "".join(json.loads(line)["t"] for line in column["log"].split("\n")[:-1])
 
 
 def texts_only(log: str) -> str:
-    """Leave of a log only what the tokens add to the text: nothing tells how probable they were, or which experts."""
+    """Reduce a log to the text of each token, without probabilities and experts."""
     return "".join(f"{json.dumps({'t': json.loads(line)['t']}, ensure_ascii=False)}\n" for line in log.split("\n")[:-1])
 
 
 def _token_line(update: Update, token_text: Callable[[int], str]) -> str:
-    """Write what is told of one token.
+    """Return the log line of one token.
 
-    t: the text it added; i: its id; p: the token as it is on its own, where that is not the text; l: its logprob;
-    a: the most probable tokens here, [text, logprob] each; r: for each layer with experts, the experts that served it
-    and their weights in thousandths, [expert, weight, expert, weight, …]. Text held back to the end has t only.
+    t: the text it adds; i: its id; p: the token's own text, where that differs; l: its logprob; a: the most probable
+    tokens at this place, [text, logprob] each; r: for each layer with experts, the experts that served the token and
+    their weights in thousandths, [expert, weight, expert, weight, …]. Text held back to the end has t only.
     """
     line: dict[str, Any] = {"t": update.text}
     if update.token_id is not None:
@@ -181,5 +173,5 @@ def _token_line(update: Update, token_text: Callable[[int], str]) -> str:
 
 
 def _rounded(value: float | None) -> float | None:
-    """Round to four significant digits; None where it is no finite number, which JSON cannot say."""
+    """Round to four significant digits; None where the value is not finite, which JSON cannot express."""
     return float(f"{value:.4g}") if value is not None and math.isfinite(value) else None

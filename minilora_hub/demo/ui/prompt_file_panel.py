@@ -1,4 +1,4 @@
-"""The panel for a file of prompts: upload, progress, table, download."""
+"""The panel for a file of prompts: upload, progress, and the table of answers, which the browser can save."""
 
 from __future__ import annotations
 
@@ -7,64 +7,47 @@ from pathlib import Path
 
 import gradio as gr
 
-from minilora_hub.demo.runs.kept_runs import KeptRuns, told
-from minilora_hub.demo.runs.prompt_file_run import Batch, run_batch
-from minilora_hub.demo.runs.prompt_files import KINDS, FileLimits, read_prompts
+from minilora_hub.demo.runs.prompt_files import KINDS, PromptTable, read_prompts, run_prompts
+from minilora_hub.demo.runs.visitor import Visitors
 from minilora_hub.demo.ui.components import QUIET, component
 from minilora_hub.demo.ui.layout import Parts
 from minilora_hub.demo.ui.settings import sampling_from
 from minilora_hub.errors import MiniLoraError
 
 
-def build_batch(runs: KeptRuns, parts: Parts, limits: FileLimits) -> None:
-    """Build it, closed, and connect it; the page's settings and adapters apply."""
+def build_prompt_file_panel(visitors: Visitors, parts: Parts) -> None:
+    """Build the panel, closed, and connect it; the page's settings and adapters apply."""
+    limits = visitors.runner.limits
     with gr.Accordion("A file of prompts", open=False, elem_id="ml-batch-box"):
         gr.HTML(
-            f"<p class='ml-batch-intro'>Up to {limits.rows} prompts: a .txt file with one on each line, or .jsonl or "
-            ".csv with a field “prompt”. The settings above apply.</p>",
+            f"<p class='ml-batch-intro'>Up to {limits.file_prompts} prompts: a .txt file with one on each line, or "
+            ".jsonl or .csv with a field “prompt”. The settings above apply.</p>",
             apply_default_css=False,
         )
         upload = gr.UploadButton(
             "Choose a file", file_types=[*KINDS], file_count="single", elem_id="ml-batch-file", size="sm", min_width=0
         )
-        table = component("batch", value=_value(None), elem_id="ml-batch")
+        panel = component("prompt_file_panel", value=panel_value(None, "none"), elem_id="ml-batch")
 
     async def run(request: gr.Request, path, *values) -> AsyncIterator[dict]:
-        visitor = request.session_hash or ""
         try:
             prompts = read_prompts(Path(path), limits)
             sampling = sampling_from(*values)
         except (MiniLoraError, ValueError) as error:
-            yield _value(None, words=f"Not run: {error}.")
+            yield panel_value(None, "error", f"Not run: {error}.")
             return
-        async for batch in run_batch(runs, visitor, prompts, sampling, told(sampling)):
-            yield _value(batch)
+        async for table in run_prompts(visitors.of(request.session_hash), prompts, sampling):
+            yield panel_value(table, "done" if table.finished else "busy", table.words)
 
-    def stop(request: gr.Request) -> None:
-        runs.stop(request.session_hash or "")
+    async def stop(request: gr.Request) -> None:
+        visitors.of(request.session_hash).stop()
 
-    def save(value: dict, event: gr.EventData) -> dict:
-        kind = (event._data or {}).get("kind")
-        batch = Batch(value["names"], value["total"], value["sampling"], value["rows"])
-        text, media = (batch.to_csv(), "text/csv") if kind == "csv" else (batch.to_json(), "application/json")
-        name = f"minilora-batch.{'csv' if kind == 'csv' else 'json'}"
-        return {**value, "download": {"name": name, "type": media, "text": text}}
-
-    upload.upload(run, [upload, *parts.settings.inputs], table, concurrency_id="batch", concurrency_limit=1, **QUIET)
-    table.select(save, table, table, queue=False, **QUIET)
-    table.submit(stop, None, None, queue=False, **QUIET)
+    upload.upload(run, [upload, *parts.settings.inputs], panel, concurrency_id="batch", concurrency_limit=1, **QUIET)
+    panel.submit(stop, None, None, queue=False, **QUIET)
 
 
-def _value(batch: Batch | None, words: str = "") -> dict:
-    if batch is None:
-        empty = {"names": [], "rows": [], "total": 0, "sampling": {}}
-        return {**empty, "phase": "error" if words else "none", "words": words, "download": None}
-    return {
-        "names": batch.names,
-        "rows": batch.rows,
-        "total": batch.total,
-        "sampling": batch.sampling,
-        "phase": "done" if batch.finished else "busy",
-        "words": batch.words,
-        "download": None,
-    }
+def panel_value(table: PromptTable | None, phase: str, words: str = "") -> dict:
+    """Return what the panel shows: the table, its phase (none, busy, done or error), and a sentence."""
+    table = table or PromptTable([], 0, {})
+    fields = {"names": table.names, "rows": table.rows, "total": table.total, "sampling": table.sampling}
+    return {**fields, "phase": phase, "words": words}

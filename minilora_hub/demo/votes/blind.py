@@ -1,12 +1,13 @@
-"""Blind comparisons: columns shuffled and renamed, and nothing on the page that tells which is which. No Gradio.
+"""Blind comparisons: columns in a random order, without names. No Gradio.
 
-The order never leaves the server before the vote: what the browser gets is a stage from which everything else was
-taken out, so there is nothing to be found in its memory.
+The order stays on the server until the vote: the browser gets a stage that holds the texts only, so nothing can be
+found in its memory.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -15,33 +16,32 @@ from minilora_hub.demo.ui.page_state import Frame, texts_only
 LETTERS = "ABCDEFGHI"
 
 
-def shuffled(amount: int) -> tuple[int, ...]:
+def shuffled(count: int) -> tuple[int, ...]:
     """Draw an order: for each letter, A first, the index of the column under it."""
-    return tuple(random.SystemRandom().sample(range(amount), amount))
+    return tuple(random.SystemRandom().sample(range(count), count))
 
 
 class Blindfold:
     """Hides one comparison, frame after frame.
 
-    A column tells its text and its state. Not its speed, its tokens' probabilities, its experts or its error: each of
-    them can give away the method.
+    A column keeps its text and its state. Speed, probabilities, experts and error messages are removed, since each of
+    them can reveal the method.
 
     Args:
         order: for each letter, A first, the index of the column under it.
     """
 
-    def __init__(self, order: tuple[int, ...]) -> None:
-        """Start with nothing read; see the class."""
-        self.order = order
-        self._read = [0] * len(order)
-        self._logs = [""] * len(order)
+    def __init__(self, order: Iterable[int]) -> None:
+        self.order = tuple(order)
+        self._read = [0] * len(self.order)
+        self._logs = [""] * len(self.order)
 
     def frame(self, frame: Frame) -> Frame:
-        """Return a frame of the comparison as a blind one."""
+        """Return the blind version of a frame."""
         return replace(frame, stage=self.stage(frame.stage))
 
     def stage(self, stage: dict[str, Any]) -> dict[str, Any]:
-        """Return a stage in this order, with letters for names and nothing but the texts."""
+        """Return the blind version of a stage: in this order, with letters for names."""
         columns = []
         for letter, index in zip(LETTERS, self.order, strict=False):
             column = stage["columns"][index]
@@ -59,7 +59,7 @@ class Blindfold:
         return {**shown, "blind": True, "columns": columns}
 
     def _texts(self, index: int, log: str) -> str:
-        # Only what is new is read: a frame comes many times a second, and logs grow long.
+        # Only what is new is read: there are many frames a second, and logs grow long.
         end = log.rfind("\n") + 1
         self._logs[index] += texts_only(log[self._read[index] : end])
         self._read[index] = end

@@ -1,8 +1,8 @@
-"""Votes that outlive a Space's disk: a data set on the Hub that is read at the start and appended to. No Gradio.
+"""Keeps votes in a dataset on the Hub, from which they are restored when a Space's disk is lost. No Gradio.
 
 Each process appends to a file of its own, so that several never overwrite each other's; all of them are read.
-huggingface_hub's CommitScheduler would do half of it, but gives up at the first failure while it starts, and tells
-nobody of later ones.
+huggingface_hub's CommitScheduler would do half of it, but gives up at the first failure while it starts, and reports no
+later ones.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from minilora_hub.demo.votes.storage import locked
 from minilora_hub.demo.votes.votes import VoteStore
@@ -23,48 +22,53 @@ from minilora_hub.errors import PageError
 from minilora_hub.hub.errors import FAILURES, explain
 
 SECONDS = 60.0
-"""Between two commits: the Hub allows a repo about two a minute."""
+"""Between two commits: the Hub allows about two a minute in one repo."""
 FILES = re.compile(r"votes(-[\w-]+)?\.jsonl", re.ASCII)
 
 
-class VoteSync:
-    """Keeps a store of votes and a data set the same, from a thread of its own.
+class VoteDataset:
+    """Synchronizes a store of votes with a dataset, in a thread of its own.
 
     Args:
-        store: the votes here; its file must be this process's alone.
-        repo: id of the data set; it is made, private, if there is none.
+        store: the local votes; no other process may write to its file.
+        repo: id of the dataset; it is created, private, if it does not exist.
         token: with the right to write there.
-        say: called with a line of text when something goes wrong, or is well again.
+        say: called with a line of text when a synchronization fails, or works again.
+        endpoint: the Hub's address. Default: huggingface_hub's own.
 
     Attributes:
-        trouble: why the last attempt failed; None if it did not.
+        trouble: why the last synchronization failed; None if it did not.
     """
 
     def __init__(
-        self, store: VoteStore, repo: str, token: str, say: Callable[[str], object] = lambda line: None
+        self,
+        store: VoteStore,
+        repo: str,
+        token: str,
+        say: Callable[[str], object] = lambda line: None,
+        endpoint: str | None = None,
     ) -> None:
-        """Prepare; nothing is sent or read yet."""
         from huggingface_hub import HfApi
 
         self._store, self._repo, self._say = store, repo, say
-        self._api = HfApi(token=token)
+        self._api = HfApi(endpoint=endpoint, token=token)
         self._fetched = False
-        self._sent: dict[str, int] = {}
+        self._sent: dict[str, int] = {}  # bytes of each file that the dataset has
         self._ending = threading.Event()
         self._busy = threading.Lock()
         self.trouble: str | None = None
 
     def start(self) -> None:
-        """Begin: fetch what the data set holds, then send what is new, once a minute."""
+        """Fetch the dataset, then send new votes once a minute."""
         threading.Thread(target=self._work, name="minilora-votes", daemon=True).start()
 
     def stop(self) -> None:
-        """Send what is left, and end."""
+        """Send the remaining votes, and end."""
         self._ending.set()
-        self.sync()
+        self.synchronize()
 
-    def sync(self) -> bool:
-        """Fetch once, send what is new; whether it worked. What failed is tried again the next time."""
+    def synchronize(self) -> bool:
+        """Fetch the dataset once, send new votes, and return whether that worked. A failed call can be repeated."""
         with self._busy:
             try:
                 self._fetch()
@@ -82,9 +86,9 @@ class VoteSync:
             return True
 
     def _work(self) -> None:
-        self.sync()
+        self.synchronize()
         while not self._ending.wait(SECONDS):
-            self.sync()
+            self.synchronize()
 
     def _fetch(self) -> None:
         if self._fetched:
@@ -94,33 +98,35 @@ class VoteSync:
         with tempfile.TemporaryDirectory(prefix="minilora-votes-") as folder:
             for name in names:
                 path = self._api.hf_hub_download(self._repo, name, repo_type="dataset", local_dir=folder)
-                self._take(name, Path(path).read_bytes())
-        # What a process that was killed has left on this disk unsent goes along once.
+                content = Path(path).read_bytes()
+                self._sent[name] = len(content)
+                here = self._store.folder / name
+                with locked(self._store.folder):
+                    if not here.is_file() or here.stat().st_size < len(content):
+                        write_whole(here, content)
+        # Files that a killed process has left on this disk are sent once.
         for file in sorted(self._store.folder.glob("votes*.jsonl")):
             self._send(file)
         self._fetched = True
-
-    def _take(self, name: str, content: bytes) -> None:
-        self._sent[name] = len(content)
-        with locked(self._store.folder):
-            here = self._store.folder / name
-            if not here.is_file() or here.stat().st_size < len(content):
-                write_whole(here, content)
 
     def _send(self, file: Path) -> None:
         if not file.is_file():
             return
         with locked(self._store.folder):
             content = file.read_bytes()
-        if len(content) <= self._sent.get(file.name, 0):
-            return
-        options: dict[str, Any] = {"repo_type": "dataset", "commit_message": "Votes"}
-        self._api.upload_file(path_or_fileobj=content, path_in_repo=file.name, repo_id=self._repo, **options)
-        self._sent[file.name] = len(content)
+        if len(content) > self._sent.get(file.name, 0):
+            self._api.upload_file(
+                path_or_fileobj=content,
+                path_in_repo=file.name,
+                repo_id=self._repo,
+                repo_type="dataset",
+                commit_message="Votes",
+            )
+            self._sent[file.name] = len(content)
 
 
-def open_votes(folder: Path, say: Callable[[str], object]) -> tuple[VoteStore, VoteSync | None]:
-    """Open the votes in a folder, kept in the data set that MINILORA_VOTES_DATASET names, if it is set.
+def open_votes(folder: Path, say: Callable[[str], object] = print) -> tuple[VoteStore, VoteDataset | None]:
+    """Open the votes in a folder, and the dataset that MINILORA_VOTES_DATASET names, if it is set.
 
     Raises:
         ValueError: it is set, and there is no token.
@@ -134,4 +140,4 @@ def open_votes(folder: Path, say: Callable[[str], object]) -> tuple[VoteStore, V
     if not token:
         raise ValueError(f"MINILORA_VOTES_DATASET={repo!r}: needs a token that may write there, in HF_TOKEN")
     store = VoteStore(folder, secrets.token_hex(6))
-    return store, VoteSync(store, repo, token, say)
+    return store, VoteDataset(store, repo, token, say)

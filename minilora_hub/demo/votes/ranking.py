@@ -1,42 +1,26 @@
-"""What votes add up to: wins, ties and rates with their intervals. No Gradio.
+"""The ranking that votes give: wins, ties, and shares with their intervals. No Gradio.
 
-Two rates, each with Wilson's 95% interval (scipy's ``binomtest(…).proportion_ci(method="wilson")``):
+There are two shares, each with Wilson's interval of 95%:
 
-- A model's share: of the votes that chose one answer while this model was among them, those that chose it. With k
-  answers, chance alone gives 1/k; `Standing.chance` is the mean of that over the same votes.
+- Of a model: of the votes that chose an answer while this model was among them, those that chose it. With k answers,
+  chance alone gives 1/k; ``chance`` is the mean of that over the same votes.
 - Of a pair (a, b): of the votes where both were shown and one of the two was chosen, those that chose a. A vote for a
-  third model says nothing about the two, and ties and "all bad" are counted, not split.
+  third model says nothing about the two; ties and "all bad" are counted, but not split.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from itertools import combinations
+from typing import Any, NamedTuple
 
-from minilora_hub.demo.votes.votes import ALL_BAD, TIE, Candidate, Vote
+from minilora_hub.demo.votes.votes import ALL_BAD, TIE, Vote
 from minilora_hub.evaluation.metrics import wilson_interval
 
 
-@dataclass(frozen=True)
-class Rate:
-    """A share of `n` votes that is `wins`/`n`, with its 95% interval from `low` to `high`."""
-
-    wins: int
-    n: int
-    low: float
-    high: float
-
-    @property
-    def value(self) -> float:
-        """The share."""
-        return self.wins / self.n
-
-
-@dataclass(frozen=True)
-class Model:
-    """Who stands on the board: weights under a name, on one base."""
+class Model(NamedTuple):
+    """A model in the ranking: weights under a name, on one base."""
 
     name: str
     kind: str
@@ -44,97 +28,45 @@ class Model:
     base_fingerprint: str
 
 
-@dataclass(frozen=True)
-class Standing:
-    """One model's votes.
+def rank(votes: Sequence[Vote]) -> dict[str, list[dict[str, Any]]]:
+    """Count votes.
 
-    Attributes:
-        model: who.
-        shown: votes in which it was among the answers.
-        wins: that chose it.
-        losses: that chose another.
-        ties: that found all equal.
-        all_bad: that found all bad.
-        share: of the decided votes; None where there is none.
-        chance: the share that chance alone would give.
+    Returns:
+        ``{"models": [...], "pairs": [...]}``, the largest share first. A model has ``name``, ``kind``, ``weights``,
+        ``base_fingerprint``, the numbers of votes ``shown``, ``wins``, ``losses``, ``ties``, ``all_bad``, and ``share``
+        and ``chance``. A pair has ``first`` and ``second``, two models, and the ``share`` of the first.
     """
-
-    model: Model
-    shown: int
-    wins: int
-    losses: int
-    ties: int
-    all_bad: int
-    share: Rate | None
-    chance: float | None
-
-
-@dataclass(frozen=True)
-class Pair:
-    """How often `first` was chosen where it or `second` was, both being shown."""
-
-    first: Model
-    second: Model
-    rate: Rate
-
-
-@dataclass(frozen=True)
-class Board:
-    """Everything the board shows: models from the largest share down, and pairs in the same order."""
-
-    votes: int
-    standings: tuple[Standing, ...]
-    pairs: tuple[Pair, ...]
-
-
-def board(votes: Iterable[Vote]) -> Board:
-    """Add votes up."""
-    counts: dict[Model, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    chances: dict[Model, list[float]] = defaultdict(list)
-    chosen_over: dict[tuple[Model, Model], int] = defaultdict(int)
-    amount = 0
+    counts: dict[Model, Counter[str]] = defaultdict(Counter)
+    chances: dict[Model, float] = defaultdict(float)
+    chosen_over: Counter[tuple[Model, Model]] = Counter()
     for vote in votes:
-        amount += 1
-        models = [_model(candidate, vote) for candidate in vote.candidates]
+        models = [Model(one.name, one.kind, one.weights, vote.base_fingerprint) for one in vote.candidates]
         for index, model in enumerate(models):
-            counts[model]["shown"] += 1
-            counts[model][_outcome(index, vote.choice)] += 1
             if isinstance(vote.choice, int):
-                chances[model].append(1 / len(models))
-                if index != vote.choice:
-                    chosen_over[models[vote.choice], model] += 1
-    standings = [_standing(model, count, chances[model]) for model, count in counts.items()]
-    standings.sort(key=lambda one: (-(one.share.value if one.share else -1), -one.shown, one.model.name))
-    pairs = [
-        Pair(first.model, second.model, rate)
-        for first, second in combinations(standings, 2)
-        if (rate := _rate(chosen_over, first.model, second.model))
-    ]
-    return Board(amount, tuple(standings), tuple(pairs))
+                outcome = "wins" if index == vote.choice else "losses"
+                chances[model] += 1 / len(models)
+                chosen_over[models[vote.choice], model] += 1
+            else:
+                outcome = {TIE: "ties", ALL_BAD: "all_bad"}[vote.choice]
+            counts[model].update(["shown", outcome])
+    rows = []
+    for model, count in counts.items():
+        decided = count["wins"] + count["losses"]
+        numbers = {name: count[name] for name in ("shown", "wins", "losses", "ties", "all_bad")}
+        chance = chances[model] / decided if decided else None
+        rows.append({**model._asdict(), **numbers, "share": share(count["wins"], decided), "chance": chance})
+    rows.sort(key=lambda row: (-(row["share"]["value"] if row["share"] else -1), -row["shown"], row["name"]))
+    pairs = []
+    for first, second in combinations([Model(*(row[name] for name in Model._fields)) for row in rows], 2):
+        wins = chosen_over[first, second]
+        if of_first := share(wins, wins + chosen_over[second, first]):
+            pairs.append({"first": first._asdict(), "second": second._asdict(), "share": of_first})
+    return {"models": rows, "pairs": pairs}
 
 
-def _model(candidate: Candidate, vote: Vote) -> Model:
-    return Model(candidate.name, candidate.kind, candidate.weights, vote.base_fingerprint)
-
-
-def _outcome(index: int, choice: int | str) -> str:
-    if isinstance(choice, int):
-        return "wins" if index == choice else "losses"
-    return {TIE: "ties", ALL_BAD: "all_bad"}[choice]
-
-
-def _standing(model: Model, count: dict[str, int], chances: list[float]) -> Standing:
-    outcomes = {name: count[name] for name in ("shown", "wins", "losses", "ties", "all_bad")}
-    share = wilson(count["wins"], len(chances)) if chances else None
-    return Standing(model, **outcomes, share=share, chance=sum(chances) / len(chances) if chances else None)
-
-
-def _rate(chosen_over: dict[tuple[Model, Model], int], first: Model, second: Model) -> Rate | None:
-    wins = chosen_over[first, second]
-    n = wins + chosen_over[second, first]
-    return wilson(wins, n) if n else None
-
-
-def wilson(wins: int, n: int) -> Rate:
-    """Return the rate `wins`/`n` with Wilson's 95% interval."""
-    return Rate(wins, n, *wilson_interval(wins, n))
+def share(wins: int, n: int) -> dict[str, float] | None:
+    """Return the share ``value`` = `wins`/`n` with its interval, ``low`` to ``high``; None for no votes."""
+    if not n:
+        return None
+    low, high = wilson_interval(wins, n)
+    return {"wins": wins, "n": n, "value": wins / n, "low": low, "high": high}

@@ -1,4 +1,4 @@
-"""Where a page keeps what outlives it: votes and shared comparisons, written whole or not at all. No Gradio."""
+"""Locks the folders of votes and shared comparisons, and appends lines completely or not at all. No Gradio."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ LOCK_SECONDS = 20
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder against other threads and processes that write into it; the folder is made if need be.
+def locked(folder: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
+    """Lock a folder against other threads and processes that write into it; it is made if it does not exist.
 
     Raises:
-        PageError: another writer holds it for too long, or it cannot be made.
+        PageError: another writer holds it for longer than `seconds`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Of its own each time: a FileLock object that is shared lets its own thread in twice.
-        with FileLock(folder / ".lock", timeout=LOCK_SECONDS, is_singleton=False):
+        # A new object each time: one that is shared lets its own thread in twice.
+        with FileLock(folder / ".lock", timeout=seconds, is_singleton=False):
             yield
     except Timeout:
-        raise PageError(f"the page's data is held by another writer for more than {LOCK_SECONDS} s") from None
+        raise PageError(f"the page's data is held by another writer for more than {seconds} s") from None
 
 
 def append_line(file: Path, line: bytes) -> None:
-    """Append one line, so that it is on the disk when this returns. Call it while the folder is `locked`.
+    """Append one line, which is on the disk when this returns. The folder must be `locked`.
 
-    A line that a killed writer left torn stays a line of its own. Where the disk is full, nothing is left behind.
+    A line that a killed writer left incomplete stays a line of its own. If the disk is full, nothing is left behind.
 
     Raises:
         OSError: it cannot be written.
     """
-    # Unbuffered: what a full disk refused must not be written by the buffer when the file is closed.
+    # Unbuffered: when the file is closed, a buffer would write what a full disk refused.
     with file.open("a+b", buffering=0) as out:
         size = out.seek(0, os.SEEK_END)
         if size:

@@ -1,6 +1,6 @@
-"""Votes on blind comparisons: one line of JSON each, appended to a file, safe with several writers. No Gradio.
+"""Votes on blind comparisons: one line of JSON each, appended to a file that several processes may write. No Gradio.
 
-A writer that is killed in the middle of a line leaves a torn one, which is skipped and counted by whoever reads.
+A writer that is killed in the middle of a line leaves an incomplete one, which readers skip and count.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from minilora_hub.demo.runs.comparison import Record, answer_hash, now
+from minilora_hub.demo.runs.comparison import Comparison, answer_hash, now
 from minilora_hub.demo.ui.page_state import text_of
 from minilora_hub.demo.votes.storage import append_line, locked
 from minilora_hub.documents import Document, Scalar, need, strict_json
@@ -37,7 +37,7 @@ class Candidate:
         name: of the base or the adapter.
         kind: the method, or ``"base"``.
         weights: hash of its weights, or ``"unknown"``.
-        answer: the answer's hash.
+        answer: hash of the answer.
         revision: the adapter's commit on the Hub, None where it comes from a folder.
     """
 
@@ -50,18 +50,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Vote(Document):
-    """What a visitor thought of one blind comparison.
+    """A visitor's vote on one blind comparison.
 
     Attributes:
-        id: of the comparison; no comparison is voted on twice.
+        id: of the comparison; each is voted on once.
         time: ISO 8601, UTC.
-        prompt: what was asked.
+        prompt: the prompt.
         sampling: the settings, seed included.
         base: the base's name.
         base_fingerprint: of its checkpoint.
         candidates: the answers, the base's first.
         order: for each letter shown, A first, the index of its candidate.
-        choice: index of the candidate that was chosen, `TIE` or `ALL_BAD`.
+        choice: index of the chosen candidate, `TIE` or `ALL_BAD`.
     """
 
     FILE: ClassVar[str] = "vote"
@@ -79,25 +79,29 @@ class Vote(Document):
     schema_version: int = VERSION
 
 
-def vote_on(record: Record, identifier: str, order: tuple[int, ...], choice: int | str) -> Vote:
-    """Write down what a visitor chose; `choice` is an index into the comparison's columns, `TIE` or `ALL_BAD`."""
+def vote_on(comparison: Comparison, identifier: str, order: tuple[int, ...], choice: int | str) -> Vote:
+    """Return a vote on a comparison; `choice` is the index of one of its columns, `TIE` or `ALL_BAD`."""
     candidates = tuple(
-        Candidate(
-            column["about"]["name"],
-            column["about"]["kind"],
-            weights.hash,
-            answer_hash(text_of(column)),
-            weights.revision,
-        )
-        for column, weights in zip(record.columns, record.weights, strict=True)
+        Candidate(about["name"], about["kind"], weights.hash, answer_hash(text_of(column)), weights.revision)
+        for column, weights in zip(comparison.columns, comparison.weights, strict=True)
+        for about in [column["about"]]
     )
-    fingerprint = record.weights[0].hash
-    return Vote(identifier, now(), record.prompt, record.sampling, record.base, fingerprint, candidates, order, choice)
+    return Vote(
+        identifier,
+        now(),
+        comparison.prompt,
+        comparison.sampling,
+        comparison.base,
+        comparison.weights[0].hash,
+        candidates,
+        order,
+        choice,
+    )
 
 
 @dataclass(frozen=True)
 class Votes:
-    """What a store holds: the votes in their order, and how many lines could not be read."""
+    """The votes of a store in the order of time, and the number of lines that could not be read."""
 
     votes: tuple[Vote, ...]
     skipped: int
@@ -107,17 +111,16 @@ class VoteStore:
     """The votes in a folder.
 
     Args:
-        folder: where they are; it is made when the first comes.
-        writer: votes cast here go into ``votes-<writer>.jsonl``; default: ``votes.jsonl``. All files are read.
+        folder: made when the first vote is stored.
+        writer: new votes are written to ``votes-<writer>.jsonl``; default: ``votes.jsonl``. All files are read.
     """
 
     def __init__(self, folder: Path, writer: str | None = None) -> None:
-        """Open it; nothing is read or made yet."""
         self.folder = folder
         self.file = folder / ("votes.jsonl" if writer is None else f"votes-{writer}.jsonl")
 
     def add(self, vote: Vote) -> None:
-        """Store a vote; it is on the disk when this returns.
+        """Store a vote, which is on the disk when this returns.
 
         Raises:
             PageError: it cannot be stored.
@@ -126,19 +129,17 @@ class VoteStore:
             vote.validate()
             line = json.dumps(vote.to_dict(), ensure_ascii=False, allow_nan=False)
             with locked(self.folder):
-                # A lone surrogate, which browsers do send, has no UTF-8.
+                # Browsers do send lone surrogates, which UTF-8 cannot encode.
                 append_line(self.file, line.encode("utf-8", "replace"))
         except (AdapterError, OSError) as error:
             raise PageError(f"the vote could not be stored: {error}") from error
 
     def read(self) -> Votes:
-        """Read every vote, each once, in the order of time.
+        """Read every vote once.
 
         Raises:
             PageError: the folder cannot be read.
         """
-        votes: dict[str, Vote] = {}
-        skipped = 0
         if not self.folder.is_dir():
             return Votes((), 0)
         try:
@@ -146,6 +147,8 @@ class VoteStore:
                 contents = [file.read_bytes() for file in sorted(self.folder.glob("votes*.jsonl"))]
         except OSError as error:
             raise PageError(f"the votes cannot be read: {error}") from error
+        votes: dict[str, Vote] = {}
+        skipped = 0
         for line in (line for content in contents for line in content.split(b"\n") if line.strip()):
             try:
                 vote = Vote.from_dict(strict_json(line))

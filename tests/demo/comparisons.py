@@ -1,15 +1,15 @@
-"""Finished comparisons for tests, without a model."""
+"""Finished comparisons for tests, made without a model."""
 
 import json
 import re
 
-from minilora_hub.demo.runs.comparison import Record, Weights
+from minilora_hub.demo.runs.comparison import Comparison, Weights
 
 KINDS = {"base": "base", "dora": "DoRA", "mix": "MixLoRA", "lora": "LoRA"}
 
 
 def column(name, text, state="eos", error=None):
-    """What one column showed: a token a word, with what a log tells beside the texts."""
+    """A column of a stage: one token a word, with everything that a log holds beside the texts."""
     kind = KINDS[name]
     about = {"name": name, "adapter": None if name == "base" else name, "kind": kind, "badge": name[0].upper()}
     about |= {"facts": f"{kind} · r 2", "experts": 2 if name == "mix" else 0, "solo": None}
@@ -22,11 +22,11 @@ def column(name, text, state="eos", error=None):
     return {"about": about, "state": state, "log": log, "error": error, **numbers}
 
 
-def record(*columns, prompt="Why?", **fields):
+def comparison(*columns, prompt="Why?", **fields):
     """A comparison of these columns; by default of a base, a DoRA and a MixLoRA."""
     columns = columns or (column("base", "because"), column("dora", "so"), column("mix", "thus"))
     weights = tuple(Weights(f"sha256:{one['about']['name']}") for one in columns)
     stage = {"run": 7, "prompt": prompt, "sampling": {"seed": 3}, "replay": None, "columns": list(columns)}
     status = {"phase": "done", "words": "Done. 3 tokens.", "badge": "1 pass"}
     sampling = {"max_new_tokens": 8, "temperature": 0.5, "seed": 3}
-    return Record(prompt, sampling, "org/base", stage, status, weights, **fields)
+    return Comparison(prompt, sampling, "org/base", stage, status, weights, **fields)

@@ -1,7 +1,7 @@
-// The comparison as a whole: what is shown at which step, what is marked, what a visitor has chosen.
+// The whole comparison: the step that is shown, what is marked, and the token that a visitor has chosen.
 
 class Stage {
-  // trigger(name, data) tells the server; see js_on_load in stage.js beside this folder.
+  // trigger(name, data) sends an event to the server; see stage.js.
   constructor(element, trigger) {
     this.box = element.querySelector(".ml-stage");
     this.trigger = trigger;
@@ -242,5 +242,13 @@ const minilora = {
     },
   },
   stage: (element, trigger) => new Stage(element, trigger),
+  // Save a Blob as a file of the browser's.
+  save(name, blob) {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(blob);
+    link.download = name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+  },
 };
 window.minilora = minilora;

@@ -1,4 +1,4 @@
-// What is known of a comparison, read from the stage that the server sends (see frames.py). Nothing here is drawn.
+// Data of a comparison, read from the stage that the server sends (see page_state.py). Nothing is drawn here.
 
 // The longest common subsequence of two growing sequences. Each new item costs as much as the other one is long.
 class Common {

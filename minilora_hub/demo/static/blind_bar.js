@@ -1,4 +1,4 @@
-// Blind mode: the switch, the votes, and their keys. What is behind a letter is not here: the server tells it after the vote.
+// Blind mode: the switch, the votes, and their keys. The server sends the names only after the vote.
 const box = element.querySelector(".ml-blind");
 const toggle = box.querySelector(".ml-switch");
 const votes = box.querySelector(".ml-votes");
@@ -63,7 +63,7 @@ document.addEventListener("keydown", (event) => {
   if (key === "b") flip();
   else if (key === "t" || key === "x") press(key);
 });
-document.addEventListener("ml:vote", (event) => press(String(event.detail)));  // the keys 1 to 9, see page/stage.js
+document.addEventListener("ml:vote", (event) => press(String(event.detail)));  // the keys 1 to 9, see comparison.js
 toggle.addEventListener("click", flip);
 watch("value", paint);
 paint();

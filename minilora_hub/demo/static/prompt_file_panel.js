@@ -1,9 +1,8 @@
-// The table of a batch: rows only ever append, and every cell is text.
+// The table of answers to a file of prompts: rows are only appended, and every cell is text.
 const box = element.querySelector(".ml-batch");
 const find = (name) => box.querySelector(name);
 let head = "";
 let rows = 0;
-let saved = null;
 
 function cell(tag, text, name) {
   const one = document.createElement(tag);
@@ -27,13 +26,24 @@ function row(number, about, names) {
   return line;
 }
 
-function save({ name, type, text }) {
-  const address = URL.createObjectURL(new Blob([text], { type }));
-  const anchor = document.createElement("a");
-  anchor.href = address;
-  anchor.download = name;
-  anchor.click();
-  setTimeout(() => URL.revokeObjectURL(address), 10000);
+function csvRow(cells) {
+  return cells.map((text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text)).join(",") + "\r\n";
+}
+
+// A row for each prompt: the prompt, the answer of each column, and what failed.
+function csvTable({ names, rows }) {
+  const lines = rows.map(({ prompt, answers, error }) => {
+    const errors = error ? [error] : answers.filter((one) => one.error).map((one) => one.error);
+    const texts = error ? names.map(() => "") : answers.map((one) => one.text);
+    return csvRow([prompt, ...texts, errors.join("; ")]);
+  });
+  return csvRow(["prompt", ...names, "errors"]) + lines.join("");
+}
+
+function save(kind) {
+  const { names, sampling, rows } = props.value;
+  const text = kind === "csv" ? csvTable(props.value) : JSON.stringify({ columns: names, sampling, rows }, null, 2) + "\n";
+  window.minilora.save(`minilora-batch.${kind}`, new Blob([text], { type: kind === "csv" ? "text/csv" : "application/json" }));
 }
 
 function paint() {
@@ -56,13 +66,11 @@ function paint() {
     head = names;
   }
   for (; rows < now.rows.length; rows += 1) find("tbody").append(row(rows + 1, now.rows[rows], now.names));
-  if (now.download && now.download !== saved) save(now.download);
-  saved = now.download;
 }
 
 box.addEventListener("click", (event) => {
   const kind = event.target.closest("[data-kind]")?.dataset.kind;
-  if (kind) trigger("select", { kind });
+  if (kind) save(kind);
 });
 find(".ml-batch-stop").addEventListener("click", () => trigger("submit"));
 watch("value", paint);

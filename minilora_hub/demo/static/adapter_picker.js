@@ -1,4 +1,4 @@
-// Adapters to choose from. Their names, licences and tasks are strangers' words: text only.
+// Adapters to choose from. Others wrote their names, licences and tasks, so these are shown as text only.
 const form = element.querySelector(".ml-picker");
 const find = (name) => form.querySelector(name);
 const make = (tag, name, text) => {

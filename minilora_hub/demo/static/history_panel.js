@@ -1,19 +1,10 @@
-// Again, share, save, history. Everything that is shown here came from a visitor or a model: text only.
-const box = element.querySelector(".ml-keeping");
+// Run again, share, save, history. Visitors and models wrote what is shown here, so it is shown as text only.
+const box = element.querySelector(".ml-kept");
 const find = (name) => box.querySelector(name);
 const link = find(".ml-link");
 const copy = find(".ml-copy");
 let saved = null;
 let listed = "";
-
-function save({ name, type, text }) {
-  const address = URL.createObjectURL(new Blob([text], { type }));
-  const anchor = document.createElement("a");
-  anchor.href = address;
-  anchor.download = name;
-  anchor.click();
-  setTimeout(() => URL.revokeObjectURL(address), 10000);
-}
 
 function list(history) {
   find(".ml-history-count").textContent = history.length ? "(" + history.length + ")" : "";
@@ -49,7 +40,9 @@ function paint() {
     find(".ml-shared").hidden = hidden;
     if (!hidden) link.select();
   }
-  if (now.download && now.download !== saved) save(now.download);
+  if (now.download && now.download !== saved) {
+    window.minilora.save(now.download.name, new Blob([now.download.text], { type: now.download.type }));
+  }
   saved = now.download;
   const history = JSON.stringify(now.history);
   if (history !== listed) list(now.history);
@@ -66,7 +59,7 @@ copy.addEventListener("click", async () => {
   try {
     await navigator.clipboard.writeText(link.value);
   } catch {
-    link.select();  // where the browser does not let a page write: what is selected can be copied by hand
+    link.select(); // if the browser lets no page write to the clipboard
     document.execCommand("copy");
   }
   copy.textContent = "Copied";

@@ -1,0 +1,267 @@
+"""Visitors: what each open page shows, runs and keeps. No Gradio.
+
+Nothing of a visitor is stored: it is forgotten when the page is closed. Votes and share links are about the comparisons
+that are kept here, never about what a browser sends. All calls come from the server's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from itertools import count
+
+from minilora_hub.compare.engine import Column, Sampling
+from minilora_hub.demo.adapters.catalogue import MOST_ADAPTERS
+from minilora_hub.demo.adapters.columns import SoloExperts, describe_columns
+from minilora_hub.demo.runs.comparison import Comparison
+from minilora_hub.demo.runs.history import History, KeptComparison
+from minilora_hub.demo.runs.runner import Runner, waiting_words
+from minilora_hub.demo.ui.page_state import Frame, RunningComparison
+from minilora_hub.demo.votes.blind import Blindfold, shuffled
+from minilora_hub.demo.votes.sharing import SharedComparisons
+from minilora_hub.demo.votes.votes import ALL_BAD, TIE, VoteStore, vote_on
+from minilora_hub.documents import Scalar
+from minilora_hub.errors import AdapterError, PageError
+
+MOST_VISITORS = 1000
+
+
+class Visitor:
+    """One open page.
+
+    Args:
+        visitors: what all visitors share.
+
+    Attributes:
+        blind: whether the next comparison is blind.
+        history: the comparisons that are kept.
+    """
+
+    def __init__(self, visitors: Visitors) -> None:
+        self._visitors, self._runner = visitors, visitors.runner
+        self.blind = False
+        self.history = History()
+        self._adapters: tuple[str, ...] | None = None  # None: the page's own
+        self._solo: SoloExperts | None = None
+        self._next_solo: SoloExperts | None = None
+        self._number, self._stop = 0, threading.Event()
+
+    # ---- which columns ----
+
+    def columns(self) -> tuple[Column, ...]:
+        """Return the columns that the page shows.
+
+        Raises:
+            AdapterError: an adapter is no longer in memory.
+        """
+        columns = self._columns_without_solo()
+        return self._solo.columns(columns) if self._solo else columns
+
+    def _columns_without_solo(self) -> tuple[Column, ...]:
+        own = self._runner.engine.columns
+        if self._adapters is None:
+            return own
+        columns = [own[0]]
+        for name in self._adapters:
+            column = self._runner.catalogue.column(name)
+            if column is None:
+                raise AdapterError(f"{name} is no longer in memory, as other visitors opened others: choose it again")
+            columns.append(column)
+        return tuple(columns)
+
+    def about(self) -> list[dict]:
+        """Describe the columns that the page shows; its own, if one of them is no longer in memory."""
+        try:
+            columns = self.columns()
+        except AdapterError:
+            columns = self._runner.engine.columns
+        return describe_columns(self._runner.engine, columns)
+
+    def adapters(self) -> list[str]:
+        """Return the names of the adapters that the page shows."""
+        try:
+            return [column.name for column in self._columns_without_solo()[1:]]
+        except AdapterError:
+            return []
+
+    async def choose(self, names: Sequence[str]) -> None:
+        """Show these adapters beside the base, in this order; those that are not in memory are fetched.
+
+        Raises:
+            PageError: there are none, or too many.
+            AdapterError: one of them cannot be shown. The page then shows the same columns as before.
+        """
+        names = list(dict.fromkeys(names))
+        if not 1 <= len(names) <= MOST_ADAPTERS:
+            raise PageError(f"{len(names)} adapters are chosen: choose 1 to {MOST_ADAPTERS}")
+        own = {column.name for column in self._runner.engine.columns[1:]}
+        for name in names:
+            if name not in own:
+                await self._runner.fetch(name)
+        if not all(self._runner.catalogue.column(name) for name in names):
+            most = self._runner.limits.link_adapters
+            raise AdapterError(f"this page keeps {most} adapters beside its own: choose fewer")
+        self.stop()
+        self._adapters = tuple(names)
+
+    def ask_solo(self, solo: SoloExperts) -> None:
+        """Let experts of an adapter answer alone in the next comparison, each in a column of its own.
+
+        Raises:
+            AdapterError: the page does not show this adapter, or it has no such expert.
+        """
+        solo.columns(self._columns_without_solo())
+        self._next_solo = solo
+
+    # ---- running ----
+
+    @property
+    def hides(self) -> bool:
+        """Whether names are hidden now: not where experts answer alone, since the visitor named them."""
+        return self.blind and self._solo is None
+
+    def begin(self) -> Frame:
+        """Prepare the next comparison, stop the one that may still run, and return the first frame."""
+        self.stop()
+        self._solo, self._next_solo = self._next_solo, None
+        self._number, self._stop = next(self._visitors.numbers), threading.Event()
+        words = "Waiting for a place…" if self._runner.queue.full else "Reading the prompt…"
+        frame = RunningComparison(self._number, self.about()).waiting(words)
+        return Blindfold(range(len(frame.stage["columns"]))).frame(frame) if self.hides else frame
+
+    def stop(self) -> None:
+        """End the comparison that runs or waits within one step; do nothing if there is none."""
+        self._stop.set()
+
+    async def run(self, prompt: str, sampling: Sampling) -> AsyncGenerator[Frame]:
+        """Run the comparison that `begin` prepared. Closing or cancelling the iterator ends it within one step."""
+        number, stop = self._number, self._stop
+        running = RunningComparison(number, self.about(), prompt, sampling, self._runner.engine.token_text)
+        try:
+            moments = self._runner.answer(prompt, sampling, self.columns(), stop)
+        except (ValueError, AdapterError) as error:
+            yield running.refused(f"{error}")
+            return
+        async with aclosing(moments):
+            async for moment in moments:
+                if moment.waiting is not None:
+                    yield running.waiting(waiting_words(moment.waiting))
+                    continue
+                for update in moment.updates:
+                    running.add(update)
+                running.forwards += moment.forwards
+                yield running.frame(finished=moment.finished, stopped=stop.is_set())
+
+    async def run_and_keep(self, prompt: str, sampling: Sampling) -> AsyncGenerator[Frame]:
+        """Run like `run` and keep the comparison; the frames of a blind one do not reveal which column is which."""
+        catalogue, about = self._runner.catalogue, self.about()
+        # Drawn here and not in `begin`: a run that `begin` stopped must not show the same order.
+        blindfold = Blindfold(shuffled(len(about))) if self.hides else None
+        hashing = asyncio.create_task(asyncio.to_thread(catalogue.weights, [one["adapter"] for one in about[1:]]))
+        async with aclosing(self.run(prompt, sampling)) as frames:
+            async for frame in frames:
+                if frame.finished and frame.stage["columns"][0]["state"] != "idle":
+                    fields = sampling_fields(sampling)
+                    weights = await hashing
+                    comparison = Comparison(prompt, fields, catalogue.base, frame.stage, frame.status, weights)
+                    if not self.hides:  # switched off since it began
+                        blindfold = None
+                    kept = self.history.add(comparison, blindfold.order if blindfold else None)
+                    self._visitors.make_room(self)
+                    if kept.closed:
+                        blindfold = None
+                yield blindfold.frame(frame) if blindfold else frame
+
+    # ---- what was run ----
+
+    def show(self, kept: KeptComparison) -> None:
+        """Note that the page shows this comparison now: from the history, or one that somebody shared."""
+        self.history.show(kept)
+        self._visitors.make_room(self)
+
+    async def vote(self, choice: str) -> KeptComparison:
+        """Store a vote on the last comparison: the number of a letter from 0 on, `TIE` or `ALL_BAD`.
+
+        Raises:
+            PageError: it cannot be voted on (again), or the vote cannot be stored.
+        """
+        kept = self.history.close_last("you have voted on this comparison")
+        order = kept.order or ()
+        try:
+            if choice in (TIE, ALL_BAD):
+                chosen: int | str = choice
+            elif choice in map(str, range(len(order))):
+                chosen = order[int(choice)]
+            else:
+                raise PageError(f"choice={choice[:20]!r}: there is no such answer")
+            await asyncio.to_thread(self._visitors.votes.add, vote_on(kept.comparison, kept.id, order, chosen))
+        except Exception:
+            kept.closed = None  # nothing was stored: it can be tried again
+            raise
+        return kept
+
+    async def share(self) -> str:
+        """Store the comparison that the page shows, and return its id; it is stored once.
+
+        Raises:
+            PageError: there is none, its names are still hidden, or it cannot be stored.
+        """
+        kept = self.history.shown()
+        if kept.shared is None:
+            kept.shared = await asyncio.to_thread(self._visitors.shared.add, kept.comparison)
+        return kept.shared
+
+
+class Visitors:
+    """The open pages, and what they share.
+
+    Args:
+        runner: runs the comparisons.
+        votes: stores votes.
+        shared: stores shared comparisons.
+
+    Attributes:
+        numbers: of runs.
+    """
+
+    def __init__(self, runner: Runner, votes: VoteStore, shared: SharedComparisons) -> None:
+        self.runner, self.votes, self.shared = runner, votes, shared
+        self.numbers = count(1)
+        self._visitors: OrderedDict[str, Visitor] = OrderedDict()  # the longest absent first
+
+    def of(self, session: str | None) -> Visitor:
+        """Return the visitor of a session. Beyond `MOST_VISITORS`, the longest absent is forgotten."""
+        visitor = self._visitors.setdefault(session or "", Visitor(self))
+        self._visitors.move_to_end(session or "")
+        while len(self._visitors) > MOST_VISITORS:
+            self._visitors.popitem(last=False)
+        return visitor
+
+    def leave(self, session: str | None) -> None:
+        """Stop and forget a visitor who closed the page."""
+        if visitor := self._visitors.pop(session or "", None):
+            visitor.stop()
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that the kept comparisons of all visitors take."""
+        return sum(visitor.history.memory for visitor in self._visitors.values())
+
+    def make_room(self, current: Visitor) -> None:
+        """Bound the memory: of the current visitor, then of all, where the longest absent lose their comparisons."""
+        limit = self.runner.limits.kept_megabytes * 10**6
+        current.history.make_room(limit / 10)
+        for visitor in self._visitors.values():
+            if self.memory <= limit:
+                return
+            if visitor is not current:
+                visitor.history.clear()
+
+
+def sampling_fields(sampling: Sampling) -> dict[str, Scalar]:
+    """Return the settings that are stored with a comparison."""
+    return {name: value for name, value in dataclasses.asdict(sampling).items() if name != "stop"}
