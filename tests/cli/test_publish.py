@@ -68,6 +68,7 @@ def shell(hub, run_on_hub, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_as_hf_runs_it_from_folder_to_verified_repo(shell, hub, adapter, tmp_path):
     """`hf` finds the script `hf-minilora` of the extension and runs it with HF_TOKEN in the environment."""
     script = shutil.which("hf-minilora", path=str(Path(sys.executable).parent))

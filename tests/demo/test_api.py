@@ -115,6 +115,7 @@ def test_a_prompt_that_cannot_be_answered_is_refused_with_a_reason(client, serve
     assert server.forwards() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prompt",
     [

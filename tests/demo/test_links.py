@@ -241,6 +241,7 @@ def test_code_is_not_fetched(hub, visit):
     assert {record.user for record in hub.requests if "org/base" in record.path} == {"ana"}
 
 
+@pytest.mark.slow
 def test_few_adapters_are_kept_and_the_least_recently_used_goes(hub, visit, link_server):
     """The limit here is two; a visitor who still has the third open gets a reason."""
     first = visit("ana/dora", "shown")

@@ -65,6 +65,7 @@ def whole_apart(base, data, tmp_path_factory):
     return digest(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_a_killed_run_resumes_to_the_same_bytes(place, base, data, whole_apart, tmp_path):
     """SIGKILL at a step, in the middle of a checkpoint, or before the result is complete."""
