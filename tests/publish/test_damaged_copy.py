@@ -14,7 +14,7 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.publish.verify import damage
 from minilora_hub.publish.verify.damage import copy_for_damage, damages
 
-MISSING, NO_NUMBER = "a missing tensor", "a value that is no number"
+MISSING, NO_NUMBER = "a missing tensor", "a NaN"
 
 
 @contextmanager
