@@ -115,7 +115,7 @@ def test_no_validation_and_switches_over_a_file_are_taken(train):
         (["--base", ""], "base is missing"),
         (["--base-revision", ""], "base_revision='': is empty"),
         (["--license", ""], "license='': is empty"),
-        (["--data", ""], "data=['']: holds an empty text"),
+        (["--data", ""], "data=['']: contains an empty string"),
         (["--seed", "-1"], "seed=-1: must be at least 0"),
     ],
 )
