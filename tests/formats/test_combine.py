@@ -99,7 +99,7 @@ def test_cat_is_exact_also_for_rslora_and_other_ranks(base, tmp_path):
         (({}, {}), Combination("linear", (1.0, 1.0), rank=3), "only methods with svd take it"),
         (({},), Combination("linear", (1.0,)), "at least 2"),
         (({}, {"r": 2}), Combination("ties", (1.0, 1.0)), r"ranks must be the same, got \[2, 4\]"),
-        (({}, {"use_dora": True}), Combination("svd", (1.0, 1.0)), "leave DoRA's magnitudes out"),
+        (({}, {"use_dora": True}), Combination("svd", (1.0, 1.0)), "ignore DoRA's magnitudes"),
     ],
 )
 def test_what_cannot_be_combined(settings, how, message, base, tmp_path):
