@@ -175,7 +175,7 @@ class CompareEngine:
             ValueError: the prompt is empty, longer than the base's context, or has a token that the base does not know.
         """
         if not prompt.strip():
-            raise ValueError("prompt='': must hold some text")
+            raise ValueError("prompt='': must not be empty")
         prompting = self.prompting(adapter)
         ids = prompting.chat_ids([{"role": "user", "content": prompt}])
         ids = prompting.text_ids(prompt) if ids is None else ids

@@ -63,7 +63,7 @@ def read_text(file: Path | None = None) -> GeneralText:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"text={str(file)!r}: must be a readable file in UTF-8 ({error})") from error
     if not content.strip():
-        raise ValueError(f"text={str(file)!r}: must hold some text")
+        raise ValueError(f"text={str(file)!r}: must not be empty")
     return GeneralText(file.name, content)
 
 

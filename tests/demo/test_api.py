@@ -100,8 +100,8 @@ def test_one_columns_error_leaves_the_others(client):
 
 
 REFUSED = {
-    "": "must hold some text",
-    " \n\t ": "must hold some text",
+    "": "must not be empty",
+    " \n\t ": "must not be empty",
     "x" * 100_000: "prompt of 100,000 characters: this page takes at most 8,000",
 }
 

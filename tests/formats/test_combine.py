@@ -228,7 +228,7 @@ def test_from_the_shell(trained, base, tmp_path, capsys):
 
     code, out = run("experts", "drop", trained[1], "--count", 1, "--out", tmp_path / "small")
     assert code == 0
-    assert "4 -> 3 experts a layer" in out.out
+    assert "4 -> 3 experts per layer" in out.out
     assert "KL divergence" in out.out
     code, out = run("experts", "add", tmp_path / "small", "--clone", 0, "--out", tmp_path / "again", "--json")
     assert code == 0
