@@ -35,7 +35,7 @@ from trl import SFTTrainer
 from minilora_hub.errors import TrainingError
 from minilora_hub.remote_code.adapter_files import check_tensors, read_adapter, write_adapter
 from minilora_hub.training.models import trainable_parameters
-from minilora_hub.training.passthrough import restore_allocation_state, allocation_state
+from minilora_hub.training.passthrough import allocation_state, restore_allocation_state
 from minilora_hub.training.recipes import Recipe
 
 CHECKPOINTS = "checkpoints"
