@@ -113,7 +113,7 @@ def test_what_cannot_be_combined(settings, how, message, base, tmp_path):
 def test_a_mixlora_is_not_combined(base, tmp_path):
     MixLoraForCausalLM.from_base(str(base), mixlora(tiny_base()).config).save_pretrained(tmp_path / "mix")
     lora = loras(tmp_path, base, {})[0]
-    with pytest.raises(AdapterError, match="whose experts have no counterpart"):
+    with pytest.raises(AdapterError, match="whose experts do not match those of another"):
         combine([lora, tmp_path / "mix"], tmp_path / "out", Combination("svd", (1.0, 1.0)))
 
 

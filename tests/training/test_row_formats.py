@@ -133,10 +133,10 @@ def test_nulls_that_arrow_adds_are_not_taught_and_those_of_json_stay(tmp_path):
 
 def test_an_old_macs_csv_and_a_parquet_file_of_other_bytes_are_named(tmp_path):
     (tmp_path / "mac.csv").write_bytes(b"prompt,completion\rq,a\r")
-    with pytest.raises(DataError, match=r"mac.csv:1: has lines that end with CR alone"):
+    with pytest.raises(DataError, match=r"mac.csv:1: has lines that end with CR only"):
         list(read_rows((str(tmp_path / "mac.csv"),)))
     (tmp_path / "later.csv").write_bytes(b"prompt,completion\nq,a\nr,b\rs,c\n")
-    with pytest.raises(DataError, match=r"later.csv:3: has lines that end with CR alone"):
+    with pytest.raises(DataError, match=r"later.csv:3: has lines that end with CR only"):
         list(read_rows((str(tmp_path / "later.csv"),)))
     bad = pyarrow.array([b"\xff"], pyarrow.binary()).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": bad}), tmp_path / "bad.parquet")
