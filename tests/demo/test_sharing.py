@@ -42,7 +42,7 @@ def test_ids_are_random_and_long(tmp_path):
 )  # fmt: skip
 def test_hostile_ids_are_refused(tmp_path, identifier):
     (tmp_path / "votes.json").write_text("{}")
-    with pytest.raises(PageError, match="no link that the page has given out"):
+    with pytest.raises(PageError, match="not a share link of this page"):
         SharedComparisons(tmp_path / "shared").get(identifier)
 
 
