@@ -31,16 +31,17 @@ AUTHOR = """
 import json, sys, torch
 from transformers import AutoTokenizer
 from tiny import CAUSAL_LM, fill_adapter, tiny_config
-name, seed, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-method, changes = json.loads(sys.argv[4])
-model = CAUSAL_LM[method].from_base("org/base", tiny_config(method, **changes))
-fill_adapter(model, seed=seed)
-model.eval()
+folder, facts = sys.argv[1], {}
 ids = AutoTokenizer.from_pretrained("org/base")("Hello Hub", return_tensors="pt").input_ids
-with torch.no_grad():
-    torch.save({"ids": ids, "logits": model(ids).logits}, out)
-model.push_to_hub(f"author/{name}")
-print(json.dumps({"revision": model.config.base_model_revision, "fingerprint": model.config.base_fingerprint}))
+for name, (method, changes) in json.loads(sys.argv[2]).items():
+    model = CAUSAL_LM[method].from_base("org/base", tiny_config(method, **changes))
+    fill_adapter(model, seed=1)
+    model.eval()
+    with torch.no_grad():
+        torch.save({"ids": ids, "logits": model(ids).logits}, f"{folder}/{name}.pt")
+    model.push_to_hub(f"author/{name}")
+    facts[name] = {"revision": model.config.base_model_revision, "fingerprint": model.config.base_fingerprint}
+print(json.dumps(facts))
 """
 
 LOAD = """
@@ -83,7 +84,7 @@ def run(script, *arguments, environment, folder):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A Hub with a base, and one adapter of each method that its author pushed from their own process."""
+    """A Hub with a base, and one adapter of each method that their author pushed from a process of their own."""
     folder = tmp_path_factory.mktemp("hub")
     base = folder / "base"
     tiny_base(vocab_size=259, eos_token_id=None, bos_token_id=None).save_pretrained(base)
@@ -92,14 +93,10 @@ def published(tmp_path_factory):
         hub.add_repo("org/base", files={path.name: path.read_bytes() for path in base.iterdir()})
         token = hub.add_user("author")
         environment = hub.environment(token=token, cache_dir=folder / "author")
-        facts = {}
-        for name, adapter in ADAPTERS.items():
-            environment["PYTHONPATH"] = str(Path(__file__).parent)
-            arguments = (name, 1, folder / f"{name}.pt", json.dumps(adapter))
-            code, out, err = run(AUTHOR, *arguments, environment=environment, folder=folder)
-            assert code == 0, err[-3000:]
-            facts[name] = json.loads(out.splitlines()[-1])
-        yield hub, token, folder, facts
+        environment["PYTHONPATH"] = str(Path(__file__).parent)
+        code, out, err = run(AUTHOR, folder, json.dumps(ADAPTERS), environment=environment, folder=folder)
+        assert code == 0, err[-3000:]
+        yield hub, token, folder, json.loads(out.splitlines()[-1])
 
 
 def load(published, method, arguments=None, *, token=True, expected=None, folder_name="stranger"):

@@ -137,7 +137,7 @@ def _stack(found: dict[str, torch.Tensor], num_experts: int) -> dict[str, torch.
         if len(experts) != num_experts or max(experts) >= num_experts:
             have = f"experts {sorted(experts)[:8]}"
             raise AdapterError(
-                f"{canonical}: {have} are in the file, num_experts={num_experts} needs 0 to {num_experts - 1}"
+                f"{canonical}: {have} are in the file, num_experts={num_experts} requires that many, numbered from 0"
             )
         first = experts[0]
         for expert, tensor in experts.items():

@@ -121,6 +121,7 @@ def test_what_a_model_writes_is_shown_as_text():
     assert _printable("a\tb\nc\x1b\x9b") == "a\tb\nc"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a pseudo-terminal")
 @pytest.mark.parametrize("interrupted", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_in_a_terminal_it_is_live(saved, interrupted):

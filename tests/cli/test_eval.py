@@ -152,6 +152,7 @@ cli.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_process_that_is_stopped_goes_on(saved, capsys, tmp_path, number):
     """Ctrl-C: 130 and one word; then, and after kill -9, what was computed is not computed again."""

@@ -176,6 +176,7 @@ def test_help_has_an_example_and_loads_nothing_heavy():
         assert f"Example: minilora {command}" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )

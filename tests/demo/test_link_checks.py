@@ -125,7 +125,10 @@ def test_nothing_at_all_is_fetched_of_what_the_list_of_files_shows(hub, links, m
         "no-adapter": ({"config.json": files["config.json"]}, "has no adapter_model.safetensors"),
         "large": (files | {WEIGHTS: bytes(3_100_000)}, "from a link this page downloads at most 3 MB"),
         "outside": (files | {"a/../../x.json": b"{}"}, "which is not a path inside a repo"),
-        "config": (files | {"tokenizer_config.json": bytes(2**20 + 1)}, "fetches at most 1.04858 MB"),
+        "config": (
+            files | {"tokenizer_config.json": bytes(2**20 + 1)},
+            "from a link this page downloads at most 1.04858 MB",
+        ),
     }
     for name, (content, told) in cases.items():
         hub.add_repo(f"ana/{name}", files=content)

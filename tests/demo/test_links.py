@@ -295,6 +295,7 @@ def test_the_picker_takes_ids_of_the_hub(visit):
     assert len(set(texts(page)[2:])) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "height", "scheme"),
     [

@@ -119,6 +119,7 @@ def test_a_new_prompt_replaces_a_running_one(page):
     assert texts(page)[2] == "second"
 
 
+@pytest.mark.slow
 def test_visitors_take_turns(visit):
     """Nobody waits for another's whole answer, and a Stop of one is nothing to the others."""
     first, second, third = visit(), visit(), visit()
@@ -244,6 +245,7 @@ def test_one_line_is_read_aloud(page):
     assert page.locator(".ml-card").first.get_attribute("aria-label") == "base, base"
 
 
+@pytest.mark.slow
 def test_on_a_phone_one_column_fills_the_screen(visit):
     """Tabs name the columns and bring them; a swipe does, too; nothing else scrolls sideways."""
     page = visit(width=390, height=844)
@@ -263,6 +265,7 @@ def test_on_a_phone_one_column_fills_the_screen(visit):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+@pytest.mark.slow
 def test_on_a_phone_the_prompt_stays_at_hand(visit):
     """Stuck to the bottom, above whatever is scrolled, and the end of the page is not hidden behind it."""
     page = visit(width=390, height=844)

@@ -41,6 +41,7 @@ def test_100_kb_are_refused_with_a_reason(server, visit):
     wait_for_states(page, "length", "eos", "eos")
 
 
+@pytest.mark.slow
 def test_visitors_who_wait_see_their_place_and_are_then_served(server, visit):
     """The second sees its position and an estimate; the third is refused; a closed tab lets the second start."""
     first, second, third = visit(), visit(), visit()

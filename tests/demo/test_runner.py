@@ -79,6 +79,7 @@ def test_a_short_answer_does_not_wait_for_a_long_one(engine):
     assert before - start < 120
 
 
+@pytest.mark.slow
 def test_those_without_a_place_wait_in_order(engine):
     """Each is told a position that only falls, then computes."""
 
@@ -98,6 +99,7 @@ def test_those_without_a_place_wait_in_order(engine):
     assert begun[1] > done[0][1][-1] - 0.2  # the second begins when the first has ended
 
 
+@pytest.mark.slow
 def test_the_estimate_comes_true(engine):
     """What the last one is told, once steps were measured, against how long it then takes."""
 

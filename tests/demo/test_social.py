@@ -182,6 +182,7 @@ def test_a_comparison_is_voted_on_once_however_often_the_browser_votes(votes, pa
 # ---- the board ----
 
 
+@pytest.mark.slow
 def test_the_board_counts_and_survives_a_restart(page_server, data, votes, visit):
     """A second page over the same folder shows the votes of the first, in numbers counted by hand from the file."""
     page = visit()
@@ -211,6 +212,7 @@ def test_the_board_counts_and_survives_a_restart(page_server, data, votes, visit
 # ---- again, history, links, exports ----
 
 
+@pytest.mark.slow
 def test_history_restores_prompt_settings_and_answers_and_ends_with_the_visit(visit):
     page = visit()
     page.locator(".ml-history summary").click()
@@ -268,6 +270,7 @@ def test_a_share_link_restores_everything_in_another_browser(server, data, visit
     assert json.loads(Path(saved.value.path()).read_text())["prompt"] == HOSTILE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "identifier",
     [
@@ -304,6 +307,7 @@ def test_exports_are_files(visit):
 # ---- settings ----
 
 
+@pytest.mark.slow
 def test_the_seed_is_drawn_kept_and_taken_again(visit):
     """Unlocked: another seed every run, shown. Again: the same seed, the same answer. Locked: it stays."""
     page = visit()
@@ -335,6 +339,7 @@ def test_the_seed_is_drawn_kept_and_taken_again(visit):
     assert greedy[1] == "Hello"
 
 
+@pytest.mark.slow
 def test_top_k_and_penalty_are_obeyed(visit):
     """Top-k 1 is greedy at any temperature; a penalty reaches the engine."""
     page = visit()
@@ -389,6 +394,7 @@ def test_a_file_of_prompts_becomes_a_table_and_files(visit, tmp_path):
     run(page, "after a batch")  # the page goes on
 
 
+@pytest.mark.slow
 def test_a_batch_can_be_stopped(server, visit, tmp_path):
     page = visit()
     open_panel(page, "A file of prompts")
@@ -468,6 +474,7 @@ def test_adapters_are_chosen_from_cards(visit):
 # ---- looks ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "height", "scheme"),
     [

@@ -101,7 +101,7 @@ def looked_at(finished):
     page.locator(".ml-scrub").focus()
     page.keyboard.press("End")
     page.keyboard.press("Escape")
-    for name in ("Diff", "Experts"):
+    for name in ("Diff D", "Experts"):
         if page.get_by_role("button", name=name).get_attribute("aria-pressed") != "true":
             page.get_by_role("button", name=name).click()
     return page
@@ -164,7 +164,7 @@ def test_diff_underlines_what_the_base_did_not_write(looked_at, column):
 
 def test_d_and_its_button_switch_the_diff(looked_at):
     """Off and on again; typing a d in the prompt types it."""
-    button = looked_at.get_by_role("button", name="Diff")
+    button = looked_at.get_by_role("button", name="Diff D")
     looked_at.keyboard.press("d")
     assert button.get_attribute("aria-pressed") == "false"
     assert not any(underlined for _, underlined in seen_tokens(looked_at, LORA))

@@ -92,6 +92,7 @@ def test_the_same_vote_in_two_files_counts_once(tmp_path):
     assert VoteStore(tmp_path).read().votes == (vote,)
 
 
+@pytest.mark.slow
 def test_two_writers_that_are_killed_lose_no_vote_that_was_stored(tmp_path):
     """Lines of 10 kB, longer than any buffer: without the lock they would be torn, without fsync-and-newline joined."""
     environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}

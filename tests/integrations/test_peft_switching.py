@@ -237,6 +237,7 @@ def test_natural_names_give_no_warning(name):
 # ---- compiled ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["base", "peft model"])
 @pytest.mark.parametrize("other", [mixlora, pytest.param(lora, marks=pytest.mark.slow)], ids=["same shapes", "a lora"])
 def test_switching_when_compiled(whole, other):

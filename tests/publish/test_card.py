@@ -245,6 +245,7 @@ def test_the_snippet_of_a_plain_lora_pins_the_adapter_and_not_the_base(tmp_path)
     assert done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_the_snippet_runs_as_it_stands(tmp_path):
     """A stranger pastes it, without minilora_hub, against a Hub that has the adapter and its base."""
     base = tmp_path / "base"

@@ -237,6 +237,7 @@ def test_a_record_that_asks_for_too_little(process, copied, base_folder, changes
     assert message in report.problem
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_an_answer(process, copied, base_folder):
     folder = copied()
     code = folder / "modeling_minilora.py"

@@ -106,6 +106,7 @@ def test_they_load(repos, method):
         assert all(torch.equal(one, other) for one, other in zip(logits(model), recorded, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [pytest.param("dora", marks=pytest.mark.slow), "mixlora"])
 def test_they_verify(repos, base_folder, method):
     report = verify(repos[method][0], base_model=str(base_folder), progress=False)

@@ -174,6 +174,7 @@ def test_trains_saves_and_loads_on_an_nf4_base(strategy, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # inductor's own
 @pytest.mark.parametrize("tokens", [1, pytest.param(12, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", ["mixlora", pytest.param("mixdora", marks=pytest.mark.slow)])

@@ -286,6 +286,7 @@ def test_training_keeps_no_more_of_a_layer_than_its_gradient_needs(method):
 # ---- torch.compile ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dora", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[1:])])
 def test_forward_compiles_without_a_graph_break_for_dora(method):
     """DoRA compiles whole. A mixture's sorted path reads counts on the host, so it compiles whole for few tokens."""

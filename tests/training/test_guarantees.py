@@ -91,6 +91,7 @@ def test_two_runs_write_the_same_bytes_and_another_seed_does_not(base, data, who
     assert digest(tmp_path / "other") != whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", [{"batching": "length-grouped"}, {"method": "adalora"}], ids=["grouped", "adalora"])
 def test_other_orders_and_states_resume_alike(changed, base, data, tmp_path, monkeypatch):
     """A length-grouped order that starts a second epoch; AdaLoRA's scores and ranks."""

@@ -71,7 +71,10 @@ def test_rows_of_other_tools_become_messages(row, messages):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "is a preference pair .* write the better one as completion"),
+        (
+            {"prompt": "p", "chosen": "a", "rejected": "b"},
+            "is a preference pair .* write the better answer as completion",
+        ),
         ({"chosen": [ASK, SAY], "rejected": [ASK, SAY]}, "is a preference pair .* TRL's DPOTrainer"),
         ({"messages": [ASK, SAY], "rejected_response": "b"}, "is a preference pair .it has 'rejected_response'"),
         ({"prompt": "p", "completion": "c", "label": False}, "is a rated answer"),
@@ -92,7 +95,7 @@ def test_rows_of_other_tools_become_messages(row, messages):
         ({"instruction": 1, "output": "a"}, "instruction is a int, not a string"),
         ({"instruction": "q", "output": "a", "history": ["x"]}, "history must be a list of pairs"),
         ({"instruction": "q", "output": "a", "system": ["x"]}, "system is a list, not a string"),
-        ({"messages": weighted(weight=0.5)}, "turn 2: weight=0.5: must be 0 .not learned. or 1"),
+        ({"messages": weighted(weight=0.5)}, "turn 2: weight=0.5: must be 0 .no loss. or 1"),
         ({"messages": weighted(weight=True)}, "turn 2: weight=True: must be 0"),
         ({"messages": weighted(weight="0")}, "turn 2: weight='0': must be 0"),
         ({"messages": weighted(loss="no")}, "turn 2: loss='no': must be true or false"),

@@ -51,6 +51,7 @@ def test_a_grid_on_the_command_line(base, rows, tmp_path, capsys):
     assert min(validated) == losses[0]
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_goes_on_and_repeats_nothing(base, rows, tmp_path, monkeypatch):
     said = FIXED | {"method": "dora", "base": base, "data": rows}
     vary = {"learning_rate": [1e-3, 1e-2, 2e-2]}
@@ -139,6 +140,7 @@ def test_a_trial_that_fails_is_told_and_the_others_count(base, rows, tmp_path):
     assert "r=0 failed: r=0: the rank must be an integer of at least 1" in result.notes[0]
 
 
+@pytest.mark.slow
 def test_a_search_stays_in_its_ranges_and_can_go_on(base, rows, tmp_path):
     said = FIXED | {"method": "dora", "base": base, "data": rows, "max_steps": 1}
     vary = {"learning_rate": Range(1e-4, 1e-1), "r": Range(2, 8), "use_rslora": [True, False]}
