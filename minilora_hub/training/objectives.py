@@ -118,7 +118,8 @@ class Orthogonal:
     def __init__(self, values: dict[str, Any], model: Any, kept: Sequence[tuple[str, torch.Tensor]]) -> None:
         self.weight = values["weight"]
         paths = {site.path for site in model.sites}
-        self.pairs = [(path, lora_a.float()) for path, lora_a in kept if path in paths]
+        device = next(model.parameters()).device
+        self.pairs = [(path, lora_a.float().to(device)) for path, lora_a in kept if path in paths]
         if not self.pairs:
             raise TrainingError("objective='orthogonal': the adapters in --keep sit on none of the linears that learn")
 
