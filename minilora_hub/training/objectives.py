@@ -90,7 +90,7 @@ class Distill:
                 f"{base.name!r} has {here}: student and teacher need the same base"
             )
         with bare_base(model) as bare:
-            require_plain_head(bare)
+            require_plain_head(bare, model.base_model)
             self.modules = frozen_modules(bare, teacher.source, base)
 
     def __call__(self, step: Step) -> Term:
@@ -98,7 +98,7 @@ class Distill:
         chosen = step.inputs["labels"][:, 1:] != -100  # (batch, seq - 1)
         given = {name: step.inputs[name] for name in ("attention_mask", "position_ids") if name in step.inputs}
         with torch.no_grad(), bare_base(step.model), modules_in(base, self.modules):
-            hidden = base.base_model(step.inputs["input_ids"], use_cache=False, **given).last_hidden_state
+            hidden = step.model.base_model(step.inputs["input_ids"], use_cache=False, **given).last_hidden_state
             teacher = self._log_probabilities(base, hidden, chosen)
         student = self._log_probabilities(base, step.hidden, chosen)
         labels = chosen.sum()
@@ -212,8 +212,9 @@ def last_hidden_states(model: Any, wanted: bool = True) -> Iterator[list[torch.T
     if not wanted:
         yield found
         return
-    decoder = model.base.base_model
-    handle = decoder.register_forward_hook(lambda module, args, outputs: found.append(outputs.last_hidden_state))
+    handle = model.base_model.register_forward_hook(
+        lambda module, args, outputs: found.append(outputs.last_hidden_state)
+    )
     try:
         yield found
     finally:
@@ -221,11 +222,11 @@ def last_hidden_states(model: Any, wanted: bool = True) -> Iterator[list[torch.T
 
 
 @torch.no_grad()
-def require_plain_head(base: Any) -> None:
+def require_plain_head(base: Any, decoder: Any) -> None:
     """Raise a TrainingError unless a base's logits are its output embeddings applied to its last hidden states."""
     ids = torch.arange(BRIEF, device=next(base.parameters()).device).unsqueeze(0)
     logits = base(ids, use_cache=False).logits
-    hidden = base.base_model(ids, use_cache=False).last_hidden_state
+    hidden = decoder(ids, use_cache=False).last_hidden_state
     if not torch.allclose(logits, base.get_output_embeddings()(hidden), rtol=1e-2, atol=1e-2):
         raise TrainingError(
             f"objective='distill': {type(base).__name__} scales or caps its logits, which distillation does not "
