@@ -22,7 +22,7 @@ class Trainee:
 
     Attributes:
         model: the base with the adapter in it; only the adapter requires gradients.
-        base_parameters: how many the base has.
+        base_parameters: number of parameters of the base.
         fingerprint: hash of the base's weights.
         parent: the adapter it continues from.
         kept: frozen adapters under the new one; see `kept_adapters`.
@@ -46,7 +46,7 @@ def load_tokenizer(resolved: ResolvedBase) -> Any:
         known = end_token_ids(tokenizer, base_generation_config(resolved))
         example = tokenizer.convert_ids_to_tokens(known[0]) if known else "</s>"
         raise BaseModelError(
-            f"base {resolved.name!r}: its tokenizer has no eos token, so no answer would end: write one into its "
+            f"base {resolved.name!r}: its tokenizer has no eos token, so answers would not end: set one in its "
             f'tokenizer_config.json, e.g. "eos_token": "{example}"'
         )
     if tokenizer.pad_token is None:
@@ -64,7 +64,7 @@ def base_context(resolved: ResolvedBase) -> int:
 
 
 def base_generation_config(resolved: ResolvedBase) -> Any:
-    """Return the base's generation settings from its folder, or those that its configuration implies."""
+    """Return the base's generation settings from its folder, or the defaults from its configuration."""
     from transformers import AutoConfig, GenerationConfig
 
     if (resolved.path / "generation_config.json").is_file():
@@ -83,7 +83,7 @@ def check_embedding(model: Any, tokenizer: Any, largest: int, resolved: Resolved
         token = tokenizer.convert_ids_to_tokens(largest)
         raise BaseModelError(
             f"base {resolved.name!r}: its tokenizer writes {token!r} as id {largest}, "
-            f"and the base has embeddings for {rows} ids: use the tokenizer that it was made with, or resize the "
+            f"and the base has embeddings for {rows} ids: use the base's original tokenizer, or resize the "
             "embeddings (resize_token_embeddings), train them and save the base"
         )
 
@@ -98,7 +98,7 @@ def compute_dtype(settings: TrainingSettings) -> Any:
 
 
 def build_trainee(settings: TrainingSettings, resolved: ResolvedBase) -> tuple[Trainee, tuple[str, ...]]:
-    """Load the base, and put a fresh adapter or that of a parent into it.
+    """Load the base and add a fresh adapter, or the one to continue from.
 
     Returns:
         The model, and notes for the user.
@@ -200,10 +200,10 @@ def adapter_size(model: Any) -> int:
 
 
 def trainable_parameters(model: Any) -> dict[str, Any]:
-    """Return ``{name: parameter}`` of everything that learns.
+    """Return ``{name: parameter}`` of the trainable parameters.
 
     Raises:
-        TrainingError: nothing learns.
+        TrainingError: there are none.
     """
     found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not found:

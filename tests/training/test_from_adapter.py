@@ -181,7 +181,7 @@ def test_it_resumes_to_the_same_bytes_from_the_same_parent_only(parents, data, t
     monkeypatch.undo()
     weights = (parent / WEIGHTS).read_bytes()
     (parent / WEIGHTS).write_bytes(((tmp_path / "whole") / WEIGHTS).read_bytes())
-    with pytest.raises(TrainingError, match="parent' is not what the run began with"):
+    with pytest.raises(TrainingError, match="parent' has changed since the run began"):
         train(tmp_path / "cut", resume=True, record=False)
     (parent / WEIGHTS).write_bytes(weights)
     train(tmp_path / "cut", resume=True, record=False)
@@ -198,5 +198,5 @@ def test_a_quantised_base(method, parents, data, tmp_path):
 
 def test_a_plan_writes_nothing(parents, data, tmp_path):
     plan = train(tmp_path / "out", from_adapter=parents("mixlora"), learn="router", data=data, dry_run=True, **RUN).plan
-    assert dict(plan.lines())["from"] == f"{parents('mixlora')}; its router learns"
+    assert dict(plan.lines())["from"] == f"{parents('mixlora')}; its router is trained"
     assert not (tmp_path / "out").exists()
