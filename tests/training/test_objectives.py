@@ -111,7 +111,10 @@ def test_distillation_is_the_divergence_from_the_teacher_loaded_apart(student, t
     torch.testing.assert_close(logits_of(model), before, rtol=0, atol=0)
     term.value.backward()
     assert all(parameter.grad is not None for parameter in model.adapter_parameters().values())
-    assert all(parameter.grad is None for module in objective.modules.values() for parameter in module.parameters())
+    own = {id(parameter) for parameter in model.parameters()}  # a teacher's block holds the student's linears
+    frozen = [p for module in objective.modules.values() for p in module.parameters() if id(p) not in own]
+    assert frozen
+    assert not any(parameter.requires_grad for parameter in frozen)
 
 
 def test_a_mixture_of_equal_experts_is_one_lora(base, tmp_path):
@@ -128,7 +131,10 @@ def test_a_mixture_of_equal_experts_is_one_lora(base, tmp_path):
     objective = one_objective(f"distill:teacher={saved(mixture, tmp_path / 'mixture')}", lora, base)
     term = objective(step_of(lora))
     term.value.backward()
-    assert term.value.abs() < 1e-9
+    # The objective's float32 sum keeps rounding errors of first order, so its bound is one float32 epsilon.
+    assert term.value.abs() < torch.finfo(torch.float32).eps
+    with torch.no_grad():
+        assert divergence(logits_of(mixture.eval()), logits_of(lora), 1.0).abs().max() < 1e-9
     assert max(parameter.grad.abs().max() for parameter in tensors.values()) < 1e-6
 
 
@@ -142,8 +148,8 @@ def test_a_mixture_of_equal_experts_is_learned_from_nothing(base, data, tmp_path
             if ".experts." in name:
                 parameter.copy_(parameter[:1].expand_as(parameter).clone())
     teacher = saved(mixture, tmp_path / "mixture")
-    said = {"method": "lora", "r": 2, "target_modules": FEED_FORWARD, "max_steps": 150, "save_every": 150}
-    said |= {"objective": [f"distill:teacher={teacher},labels=0"], "learning_rate": 2e-2}
+    said = {"method": "lora", "r": 2, "target_modules": FEED_FORWARD, "max_steps": 400, "save_every": 400}
+    said |= {"objective": [f"distill:teacher={teacher},labels=0"], "learning_rate": 4e-2}
     train(tmp_path / "out", base=base, data=data, **RUN | said)
     column = logged(tmp_path / "out", "distill")
     assert column[-1] < 0.01 * column[0]
@@ -234,8 +240,8 @@ def test_the_anchor_is_the_divergence_from_the_bare_base(kind, base, text):
         expected = divergence(bare(ids).logits, student).mean()
     assert ids.shape == (2, 12)
     torch.testing.assert_close(term.value.double(), expected, rtol=1e-4, atol=1e-7)
-    assert float(objective(place).value) == float(term.value)
-    assert float(objective(SimpleNamespace(model=model, place=(4, 1, 0))).value) != float(term.value)
+    assert objective(place).value.item() == term.value.item()
+    assert objective(SimpleNamespace(model=model, place=(4, 1, 0))).value.item() != term.value.item()
 
 
 def test_an_anchored_run_stays_nearer_to_the_base(base, data, text, tmp_path):
