@@ -1,4 +1,4 @@
-"""What continuing from adapters is good for: the runs behind the figures of docs/train_on.md.
+"""Measure what continuing from adapters gains: single-task LoRAs routed, distillation, sequences of tasks, the anchor.
 
     python tests/evidence/train_on.py run --part router        # one part; without --part all; goes on after a stop
     python tests/evidence/train_on.py run --part router --steps 24 --items 48      # a small version
