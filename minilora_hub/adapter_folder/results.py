@@ -89,6 +89,23 @@ class DataSource:
 
 
 @dataclass(frozen=True)
+class Parent:
+    """The adapter that a training continued from.
+
+    Attributes:
+        adapter: its id on the Hub, or its folder's name.
+        revision: the commit; None for a folder.
+        weights_sha256: hash of its weights file.
+        learned: what changed: ``"all"``, ``"router"``, ``"experts"`` or ``"attention"``; the rest is the parent's.
+    """
+
+    adapter: Text
+    revision: str | None = None
+    weights_sha256: str | None = None
+    learned: str = "all"
+
+
+@dataclass(frozen=True)
 class Training:
     """How the adapter was trained.
 
@@ -100,6 +117,7 @@ class Training:
         hardware: what it ran on, without the machine's name.
         libraries: package -> version.
         loss: (step, training loss), in order.
+        parent: the adapter it continued from; None where it began anew.
     """
 
     data: tuple[DataSource, ...] = ()
@@ -111,6 +129,7 @@ class Training:
     loss: Annotated[
         tuple[tuple[int, float], ...], need("must be [step, loss] pairs with increasing steps", _increasing)
     ] = ()
+    parent: Parent | None = None
 
 
 @dataclass(frozen=True)
@@ -212,7 +231,7 @@ class Results(Document):
     """
 
     FILE: ClassVar[str] = RESULTS_FILE
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     method: Annotated[str, KNOWN_METHOD]
     base: Base

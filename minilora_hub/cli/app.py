@@ -39,7 +39,12 @@ COMMANDS = (
     ("demo", demo, "minilora demo ./my-adapter --base embedded --port 7860"),
     ("compare", compare, 'minilora compare ./my-adapter --base embedded --prompt "Why is the sky blue?"'),
     ("tasks", tasks, "minilora tasks --out ./data --count 800"),
-    ("train", train, "minilora train --method dora --base embedded --data rows.jsonl --out ./my-adapter"),
+    (
+        "train",
+        train,
+        "minilora train --method dora --base embedded --data rows.jsonl --out ./my-adapter; "
+        "minilora train --from ./my-adapter --data more.jsonl --out ./my-next",
+    ),
     ("sweep", sweep, "minilora sweep --method dora --base embedded --data rows.jsonl --vary r=4,16 --out ./sweep"),
     ("eval", eval_, "minilora eval ./my-adapter --task dates --count 100"),
     ("push", push, "minilora push ./my-adapter me/my-adapter --license apache-2.0 --dry-run"),

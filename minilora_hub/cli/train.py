@@ -37,6 +37,24 @@ def train(
     method: Method = None,
     base: TrainedBase = None,
     data: Data = None,
+    from_adapter: Annotated[
+        str | None, typer.Option("--from", metavar="ADAPTER", help="Continue from an adapter: a folder or a Hub id.")
+    ] = None,
+    from_revision: Annotated[str | None, typer.Option(metavar="REV", help="Revision of that adapter.")] = None,
+    learn: Annotated[
+        str | None, typer.Option(metavar="PART", help="With --from: router, experts, attention or all of it.")
+    ] = None,
+    objective: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:KEY=VALUE,…]",
+            help="A term added to the loss, may be repeated: distill:teacher=ADAPTER, orthogonal, anchor:data=TEXT.",
+        ),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ADAPTER", help="A LoRA that stays active under the new one. May be repeated."),
+    ] = None,
     config: Config = None,
     set_: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in DIR.")] = False,

@@ -45,7 +45,16 @@ def write_normalised(folder: Path, adapter: PeftAdapter, source: Path | None) ->
 
 
 def as_dora(adapter: PeftAdapter) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Return a DoRA of PEFT's format as a DoraConfig and ``{canonical name: tensor}``.
+    """Return a DoRA of PEFT's format as a DoraConfig and ``{canonical name: tensor}``; see `as_ours`."""
+    return as_ours(adapter, DoraConfig)
+
+
+def as_ours(adapter: PeftAdapter, config_class: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return a LoRA or DoRA of PEFT's format as a configuration of ours and ``{canonical name: tensor}``.
+
+    Args:
+        adapter: the adapter.
+        config_class: a subclass of AdapterConfig, e.g. DoraConfig.
 
     Raises:
         AdapterError: it adapts linears outside the decoder layers, or only some of the layers, which our format does
@@ -55,7 +64,7 @@ def as_dora(adapter: PeftAdapter) -> tuple[Any, dict[str, torch.Tensor]]:
     try:
         tensors = {from_peft(name, layers_path): tensor for name, tensor in adapter.tensors().items()}
     except ValueError as error:
-        raise AdapterError(f"{error}: a DoRA outside the decoder layers is not supported") from error
+        raise AdapterError(f"{error}: an update outside the decoder layers is not supported") from error
     ranks = {
         f"layers.{path.removeprefix(f'{layers_path}.')}": (update.lora_a.shape[0], update.scaling)
         for path, update in adapter.updates.items()
@@ -64,13 +73,13 @@ def as_dora(adapter: PeftAdapter) -> tuple[Any, dict[str, torch.Tensor]]:
     settings["target_modules"] = layer_targets(tensors, adapter.base)
     patterns = {name: adapter.config[name] for name in ("rank_pattern", "alpha_pattern")}
     try:
-        config = DoraConfig(**settings, **patterns)
+        config = config_class(**settings, **patterns)
         if all(config.rank_and_scaling(name, config.r, config.lora_alpha) == both for name, both in ranks.items()):
             check_against_base(config, tensors, adapter.base)
             return config, tensors
     except (AdapterError, ValueError):
         pass  # a pattern with the base's own paths: use one entry per linear, see below
-    return DoraConfig(**settings, **_explicit_patterns(adapter, ranks)), tensors
+    return config_class(**settings, **_explicit_patterns(adapter, ranks)), tensors
 
 
 def _explicit_patterns(adapter: PeftAdapter, ranks: dict[str, tuple[int, float]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from minilora_hub.errors import TrainingError
 from minilora_hub.training.dataset import ExampleRows, TrainingData
 from minilora_hub.training.models import Trainee, compute_dtype
+from minilora_hub.training.objective_specs import parse_objectives
 from minilora_hub.training.passthrough import method_callbacks
 from minilora_hub.training.plan import Shape, shape_of
 from minilora_hub.training.recipes import OURS
@@ -69,6 +70,14 @@ def build_trainer(
         callbacks=[checked, *([] if settings.method in OURS else method_callbacks(trainee.model, shape.steps))],
     )
     checked.trainer = trainer
+    if settings.objective:
+        from minilora_hub.bases.skeleton import find_base
+        from minilora_hub.training.objectives import build_objectives
+
+        base = find_base(settings.base, settings.base_revision)
+        factors = trainee.kept.factors if trainee.kept else ()
+        specs = parse_objectives(settings.objective)
+        trainer.objectives = build_objectives(specs, trainee.model, base, tokenizer, recipe.seed, factors)
     trainer.remove_callback(PrinterCallback)
     if recipe.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping))

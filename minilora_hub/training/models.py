@@ -1,9 +1,9 @@
-"""Build the model to train: the base, quantised or not, with a fresh adapter of the method in it."""
+"""Build the model to train: the base, quantised or not, with an adapter of the method in it, fresh or a parent's."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from minilora_hub.bases import loading
 from minilora_hub.bases.end_tokens import end_token_ids
@@ -11,6 +11,9 @@ from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.errors import BaseModelError, TrainingError
 from minilora_hub.training.recipes import OURS
 from minilora_hub.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from minilora_hub.training.parent_adapter import FoundAdapter
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,15 @@ class Trainee:
         model: the base with the adapter in it; only the adapter requires gradients.
         base_parameters: number of parameters of the base.
         fingerprint: hash of the base's weights.
+        parent: the adapter it continues from.
+        kept: frozen adapters under the new one; see `kept_adapters`.
     """
 
     model: Any
     base_parameters: int
     fingerprint: str
+    parent: FoundAdapter | None = None
+    kept: Any = None
 
 
 def load_tokenizer(resolved: ResolvedBase) -> Any:
@@ -90,13 +97,38 @@ def compute_dtype(settings: TrainingSettings) -> Any:
     return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
 
 
-def build_trainee(settings: TrainingSettings, resolved: ResolvedBase) -> Trainee:
-    """Load the base and add a fresh adapter.
+def build_trainee(settings: TrainingSettings, resolved: ResolvedBase) -> tuple[Trainee, tuple[str, ...]]:
+    """Load the base and add a fresh adapter, or the one to continue from.
+
+    Returns:
+        The model, and notes for the user.
 
     Raises:
         BaseModelError: the base cannot be loaded.
-        TrainingError, ValueError: the adapter's configuration does not fit it.
+        TrainingError, ValueError: the adapter's configuration or weights do not fit it.
     """
+    trainee = _fresh_trainee(settings, resolved)
+    if not (settings.from_adapter or settings.keep):
+        return trainee, ()
+    from minilora_hub.bases.skeleton import find_base
+    from minilora_hub.training import parent_adapter
+
+    base = find_base(settings.base, settings.base_revision)
+    notes: tuple[str, ...] = ()
+    if settings.from_adapter:
+        found = parent_adapter.find_adapter(settings.from_adapter, settings.from_revision)
+        notes = parent_adapter.load_parent(trainee.model, found, base)
+        parent_adapter.choose_trainable(trainee.model, settings.learn, base)
+        trainee = replace(trainee, parent=found)
+    if settings.keep:
+        from minilora_hub.training.kept_adapters import KeptAdapters
+
+        adapters = [parent_adapter.find_adapter(name) for name in settings.keep]
+        trainee = replace(trainee, kept=KeptAdapters(trainee.model, adapters, base))
+    return trainee, notes
+
+
+def _fresh_trainee(settings: TrainingSettings, resolved: ResolvedBase) -> Trainee:
     arguments = base_arguments(settings)
     if settings.method in OURS:
         model = _ours(settings, resolved, arguments)
@@ -158,6 +190,13 @@ def _ours(settings: TrainingSettings, resolved: ResolvedBase, arguments: dict[st
         return model_class.from_base(settings.base, config, seed=settings.recipe.seed, **arguments)
     except OSError as error:
         raise BaseModelError(" ".join(str(error).split())) from error
+
+
+def adapter_size(model: Any) -> int:
+    """Return the number of values in the adapter, whether they learn or not."""
+    if hasattr(model, "num_adapter_parameters"):
+        return int(model.num_adapter_parameters())
+    return sum(parameter.numel() for parameter in trainable_parameters(model).values())
 
 
 def trainable_parameters(model: Any) -> dict[str, Any]:

@@ -6,16 +6,20 @@ import csv
 import io
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from minilora_hub.adapter_folder.folders import count_values
+from minilora_hub.adapter_folder.names import WEIGHTS
 from minilora_hub.adapter_folder.results import Base, DataSource, Results, Training
 from minilora_hub.bases.end_tokens import end_token_ids
 from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.documents import write_whole
 from minilora_hub.training.dataset import TrainingData
-from minilora_hub.training.models import Trainee, trainable_parameters
+from minilora_hub.training.models import Trainee, adapter_size
+from minilora_hub.training.objective_specs import parse_objectives
 from minilora_hub.training.recipes import OURS
 from minilora_hub.training.settings import TrainingSettings
 
@@ -59,13 +63,17 @@ def write_result(
     generation.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
     if settings.method in OURS:
         _cast_for_saving(settings, trainee)
+        if trainee.kept:
+            trainee.kept.remove()  # saving compares the base with its files
         trainee.model.save_pretrained(out, tokenizer=tokenizer)
+        if trainee.kept:
+            trainee.kept.add_to(out, settings.base, settings.base_revision)
     else:
         from minilora_hub.training.passthrough import save_peft_adapter
 
         save_peft_adapter(trainee.model, out, settings, resolved)
         tokenizer.save_pretrained(out)
-    write_loss(out / LOSS_FILE, history)
+    write_loss(out / LOSS_FILE, history, [spec.name for spec in parse_objectives(settings.objective)])
     settings.save(out)
     method = published_method(settings)
     if method is not None:
@@ -122,7 +130,9 @@ def _results(
     history: list[dict[str, float]],
     seconds: float,
 ) -> Results:
-    trained = sum(parameter.numel() for parameter in trainable_parameters(trainee.model).values())
+    trained = adapter_size(trainee.model)
+    if trainee.kept:
+        trained += sum(count_values(found.source.folder / WEIGHTS) for found in trainee.kept.adapters)
     parameters = 2 * trained if settings.method == "pissa" else trained  # PiSSA is saved at twice its rank
     files = [Path(source).name for source in settings.data]
     from_hub = not any(Path(source).suffix or Path(source).exists() for source in settings.data)
@@ -160,6 +170,7 @@ def _results(
             hardware=_hardware(),
             libraries={name: version(name) for name in LIBRARIES},
             loss=_loss_points(history),
+            parent=trainee.parent.described(settings.learn) if trainee.parent else None,
         ),
     )
 
@@ -194,6 +205,8 @@ def _hyperparameters(settings: TrainingSettings) -> dict[str, Any]:
         "base quantised": recipe.quantize,
         "loss on": recipe.loss_on,
         "validation share": recipe.validation or None,
+        "objectives": "; ".join(spec.shown() for spec in parse_objectives(settings.objective)) or None,
+        "kept adapters": ", ".join(Path(name).name for name in settings.keep) or None,
     }
     return {name: value for name, value in rows.items() if value is not None}
 
@@ -218,9 +231,10 @@ def _loss_points(history: list[dict[str, float]]) -> tuple[tuple[int, float], ..
     return tuple(point for index, point in enumerate(points) if (len(points) - 1 - index) % every == 0)
 
 
-def write_loss(path: Path, history: list[dict[str, float]]) -> None:
-    """Write every logged step: training loss, validation loss where there is one, learning rate, gradient norm."""
-    columns = {"loss": "loss", "eval_loss": "validation_loss"} | {name: name for name in ("learning_rate", "grad_norm")}
+def write_loss(path: Path, history: list[dict[str, float]], objectives: Sequence[str] = ()) -> None:
+    """Write every logged step: training loss, validation loss, learning rate, gradient norm, and each objective."""
+    names = ("learning_rate", "grad_norm", *objectives)
+    columns = {"loss": "loss", "eval_loss": "validation_loss"} | {name: name for name in names}
     rows: dict[int, dict[str, float]] = {}
     for entry in history:
         found = {column: entry[key] for key, column in columns.items() if key in entry}

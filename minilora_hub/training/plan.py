@@ -10,6 +10,7 @@ from typing import Any
 from minilora_hub.formatting import duration, size
 from minilora_hub.training.dataset import TrainingData
 from minilora_hub.training.models import Trainee, trainable_parameters
+from minilora_hub.training.objective_specs import parse_objectives
 from minilora_hub.training.settings import TrainingSettings
 
 
@@ -53,6 +54,9 @@ class Plan:
         seconds: expected time.
         packed: whether the rows of a step are packed.
         ends: the tokens that end an answer: trained answers end with one, and generation stops at each.
+        start: the adapter it continues from, and the part of it that is trained; None for a fresh adapter.
+        objectives: terms added to the loss.
+        kept: adapters that stay active under the new one.
     """
 
     trainable: int
@@ -71,6 +75,9 @@ class Plan:
     seconds: float
     packed: bool
     ends: tuple[str, ...]
+    start: str | None = None
+    objectives: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the plan for the terminal, as pairs of label and value."""
@@ -80,7 +87,10 @@ class Plan:
         parts["activations"] = self.activation_bytes
         memory = ", ".join(f"{part} {size(count)}" for part, count in parts.items())
         seconds = max(self.seconds, 1) if self.seconds < 90 else 60 * round(self.seconds / 60)
+        begin = [("from", self.start)] if self.start else []
+        begin += [("objective", text) for text in self.objectives] + [("kept", name) for name in self.kept]
         return [
+            *begin,
             ("trainable", f"{self.trainable:,} parameters, {self.share:.2%} of the base"),
             ("data", f"{self.rows:,} rows{held}{skipped}"),
             ("tokens", f"{self.tokens:,} in an epoch, {self.learned_tokens:,} learned; longest row {self.longest:,}"),
@@ -117,7 +127,7 @@ def make_plan(
     shape: Shape,
     tokenizer: Any,
     ends: list[int],
-    device: Any,
+    trainer: Any,
 ) -> Plan:
     """Make the plan, measuring a forward and a backward pass of one typical batch; the model is not changed.
 
@@ -128,13 +138,13 @@ def make_plan(
         shape: steps and batches.
         tokenizer: the base's, with a padding token.
         ends: ids of the tokens that end an answer.
-        device: device to train on.
+        trainer: the trainer of the run.
     """
     trainable = sum(parameter.numel() for parameter in trainable_parameters(trainee.model).values())
     frozen = [parameter for parameter in trainee.model.parameters() if not parameter.requires_grad]
     base_bytes = sum(parameter.numel() * parameter.element_size() for parameter in frozen)
     lengths = sorted(data.train.lengths, reverse=True)
-    seconds, kept, tokens = _probe(trainee.model, data, shape.micro_batch, tokenizer.pad_token_id, device)
+    seconds, kept, tokens = _probe(trainee.model, data, shape.micro_batch, tokenizer.pad_token_id, trainer)
     longest_batch = lengths[0] * min(shape.micro_batch, len(lengths))
     packed = settings.recipe.batching == "packed"
     if packed:
@@ -157,14 +167,28 @@ def make_plan(
         seconds=seconds * shape.accumulation * shape.steps,
         packed=packed,
         ends=tuple(tokenizer.convert_ids_to_tokens(ends)),
+        start=None if trainee.parent is None else f"{trainee.parent.name}; {_PARTS[settings.learn]}",
+        objectives=tuple(spec.shown() for spec in parse_objectives(settings.objective)),
+        kept=settings.keep,
     )
 
 
-def _probe(model: Any, data: TrainingData, rows: int, pad: int, device: Any) -> tuple[float, int, int]:
+_PARTS = {
+    "all": "all of it is trained",
+    "router": "its router is trained",
+    "experts": "its experts are trained",
+    "attention": "its updates outside the feed-forward blocks are trained",
+}
+
+
+def _probe(model: Any, data: TrainingData, rows: int, pad: int, trainer: Any) -> tuple[float, int, int]:
     """Return (seconds, bytes saved for backward, tokens) of a micro-batch of rows around the median length."""
     import torch
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+    from minilora_hub.training.objectives import Step, last_hidden_states
+
+    device = trainer.args.device
     by_length = sorted(range(len(data.train)), key=data.train.lengths.__getitem__)
     middle = len(by_length) // 2
     chosen = [data.train[index] for index in by_length[max(0, middle - rows // 2) :][:rows]]
@@ -187,8 +211,11 @@ def _probe(model: Any, data: TrainingData, rows: int, pad: int, device: Any) -> 
         for _ in range(2 if device.type == "cuda" else 1):  # the first pass on a GPU also loads kernels
             started = time.perf_counter()
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                outputs = model(**batch, use_cache=False, fused_lm_head=True)
-            outputs.loss.backward()
+                with last_hidden_states(model, bool(trainer.objectives)) as hidden:
+                    loss = model(**batch, use_cache=False, fused_lm_head=True).loss
+                for objective in trainer.objectives:
+                    loss = loss + objective.weight * objective(Step(model, batch, hidden[0], (0, 0, 0))).value
+            loss.backward()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds = time.perf_counter() - started

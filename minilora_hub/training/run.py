@@ -70,7 +70,8 @@ def train(
 
     Args:
         out: the folder: new or empty, unless a run in it is resumed.
-        method: ``"lora"``, ``"dora"``, ``"mixlora"``, ``"mixdora"``, or another name in `recipes.RECIPES`.
+        method: ``"lora"``, ``"dora"``, ``"mixlora"``, ``"mixdora"``, or another name in `recipes.RECIPES`. With
+            ``from_adapter=`` method, base and the adapter's fields are those of that adapter.
         base: ``"embedded"``, a folder or a Hub id.
         data: files (``.jsonl``, ``.csv``, ``.parquet``), or the id of a data set on the Hub.
         config: a YAML file of overrides.
@@ -89,7 +90,9 @@ def train(
     given = overrides | {"method": method, "base": base, "data": data}
     settings = _resumed_settings(out, given, config) if resume else None
     if settings is None:
-        settings = make_settings(read_yaml(Path(config)) if config else {}, given)
+        from minilora_hub.training.parent_adapter import complete_settings
+
+        settings = complete_settings(read_yaml(Path(config)) if config else {}, given)
     with quiet_libraries():  # their output during import
         check_requirements(settings)
         import datasets  # noqa: F401  whose bars are switched off below
@@ -169,6 +172,7 @@ def _execute(
         load_tokenizer,
     )
     from minilora_hub.training.outputs import note_on_ends, write_result
+    from minilora_hub.training.parent_adapter import hashes_of_inputs
     from minilora_hub.training.trainer import CHECKPOINTS
 
     main = place.is_main_process
@@ -182,15 +186,19 @@ def _execute(
     ends = end_token_ids(tokenizer, generation)
     now = datetime.fromisoformat(begun)
     data = prepare_data(settings, tokenizer, base_context(base), folder, ends=ends, now=now)
-    state = before or RunState(data.sha256, begun=begun)
+    inputs = hashes_of_inputs(settings)
+    state = before or RunState(data.sha256, begun=begun, inputs=inputs)
     if state.data_sha256 != data.sha256:
         raise TrainingError("--resume: the data has changed since the run began: restore it, or start a new run")
+    if changed := sorted(name for name in inputs if state.inputs.get(name) != inputs[name]):
+        raise TrainingError(f"--resume: {changed[0]!r} has changed since the run began: restore it, or start a new run")
     with collected_notes() as notes:
-        trainee = build_trainee(settings, base)
+        trainee, notes_on_parent = build_trainee(settings, base)
+    notes += notes_on_parent
     check_embedding(trainee.model, tokenizer, max(data.largest_id, tokenizer.pad_token_id), base)
     scratch = folder / "plan"  # a trainer creates its folder at once, and a dry run must not leave one
     trainer, shape = build_trainer(settings, trainee, data, tokenizer, scratch, place.num_processes)
-    plan = make_plan(settings, data, trainee, shape, tokenizer, ends, trainer.args.device)
+    plan = make_plan(settings, data, trainee, shape, tokenizer, ends, trainer)
     if on_plan is not None and main:
         on_plan(plan, settings)
     skipped = tuple(f"{row.place}: {row.reason}" for row in data.skipped)

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -78,12 +78,14 @@ class RunState:
         seconds: training time up to the last checkpoint.
         finished: whether the result is written.
         begun: start time in ISO format, which chat templates use as the date even after a resume on another day.
+        inputs: hashes of the adapters and texts that the run reads besides base and data.
     """
 
     data_sha256: str
     seconds: float = 0.0
     finished: bool = False
     begun: str | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
 
     def save(self, out: Path) -> None:
         """Write ``run.json``."""

@@ -10,12 +10,13 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
 from minilora_hub.documents import write_whole
 from minilora_hub.errors import TrainingError
+from minilora_hub.training.objective_specs import parse_objectives
 from minilora_hub.training.recipes import OURS, RECIPES, Flag, Recipe, Text, Texts, adapter_field_names, plain_value
 
 SETTINGS_FILE = "training.yaml"
@@ -50,6 +51,11 @@ class TrainingSettings:
         license: of the adapter, for its card.
         language: codes of its languages, for its card.
         about_data: description of the data, for the card.
+        from_adapter: the adapter to continue from: a folder or a Hub id.
+        from_revision: its revision on the Hub; the commit once the run has begun.
+        learn: which part of that adapter is trained.
+        objective: terms added to the loss, ``NAME:key=value,…``; see `objective_specs`.
+        keep: LoRA adapters that stay active under the new one, which is saved together with them.
     """
 
     method: str
@@ -57,6 +63,11 @@ class TrainingSettings:
     data: Texts
     recipe: Recipe
     base_revision: Text | None = None
+    from_adapter: Text | None = None
+    from_revision: Text | None = None
+    learn: Literal["all", "router", "experts", "attention"] = "all"
+    objective: Texts = ()
+    keep: Texts = ()
     data_split: Text = "train"
     data_revision: Text | None = None
     validation_data: Texts = ()
@@ -181,6 +192,21 @@ def _check_combinations(settings: TrainingSettings) -> None:
         if not holds:
             raise TrainingError(f"{name}={getattr(recipe, name)!r}: {need}")
 
+    def require_of_run(holds: bool, name: str, need: str) -> None:
+        if not holds:
+            raise TrainingError(f"{name}={getattr(settings, name)!r}: {need}")
+
+    own = settings.method in OURS
+    require_of_run(settings.learn == "all" or bool(settings.from_adapter), "learn", "needs --from ADAPTER")
+    require_of_run(own or not settings.from_adapter, "from_adapter", f"needs one of the methods {', '.join(OURS)}")
+    require_of_run(own or not settings.objective, "objective", f"needs one of the methods {', '.join(OURS)}")
+    objectives = {spec.name for spec in parse_objectives(settings.objective)}
+    mixture = settings.method in ("mixlora", "mixdora")
+    require_of_run(mixture or settings.learn not in ("router", "experts"), "learn", "needs a mixture")
+    require_of_run(not settings.keep or settings.method == "lora", "keep", "needs --method lora")
+    require_of_run("orthogonal" not in objectives or bool(settings.keep), "objective", "orthogonal needs --keep")
+    alone = not settings.keep or (objectives <= {"orthogonal"} and not settings.from_adapter)
+    require_of_run(alone, "keep", "goes with no objective but orthogonal, and not with --from")
     micro = recipe.micro_batch_size
     require(micro is None or recipe.batch_size % micro == 0, "micro_batch_size", "must divide batch_size")
     validated = bool(settings.validation_data) or recipe.validation > 0

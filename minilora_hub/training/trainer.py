@@ -35,6 +35,7 @@ from trl import SFTTrainer
 from minilora_hub.errors import TrainingError
 from minilora_hub.remote_code.adapter_files import check_tensors, read_adapter, write_adapter
 from minilora_hub.training.models import trainable_parameters
+from minilora_hub.training.objectives import Objective, Step, label_weight, last_hidden_states
 from minilora_hub.training.passthrough import allocation_state, restore_allocation_state
 from minilora_hub.training.recipes import Recipe
 
@@ -101,6 +102,8 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         self.recipe, self.place_of = recipe, place_of
         self.on_saved: Callable[[], None] = lambda: None
         self._last_inputs: dict[str, Any] | None = None
+        self.objectives: list[Objective] = []
+        self._micro_batch = (-1, 0)  # (optimizer step, micro-batch in it)
         exact = {name: parameter.data for name, parameter in trainable_parameters(model).items()}
         super().__init__(**kwargs)
         for name, parameter in trainable_parameters(model).items():
@@ -117,10 +120,14 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the loss with all its terms: router losses, and those of a PEFT method."""
+        """Return the loss with all its terms: router losses, those of a PEFT method, and the objectives."""
         self._last_inputs = inputs
-        with labels_scored_only():
+        objectives = self.objectives if model.training else []
+        own = self.accelerator.unwrap_model(model)
+        with labels_scored_only(), last_hidden_states(own, bool(objectives)) as hidden:
             loss, outputs = self._loss(model, inputs, num_items_in_batch)
+        if objectives:
+            loss = self._with_objectives(loss, Step(own, inputs, hidden[0], self._place()), num_items_in_batch)
         if model.training and not torch.isfinite(loss):
             raise TrainingError(self._not_finite("loss", loss.detach().item(), inputs))
         return (loss, outputs) if return_outputs else loss
@@ -131,6 +138,32 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         inputs = inputs | {"use_cache": False, "fused_lm_head": True}
         loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
         return loss, outputs
+
+    def _place(self) -> tuple[int, int, int]:
+        """Return (optimizer step, micro-batch in it, process), and count the micro-batch."""
+        step, micro = self._micro_batch
+        micro = micro + 1 if step == self.state.global_step else 0
+        self._micro_batch = (self.state.global_step, micro)
+        return self.state.global_step, micro, self.accelerator.process_index
+
+    def _with_objectives(self, loss: Any, step: Step, num_items_in_batch: Any) -> Any:
+        """Add the objectives to a micro-batch's loss, and log each one.
+
+        A term over labels counts by the micro-batch's share of the labels, as the loss does; another one is averaged
+        over the micro-batches. (Where the batch was not counted, the trainer averages both.)
+        """
+        loss = label_weight(self.objectives) * loss
+        counted = num_items_in_batch is not None
+        for objective in self.objectives:
+            term = objective(step)
+            share: Any = 1 / self.current_gradient_accumulation_steps if counted else 1.0
+            if counted and term.labels is not None:
+                share = term.labels / num_items_in_batch
+                share = share * self.accelerator.num_processes if self.args.average_tokens_across_devices else share
+            loss = loss + objective.weight * share * term.value
+            mean = self.accelerator.reduce(term.value.detach(), "mean")
+            self._metrics["train"][objective.name].append(mean.item())
+        return loss
 
     def _not_finite(self, what: str, value: float, inputs: dict[str, Any] | None) -> str:
         saved = last_checkpoint(self.run_dir.parent)

@@ -56,9 +56,9 @@ def changed(document, where, value):
 @pytest.mark.parametrize(
     ("where", "value", "said"),
     [
-        (["schema_version"], 3, "schema_version=3: this minilora_hub reads versions 1 to 2"),
+        (["schema_version"], 4, "schema_version=4: this minilora_hub reads versions 1 to 3"),
         (["schema_version"], KeyError, "schema_version is missing"),
-        (["schema_version"], 0, "schema_version=0: must be 1 to 2"),
+        (["schema_version"], 0, "schema_version=0: must be 1 to 3"),
         (["method"], "lore", "method='lore': must be one of"),
         (["method"], KeyError, "method is missing"),
         (["metod"], "dora", "metod: there is no such field; did you mean 'method'?"),
@@ -126,7 +126,7 @@ def test_files_of_the_first_version_are_read(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(content))
     assert Results.load(tmp_path) == full_results()
     Results.load(tmp_path).save(tmp_path)
-    assert json.loads((tmp_path / "results.json").read_text())["schema_version"] == 2
+    assert json.loads((tmp_path / "results.json").read_text())["schema_version"] == 3
 
 
 @pytest.mark.parametrize(

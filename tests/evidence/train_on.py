@@ -1,0 +1,252 @@
+"""Measure what continuing from adapters gains: single-task LoRAs routed, distillation, sequences of tasks, the anchor.
+
+    python tests/evidence/train_on.py run --part router        # one part; without --part all; goes on after a stop
+    python tests/evidence/train_on.py run --part router --steps 24 --items 48      # a small version
+    python tests/evidence/train_on.py report                   # the tables of what is there
+
+    router      single-task LoRAs; their mean, TIES, the untrained and trained router over them, one LoRA on all rows
+    distill     one LoRA from the shipped MixLoRA
+    sequence    the tasks one after the other: continued, kept apart, and kept apart with the orthogonal term
+    anchor      one LoRA on all rows, without and with the anchor; perplexity on general text
+
+Every step's result is a small file in tests/evidence/results/train_on, named after the step and its sizes; adapters go
+into --work. A step whose file is there is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import shutil
+import statistics
+import sys
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from evidence.measure import write_data
+from evidence.plan import EVALUATION_DTYPE, MIX, TASKS, TRAINING
+from evidence.store import CODE, RESULTS
+
+from minilora_hub.adapter_folder.results import Results
+from minilora_hub.documents import write_whole
+from minilora_hub.evaluation.metrics import perplexity
+from minilora_hub.evaluation.run import evaluate
+from minilora_hub.formats.combine import Combination, combine
+from minilora_hub.formats.importing import import_as_experts
+from minilora_hub.training.run import train
+from minilora_hub.training.run_folder import STATE_FILE
+
+FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
+LORA: dict[str, Any] = {"method": "lora", "base": "embedded", "learning_rate": 1.5e-3, "r": 8}
+ROUTER: dict[str, Any] = {"learn": "router", "learning_rate": 1e-2, "router_aux_loss_coef": 0.0}
+SHIPPED = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-mixlora"
+FOLDER = RESULTS / "train_on"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How long the runs are: optimizer steps of eight rows for one task, and test items of each task."""
+
+    steps: int
+    items: int
+
+    def named(self, step: str) -> str:
+        """The name of a step's file."""
+        return f"{step}-steps{self.steps}-items{self.items}"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A step: its part and name, what makes its adapter in a folder, and whether perplexity is measured."""
+
+    part: str
+    name: str
+    make: Callable[[Path], Any]
+    perplexity: bool = False
+
+
+class Runs:
+    """The steps, in the order in which they are made.
+
+    Args:
+        work: folder of rows and adapters.
+        sizes: of the runs.
+    """
+
+    def __init__(self, work: Path, sizes: Sizes) -> None:
+        self.work, self.sizes = work, sizes
+
+    def adapter(self, name: str) -> Path:
+        """The folder of a step's adapter."""
+        return self.work / f"{name}-steps{self.sizes.steps}"
+
+    def steps(self) -> list[Evidence]:
+        """Every step; one that needs another's adapter comes after it."""
+        return [*self._router(), *self._distill(), *self._sequence(), *self._anchor()]
+
+    def _train(self, out: Path, data: str, steps: int, **settings: Any) -> None:
+        state = json.loads((out / STATE_FILE).read_text()) if (out / STATE_FILE).is_file() else None
+        if state and state["finished"]:
+            return
+        if state is None:
+            shutil.rmtree(out, ignore_errors=True)
+        chosen = TRAINING | settings | {"max_steps": steps, "save_every": max(1, steps // 2), "record": False}
+        train(out, data=str(self.work / "data" / f"{data}.train.jsonl"), resume=state is not None, **chosen)
+
+    def _trained(self, data: str, steps: int, **settings: Any) -> Callable[[Path], None]:
+        return lambda out: self._train(out, data, steps, **settings)
+
+    def _router(self) -> list[Evidence]:
+        one, all_steps = self.sizes.steps, self.sizes.steps * len(TASKS)
+        singles = [self.adapter(f"single-{task}") for task in TASKS]
+        on_blocks = LORA | {"target_modules": FEED_FORWARD}
+
+        def combined(method: str) -> Callable[[Path], None]:
+            how = Combination(method, (1 / len(TASKS),) * len(TASKS))
+            return lambda out: _once(out, lambda: combine(singles, out, how, base="embedded"))
+
+        def mixture(out: Path) -> None:
+            _once(out, lambda: import_as_experts(singles, out, base="embedded", num_experts_per_tok=len(TASKS)))
+
+        def routed(active: int) -> Callable[[Path], None]:
+            said = ROUTER | {"from_adapter": str(self.adapter("mixture")), "num_experts_per_tok": active}
+            return self._trained(MIX, one, **said)
+
+        return [
+            *(Evidence("router", f"single-{task}", self._trained(task, one, **on_blocks)) for task in TASKS),
+            Evidence("router", "mean", combined("svd")),
+            Evidence("router", "ties", combined("ties_svd")),
+            Evidence("router", "mixture", mixture),
+            Evidence("router", "routed-all", routed(len(TASKS))),
+            Evidence("router", "routed-2", routed(2)),
+            Evidence("router", "together", self._trained(MIX, all_steps, **on_blocks)),
+        ]
+
+    def _distill(self) -> list[Evidence]:
+        steps, teacher = self.sizes.steps * len(TASKS), f"distill:teacher={SHIPPED},labels=0"
+        lora = LORA | {"r": 12}
+        return [
+            Evidence("distill", "teacher", lambda out: _once(out, lambda: shutil.copytree(SHIPPED, out))),
+            Evidence("distill", "distilled", self._trained(MIX, steps, objective=[teacher], **lora)),
+            Evidence("distill", "labels-only", self._trained(MIX, steps, **lora)),
+        ]
+
+    def _sequence(self) -> list[Evidence]:
+        found = []
+        for kind in ("continued", "kept", "orthogonal"):
+            before: Path | None = None
+            for number, task in enumerate(TASKS):
+                name = f"sequence-{kind}-{number + 1}-{task}"
+                settings = LORA
+                if before is not None and kind == "continued":
+                    settings = {"learning_rate": LORA["learning_rate"], "from_adapter": str(before)}
+                elif before is not None:
+                    term = {"objective": ["orthogonal:weight=0.5"]} if kind == "orthogonal" else {}
+                    settings = LORA | {"keep": [str(before)]} | term
+                found.append(Evidence("sequence", name, self._trained(task, self.sizes.steps, **settings)))
+                before = self.adapter(name)
+        return found
+
+    def _anchor(self) -> list[Evidence]:
+        steps, found = self.sizes.steps * len(TASKS), []
+        for weight in (0, 0.3, 1):
+            text = self.work / "general.txt"
+            said = {"objective": [f"anchor:data={text},weight={weight}"]} if weight else {}
+            make = self._trained(MIX, steps, **LORA, **said)
+            found.append(Evidence("anchor", f"anchor-{weight}", make, perplexity=True))
+        return found
+
+    def measure(self, step: Evidence) -> dict[str, Any]:
+        """Make a step's adapter and measure it: exact match by task, and perplexity where it is asked for."""
+        out = self.adapter(step.name)
+        step.make(out)
+        report = evaluate(
+            [out],
+            base="embedded",
+            tasks=TASKS,
+            count=self.sizes.items,
+            few_shot=0,
+            perplexity=step.perplexity,
+            dtype=EVALUATION_DTYPE,
+            cache=self.work / "answers",
+        )
+        base, model = report.models[0], report.models[-1]
+        result: dict[str, Any] = {"step": step.name, "part": step.part, "code": CODE}
+        result["steps"], result["items"] = self.sizes.steps, self.sizes.items
+        for key, measured in (("exact", model), ("base_exact", base)):
+            result[key] = {task: round(statistics.fmean(measured.scores[task].exact), 4) for task in TASKS}
+        if step.perplexity:
+            result["perplexity"], result["base_perplexity"] = (
+                round(perplexity(one.nll, report.text[1]), 3) for one in (model, base)
+            )
+        if (out / "results.json").is_file():
+            trained = Results.load(out).training
+            result["seconds"] = trained.seconds if trained else None
+        return result
+
+
+def _once(out: Path, make: Callable[[], Any]) -> None:
+    if not out.is_dir():
+        make()
+
+
+def write_general_text(file: Path) -> None:
+    """Write the docstrings of the standard library's modules, which are not in the text for perplexity."""
+    texts = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        if text:
+            texts.append(text)
+    write_whole(file, "\n\n".join(texts) + "\n")
+
+
+def report() -> str:
+    """Tables of the results that are there, one a part and size."""
+    lines = []
+    held = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))]
+    for part, steps, items in sorted({(one["part"], one["steps"], one["items"]) for one in held}):
+        lines += ["", f"{part}: {steps} steps of 8 rows for a task, {items} test items of each", ""]
+        lines += [f"| | {' | '.join(TASKS)} | mean | perplexity |", "| --- |" + " ---: |" * (len(TASKS) + 2)]
+        for one in held:
+            if (one["part"], one["steps"], one["items"]) == (part, steps, items):
+                cells = [f"{100 * one['exact'][task]:.1f}" for task in TASKS]
+                mean = 100 * statistics.fmean(one["exact"].values())
+                lines.append(f"| {one['step']} | {' | '.join(cells)} | {mean:.1f} | {one.get('perplexity', '')} |")
+    return "\n".join(lines).strip()
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("--part", action="append", choices=("router", "distill", "sequence", "anchor"))
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps for one task")
+    parser.add_argument("--items", type=int, default=250, help="test items of each task")
+    parser.add_argument("--work", type=Path, default=Path("evidence-work"), help="folder for adapters and answers")
+    arguments = parser.parse_args()
+    if arguments.what == "report":
+        print(report())
+        return
+    work = arguments.work.resolve() / CODE[:12]
+    if not (work / "data").is_dir():
+        write_data(work / "data")
+    write_general_text(work / "general.txt")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    runs = Runs(work, Sizes(arguments.steps, arguments.items))
+    for step in runs.steps():
+        file = FOLDER / f"{runs.sizes.named(step.name)}.json"
+        if (arguments.part and step.part not in arguments.part) or file.is_file():
+            continue
+        result = runs.measure(step)
+        write_whole(file, json.dumps(result, indent=1) + "\n")
+        print(f"{step.name}: {result['exact']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
