@@ -93,9 +93,9 @@ def test_methods_are_of_one_size():
 def test_measuring_again_gives_the_answers_of_the_runs(store):
     """`minilora eval` on all four, as their cards tell it, for one task's held-out formats; nothing kept is used.
 
-    The runs were on another processor, whose bfloat16 products round otherwise (an EPYC that has instructions for them; a
-    Xeon without gave two of the 40 answers otherwise for one adapter, one better and one worse, with the code of then
-    and of now alike). A wrong prompt, end of answer, dtype or adapter changes most of them.
+    The runs were on another processor, an EPYC with instructions for bfloat16. Products on a Xeon without them round
+    otherwise: two of these 40 answers differ for one adapter, and the mean of all 200 by one item for three of the
+    four, with the code of then and of now alike. A wrong prompt, end of answer or adapter changes most answers.
     """
     report = evaluate(
         [folder(method) for method in METHODS],
