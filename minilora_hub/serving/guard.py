@@ -1,0 +1,77 @@
+"""Check every HTTP request before the application sees it: the API key, and the size of its body."""
+
+from __future__ import annotations
+
+import hmac
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from minilora_hub.serving.responses import error_body
+from minilora_hub.serving.settings import MOST_BODY_BYTES
+
+OPEN_PATHS = frozenset(("/health",))
+
+
+class Guard:
+    """ASGI middleware.
+
+    Args:
+        app: what answers the requests that pass.
+        api_key: the key that clients must send as ``Authorization: Bearer KEY``; None: no key is needed.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None = None) -> None:
+        self._app, self._key = app, api_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 401 or 413, or pass the request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        if scope["path"] not in OPEN_PATHS and not self._knows(headers.get(b"authorization", b"")):
+            body = error_body(401, "Authorization: must be 'Bearer' and the server's API key", None, "invalid_api_key")
+            await JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+            return
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > MOST_BODY_BYTES:
+            await too_large(scope, receive, send)
+            return
+        read, started = 0, False
+
+        async def counted() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > MOST_BODY_BYTES:  # a body in pieces names no length
+                raise BodyTooLargeError
+            return message
+
+        async def noted(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, counted, noted)
+        except BodyTooLargeError:
+            if started:
+                raise
+            await too_large(scope, receive, send)
+
+    def _knows(self, authorization: bytes) -> bool:
+        if self._key is None:
+            return True
+        kind, _, given = authorization.partition(b" ")
+        return kind.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._key.encode())
+
+
+class BodyTooLargeError(Exception):
+    """The body of a request is larger than `MOST_BODY_BYTES`."""
+
+
+async def too_large(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer 413."""
+    message = f"the body of the request: must be at most {MOST_BODY_BYTES} bytes"
+    await JSONResponse(error_body(413, message), 413, {"Connection": "close"})(scope, receive, send)
