@@ -1,0 +1,228 @@
+"""Many clients at once: batches of all kinds, the bound of the queue, clients that leave, adapters that come and go."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+import threading
+
+import httpx
+import pytest
+import tiny_stand_ins
+from serving.conftest import served, wait_until
+
+from minilora_hub.compare.engine import CompareEngine, Sampling
+
+WORDS = ("Hi.", "Why is the sky blue?", "A much longer prompt than the others, with many more words. " * 4)
+
+
+def expected(engine, words, model, tokens, **sampling):
+    """What the engine answers alone."""
+    column = next(c for c in engine.columns if c.name == model)
+    return "".join(u.text for u in engine.stream(words, Sampling(tokens, **sampling), columns=[column]))
+
+
+def gather(address, requests, path="/v1/chat/completions"):
+    """POST all requests at once: statuses and bodies in their order."""
+
+    async def run():
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits) as client:
+            return await asyncio.gather(*(client.post(path, json=request) for request in requests))
+
+    return [(done.status_code, done.json()) for done in asyncio.run(run())]
+
+
+def chat(model, words, tokens, **fields):
+    """A request."""
+    return {"model": model, "messages": [{"role": "user", "content": words}], "max_tokens": tokens} | fields
+
+
+def test_a_mixed_batch_gives_each_models_own_tokens(saved, running):
+    """Rows of all kinds, lengths and settings join and leave while others run."""
+    engine = CompareEngine(saved[0], saved[1], device="cpu")
+    cases = [
+        (model, words, 5 + 7 * (index % 4), {"temperature": 0} if index % 3 else {"temperature": 0.8, "seed": index})
+        for index, (model, words) in enumerate((m, w) for w in WORDS for m in ("base", "mix", "dora", "lora") * 2)
+    ]
+    before = running[0].scheduler._steps
+    found = gather(running[1], [chat(model, words, tokens, **more) for model, words, tokens, more in cases])
+    steps = running[0].scheduler._steps - before
+    for (model, words, tokens, more), (status, body) in zip(cases, found, strict=True):
+        assert status == 200
+        text = expected(engine, words, model, tokens, **more)
+        assert body["choices"][0]["message"]["content"] == text, (model, words, tokens, more)
+    assert steps < sum(tokens for _, _, tokens, _ in cases) / 3  # rows shared steps
+
+
+def test_200_clients_are_answered_or_told_to_wait(slow):
+    server, address = slow
+    found = gather(address, [chat("dora", f"number {index}", 60, temperature=0) for index in range(200)])
+    statuses = [status for status, _ in found]
+    assert set(statuses) == {200, 429}
+    for index, (status, body) in enumerate(found):
+        if status == 200:
+            assert body["choices"][0]["message"]["content"] == f"number {index}"
+        else:
+            assert body["error"]["type"] == "rate_limit_error"
+    assert statuses.count(200) >= 8
+    assert not server.scheduler.in_use()
+
+
+def test_more_answers_than_ever_fit(slow):
+    status, body = gather(slow[1], [chat("dora", "hi", 4, n=9)])[0]
+    assert (status, body["error"]["param"]) == (400, "n")
+
+
+def rows(server):
+    """Rows that run or wait."""
+    return len(server.scheduler._rows) + len(server.scheduler._waiting)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_rows(slow, stream):
+    """The connection is closed without a word, as by kill -9; other rows go on."""
+    server, address = slow
+    host, port = address.removeprefix("http://").split(":")
+    body = b'{"model": "base", "prompt": "%s", "max_tokens": 400, "n": 3, "stream": %s}'
+    body %= (b"x" * 90, b"true" if stream else b"false")
+    raw = socket.create_connection((host, int(port)))
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    raw.sendall(head.encode() + b"\r\n\r\n" + body)
+    wait_until(lambda: len(server.scheduler._rows) == 3)
+    done = []
+    other = threading.Thread(target=lambda: done.extend(gather(address, [chat("dora", "still here", 60)])))
+    other.start()
+    wait_until(lambda: len(server.scheduler._rows) == 4 or done)
+    steps = server.scheduler._steps
+    raw.close()
+    wait_until(lambda: rows(server) <= 1)
+    assert server.scheduler._steps - steps < 20  # it would have been 400
+    other.join()
+    assert done[0][1]["choices"][0]["message"]["content"] == "still here"
+    text = httpx.get(address + "/metrics").text
+    assert 'minilora_cancelled_rows_total{model="base"} 3' in text
+
+
+def test_rows_that_wait_are_cancelled_too(slow):
+    server, address = slow
+
+    async def run():
+        async with httpx.AsyncClient(base_url=address) as client:
+            request = {"model": server.models.base, "prompt": "x", "max_tokens": 300, "n": 4}
+            tasks = [asyncio.create_task(client.post("/v1/completions", json=request)) for _ in range(2)]
+            while rows(server) < 8:
+                await asyncio.sleep(0.01)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(run())
+    wait_until(lambda: rows(server) == 0)
+
+
+def test_nan_ends_only_its_own_row(slow):
+    found = gather(slow[1], [chat("dora", "explode now", 60), chat("mix", "I am fine", 60)])
+    assert [status for status, _ in found] == [500, 200]
+    assert "NaN" in found[0][1]["error"]["message"]
+    assert found[1][1]["choices"][0]["message"]["content"] == "I am fine"
+
+
+def test_a_step_that_fails_ends_its_rows_and_the_server_goes_on(slow):
+    assert gather(slow[1], [chat("dora", "destroy all", 60)])[0][0] == 500
+    assert gather(slow[1], [chat("dora", "again", 60)])[0][0] == 200
+
+
+def test_adapters_come_and_go(saved, tmp_path):
+    base, (mix, dora, lora) = saved
+    engine = CompareEngine(base, [lora], device="cpu")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(dora, damaged)
+    weights = damaged / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with served(engine, [lora]) as (_, address), httpx.Client(base_url=address, timeout=60) as http:
+
+        def post(path, **body):
+            return http.post(path, json=body)
+
+        def ask(model):
+            return http.post("/v1/chat/completions", json=chat(model, "Hi.", 8, temperature=0))
+
+        assert ask("mine").status_code == 404
+        assert post("/v1/load_lora_adapter", lora_name="mine", lora_path=str(mix)).status_code == 200
+        assert post("/v1/load_lora_adapter", lora_name="mine", lora_path=str(dora)).status_code == 400
+        assert post("/v1/load_lora_adapter", lora_name="base", lora_path=str(dora)).status_code == 400
+        assert post("/v1/load_lora_adapter", lora_name="a b", lora_path=str(dora)).status_code == 400
+        assert post("/v1/load_lora_adapter", lora_name="gone", lora_path=str(tmp_path / "gone")).status_code == 400
+        refused = post("/v1/load_lora_adapter", lora_name="damaged", lora_path=str(damaged))
+        assert refused.status_code == 400
+        assert refused.json()["error"]["code"] == "adapter_unusable"
+        alone = CompareEngine(base, [mix], device="cpu")
+        assert ask("mine").json()["choices"][0]["message"]["content"] == expected(alone, "Hi.", "mix", 8)
+        assert ask("lora").status_code == 200
+        assert post("/v1/unload_lora_adapter", lora_name="mine").status_code == 200
+        assert ask("mine").status_code == 404
+        assert post("/v1/unload_lora_adapter", lora_name="mine").status_code == 404
+        assert post("/v1/unload_lora_adapter", lora_name="base").status_code == 400
+        assert [m["id"] for m in http.get("/v1/models").json()["data"]] == ["base", "lora"]
+
+
+def test_an_adapter_in_use_is_not_unloaded(slow):
+    server, address = slow
+    with httpx.Client(base_url=address, timeout=60) as http:
+        request = chat("dora", "x" * 300, 400, stream=True)
+        with http.stream("POST", "/v1/chat/completions", json=request) as response:
+            next(response.iter_lines())
+            refused = httpx.post(address + "/v1/unload_lora_adapter", json={"lora_name": "dora"})
+        assert refused.status_code == 409
+        wait_until(lambda: rows(server) == 0)
+        assert http.post("/v1/unload_lora_adapter", json={"lora_name": "dora"}).status_code == 200
+
+
+def test_loading_needs_permission(saved):
+    engine = CompareEngine(saved[0], device="cpu")
+    with served(engine, allow_loading=False) as (_, address):
+        for path in ("load", "unload"):
+            body = {"lora_name": "x", "lora_path": str(saved[1][0])}
+            assert httpx.post(f"{address}/v1/{path}_lora_adapter", json=body).status_code == 403
+
+
+def test_a_folder_of_adapters_is_read_on_demand(saved, tmp_path):
+    """Within a bound of memory; a damaged one is refused when it is asked for, one without a configuration is none."""
+    base, folders = saved
+    for index in range(6):
+        shutil.copytree(folders[index % 3], tmp_path / f"a{index}")
+    weights = tmp_path / "a4" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (tmp_path / "a5" / "config.json").unlink(missing_ok=True)
+    (tmp_path / "a5" / "adapter_config.json").unlink(missing_ok=True)
+    engine = CompareEngine(base, folders, device="cpu", memory_limit=1)
+    with served(engine, folders, folders=[tmp_path]) as (server, address):
+        names = [model.name for model in server.models.all()]
+        assert names == ["base", "mix", "dora", "lora", "a0", "a1", "a2", "a3", "a4"]
+        asked = ["a0", "a1", "a2", "a3", "a4", "a5", "mix", "dora", "lora"]
+        found = gather(address, [chat(name, "Hi.", 9, temperature=0) for name in asked])
+        by_name = dict(zip(asked, found, strict=True))
+        assert [by_name[name][0] for name in asked] == [200, 200, 200, 200, 400, 404, 200, 200, 200]
+        text = {name: by_name[name][1]["choices"][0]["message"]["content"] for name in asked if by_name[name][0] == 200}
+        assert (text["a0"], text["a1"], text["a2"], text["a3"]) == (
+            text["mix"],
+            text["dora"],
+            text["lora"],
+            text["mix"],
+        )
+        assert sum(entry.loaded for entry in engine.bank.list()) == 1
+
+
+def test_shutting_down_ends_open_answers(tmp_path):
+    folders = tiny_stand_ins.save_parrots(tmp_path, {"dora": "dora"})
+    engine = CompareEngine(tiny_stand_ins.ScriptedBase(0.02), folders, tokenizer=tiny_stand_ins.byte_tokenizer())
+    done = []
+    with served(engine, folders) as (server, address):
+        asked = threading.Thread(target=lambda: done.extend(gather(address, [chat(server.models.base, "x", 450)])))
+        asked.start()
+        wait_until(lambda: rows(server) == 1)
+    asked.join()
+    assert done[0][0] == 503
+    assert done[0][1]["error"]["message"] == "the server is shutting down"
