@@ -97,9 +97,9 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        # The last is the one for the form that was most likely meant where a field has several, such as a prompt.
         first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"] if part != "body") or None
+        broken = first["type"] == "json_invalid"  # then the place is a character of the body
+        param = None if broken else ".".join(str(part) for part in first["loc"] if part != "body") or None
         shown = f"{param}: {first['msg']}" if param else f"the body of the request: {first['msg']}"
         return JSONResponse(error_body(400, shown, param), 400)
 

@@ -38,26 +38,28 @@ class Guard:
         if length.isdigit() and int(length) > MOST_BODY_BYTES:
             await too_large(scope, receive, send)
             return
-        read, started = 0, False
+        read, started, exceeded = 0, False, False
 
         async def counted() -> Message:
-            nonlocal read
+            nonlocal read, exceeded
             message = await receive()
             read += len(message.get("body", b""))
-            if read > MOST_BODY_BYTES:  # a body in pieces names no length
+            if read > MOST_BODY_BYTES and not started:  # a body in pieces names no length
+                exceeded = True
                 raise BodyTooLargeError
             return message
 
         async def noted(message: Message) -> None:
             nonlocal started
-            started = True
-            await send(message)
+            if not exceeded:  # the application may turn the exception into an answer of its own
+                started = True
+                await send(message)
 
         try:
             await self._app(scope, counted, noted)
         except BodyTooLargeError:
-            if started:
-                raise
+            pass
+        if exceeded:
             await too_large(scope, receive, send)
 
     def _knows(self, authorization: bytes) -> bool:

@@ -69,7 +69,13 @@ def run(server: Server, host: str, port: int, api_key: str | None = None) -> Non
     """
     app = build_app(server, api_key)
     config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        ws="none",
+        timeout_graceful_shutdown=GRACE_SECONDS,
     )
     _Uvicorn(config, server.scheduler).run()
 

@@ -209,9 +209,14 @@ class Scheduler:
             if self._stopping:
                 self._end_all(SHUTTING_DOWN)
                 return
-            if self._reading is None:
-                self._admit()
-            self._step()
+            try:
+                if self._reading is None:
+                    self._admit()
+                self._step()
+            except Exception as error:  # it cannot be attributed to one row; without this, every client would wait
+                self._reading, self._decoding = None, []
+                for row in [*self._rows.values()]:
+                    self._deliver(row, row.answer.end("error", f"{type(error).__name__}: {error}"))
 
     def _drop_cancelled(self) -> None:
         with self._changed:

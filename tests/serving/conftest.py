@@ -29,7 +29,7 @@ def served(engine, adapters=(), api_key=None, limits=None, allow_loading=True, b
         models.register_folder(folder)
     server = Server(engine, scheduler, models, Metrics(), allow_loading)
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        config = uvicorn.Config(build_app(server, api_key), log_level="error", timeout_graceful_shutdown=2)
+        config = uvicorn.Config(build_app(server, api_key), log_level="error", ws="none", timeout_graceful_shutdown=2)
         running = uvicorn.Server(config)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
         thread.start()

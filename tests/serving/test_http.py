@@ -109,7 +109,7 @@ def test_prompt_logprobs_are_those_of_the_model_alone(http, saved, model):
         best = [max(entry.values()) for entry in logprobs["top_logprobs"][1:]]
         assert best == pytest.approx(expected.max(dim=-1).values.tolist(), abs=1e-4)
         assert len(logprobs["tokens"]) == len(prompt) + 1
-        assert choice["text"] == "".join(logprobs["tokens"])
+        assert choice["text"].startswith("".join(logprobs["tokens"][:-1]))
 
 
 def test_scores_without_an_answer(http):

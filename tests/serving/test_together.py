@@ -92,7 +92,9 @@ def test_a_client_that_leaves_frees_its_rows(slow, stream):
     raw.sendall(head.encode() + b"\r\n\r\n" + body)
     wait_until(lambda: len(server.scheduler._rows) == 3)
     done = []
-    other = threading.Thread(target=lambda: done.extend(gather(address, [chat("dora", "still here", 60)])))
+    other = threading.Thread(
+        target=lambda: done.extend(gather(address, [chat("dora", "still here", 60, temperature=0)]))
+    )
     other.start()
     wait_until(lambda: len(server.scheduler._rows) == 4 or done)
     steps = server.scheduler._steps
@@ -123,7 +125,9 @@ def test_rows_that_wait_are_cancelled_too(slow):
 
 
 def test_nan_ends_only_its_own_row(slow):
-    found = gather(slow[1], [chat("dora", "explode now", 60), chat("mix", "I am fine", 60)])
+    found = gather(
+        slow[1], [chat(m, words, 60, temperature=0) for m, words in (("dora", "explode now"), ("mix", "I am fine"))]
+    )
     assert [status for status, _ in found] == [500, 200]
     assert "NaN" in found[0][1]["error"]["message"]
     assert found[1][1]["choices"][0]["message"]["content"] == "I am fine"
@@ -193,14 +197,14 @@ def test_a_folder_of_adapters_is_read_on_demand(saved, tmp_path):
     base, folders = saved
     for index in range(6):
         shutil.copytree(folders[index % 3], tmp_path / f"a{index}")
-    weights = tmp_path / "a4" / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
     (tmp_path / "a5" / "config.json").unlink(missing_ok=True)
     (tmp_path / "a5" / "adapter_config.json").unlink(missing_ok=True)
     engine = CompareEngine(base, folders, device="cpu", memory_limit=1)
     with served(engine, folders, folders=[tmp_path]) as (server, address):
         names = [model.name for model in server.models.all()]
         assert names == ["base", "mix", "dora", "lora", "a0", "a1", "a2", "a3", "a4"]
+        weights = tmp_path / "a4" / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
         asked = ["a0", "a1", "a2", "a3", "a4", "a5", "mix", "dora", "lora"]
         found = gather(address, [chat(name, "Hi.", 9, temperature=0) for name in asked])
         by_name = dict(zip(asked, found, strict=True))
@@ -212,7 +216,9 @@ def test_a_folder_of_adapters_is_read_on_demand(saved, tmp_path):
             text["lora"],
             text["mix"],
         )
-        assert sum(entry.loaded for entry in engine.bank.list()) == 1
+        assert gather(address, [chat("a0", "Hi.", 2)])[0][0] == 200
+        assert gather(address, [chat("a1", "Hi.", 2)])[0][0] == 200
+        assert [entry.name for entry in engine.bank.list() if entry.loaded] == ["a1"]
 
 
 def test_shutting_down_ends_open_answers(tmp_path):
