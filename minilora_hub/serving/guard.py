@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 
 from starlette.responses import JSONResponse
@@ -55,10 +56,8 @@ class Guard:
                 started = True
                 await send(message)
 
-        try:
+        with contextlib.suppress(BodyTooLargeError):
             await self._app(scope, counted, noted)
-        except BodyTooLargeError:
-            pass
         if exceeded:
             await too_large(scope, receive, send)
 
