@@ -239,7 +239,7 @@ def _scores(logits: torch.Tensor, tokens: list[int], alternatives: int) -> list[
     """Return the score of each token, from logits of (tokens, vocabulary)."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     best = logprobs.topk(min(alternatives, logprobs.shape[-1]), dim=-1)
-    chosen = logprobs.gather(-1, torch.tensor(tokens, device=logprobs.device)[:, None])[:, 0]
+    chosen = logprobs.gather(-1, torch.tensor(tokens, dtype=torch.long, device=logprobs.device)[:, None])[:, 0]
     return [
         TokenScore(token, logprob, tuple(zip(ids, values, strict=True)))
         for token, logprob, ids, values in zip(

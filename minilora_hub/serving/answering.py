@@ -105,7 +105,7 @@ class Work:
                 if update.error:
                     raise ServingError(*failure(update.error))
                 generated[index] = update.tokens
-                prompt, scores = ("", ()) if begun[index] else self._echoed(index)
+                prompt, scores = ("", []) if begun[index] else self._echoed(index)
                 begun[index] = True
                 if not (update.text or prompt or update.finished or shape.chatty):
                     continue

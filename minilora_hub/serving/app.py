@@ -197,7 +197,8 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) ->
 
     task, watch = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
     try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        both: list[asyncio.Future[Any]] = [task, watch]
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None
     finally:
         task.cancel()

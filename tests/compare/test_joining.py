@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import VOCABULARY, fill_adapter, tiny_config
 from tiny_architectures import tiny_architecture
 from tiny_stand_ins import byte_tokenizer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from minilora_hub import DoraForCausalLM
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.answer import Answer, Row
 from minilora_hub.compare.batch import Batch
+from minilora_hub.compare.cache_rows import can_join
 from minilora_hub.compare.sampling import Sampling
 
 JOINABLE = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "gemma3n_text", "gpt_oss", "bloom", "gpt2", "opt")
-STATEFUL = ("mamba2", "jamba")
 TOKENIZER = byte_tokenizer()
 LENGTHS, LIMITS = (11, 27, 4, 40), (30, 12, 25, 8)
 """Rows whose prompts and answers have different lengths: some leave while others are in the middle."""
@@ -113,13 +115,12 @@ def test_the_cache_shrinks_with_the_longest_row(folder_of):
     assert batch.cache_bytes == 0
 
 
-@pytest.mark.parametrize("name", STATEFUL)
-def test_states_cannot_be_joined(name):
-    bank = AdapterBank(tiny_architecture(name))
-    row = answers()[0]
-    batch = Batch(bank, [row])
-    run(batch, {}, 2)
-    assert not batch.joinable
+def test_only_keys_and_values_can_be_joined():
+    """Not the states of a convolution or a recurrence, and nothing before the first forward."""
+    assert can_join(SimpleNamespace(layers=[DynamicLayer(), DynamicSlidingWindowLayer(8)]))
+    assert not can_join(SimpleNamespace(layers=[DynamicLayer(), LinearAttentionLayer()]))
+    assert not can_join(SimpleNamespace(layers=[]))
+    assert not can_join(None)
 
 
 @pytest.mark.parametrize("pieces", [False, True])
