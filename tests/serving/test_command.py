@@ -1,4 +1,4 @@
-"""`minilora serve` as a process: the address, an answer, a key from the environment, Ctrl-C in the middle of a stream."""
+"""`minilora serve` as a process: the address, an answer, a key from the environment, Ctrl-C during a stream."""
 
 from __future__ import annotations
 
