@@ -11,13 +11,21 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import cache_utils
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+# Layers that attend to the keys of another layer hold nothing; newer versions of transformers have a class for them.
+JOINABLE = tuple(
+    getattr(cache_utils, name)
+    for name in ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+    if hasattr(cache_utils, name)
+)
 
 
 def can_join(cache: Any) -> bool:
-    """Return whether every layer of a cache holds plain keys and values of whole or sliding attention."""
+    """Return whether every layer of a cache holds plain keys and values of whole or sliding attention, or nothing."""
     layers = getattr(cache, "layers", None) or ()
-    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return bool(layers) and all(type(layer) in JOINABLE for layer in layers)
 
 
 def join_caches(first: Any, second: Any) -> None:
@@ -28,7 +36,7 @@ def join_caches(first: Any, second: Any) -> None:
         second: a cache of the same model.
     """
     for ours, theirs in zip(first.layers, second.layers, strict=True):
-        if not ours.is_initialized:  # a layer that shares the keys of another one has none of its own
+        if ours.keys is None:
             continue
         length = max(ours.get_seq_length(), theirs.get_seq_length())
         kept = _kept(ours, length)
@@ -48,7 +56,7 @@ def remove_left(cache: Any, columns: int) -> None:
         columns: how many.
     """
     for layer in cache.layers:
-        if not layer.is_initialized:
+        if layer.keys is None:
             continue
         length = layer.get_seq_length() - columns
         kept = _kept(layer, length)

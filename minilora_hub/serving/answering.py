@@ -19,7 +19,7 @@ from minilora_hub.serving.metrics import Metrics
 from minilora_hub.serving.models import Models
 from minilora_hub.serving.requests import ChatRequest, CompletionRequest
 from minilora_hub.serving.responses import Shape, error_body, usage
-from minilora_hub.serving.scheduler import SHUTTING_DOWN, Scheduler, ServedRow
+from minilora_hub.serving.scheduler import Scheduler, ServedRow
 
 COMPLETION_TOKENS = 16
 """The most tokens of a completion where the request doesn't say, as in OpenAI's API."""
@@ -84,7 +84,7 @@ class Work:
         updates: list[list[Update]] = [[] for _ in self.rows]
         async for index, update in self._each():
             if update.error:
-                raise ServingError(*failure(update.error))
+                raise ServingError(self.rows[index].status, update.error)
             updates[index].append(update)
         choices = [self._shape.choice(index, mine, False, *self._echoed(index)) for index, mine in enumerate(updates)]
         generated = sum(mine[-1].tokens for mine in updates)
@@ -103,7 +103,7 @@ class Work:
         try:
             async for index, update in self._each():
                 if update.error:
-                    raise ServingError(*failure(update.error))
+                    raise ServingError(self.rows[index].status, update.error)
                 generated[index] = update.tokens
                 prompt, scores = ("", []) if begun[index] else self._echoed(index)
                 begun[index] = True
@@ -262,11 +262,6 @@ class Answering:
             )
             for sampling in body.samplings(limit)
         ]
-
-
-def failure(message: str) -> tuple[int, str]:
-    """Return the status and the message of a row that failed."""
-    return (503 if message == SHUTTING_DOWN else 500), message
 
 
 def event(body: dict[str, Any]) -> str:

@@ -12,6 +12,8 @@ from minilora_hub.serving.responses import error_body
 from minilora_hub.serving.settings import MOST_BODY_BYTES
 
 OPEN_PATHS = frozenset(("/health",))
+MOST_DISCARDED_BYTES = 8 * MOST_BODY_BYTES
+"""How much of a body that is too large is read and discarded before the connection is closed."""
 
 
 class Guard:
@@ -73,6 +75,11 @@ class BodyTooLargeError(Exception):
 
 
 async def too_large(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer 413."""
-    message = f"the body of the request: must be at most {MOST_BODY_BYTES} bytes"
-    await JSONResponse(error_body(413, message), 413, {"Connection": "close"})(scope, receive, send)
+    """Answer 413, after discarding more of the body: many clients read no answer before they have sent theirs."""
+    discarded, more = 0, True
+    while more and discarded <= MOST_DISCARDED_BYTES:
+        message = await receive()
+        discarded += len(message.get("body", b""))
+        more = message.get("more_body", False)  # absent where the client has left
+    shown = f"the body of the request: must be at most {MOST_BODY_BYTES} bytes"
+    await JSONResponse(error_body(413, shown), 413, {"Connection": "close"})(scope, receive, send)

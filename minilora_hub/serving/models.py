@@ -12,7 +12,7 @@ from minilora_hub.adapter_folder.folders import Kind, inspect_source
 from minilora_hub.compare.engine import CompareEngine
 from minilora_hub.compare.found_adapters import find_adapter
 from minilora_hub.errors import AdapterError, ServingError
-from minilora_hub.serving.scheduler import Scheduler
+from minilora_hub.serving.scheduler import UNUSABLE, Scheduler
 
 NAME = re.compile(r"[\w.][\w./-]{0,199}")
 
@@ -127,9 +127,13 @@ class Models:
         try:
             await asyncio.to_thread(self._engine.prompting, adapter)
             if not entry.loaded:
-                await asyncio.wrap_future(self._scheduler.call(self._engine.bank.load, adapter))
-        except (AdapterError, ValueError, OSError) as error:
+                await asyncio.wrap_future(self._scheduler.call(self._read, entry.name))
+        except UNUSABLE as error:
             raise unusable(adapter, error) from None
+
+    def _read(self, adapter: str) -> None:
+        with self._engine.exclusive():
+            self._engine.bank.load(adapter)
 
     async def load(self, name: str, source: str) -> None:
         """Load an adapter from a folder of this machine, or a repo on the Hub, which is downloaded.
@@ -144,7 +148,7 @@ class Models:
             try:
                 found = await asyncio.to_thread(find_adapter, source)
                 await asyncio.wrap_future(self._scheduler.call(self._engine.load, name, found.folder))
-            except (AdapterError, ValueError, OSError) as error:
+            except UNUSABLE as error:
                 raise unusable(name, error) from None
             self._add_aliases(name, source)
 

@@ -26,11 +26,14 @@ from typing import Any, TypeVar
 from minilora_hub.compare.answer import Answer, Update
 from minilora_hub.compare.batch import Batch
 from minilora_hub.compare.engine import CompareEngine
-from minilora_hub.errors import ServingError
+from minilora_hub.errors import AdapterError, ServingError
 from minilora_hub.serving.settings import ServerLimits
 
 T = TypeVar("T")
 SHUTTING_DOWN = "the server is shutting down"
+UNUSABLE = (AdapterError, ValueError, OSError)
+"""Exceptions that mean that an adapter is damaged or missing, or does not fit the base."""
+
 PADDING_ALLOWANCE = 512
 """Padding tokens that prompts of different lengths may always cost when they are read together."""
 
@@ -45,6 +48,7 @@ class ServedRow:
         deliver: called with each update, in the thread that computes; must return at once.
         started: when it was submitted, by `time.perf_counter`.
         cancelled: whether its client has left.
+        status: HTTP status of its error, if it ends with one.
         held: keeps its adapter in memory while it runs.
     """
 
@@ -53,6 +57,7 @@ class ServedRow:
     deliver: Callable[[Update], None]
     started: float = field(default_factory=time.perf_counter)
     cancelled: bool = False
+    status: int = 500
     held: ExitStack = field(default_factory=ExitStack)
 
     @property
@@ -243,9 +248,11 @@ class Scheduler:
                 self._waiting.popleft()
                 self._rows[row.answer] = row
             try:
-                row.held.enter_context(self.engine.bank.use([row.adapter]))
-            except Exception as error:  # a damaged or missing adapter ends its own rows only
-                self._deliver(row, row.answer.end("error", str(error)))
+                with self.engine.exclusive():
+                    row.held.enter_context(self.engine.bank.use([row.adapter]))
+            except Exception as error:  # a damaged or missing adapter ends only its own rows
+                row.status = 400 if isinstance(error, UNUSABLE) else 500
+                self._deliver(row, row.answer.end("error", f"adapter {row.adapter!r} cannot be used: {error}"))
             else:
                 admitted.append(row)
         if admitted:
@@ -265,7 +272,8 @@ class Scheduler:
     def _step(self) -> None:
         for batch in self._batches():
             count = len(batch.answers)
-            updates = batch.step()
+            with self.engine.exclusive():
+                updates = batch.step()
             self._steps += 1
             if updates:
                 self._rows_computed += count
@@ -280,7 +288,8 @@ class Scheduler:
             first, *others = self._decoding
             for other in others:
                 if first.joinable and other.joinable:
-                    first.join(other)
+                    with self.engine.exclusive():
+                        first.join(other)
             self._forget_empty()
 
     def _batches(self) -> list[Batch]:
@@ -298,6 +307,8 @@ class Scheduler:
 
     def _release(self, row: ServedRow) -> None:
         row.held.close()
+        with self.engine.exclusive():
+            self.engine.bank.make_room()
         with self._changed:
             self._rows.pop(row.answer, None)
 
@@ -310,4 +321,5 @@ class Scheduler:
             call()
         self._reading, self._decoding = None, []
         for row in rows:
+            row.status = 503
             self._deliver(row, row.answer.end("error", message))

@@ -74,6 +74,7 @@ def bank_of(name, folder_of):
     return bank
 
 
+@pytest.mark.filterwarnings("ignore::minilora_hub.remote_code.probe.TargetsWarning")
 @pytest.mark.parametrize("name", JOINABLE)
 def test_rows_join_and_leave(name, folder_of):
     bank = bank_of(name, folder_of)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import threading
@@ -80,3 +81,24 @@ def wait_until(condition, seconds=10.0):
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.005)
+
+
+def gather(address, requests, path="/v1/chat/completions", read=httpx.Response.json):
+    """POST all requests at once: statuses and bodies in their order."""
+
+    async def run():
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits) as client:
+            return await asyncio.gather(*(client.post(path, json=request) for request in requests))
+
+    return [(done.status_code, read(done)) for done in asyncio.run(run())]
+
+
+def chat(model, words, tokens, **fields):
+    """A request."""
+    return {"model": model, "messages": [{"role": "user", "content": words}], "max_tokens": tokens} | fields
+
+
+def rows(server):
+    """Rows that run or wait."""
+    return len(server.scheduler._rows) + len(server.scheduler._waiting)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 
 import httpx
 import pytest
@@ -254,3 +256,20 @@ def test_the_key_is_required(saved):
         assert httpx.get(address + "/health").status_code == 200
         key = {"Authorization": b"Bearer " + "sécret".encode()}
         assert httpx.get(address + "/v1/models", headers=key).status_code == 200
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_curl(running):
+    """The command of docs/serve.md, whole and as a stream, and an error."""
+
+    def curl(*arguments, **fields):
+        body = json.dumps({"model": "dora", "messages": CHAT, "temperature": 0, "max_tokens": 6} | fields)
+        command = ["curl", "-sS", *arguments, f"{running[1]}/v1/chat/completions"]
+        command += ["-H", "Content-Type: application/json", "-d", body]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    whole = json.loads(curl())["choices"][0]["message"]["content"]
+    lines = [line.removeprefix("data: ") for line in curl("-N", stream=True).splitlines() if line]
+    assert lines.pop() == "[DONE]"
+    assert "".join(json.loads(line)["choices"][0]["delta"]["content"] for line in lines) == whole
+    assert curl("-o", "/dev/null", "-w", "%{http_code}", model="nobody") == "404"
