@@ -8,6 +8,7 @@
     │   ├── DataError             training data cannot be used; the message names file and line
     │   └── TrainingInterrupted   a signal stopped it, after a checkpoint was saved
     ├── PageError           what a visitor of the page asked for cannot be done; the message says why
+    ├── ServingError        a request to the OpenAI-compatible server cannot be answered; it holds the HTTP status
     └── MissingExtraError   an optional package is not installed; the message names the extra
 
 The files under `remote_code/` are copied into published repos and must not import this package: they raise plain
@@ -56,6 +57,21 @@ class TrainingInterrupted(TrainingError):  # noqa: N818  it is no mistake
 
 class PageError(MiniLoraError):
     """What a visitor of the page asked for cannot be done. The message is for the visitor."""
+
+
+class ServingError(MiniLoraError):
+    """A request to the OpenAI-compatible server cannot be answered. The message is for the client.
+
+    Args:
+        status: the HTTP status, e.g. 404.
+        message: the reason, with what is required.
+        param: the field of the request that the reason is about.
+        code: OpenAI's word for the reason, e.g. ``"model_not_found"``.
+    """
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
 
 
 class MissingExtraError(MiniLoraError):

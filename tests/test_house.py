@@ -37,6 +37,7 @@ ROOMS = (
     "training",
     "evaluation",
     "publish",
+    "serving",
     "demo",
     "cli",
     "__init__",

@@ -21,6 +21,7 @@ from minilora_hub.cli.discover import info, list_, pull
 from minilora_hub.cli.evaluate import eval_, tasks
 from minilora_hub.cli.options import Debug, say
 from minilora_hub.cli.publish import card, push, verify
+from minilora_hub.cli.serve import serve
 from minilora_hub.cli.space import space
 from minilora_hub.cli.train import sweep, train
 from minilora_hub.errors import MiniLoraError
@@ -38,6 +39,7 @@ app = typer.Typer(
 COMMANDS = (
     ("demo", demo, "minilora demo ./my-adapter --base embedded --port 7860"),
     ("compare", compare, 'minilora compare ./my-adapter --base embedded --prompt "Why is the sky blue?"'),
+    ("serve", serve, "minilora serve ./my-adapter me/my-dora --base embedded --port 8000"),
     ("tasks", tasks, "minilora tasks --out ./data --count 800"),
     (
         "train",

@@ -45,7 +45,7 @@ def demo(
 
     Votes and shared comparisons are stored in $MINILORA_DATA, or in the user's data folder.
     """
-    port = _free_port(host, port)
+    port = free_port(host, port)
     say("Starting: the first time takes a while …")
 
     from minilora_hub.bases.resolving import resolve_base
@@ -72,7 +72,7 @@ def demo(
     launch(page, host=host, port=port, open_browser=_has_screen() if browser is None else browser, mcp=mcp)
 
 
-def _free_port(host: str, wanted: int | None) -> int:
+def free_port(host: str, wanted: int | None) -> int:
     """Check the wanted port, or find a free one, before the models are loaded."""
     for port in [wanted] if wanted else range(FIRST_PORT, LAST_PORT + 1):
         try:

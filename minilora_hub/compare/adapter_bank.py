@@ -70,8 +70,8 @@ class AdapterBank:
 
     Args:
         base: a loaded causal language model. It is not changed: the bank runs a copy that shares its tensors.
-        limit: maximum bytes of adapter tensors in memory, enforced when an adapter is loaded. Adapters in use are kept
-            even above it. None: loaded adapters are never evicted.
+        limit: maximum bytes of adapter tensors in memory, enforced when an adapter is loaded or used again. Adapters in
+            use are kept even above it. None: loaded adapters are never evicted.
 
     Attributes:
         model: the model to call inside `rows`, with transformers' forward signature.
@@ -166,6 +166,21 @@ class AdapterBank:
         """Report the memory in use."""
         return BankMemory(self._base_bytes, sum(entry.bytes for entry in self.list()), self._limit)
 
+    def make_room(self) -> None:
+        """Evict the least recently used adapters that no row uses until the limit is met; the latest one stays.
+
+        Loading an adapter does this too. Call it in the thread that runs rows.
+        """
+        if self._limit is None:
+            return
+        size = sum(self._entries[name].bytes for name in self._loaded)
+        for name in [*self._loaded][:-1]:
+            if size <= self._limit:
+                return
+            if name not in self._in_use:
+                size -= self._entries[name].bytes
+                self._drop(name)
+
     # ---- running rows ----
 
     @contextmanager
@@ -239,6 +254,7 @@ class AdapterBank:
         entry = self._entry(name)
         if name in self._loaded:
             self._loaded.move_to_end(name)
+            self.make_room()  # adapters that were in use when the limit was last enforced may be idle now
             return
         with naming(name):
             config, tensors, sites = read_adapter(read_source(entry.folder), BaseSource.of_model(self._plain))
@@ -273,16 +289,7 @@ class AdapterBank:
         self._entries[name] = BankEntry(
             name, entry.folder, adapter_facts(entry.folder), size
         )  # read again, as the folder may have changed
-        self._make_room()
-
-    def _make_room(self) -> None:
-        if self._limit is None:
-            return
-        for name in [*self._loaded]:
-            if self.memory().adapters <= self._limit:
-                return
-            if name not in self._in_use and name != next(reversed(self._loaded)):
-                self._drop(name)
+        self.make_room()
 
     def _drop(self, name: str) -> None:
         for layer in self._loaded.pop(name, ()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +18,14 @@ Reason = Literal["eos", "length", "stop", "stopped", "error"]
 
 ALTERNATIVES = 5
 """Number of most probable tokens in an update, in addition to the chosen one."""
+
+
+class TokenScore(NamedTuple):
+    """A token of a prompt: its id, its logprob, and the most probable tokens there; None and () for the first token."""
+
+    token_id: int
+    logprob: float | None
+    alternatives: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -122,10 +130,13 @@ class Answer:
         limit: maximum number of tokens to generate.
         tokenizer: tokenizer of its model.
         ends: ids of the tokens that end it.
+        alternatives: number of most probable tokens in each update.
+        score_prompt: whether the tokens of the prompt are scored as well.
 
     Attributes:
         ids: (1, tokens so far), on the CPU.
         prompt_tokens: number of tokens of the prompt.
+        prompt_scores: the scores of the prompt's tokens so far, if they are asked for.
         finished: whether it has ended.
     """
 
@@ -137,11 +148,15 @@ class Answer:
         limit: int,
         tokenizer: PreTrainedTokenizerBase,
         ends: Collection[int],
+        alternatives: int = ALTERNATIVES,
+        score_prompt: bool = False,
     ) -> None:
         """Prepare the state, without computing anything."""
         self.index, self.row = index, row
         self.ids = torch.tensor([ids])
         self.prompt_tokens = len(ids)
+        self.prompt_scores = [TokenScore(ids[0], None, ())] if score_prompt else []
+        self._alternatives = alternatives
         self.finished = False
         self._limit, self._ends = limit, ends
         self._pick = TokenPicker(row.sampling)
@@ -153,6 +168,8 @@ class Answer:
 
     def take(self, logits: torch.Tensor, seconds: float, **fields: Any) -> Update:
         """Choose the next token from `logits` (vocabulary), which a step of `seconds` computed."""
+        if self._limit <= 0:  # only its prompt is scored
+            return self.end("length")
         try:
             token = self._pick(self.ids, logits[None])
             text = self._text.push(token)
@@ -160,14 +177,8 @@ class Answer:
             return self.end("error", f"{type(error).__name__}: {error}")
         self._tick(seconds)
         self.ids = torch.cat([self.ids, torch.tensor([[token]])], dim=1)
-        logprobs = torch.log_softmax(logits.float(), dim=-1)
-        best = logprobs.topk(min(ALTERNATIVES, len(logprobs)))
-        fields |= {
-            "token_id": token,
-            "text": text,
-            "logprob": float(logprobs[token]),
-            "alternatives": tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
-        }
+        score = _scores(logits[None], [token], self._alternatives)[0]
+        fields |= {"token_id": token, "text": text, "logprob": score.logprob, "alternatives": score.alternatives}
         if self._text.stopped:
             return self.end("stop", **fields)
         if token in self._ends:
@@ -175,6 +186,22 @@ class Answer:
         if self._tokens >= self._limit:
             return self.end("length", **fields)
         return self._update(**fields)
+
+    @property
+    def scoring(self) -> bool:
+        """Whether tokens of the prompt are still to be scored."""
+        return 0 < len(self.prompt_scores) < self.prompt_tokens
+
+    def score_prompt(self, first: int, logits: torch.Tensor) -> None:
+        """Score tokens of the prompt.
+
+        Args:
+            first: position in the prompt of the token after which `logits` begin; negative positions are padding.
+            logits: (tokens, vocabulary).
+        """
+        start, logits = max(first, 0), logits[max(-first, 0) :]
+        targets = self.ids[0, start + 1 : min(start + 1 + len(logits), self.prompt_tokens)].tolist()
+        self.prompt_scores += _scores(logits[: len(targets)], targets, self._alternatives)
 
     def _tick(self, seconds: float) -> None:
         self._tokens += 1
@@ -206,3 +233,16 @@ class Answer:
             milliseconds_per_step=step,
             **fields,
         )
+
+
+def _scores(logits: torch.Tensor, tokens: list[int], alternatives: int) -> list[TokenScore]:
+    """Return the score of each token, from logits of (tokens, vocabulary)."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    best = logprobs.topk(min(alternatives, logprobs.shape[-1]), dim=-1)
+    chosen = logprobs.gather(-1, torch.tensor(tokens, dtype=torch.long, device=logprobs.device)[:, None])[:, 0]
+    return [
+        TokenScore(token, logprob, tuple(zip(ids, values, strict=True)))
+        for token, logprob, ids, values in zip(
+            tokens, chosen.tolist(), best.indices.tolist(), best.values.tolist(), strict=True
+        )
+    ]

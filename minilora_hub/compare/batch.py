@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Batch:
 
     def __init__(self, bank: AdapterBank, answers: Sequence[Answer]) -> None:
         """Order the rows, without computing anything."""
+        self._bank = bank
         self._live = sorted(answers, key=lambda answer: _order(bank, answer))
         adapters = [answer.row.adapter for answer in self._live]
         self._decoding = DecodingBatch(bank, adapters, [answer.row.solo_expert for answer in self._live])
@@ -40,6 +41,42 @@ class Batch:
     def finished(self) -> bool:
         """Whether no row is left."""
         return not self._live
+
+    @property
+    def answers(self) -> list[Answer]:
+        """The answers that have not ended."""
+        return [*self._live]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Size of the key/value cache."""
+        return self._decoding.cache_bytes
+
+    @property
+    def joinable(self) -> bool:
+        """Whether `join` can add rows to this batch or add it to another, now that its prompts are read."""
+        return self._decoding.joinable
+
+    def join(self, other: Batch) -> None:
+        """Move the rows of another batch into this one. Both are `joinable` and have read their prompts."""
+        self._decoding.join(other._decoding)
+        joined = [*self._live, *other._live]
+        order = sorted(range(len(joined)), key=lambda row: _order(self._bank, joined[row]))
+        if order != [*range(len(joined))]:
+            self._decoding.keep_rows(order)
+        self._live, other._live = [joined[row] for row in order], []
+
+    def drop(self, answers: Collection[Answer]) -> None:
+        """Remove rows whose answers nobody waits for."""
+        self._keep([answer not in answers for answer in self._live])
+
+    def _keep(self, keep: Sequence[bool]) -> None:
+        kept = [row for row, wanted in enumerate(keep) if wanted]
+        if len(kept) < len(self._live):
+            self._live = [self._live[row] for row in kept]
+            self._decoding.keep_rows(kept)
+            if kept and not self._decoding.mask.all():
+                self._decoding.remove_padding()
 
     def end(self, reason: Any, error: str | None = None) -> list[Update]:
         """End every row and free the cache."""
@@ -52,7 +89,14 @@ class Batch:
         """Run one forward of all rows and return the updates; none while the prompts are prefilled."""
         began = time.perf_counter()
         try:
-            logits = self._decoding.read(max(PREFILL_LEAST, PREFILL_TOKENS // len(self._live)))
+            scored = [row for row, answer in enumerate(self._live) if answer.scoring]
+            logits = self._decoding.read(max(PREFILL_LEAST, PREFILL_TOKENS // len(self._live)), every=bool(scored))
+            if scored:
+                read = self._decoding.mask.shape[1] - self._decoding.unread
+                for row in scored:
+                    padding = self._decoding.mask.shape[1] - self._live[row].prompt_tokens
+                    self._live[row].score_prompt(read - logits.shape[1] - padding, logits[row])
+                logits = logits[:, -1]
             if self._decoding.unread:
                 return []
             experts = _experts_of_last_position(self._decoding.routing)
@@ -64,10 +108,7 @@ class Batch:
             answer.take(logits[row], seconds, forwards_alone=_forwards_alone(answer), **experts.get(row, {}))
             for row, answer in enumerate(self._live)
         ]
-        kept = [row for row, answer in enumerate(self._live) if not answer.finished]
-        if len(kept) < len(self._live):
-            self._live = [self._live[row] for row in kept]
-            self._decoding.keep_rows(kept)
+        self._keep([not answer.finished for answer in self._live])
         if self._live:
             self._decoding.append([answer.ids[0, -1:].tolist() for answer in self._live])
         return sorted(updates, key=lambda update: update.row)

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.banked_layers import Group
+from minilora_hub.compare.cache_rows import can_join, join_caches, remove_left
 from minilora_hub.remote_code.routing_record import Routes
 
 
@@ -33,22 +35,24 @@ class CachedForward:
         known = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in known else "past_key_values"
         # The head takes a fifth of a small model's time, so compute only the logits that are used.
-        self._options = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        self._one = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         self.takes_positions = "position_ids" in known
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.cache: Any = None
 
-    def __call__(self, ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        """Process (rows, seq) tokens that follow the cache; return each row's last logits, (rows, vocabulary).
+    def __call__(self, ids: torch.Tensor, every: bool = False, **arguments: Any) -> torch.Tensor:
+        """Process (rows, seq) tokens that follow the cache; return logits.
 
         Args:
             ids: token ids.
+            every: whether to return the logits after every token, (rows, seq, vocabulary), instead of those after each
+                row's last, (rows, vocabulary).
             **arguments: further arguments of the model's forward, e.g. `attention_mask`.
         """
-        arguments |= {self._cache_name: self.cache, **self._options}
+        arguments |= {self._cache_name: self.cache} | ({} if every else self._one)
         output = self._model(input_ids=ids.to(self.device), use_cache=True, return_dict=True, **arguments)
         self.cache = getattr(output, self._cache_name)
-        return output.logits[:, -1]
+        return output.logits if every else output.logits[:, -1]
 
 
 class DecodingBatch:
@@ -91,11 +95,15 @@ class DecodingBatch:
         self.mask = torch.cat([self.mask, mask], dim=1)
 
     @torch.inference_mode()
-    def read(self, most: int | None = None) -> torch.Tensor:
+    def read(self, most: int | None = None, every: bool = False) -> torch.Tensor:
         """Run one forward over the next `most` tokens of every row, or over all unread tokens.
 
+        Args:
+            most: number of tokens; None: all.
+            every: see `CachedForward`.
+
         Returns:
-            Logits after the last processed token, (rows, vocabulary).
+            Logits after the last processed token, (rows, vocabulary); with `every`, after each processed token.
         """
         read = self.mask.shape[1] - self.unread
         most = most or self.unread
@@ -108,7 +116,7 @@ class DecodingBatch:
                 options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, read:]
         adapters, solos = zip(*self._rows, strict=True)
         with self._bank.rows(adapters, solos) as rows:
-            logits = self._forward(piece, **options)
+            logits = self._forward(piece, every, **options)
             self.routing = rows.routing
         return logits
 
@@ -122,3 +130,32 @@ class DecodingBatch:
         self._unread, self.mask = self._unread[kept], self.mask[kept]
         if self._forward.cache is not None:
             self._forward.cache.batch_select_indices(kept.to(self._forward.device))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Size of the keys and values in the cache."""
+        layers = getattr(self._forward.cache, "layers", ())
+        parts = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+        return sum(part.numel() * part.element_size() for part in parts if isinstance(part, torch.Tensor))
+
+    @property
+    def joinable(self) -> bool:
+        """Whether `join` can add rows; known after the first forward."""
+        return can_join(self._forward.cache)
+
+    @torch.inference_mode()
+    def join(self, other: DecodingBatch) -> None:
+        """Add the rows of another batch after these; both must be `joinable`, with as many unread tokens a row."""
+        length = max(self.mask.shape[1], other.mask.shape[1])
+        padded = [F.pad(batch.mask, (length - batch.mask.shape[1], 0)) for batch in (self, other)]
+        join_caches(self._forward.cache, other._forward.cache)
+        self._rows += other._rows
+        self.mask, self._unread = torch.cat(padded), torch.cat([self._unread, other._unread])
+
+    @torch.inference_mode()
+    def remove_padding(self) -> None:
+        """Remove the columns that are padding in every row, which rows that left may have needed."""
+        columns = int(self.mask.any(dim=0).int().argmax()) if self.mask.numel() else 0
+        if 0 < columns < self.mask.shape[1] - self.unread and self.joinable:
+            remove_left(self._forward.cache, columns)
+            self.mask = self.mask[:, columns:]

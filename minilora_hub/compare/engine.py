@@ -8,8 +8,8 @@ torch threads compete for the cores, and were measured to be ten times slower.)
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +136,21 @@ class CompareEngine:
 
     @property
     def forwards(self) -> int:
-        """Number of forwards through the base's layers since loading."""
+        """Number of forwards through the base's layers since loading, in streams."""
         return self._forwards
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the models inside the `with` block, e.g. for a step of a batch of one's own: no stream computes then.
+
+        Forwards in the block are not counted in `forwards`.
+        """
+        with self._lock:
+            before = self._forwards
+            try:
+                yield
+            finally:
+                self._forwards = before
 
     def memory(self) -> BankMemory:
         """Count bytes of tensors: of the base, and of the adapters in memory."""

@@ -96,7 +96,7 @@ def test_without_a_port_the_next_free_one_is_taken(monkeypatch):
         port = taken.getsockname()[1]
         monkeypatch.setattr(demo, "FIRST_PORT", port)
         monkeypatch.setattr(demo, "LAST_PORT", port + 20)
-        assert port < demo._free_port("127.0.0.1", None) <= port + 20
+        assert port < demo.free_port("127.0.0.1", None) <= port + 20
 
 
 def test_a_host_that_is_none(capsys):

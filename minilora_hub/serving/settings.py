@@ -1,0 +1,35 @@
+"""Bounds of the server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+MOST_BODY_BYTES = 8 * 2**20
+"""The largest body of a request."""
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """Bounds of the server. A *row* is one answer; a request has one for each of its prompts and each of its `n`.
+
+    Args:
+        rows: the most rows in one batch.
+        waiting: the most rows that wait for a place in it; a request beyond that is told to come back later (429).
+        cache_tokens: the most tokens in the key/value cache, padding included. A row that would not fit waits.
+        default_tokens: the most tokens of a chat answer where the request doesn't say; also limited by the context.
+
+    Raises:
+        ValueError: a bound is below 1.
+    """
+
+    rows: int = 32
+    waiting: int = 256
+    cache_tokens: int = 65536
+    default_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field.name}={value!r}: must be an integer of at least 1")
