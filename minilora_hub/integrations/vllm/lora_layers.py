@@ -1,8 +1,8 @@
 """vLLM's linears with LoRA, extended by DoRA: y = c * (W x + s B A x) + b, c = m / ||W + s B A|| (arXiv 2402.09353).
 
 Every layer has a table of c, [slots + 1, out], in float32: in bfloat16 c would be off by 0.4%. It lies at one address,
-as CUDA graphs need, and is gathered by vLLM's own mapping of tokens to slots. That mapping has -1 for a token without an
-adapter, which is the last row of the table: ones. c is computed once, when an adapter is put into a slot, and set at
+as CUDA graphs need, and is gathered by vLLM's own mapping of tokens to slots. That mapping has -1 for a token without
+an adapter, which is the last row of the table: ones. c is computed once, when an adapter is put into a slot, and set at
 every activation, since slots are reused.
 """
 
