@@ -62,7 +62,9 @@ def test_experts_on_some_projections(tmp_path):
 
 
 def test_a_missing_weight_is_named(tmp_path):
-    with pytest.raises(AdapterError, match=r"no model\.layers\.1\.self_attn\.q_proj\.weight, which the adapter changes"):
+    with pytest.raises(
+        AdapterError, match=r"no model\.layers\.1\.self_attn\.q_proj\.weight, which the adapter changes"
+    ):
         folded(tiny_model("llama"), "llama", tmp_path, without=("model.layers.1.self_attn.q_proj.weight",))
 
 
