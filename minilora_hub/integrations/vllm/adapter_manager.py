@@ -111,6 +111,13 @@ class AdapterManager(LRUCacheLoRAModelManager):
             if isinstance(layer, DoraLayer) and any(part in adapter.magnitudes for part in parts):
                 layer.weight_norms_squared()
 
+    def remove_all_adapters(self) -> None:
+        """Remove all adapters; vLLM does so where the base's weights are replaced, and their norms with them."""
+        super().remove_all_adapters()
+        for layer in self.modules.values():
+            if isinstance(layer, DoraLayer):
+                layer.forget_norms()
+
     def _set_adapter_mapping(self, mapping: Any) -> None:
         super()._set_adapter_mapping(mapping)
         if self.compiled:

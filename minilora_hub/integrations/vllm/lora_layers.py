@@ -63,6 +63,10 @@ class DoraLayer:
         super().create_lora_weights(max_loras, *args, **kwargs)  # type: ignore[misc]
         self.dora_scale = torch.ones(max_loras + 1, sum(self.output_slices), dtype=torch.float32, device=self.device)
         self.batch = Batch()
+        self.forget_norms()
+
+    def forget_norms(self) -> None:
+        """Compute ||W|| anew the next time."""
         self._norms_squared: Tensor | None = None
 
     def set_dora(self, index: int, magnitudes: list[Tensor | None]) -> None:

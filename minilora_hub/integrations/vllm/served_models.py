@@ -33,6 +33,8 @@ from minilora_hub.remote_code.base_structure import LinearSite, plan_sites
 
 BASE_PREFIX = "base of the adapter:"
 """What the names of the base's tensors begin with on their way from vLLM's reader; no tensor is named so."""
+BASE_FILES = ["model*.safetensors"]
+"""No pickles, and not the second copy of the weights that some repos have under another name."""
 
 logger = logging.getLogger("vllm.minilora_hub")
 
@@ -79,7 +81,7 @@ def _made_of(vllm_config: VllmConfig, prefix: str, base: BaseSource, config: Any
     )
     model.allow_patterns_overrides = [WEIGHTS]
     model.secondary_weights = [
-        DefaultModelLoader.Source(base.location, base.revision, prefix=BASE_PREFIX, fall_back_to_pt=False)
+        DefaultModelLoader.Source(base.location, base.revision, prefix=BASE_PREFIX, allow_patterns_overrides=BASE_FILES)
     ]
     settings = vllm_config.model_config
     load = model.load_weights
@@ -112,7 +114,7 @@ def _load(
         check_values(name, tensor)
         tensors[name] = tensor.clone()
     if not first:
-        raise AdapterError("its checkpoint holds no safetensors weights")
+        raise AdapterError("vLLM read no tensor of the base; --load-format must be auto or safetensors")
     ours = settings.hf_config
     with plain_torch():
         sites = check_against_base(ours, tensors, base)
