@@ -12,7 +12,8 @@ import re
 UNKNOWN = "unknown"
 
 # Direction overrides and isolates make a text read differently from what it says.
-INVISIBLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+# Not the joiners U+200C and U+200D, which emoji and several scripts are written with.
+INVISIBLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 PUNCTUATION = re.compile(r"([\\`*_\[\]|~$#])")
 
 

@@ -48,6 +48,7 @@ def route_top_k(logits, k):
 """
 
 
+@pytest.mark.slow
 def test_after_an_edit_of_the_router_answers_are_computed_again(tmp_path):
     """By a copy of the package, in a process before the edit and one after it."""
     base, (mix, *_) = save_base_and_adapters(tmp_path / "adapters")

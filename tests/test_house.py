@@ -190,6 +190,7 @@ def test_shipped_adapters_pass_every_check(folder):
     assert [problem for problem in problems if problem.blocking] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", sorted((ROOT / "model_cards").iterdir()), ids=lambda folder: folder.name)
 def test_shipped_adapters_verify(folder):
     """Loaded through AutoModel in an isolated process, against the logits recorded when they were built."""

@@ -115,6 +115,7 @@ def load(published, method, arguments=None, *, token=True, expected=None, folder
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_a_stranger_loads_it_with_one_line(published, method):
     hub, _, _, facts = published
@@ -173,6 +174,7 @@ def test_registered_classes_win_over_the_code_in_the_repo(published):
     assert code == 0, err[-3000:]
 
 
+@pytest.mark.slow
 def test_base_and_adapter_revisions_are_pinned_apart(published, tmp_path):
     """The base moves on, and the adapter gets a second version: both first versions still load together."""
     hub, token, folder, facts = published

@@ -1,1 +1,1 @@
-"""What an adapter folder is: file names, documents, hashes, one reader, one writer."""
+"""The format of an adapter folder: file names, documents, hashes, reading and writing."""

@@ -1,4 +1,4 @@
-"""Find what in an adapter's files makes transformers or PEFT load code. Nothing is loaded or run; torch is not needed.
+"""Find entries in an adapter's files that make transformers or PEFT load code. Nothing is run; torch is not needed.
 
 With `trust_remote_code=True` the Auto classes import the classes that `auto_map` names: in the configuration of the
 model, of its tokenizer, of a processor. An entry such as ``"someone/else--x.Y"`` imports them from another repo, so a
@@ -55,7 +55,7 @@ class CodeReference:
     own: bool = False
 
     def __str__(self) -> str:
-        """Say it in one line."""
+        """Return a one-line description."""
         return f"{self.file}: {self.text}" + (f": {self.problem}" if self.problem else "")
 
 
@@ -94,7 +94,7 @@ def code_references(folder: Path, files: Collection[str] | None = None) -> list[
 
 
 def require_no_other_code(folder: Path, name: str | None = None) -> None:
-    """Refuse an adapter that refers to code outside its own folder, before anything of it is loaded.
+    """Check that an adapter does not refer to code outside its own folder, before any of it is loaded.
 
     Args:
         folder: the adapter.

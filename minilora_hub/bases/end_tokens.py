@@ -1,8 +1,8 @@
 """The tokens that end an answer, from a tokenizer and a base's generation settings.
 
-Training teaches them, the saved generation settings list them, and generation stops at them. Three places name such
-tokens, and they may disagree: Qwen2.5's base models have a ChatML template whose turns end with ``<|im_end|>``, and
-generation settings that know ``<|endoftext|>`` only.
+Training includes them, the saved generation settings list them, and generation stops at them. They are defined in three
+places that may disagree: Qwen2.5's base models have a ChatML template whose turns end with ``<|im_end|>``, but their
+generation settings list only ``<|endoftext|>``.
 """
 
 from __future__ import annotations

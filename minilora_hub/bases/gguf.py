@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
 Report = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and out of how much."""
+"""Progress callback: called with a description, the amount done, and the total."""
 
 # GGUF's names of a layer's tensors → transformers' names in a Llama model.
 LAYER_TENSORS = {
@@ -50,7 +50,7 @@ def write_folder(gguf_file: Path, folder: Path, report: Report) -> None:
     Args:
         gguf_file: a Llama model with its tokenizer.
         folder: an existing folder.
-        report: is told the progress in tensors.
+        report: called with the progress in tensors.
 
     Raises:
         BaseModelError: the file is of another kind, or lacks a value.
@@ -69,7 +69,7 @@ def write_folder(gguf_file: Path, folder: Path, report: Report) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON for people, the same bytes on every system."""
+    """Write indented JSON, the same bytes on every system."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 

@@ -1,6 +1,6 @@
 """The command line, `minilora`: parse, delegate, print.
 
-    app.py       the commands together; exit codes and errors
+    app.py       the root command; exit codes and errors
     options.py   options and output shared by several commands
     demo.py      demo                    compare.py   compare
     train.py     train, sweep            evaluate.py  eval, tasks

@@ -1,4 +1,4 @@
-"""The commands together, and how their errors become messages and exit codes."""
+"""The root command, and the conversion of errors to messages and exit codes."""
 
 from __future__ import annotations
 
@@ -80,10 +80,10 @@ def root(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 for success, 1 for a failure, 2 for wrong usage.
 
-    130 after Ctrl-C and 143 after SIGTERM; either way a command removes what it wrote for itself.
+    130 after Ctrl-C and 143 after SIGTERM; in both cases a command removes its temporary files.
 
     Args:
-        arguments: what follows the program's name. Default: the process's own.
+        arguments: the command-line arguments. Default: those of the process.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 @contextmanager
 def _sigterm_unwinds() -> Iterator[None]:
-    """Let SIGTERM unwind a command as Ctrl-C does, so that it removes its temporary folders."""
+    """Make SIGTERM raise an exception like Ctrl-C, so that a command removes its temporary folders."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -122,5 +122,5 @@ def _report(error: Exception, debug: bool) -> int:
     if isinstance(error, (MiniLoraError, ValueError)):
         say(f"minilora: {message}")
     else:
-        say(f"minilora: {type(error).__name__}: {message} (--debug shows where)")
+        say(f"minilora: {type(error).__name__}: {message} (use --debug for the traceback)")
     return getattr(error, "exit_code", 1)

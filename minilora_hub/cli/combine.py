@@ -50,7 +50,7 @@ def combine(
         ),
     ] = "svd",
     weight: Annotated[
-        list[float] | None, typer.Option(help="A factor for each adapter, in their order. Default: the mean.")
+        list[float] | None, typer.Option(help="A factor for each adapter, in order. Default: the mean.")
     ] = None,
     density: Annotated[float, typer.Option(help="Share of values that ties, dare and magnitude_prune keep.")] = 0.5,
     rank: Annotated[int | None, typer.Option(help="Rank of the result, for svd. Default: the largest.")] = None,
@@ -75,7 +75,7 @@ def combine(
 @experts.command("add", epilog="Example: minilora experts add ./my-mixlora --clone 0 --clone 3 --out ./my-larger")
 def add(
     adapter: MixLora,
-    clone: Annotated[list[int], typer.Option(help="Number of an expert to clone; may be given several times.")],
+    clone: Annotated[list[int], typer.Option(help="Index of an expert to clone. May be repeated.")],
     out: Out,
     noise: Annotated[float, typer.Option(help="Standard deviation of noise on a clone's router row.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
@@ -98,7 +98,7 @@ def add(
 )
 def drop(
     adapter: MixLora,
-    count: Annotated[int, typer.Option(help="How many experts each layer loses: those that serve the fewest tokens.")],
+    count: Annotated[int, typer.Option(help="Experts to drop per layer: those that serve the fewest tokens.")],
     out: Out,
     prompts: Prompts = None,
     base: Base = None,
@@ -122,7 +122,7 @@ def _read_prompts(file: Path | None) -> list[str] | None:
     except (OSError, UnicodeDecodeError) as error:
         raise AdapterError(f"prompts={str(file)!r} cannot be read: {error}") from error
     if not lines:
-        raise AdapterError(f"prompts={str(file)!r}: there is no prompt in it")
+        raise AdapterError(f"prompts={str(file)!r}: it contains no prompt")
     return lines
 
 
@@ -131,8 +131,8 @@ def _print_change(change: Any, as_json: bool) -> None:
         print_json(asdict(change) | {"folder": str(change.folder)})
         return
     print_notes(change.notes)
-    typer.echo(f"{change.folder}: {change.experts[0]} -> {change.experts[1]} experts a layer")
+    typer.echo(f"{change.folder}: {change.experts[0]} -> {change.experts[1]} experts per layer")
     typer.echo(
-        f"on {change.tokens} tokens: KL divergence {change.kl:.2g} nats a token, largest difference of a logit "
+        f"on {change.tokens} tokens: KL divergence {change.kl:.2g} nats per token, largest logit difference "
         f"{change.max_logit_difference:.2g}, the same next token for {change.top_token_agreement:.1%}"
     )

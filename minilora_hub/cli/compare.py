@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from minilora_hub.compare.engine import Column, CompareEngine, Sampling, Update
 
 NARROWEST = 28
-"""Characters a column needs; on a narrower terminal the answers are below each other."""
+"""Minimum width of a column in characters; on a narrower terminal the answers are printed one below the other."""
 
 
 def compare(
@@ -26,9 +26,7 @@ def compare(
         list[str] | None,
         typer.Argument(metavar="ADAPTER", help="Folders, or ids on the Hub. Default: the adapters shipped here."),
     ] = None,
-    prompt: Annotated[
-        str, typer.Option("--prompt", "-p", help='What to answer; "-" reads it from standard input.')
-    ] = "-",
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help='The prompt; "-" reads it from standard input.')] = "-",
     base: Annotated[str, typer.Option(help='The base: "embedded", a folder, or an id on the Hub.')] = "embedded",
     max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token; above 0 samples.")] = 0.0,
@@ -53,7 +51,7 @@ def compare(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, tuple(stop or ()))
     if not prompt.strip():
-        raise ValueError("--prompt '': must hold some text")
+        raise ValueError("--prompt '': must not be empty")
     engine = CompareEngine(base, adapters or shipped_adapters(), progress=say)
     answers = [_Answer(column) for column in engine.columns]
     if as_json:
@@ -97,7 +95,7 @@ def _show(engine: CompareEngine, prompt: str, sampling: Sampling, answers: list[
 
     console = Console()
     if console.is_terminal:
-        # While it runs, what does not fit the terminal is cut off; at the end all of it is printed.
+        # During the run the output is cropped to the terminal; at the end all of it is printed.
         with Live(console=console, refresh_per_second=12, transient=True) as live:
             _run(engine, prompt, sampling, answers, lambda: live.update(_picture(console.width, answers)))
     else:
@@ -114,7 +112,7 @@ def _picture(width: int, answers: list[_Answer]) -> RenderableType:
     colours = {"base": "white", "LoRA": "green", "DoRA": "blue", "MixLoRA": "magenta", "MixDoRA": "cyan"}
     panels = []
     for answer in answers:
-        # As text: rich must not interpret a model's words as markup.
+        # As Text, so that rich does not interpret a model's output as markup.
         body = Text(_printable(answer.text))
         if answer.last is not None and answer.last.error:
             body.append(f"\n{_printable(answer.last.error)}", style="red")
@@ -158,7 +156,7 @@ def _printable(text: str) -> str:
 
 
 def _report(engine: CompareEngine, prompt: str, answers: list[_Answer]) -> dict[str, Any]:
-    """Return everything that was measured, for a script."""
+    """Return all results as JSON data."""
     return {"prompt": prompt, "forwards": engine.forwards, "columns": [_column(engine, prompt, a) for a in answers]}
 
 

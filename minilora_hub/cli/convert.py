@@ -98,7 +98,7 @@ def export(
                 memory = plan.bytes_of_model + plan.bytes_of_largest_shard
                 say(
                     f"{plan.architecture.name}: {size(plan.bytes_on_disk)} in {plan.shards} files; about "
-                    f"{size(memory)} of memory, {size(plan.bytes_of_model)} of it the base and the adapter"
+                    f"{size(memory)} of memory, including {size(plan.bytes_of_model)} for base and adapter"
                 )
 
         made = export_adapter(

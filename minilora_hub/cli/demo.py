@@ -28,7 +28,7 @@ def demo(
         int | None, typer.Option(min=1, max=65535, help=f"The port. Default: the first free one from {FIRST_PORT} on.")
     ] = None,
     browser: Annotated[
-        bool | None, typer.Option("--browser/--no-browser", help="Open a browser. Default: where there is a screen.")
+        bool | None, typer.Option("--browser/--no-browser", help="Open a browser. Default: if there is a display.")
     ] = None,
     mcp: Annotated[
         bool, typer.Option("--mcp", help="Also serve the comparison as a tool for MCP clients (extra mcp).")
@@ -41,9 +41,9 @@ def demo(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Compare the base and adapters on it, side by side, on a page served from this machine.
+    """Serve a page that compares the base and adapters side by side.
 
-    Votes and shared comparisons are kept in $MINILORA_DATA, or in the user's folder for data.
+    Votes and shared comparisons are stored in $MINILORA_DATA, or in the user's data folder.
     """
     port = _free_port(host, port)
     say("Starting: the first time takes a while …")
@@ -62,7 +62,7 @@ def demo(
     limits.check_columns(1 + len(named))
     engine = CompareEngine(base, named, progress=say)
     shown = "localhost" if host in ("0.0.0.0", "::") else host  # noqa: S104
-    typer.echo(f"Open http://{shown}:{port} (Ctrl-C ends it)")
+    typer.echo(f"Open http://{shown}:{port} (press Ctrl-C to stop)")
     page = build_demo(
         engine,
         links=LinkedAdapters(engine, resolve_base(base), limits),
@@ -73,7 +73,7 @@ def demo(
 
 
 def _free_port(host: str, wanted: int | None) -> int:
-    """Check the port before the models are loaded, and find one where none was asked for."""
+    """Check the wanted port, or find a free one, before the models are loaded."""
     for port in [wanted] if wanted else range(FIRST_PORT, LAST_PORT + 1):
         try:
             with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):

@@ -19,7 +19,7 @@ LAYOUTS = {
     "auto": "AutoModel with its own code",
     "peft": "PEFT format",
     "peft-mixlora": "PEFT format, a method of minilora_hub",
-    "reference": "format of the mixlora package: minilora import makes it loadable",
+    "reference": "format of the mixlora package: convert it with minilora import",
     "checkpoint": "a whole model, not an adapter",
 }
 
@@ -65,7 +65,7 @@ def list_(
         str | None, typer.Option("--base", metavar="ID", help='Id of the base, or "embedded". Default: any.')
     ] = None,
     method: Annotated[Method | None, typer.Option(help="Only this method.")] = None,
-    sort: Annotated[Sort, typer.Option(help="Order: the most first, or the newest.")] = "downloads",
+    sort: Annotated[Sort, typer.Option(help="Sort order, largest or newest first.")] = "downloads",
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Maximum number of adapters.")] = 50,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -92,7 +92,7 @@ def list_(
 def pull(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="The adapter's id on the Hub.")],
     revision: Revision = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="A folder to make. Default: the Hub's cache.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="A new folder. Default: the Hub's cache.")] = None,
     debug: Debug = False,
 ) -> None:
     """Download an adapter, and print its folder."""

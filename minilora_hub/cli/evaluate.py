@@ -43,32 +43,36 @@ def eval_(
     ] = None,
     split: Annotated[str, typer.Option(metavar="SPLIT", help="train, validation, test or held_out.")] = "test",
     held_out: Annotated[
-        bool, typer.Option("--held-out", help="Also items in formats that are not in training.")
+        bool, typer.Option("--held-out", help="Also measure items in formats that are not in the training rows.")
     ] = False,
-    count: Annotated[int | None, typer.Option(metavar="N", help="Items a task. Default: all.")] = None,
+    count: Annotated[int | None, typer.Option(metavar="N", help="Items per task. Default: all.")] = None,
     few_shot: Annotated[
         int, typer.Option("--few-shot", metavar="K", help="Training items shown to the base; 0 for none.")
     ] = 4,
-    perplexity: Annotated[bool, typer.Option("--perplexity", help="Also the perplexity on general text.")] = False,
+    perplexity: Annotated[bool, typer.Option("--perplexity", help="Also measure perplexity on general text.")] = False,
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The text for the perplexity. Default: Python's manual.")
     ] = None,
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="float32, or bfloat16, which is quicker.")] = "float32",
-    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Maximum rows of a batch.")] = 64,
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="float32, or bfloat16, which is faster.")] = "float32",
+    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Maximum rows per batch.")] = 64,
     lm_eval: Annotated[
         list[str] | None,
         typer.Option(
-            "--lm-eval", metavar="T", help="A task of lm-eval instead of ours (extra lm-eval); may be repeated."
+            "--lm-eval",
+            metavar="T",
+            help="An lm-eval task instead of the built-in ones (extra lm-eval); may be repeated.",
         ),
     ] = None,
     include_path: Annotated[
-        Path | None, typer.Option("--include-path", metavar="DIR", help="A folder with lm-eval tasks of your own.")
+        Path | None, typer.Option("--include-path", metavar="DIR", help="A folder with your own lm-eval tasks.")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write everything there as JSON, and leave the adapters' folders alone."),
+        typer.Option(
+            metavar="FILE", help="Write all results to this JSON file, and do not change the adapters' folders."
+        ),
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Compute everything again, also stored answers.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ignore cached answers and compute everything again.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -80,7 +84,9 @@ def eval_(
         ours = [name for name in given(context) if name in OURS]
         if ours:
             flag = "--" + ours[0].replace("_", "-")
-            raise ValueError(f"{flag}: is about our own tasks: leave it out beside --lm-eval, or run it on its own")
+            raise ValueError(
+                f"{flag}: only applies to the built-in tasks: leave it out with --lm-eval, or run it separately"
+            )
         measured = _measure_lm_eval(adapters, lm_eval, include_path, **common)
     else:
         if include_path is not None:
@@ -108,13 +114,13 @@ def eval_(
 
 @dataclass(frozen=True)
 class _Measured:
-    """The numbers of our tasks or of lm-eval's.
+    """The results of the built-in tasks or of lm-eval's tasks.
 
     Attributes:
-        models: name on screen, the adapter (None for the base), its numbers.
-        results: an adapter's results.json with its numbers.
-        document: all of it, for a script.
-        summary: what else is printed.
+        models: display name, adapter (None for the base) and results of each model.
+        results: returns an adapter's results.json with its results.
+        document: all results as JSON data.
+        summary: a line to print below the table.
     """
 
     models: list[tuple[str, Adapter | None, tuple[Evaluation, ...]]]
@@ -191,7 +197,7 @@ def _table(measured: _Measured) -> Table:
 
 
 class _Progress:
-    """Shows rows, rows computed per second, and what was measured last."""
+    """Shows rows, rows computed per second, and the current model and task."""
 
     def __init__(self, shown: bool) -> None:
         self._shown = shown
@@ -213,7 +219,7 @@ class _Progress:
 
 
 def tasks(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder; its files are replaced.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write to; files are replaced.")],
     task: Annotated[
         list[str] | None,
         typer.Option(

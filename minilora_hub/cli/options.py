@@ -22,7 +22,7 @@ Base = Annotated[
 
 Adapter = Annotated[str, typer.Argument(metavar="REPO_OR_DIR", help="An id on the Hub, or a folder.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")]
-Public = Annotated[bool, typer.Option("--public", help="Everybody may see it. Default: private.")]
+Public = Annotated[bool, typer.Option("--public", help="Make it public. Default: private.")]
 
 
 def given(context: typer.Context) -> dict[str, Any]:
@@ -33,17 +33,17 @@ def given(context: typer.Context) -> dict[str, Any]:
 
 
 def say(line: str) -> None:
-    """Print a line for people, on stderr."""
+    """Print a message on stderr."""
     typer.echo(line, err=True)
 
 
 def print_json(value: Any) -> None:
-    """Print a value for scripts, on stdout."""
+    """Print a value as JSON on stdout."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def print_notes(notes: Sequence[str]) -> None:
-    """Print notes for people, on stderr."""
+    """Print notes on stderr."""
     for note in notes:
         say(f"note: {note}")
 
@@ -57,7 +57,7 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def local_folder(source: str, revision: str | None = None) -> Path:
-    """Return the folder of an adapter; one on the Hub is downloaded into the Hub's cache, and nothing of it is run."""
+    """Return the folder of an adapter; one on the Hub is downloaded into the Hub's cache. No code in it is run."""
     from minilora_hub.hub.client import fetch
 
     if Path(source).is_dir() or source.startswith((".", "/", "~")):
@@ -66,7 +66,7 @@ def local_folder(source: str, revision: str | None = None) -> Path:
 
 
 def print_written(folder: Path, facts: dict[str, Any], notes: Sequence[str], as_json: bool) -> None:
-    """Print which folder was written, its size, and what is known about it."""
+    """Print the written folder, its size, and further facts."""
     count = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print_notes(notes)
     if as_json:

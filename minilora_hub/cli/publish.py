@@ -38,7 +38,8 @@ def push(
     ] = None,
     license: Annotated[str | None, typer.Option(metavar="ID", help="The adapter's licence, e.g. apache-2.0.")] = None,
     space: Annotated[
-        str | None, typer.Option(metavar="ID", help='The Space that "try it" on the card opens. Default: as before.')
+        str | None,
+        typer.Option(metavar="ID", help='The Space that the card\'s "try it" link opens. Default: unchanged.'),
     ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not verify the repo afterwards.")] = False,
     as_json: AsJson = False,
@@ -46,9 +47,11 @@ def push(
 ) -> None:
     """Publish an adapter: build, check, send in one commit, verify."""
     if as_json and not (yes or dry_run):
-        raise typer.BadParameter("does not ask before sending: pass --yes or --dry-run, too", param_hint="--json")
+        raise typer.BadParameter("does not ask for confirmation: also pass --yes or --dry-run", param_hint="--json")
     if not (yes or dry_run or sys.stdin.isatty()):
-        raise typer.BadParameter("stdin is no terminal to ask on: pass --yes to send", param_hint="--yes")
+        raise typer.BadParameter(
+            "stdin is not a terminal, so confirmation is not possible: pass --yes to send", param_hint="--yes"
+        )
 
     from minilora_hub.publish.push.push import push as publish
 
@@ -93,7 +96,7 @@ def _ask(plan: PushPlan) -> bool:
 
 
 def _print_plan(plan: PushPlan) -> None:
-    seen = "private: only its owner sees it" if plan.private else "PUBLIC: everybody sees it"
+    seen = "private" if plan.private else "PUBLIC"
     new = "a new repo" if plan.creates else "an existing repo"
     typer.echo(f"{plan.repo_id} ({new}, {seen}), {'a pull request to ' if plan.create_pr else ''}{plan.revision}")
     for file in plan.files:
@@ -138,7 +141,7 @@ def _print_report(report: VerifyReport) -> None:
         typer.echo(f"  {'✓' if step.ok else '✗'} {step.name}: {step.detail}")
     if report.ok:
         typer.echo(
-            f"{report.name}{f' at {report.revision[:12]}' if report.revision else ''} computes what was recorded."
+            f"{report.name}{f' at {report.revision[:12]}' if report.revision else ''} computes the recorded logits."
         )
 
 

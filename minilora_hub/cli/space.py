@@ -35,10 +35,10 @@ def push(
     ] = None,
     title: Annotated[str | None, typer.Option(help="Its headline on the Hub. Default: its name.")] = None,
     hardware: Annotated[
-        str | None, typer.Option(metavar="FLAVOR", help="E.g. cpu-basic, zero-a10g, t4-small. Default: as it is.")
+        str | None, typer.Option(metavar="FLAVOR", help="E.g. cpu-basic, zero-a10g, t4-small. Default: unchanged.")
     ] = None,
     public: Public = False,
-    mcp: Annotated[bool, typer.Option("--mcp", help="Also a tool for MCP clients.")] = False,
+    mcp: Annotated[bool, typer.Option("--mcp", help="Also serve a tool for MCP clients.")] = False,
     variable: Annotated[
         list[str] | None,
         typer.Option(
@@ -51,9 +51,11 @@ def push(
     ] = None,
     token: Annotated[
         str | None,
-        typer.Option(help="Default, and safer: HF_TOKEN, or the one of `hf auth login`.", show_default=False),
+        typer.Option(help="Hub token. Default, and safer: HF_TOKEN or `hf auth login`.", show_default=False),
     ] = None,
-    wait: Annotated[float, typer.Option(min=0, help="Seconds until it must run; 0 does not wait.")] = 1800.0,
+    wait: Annotated[
+        float, typer.Option(min=0, help="Maximum seconds to wait until it runs; 0 does not wait.")
+    ] = 1800.0,
     dry_run: DryRun = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -98,15 +100,15 @@ def _pair(text: str) -> tuple[str, str]:
 def _from_environment(name: str) -> str:
     if not os.environ.get(name):
         raise typer.BadParameter(
-            f"{name} is not set in the environment, where its value is read", param_hint="--secret"
+            f"{name} is not set in the environment, from which its value is read", param_hint="--secret"
         )
     return os.environ[name]
 
 
 def _print(plan: SpacePush) -> None:
-    seen = "private: only its owner sees it" if plan.private else "PUBLIC: everybody sees it"
+    seen = "private" if plan.private else "PUBLIC"
     new = "a new Space" if plan.creates else "an existing Space"
-    typer.echo(f"{plan.space} ({new}, {seen}), hardware: {plan.hardware or 'as it is'}")
+    typer.echo(f"{plan.space} ({new}, {seen}), hardware: {plan.hardware or 'unchanged'}")
     for path, count in plan.files.items():
         typer.echo(f"  + {path:<60} {size(count):>10}")
     for path in plan.deletes:

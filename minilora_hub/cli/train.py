@@ -49,18 +49,21 @@ def train(
     micro_batch_size: Annotated[int | None, typer.Option(help="Rows per forward pass and process.")] = None,
     batching: Annotated[str | None, typer.Option(metavar="HOW", help="shuffled, length-grouped or packed.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens in a row. Default: the base's context.")] = None,
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut longer rows.")] = False,
-    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave unusable rows out.")] = False,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Truncate longer rows.")] = False,
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Skip invalid rows.")] = False,
     validation: Annotated[float | None, typer.Option(metavar="SHARE", help="Share of rows to hold out.")] = None,
     validation_data: Annotated[
-        list[str] | None, typer.Option("--validation-data", metavar="FILE", help="Rows to validate on, instead.")
+        list[str] | None,
+        typer.Option("--validation-data", metavar="FILE", help="Rows to validate on, instead of held-out rows."),
     ] = None,
     early_stopping: Annotated[
-        int | None, typer.Option(metavar="N", help="Stop after N evaluations that are no better.")
+        int | None, typer.Option(metavar="N", help="Stop after N evaluations without improvement.")
     ] = None,
     save_every: Annotated[int | None, typer.Option(metavar="N", help="Steps between checkpoints.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="transformers' name, e.g. paged_adamw_8bit.")] = None,
-    loraplus_ratio: Annotated[float | None, typer.Option(help="LoRA+: how many times faster B learns than A.")] = None,
+    loraplus_ratio: Annotated[
+        float | None, typer.Option(help="LoRA+: learning rate of B divided by that of A.")
+    ] = None,
     quantize: Annotated[str | None, typer.Option(metavar="KIND", help="Quantise the base: nf4 or int8.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of initial weights, order and held-out rows.")] = None,
     report_to: Annotated[
@@ -106,7 +109,7 @@ def train(
         return
     validated = ""
     if result.validation_loss is not None:
-        validated = f", validation loss {result.validation_loss:.4f} at step {result.best_step}, which was kept"
+        validated = f", validation loss {result.validation_loss:.4f} at step {result.best_step}, which was saved"
     typer.echo(f"{out}: {result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}{validated}")
     typer.echo(f"next: minilora push {out} NAME --dry-run")
 
@@ -127,7 +130,7 @@ def _settings(context: typer.Context, assignments: list[str] | None) -> dict[str
     for text in assignments or []:
         name, value = parse_assignment(text)
         if name in settings:
-            raise TrainingError(f"--set {text!r}: {name} is given twice: leave one out")
+            raise TrainingError(f"--set {text!r}: {name} is given twice: remove one")
         settings[name] = value
     return settings
 
@@ -148,7 +151,9 @@ def sweep(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder: new, or with a sweep to continue.")],
     vary: Annotated[
         list[str],
-        typer.Option("--vary", metavar="NAME=VALUES", help="learning_rate=1e-4,1e-3 or, for tpe, 1e-5..1e-3. Again."),
+        typer.Option(
+            "--vary", metavar="NAME=VALUES", help="learning_rate=1e-4,1e-3 or, for tpe, 1e-5..1e-3. May be repeated."
+        ),
     ],
     method: Method = None,
     base: TrainedBase = None,
@@ -191,7 +196,7 @@ def sweep(
     print_table(table)
     print_notes(result.notes)
     if result.left:
-        say(f"{result.left} trials were not made")
+        say(f"{result.left} trials were not run")
     typer.echo(f"table and plot: {out / TABLE_FILE}, {out}")
     if result.best:
         typer.echo(f"best: {out / 'trials' / result.best.folder}")

@@ -1,7 +1,7 @@
 """Run one base with many adapters of any kind, each row of a batch with its own: a base layer runs once for all rows.
 
     bank = AdapterBank(base)
-    bank.register("poet", "adapters/poet")           # nothing is read yet
+    bank.register("poet", "adapters/poet")           # tensors are not read yet
     bank.load("coder", "author/coder-dora")          # read and checked
     with bank.use(["poet", "coder"]), bank.rows([None, "poet", "poet", "coder"]):
         logits = bank.model(input_ids).logits        # (4, seq, vocabulary): row 0 is the bare base
@@ -58,7 +58,7 @@ class BankEntry:
 
 @dataclass(frozen=True)
 class BankMemory:
-    """Bytes of the tensors of the base and of all loaded adapters, and the pool's limit, None without one."""
+    """Bytes of the tensors of the base and of all loaded adapters, and the pool's limit (None: unlimited)."""
 
     base: int
     adapters: int
@@ -70,8 +70,8 @@ class AdapterBank:
 
     Args:
         base: a loaded causal language model. It is not changed: the bank runs a copy that shares its tensors.
-        limit: the most bytes of adapter tensors to keep in memory, enforced when an adapter is loaded. Adapters that
-            rows are using stay, also above it. None: every adapter that was used stays.
+        limit: maximum bytes of adapter tensors in memory, enforced when an adapter is loaded. Adapters in use are kept
+            even above it. None: loaded adapters are never evicted.
 
     Attributes:
         model: the model to call inside `rows`, with transformers' forward signature.
@@ -82,29 +82,29 @@ class AdapterBank:
         if limit is not None and limit < 1:
             raise ValueError(f"limit={limit!r}: must be a number of bytes of at least 1, or None")
         self.model = shared_copy(base).eval()
-        self._plain = shared_copy(base).eval()  # never adapted: adapters are planned and checked on it
+        self._plain = shared_copy(base).eval()  # without adapters; new adapters are planned and checked on it
         for model in (self.model, self._plain):
             keep_4bit_weights_exact(model)
-        self._modules = dict(self.model.named_modules())  # by path, also after they were wrapped
+        self._modules = dict(self.model.named_modules())  # by path in the unwrapped base
         self._rows = BatchRows()
         self._limit = limit
         self._entries: dict[str, BankEntry] = {}
         # The least recently used first.
         self._loaded: OrderedDict[str, list[BankedLinear | BankedBlock]] = OrderedDict()
-        self._in_use: list[str] = []  # an entry for each holder; any thread may remove one, which is atomic on a list
+        self._in_use: list[str] = []  # one entry per use; removal from a list is atomic, so any thread may do it
         self._base_bytes = _tensor_bytes(self.model)
         self._wrapped: dict[str, BankedLinear | BankedBlock] = {}
         for path, module in self._modules.items():
-            if plain_weight(module) is not None:  # rows of the bare base become faster, too
+            if plain_weight(module) is not None:  # this also makes rows of the bare base faster
                 self._linear(path)
 
-    # ---- which adapters there are ----
+    # ---- registration and loading ----
 
     def register(self, name: str, folder: str | Path) -> BankEntry:
         """Register an adapter. Its configuration is read now, its tensors when a row first needs it.
 
         Args:
-            name: its name in rows. A name that is taken is an error: `unload` it first.
+            name: its name in rows. It must not be registered already: `unload` it first.
             folder: our format (``config.json``) or PEFT's LoRA (``adapter_config.json``).
 
         Raises:
@@ -227,14 +227,14 @@ class AdapterBank:
             need = f"from 0 to {experts - 1}" if experts else "None: it has no experts"
             raise ValueError(f"solo_expert={expert!r}: for {name or 'the base'} it must be {need}")
 
-    # ---- inside ----
+    # ---- internals ----
 
     def _entry(self, name: str) -> BankEntry:
         if name not in self._entries:
             raise AdapterError(f"adapter {name!r}: not registered; there are {sorted(self._entries)[:10]}")
         return self._entries[name]
 
-    @torch.inference_mode(False)  # tensors of inference mode could not be used outside it
+    @torch.inference_mode(False)  # tensors created in inference mode cannot be used outside it
     def _load(self, name: str) -> None:
         entry = self._entry(name)
         if name in self._loaded:
@@ -252,7 +252,10 @@ class AdapterBank:
             if isinstance(module, MixtureOfLoraExperts):
                 module.eval().prepare()
                 parts[site.path] = module
-                own: list[Any] = [module.router, *module.experts.parameters()]  # not the base's, which are shared
+                own: list[Any] = [
+                    module.router,
+                    *module.experts.parameters(),
+                ]  # without the base's parameters, which are shared
             else:
                 parts[site.path] = update = LinearUpdate.of(module)
                 own = [tensor for tensor in update if isinstance(tensor, torch.Tensor)]
@@ -267,7 +270,9 @@ class AdapterBank:
                 layers.append(self._block(path, part))
                 self._block(path, part).mixtures[name] = part
         self._loaded[name] = layers
-        self._entries[name] = BankEntry(name, entry.folder, adapter_facts(entry.folder), size)  # its present facts
+        self._entries[name] = BankEntry(
+            name, entry.folder, adapter_facts(entry.folder), size
+        )  # read again, as the folder may have changed
         self._make_room()
 
     def _make_room(self) -> None:

@@ -1,4 +1,4 @@
-"""Rows of a comparison, and the state of each one's answer: its tokens, text, times, and end."""
+"""Rows of a comparison, and the state of each row's answer: tokens, text, times, and stop reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from minilora_hub.compare.text_stream import TextStream
 Reason = Literal["eos", "length", "stop", "stopped", "error"]
 
 ALTERNATIVES = 5
-"""Number of most probable tokens in an update, beside the one that was chosen."""
+"""Number of most probable tokens in an update, in addition to the chosen one."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Row:
         prompt: the user's text.
         adapter: name of an adapter, None for the bare base.
         sampling: how its tokens are chosen.
-        solo_expert: for a MixLoRA, the one expert that serves this row, with weight 1; None: those of the router.
+        solo_expert: for a MixLoRA, the only expert that serves this row, with weight 1. None: the router chooses.
     """
 
     prompt: str
@@ -42,13 +42,13 @@ class Column:
     """One model of a comparison: the base, or an adapter on it.
 
     Attributes:
-        name: its name on screen; for an adapter also its name in the bank.
+        name: display name; for an adapter also its name in the bank.
         kind: the method.
         parameters_added: parameters the adapter adds to the base; 0 for the base itself.
         detail: a short description, e.g. ``"r 16, 8 experts, 2 active"``, with differences from the base in prompts
             and end tokens.
-        experts: number of experts of each of its mixtures; 0 where there is none.
-        solo_expert: the one expert that serves this column, or None for those of the router.
+        experts: number of experts of each of its mixtures; 0 if it has none.
+        solo_expert: the only expert that serves this column. None: the router chooses.
     """
 
     name: str
@@ -83,10 +83,10 @@ class Update:
         tokens: number of tokens this row has generated so far, including an end-of-text token.
         logprob: natural logarithm of the model's probability of the token, before temperature and penalties.
         alternatives: the most probable tokens at this position, the best first, each with its logprob.
-        experts: for a MixLoRA, the experts that served the position that predicted this token, layer by layer.
+        experts: for a MixLoRA, the experts per layer at the position that predicted this token.
         expert_weights: their weights, in the same order.
-        forwards_alone: forwards of the base that this row alone would have taken so far; None if the step generated no
-            token.
+        forwards_alone: forward passes of the base that this row alone would have needed so far; None if the step
+            generated no token.
         seconds_to_first_token: from the start of the stream; None before the first.
         tokens_per_second: since this row's first token.
         milliseconds_per_step: mean computing time of one decode step of the whole batch.
@@ -116,12 +116,12 @@ class Answer:
     """The state of one row.
 
     Args:
-        index: of the row.
+        index: index of the row.
         row: the row.
         ids: tokens of its prompt.
-        limit: the most tokens it may generate.
-        tokenizer: of its model.
-        ends: tokens that end it.
+        limit: maximum number of tokens to generate.
+        tokenizer: tokenizer of its model.
+        ends: ids of the tokens that end it.
 
     Attributes:
         ids: (1, tokens so far), on the CPU.
@@ -138,7 +138,7 @@ class Answer:
         tokenizer: PreTrainedTokenizerBase,
         ends: Collection[int],
     ) -> None:
-        """Prepare; nothing is computed yet."""
+        """Prepare the state, without computing anything."""
         self.index, self.row = index, row
         self.ids = torch.tensor([ids])
         self.prompt_tokens = len(ids)
@@ -156,7 +156,7 @@ class Answer:
         try:
             token = self._pick(self.ids, logits[None])
             text = self._text.push(token)
-        except Exception as error:  # an error here concerns this row only
+        except Exception as error:  # an error here affects only this row
             return self.end("error", f"{type(error).__name__}: {error}")
         self._tick(seconds)
         self.ids = torch.cat([self.ids, torch.tensor([[token]])], dim=1)
@@ -184,7 +184,7 @@ class Answer:
             self._decode_seconds += seconds
 
     def end(self, reason: Reason, error: str | None = None, text: str = "", **fields: Any) -> Update:
-        """Finish, and return the text that was held back."""
+        """Finish, and return the buffered text."""
         self.finished = True
         if reason != "error":
             text += self._text.finish(complete=reason == "eos")

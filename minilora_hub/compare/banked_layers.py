@@ -76,7 +76,7 @@ class SoloRouting:
 
 
 class LinearUpdate(NamedTuple):
-    """What one adapter adds to one linear: A [r, in], B [out, r], s, and DoRA's c [out] or None."""
+    """Update of one linear by one adapter: A [r, in], B [out, r], s, and DoRA's c [out] or None."""
 
     lora_a: torch.Tensor
     lora_b: torch.Tensor
@@ -86,16 +86,16 @@ class LinearUpdate(NamedTuple):
     @classmethod
     @torch.no_grad()
     def of(cls, adapted: AdaptedLinear) -> LinearUpdate:
-        """Return the tensors of an adapted linear; c is computed once, since nothing is trained here."""
+        """Return the tensors of an adapted linear; c is computed once, because nothing is trained here."""
         update = adapted.update
         scale = None if update.magnitude is None else update.scale(adapted.base_layer).detach()
         return cls(update.lora_A.detach(), update.lora_B.detach(), update.scaling, scale)
 
 
 def _most_few_rows(layer: nn.Module) -> int:
-    """Return the number of rows up to which W x^T is quicker than x W^T: in fp32 on a CPU, at 2 to 4 rows; else 0.
+    """Return the number of rows up to which W x^T is faster than x W^T: in fp32 on a CPU, for 2 to 4 rows; else 0.
 
-    Measured with torch 2.13 on an AMD EPYC, 2 threads: at 4 rows 1.4 to 2.2 times as quick for the layers of
+    Measured with torch 2.13 on an AMD EPYC, 2 threads: at 4 rows it is 1.4 to 2.2 times as fast for the layers of
     SmolLM2-135M, and 2.7 times for its head of 49,152 rows.
     """
     weight = plain_weight(layer)
@@ -115,11 +115,11 @@ class BankedLinear(nn.Module):
     """A linear of the base, and the updates of the adapters that are loaded: (rows, ..., in) -> (rows, ..., out).
 
     Args:
-        base_layer: any linear the base brings. It is called, never unpacked.
+        base_layer: any linear of the base. It is only called; its weight format does not matter.
         rows: the model's `BatchRows`.
 
     Attributes:
-        updates: adapter -> its `LinearUpdate` here. Not parameters: adapters come and go.
+        updates: adapter -> its `LinearUpdate` here. Not registered as parameters.
     """
 
     def __init__(self, base_layer: nn.Module, rows: BatchRows) -> None:
@@ -128,12 +128,12 @@ class BankedLinear(nn.Module):
         self.rows = rows
         self.updates: dict[str, LinearUpdate] = {}
         self._few_rows = _most_few_rows(base_layer)
-        # In `__dict__`, to avoid the module's attribute look-ups, which cost more than the product of a small layer.
+        # In `__dict__`, because attribute look-ups of nn.Module take longer than the product of a small layer.
         self.__dict__["_open"] = (base_layer.weight, base_layer.bias) if self._few_rows else None
 
     @property
     def weight(self) -> torch.Tensor:
-        """The base layer's weight: some models look at its dtype."""
+        """The base layer's weight, whose dtype some models read."""
         return self.base_layer.weight  # type: ignore[return-value]
 
     @property
@@ -152,7 +152,7 @@ class BankedLinear(nn.Module):
         return out
 
     def call_base(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """Call the base layer, or compute W x^T transposed where that is quicker."""
+        """Call the base layer, or compute W x^T transposed if that is faster."""
         opened = self.__dict__["_open"]
         if opened is None:
             out = self.base_layer(x, *args, **kwargs).contiguous()
@@ -199,7 +199,7 @@ class BankedBlock(nn.Module):
 
     Args:
         base_block: the base's block, whose projections are `BankedLinear`.
-        structure: which projections it has, and what happens between them.
+        structure: its projections, and the computation between them.
         rows: the model's `BatchRows`.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Answer rows together: one forward of the base per step, whatever adapter each row has."""
+"""Answer rows with different adapters together, with one forward of the base per step."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from minilora_hub.compare.decoding import DecodingBatch
 from minilora_hub.remote_code.routing_record import Routes
 
 PREFILL_TOKENS = 512
-"""Prompt tokens of all rows in one forward: long prompts are read in pieces, so that Stop works while they are read."""
+"""Maximum prompt tokens of all rows per forward: long prompts are prefilled in chunks, so that Stop also works then."""
 
 PREFILL_LEAST = 16
-"""The shortest piece of each prompt."""
+"""Minimum chunk length of each prompt."""
 
 
 class Batch:
-    """The answers of a batch, of which each takes a token per step; a row that ends leaves the batch.
+    """The answers of a batch: each step generates a token for every row, and finished rows leave the batch.
 
     Args:
-        bank: the models; the adapters of all rows are held by the caller.
+        bank: the models; the caller holds the adapters of all rows with `bank.use`.
         answers: the rows.
     """
 
     def __init__(self, bank: AdapterBank, answers: Sequence[Answer]) -> None:
-        """Order the rows; nothing is computed yet."""
+        """Order the rows, without computing anything."""
         self._live = sorted(answers, key=lambda answer: _order(bank, answer))
         adapters = [answer.row.adapter for answer in self._live]
         self._decoding = DecodingBatch(bank, adapters, [answer.row.solo_expert for answer in self._live])
@@ -49,7 +49,7 @@ class Batch:
         return ended
 
     def step(self) -> list[Update]:
-        """Run one forward of all rows. While the prompts are still being read, it updates nothing."""
+        """Run one forward of all rows and return the updates; none while the prompts are prefilled."""
         began = time.perf_counter()
         try:
             logits = self._decoding.read(max(PREFILL_LEAST, PREFILL_TOKENS // len(self._live)))
@@ -81,7 +81,7 @@ def _order(bank: AdapterBank, answer: Answer) -> tuple:
 
 
 def _forwards_alone(answer: Answer) -> int:
-    """Count the forwards that the row alone would have taken to compute its next token."""
+    """Count the forward passes that the row alone would have needed to compute its next token."""
     return -(-answer.prompt_tokens // PREFILL_TOKENS) + answer.ids.shape[1] - answer.prompt_tokens
 
 

@@ -1,6 +1,6 @@
-"""Decode rows in one batch: a key/value cache, left padding, prompts read in pieces, rows that leave when they end.
+"""Decode rows in one batch, with a key/value cache, left padding, chunked prefill, and removal of finished rows.
 
-The comparison and the evaluation decode with this. It computes logits; choosing tokens is the caller's.
+Used by the comparison and the evaluation. It computes logits; the caller chooses the tokens.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class CachedForward:
         self._model = model
         known = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in known else "past_key_values"
-        # The head is a fifth of a small model's work: compute only the logits that are used.
+        # The head takes a fifth of a small model's time, so compute only the logits that are used.
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         self.takes_positions = "position_ids" in known
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.cache: Any = None
 
     def __call__(self, ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        """Read (rows, seq) tokens that follow the cache; return the logits after each row's last, (rows, vocabulary).
+        """Process (rows, seq) tokens that follow the cache; return each row's last logits, (rows, vocabulary).
 
         Args:
             ids: token ids.
@@ -76,11 +76,11 @@ class DecodingBatch:
 
     @property
     def unread(self) -> int:
-        """Number of tokens per row, padding included, that no forward has read."""
+        """Number of tokens per row, including padding, that were not processed yet."""
         return self._unread.shape[1]
 
     def append(self, tokens: Sequence[Sequence[int]]) -> None:
-        """Add tokens to each row, to be read next; shorter lists are padded on the left."""
+        """Append tokens to each row; shorter lists are padded on the left."""
         longest = max(map(len, tokens))
         ids = torch.zeros(len(tokens), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -92,10 +92,10 @@ class DecodingBatch:
 
     @torch.inference_mode()
     def read(self, most: int | None = None) -> torch.Tensor:
-        """Run one forward over the next `most` tokens of every row, or over all that are unread.
+        """Run one forward over the next `most` tokens of every row, or over all unread tokens.
 
         Returns:
-            Logits after the last token that was read, (rows, vocabulary).
+            Logits after the last processed token, (rows, vocabulary).
         """
         read = self.mask.shape[1] - self.unread
         most = most or self.unread
@@ -113,7 +113,7 @@ class DecodingBatch:
         return logits
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Keep these rows, in this order; a row may be kept several times. Without any, the cache is freed."""
+        """Keep these rows, in this order; an index may be repeated. With an empty list, the cache is freed."""
         if not rows:
             self._forward.cache = None
             return

@@ -1,8 +1,8 @@
 """Answer with a base and adapters on it side by side, token by token: one forward of the base per step for all rows.
 
-The rows are one prompt for every column, or each a prompt, an adapter and sampling of its own. Only one forward runs at
-a time, also when several streams use one engine: a lock is held for one step, so the streams alternate. (Two torch
-threads that compute at once compete for the cores, and were measured ten times slower.)
+The rows have a common prompt, or each has its own prompt, adapter and sampling settings. Only one forward runs at a
+time, even if several streams use one engine: a lock is held for one step, so the streams alternate. (Two concurrent
+torch threads compete for the cores, and were measured to be ten times slower.)
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class CompareEngine:
     """A base and adapters on it, ready to answer prompts side by side.
 
     Args:
-        base: name or folder of the base (see `minilora_hub.bases`), or a loaded model, which is left as it is.
-        adapters: folders or Hub ids of adapters. Their columns are named by the last part.
-        tokenizer: the base's; required where `base` is a model.
-        device: where to load a base that is named. Default: a GPU if there is one.
-        dtype: its dtype. Default: fp32 on a CPU, the checkpoint's own elsewhere.
-        memory_limit: the most bytes of adapter tensors to keep in memory; see `AdapterBank`.
-        progress: called with a line of text at each step of loading.
+        base: name or folder of the base (see `minilora_hub.bases`), or a loaded model, which is not changed.
+        adapters: folders or Hub ids of adapters. The last part of each is the name of its column.
+        tokenizer: the base's; required if `base` is a model.
+        device: where to load a named base. Default: a GPU if there is one.
+        dtype: its dtype. Default: fp32 on a CPU, otherwise that of the checkpoint.
+        memory_limit: maximum bytes of adapter tensors in memory; see `AdapterBank`.
+        progress: called with a message at each step of loading.
 
     Attributes:
         bank: the adapters, and the model that runs.
@@ -64,11 +64,11 @@ class CompareEngine:
         progress: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Load everything; see the class for the arguments."""
-        # First, so that a misspelt name is an error before the base is loaded.
+        # Before loading the base, so that a misspelt name fails early.
         found = find_adapters(adapters)
         if isinstance(base, nn.Module):
             if tokenizer is None:
-                raise ValueError("tokenizer=None: must be given where base is a model")
+                raise ValueError("tokenizer=None: is required if base is a model")
             model, name = base, "base"
         else:
             device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -89,7 +89,9 @@ class CompareEngine:
         self._context = context_length(self.bank.model)
         size = sum(parameter.numel() for parameter in self.bank.model.parameters())
         self.columns: tuple[Column, ...] = (Column(name, "base", detail=f"{size / 1e6:.1f} M parameters"),)
-        progress(f"  answers end at {' '.join(self._promptings.base.end_names) or 'no token: at the limit only'}")
+        progress(
+            f"  answers end at {' '.join(self._promptings.base.end_names) or 'no token, only at the length limit'}"
+        )
         for adapter in found:
             column = self.load(adapter.name, adapter.folder)
             self.columns = (*self.columns, column)
@@ -114,10 +116,10 @@ class CompareEngine:
         return Column(name, entry.facts.kind, entry.facts.parameters, detail, entry.facts.experts)
 
     def unload(self, name: str) -> None:
-        """Take an adapter out of the bank, and its column away if it has one.
+        """Remove an adapter from the bank, and its column if it has one.
 
         Raises:
-            AdapterError: there is none of this name.
+            AdapterError: there is no adapter of this name.
             ValueError: a stream is using it.
         """
         with self._lock:
@@ -129,7 +131,7 @@ class CompareEngine:
         self._forwards += 1
 
     def __deepcopy__(self, memo: dict) -> CompareEngine:
-        """Return the engine itself: a copy of the model copies the counting hook, which belongs to this engine."""
+        """Return the engine itself, because copying the model copies its counting hook, which refers to the engine."""
         return self
 
     @property
@@ -142,7 +144,7 @@ class CompareEngine:
         return self.bank.memory()
 
     def prompting(self, adapter: str | None = None) -> Prompting:
-        """Return the prompting of an adapter of the bank; that of the base for None and for an unknown name.
+        """Return the prompting of an adapter of the bank, or that of the base for None and for an unknown name.
 
         Raises:
             AdapterError: its tokenizer cannot be read, or has more tokens than the base.
@@ -156,7 +158,7 @@ class CompareEngine:
         return known[1]
 
     def token_text(self, token: int, adapter: str | None = None) -> str:
-        """Return the text of a single token, special ones by name; bytes of a part of a character as U+FFFD."""
+        """Return the text of a single token; special tokens by name, incomplete UTF-8 as U+FFFD."""
         tokenizer = self.prompting(adapter).tokenizer
         key = id(tokenizer), token
         if key not in self._token_texts:
@@ -164,18 +166,18 @@ class CompareEngine:
         return self._token_texts[key]
 
     def prompt_ids(self, prompt: str, adapter: str | None = None) -> list[int]:
-        """Turn a prompt into the ids that rows read: a chat of one user turn where the tokenizer has a template.
+        """Return the token ids of a prompt, as a chat with one user turn if the tokenizer has a chat template.
 
         Args:
             prompt: the user's text.
             adapter: the adapter of the rows; its own tokenizer and chat template are used if it has any.
 
         Raises:
-            AdapterError: see `prompting`; or the chat template refuses the prompt.
-            ValueError: the prompt is empty, longer than the base's context, or has a token that the base does not know.
+            AdapterError: see `prompting`; or the chat template rejects the prompt.
+            ValueError: the prompt is empty, longer than the base's context, or has a token without an embedding.
         """
         if not prompt.strip():
-            raise ValueError("prompt='': must hold some text")
+            raise ValueError("prompt='': must not be empty")
         prompting = self.prompting(adapter)
         ids = prompting.chat_ids([{"role": "user", "content": prompt}])
         ids = prompting.text_ids(prompt) if ids is None else ids
@@ -269,7 +271,7 @@ class CompareEngine:
             batch = Batch(self.bank, ready)
             while not batch.finished:
                 with self._lock:
-                    # Under the lock: another stream's step may have kept this one waiting.
+                    # Check under the lock, because this stream may have waited for another stream's step.
                     updates = batch.end("stopped") if stop.is_set() else batch.step()
                 yield updates
 
@@ -281,12 +283,12 @@ def _one_by_one(steps: Generator[list[Update]]) -> Generator[Update]:
 
 
 def _decoder(model: Any) -> nn.Module:
-    """Return the decoder without the head, through which every forward goes once."""
+    """Return the decoder without the head, which every forward calls exactly once."""
     return model._modules.get(getattr(model, "base_model_prefix", ""), model)
 
 
 def context_length(model: nn.Module) -> int:
-    """Return the most tokens that a model can read, from its configuration."""
+    """Return the maximum context length of a model, from its configuration."""
     config = getattr(model, "config", None)
     config = getattr(config, "text_config", None) or config
     # The second is MPT's name for it.

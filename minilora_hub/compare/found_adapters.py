@@ -36,7 +36,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class FoundAdapter:
-    """An adapter on this machine: its `name` on screen, and its `folder`."""
+    """A local adapter: its display `name` and its `folder`."""
 
     name: str
     folder: Path
@@ -71,7 +71,7 @@ def find_adapters(names: Iterable[str | Path]) -> list[FoundAdapter]:
     found = [find_adapter(name) for name in asked]
     folders = [adapter.folder.resolve() for adapter in found]
     if twice := {name for name, folder in zip(asked, folders, strict=True) if folders.count(folder) > 1}:
-        raise ValueError(f"adapters={sorted(twice)}: one adapter must be named once")
+        raise ValueError(f"adapters={sorted(twice)}: each adapter must be given only once")
     # As many of the last parts of its path as make it unique; a Hub id has two.
     paths = [
         folder.parts if Path(name).is_dir() else tuple(name.split("/"))

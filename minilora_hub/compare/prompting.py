@@ -1,7 +1,7 @@
 """Prompt each model of a comparison with its own tokenizer, chat template and end tokens.
 
-An adapter may have another chat template than its base, or tokens of its own. So rows of one batch may read different
-tokens for the same text.
+An adapter may have a different chat template than its base, or additional tokens, so that rows of one batch may have
+different tokens for the same text.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Prompting:
     rows: int | None = None
 
     def chat_ids(self, turns: Sequence[dict[str, str]]) -> list[int] | None:
-        """Turn a conversation into the ids with which an answer begins; None where there is no chat template.
+        """Return the prompt ids of a conversation; None if there is no chat template.
 
         Raises:
-            AdapterError: the template refuses the conversation, or fails.
+            AdapterError: the template rejects the conversation, or fails.
             ValueError: the base does not know a token.
         """
         if not getattr(self.tokenizer, "chat_template", None):
@@ -53,7 +53,7 @@ class Prompting:
         return self.known(list(encoded["input_ids"]))
 
     def text_ids(self, text: str) -> list[int]:
-        """Turn a text to be continued into ids, with one start token of the tokenizer and without its end token.
+        """Return the ids of a text to continue, with one BOS token and without an EOS token.
 
         Raises:
             ValueError: the base does not know a token.

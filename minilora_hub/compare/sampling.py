@@ -17,17 +17,17 @@ from transformers import (
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of how one row's tokens are chosen, and when its answer ends.
+    """Settings for choosing one row's tokens, and for ending its answer.
 
     Args:
-        max_new_tokens: the most tokens a row may generate, at least 1.
+        max_new_tokens: maximum number of tokens to generate, at least 1.
         temperature: 0 takes the most probable token (greedy); above 0 samples.
         top_p: when sampling, keep the most probable tokens that together reach this probability, in (0, 1].
         top_k: when sampling, keep this many of the most probable tokens; 0 keeps all.
         repetition_penalty: divides the positive scores of tokens already in the text, and multiplies the negative ones;
-            1 leaves them alone.
+            1 has no effect.
         seed: seed of each row's own random generator, at least 0.
-        stop: an answer ends before the first of these texts, which is not shown.
+        stop: an answer ends before the first of these strings, which is not shown.
 
     Raises:
         ValueError: a setting is out of range; the message names it, the value received and what is required.

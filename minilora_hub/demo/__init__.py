@@ -1,1 +1,1 @@
-"""The page: Gradio and nothing else. What it shows is computed in `minilora_hub.compare`."""
+"""The comparison page, in Gradio. The answers are computed by `minilora_hub.compare`."""

@@ -1,7 +1,7 @@
-"""The comparison for programs: the page's one public endpoint, ``/compare``, which is also its MCP tool.
+"""The page's only public API endpoint, ``/compare``, which is also its MCP tool.
 
-Programs wait in the same queue as the page's visitors. All other events of the page are private. No annotation here is
-a string, because Gradio reads them to describe the endpoint.
+API requests wait in the same queue as the page's visitors. All other events of the page are private. No annotation here
+is a string, because Gradio reads them to describe the endpoint.
 """
 
 import json
@@ -56,14 +56,14 @@ def add_api(runner: Runner) -> None:
         try:
             columns = await _columns(runner, adapters)
             if not isinstance(prompt, str):
-                raise ValueError(f"prompt={prompt!r:.60}: must be a text")
+                raise ValueError(f"prompt={prompt!r:.60}: must be a string")
             sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
             moments = runner.answer(prompt, sampling, columns)
         except (ValueError, MiniLoraError) as error:
             raise gr.Error(f"{error}", print_exception=False) from None
         report = Report(columns, experts)
-        # An MCP client receives str() of a result, so it gets JSON text, not a Python dictionary's.
-        progress = gr.Progress()  # not as an argument: it would become one of the endpoint's
+        # An MCP client receives str() of a result, so return JSON text instead of a dictionary.
+        progress = gr.Progress()  # not a parameter, which would become a parameter of the endpoint
         as_text = request.headers.get("x-gradio-user") == "mcp"
         try:
             async for moment in moments:
@@ -91,7 +91,7 @@ async def _columns(runner: Runner, adapters: list[str] | None) -> Sequence[Colum
         return [base, *own]
     if not isinstance(adapters, list) or not all(isinstance(name, str) for name in adapters):
         raise ValueError(f"adapters={adapters!r:.60}: must be a list of names")
-    if len(adapters) >= runner.limits.rows:  # before any of them is fetched
+    if len(adapters) >= runner.limits.rows:  # before any of them is downloaded
         raise ValueError(
             f"{len(adapters)} adapters: this page gives 1 to {runner.limits.rows} answers, the base's included"
         )
@@ -108,7 +108,7 @@ async def _columns(runner: Runner, adapters: list[str] | None) -> Sequence[Colum
 
 
 class Report:
-    """Makes the items that the endpoint yields; each holds the whole comparison so far.
+    """Builds the items that the endpoint yields; each holds the whole comparison so far.
 
     Args:
         columns: of the comparison.
@@ -133,7 +133,7 @@ class Report:
         ]
 
     def add(self, moment: Moment) -> dict[str, Any]:
-        """Add a moment, and return the next item."""
+        """Add a progress event, and return the next item."""
         self._forwards += moment.forwards
         for update in moment.updates:
             self._add(update)

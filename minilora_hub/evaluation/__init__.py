@@ -1,1 +1,1 @@
-"""Measure adapters against their base: tasks, metrics, the run over the adapter bank, and its results."""
+"""Measure adapters and their base: tasks, metrics, runs, and results."""

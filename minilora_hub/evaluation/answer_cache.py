@@ -1,4 +1,4 @@
-"""Cache computed answers in files: an interrupted run continues where it stopped, and a base is measured once.
+"""Cache computed answers in files, so that an interrupted run can continue and a base is measured only once.
 
 There is one file for each model (base and adapter) and one line for each batch. A line's key is a hash of everything
 that determines the result: the weights, the prompts of the whole batch, the limits, the dtype, the code, the libraries.
@@ -17,7 +17,7 @@ from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG, WEIGHTS
 from minilora_hub.code_inputs import code_inputs, library_inputs
 
 FORMAT = 2
-# Hashed on import: a file that changes later is not what this process runs.
+# Hashed at import, because the files may change while this process runs.
 CODE_AND_LIBRARIES = code_inputs("minilora_hub.evaluation.run") | library_inputs()
 
 

@@ -1,7 +1,7 @@
-"""Generate greedy answers to a batch of prompts with one adapter of the bank, and sum up its routing.
+"""Generate greedy answers to a batch of prompts with one adapter of the bank, and accumulate routing statistics.
 
 All rows of a batch have the same adapter, so the answers do not depend on which other adapters are measured in the
-same run. Tokens that all prompts begin with (the chat template's system turn, worked examples) are read once.
+same run. The common prefix of the prompts (the chat template's system turn, few-shot examples) is processed once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from minilora_hub.remote_code.routing_record import RoutingRecord, record_routin
 
 @dataclass
 class RoutingSums:
-    """Sums over tokens of what the routers of an adapter decided; padding does not count.
+    """Sums over tokens of the routing decisions of an adapter, excluding padding.
 
     Attributes:
         tokens: number of tokens.
@@ -52,9 +52,9 @@ class Generated:
     """The answers of a batch.
 
     Attributes:
-        tokens: for each prompt, the generated tokens without the one that ended the answer.
-        routing: for a MixLoRA, over all tokens that the model read: the prompts and the answers but for each one's
-            last token; else None.
+        tokens: for each prompt, the generated tokens without the end token.
+        routing: for a MixLoRA, over all input tokens: the prompts, and the answers without their last token. Else
+            None.
     """
 
     tokens: list[list[int]]
@@ -74,7 +74,7 @@ def generate(
         bank: the base and its adapters.
         adapter: its name, held by the caller's `bank.use`; None for the bare base.
         prompts: token ids, none empty.
-        max_new_tokens: the most tokens of an answer.
+        max_new_tokens: maximum tokens of an answer.
         ends: tokens that end an answer.
 
     Raises:
@@ -136,12 +136,12 @@ def routing_sums(record: RoutingRecord, mask: torch.Tensor, count: int = 1) -> R
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> int:
-    """Count the equal tokens that the prompts begin with."""
+    """Return the length of the prompts' common prefix."""
     columns = enumerate(zip(*prompts, strict=False))
     return next((place for place, tokens in columns if len(set(tokens)) > 1), min(map(len, prompts)))
 
 
 def _window(bank: AdapterBank) -> float:
-    """Return how many tokens a row may have before a model with sliding windows forgets the first."""
+    """Return the size of the model's sliding window in tokens; infinite if it has none."""
     config: Any = bank.model.config
     return getattr(config.get_text_config(), "sliding_window", None) or math.inf

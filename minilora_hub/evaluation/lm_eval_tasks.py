@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from minilora_hub.bases.resolving import ResolvedBase
 
 Z = 1.959964
-"""Half the width of a 95% interval, in standard errors."""
+"""Half-width of a 95% interval, in standard errors."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def measure(
         count: the first items of each task only.
         dtype: ``"float32"`` or ``"bfloat16"``.
         batch_size: rows of a batch.
-        include_path: a folder with tasks of one's own, in lm-eval's format.
+        include_path: a folder with custom tasks in lm-eval's format.
         progress: called with a line at each step of loading.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Write a run: results.json into an adapter's folder, or all of it as JSON, every answer with its scores."""
+"""Write the results of a run: results.json in an adapter's folder, or one JSON file with every answer and score."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measure perplexity on text that no adapter here was trained on: what an adapter costs on everything else.
+"""Measure perplexity on general text that no adapter was trained on, to show how much an adapter forgets.
 
 The text is Python's own reference documentation (`pydoc_data.topics`): English prose with some code, half a million
 characters, the same on every machine with the same Python. It differs between versions of Python, so its hash goes into
@@ -39,7 +39,7 @@ class GeneralText:
         return hashlib.sha256(self.content.encode()).hexdigest()
 
     def describe(self, windows: int) -> str:
-        """Say which text was measured, and how."""
+        """Return a description of the text and the measurement."""
         return (
             f"perplexity on {self.name} (sha256 {self.sha256[:16]}), {windows} windows of {WINDOW} tokens without "
             "overlap, every token but a window's first predicted; lower is better"
@@ -63,7 +63,7 @@ def read_text(file: Path | None = None) -> GeneralText:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"text={str(file)!r}: must be a readable file in UTF-8 ({error})") from error
     if not content.strip():
-        raise ValueError(f"text={str(file)!r}: must hold some text")
+        raise ValueError(f"text={str(file)!r}: must not be empty")
     return GeneralText(file.name, content)
 
 

@@ -1,4 +1,4 @@
-"""Turn items into prompts: the question as a chat, after worked examples if there are any."""
+"""Encode items as prompts: the question as a chat, after few-shot examples if there are any."""
 
 from __future__ import annotations
 

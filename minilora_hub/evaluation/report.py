@@ -1,4 +1,4 @@
-"""Turn a run into results.json: each number beside the one that was measured in the same way on the base."""
+"""Convert the results of a run to results.json: each number with the base's, measured in the same way."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ F1_NOTE = (
 
 
 def title_of(report: Report, key: str) -> str:
-    """Return what tables call the items of a key."""
+    """Return the title of a key's items for tables."""
     title = report.tasks[task_of(key)].title
     held_out = report.items[key][0].split == HELD_OUT
     return f"{title}, in formats that are not in training" if held_out else title
@@ -167,7 +167,7 @@ def command_of(report: Report) -> str:
 
 
 def decoding_of(report: Report) -> str:
-    """Say how the answers were generated, for the card."""
+    """Return a description of the decoding settings, for the card."""
     settings = report.settings
     limits = ", ".join(f"{limit} ({task})" for task, limit in report.limits.items())
     few = f"; the base's few-shot prompts show {settings.few_shot} training items" if settings.few_shot else ""

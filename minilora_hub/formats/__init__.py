@@ -1,1 +1,1 @@
-"""Other dialects of adapters, one file each."""
+"""Import and export of other adapter and checkpoint formats."""

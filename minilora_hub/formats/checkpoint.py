@@ -46,26 +46,26 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod(0o666 & ~mask)  # save_file leaves a file that only its owner may read
+    path.chmod(0o666 & ~mask)  # save_file creates a file that only its owner may read
 
 
 def require_space(out: str | Path, size: int) -> None:
-    """Raise an AdapterError where the disk that `out` is on has less than `size` bytes free."""
+    """Raise AdapterError if the disk of `out` has less than `size` bytes free."""
     place = Path(out).absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < size + ROOM:
-        raise AdapterError(f"out={str(out)!r}: {size / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free there")
+        raise AdapterError(f"out={str(out)!r}: {size / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
 
 
 def write_card(folder: Path, title: str, text: str, base: str | None, tags: list[str]) -> None:
-    """Write a model card that says what the checkpoint is made of.
+    """Write a model card that describes how the checkpoint was made.
 
     Args:
-        folder: where to.
+        folder: the folder to write to.
         title: its heading.
-        text: what it is, and how it was made.
+        text: description of the checkpoint.
         base: the base's id on the Hub; None for a local folder.
         tags: its tags.
     """

@@ -54,7 +54,7 @@ class Combination:
     seed: int = 0
 
     def check(self, count: int) -> None:
-        """Raise an AdapterError where a field is out of range for so many adapters."""
+        """Raise AdapterError if a field is out of range for this number of adapters."""
         if self.method not in METHODS:
             raise AdapterError(f"method={self.method!r}: must be one of {', '.join(METHODS)}")
         if count < 2:
@@ -88,7 +88,7 @@ def combine(
         Notes for the user, one line each.
 
     Raises:
-        AdapterError: an adapter is no LoRA, or they do not fit together. Nothing is written then.
+        AdapterError: an adapter is not a LoRA, or the adapters are incompatible. Nothing is written then.
     """
     combination.check(len(sources))
     adapters = read_loras(sources, base, base_revision)
@@ -100,7 +100,7 @@ def read_loras(sources: Sequence[str | Path], base: str | None, base_revision: s
     """Read LoRA adapters that belong to one base.
 
     Raises:
-        AdapterError: one is no plain LoRA, or names another base than the first.
+        AdapterError: an adapter is not a plain LoRA, or names a different base than the first.
     """
     found = [read_folder(source) for source in sources]
     for adapter in found:
@@ -159,7 +159,7 @@ def result_rank(adapters: Sequence[PeftAdapter], combination: Combination) -> in
     if len(every) > 1:
         raise AdapterError(
             f"method={combination.method!r}: the adapters' ranks must be the same, got {sorted(every)}; "
-            "svd, its variants and cat take any"
+            "svd, its variants and cat accept any"
         )
     return ranks[0]
 
@@ -170,7 +170,7 @@ def combined_update(
     """Combine updates of one linear.
 
     Args:
-        pairs: (update, weight) of the adapters that have one there.
+        pairs: (update, weight) of each adapter that adapts this linear.
         combination: how they are combined.
         rank: of the result; smaller where a linear has fewer rows or columns.
 
@@ -186,13 +186,13 @@ def combined_update(
         scaled = [factor * a for factor, a in zip(factors, all_a, strict=True)]
         return torch.cat(scaled).to(dtype), torch.cat(all_b, dim=1).to(dtype)
     if method in ON_FACTORS:
-        # The square root of a factor goes to A and to B; its sign to A only, or it would cancel out.
+        # A and B are each scaled by the square root of the factor, and only A by its sign, which would cancel out.
         roots = torch.tensor([math.sqrt(abs(factor)) for factor in factors])
         signs = torch.tensor([math.copysign(1.0, factor) for factor in factors])
         lora_a = _merge(method, all_a, roots * signs, combination.density)
         lora_b = _merge(method, all_b, roots, combination.density)
         return lora_a.to(dtype), lora_b.to(dtype)
-    # Each update includes its scaling, so that pruning by magnitude sees the updates as they act.
+    # Each update includes its scaling, so that magnitudes are compared after scaling.
     deltas = [update.scaling * (b @ a) for (update, _), a, b in zip(pairs, all_a, all_b, strict=True)]
     weights = torch.tensor([weight for _, weight in pairs])
     name = "linear" if method == "svd" else method.removesuffix("_svd")
@@ -223,11 +223,11 @@ def _refuse_other_methods(adapter: AdapterFolder) -> None:
     name = adapter.folder.name
     if adapter.method == "mixlora":
         raise AdapterError(
-            f"adapter {name!r} is a MixLoRA, whose experts have no counterpart in another one: LoRA adapters can be "
+            f"adapter {name!r} is a MixLoRA, whose experts do not match those of another: only LoRA adapters can be "
             "combined; `minilora experts` adds and drops experts"
         )
     if adapter.method != "lora" or adapter.dialect != "peft":
         raise AdapterError(
             f"adapter {name!r} is a {adapter.method} in the format {adapter.dialect!r}: only LoRA in PEFT's format "
-            "can be combined; PEFT's functions leave DoRA's magnitudes out"
+            "can be combined; PEFT's functions ignore DoRA's magnitudes"
         )

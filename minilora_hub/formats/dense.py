@@ -1,4 +1,4 @@
-"""Merge a LoRA or DoRA into its base: the result is an ordinary checkpoint that every engine reads."""
+"""Merge a LoRA or DoRA into its base, which gives an ordinary checkpoint that every engine can load."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def export_dense(
     dequantize: bool = False,
     max_shard_size: str = "5GB",
 ) -> list[str]:
-    """Merge a LoRA or DoRA into its base and write the result as a normal checkpoint.
+    """Merge a LoRA or DoRA into its base and write the result as an ordinary checkpoint.
 
-    The merge is computed in float32; the result has the requested dtype. Where the adapter is on the head and
-    the base ties its head to its embeddings, the checkpoint has both, no longer tied.
+    The merge is computed in float32 and cast to the requested dtype. If the adapter is on the head and the base ties
+    the head to the embeddings, the checkpoint stores both, untied.
 
     Args:
-        source: the adapter's folder: a DoRA of ours, or LoRA or DoRA in PEFT's format.
+        source: the adapter's folder: a DoRA in our format, or a LoRA or DoRA in PEFT's format.
         out: an empty folder, or one that does not exist. It is written completely or not at all.
         base: the base. Default: the one that the adapter names.
-        dtype: of the result; ``"auto"`` for the one of the base's checkpoint.
-        dequantize: whether a base whose checkpoint is quantised may be dequantised; the result is then a large one.
-        max_shard_size: largest file of weights, as ``save_pretrained`` takes it.
+        dtype: dtype of the result; ``"auto"`` for that of the base's checkpoint.
+        dequantize: whether a quantised base may be dequantised, which makes the result larger.
+        max_shard_size: maximum size of a weights file, as in ``save_pretrained``.
 
     Returns:
         Notes for the user, one line each.
@@ -55,21 +55,21 @@ def export_dense(
     found = read_folder(source)
     if found.method == "mixlora":
         raise AdapterError(
-            f"adapter {found.folder.name!r} is a MixLoRA: every token takes its own experts, so it cannot be merged; "
+            f"adapter {found.folder.name!r} is a MixLoRA: its active experts vary by token, so it cannot be merged; "
             "--to moe writes it as a mixture of experts"
         )
     if found.dialect == "checkpoint":
         raise AdapterError(f"{found.folder.name!r} is a whole model ({found.method}), not an adapter")
     located = find_base(*found.named_base(base))
     wanted = _dtype(located.config, dtype)
-    adapter = read_adapter(found, located)  # first, since loading the base takes long
+    adapter = read_adapter(found, located)  # read first, because loading the base takes long
     model = _plain_base(located, dequantize)
     notes = [*_other_base(found, located), *_merge(model, *adapter)]
     require_space(out, sum(parameter.numel() for parameter in model.parameters()) * wanted.itemsize)
     model.to(wanted)
     model.config.dtype = wanted
     with whole_folder(out) as folder:
-        # A dequantised model still refers to the packed format of its checkpoint, in which it cannot be saved.
+        # A dequantised model still refers to the quantised format of its checkpoint, in which it cannot be saved.
         quantised = getattr(located.config, "quantization_config", None) is not None
         with quiet_libraries():
             model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=not quantised)
@@ -102,19 +102,19 @@ def _plain_base(base: BaseSource, dequantize: bool) -> Any:
     if not dequantize:
         raise AdapterError(
             f"base {base.name!r} is quantised ({getattr(method, 'value', method)}): merging needs plain weights; "
-            "pass dequantize=True (--dequantize), or another base= (--base), such as the one it was made from"
+            "pass dequantize=True (--dequantize), or the unquantised base with base= (--base)"
         )
     return base.load(torch.float32).dequantize().float()
 
 
 def _other_base(found: AdapterFolder, base: BaseSource) -> list[str]:
-    """Return a note where the adapter was trained on other weights than those it is merged into."""
+    """Return a note if the adapter was trained on other weights than those it is merged into."""
     trained_on = found.base_fingerprint
     if trained_on == "unknown" or base.fingerprint in ("unknown", trained_on):
         return []
     return [
         f"the adapter was trained on a base with fingerprint {trained_on[:19]}…, and {base.name!r} has "
-        f"{base.fingerprint[:19]}…: the merged model may answer differently from what the adapter's author saw"
+        f"{base.fingerprint[:19]}…: the merged model may answer differently than the adapter did in training"
     ]
 
 
@@ -135,8 +135,8 @@ def _merge(model: Any, config: Any, tensors: dict[str, Any], sites: list[Any]) -
         if others := [other for other in holders[id(layer.weight)] if not _is_same_place(model, other, path)]:
             _untie_head(model, path, layer, others)
             notes.append(
-                f"{path} is written apart from {', '.join(others)}, to which the base ties it: the adapter changes "
-                f"{path} alone (tie_word_embeddings is false, {merged.numel():,} parameters more)"
+                f"{path} is stored separately from {', '.join(others)}, to which the base ties it: the adapter changes "
+                f"only {path} (tie_word_embeddings is false, {merged.numel():,} more parameters)"
             )
         with torch.no_grad():
             layer.weight.copy_(merged)
@@ -144,13 +144,13 @@ def _merge(model: Any, config: Any, tensors: dict[str, Any], sites: list[Any]) -
 
 
 def _is_same_place(model: Any, path: str, other: str) -> bool:
-    """Whether two paths lead to one attribute of one module, which an adapter replaces for both."""
+    """Whether two paths lead to the same attribute of the same module, which an adapter replaces for both."""
     (parent, _, name), (other_parent, _, other_name) = path.rpartition("."), other.rpartition(".")
     return name == other_name and model.get_submodule(parent) is model.get_submodule(other_parent)
 
 
 def _untie_head(model: Any, path: str, layer: Any, others: list[str]) -> None:
-    """Give the head a weight of its own, and say so in the configuration; see `_merge`."""
+    """Give the head a separate weight, and set tie_word_embeddings to False; see `_merge`."""
     if layer is not model.get_output_embeddings():
         raise AdapterError(f"{path}: {', '.join(others)} shares its weight in this base, and would change with it")
     layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)

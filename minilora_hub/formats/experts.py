@@ -1,9 +1,9 @@
 """Add experts to a trained MixLoRA or drop some, and measure how much that changes its output.
 
-Added experts are clones: the same tensors and the same router row, or one with a little seeded noise so that training
-can tell them apart. Even an exact clone changes the output: a token that chose an expert now chooses its clone, too,
-which takes the place of another of its experts. Dropped are, in each layer separately, the experts that served the
-fewest tokens of the prompts. The change of the output is measured on those prompts.
+Added experts are clones with the same tensors and the same router row, or a row with a little seeded noise, so that
+training can differentiate them. Even an exact clone changes the output: a token routed to an expert is also routed to
+its clone, which replaces another of its top-k experts. Dropped experts are, separately in each layer, those that served
+the fewest tokens of the prompts. The change of the output is measured on the same prompts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.remote_code.modeling_minilora import MixLoraForCausalLM
 
 Load = dict[str, list[float]]
-"""Canonical name of a mixture -> share of its choices that fell on each expert."""
+"""Canonical name of a mixture -> share of the routed slots of each expert."""
 
 PROMPTS = (
     "The capital of France is",
@@ -40,17 +40,17 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Change:
-    """What a change of the experts did, measured on prompts.
+    """Result of adding or dropping experts, with its effect measured on prompts.
 
     Attributes:
         folder: the new adapter.
         experts: experts per layer before and after.
-        kept: per layer, which of the former experts the new ones are.
-        load: per layer and former expert, the share of the choices of experts that fell on it.
-        tokens: tokens of the prompts.
+        kept: per layer, the index of the former expert for each new expert.
+        load: per layer and former expert, its share of the routed slots.
+        tokens: number of tokens in the prompts.
         kl: mean Kullback-Leibler divergence of the next-token distributions, before against after, in nats.
         max_logit_difference: the largest difference of a logit.
-        top_token_agreement: the share of tokens whose most probable next token stayed the same.
+        top_token_agreement: the share of positions whose most probable next token did not change.
         notes: notes for the user, one line each.
     """
 
@@ -80,14 +80,14 @@ def add_experts(
     Args:
         source: the adapter's folder, in our format.
         out: an empty folder, or one that does not exist. It is written completely or not at all.
-        clone: numbers of the experts to clone; one may be named several times.
-        base: load the base from there. Default: what the adapter names.
-        prompts: on which the change is measured. Default: `PROMPTS`.
-        noise: standard deviation of what is added to a clone's router row.
-        seed: of the noise.
+        clone: indices of the experts to clone; an index may be repeated.
+        base: where to load the base from. Default: what the adapter names.
+        prompts: prompts on which the change is measured. Default: `PROMPTS`.
+        noise: standard deviation of the noise added to a clone's router row.
+        seed: seed of the noise.
 
     Raises:
-        AdapterError: the adapter is no MixLoRA, or has no such expert.
+        AdapterError: the adapter is not a MixLoRA, or has no such expert.
     """
     found, config = _mixlora(source, out)
     count = config.num_experts
@@ -117,24 +117,25 @@ def drop_experts(
     base: str | None = None,
     prompts: Sequence[str] | None = None,
 ) -> Change:
-    """Drop the experts that serve the fewest tokens of the prompts, in every layer apart.
+    """Drop the experts that serve the fewest tokens of the prompts, separately in each layer.
 
     Args:
         source: the adapter's folder, in our format.
         out: an empty folder, or one that does not exist. It is written completely or not at all.
-        count: how many experts each layer loses.
-        base: load the base from there. Default: what the adapter names.
-        prompts: on which load and change are measured; take some of what the adapter is for. Default: `PROMPTS`.
+        count: number of experts to drop per layer.
+        base: where to load the base from. Default: what the adapter names.
+        prompts: prompts on which load and change are measured, ideally typical of the adapter's task. Default:
+            `PROMPTS`.
 
     Raises:
-        AdapterError: the adapter is no MixLoRA, or would have too few experts left.
+        AdapterError: the adapter is not a MixLoRA, or would have too few experts left.
     """
     found, config = _mixlora(source, out)
     least = config.num_experts_per_tok or 1
     if not 1 <= count <= config.num_experts - least:
         raise AdapterError(
-            f"count={count}: must be from 1 to {config.num_experts - least}, since {config.num_experts} experts are "
-            f"there and every token takes {least}"
+            f"count={count}: must be from 1 to {config.num_experts - least}, since there are {config.num_experts} "
+            f"experts and every token needs {least}"
         )
 
     def choose(load: Load) -> dict[str, list[int]]:
@@ -223,8 +224,8 @@ def _token_ids(folder: Path, base: BaseSource, prompts: Sequence[str] | None) ->
 
 
 def _outputs(model: Any, ids: list[list[int]], experts: int) -> tuple[list[torch.Tensor], Load]:
-    """Return the logits, (tokens, vocabulary) a prompt, and the share of choices of each mixture's experts."""
-    names = [site.name for site in model.sites if hasattr(site, "structure")]  # in the order in which they run
+    """Return the logits of each prompt, (tokens, vocabulary), and each expert's share of the routed slots."""
+    names = [site.name for site in model.sites if hasattr(site, "structure")]  # in the order of execution
     logits, counts = [], torch.zeros(len(names), experts)
     with torch.no_grad():
         for row in ids:
@@ -237,7 +238,7 @@ def _outputs(model: Any, ids: list[list[int]], experts: int) -> tuple[list[torch
 
 
 def _compare(before: list[torch.Tensor], after: list[torch.Tensor]) -> tuple[float, float, float]:
-    """Return the mean divergence in nats, the largest difference of a logit, the share of equal top tokens."""
+    """Return the mean KL divergence in nats, the largest logit difference, and the share of equal top tokens."""
     old, new = torch.cat(before), torch.cat(after)  # (tokens, vocabulary)
     log_old, log_new = functional.log_softmax(old, dim=-1), functional.log_softmax(new, dim=-1)
     divergence = functional.kl_div(log_new, log_old, log_target=True, reduction="none").sum(dim=-1)

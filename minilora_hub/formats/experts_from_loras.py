@@ -1,7 +1,7 @@
-"""Make one MixLoRA of separately trained LoRA adapters, with a fresh router that is still to be trained.
+"""Combine separately trained LoRA adapters into one MixLoRA with a fresh, untrained router.
 
-Each adapter becomes one expert with its own update of the feed-forward block: smaller ranks are padded with zeros, and
-scalings are multiplied into B, neither of which changes what an expert computes. A MixLoRA has only one LoRA on
+Each adapter becomes one expert with its update of the feed-forward block. Smaller ranks are padded with zeros and
+scalings are multiplied into B, neither of which changes the output of an expert. A MixLoRA has only one LoRA on
 attention, whereas each adapter has its own. The caller chooses how they are combined:
 
     same    they must be equal, or none has one (the default: nothing is lost)
@@ -40,17 +40,17 @@ def experts_from_loras(
     """Make a MixLoRA of LoRA adapters.
 
     Args:
-        adapters: plain LoRA adapters on one base, one an expert, in this order.
+        adapters: plain LoRA adapters on one base, one per expert, in this order.
         num_experts_per_tok: experts that serve each token.
-        attention: how the adapters' updates of attention are combined: see the head of this file.
-        seed: of the router.
-        router_init_range: standard deviation of the router.
+        attention: how the adapters' updates of attention are combined; see the module's docstring.
+        seed: seed of the router's initial weights.
+        router_init_range: standard deviation of the router's initial weights.
 
     Returns:
         A MixLoraConfig, ``{canonical name: tensor}``, and notes for the user, one line each.
 
     Raises:
-        AdapterError: the adapters do not fit together; the message says in what.
+        AdapterError: the adapters are incompatible; the message gives the reason.
     """
     if len(adapters) < 2:
         raise AdapterError(f"{len(adapters)} adapter: at least 2 can become the experts of a MixLoRA")
@@ -64,7 +64,9 @@ def experts_from_loras(
     for number, adapter in enumerate(adapters):
         outside = sorted(set(adapter.updates) - known)
         if outside:
-            raise AdapterError(f"adapter {number}: {outside[0]} is outside the decoder layers: a MixLoRA has no place")
+            raise AdapterError(
+                f"adapter {number}: {outside[0]} is outside the decoder layers, which a MixLoRA does not support"
+            )
     in_blocks = [update for adapter in adapters for path, update in adapter.updates.items() if path not in linears]
     rank = max((update.lora_a.shape[0] for update in in_blocks), default=1)
     tensors: dict[str, torch.Tensor] = {}
@@ -99,7 +101,7 @@ def experts_from_loras(
 
 
 def _experts(adapters: Sequence[PeftAdapter], site: Any, rank: int) -> dict[str, torch.Tensor]:
-    """Return the stacked tensors of one block; an adapter without an update of a projection gets zeros there."""
+    """Return the stacked tensors of one block, with zeros where an adapter does not update a projection."""
     tensors = {}
     for name, out_features, in_features in site.targets:
         found = [adapter.updates.get(f"{site.path}.{name}") for adapter in adapters]

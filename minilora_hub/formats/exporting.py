@@ -56,14 +56,14 @@ def export_adapter(
         out: an empty folder, or one that does not exist. It is written completely or not at all.
         to: ``"peft"``, ``"dense"``, ``"mixtral"``, ``"moe"`` (the mixture of experts of the base's family) or
             ``"mixlora"`` (the reference format).
-        base: load the base from there. Default: what the adapter names.
-        dtype: of the checkpoint, for ``"dense"``, ``"mixtral"`` and ``"moe"``.
+        base: where to load the base from. Default: what the adapter names.
+        dtype: dtype of the checkpoint, for ``"dense"``, ``"mixtral"`` and ``"moe"``.
         dequantize: for ``"dense"``: whether a quantised base may be dequantised.
         announce: called with the plan before anything is written, for ``"mixtral"`` and ``"moe"``.
-        progress: called with (parts written, parts in total), for the same.
+        progress: called with (parts written, total parts), for ``"mixtral"`` and ``"moe"``.
 
     Raises:
-        AdapterError: the adapter has no place in that format; the message says why. Nothing is written then.
+        AdapterError: the format cannot represent the adapter; the message says why. Nothing is written then.
     """
     require_free(out)
     if to == "dense":

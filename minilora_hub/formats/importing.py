@@ -46,9 +46,9 @@ def import_adapter(
 ) -> Imported:
     """Import one adapter: the reference MixLoRA format, or LoRA, rsLoRA and DoRA in PEFT's.
 
-    A MixLoRA or DoRA becomes a folder in our format; plain LoRA stays in PEFT's, which stock transformers loads,
-    checked and rewritten. Both can be pushed. Its tokenizer, chat template and generation settings are copied; the
-    base's are used for what it does not have.
+    A MixLoRA or DoRA is converted to our format. A plain LoRA stays in PEFT's format, which stock transformers loads;
+    it is checked and rewritten. Both can be pushed. The adapter's tokenizer, chat template and generation settings are
+    copied; missing ones are taken from the base.
 
     Args:
         source: the adapter's folder.
@@ -58,7 +58,7 @@ def import_adapter(
         reference_dora: ``"loaded"`` or ``"trained"``: see `minilora_hub.formats.mixlora`.
 
     Raises:
-        AdapterError: the adapter is damaged, or a setting of it cannot be honoured; the message names it.
+        AdapterError: the adapter is damaged, or has a setting that is not supported; the message names it.
         BaseModelError: the base cannot be read.
     """
     require_free(out)
@@ -94,10 +94,10 @@ def import_as_experts(
     attention: OnAttention = "same",
     seed: int = 0,
 ) -> Imported:
-    """Make one MixLoRA of several LoRA adapters; see `minilora_hub.formats.experts_from_loras`.
+    """Combine several LoRA adapters into one MixLoRA; see `minilora_hub.formats.experts_from_loras`.
 
     Raises:
-        AdapterError: an adapter is no plain LoRA, or they do not fit together.
+        AdapterError: an adapter is not a plain LoRA, or the adapters are incompatible.
         BaseModelError: the base cannot be read.
     """
     require_free(out)

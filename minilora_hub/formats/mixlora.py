@@ -10,7 +10,7 @@ Unexpected properties of this format, found by running `mixlora` 0.2.3:
   stayed at ||W||; `dora="trained"` computes those from the base's weights.
 - `expert_lora` (a rank and alpha for the experts) is read and then ignored by `mixlora`; MoE-PEFT, which trains,
   uses it, and so does the import.
-- It keeps dropout on at inference, and refuses a dropout of 0: an adapter without dropout is written with 1e-12.
+- It applies dropout at inference, and rejects a dropout of 0: an adapter without dropout is written with 1e-12.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def read_reference(
     Args:
         source: its folder.
         base: its base.
-        dora: how to read a `use_dora`, whose magnitudes the format lacks: see the head of this file.
+        dora: how to read an adapter with `use_dora`, whose magnitudes the format lacks; see the module's docstring.
 
     Returns:
         A MixLoraConfig, ``{canonical name: tensor}``, and notes for the user, one line each.
 
     Raises:
-        AdapterError: a field or a tensor is missing, is of the wrong kind, or cannot be honoured.
+        AdapterError: a field or a tensor is missing, has the wrong type, or is not supported.
     """
     settings = Settings(source.config)
     notes: list[str] = []
@@ -58,7 +58,7 @@ def read_reference(
     use_dora = fields.pop("use_dora")
     tensors = _stack(read_tensors(source.folder), fields["num_experts"])
     if fields.get("router_sparse_step", 1) > 1 and "layers.0.mlp.router" in tensors:
-        fields["router_sparse_step"] = 1  # MoE-PEFT reads the setting and gives every layer a mixture all the same
+        fields["router_sparse_step"] = 1  # MoE-PEFT reads the setting but ignores it: every layer is a mixture
         notes.append("sparse_step: every layer has a router in the file, so every layer is a mixture")
     try:
         config = MixLoraConfig(**fields)
@@ -67,7 +67,9 @@ def read_reference(
     if use_dora and dora == "trained":
         config.use_dora = True
         tensors |= _magnitudes(config, base)
-        notes.append("magnitudes are not in the file: they are the row norms of the base, which training left them at")
+        notes.append(
+            "magnitudes are not in the file: the row norms of the base are used, which training does not change"
+        )
     elif use_dora:
         notes.append(
             "use_dora: the file has no magnitudes, and the mixlora package then computes plain LoRA; so does this "
@@ -78,7 +80,7 @@ def read_reference(
 
 
 def _targets(settings: Settings, base: BaseSource, notes: list[str]) -> list[str]:
-    """The targets that the base has: the reference passes over the others, since it lists those of every family."""
+    """Return the targets that the base has; the reference lists those of every family and skips missing ones."""
     content = settings.require("target_modules", (list, dict))
     named = [name for name, on in content.items() if on is True] if isinstance(content, dict) else content
     if not named or not all(isinstance(name, str) for name in named):
@@ -86,9 +88,7 @@ def _targets(settings: Settings, base: BaseSource, notes: list[str]) -> list[str
     wanted = {reference_projection(name) for name in named}
     leaves = {path.rpartition(".")[2] for path in linears_in(find_decoder_layers(base.skeleton)[1][0])}
     if wanted - leaves:
-        notes.append(
-            f"target_modules {sorted(wanted - leaves)}: the base has none; the reference passes over them, too"
-        )
+        notes.append(f"target_modules {sorted(wanted - leaves)}: not in the base, skipped as in the reference")
     if not wanted & leaves:
         raise settings.error("target_modules", f"the base {base.name!r} has none of them; it has {sorted(leaves)}")
     return sorted(wanted & leaves)
@@ -101,7 +101,7 @@ def _check_activation(settings: Settings, base: BaseSource) -> None:
         return
     x = torch.linspace(-8, 8, 257)
     if named not in ACT2FN or own is None or not torch.allclose(ACT2FN[named](x), ACT2FN[own](x), rtol=0, atol=1e-6):
-        raise settings.error("act_fn", f"the base computes {own!r}; an activation of the experts' own is not honoured")
+        raise settings.error("act_fn", f"the base computes {own!r}; another activation of the experts is not supported")
 
 
 def activation_of(base: BaseSource) -> str | None:
@@ -136,7 +136,9 @@ def _stack(found: dict[str, torch.Tensor], num_experts: int) -> dict[str, torch.
     for canonical, experts in stacks.items():
         if len(experts) != num_experts or max(experts) >= num_experts:
             have = f"experts {sorted(experts)[:8]}"
-            raise AdapterError(f"{canonical}: {have} are in the file, num_experts={num_experts} asks for all below it")
+            raise AdapterError(
+                f"{canonical}: {have} are in the file, num_experts={num_experts} needs 0 to {num_experts - 1}"
+            )
         first = experts[0]
         for expert, tensor in experts.items():
             if tensor.shape != first.shape or tensor.dtype != first.dtype:

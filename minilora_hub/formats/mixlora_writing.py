@@ -32,7 +32,7 @@ def write_reference(folder: Path, config: Any, tensors: dict[str, torch.Tensor],
         Notes for the user, one line each.
 
     Raises:
-        AdapterError: the reference has no place for something; the message says for what.
+        AdapterError: the reference format cannot represent a field or tensor; the message names it.
     """
     fields, notes = _reference_fields(config, tensors, base)
     renamed = {}
@@ -53,13 +53,13 @@ def write_reference(folder: Path, config: Any, tensors: dict[str, torch.Tensor],
 def _reference_fields(
     config: Any, tensors: dict[str, torch.Tensor], base: BaseSource
 ) -> tuple[dict[str, Any], list[str]]:
-    """adapter_config.json of the reference; an AdapterError where it has no field for something."""
+    """Return the reference's adapter_config.json; raise AdapterError if it cannot represent a setting."""
     notes = []
     family = base.config.model_type
     if family not in FAMILIES:
         raise AdapterError(f"base of type {family!r}: the reference runs on {', '.join(FAMILIES)}")
     if config.use_dora:
-        raise AdapterError("use_dora=True: the reference format has no place for magnitudes, and would compute LoRA")
+        raise AdapterError("use_dora=True: the reference format does not store magnitudes, and would compute LoRA")
     for name in ("rank_pattern", "alpha_pattern"):
         if getattr(config, name):
             raise AdapterError(f"{name}={getattr(config, name)}: the reference has one rank and alpha for all")
@@ -88,15 +88,15 @@ def _reference_fields(
         fields["use_rslora"] = True
     if (config.router_sparse_step or 1) > 1:
         raise AdapterError(
-            f"router_sparse_step={config.router_sparse_step}: the reference gives every layer a mixture, whatever its "
-            "sparse_step says"
+            f"router_sparse_step={config.router_sparse_step}: the reference ignores sparse_step, so every layer "
+            "would be a mixture"
         )
     if config.expert_dropout and config.routing_strategy != "switch":
-        notes.append("expert_dropout: the reference has it for mixlora-switch only; it matters in training alone")
+        notes.append("expert_dropout: the reference has it only for mixlora-switch; it only affects training")
     if (expert_r, expert_alpha) != (config.r, alpha):
         dropout = fields["lora_dropout"]
         fields["expert_lora"] = {"r": expert_r, "lora_alpha": int(expert_alpha), "lora_dropout": dropout}
-        notes.append("expert_lora: MoE-PEFT honours the experts' own rank and alpha, mixlora 0.2.3 does not")
+        notes.append("expert_lora: MoE-PEFT uses the experts' own rank and alpha, mixlora 0.2.3 ignores them")
     if config.routing_strategy == "top_k":
         fields["top_k"] = config.num_experts_per_tok
     elif config.routing_strategy == "top_p":
@@ -108,5 +108,5 @@ def _reference_fields(
             "ffn_dropout": float(config.expert_dropout),
         }
     if config.routing_strategy != "top_k":
-        notes.append(f"routing_strategy {fields['routing_strategy']}: MoE-PEFT has it, mixlora 0.2.3 has not")
+        notes.append(f"routing_strategy {fields['routing_strategy']}: supported by MoE-PEFT, not by mixlora 0.2.3")
     return fields, notes

@@ -11,7 +11,7 @@ up to rounding. An architecture is named here only where every other part of its
     olmo2            FlexOlmo
     granite          GraniteMoe    without biases in the feed-forward block
 
-The checkpoint is written layer by layer, each its own shard: beside the base and the adapter, one layer is in memory.
+The checkpoint is written with one shard per layer, so that besides base and adapter only one layer is in memory.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
 
 @dataclass(frozen=True)
 class MoePlan:
-    """What an export is going to write.
+    """The checkpoint that an export will write.
 
     Attributes:
         architecture: the target.
@@ -66,14 +66,14 @@ class MoePlan:
 
 
 def plan_moe(model: Any, only: str | None = None) -> MoePlan:
-    """Return what the export of a `MixLoraForCausalLM` is going to write.
+    """Return the plan for exporting a `MixLoraForCausalLM`.
 
     Args:
         model: the adapter on its base.
-        only: the class it must become, e.g. ``"MixtralForCausalLM"``. Default: its family's own.
+        only: the required class, e.g. ``"MixtralForCausalLM"``. Default: the class for the base's family.
 
     Raises:
-        AdapterError: there is no architecture that computes the same; the message says why.
+        AdapterError: no architecture computes the same outputs; the message says why.
     """
     config = moe_config(model, only)
     outcome = skeleton(config, blocks=False)
@@ -99,20 +99,20 @@ def export_moe(
     """Write a MixLoRA as a native mixture-of-experts checkpoint.
 
     Args:
-        model: a `MixLoraForCausalLM`. It is left as it is.
+        model: a `MixLoraForCausalLM`, which is not changed.
         out: an empty folder, or one that does not exist. It is written completely or not at all.
         companions: the adapter's folder, whose tokenizer, chat template and generation settings are copied.
         base: the base, whose tokenizer is written where the adapter has none.
-        only: the class it must become. Default: the one of the base's family.
+        only: the required class. Default: the class for the base's family.
         announce: called with the plan before anything is written.
-        progress: called with (shards written, shards in total).
+        progress: called with (shards written, total shards).
 
     Returns:
         Notes for the user, one line each.
 
     Raises:
-        AdapterError: no architecture computes the same, the folder is not empty, or the disk is too full. Nothing is
-            written then.
+        AdapterError: no architecture computes the same outputs, the folder is not empty, or there is not enough disk
+            space. Nothing is written then.
     """
     require_free(out)
     plan = plan_moe(model, only)
@@ -135,7 +135,7 @@ def export_moe(
 
 
 def moe_config(model: Any, only: str | None = None) -> Any:
-    """Return the configuration that describes `model`; an AdapterError says why there is none."""
+    """Return the configuration that describes `model`; raise AdapterError if there is none."""
     mixtures = sum(isinstance(module, MixtureOfLoraExperts) for module in model.modules())
     config = config_as_moe(model.config, model.base.config, mixtures, model.base.dtype, only)
     require_plain(model)
@@ -143,17 +143,17 @@ def moe_config(model: Any, only: str | None = None) -> Any:
 
 
 def config_as_moe(ours: Any, text: Any, mixtures: int, dtype: Any, only: str | None = None) -> Any:
-    """Return the configuration of the mixture of experts that a MixLoRA is on a base.
+    """Return the configuration of the mixture-of-experts model that computes the same as a MixLoRA on its base.
 
     Args:
         ours: the adapter's configuration.
-        text: the base's.
+        text: the base's configuration.
         mixtures: number of layers with experts.
-        dtype: of the weights.
-        only: the class it must become. Default: the one of the base's family.
+        dtype: dtype of the weights.
+        only: the class that is required. Default: the one of the base's family.
 
     Raises:
-        AdapterError: there is no architecture that computes the same; the message says why.
+        AdapterError: no architecture computes the same; the message says why.
     """
     import transformers
 
@@ -196,7 +196,7 @@ def config_as_moe(ours: Any, text: Any, mixtures: int, dtype: Any, only: str | N
 
 
 def require_plain(model: Any) -> None:
-    """Raise an AdapterError where a linear of the base is quantised or offloaded, so that it cannot be written."""
+    """Raise AdapterError if a linear of the base is quantised or offloaded, so that it cannot be written."""
     for path, layer in model.base.named_modules():
         if linear_shape(layer) and not hasattr(layer, "base_layer") and plain_weight(layer) is None:
             kind = type(layer).__name__
@@ -206,7 +206,7 @@ def require_plain(model: Any) -> None:
 
 
 def _outside(base: Any) -> dict[str, torch.Tensor]:
-    """Embeddings, the last norm and the head, each once: tied ones are in the file under one name."""
+    """Return embeddings, final norm and head; tied weights are stored once."""
     return {name: tensor.detach() for name, tensor in base.named_parameters() if ".layers." not in name}
 
 
@@ -280,7 +280,7 @@ def _expert_weights(mixture: Any, name: str) -> Iterator[torch.Tensor]:
     scale = update.scale(layer) if update is not None and update.magnitude is not None else None
     for expert in range(mixture.router.shape[0]):
         if update is None:
-            yield weight.clone()  # a tensor in a file shares its memory with no other
+            yield weight.clone()  # safetensors requires tensors that do not share memory
             continue
         whole = weight.float() + update.scaling * (update.lora_B[expert].float() @ update.lora_A[expert].float())
         yield (whole if scale is None else whole * scale[expert].unsqueeze(-1)).to(weight.dtype)

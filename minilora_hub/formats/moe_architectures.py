@@ -1,4 +1,4 @@
-"""The mixture-of-experts architectures of transformers as which a MixLoRA can be written, by the family of its base."""
+"""Mixture-of-experts architectures of transformers that a MixLoRA can be exported to, by the family of its base."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ SHARED = (
     "hidden_act max_position_embeddings initializer_range rms_norm_eps use_cache pad_token_id bos_token_id "
     "eos_token_id tie_word_embeddings attention_dropout rope_parameters"
 )
-"""Fields that every configuration here takes from the base's, where the base has them."""
-ZERO_WIDTH = 64  # of Qwen2Moe's shared expert of zeros; engines want a multiple of their block
+"""Fields that every configuration here takes from the base's configuration, if it has them."""
+ZERO_WIDTH = 64  # width of Qwen2Moe's shared expert of zeros; engines require a multiple of their block size
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A mixture-of-experts architecture that a base's family fits into.
+    """A mixture-of-experts architecture for a family of bases.
 
     Attributes:
         name: its class.
         config: its configuration class.
-        fields: configuration fields it takes from the base beside `SHARED`.
-        own: its own fields, given the adapter's and the base's configuration.
+        fields: configuration fields taken from the base in addition to `SHARED`.
+        own: function that returns its other fields from the adapter's and the base's configuration.
         block: path of the mixture in a layer.
         router: name of the router's weight in the block.
         experts: {gate, up, down: name of an expert's weight in the block, with ``{}`` for its number}.
@@ -99,7 +99,7 @@ ARCHITECTURES = {
     "granite": GRANITE_MOE,
 }
 NOT_FITTING = {
-    "gemma2": "no architecture of its has experts in a layer with four norms",
+    "gemma2": "there is no mixture of experts with four norms per layer",
     "phi": "its feed-forward block has no gate",
     "phi3": "PhiMoE has other norms and routes by another rule",
     "gpt2": "its feed-forward block has no gate",

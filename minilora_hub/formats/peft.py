@@ -1,4 +1,4 @@
-"""An adapter in PEFT's own format: adapter_config.json and tensors under PEFT's names."""
+"""Write adapters in PEFT's format: adapter_config.json, and tensors under PEFT's names."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from minilora_hub.hub.plain_files import read_header
 
 
 def write_peft_config(folder: Path, config: dict[str, Any], base_id: str, base_revision: str | None) -> None:
-    """Write adapter_config.json, naming the real base; sorted, so that the same adapter is the same file.
+    """Write adapter_config.json with the base's published name, sorted so that the file is reproducible.
 
-    PEFT holds some fields as sets, whose order differs from one process to the next.
+    PEFT stores some fields as sets, whose order differs between processes.
     """
     config = config | {"base_model_name_or_path": base_id, "revision": base_revision, "inference_mode": True}
     # PEFT writes `auto_mapping`, a class to import, where the task is not given.
@@ -34,8 +34,8 @@ class PeftTargets:
 
     Attributes:
         names: last parts of their paths, or whole paths; see `peft_target_names`.
-        layers_path: where the base has its layers, e.g. ``"model.layers"``.
-        fan_in_fan_out: whether they keep their weights transposed, as GPT-2's do.
+        layers_path: path of the base's decoder layers, e.g. ``"model.layers"``.
+        fan_in_fan_out: whether the linears store their weights transposed, as in GPT-2.
     """
 
     names: tuple[str, ...]
@@ -44,7 +44,7 @@ class PeftTargets:
 
 
 def peft_targets(sites: list[Any], base: Any) -> PeftTargets:
-    """Say how PEFT finds the linears that a DoRA sits on.
+    """Return how PEFT finds the linears that a DoRA adapts.
 
     Args:
         sites: the linears.
@@ -67,10 +67,10 @@ def write_peft_folder(
     """Write a DoRA adapter for PEFT.
 
     Args:
-        folder: where to.
-        config: our configuration.
+        folder: the folder to write to.
+        config: the adapter's DoraConfig.
         tensors: {canonical name: tensor}.
-        targets: the linears it sits on.
+        targets: the linears it adapts.
         base_id: the base's id on the Hub.
         base_revision: its commit.
     """
@@ -119,7 +119,7 @@ def copy_peft_weights(source: Path, out: Path) -> None:
 
 
 def with_peft(base: Any, folder: Path) -> Any:
-    """Put an adapter in PEFT's format onto `base`. PEFT only warns of missing tensors: here that is an error.
+    """Load an adapter in PEFT's format onto `base`. Missing tensors, for which PEFT only warns, are an error.
 
     Raises:
         ValueError: a tensor is missing, or the file does not fit.

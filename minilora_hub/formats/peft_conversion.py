@@ -48,13 +48,14 @@ def as_dora(adapter: PeftAdapter) -> tuple[Any, dict[str, torch.Tensor]]:
     """Return a DoRA of PEFT's format as a DoraConfig and ``{canonical name: tensor}``.
 
     Raises:
-        AdapterError: it sits where our format has no place: outside the decoder layers, or in some of them only.
+        AdapterError: it adapts linears outside the decoder layers, or only some of the layers, which our format does
+            not support.
     """
     layers_path = adapter.base.layers_path
     try:
         tensors = {from_peft(name, layers_path): tensor for name, tensor in adapter.tensors().items()}
     except ValueError as error:
-        raise AdapterError(f"{error}: a DoRA outside the decoder layers cannot be honoured") from error
+        raise AdapterError(f"{error}: a DoRA outside the decoder layers is not supported") from error
     ranks = {
         f"layers.{path.removeprefix(f'{layers_path}.')}": (update.lora_a.shape[0], update.scaling)
         for path, update in adapter.updates.items()
@@ -68,12 +69,12 @@ def as_dora(adapter: PeftAdapter) -> tuple[Any, dict[str, torch.Tensor]]:
             check_against_base(config, tensors, adapter.base)
             return config, tensors
     except (AdapterError, ValueError):
-        pass  # a pattern with the base's own paths: one entry a linear, below
+        pass  # a pattern with the base's own paths: use one entry per linear, see below
     return DoraConfig(**settings, **_explicit_patterns(adapter, ranks)), tensors
 
 
 def _explicit_patterns(adapter: PeftAdapter, ranks: dict[str, tuple[int, float]]) -> dict[str, Any]:
-    """rank_pattern and alpha_pattern with one entry a linear, for those that differ from the common settings."""
+    """Return rank_pattern and alpha_pattern with one entry for each linear that differs from the common settings."""
     config, rank_pattern, alpha_pattern = adapter.config, {}, {}
     for name, (r, scaling) in ranks.items():
         alpha = scaling * (math.sqrt(r) if config["use_rslora"] else r)
@@ -86,7 +87,7 @@ def _explicit_patterns(adapter: PeftAdapter, ranks: dict[str, tuple[int, float]]
 
 
 class PeftLoraConfig(DoraConfig):
-    """The configuration of a LoRA or DoRA with the rank and scaling of each linear in place of patterns."""
+    """Configuration of a LoRA or DoRA with explicit rank and scaling per linear instead of patterns."""
 
     def __init__(self, *, use_dora: bool = False, of_linears: dict[str, tuple[int, float]] | None = None, **kwargs):
         """`of_linears`: name of a linear -> (rank, scaling)."""
@@ -100,14 +101,14 @@ class PeftLoraConfig(DoraConfig):
 
 
 def read_peft_lora(source: AdapterFolder, base: BaseSource) -> tuple[PeftLoraConfig, dict[str, Any], list[LinearSite]]:
-    """Read a LoRA or DoRA for `base`, which is not changed. It may sit on any linear, the head included.
+    """Read a LoRA or DoRA for `base`, which is not changed. It may adapt any linear, including the head.
 
     Returns:
-        The configuration, {name of the linear and the leaf: tensor}, and the linears it sits on; names are the base's
+        The configuration, {name of the linear and the leaf: tensor}, and the adapted linears; names are the base's
         own paths.
 
     Raises:
-        AdapterError: a setting cannot be honoured, or a tensor is missing, surplus, misshapen or not finite; the
+        AdapterError: a setting is not supported, or a tensor is missing, surplus, misshapen or not finite; the
             message names it.
     """
     adapter = read_peft(source, base)

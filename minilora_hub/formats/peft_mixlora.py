@@ -1,4 +1,4 @@
-"""A MixLoRA in the layout of our PEFT method (`MixLoraPeftConfig`): other names, the same tensors, bit for bit."""
+"""Convert a MixLoRA from and to the layout of the PEFT method (`MixLoraPeftConfig`): the same tensors, renamed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_peft_mixlora(
         folder: an existing folder.
         config: its MixLoraConfig.
         tensors: ``{canonical name: tensor}``.
-        sites: where it sits in the base.
+        sites: the adapted modules of the base.
         base: its base.
 
     Returns:
@@ -70,15 +70,17 @@ def read_peft_mixlora(source: AdapterFolder, base: BaseSource) -> tuple[Any, dic
         A MixLoraConfig and ``{canonical name: tensor}``; `write_ours` checks them against the base.
 
     Raises:
-        AdapterError: the settings or the tensors cannot be read, or our format has no place for one of them.
+        AdapterError: the settings or the tensors cannot be read, or our format does not support one of them.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # PEFT only warns of settings that it does not know
+            warnings.simplefilter("error", UserWarning)  # PEFT only warns about unknown settings
             config = _our_config(source)
     except (ValueError, TypeError, KeyError, AttributeError, OSError, UserWarning) as error:
         reason = " ".join(str(error).split())[:300]
-        raise AdapterError(f"adapter {source.folder.name!r} cannot be read as a MixLoRA of PEFT's: {reason}") from error
+        raise AdapterError(
+            f"adapter {source.folder.name!r} cannot be read as a MixLoRA in PEFT's format: {reason}"
+        ) from error
     start = f"{PEFT_PREFIX}{base.layers_path}."
     tensors = {}
     for name, tensor in read_tensors(source.folder).items():

@@ -1,7 +1,7 @@
-"""LoRA, rsLoRA and DoRA adapters in PEFT's format, read strictly: what cannot be honoured is refused by name.
+"""Read LoRA, rsLoRA and DoRA adapters in PEFT's format strictly: unsupported settings are errors that name them.
 
-PEFT passes over settings that it does not know, and starts anew where a tensor is missing. Both change what the adapter
-computes, so here both are errors.
+PEFT ignores unknown settings, and initialises missing tensors anew. Both change the adapter's output, so here both are
+errors.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WRAPPERS = {
     "_fsdp_wrapped_module.": "FSDP",
     "_checkpoint_wrapped_module.": "activation checkpointing",
 }
-"""What a model that was saved inside of a wrapper has in the names of its tensors."""
+"""Parts of tensor names that show that a model was saved inside a wrapper, and the wrapper's name."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class PeftAdapter:
     """An adapter in PEFT's format, checked against its base.
 
     Attributes:
-        config: the settings that PEFT's LoraConfig takes, without those that are defaults or bookkeeping.
+        config: arguments for PEFT's LoraConfig, without defaults and bookkeeping fields.
         updates: {path of the linear in the base: update}.
         base: the base.
     """
@@ -78,7 +78,7 @@ def read_peft(source: AdapterFolder, base: BaseSource) -> PeftAdapter:
     """Read a LoRA or DoRA in PEFT's format.
 
     Raises:
-        AdapterError: a setting cannot be honoured, or a tensor is missing, surplus or misshapen.
+        AdapterError: a setting is not supported, or a tensor is missing, surplus or misshapen.
     """
     config = read_lora_settings(source)
     modules = dict(base.skeleton.named_modules())
@@ -119,11 +119,11 @@ def split_tensors(tensors: dict[str, torch.Tensor], use_dora: bool) -> dict[str,
         for part, wrapper in WRAPPERS.items():
             if part in name:
                 raise AdapterError(
-                    f"{name}: {part!r} in a tensor's name comes from saving the model inside of {wrapper}'s wrapper: "
-                    "save the model that the wrapper holds"
+                    f"{name}: {part!r} in a tensor's name comes from saving the model inside {wrapper}'s wrapper: "
+                    "save the wrapped model instead"
                 )
         if ".lora_embedding_" in name:
-            raise AdapterError(f"{name}: an update of token embeddings cannot be honoured, only those of linears")
+            raise AdapterError(f"{name}: updates of token embeddings are not supported, only those of linears")
         try:
             path, leaf = split_peft(name)
         except ValueError as error:
@@ -140,7 +140,7 @@ def split_tensors(tensors: dict[str, torch.Tensor], use_dora: bool) -> dict[str,
 
 
 def _rank_and_scaling(config: dict[str, Any], path: str) -> tuple[int, float]:
-    """Rank and scaling of a linear, with PEFT's own reading of the patterns."""
+    """Return rank and scaling of a linear, with patterns interpreted as in PEFT."""
     ranks, alphas = config["rank_pattern"], config["alpha_pattern"]
     r = ranks.get(get_pattern_key(ranks, path), config["r"])
     alpha = alphas.get(get_pattern_key(alphas, path), config["lora_alpha"])
@@ -148,7 +148,7 @@ def _rank_and_scaling(config: dict[str, Any], path: str) -> tuple[int, float]:
 
 
 def _check_layout(fan_in_fan_out: bool, adapted: dict[str, Any]) -> None:
-    """Raise an AdapterError where `fan_in_fan_out` is true of none of the linears. One setting may cover both kinds."""
+    """Raise AdapterError if `fan_in_fan_out` fits none of the linears; it may be set for a mix of both kinds."""
     kinds = {path: type(module).__name__ for path, module in adapted.items()}
     if not any((kind == "Conv1D") == fan_in_fan_out for kind in kinds.values()):
         path, kind = next(iter(kinds.items()))
@@ -170,13 +170,13 @@ def _drop_base_copies(tensors: dict[str, torch.Tensor], base: BaseSource) -> Non
         for name in (f"{PEFT_PREFIX}{path}.weight", f"{PEFT_PREFIX}{path}.base_layer.weight"):
             if name in tensors and not _same_values(tensors.pop(name), base.weight(path)):
                 raise AdapterError(
-                    f"{name}: differs from {path} of the base {base.name!r}: resized or trained embeddings cannot be "
-                    "honoured"
+                    f"{name}: differs from {path} of the base {base.name!r}: resized or trained embeddings are not "
+                    "supported"
                 )
 
 
 def _same_values(copy: torch.Tensor, own: torch.Tensor) -> bool:
-    """Whether two tensors are the same but for the dtype they are held in."""
+    """Whether two tensors are equal apart from their dtype."""
     if copy.shape != own.shape:
         return False
     own = own.detach().cpu()
@@ -201,13 +201,13 @@ def _linears(model: Any) -> set[str]:
 
 
 def _check_targets(source: AdapterFolder, model: Any, adapted: set[str]) -> None:
-    """Raise an AdapterError unless the linears that the settings name are those that have tensors."""
+    """Raise AdapterError unless the linears that the settings name are exactly those that have tensors."""
     targets = source.config["target_modules"]
     names = ("exclude_modules", "layers_to_transform", "layers_pattern")
     chosen: dict[str, Any] = {name: source.config.get(name) for name in names}
     linears = _linears(model)
     named = targets
-    if isinstance(targets, str) and targets.lower() == "all-linear":  # as in PEFT: every one but the head
+    if isinstance(targets, str) and targets.lower() == "all-linear":  # as in PEFT: all linears except the head
         head = model.get_output_embeddings()
         named = [path for path in linears if model.get_submodule(path) is not head]
     try:

@@ -1,7 +1,8 @@
-"""Read an adapter strictly from its folder: the one reader of every command that computes with it.
+"""Read an adapter strictly from its folder, for every command that computes with it.
 
-What `import` refuses, `export`, `compare`, `eval`, `combine` and `experts` refuse with the same message: all of them
-call `read_adapter` or the readers that it calls. `info`, which needs no base, calls `settings.check_settings`.
+`import`, `export`, `compare`, `eval`, `combine` and `experts` reject the same adapters with the same messages, because
+all of them call `read_adapter` or the readers that it calls. `info`, which needs no base, calls
+`settings.check_settings`.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ def read_adapter(source: AdapterFolder, base: BaseSource) -> tuple[Any, dict[str
         base: its base, which is not changed.
 
     Returns:
-        What `remote_code.attach.build_modules` takes: the configuration, ``{name: tensor}``, and the sites.
+        The arguments of `remote_code.attach.build_modules`: the configuration, ``{name: tensor}``, and the sites.
 
     Raises:
-        AdapterError: a setting cannot be honoured, or a tensor is missing, surplus, misshapen or not finite; the
+        AdapterError: a setting is not supported, or a tensor is missing, surplus, misshapen or not finite; the
             message names it. Or the folder is in another format, which `minilora import` reads.
     """
     if source.dialect == "minilora":

@@ -1,4 +1,4 @@
-"""Read the settings in adapter_config.json strictly: what cannot be honoured is refused. Torch is not needed."""
+"""Read the settings in adapter_config.json strictly: unsupported ones are errors. Torch is not needed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from minilora_hub.errors import AdapterError
 
 NUMBER = (int, float)
 NO_DROPOUT = 1e-12
-"""What the reference, which refuses a dropout of 0, is given in its place."""
+"""Written instead of a dropout of 0, which the reference rejects."""
 REFUSED = {
-    "alora_invocation_tokens": "an adapter that is on for a part of the text only",
+    "alora_invocation_tokens": "an adapter that is active in a part of the text",
     "arrow_config": "routing between adapters",
     "ensure_weight_tying": "tied adapters",
     "kasa_config": "KaSA",
@@ -28,15 +28,15 @@ REFUSED = {
     "use_qalora": "QA-LoRA, which pools its input",
     "velora_config": "VeLoRA",
 }
-"""Settings that change the result and have no place in our format: setting -> what it is."""
+"""Settings that change the result and are not supported: setting -> description."""
 PASSED_OVER = {
     "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules",
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core",
     "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type", "unsloth_fixed",
 }  # fmt: skip
-"""Settings that matter in training only, and those whose effect the names of the tensors show."""
+"""Settings that only affect training, and those whose effect is visible in the tensor names."""
 INITIALISED = ("gaussian", "orthogonal", "eva")
-"""Ways to start training that leave the base as it is. PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ do not."""
+"""Initialisations that do not change the base, unlike PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ."""
 
 
 class Settings:
@@ -44,7 +44,7 @@ class Settings:
 
     Args:
         content: the fields.
-        file: the name that errors say.
+        file: the name used in errors.
 
     Attributes:
         asked: names of the fields that were read.
@@ -54,10 +54,10 @@ class Settings:
         self.content, self.file, self.asked = content, file, set[str]()
 
     def get(self, name: str, kinds: type | tuple[type, ...], default: Any = None) -> Any:
-        """Return a field; `default` where it is missing or null.
+        """Return a field, or `default` if it is missing or null.
 
         Raises:
-            AdapterError: it is of another type.
+            AdapterError: it has another type.
         """
         self.asked.add(name)
         value = self.content.get(name)
@@ -69,10 +69,10 @@ class Settings:
         return value
 
     def require(self, name: str, kinds: type | tuple[type, ...]) -> Any:
-        """Return a field that must be there.
+        """Return a required field.
 
         Raises:
-            AdapterError: it is missing or of another type.
+            AdapterError: it is missing or has another type.
         """
         value = self.get(name, kinds)
         if value is None:
@@ -92,22 +92,22 @@ def read_lora_settings(source: AdapterFolder) -> dict[str, Any]:
     """Read adapter_config.json of a LoRA or DoRA; see `PeftAdapter.config`. Torch is not needed.
 
     Raises:
-        AdapterError: a setting is missing, out of range, or changes the result in a way that cannot be honoured.
+        AdapterError: a setting is missing, out of range, or changes the result in a way that is not supported.
     """
     settings = Settings(source.config)
     for name, what in REFUSED.items():
         settings.asked.add(name)
         if _is_set(source.config.get(name)):
-            raise settings.error(name, f"{what} cannot be honoured")
+            raise settings.error(name, f"not supported: {what}")
     if settings.get("task_type", str, "CAUSAL_LM") != "CAUSAL_LM":
         raise settings.error("task_type", "only CAUSAL_LM can be imported")
     if settings.get("bias", str, "none") != "none":
-        raise settings.error("bias", "trained biases of the base cannot be honoured")
+        raise settings.error("bias", "trained biases of the base are not supported")
     start = settings.get("init_lora_weights", (bool, str), True)
     if isinstance(start, str) and start not in INITIALISED:
         raise settings.error(
             "init_lora_weights",
-            "training has changed the base (PiSSA and its like): save it with "
+            "training has changed the base (PiSSA and similar methods): save it with "
             "path_initial_model_for_weight_conversion, which makes it a plain LoRA",
         )
     config = {
@@ -132,12 +132,12 @@ def read_lora_settings(source: AdapterFolder) -> dict[str, Any]:
     known = settings.asked | PASSED_OVER
     for name, value in source.config.items():
         if name not in known and _is_set(value):
-            raise settings.error(name, "this setting is not known here, so it cannot be honoured")
+            raise settings.error(name, "unknown setting, which is not supported")
     return config
 
 
 def _is_set(value: Any) -> bool:
-    """Whether a setting has an effect. A number counts as having one, 0 included: its default is not known."""
+    """Whether a setting has an effect. Any number counts, including 0, because its default is not known."""
     return value is not None and value is not False and value not in ([], {})
 
 
@@ -156,13 +156,13 @@ def read_reference_fields(source: AdapterFolder) -> dict[str, Any]:
     """Read the reference's adapter_config.json as fields of a MixLoraConfig, except the targets, which need the base.
 
     Raises:
-        AdapterError: one is missing, of the wrong type, or cannot be honoured.
+        AdapterError: a field is missing, has the wrong type, or is not supported.
     """
     settings = Settings(source.config)
     if settings.get("task_type", str, "CAUSAL_LM") != "CAUSAL_LM":
         raise settings.error("task_type", "only CAUSAL_LM can be imported")
     if settings.get("bias", str, "none") != "none":
-        raise settings.error("bias", "adapters with biases cannot be honoured")
+        raise settings.error("bias", "adapters with biases are not supported")
     return _common_fields(settings) | _expert_fields(settings) | _routing_fields(settings)
 
 
@@ -186,10 +186,10 @@ def _expert_fields(settings: Settings) -> dict[str, Any]:
     experts = Settings(settings.content | own, f"{PEFT_CONFIG}: expert_lora")
     for name in ("use_dora", "use_rslora"):
         if experts.get(name, bool, False) != settings.get(name, bool, False):
-            raise experts.error(name, "experts that differ from attention in this cannot be honoured")
+            raise experts.error(name, "experts that differ from attention in this setting are not supported")
     dropout = experts.get("lora_dropout", NUMBER, 0.0)
     if dropout != settings.get("lora_dropout", NUMBER, 0.0):
-        raise experts.error("lora_dropout", "a dropout of the experts' own cannot be honoured")
+        raise experts.error("lora_dropout", "a separate dropout of the experts is not supported")
     return {"expert_r": experts.require("r", int), "expert_alpha": experts.require("lora_alpha", NUMBER)}
 
 
@@ -224,7 +224,7 @@ def check_settings(source: AdapterFolder) -> None:
     """Check the settings of an adapter that is not in our format; the base is not needed.
 
     Raises:
-        AdapterError: one of them is missing, out of range or cannot be honoured.
+        AdapterError: a setting is missing, out of range or not supported.
     """
     if source.dialect == "peft":
         read_lora_settings(source)

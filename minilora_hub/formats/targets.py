@@ -1,4 +1,4 @@
-"""Names of the linears that an adapter sits on: as PEFT's `target_modules`, and as those of our format."""
+"""Convert the adapted linears to `target_modules`, in PEFT's format and in ours."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def peft_target_names(sites: list[Any], base: Any) -> list[str]:
 
 
 def shortest_names(paths: Collection[str], base: Any) -> list[str]:
-    """Return the last parts of these paths where they are those of no other module of the base, else the paths."""
+    """Return the last parts of these paths if no other module of the base has them, else the full paths."""
     names = {path.rpartition(".")[2] for path in paths}
     matched = {path for path, _ in base.named_modules() if path.rpartition(".")[2] in names}
     return sorted(names if matched == set(paths) else paths)
 
 
 def layer_targets(tensors: Collection[str], base: BaseSource) -> list[str] | str:
-    """Return the `target_modules` of our format that mean the linears of an adapter.
+    """Return the `target_modules` in our format for the adapted linears.
 
     Args:
         tensors: canonical names of its tensors, e.g. ``"layers.0.mlp.experts.up_proj.lora_A"``.
         base: the base.
 
     Raises:
-        AdapterError: a linear is adapted in some layers only.
+        AdapterError: a linear is adapted only in some layers.
     """
     from minilora_hub.remote_code.base_structure import find_decoder_layers, linears_in, matches_target
 

@@ -1,1 +1,1 @@
-"""The Hub: one client with retries, its errors in plain words, fetching a repo."""
+"""Access to the Hub: a client with retries, error messages, and downloads."""

@@ -1,4 +1,4 @@
-"""Ask the Hub who holds a token, what a repo holds and what it knows of a base; fetch a repo into the cache."""
+"""Query the Hub for the owner of a token, the content of a repo and facts about a base; download repos."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class RemoteState:
 
     Attributes:
         exists: whether it is there.
-        private: whether only its owner sees it.
+        private: whether it is private.
         head: the newest commit of the branch; None where the repo or the branch does not exist.
         files: {path: file} at that commit.
     """
@@ -194,7 +194,7 @@ def fetch(repo_id: str, *, revision: str | None, token: str | None, progress: bo
 
 
 class BaseOnHub:
-    """What the Hub says about the bases that adapters name. Each base is asked for once.
+    """The Hub's information about the bases of adapters. Each base is requested only once.
 
     Args:
         api: the client. Default: one with the user's own token.

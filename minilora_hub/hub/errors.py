@@ -1,4 +1,4 @@
-"""Retry calls to the Hub, and explain their failures in one line that says what to do."""
+"""Retry calls to the Hub, and convert their failures to one-line messages that say what to do."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def wait_after(error: BaseException, attempt: int) -> float:
 
 
 def explain(error: BaseException, repo_id: str, doing: str) -> str:
-    """Say in one line what failed and what to do.
+    """Return a one-line message about what failed and what to do.
 
     Args:
         error: what the client raised.

@@ -1,4 +1,4 @@
-"""Refuse an untrusted folder with deceptive files, before anything of it is read. Torch is not needed.
+"""Check an untrusted folder for links, special files and false sizes before it is read. Torch is not needed.
 
 It may hold a link to a file elsewhere on this machine, a pipe that never ends, a file of a few bytes that claims a
 terabyte, tensors that lie beyond the end of their file, or an index that names files in other folders.

@@ -1,1 +1,1 @@
-"""Connections to other libraries: transformers, PEFT, TRL, lm-eval."""
+"""Integrations with other libraries: transformers, PEFT, TRL, lm-eval."""

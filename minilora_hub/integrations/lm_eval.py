@@ -1,6 +1,6 @@
 """lm-eval's command line, with MIXLORA registered.
 
-lm-eval 0.4 has no way to name a plugin, and loads adapters through PEFT, which must know the method by then. All
+lm-eval 0.4 has no plugins, and loads adapters through PEFT, in which the method must already be registered. All
 arguments are lm-eval's own, e.g. ``python -m minilora_hub.integrations.lm_eval run --model hf --tasks arc_easy
 --model_args pretrained=HuggingFaceTB/SmolLM2-135M-Instruct,peft=user/my-mixlora``.
 """

@@ -13,10 +13,10 @@ from minilora_hub.remote_code.modeling_minilora import DoraForCausalLM, DoraMode
 
 
 def register() -> None:
-    """Make AutoConfig, AutoModel and AutoModelForCausalLM know `mixlora` and `dora`, and PEFT know `MIXLORA`.
+    """Register `mixlora` and `dora` with AutoConfig, AutoModel and AutoModelForCausalLM, and `MIXLORA` with PEFT.
 
-    Afterwards an adapter loads with our installed classes: no trust flag is needed, and code in its repo is not run.
-    Calling it again changes nothing.
+    Afterwards adapters load with the installed classes: no trust flag is needed, and code in the repo is not run.
+    Repeated calls have no effect.
 
     Raises:
         MiniLoraError: this version of PEFT is not known.

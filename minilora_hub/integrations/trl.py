@@ -40,7 +40,7 @@ from minilora_hub.remote_code.routing_record import (
 
 ATTRIBUTE = "_minilora_router_loss"
 FUSED_HEAD = "fused_lm_head"
-"""The argument with which TRL's trainers call the forward that they put in."""
+"""The argument with which TRL's trainers call their replacement of the forward."""
 ANNOUNCED = ("output_router_logits", "router_aux_loss_coef")
 
 _OPEN: ContextVar[tuple[OpenCall, ...]] = ContextVar("minilora_open_calls", default=())
@@ -54,8 +54,8 @@ class OpenCall:
         model: the model that was called.
         mixture: one of the active mixtures; None where no MixLoRA is active.
         record: the routing that is recorded.
-        context: the context manager to leave.
-        asked: whether the caller wants the outputs of the routers.
+        context: the context manager to exit.
+        asked: whether the caller requested the outputs of the routers.
     """
 
     model: Any
@@ -138,7 +138,7 @@ class RouterLoss:
             return None
         kwargs = {name: value for name, value in kwargs.items() if name != "output_router_logits"}
         if kwargs.get(FUSED_HEAD):
-            kwargs["output_router_logits"] = False  # else it would look for them in the decoder's outputs
+            kwargs["output_router_logits"] = False  # otherwise the model expects them in the decoder's outputs
         mixture = self._active_mixture()
         adds_loss = model.training and bool(self._weights(mixture)) and kwargs.get("labels") is not None
         needs_mask = mixture is not None and model.training and mixture.routing.needs_token_mask
@@ -230,7 +230,7 @@ def register() -> None:
 
 
 def add_to(model: Any) -> Callable[[], None]:
-    """Put the hooks on a `MixLoraForCausalLM`, and return the function that takes them away."""
+    """Add the hooks to a `MixLoraForCausalLM`, and return the function that removes them."""
     hooks = model.__dict__[ATTRIBUTE] = FusedHeadLoss(model)
     return hooks.remove
 

@@ -1,1 +1,1 @@
-"""Publishing: build, check, describe, send and prove an adapter; find and describe others."""
+"""Publishing: build, check, upload and verify an adapter; list and describe those on the Hub."""

@@ -1,4 +1,4 @@
-"""Describe an adapter, list those on the Hub, fetch one. Torch is not needed, and no code of an adapter is run."""
+"""Describe, list and download adapters. Torch is not needed, and no code of an adapter is run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from minilora_hub.hub.errors import FAILURES, explain, patiently
 SORTS = ("downloads", "likes", "last_modified", "created_at", "trending_score")
 LISTED = ["author", "cardData", "createdAt", "downloads", "lastModified", "likes", "private", "tags", "trendingScore"]
 LOOKED_AT = 1000
-"""The largest number of models that are looked at on a Hub that does not search by tag."""
+"""Maximum number of models that are listed and filtered here, on a Hub that does not search by tag."""
 SHOWN_SETTINGS = (
     "r",
     "lora_alpha",
@@ -64,13 +64,13 @@ SHOWN_CHECKPOINT = (
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What is known of an adapter without loading it.
+    """Facts about an adapter that are known without loading it.
 
     Attributes:
         name: the folder or the repo.
         revision: the commit; None for a folder.
         method: ``"MixLoRA"``, ``"DoRA"`` or ``"LoRA"``; for a whole model its architecture.
-        layout: ``"auto"`` (AutoModel with code of its own) or ``"peft"``, which can be published; ``"peft-mixlora"``
+        layout: ``"auto"`` (AutoModel with remote code) or ``"peft"``, which can be published; ``"peft-mixlora"``
             (MixLoRA as a PEFT method), ``"reference"`` (the format of the `mixlora` package) or ``"checkpoint"`` (a
             whole model, such as an export).
         base: the base it names.
@@ -107,7 +107,7 @@ class AdapterInfo:
     warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the fields as a JSON-serializable dictionary."""
         return asdict(self)
 
 
@@ -180,7 +180,7 @@ def info(
 
 
 def code_warnings(folder: Path) -> tuple[str, ...]:
-    """Return what in a folder refers to code elsewhere, a line each; empty if nothing does."""
+    """Return a line for each reference in a folder to code elsewhere; empty if there is none."""
     return tuple(str(reference) for reference in code_references(folder) if reference.problem)
 
 
@@ -227,7 +227,7 @@ def list_adapters(
 
 
 def _search(token: str | None, wanted: list[str], sort: Any, limit: int) -> list[Any]:
-    """Search by tags. Some Hubs ignore them and return other models: then all models are listed and filtered here.
+    """Search by tags. If the Hub ignores tags and returns other models, list all models and filter them here.
 
     Raises:
         PublishError: there are too many of them.
@@ -279,12 +279,12 @@ def pull(
     Args:
         repo_id: its id on the Hub.
         revision: branch, tag or commit. Default: main.
-        out: a folder to make; it appears whole or not at all. Default: the Hub's cache.
+        out: a new folder, written completely or not at all. Default: the Hub's cache.
         token: for private repos. Default: the one of ``hf auth login``.
         progress: show bars on stderr.
 
     Returns:
-        The folder. Nothing of it was run.
+        The folder. No code in it was run.
 
     Raises:
         AdapterError: it is not there, is not an adapter, or `out` exists.

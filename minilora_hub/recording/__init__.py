@@ -1,4 +1,4 @@
-"""Recordings: the logits that an adapter computes on its base, stored beside it.
+"""Recordings: reference logits of an adapter on its base, stored in its folder.
 
-Training records, and publishing uses the recording: so this room is below both.
+Training makes recordings and publishing uses them, so both import this package.
 """

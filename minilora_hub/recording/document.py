@@ -1,8 +1,8 @@
-"""`recording.json`: the logits that an adapter computes on its base, stored beside it so that a push loads no base.
+"""`recording.json`: reference logits of an adapter, stored in its folder so that a push does not have to load the base.
 
-The file itself is never published; `verification.json`, which is, is made from it. It is used as long as its key is the
-same: the hashes of the adapter's weights and configuration and of the code that is published with them, the fingerprint
-of the base, the dtype, and the versions of torch and transformers. Anything else records again.
+The file is not published; the published `verification.json` is made from it. A recording is valid as long as its key is
+unchanged: the hashes of the adapter's weights and configuration and of the published code, the fingerprint of the base,
+the dtype, and the versions of torch and transformers. Otherwise the logits are recorded again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ KNOWN_DTYPE = need(f"must be one of {tuple(TOLERANCES)}", lambda dtype, _: dtype
 
 @dataclass(frozen=True)
 class Recording(Document):
-    """What was computed with the base loaded.
+    """Reference logits, and facts that are only known while the base is loaded.
 
     Attributes:
         key: everything that the recording depends on; see `recording_key`.

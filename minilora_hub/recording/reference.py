@@ -1,4 +1,4 @@
-"""Record what an adapter computes on its base, and whether PEFT computes the same; reuse a recording that still holds.
+"""Record an adapter's reference logits, and check that PEFT computes the same; reuse a recording that is still valid.
 
 Both are loaded from their files by our installed classes: no code of the folder is run, and the model that was trained
 is not used.
@@ -42,7 +42,7 @@ class Obtained:
         reused: whether it was read from `recording.json`, so that the base was not loaded.
         reason: why it was reused or made.
         gap: its difference from an earlier verification.json; None where there is none to compare with.
-        note: what the author should know; None for nothing.
+        note: a note for the author, or None.
     """
 
     recording: Recording

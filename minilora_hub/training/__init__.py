@@ -1,1 +1,1 @@
-"""Train adapters: `run.train` makes one run, `sweep.sweep` many."""
+"""Train adapters: `run.train` for one run, `sweep.sweep` for several with varied settings."""

@@ -1,4 +1,4 @@
-"""Callbacks between training steps: progress on stderr, a stop on signals, a check of the gradients."""
+"""Trainer callbacks: progress on stderr, stopping on signals, and a check for non-finite gradients."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ProgressShown(TrainerCallback):
 
 
 class GradientsChecked(TrainerCallback):
-    """Stops before an optimizer step whose gradients are not finite: the weights stay as they were."""
+    """Stops before an optimizer step with non-finite gradients, so that the weights are not changed."""
 
     def __init__(self) -> None:
         self.trainer: Any = None
@@ -72,7 +72,7 @@ class StoppedBySignal(TrainerCallback):
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StoppedBySignal:
-        """Install the signal handlers, which only a program's main thread can do."""
+        """Install the signal handlers, if this is the main thread."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._handle)
@@ -97,7 +97,7 @@ class StoppedBySignal(TrainerCallback):
         return control
 
     def _on_any_process(self, args: Any) -> int | None:
-        """Return the signal that any process received: all must stop after the same step, or they deadlock."""
+        """Return the signal that any process received, since all must stop after the same step to avoid a deadlock."""
         if args.world_size <= 1:
             return self.number
         received = torch.tensor(self.number or 0, device=args.device)

@@ -1,13 +1,13 @@
-"""Read rows of training data from JSONL, CSV and Parquet files and from data sets on the Hub, each with its place.
+"""Read rows of training data from JSONL, CSV and Parquet files and from data sets on the Hub, each with its location.
 
-The fields of a row tell its kind, the first of these that fits:
+The fields of a row determine its kind, the first of these that matches:
 
-    messages             [{"role": "user", "content": …}, …]; the assistant's turns are learned
+    messages             [{"role": "user", "content": …}, …]; the loss covers the assistant's turns
     prompt, completion   texts, or lists of messages
     text                 plain text
 
 Rows of ShareGPT and Alpaca become messages (see `row_formats`). Other fields are ignored, except `tools`, which is
-passed to the chat template. A message with `weight` 0 (or `loss` false) is not learned. Nothing here loads torch.
+passed to the chat template. A message with `weight` 0 (or `loss` false) has no loss. Torch is not imported.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from minilora_hub.training.row_formats import (
 KINDS = {"messages": ("messages",), "prompt and completion": ("prompt", "completion"), "text": ("text",)}
 SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet")
 PARQUET_ROWS = 1000
-"""Rows of a Parquet file that are Python objects at one time."""
+"""Rows of a Parquet file that are converted to Python objects at a time."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A usable row: where it is (``"data.jsonl:3"``), which kind, and its fields."""
+    """A valid row: its location (``"data.jsonl:3"``), its kind, and its fields."""
 
     place: str
     kind: str
@@ -48,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used: where it is, and why."""
+    """An invalid row: its location, and the reason."""
 
     place: str
     reason: str
@@ -108,7 +108,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 yield place, json.loads(text)
             except (ValueError, RecursionError) as error:
-                yield place, BadRow(place, f"is no JSON ({_json_problem(error, text)})")
+                yield place, BadRow(place, f"is not JSON ({_json_problem(error, text)})")
 
 
 def _decoded(raw: bytes, number: int, place: str) -> str | BadRow:
@@ -154,9 +154,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
             yield place, _parsed_cells(dict(zip(heads, cells, strict=True)))
     except csv.Error as error:
         old = "new-line character" in str(error)
-        reason = (
-            "has lines that end with CR alone, as on an old Mac: save it with LF" if old else f"is no CSV ({error})"
-        )
+        reason = "has lines that end with CR only: save it with LF line endings" if old else f"is not CSV ({error})"
         raise DataError(f"{path.name}:{max(reader.line_num, 1)}: {reason}") from error
 
 
@@ -168,7 +166,7 @@ def _parsed_cells(fields: dict[str, str]) -> dict[str, Any]:
             try:
                 parsed[name] = json.loads(fields[name])
             except ValueError:
-                continue  # a text that starts like a list, or a broken list: the check of its kind says which
+                continue  # text that starts like a list, or an invalid list: a later check reports it
     return parsed
 
 
@@ -184,7 +182,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
                 number += 1
                 yield f"{path.name}, row {number}", without_nulls(fields)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path.name}: is no readable Parquet file ({str(error).splitlines()[0]})") from error
+        raise DataError(f"{path.name}: is not a readable Parquet file ({str(error).splitlines()[0]})") from error
 
 
 def _read_hub(name: str, split: str, revision: str | None) -> Iterator[tuple[str, Any]]:
@@ -212,7 +210,7 @@ def _read_hub(name: str, split: str, revision: str | None) -> Iterator[tuple[str
 
 
 def checked(place: str, value: Any) -> Row | BadRow:
-    """Return a parsed value as a row of a known kind, or the reason why it is none."""
+    """Return a parsed value as a row of a known kind, or as a bad row with the reason."""
     try:
         return _row(place, value)
     except ValueError as error:
@@ -239,7 +237,7 @@ def _row(place: str, value: Any) -> Row:
     _check_values(kind, fields)
     kept = {name: fields[name] for name in (*KINDS[kind], "tools") if fields.get(name) is not None}
     if surrogate := lone_surrogate(kept):
-        raise ValueError(f"holds half a character, {surrogate}, which no tokenizer can read: repair the text")
+        raise ValueError(f"contains a lone surrogate, {surrogate}, which no tokenizer can encode: repair the text")
     return Row(place, kind, kept)
 
 
@@ -250,14 +248,14 @@ def _check_values(kind: str, fields: dict[str, Any]) -> None:
             if not texts[name].strip() and name != "prompt":
                 raise ValueError(f"{name} is empty")
         elif kind == "text":
-            raise ValueError(f"text is a {type(fields[name]).__name__}, not a text")
+            raise ValueError(f"text is a {type(fields[name]).__name__}, not a string")
         else:
             _check_messages(name, fields[name])
     if kind == "messages":
         if not any(turn["role"] == "assistant" for turn in fields["messages"]):
-            raise ValueError("messages: has no turn of the assistant, so there is nothing to learn")
+            raise ValueError("messages: has no turn of the assistant, so there is nothing to train on")
     elif len(texts) == 1 and kind != "text":
-        raise ValueError("prompt and completion must both be texts, or both be lists of messages")
+        raise ValueError("prompt and completion must both be strings, or both be lists of messages")
     elif not texts:
         roles = {turn["role"] for turn in fields["completion"]}
         if roles != {"assistant"}:
@@ -266,7 +264,7 @@ def _check_values(kind: str, fields: dict[str, Any]) -> None:
 
 def _check_messages(name: str, value: Any) -> None:
     if not isinstance(value, list) or not value:
-        got = f"{type(value).__name__}{'' if value else ' without any'}"
+        got = type(value).__name__ if value else f"empty {type(value).__name__}"
         raise ValueError(f"{name} must be a list of messages, got {got}")
     for number, turn in enumerate(value, 1):
         try:
@@ -274,7 +272,7 @@ def _check_messages(name: str, value: Any) -> None:
                 got = repr(turn.get("role")) if isinstance(turn, dict) else type(turn).__name__
                 raise ValueError(f"must have a role, one of {', '.join(ROLES)}; got {got}")
             if not isinstance(turn.get("content"), str) and not turn.get("tool_calls"):
-                raise ValueError("must have a content, a text")
+                raise ValueError("must have a content, a string")
             check_turn(turn)
         except ValueError as error:
             raise ValueError(f"{name}, turn {number}: {error}") from None

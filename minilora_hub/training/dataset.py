@@ -1,7 +1,7 @@
-"""The rows of a run as examples for training and validation, in memory-mapped Arrow files.
+"""Store the tokenized training and validation rows in memory-mapped Arrow files.
 
-Millions of tokens as Python integers need some thirty times the memory of the file. Only the place of each row and its
-numbers of tokens are in memory.
+As Python integers, tokens need about thirty times the size of the file. Only the location and the token counts of each
+row are kept in memory.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from minilora_hub.training.tokens import IGNORED, Encoder, Example
 
 SHOWN = 2
 ROWS_AT_ONCE = 50
-"""Rows that are Python objects at one time."""
+"""Rows that are converted to Python objects at a time."""
 
 
 @dataclass(frozen=True)
 class ExampleRows:
-    """Examples in a file, in their order.
+    """Examples in an Arrow file, in order.
 
     Attributes:
         dataset: a `datasets.Dataset` with the columns ``input_ids`` and ``labels``.
-        places: where each row came from.
-        lengths: tokens of each row.
-        learned: tokens of each row that have a loss.
+        places: location of each row in the data.
+        lengths: number of tokens of each row.
+        learned: number of tokens of each row that have a loss.
     """
 
     dataset: Any
@@ -63,12 +63,12 @@ class ExampleRows:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run learns from and is validated on.
+    """The training and validation examples of a run.
 
     Attributes:
-        train: the examples.
-        validation: held-out ones; empty where there is no validation.
-        skipped: the rows that were left out.
+        train: the training examples.
+        validation: the validation examples; empty without validation.
+        skipped: the rows that were skipped.
     """
 
     train: ExampleRows
@@ -82,12 +82,12 @@ class TrainingData:
 
     @property
     def learned_tokens(self) -> int:
-        """Those of them that have a loss."""
+        """Tokens in the training rows that have a loss."""
         return sum(self.train.learned)
 
     @property
     def sha256(self) -> str:
-        """Hash of every token and label, which tells a resumed run whether the data is the same."""
+        """Hash of every token and label, by which a resumed run detects changed data."""
         digest = hashlib.sha256()
         for example in chain(self.train, self.validation):
             digest.update(json.dumps([example.input_ids, example.labels]).encode())
@@ -95,11 +95,11 @@ class TrainingData:
 
     @property
     def largest_id(self) -> int:
-        """The largest token id in it."""
+        """The largest token id in the data."""
         return max(max(example.input_ids) for example in chain(self.train, self.validation))
 
     def place_of(self, ids: list[int]) -> str | None:
-        """Return where the row with these ids came from; None if there is none."""
+        """Return the location of the row with these ids; None if there is no such row."""
         for rows in (self.train, self.validation):
             for index, length in enumerate(rows.lengths):
                 if length == len(ids) and rows[index].input_ids == ids:
@@ -116,13 +116,13 @@ def prepare_data(
     ends: Sequence[int] | None = None,
     now: datetime | None = None,
 ) -> TrainingData:
-    """Read, check and tokenize the rows, and hold some out.
+    """Read, check and tokenize the rows, and split off the validation rows.
 
     Args:
-        settings: which data, and how rows are cut and learned.
+        settings: the data, and how rows are truncated and labelled.
         tokenizer: the base's.
         context: the base's context, in tokens.
-        folder: for the files with the tokens; it must exist as long as they are used.
+        folder: folder for the token files; it must exist as long as they are used.
         ends: see `Encoder`.
         now: see `Encoder`.
 
@@ -162,7 +162,7 @@ def _examples(
     columns = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.unlink(missing_ok=True)  # a process that has mapped an older one keeps it
+        file.unlink(missing_ok=True)  # a process that has mapped the old file is not affected
         with ArrowWriter(features=columns, path=str(file), writer_batch_size=ROWS_AT_ONCE) as writer:
             for row in read_rows(sources, split=settings.data_split, revision=settings.data_revision):
                 example = row if isinstance(row, BadRow) else encoder.encode(row)
@@ -177,7 +177,7 @@ def _examples(
     except OSError as error:
         reason = error.strerror or error
         raise DataError(
-            f"the rows' tokens cannot be kept in {str(file.parent)!r} ({reason}): make room, or set TMPDIR"
+            f"the rows' tokens cannot be written to {str(file.parent)!r} ({reason}): free disk space, or set TMPDIR"
         ) from error
     if bad and not settings.skip_bad_rows:
         shown = "; ".join(f"{row.place}: {row.reason}" for row in bad[:SHOWN])

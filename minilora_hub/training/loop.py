@@ -20,7 +20,7 @@ from minilora_hub.training.settings import TrainingSettings
 
 @contextmanager
 def known_warnings_ignored() -> Iterator[None]:
-    """Ignore warnings of the libraries about each other, and about what is handled here."""
+    """Ignore warnings that libraries raise about each other, and about cases that are handled here."""
     with warnings.catch_warnings():
         for start in (
             "`is_gradient_checkpointing` is deprecated",  # PEFT reads transformers' old name
@@ -35,7 +35,7 @@ def known_warnings_ignored() -> Iterator[None]:
 def build_trainer(
     settings: TrainingSettings, trainee: Trainee, data: TrainingData, tokenizer: Any, out: Path, processes: int
 ) -> tuple[Any, Shape]:
-    """Return the trainer, ready to run, and how the rows become steps.
+    """Return the trainer, ready to run, and the shape of its steps.
 
     Raises:
         TrainingError: packed rows would attend to each other on this base.
@@ -73,7 +73,7 @@ def build_trainer(
     if recipe.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping))
     if packed:
-        _require_rows_kept_apart(trainee.model, data.train)
+        _require_independent_rows(trainee.model, data.train)
     return trainer, shape
 
 
@@ -135,8 +135,8 @@ def _arguments(settings: TrainingSettings, shape: Shape, out: Path, validated: b
     return SFTConfig(**arguments | {checkpointing: recipe.gradient_checkpointing})
 
 
-def _require_rows_kept_apart(model: Any, examples: ExampleRows) -> None:
-    """Raise if two packed rows do not give the logits that each gives alone, on this base with this attention."""
+def _require_independent_rows(model: Any, examples: ExampleRows) -> None:
+    """Raise if the logits of two packed rows differ from those of each row alone, with this base and attention."""
     import torch
 
     rows = [examples[index].input_ids[:24] for index in range(min(2, len(examples)))]

@@ -1,7 +1,8 @@
 """Plain LoRA for training: DoRA's modules without a magnitude, saved in PEFT's format.
 
-It uses our own modules rather than PEFT's, so that all methods of `OURS` share initial weights for a seed, checkpoints
-and the treatment of quantised bases. Transformers reads PEFT's format itself, so a published LoRA needs no remote code.
+It uses minilora_hub's modules rather than PEFT's, so that all methods of `OURS` share the initial weights of a seed,
+the checkpoint format and the handling of quantised bases. Transformers reads PEFT's format, so a published LoRA needs
+no remote code.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class LoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
 
     @classmethod
     def _refused_linears(cls, base: Any) -> dict[str, str]:
-        """Return the linears that PEFT refuses, as PEFT must be able to read what is saved."""
+        """Return the linears that PEFT does not support, since PEFT must be able to load the saved adapter."""
         from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 
         refused: dict[str, str] = {}
@@ -55,7 +56,7 @@ class LoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
             try:
                 _check_lora_target_modules_mamba(PeftLoraConfig(), base, path.rpartition(".")[2])
             except ValueError:
-                refused[path] = "PEFT, in whose format a LoRA is saved, refuses it on this kind of base"
+                refused[path] = "a LoRA is saved in PEFT's format, and PEFT does not support it on this kind of base"
         return refused
 
     def save_pretrained(  # type: ignore[override]  # as on `AdaptedModel`

@@ -19,7 +19,7 @@ class Trainee:
 
     Attributes:
         model: the base with the adapter in it; only the adapter requires gradients.
-        base_parameters: how many the base has.
+        base_parameters: number of parameters of the base.
         fingerprint: hash of the base's weights.
     """
 
@@ -39,7 +39,7 @@ def load_tokenizer(resolved: ResolvedBase) -> Any:
         known = end_token_ids(tokenizer, base_generation_config(resolved))
         example = tokenizer.convert_ids_to_tokens(known[0]) if known else "</s>"
         raise BaseModelError(
-            f"base {resolved.name!r}: its tokenizer has no eos token, so no answer would end: write one into its "
+            f"base {resolved.name!r}: its tokenizer has no eos token, so answers would not end: set one in its "
             f'tokenizer_config.json, e.g. "eos_token": "{example}"'
         )
     if tokenizer.pad_token is None:
@@ -57,7 +57,7 @@ def base_context(resolved: ResolvedBase) -> int:
 
 
 def base_generation_config(resolved: ResolvedBase) -> Any:
-    """Return the base's generation settings from its folder, or those that its configuration implies."""
+    """Return the base's generation settings from its folder, or the defaults from its configuration."""
     from transformers import AutoConfig, GenerationConfig
 
     if (resolved.path / "generation_config.json").is_file():
@@ -76,7 +76,7 @@ def check_embedding(model: Any, tokenizer: Any, largest: int, resolved: Resolved
         token = tokenizer.convert_ids_to_tokens(largest)
         raise BaseModelError(
             f"base {resolved.name!r}: its tokenizer writes {token!r} as id {largest}, "
-            f"and the base has embeddings for {rows} ids: use the tokenizer that it was made with, or resize the "
+            f"and the base has embeddings for {rows} ids: use the base's original tokenizer, or resize the "
             "embeddings (resize_token_embeddings), train them and save the base"
         )
 
@@ -91,7 +91,7 @@ def compute_dtype(settings: TrainingSettings) -> Any:
 
 
 def build_trainee(settings: TrainingSettings, resolved: ResolvedBase) -> Trainee:
-    """Load the base and put a fresh adapter into it.
+    """Load the base and add a fresh adapter.
 
     Raises:
         BaseModelError: the base cannot be loaded.
@@ -161,10 +161,10 @@ def _ours(settings: TrainingSettings, resolved: ResolvedBase, arguments: dict[st
 
 
 def trainable_parameters(model: Any) -> dict[str, Any]:
-    """Return ``{name: parameter}`` of everything that learns.
+    """Return ``{name: parameter}`` of the trainable parameters.
 
     Raises:
-        TrainingError: nothing learns.
+        TrainingError: there are none.
     """
     found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not found:

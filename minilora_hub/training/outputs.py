@@ -1,4 +1,4 @@
-"""The output folder of a run: adapter, tokenizer, settings, loss curve, and the facts for results.json."""
+"""Write the output of a run: adapter, tokenizer, settings, loss curve and results.json."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write_result(
         settings: of the run.
         resolved: the base.
         trainee: the trained model.
-        data: what it learned from.
+        data: the training data.
         tokenizer: saved beside the adapter.
         ends: ids of the tokens that end an answer, for the saved generation settings.
         history: the trainer's log.
@@ -123,7 +123,7 @@ def _results(
     seconds: float,
 ) -> Results:
     trained = sum(parameter.numel() for parameter in trainable_parameters(trainee.model).values())
-    parameters = 2 * trained if settings.method == "pissa" else trained  # which is saved at twice its rank
+    parameters = 2 * trained if settings.method == "pissa" else trained  # PiSSA is saved at twice its rank
     files = [Path(source).name for source in settings.data]
     from_hub = not any(Path(source).suffix or Path(source).exists() for source in settings.data)
     tokens, items = data.tokens, len(data.train)
@@ -131,7 +131,7 @@ def _results(
         DataSource(
             name,
             description=settings.about_data,
-            # The counts of each file are not kept.
+            # There are no counts per file.
             items=items if len(files) == 1 else None,
             tokens=tokens if len(files) == 1 else None,
         )
@@ -199,7 +199,7 @@ def _hyperparameters(settings: TrainingSettings) -> dict[str, Any]:
 
 
 def _hardware() -> str:
-    """Return what this process computes on, without the machine's name."""
+    """Return a description of the GPUs or the CPU, without the machine's name."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,8 +1,8 @@
 """Train PEFT's own methods in the same loop, and save them in PEFT's format.
 
-Some need more than PEFT does:
+Some methods need more than PEFT provides:
 
-    PiSSA     changes the base's weights, so the difference to the start is saved: a LoRA of twice the rank
+    PiSSA     changes the base's weights, so the difference from the initial state is saved: a LoRA of twice the rank
     LoftQ     is computed on any device and for any alpha (PEFT 0.21 requires CUDA and alpha = r)
     AdaLoRA   needs the number of steps, and each step's gradients; its importance scores are checkpointed
 """
@@ -29,7 +29,7 @@ from minilora_hub.training.recipes import peft_config_class
 from minilora_hub.training.settings import TrainingSettings
 
 UNSCHEDULED = 10**9
-"""AdaLoRA's configuration asks for the number of steps before there are any; `method_callbacks` replaces this."""
+"""Placeholder for AdaLoRA's total number of steps, which is not known yet; `method_callbacks` replaces it."""
 
 
 def build_peft_model(settings: TrainingSettings, resolved: ResolvedBase, arguments: dict[str, Any]) -> Any:
@@ -37,7 +37,7 @@ def build_peft_model(settings: TrainingSettings, resolved: ResolvedBase, argumen
 
     Raises:
         BaseModelError: the base cannot be loaded.
-        ValueError: PEFT refuses the configuration or the base.
+        ValueError: PEFT rejects the configuration or the base.
     """
     base = load_base(resolved, **arguments)
     keep_4bit_weights_exact(base)
@@ -105,12 +105,12 @@ def save_peft_adapter(model: Any, out: Path, settings: TrainingSettings, resolve
         saved = Path(scratch, "saved")
         model.save_pretrained(str(saved), **conversion)
         for name in (PEFT_CONFIG, WEIGHTS):
-            (saved / name).replace(out / name)  # without the card that PEFT writes: a push writes its own
+            (saved / name).replace(out / name)  # not the card that PEFT writes: a push writes its own
     model.get_base_model().generation_config.save_pretrained(out)
 
 
 def method_callbacks(model: Any, steps: int) -> list[Any]:
-    """Return the callbacks that a method needs between steps.
+    """Return the trainer callbacks that a method needs.
 
     Raises:
         TrainingError: AdaLoRA's schedule does not fit the number of steps.
@@ -122,7 +122,7 @@ def method_callbacks(model: Any, steps: int) -> list[Any]:
         config.tinit, config.tfinal = steps // 10, steps // 3
     if config.tinit >= steps - config.tfinal:
         raise TrainingError(
-            f"tinit={config.tinit} and tfinal={config.tfinal} leave none of the {steps} steps to reduce ranks in: "
+            f"tinit={config.tinit} and tfinal={config.tfinal} leave none of the {steps} steps for reducing ranks: "
             "lower them, or train longer"
         )
     config.total_step = steps
@@ -139,8 +139,8 @@ class RanksAllocated(TrainerCallback):
 SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
-def scores_to_keep(model: Any) -> dict[str, Any]:
-    """Return AdaLoRA's importance scores and ranks so far, which a checkpoint needs; nothing for other methods."""
+def allocation_state(model: Any) -> dict[str, Any]:
+    """Return AdaLoRA's current importance scores and ranks for a checkpoint; empty for other methods."""
     allocator = getattr(getattr(model, "base_model", None), "rankallocator", None)
     if allocator is None:
         return {}
@@ -149,8 +149,8 @@ def scores_to_keep(model: Any) -> dict[str, Any]:
     return kept | {f"ranks/{name}": torch.tensor(mask, dtype=torch.float32) for name, mask in ranks.items()}
 
 
-def restore_scores(model: Any, tensors: dict[str, Any]) -> None:
-    """Restore the scores and ranks that `scores_to_keep` returned."""
+def restore_allocation_state(model: Any, tensors: dict[str, Any]) -> None:
+    """Restore the scores and ranks that `allocation_state` returned."""
     allocator = model.base_model.rankallocator
     found: dict[str, dict[str, Any]] = {kind: {} for kind in (*SCORES, "ranks")}
     for key, value in tensors.items():

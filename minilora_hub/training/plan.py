@@ -1,4 +1,4 @@
-"""The plan of a run, printed before it starts: steps, memory and time, the latter two measured on one batch."""
+"""Make the plan of a run, which is printed before it starts: steps, and memory and time measured on one batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from minilora_hub.training.settings import TrainingSettings
 
 @dataclass(frozen=True)
 class Shape:
-    """How the rows become steps.
+    """How rows are divided into steps.
 
     Attributes:
         micro_batch: rows per forward pass and process.
@@ -34,25 +34,25 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a run, as it is printed and as `--json` has it.
+    """The plan of a run, as it is printed, and as `--json` outputs it.
 
     Attributes:
-        trainable: parameters that learn.
-        share: their share of the base's.
-        rows: rows to train on.
-        validation_rows: rows held out.
-        skipped_rows: rows left out.
-        tokens: in an epoch.
-        learned_tokens: those with a loss.
+        trainable: number of trainable parameters.
+        share: their share of the base's parameters.
+        rows: number of training rows.
+        validation_rows: number of validation rows.
+        skipped_rows: number of skipped rows.
+        tokens: tokens per epoch.
+        learned_tokens: tokens per epoch that have a loss.
         longest: tokens in the longest row.
         steps: optimizer steps.
         batch: rows per step, over all processes.
         base_bytes: memory of the base's weights.
         learning_bytes: memory of the adapter, its gradients and the optimizer's state.
-        activation_bytes: memory that a forward pass of the longest rows keeps for the backward pass.
+        activation_bytes: memory of the activations that a forward pass of the longest rows saves for backward.
         seconds: expected time.
-        packed: whether a step's rows are packed ones.
-        ends: the tokens that end an answer: what is learned ends with one, and generation stops at each.
+        packed: whether the rows of a step are packed.
+        ends: the tokens that end an answer: trained answers end with one, and generation stops at each.
     """
 
     trainable: int
@@ -73,7 +73,7 @@ class Plan:
     ends: tuple[str, ...]
 
     def lines(self) -> list[tuple[str, str]]:
-        """Return the plan for people: (what, how much)."""
+        """Return the plan for the terminal, as pairs of label and value."""
         held = f", {self.validation_rows:,} held out" if self.validation_rows else ""
         skipped = f", {self.skipped_rows:,} skipped" if self.skipped_rows else ""
         parts = {"base": self.base_bytes, "adapter and optimizer": self.learning_bytes}
@@ -92,7 +92,7 @@ class Plan:
 
 
 def shape_of(settings: TrainingSettings, rows: int, processes: int) -> Shape:
-    """Return how rows, or packed rows, become steps on a number of processes.
+    """Divide rows, or packed rows, into steps on a number of processes.
 
     Raises:
         ValueError: the processes or micro-batches do not divide the batch.
@@ -119,16 +119,16 @@ def make_plan(
     ends: list[int],
     device: Any,
 ) -> Plan:
-    """Make the plan: one batch of typical rows goes forward and backward through the model, which is not changed.
+    """Make the plan, measuring a forward and a backward pass of one typical batch; the model is not changed.
 
     Args:
-        settings: what is asked for.
+        settings: settings of the run.
         data: the rows.
         trainee: the model.
         shape: steps and batches.
         tokenizer: the base's, with a padding token.
         ends: ids of the tokens that end an answer.
-        device: where it trains.
+        device: device to train on.
     """
     trainable = sum(parameter.numel() for parameter in trainable_parameters(trainee.model).values())
     frozen = [parameter for parameter in trainee.model.parameters() if not parameter.requires_grad]
@@ -161,7 +161,7 @@ def make_plan(
 
 
 def _probe(model: Any, data: TrainingData, rows: int, pad: int, device: Any) -> tuple[float, int, int]:
-    """Return (seconds, bytes kept for the backward pass, tokens) of a micro-batch of rows around the median length."""
+    """Return (seconds, bytes saved for backward, tokens) of a micro-batch of rows around the median length."""
     import torch
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -184,7 +184,7 @@ def _probe(model: Any, data: TrainingData, rows: int, pad: int, device: Any) -> 
     model.to(device).train()
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        for _ in range(2 if device.type == "cuda" else 1):  # the first one on a GPU also loads its kernels
+        for _ in range(2 if device.type == "cuda" else 1):  # the first pass on a GPU also loads kernels
             started = time.perf_counter()
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 outputs = model(**batch, use_cache=False, fused_lm_head=True)

@@ -1,10 +1,10 @@
-"""How a method is trained: the settings of a recipe, and each method's defaults.
+"""Settings of a training run (`Recipe`), and the defaults of each method.
 
-A setting is a field of the training itself (`Recipe`) or, under `adapter`, of the method's own configuration class,
-which checks its values: MixLoraConfig, DoraConfig, PEFT's LoraConfig and so on.
+A setting is a field of `Recipe` or, under `adapter`, of the method's own configuration class, which validates it:
+MixLoraConfig, DoraConfig, PEFT's LoraConfig and so on.
 
-The defaults are starting points, not results of a search: learning rates that the papers or the libraries name for
-adapters of this size, and a short warm-up into a cosine. `minilora sweep` finds better ones for your data.
+The defaults are starting points, not results of a search: learning rates from the papers or libraries for adapters of
+this size, and a short warm-up followed by cosine decay. `minilora sweep` finds better values for your data.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def plain_value(value: Any) -> Any:
-    """Return a number that YAML 1.1 reads as text (``1e-4`` has no dot) as a number, and a tuple as a list."""
+    """Convert a number that YAML 1.1 parses as text (``1e-4`` has no dot) to a number, and a tuple to a list."""
     if isinstance(value, str) and NUMBER.fullmatch(value):
         return float(value)
     return list(value) if isinstance(value, tuple) else value
@@ -39,9 +39,9 @@ def _number(value: Any) -> Any:
 def _texts(value: Any) -> tuple[str, ...]:
     items = [value] if isinstance(value, (str, os.PathLike)) else value
     if not isinstance(items, (list, tuple)):
-        raise ValueError("must be a list of texts")
+        raise ValueError("must be a list of strings")
     if "" in items:
-        raise ValueError("holds an empty text: leave it out")
+        raise ValueError("contains an empty string: leave it out")
     return tuple(str(item) for item in items)
 
 
@@ -68,42 +68,43 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of a training run, whatever the method.
+    """Settings of a training run, common to all methods.
 
     Attributes:
         adapter: fields of the method's own configuration.
-        learning_rate: the peak.
-        schedule: transformers' name of what follows the warm-up, e.g. ``"cosine"``, ``"linear"``, ``"constant"``.
+        learning_rate: the peak learning rate.
+        schedule: transformers' name of the schedule after the warm-up: ``"cosine"``, ``"linear"``, ``"constant"``, ….
         warmup: share of the steps over which the learning rate rises from 0.
-        epochs: passes over the data, where `max_steps` is not given.
+        epochs: passes over the data, if `max_steps` is not given.
         max_steps: optimizer steps.
         batch_size: rows per optimizer step, over all processes: the same on one process as on eight.
-        micro_batch_size: rows per forward pass and process; default: all of a step's. The rest is accumulated.
+        micro_batch_size: rows per forward pass and process; gradients are accumulated over a step's micro-batches.
+            Default: all rows of a step.
         batching: ``"shuffled"``; ``"length-grouped"`` puts rows of similar length together, which pads less;
-            ``"packed"`` lays rows end to end into rows of `max_length` tokens, each attending to itself only.
+            ``"packed"`` concatenates rows into sequences of `max_length` tokens; each row attends only to itself.
         optimizer: transformers' name, e.g. ``"adamw_torch"``, ``"paged_adamw_8bit"``.
-        loraplus_ratio: LoRA+ (arXiv 2402.12354): B learns that many times faster than A.
+        loraplus_ratio: LoRA+ (arXiv 2402.12354): the learning rate of B divided by that of A.
         weight_decay: decoupled, on matrices.
-        max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
-        max_length: tokens in a row at most; default: the base's context.
+        max_grad_norm: gradients are clipped to this norm; 0 turns clipping off.
+        max_length: maximum tokens in a row; default: the base's context.
         truncate: cut longer rows at their end; otherwise a longer row is an error.
-        loss_on: ``"completions"``: what the model is to say; ``"all"``: prompts, too.
+        loss_on: ``"completions"``: completions and the assistant's turns; ``"all"``: every token.
         chat: write prompts as chat turns where the tokenizer has a chat template.
-        validation: share of the rows that is held out, or 0.
-        early_stopping: stop after that many evaluations without a better validation loss.
+        validation: share of the rows to hold out for validation, or 0.
+        early_stopping: stop after this many evaluations without a better validation loss.
         save_every: steps between checkpoints and evaluations; default: a tenth of the run.
-        keep_checkpoints: how many of the last to keep; the best one is kept, too.
-        dtype: of the base: ``"auto"`` is bfloat16 on a GPU that has it, else float32. Adapters learn in float32;
-            on a bfloat16 base they are rounded to it where they are multiplied.
-        save_dtype: of the saved adapter: ``"bfloat16"`` halves the file, DoRA's magnitudes stay float32. For our own
-            methods; PEFT's are saved as they were trained.
+        keep_checkpoints: number of latest checkpoints to keep, in addition to the best.
+        dtype: of the base: ``"auto"`` is bfloat16 on a GPU that supports it, else float32. Adapters are trained in
+            float32; on a bfloat16 base they are cast to bfloat16 for each product.
+        save_dtype: of the saved adapter: ``"bfloat16"`` halves the file, DoRA's magnitudes stay float32. Only for
+            minilora_hub's own methods; PEFT's are saved as trained.
         quantize: ``"nf4"`` or ``"int8"``: a quantised base (QLoRA, arXiv 2305.14314).
-        double_quant: with ``"nf4"``, quantise the constants, too.
+        double_quant: with ``"nf4"``, also quantise the quantisation constants.
         attention: transformers' name of the base's attention, e.g. ``"eager"``, quicker for short rows on a CPU;
             default: what transformers chooses.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         seed: of the adapter's initial weights, the order of the rows, dropout and the held-out rows.
-        report_to: where to log: ``"trackio"``, ``"tensorboard"``, ``"wandb"``.
+        report_to: trackers to log to: ``"trackio"``, ``"tensorboard"``, ``"wandb"``.
     """
 
     adapter: Mapping[str, Any] = field(default_factory=dict)
@@ -149,14 +150,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     # many experts serve a token, two by default. MixDoRA: experts and attention adapters are DoRA.
     "mixlora": {"adapter": _MIXLORA},
     "mixdora": {"adapter": _MIXLORA | {"use_dora": True}},
-    # LoRA scaled by alpha / sqrt(r), so that a larger rank does not learn slower (arXiv 2312.03732)
+    # LoRA scaled by alpha / sqrt(r), so that larger ranks do not train more slowly (arXiv 2312.03732)
     "rslora": {"learning_rate": 1e-4, "adapter": _PEFT_LORA | {"use_rslora": True}},
-    # starts from the base's principal components (arXiv 2404.02948); saved as a LoRA of twice the rank
+    # initialised with the base's principal components (arXiv 2404.02948); saved as a LoRA of twice the rank
     "pissa": {"learning_rate": 1e-4, "adapter": _PEFT_LORA | {"init_lora_weights": "pissa"}},
-    # starts where LoRA compensates the rounding of an NF4 base (arXiv 2310.08659)
+    # initialised to compensate the rounding of an NF4 base (arXiv 2310.08659)
     "loftq": {"quantize": "nf4", "double_quant": False, "adapter": _PEFT_LORA},
-    # starts at rank `init_r` and keeps the ranks that matter, `target_r` on average (arXiv 2303.10512); by default the
-    # ranks stay for the first tenth of the run and are fixed for its last third (`tinit`, `tfinal`)
+    # starts at rank `init_r` and prunes unimportant ranks, to `target_r` on average (arXiv 2303.10512); by default no
+    # rank is pruned in the first tenth of the run and in its last third (`tinit`, `tfinal`)
     "adalora": {
         "learning_rate": 1e-3,
         "adapter": {
@@ -167,19 +168,19 @@ RECIPES: dict[str, dict[str, Any]] = {
             "target_modules": "all-linear",
         },
     },
-    # learns a few coefficients of the update's spectrum (arXiv 2405.03003)
+    # trains a few coefficients of the update's spectrum (arXiv 2405.03003)
     "fourierft": {
         "learning_rate": 1e-3,
         "adapter": {"peft_type": "FOURIERFT", "n_frequency": 1000, "scaling": 150.0, "target_modules": "all-linear"},
     },
-    # frozen random matrices shared by all layers; two vectors per layer are learned (arXiv 2310.11454)
+    # frozen random matrices shared by all layers; two vectors per layer are trained (arXiv 2310.11454)
     "vera": {"learning_rate": 4e-3, "adapter": {"peft_type": "VERA", "r": 256, "target_modules": "all-linear"}},
     # any causal-LM method of PEFT: `peft_type` names it, the other fields are its configuration's
     "peft": {"adapter": {}},
 }
 """The defaults of each method that differ from `Recipe`."""
 OURS = ("lora", "dora", "mixlora", "mixdora")
-"""Trained by minilora_hub's own modules; the others by PEFT's."""
+"""Methods trained with minilora_hub's own modules; the others use PEFT's."""
 
 
 def adapter_field_names(method: str, chosen: Mapping[str, Any]) -> set[str]:

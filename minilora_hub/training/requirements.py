@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from minilora_hub.errors import MissingExtraError, TrainingError
 from minilora_hub.training.settings import TrainingSettings
 
-# Parts of optimizers' names, and the package that such an optimizer comes from; the first that fits counts.
+# Parts of optimizer names, and the package that provides such an optimizer; the first match counts.
 OPTIMIZER_PACKAGES = {
     "galore": "galore_torch",
     "apollo": "apollo_torch",
@@ -27,7 +27,7 @@ OPTIMIZER_PACKAGES = {
     "lion": "bitsandbytes",
 }
 SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
-"""Set by accelerate's launcher. On CPUs accelerate 1.15 would then train complete copies without a warning."""
+"""Variables that accelerate's launcher sets. On CPUs accelerate 1.15 would train full copies without a warning."""
 
 
 def check_requirements(settings: TrainingSettings) -> None:
@@ -67,13 +67,13 @@ def _check_optimizer(name: str) -> None:
     known = [member.value for member in OptimizerNames]
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3)
-        raise TrainingError(f"optimizer={name!r}: transformers has none of that name; similar: {', '.join(close)}")
+        raise TrainingError(f"optimizer={name!r}: transformers has no such optimizer; similar: {', '.join(close)}")
     package = next((package for mark, package in OPTIMIZER_PACKAGES.items() if mark in name), None)
     if package == "bitsandbytes":
         _need(package, "quant")
     elif package is not None and find_spec(package) is None:
         raise TrainingError(f"optimizer={name!r} needs the package {package}, which is not installed")
-    # bitsandbytes 0.50 has 8-bit states on CPUs, but would replace paged states by ordinary ones, with a warning.
+    # bitsandbytes 0.50 has 8-bit states on CPUs, but would replace paged states with ordinary ones and only warn.
     if "paged" in name and not torch.cuda.is_available():
         raise TrainingError(
             f"optimizer={name!r} needs a CUDA device, and there is none: pass {name.removeprefix('paged_')!r} "

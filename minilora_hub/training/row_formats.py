@@ -1,10 +1,10 @@
-"""Convert rows of ShareGPT and Alpaca to messages, and refuse rows that cannot be learned from.
+"""Convert rows of ShareGPT and Alpaca to messages, and reject rows that cannot be trained on.
 
     conversations          [{"from": "human", "value": …}, …] (ShareGPT), with `system` beside it
     instruction, output    texts (Alpaca), with `input`, `system` and `history` ([[question, answer], …]) beside them
 
-Fields that do not change what is learned are ignored, so files of ms-swift and LLaMA-Factory can be read as they are.
-Fields that would change it are refused: a preference pair, a rated answer, images.
+Fields that do not affect training are ignored, so files of ms-swift and LLaMA-Factory can be read unchanged. Rows with
+fields that would affect it are rejected: preference pairs, rated answers, images.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
 
 def check_learnable(fields: dict[str, Any]) -> None:
-    """Check that a row has no field that must not be ignored.
+    """Check that a row has no unsupported field that affects training.
 
     Raises:
-        ValueError: it has one.
+        ValueError: it has such a field.
     """
     rejected = next((name for name in REJECTED if fields.get(name)), None)
     if rejected:
         raise ValueError(
-            f"is a preference pair (it has {rejected!r}), and training learns from answers: write the better one "
+            f"is a preference pair (it has {rejected!r}), which is not supported here: write the better answer "
             "as completion, after its prompt, or train with TRL's DPOTrainer"
         )
     if isinstance(fields.get("label"), bool) and ("completion" in fields or "messages" in fields):
@@ -85,7 +85,7 @@ def _alpaca(fields: dict[str, Any]) -> list[dict[str, Any]]:
     texts = {name: fields.get(name) or "" for name in ("instruction", "input", "output")}
     for name, text in texts.items():
         if not isinstance(text, str):
-            raise ValueError(f"{name} is a {type(text).__name__}, not a text")
+            raise ValueError(f"{name} is a {type(text).__name__}, not a string")
     if not texts["output"].strip():
         raise ValueError("output is empty")
     pairs = fields.get("history") or []
@@ -103,7 +103,7 @@ def _system(fields: dict[str, Any]) -> list[dict[str, Any]]:
     if not text:
         return []
     if not isinstance(text, str):
-        raise ValueError(f"system is a {type(text).__name__}, not a text")
+        raise ValueError(f"system is a {type(text).__name__}, not a string")
     return [{"role": "system", "content": text}]
 
 
@@ -117,11 +117,11 @@ def parsed_tools(tools: Any) -> list[dict[str, Any]] | None:
         try:
             tools = json.loads(tools)
         except ValueError as error:
-            raise ValueError(f"tools is no JSON ({error})") from None
+            raise ValueError(f"tools is not JSON ({error})") from None
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError("tools must be a list of objects, or JSON text of one")
+        raise ValueError("tools must be a list of objects, or a JSON string of one")
     return tools
 
 
@@ -133,7 +133,7 @@ def check_turn(turn: dict[str, Any]) -> None:
     """
     weight = turn.get("weight")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise ValueError(f"weight={weight!r}: must be 0 (not learned) or 1")
+        raise ValueError(f"weight={weight!r}: must be 0 (no loss) or 1")
     if turn.get("loss") not in (None, True, False):
         raise ValueError(f"loss={turn['loss']!r}: must be true or false")
     calls = turn.get("tool_calls") or []
@@ -146,7 +146,7 @@ def check_turn(turn: dict[str, Any]) -> None:
             try:
                 arguments = json.loads(arguments)
             except ValueError as error:
-                raise ValueError(f"the arguments of a tool call are no JSON ({error})") from None
+                raise ValueError(f"the arguments of a tool call are not JSON ({error})") from None
         if arguments and not isinstance(arguments, dict):
             raise ValueError(f"the arguments of a tool call are a {type(arguments).__name__}, not an object")
 
@@ -154,7 +154,7 @@ def check_turn(turn: dict[str, Any]) -> None:
 def without_nulls(value: Any) -> Any:
     """Return a value without the fields that are None, at any depth.
 
-    An Arrow column has the same fields in every row: those that a row did not have are None.
+    An Arrow column has the same fields in every row; fields that a row lacked are None.
     """
     if isinstance(value, dict):
         return {name: without_nulls(item) for name, item in value.items() if item is not None}
@@ -162,7 +162,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def lone_surrogate(value: Any) -> str | None:
-    """Return the first lone surrogate in a value's texts, at any depth, as its escape in JSON."""
+    """Return the first lone surrogate in a value's strings, at any depth, as a JSON escape."""
     if isinstance(value, str):
         try:
             value.encode()

@@ -1,4 +1,4 @@
-"""`train`: one training run, from settings to a folder that is ready to publish."""
+"""Run one training (`train`), from settings to a folder that is ready to publish."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class TrainResult:
         out: the folder, ready for ``minilora push``.
         steps: optimizer steps.
         loss: the last training loss; None after a dry run.
-        validation_loss: the best one, whose weights were kept; None without validation.
-        best_step: the step that has it.
+        validation_loss: the best validation loss, whose weights were saved; None without validation.
+        best_step: the step with that loss.
         seconds: training time, resumed parts included.
-        plan: as it was printed before.
-        skipped: a line for each row that was left out.
-        main: whether this process, of several, writes and reports.
-        notes: what the user should know, a line each.
+        plan: the plan that was printed.
+        skipped: a line for each skipped row.
+        main: whether this is the process that writes and reports.
+        notes: notes for the user, a line each.
     """
 
     out: Path
@@ -66,7 +66,7 @@ def train(
     record: bool = True,
     **overrides: Any,
 ) -> TrainResult:
-    """Train an adapter, and write the folder that `minilora push` publishes.
+    """Train an adapter, and write a folder that `minilora push` can publish.
 
     Args:
         out: the folder: new or empty, unless a run in it is resumed.
@@ -78,11 +78,11 @@ def train(
         dry_run: make the plan only; write nothing.
         progress: show a bar on stderr.
         on_plan: called with the plan before training starts.
-        record: record reference logits at the end, so that a push need not load the base.
+        record: record reference logits at the end, so that a push does not have to load the base.
         **overrides: any field of `settings.TrainingSettings`, `recipes.Recipe` or the method's own configuration.
 
     Raises:
-        TrainingError: settings or data are wrong, or the training had to stop; the message says what is kept.
+        TrainingError: settings or data are wrong, or training stopped; the message says which checkpoint is saved.
         TrainingInterrupted: a signal stopped it, after a checkpoint was saved.
     """
     out = Path(out)
@@ -90,7 +90,7 @@ def train(
     settings = _resumed_settings(out, given, config) if resume else None
     if settings is None:
         settings = make_settings(read_yaml(Path(config)) if config else {}, given)
-    with quiet_libraries():  # while they are imported
+    with quiet_libraries():  # their output during import
         check_requirements(settings)
         import datasets  # noqa: F401  whose bars are switched off below
 
@@ -98,7 +98,7 @@ def train(
 
     with quiet_libraries(), known_warnings_ignored():
         place = _process()
-        # One process of several writes.
+        # Only one process writes.
         writes = place.is_main_process and not dry_run
         with folder_lock(out) if writes else nullcontext():
             if writes and not resume and not is_empty(out):
@@ -109,13 +109,13 @@ def train(
             with TemporaryDirectory(prefix="minilora-rows-", ignore_cleanup_errors=True) as folder:
                 shown = progress and place.is_main_process
                 result = _execute(out, settings, place, Path(folder), resume, dry_run, shown, on_plan)
-            if record and writes:  # the trained model is gone, so its memory can hold the base once more
+            if record and writes:  # the trained model was freed, so there is memory for the base
                 result = replace(result, notes=(*result.notes, *_record(out, settings)))
             return result
 
 
 def _resumed_settings(out: Path, given: dict[str, Any], config: str | Path | None) -> TrainingSettings | None:
-    """Return the settings a run began with, None where it never began; what is given again must be the same."""
+    """Return the settings that a run began with, or None if it never began; given settings must be equal to them."""
     if not (out / SETTINGS_FILE).is_file():
         if given.get("method"):
             return None
@@ -132,7 +132,7 @@ def _resumed_settings(out: Path, given: dict[str, Any], config: str | Path | Non
 
 
 def _process() -> Any:
-    """Return accelerate's view of this process among those of the run."""
+    """Return accelerate's state of this process."""
     import torch
     from accelerate import PartialState
 
@@ -184,11 +184,11 @@ def _execute(
     data = prepare_data(settings, tokenizer, base_context(base), folder, ends=ends, now=now)
     state = before or RunState(data.sha256, begun=begun)
     if state.data_sha256 != data.sha256:
-        raise TrainingError("--resume: the data is not what the run began with: restore it, or start a new run")
+        raise TrainingError("--resume: the data has changed since the run began: restore it, or start a new run")
     with collected_notes() as notes:
         trainee = build_trainee(settings, base)
     check_embedding(trainee.model, tokenizer, max(data.largest_id, tokenizer.pad_token_id), base)
-    scratch = folder / "plan"  # a trainer makes its folder at once, and a dry run must leave none
+    scratch = folder / "plan"  # a trainer creates its folder at once, and a dry run must not leave one
     trainer, shape = build_trainer(settings, trainee, data, tokenizer, scratch, place.num_processes)
     plan = make_plan(settings, data, trainee, shape, tokenizer, ends, trainer.args.device)
     if on_plan is not None and main:
@@ -230,7 +230,7 @@ def _train(trainer: Any, out: Path, shape: Shape, state: RunState, resume: bool,
 
     checkpoint = last_checkpoint(out) if resume else None
     if checkpoint and checkpoint.name == f"checkpoint-{shape.steps}":
-        trainer.take_over(checkpoint)  # it was killed after its last step
+        trainer.take_over(checkpoint)  # the run was killed after its last step
         return 0.0
     shown, started = ProgressShown(progress), time.perf_counter()
 
@@ -255,9 +255,9 @@ def _train(trainer: Any, out: Path, shape: Shape, state: RunState, resume: bool,
 
 
 def _record(out: Path, settings: TrainingSettings) -> tuple[str, ...]:
-    """Record the reference logits of the saved adapter, and return what the user should know.
+    """Record the reference logits of the saved adapter, and return notes for the user.
 
-    The run is over and saved: if this fails, a note says so, and a push records.
+    The adapter is saved already: if this fails, a note says so, and a push records the logits.
     """
     from minilora_hub.recording.reference import store_recording
     from minilora_hub.training.outputs import published_method
@@ -269,13 +269,13 @@ def _record(out: Path, settings: TrainingSettings) -> tuple[str, ...]:
         store_recording(out, resolve_base(settings.base, revision=settings.base_revision, progress=False))
     except (MiniLoraError, ValueError, OSError, RuntimeError, MemoryError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        return (f"what the adapter computes could not be recorded, a push does it: {reason}",)
+        return (f"the reference logits could not be recorded, so a push will record them: {reason}",)
     return ()
 
 
 @contextmanager
 def collected_notes() -> Iterator[list[str]]:
-    """Collect warnings about targets that were left out, instead of printing them."""
+    """Collect warnings about skipped targets, instead of printing them."""
     from minilora_hub.remote_code.probe import TargetsWarning
 
     notes: list[str] = []

@@ -1,6 +1,6 @@
-"""The output folder of a run: its lock, and the state of the run in it.
+"""Lock the output folder of a run, and store the state of the run in it.
 
-The state lets a run be resumed, and only with the data it started with.
+The state allows a run to be resumed, but only with the data it started with.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ LOCK_FILE, STATE_FILE = ".lock", "run.json"
 
 @contextmanager
 def folder_lock(out: Path) -> Iterator[None]:
-    """Hold the lock of an output folder, which is made if it is missing.
+    """Hold the lock of an output folder, creating the folder if it is missing.
 
-    The operating system releases the lock also after SIGKILL. The file in the folder says which process holds it; it is
-    removed at the end, and so is the folder if it was made here and nothing was written into it.
+    The operating system releases the lock even after SIGKILL. The lock file holds the id of its process; it is removed
+    at the end, as is the folder if it was created here and nothing was written into it.
 
     Raises:
-        TrainingError: another run holds the lock, or the folder cannot be made.
+        TrainingError: another run holds the lock, or the folder cannot be created.
     """
     new = not out.exists()
     lock, file = FileLock(out / LOCK_FILE), out / LOCK_FILE
@@ -77,7 +77,7 @@ class RunState:
         data_sha256: hash of its tokens and labels.
         seconds: training time up to the last checkpoint.
         finished: whether the result is written.
-        begun: when it began, in ISO format: the date that a chat template writes, also after a resume on another day.
+        begun: start time in ISO format, which chat templates use as the date even after a resume on another day.
     """
 
     data_sha256: str
@@ -91,7 +91,7 @@ class RunState:
 
 
 def read_state(out: Path) -> RunState | None:
-    """Return the state of the run in a folder, None where there is none.
+    """Return the state of the run in a folder, or None if there is none.
 
     Raises:
         TrainingError: the file is damaged.

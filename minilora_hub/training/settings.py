@@ -1,7 +1,6 @@
 """The settings of a training run: method, base, data and recipe, from defaults, a YAML file and overrides.
 
-They are also saved beside the result as ``training.yaml``, complete, so that the same run can be repeated from it.
-Nothing here loads torch.
+All settings are saved with the result as ``training.yaml``, from which the run can be repeated. Torch is not imported.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ SETTINGS_FILE = "training.yaml"
 REPORTERS = ("trackio", "tensorboard", "wandb")
 NEEDS = {
     "bool_type": "must be true or false",
-    "string_type": "must be a text",
+    "string_type": "must be a string",
     "too_short": "is empty: leave it out for the default",
     "greater_than": "must be above {gt}",
     "greater_than_equal": "must be at least {ge}",
@@ -31,26 +30,26 @@ NEEDS = {
     "literal_error": "must be one of {expected}",
     "value_error": "{error}",
 }
-"""What is needed, by the type of pydantic's error; the other types are numbers that cannot be read."""
+"""The requirement to report, by the type of pydantic's error; all other types are invalid numbers."""
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What is trained on what.
+    """Method, base, data and recipe of a training run.
 
     Attributes:
         method: a name in `RECIPES`.
         base: ``"embedded"``, a folder or a Hub id.
         data: files (``.jsonl``, ``.csv``, ``.parquet``), or one data set's id on the Hub.
-        recipe: how.
+        recipe: settings of the training.
         base_revision: branch, tag or commit of a base on the Hub.
         data_split: split of a Hub data set.
         data_revision: its branch, tag or commit.
         validation_data: files to validate on, instead of held-out rows.
-        skip_bad_rows: leave unusable rows out, and count them.
+        skip_bad_rows: skip and count invalid rows.
         license: of the adapter, for its card.
         language: codes of its languages, for its card.
-        about_data: what the data is, for the card.
+        about_data: description of the data, for the card.
     """
 
     method: str
@@ -67,13 +66,13 @@ class TrainingSettings:
     about_data: Text | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields flat, as the YAML file has them: the recipe's beside the run's own."""
+        """Return a flat mapping, as in the YAML file: the recipe's fields beside the others."""
         fields = dataclasses.asdict(self)
         fields |= fields.pop("recipe")
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     def save(self, folder: Path) -> None:
-        """Write ``training.yaml``, complete."""
+        """Write all settings to ``training.yaml``."""
         import yaml
 
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
@@ -135,7 +134,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file of overrides.
 
     Raises:
-        TrainingError: it is missing, no YAML, or no mapping.
+        TrainingError: it is missing, not YAML, or not a mapping.
     """
     import yaml
 
@@ -146,7 +145,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise TrainingError(f"config {str(path)!r} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise TrainingError(f"config {str(path)!r} must hold names and values, one a line: name: value")
+        raise TrainingError(f"config {str(path)!r} must be a mapping with one setting per line: name: value")
     return content
 
 
@@ -189,6 +188,6 @@ def _check_combinations(settings: TrainingSettings) -> None:
     for name in recipe.report_to:
         require(name in REPORTERS, "report_to", f"{name!r} is unknown; known are {', '.join(REPORTERS)}")
     if settings.method == "loftq":
-        require(recipe.quantize == "nf4", "quantize", "LoftQ is for an NF4 base: leave it out, or pass nf4")
+        require(recipe.quantize == "nf4", "quantize", "LoftQ needs an NF4 base: leave it out, or pass nf4")
     if settings.method == "pissa":
         require(recipe.quantize is None, "quantize", "PiSSA changes the base's weights: train it on an unquantised one")

@@ -1,11 +1,11 @@
 """Train an adapter repeatedly with varied settings, and find the settings with the lowest validation loss.
 
     grid    every combination of the listed values, in an order that follows from the seed
-    tpe     optuna's tree-structured Parzen estimator chooses values from lists and ranges
+    tpe     optuna's tree-structured Parzen estimator samples values from lists and ranges
 
-Each trial is a training run in a folder of its own, named after its values, and ready to publish like any other. A
-sweep that was stopped or killed is continued by the same call. Its trials must stay comparable, so it is not continued
-if code, libraries, data or base have changed since.
+Each trial is a training run in a separate folder, which is named after its values and can be published. The same call
+continues a sweep that was stopped or killed. Trials must stay comparable, so a sweep cannot be continued if code,
+libraries, data or base have changed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from minilora_hub.training.sweep_trials import Range, Search, Trial, TrialStore,
 DEFAULT_VALIDATION = 0.1
 DEFAULT_TRIALS = 20
 
-# Hashed as this module is imported: what a file holds later is not what this process runs.
+# Hashed at import, because the files may change while this process runs.
 CODE_AND_LIBRARIES = code_inputs("minilora_hub.training.sweep") | library_inputs("trl", "datasets", "optuna")
 
 
@@ -44,11 +44,11 @@ class SweepResult:
 
     Attributes:
         out: its folder.
-        trials: finished ones first, the best at the top.
-        best: None where every trial failed.
-        left: how many trials the budget did not allow.
-        notes: what the user should know, a line each.
-        main: whether this process, of several, writes and reports; the others have no trials here.
+        trials: the trials, finished ones first, by validation loss.
+        best: the best trial; None if every trial failed.
+        left: number of trials that the budget did not allow.
+        notes: notes for the user, a line each.
+        main: whether this is the process that writes and reports; in other processes `trials` is empty.
     """
 
     out: Path
@@ -70,16 +70,16 @@ def sweep(
     on_trial: Callable[[int, Trial], None] | None = None,
     **given: Any,
 ) -> SweepResult:
-    """Train with varied settings, and return the trials in the order of their validation loss.
+    """Train with varied settings, and return the trials ordered by validation loss.
 
     Args:
-        out: the folder of the sweep; the same sweep in it is continued.
+        out: the folder of the sweep; a sweep in it with the same arguments is continued.
         vary: any field that `train` takes -> its values, or a `Range` for ``"tpe"``.
         search: ``"grid"`` or ``"tpe"``.
         trials: the maximum number of trials. Default: the whole grid, or 20 for ``"tpe"``.
-        minutes: the maximum training time; a trial that would probably exceed it is not begun.
+        minutes: the maximum training time; a trial that would probably exceed it is not started.
         progress: show each run's bar on stderr.
-        on_trial: called with a trial's number and the trial, when it begins and when it ends.
+        on_trial: called with a trial's number and the trial, at its start and at its end.
         **given: all other arguments of `train`. By default a tenth of the rows is held out.
 
     Raises:
@@ -91,12 +91,12 @@ def sweep(
     _check(vary, search, given, trials, minutes)
     config = read_yaml(Path(given["config"])) if given.get("config") else {}
     given = given | _validation(config, given, vary)
-    # Settings that are wrong for every trial stop the sweep here.
+    # Fail here if settings are wrong for every trial.
     example = {name: values.low if isinstance(values, Range) else values[0] for name, values in vary.items()}
     settings = make_settings(config, {name: value for name, value in given.items() if name != "config"} | example)
     sizes = [len(values) for values in vary.values() if not isinstance(values, Range)]
     most = trials or (DEFAULT_TRIALS if search == "tpe" else math.prod(sizes))
-    main = os.environ.get("RANK", "0") == "0"  # of several processes, this one samples and writes
+    main = os.environ.get("RANK", "0") == "0"  # the process that samples and writes
     with folder_lock(out) if main else nullcontext():
         store = None
         if main:
@@ -133,10 +133,10 @@ def _check(vary: Varied, search: str, given: dict[str, Any], trials: int | None,
 
 
 def _validation(config: dict[str, Any], given: dict[str, Any], vary: Varied) -> dict[str, float]:
-    """Return the share of rows to hold out, if neither the file nor the caller says what to validate on.
+    """Return the default validation share, if neither the file nor the caller sets validation data.
 
     Raises:
-        TrainingError: they say that nothing is held out.
+        TrainingError: validation is turned off.
     """
     merged: dict[str, Any] = {}
     for source in (config, given):
@@ -200,7 +200,7 @@ def _run(out: Path, trial: Trial, resume: bool, given: dict[str, Any], progress:
         result = train(folder, resume=resume, progress=progress, record=False, **given | trial.values)
     except (TrainingInterrupted, DataError):
         raise
-    except (TrainingError, ValueError) as error:  # e.g. a value that the method's configuration refuses, or a NaN
+    except (TrainingError, ValueError) as error:  # e.g. a value that the method's configuration rejects, or a NaN
         return replace(trial, state="failed", reason=str(error))
     return replace(
         trial,

@@ -1,4 +1,4 @@
-"""The table and the plot of a sweep."""
+"""Write the table and the plot of a sweep."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_table(out: Path, names: list[str], trials: Sequence[Trial]) -> None:
     Args:
         out: the sweep's folder.
         names: the varied settings.
-        trials: in the order of the table.
+        trials: the trials, in the order of the table.
     """
     table = io.StringIO(newline="")
     writer = csv.writer(table)
@@ -38,7 +38,7 @@ def draw_plot(out: Path, names: list[str], trials: Sequence[Trial]) -> None:
     Args:
         out: the sweep's folder.
         names: the varied settings.
-        trials: those without a validation loss are left out.
+        trials: the trials; those without a validation loss are skipped.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

@@ -1,6 +1,6 @@
-"""The trials of a sweep: optuna samples their values and stores them in a journal, ``sweep.log``.
+"""Sample the trials of a sweep with optuna, and store them in a journal, ``sweep.log``.
 
-A trial whose process was killed has no result in the journal: `TrialStore.next` returns it again.
+A trial whose process was killed has no result in the journal, so `TrialStore.next` returns it again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Search = Literal["grid", "tpe"]
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`, both included; sampled by their logarithm where both are above 0.
+    """Numbers from `low` to `high`, inclusive; sampled on a log scale if both are above 0.
 
     Two integers are a range of integers.
     """
@@ -44,10 +44,10 @@ class Trial:
 
     Attributes:
         values: the varied settings: name -> value.
-        folder: its name under the sweep's ``trials/``.
+        folder: name of its folder in the sweep's ``trials/``.
         state: ``"running"``, ``"finished"`` or ``"failed"``.
-        validation_loss: the best one.
-        step: the step it was reached at.
+        validation_loss: the best validation loss.
+        step: the step with that loss.
         seconds: training time.
         reason: why it failed.
     """
@@ -71,13 +71,13 @@ def parse_varied(texts: Sequence[str]) -> Varied:
     for text in texts:
         name, values = parse_values(text)
         if name in varied:
-            raise TrainingError(f"--vary {text!r}: {name} is given twice: list all its values in one")
+            raise TrainingError(f"--vary {text!r}: {name} is given twice: list all its values in one option")
         varied[name] = values
     return varied
 
 
 def parse_values(text: str) -> tuple[str, list[Any] | Range]:
-    """Parse one such text into a name and its values.
+    """Parse one ``"NAME=VALUES"`` text into a name and its values.
 
     Raises:
         TrainingError: the text has another form.
@@ -105,8 +105,8 @@ class TrialStore:
         out: the sweep's folder; a sweep in it is continued.
         vary: the varied settings.
         search: ``"grid"`` or ``"tpe"``.
-        seed: of the order of the grid, or of the search.
-        request: what the sweep was asked for, by name; with ``"inputs"``, hashes of what its results depend on.
+        seed: seed of the grid's order, or of the search.
+        request: arguments of the sweep by name, and under ``"inputs"`` the hashes of everything its results depend on.
 
     Raises:
         TrainingError: the folder holds something else, or a sweep whose trials cannot be compared with new ones.
@@ -122,7 +122,7 @@ class TrialStore:
         if not journal.exists() and not is_empty(out):
             raise TrainingError(f"out={str(out)!r}: must be empty or new, or hold a sweep")
         try:
-            lock = JournalFileOpenLock(str(journal))  # the default one, a link, needs privileges on Windows
+            lock = JournalFileOpenLock(str(journal))  # the default lock is a symlink, which needs privileges on Windows
             storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal), lock))
             sampler = optuna.samplers.RandomSampler()  # replaced for each trial
             self._study = optuna.create_study(storage=storage, sampler=sampler, study_name="sweep", load_if_exists=True)
@@ -137,17 +137,17 @@ class TrialStore:
             self._study.set_user_attr("request", request)
 
     def trials(self) -> list[Trial]:
-        """Return the trials so far, in their order."""
+        """Return the trials so far, in order."""
         return [trial for _, trial in self._numbered().values()]
 
     def next(self) -> Trial | None:
-        """Return a trial that was begun and has no result, or a new one; None if there are no other combinations."""
+        """Return a trial that has started but has no result, or a new trial; None if no combinations are left."""
         import optuna
 
         trials = self._numbered()
         if running := next((trial for _, trial in trials.values() if trial.state == "running"), None):
             return running
-        for _ in range(ATTEMPTS):  # a search over lists may repeat a combination
+        for _ in range(ATTEMPTS):  # sampling from lists may repeat a combination
             sampler = self._sampler()
             if isinstance(sampler, optuna.samplers.GridSampler) and sampler.is_exhausted(self._study):
                 return None
@@ -188,14 +188,14 @@ class TrialStore:
 
         if self._search == "grid":
             return GridSampler({name: _as_json(values) for name, values in self._vary.items()}, seed=self._seed)
-        # The journal does not hold the sampler's random state: each trial has a seed of its own.
+        # The journal does not store the sampler's random state, so each trial has a separate seed.
         return TPESampler(seed=self._seed + len(self._study.trials), n_startup_trials=5)
 
     def _tell(self, number: int, loss: float | None) -> None:
         from optuna.samplers import RandomSampler
         from optuna.trial import TrialState
 
-        # GridSampler would stop the study after its last trial, which optuna allows inside `optimize` only.
+        # GridSampler would stop the study after its last trial, which optuna allows only inside `optimize`.
         self._study.sampler = RandomSampler()
         failed = loss is None or not math.isfinite(loss)
         self._study.tell(number, None if failed else loss, state=TrialState.FAIL if failed else None)
@@ -213,7 +213,7 @@ def _distribution(values: list[Any] | Range) -> Any:
 
 
 def _as_json(values: Any) -> list[str]:
-    """Return values as texts: optuna stores no lists, and takes 1 and true for the same value."""
+    """Return values as JSON strings, because optuna cannot store lists and treats 1 and true as equal."""
     return [json.dumps(value, default=str) for value in values]
 
 

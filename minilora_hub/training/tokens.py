@@ -1,15 +1,15 @@
-"""Encode rows as token ids and labels, with exactly the tokens that generation will see.
+"""Encode rows as token ids and labels, with exactly the tokens that occur in generation.
 
-A chat is tokenized once, as a whole, by `apply_chat_template`: those are the row's ids. An answer begins where the ids
-of the prompt end, as generation is given it, and ends with the token at which generation stops. Both places are found
-by comparing ids, so they are right for every tokenizer, with or without offsets. A row is refused if the prompt's ids
-are not the beginning of the whole: parts that are tokenized separately would train on tokens that inference never sees
-(SentencePiece puts a space before a part; a token may cross a boundary; a template may drop earlier reasoning).
+A chat is tokenized once, as a whole, by `apply_chat_template`, which gives the row's ids. An answer begins where the
+ids of the generation prompt end, and ends with the token at which generation stops. Both positions are found by
+comparing ids, so they are correct for every tokenizer, with or without offsets. A row is rejected if the prompt's ids
+are not a prefix of the row's: tokenizing parts separately would train on tokens that never occur at inference
+(SentencePiece adds a space before a part; a token may cross a boundary; a template may drop earlier reasoning).
 
-Only where a template ends an answer without any token, the tokenizer's eos token is added after the last one.
+If a template writes no end token after an answer, the tokenizer's eos token is added after the last answer.
 
-A plain prompt and its completion are tokenized together in the same way. Where a token would cross the boundary, the
-completion's tokens follow the prompt's, as in generation, if together they decode to the same text.
+A plain prompt and its completion are tokenized together in the same way. If a token would cross the boundary, the
+completion's tokens are appended to the prompt's, as in generation, if together they decode to the same text.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ IGNORED = -100
 DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 AS_TEXTS = "write the rendered prompt and the answer as texts, with --set chat=false"
 MARKS = ("weight", "loss")
-"""Fields of a message that say whether it is learned; they are not passed to the chat template."""
+"""Fields that set whether a message has a loss; they are not passed to the chat template."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row ready for training: `labels` equals `input_ids` where there is a loss, else -100."""
+    """A tokenized row: `labels` equals `input_ids` where there is a loss, else -100."""
 
     place: str
     input_ids: list[int]
@@ -42,16 +42,16 @@ class Example:
 
 
 class Encoder:
-    """Turns rows into examples.
+    """Converts rows to examples.
 
     Args:
         tokenizer: the base's.
-        max_length: tokens in a row at most.
+        max_length: maximum tokens in a row.
         truncate: cut longer rows at their end; otherwise they are bad rows.
         loss_on: ``"completions"`` or ``"all"``.
         chat: write texts in `prompt` as the user's turn, where the tokenizer has a chat template.
         ends: ids of the tokens that end an answer. Default: those of the tokenizer and its chat template.
-        now: the time for chat templates that write the date. Default: that of each call.
+        now: the time for chat templates that write the date. Default: the time of each call.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Encoder:
         self._now = now if "strftime_now" in str(getattr(tokenizer, "chat_template", None)) else None
 
     def encode(self, row: Row) -> Example | BadRow:
-        """Return a row as tokens, or the reason why that cannot be done exactly."""
+        """Tokenize a row, or return it as a bad row with the reason why it cannot be tokenized exactly."""
         try:
             ids, learned = self._encoded(row)
         except _CannotBeExact as error:
@@ -84,11 +84,11 @@ class Encoder:
                 return BadRow(row.place, reason)
             ids, labels = ids[: self.max_length], labels[: self.max_length]
         if all(label == IGNORED for label in labels[1:]):
-            return BadRow(row.place, "has nothing to learn" + (" once it is cut" if self.truncate else ""))
+            return BadRow(row.place, "has no token with a loss" + (" after truncation" if self.truncate else ""))
         return Example(row.place, ids, labels)
 
     def _encoded(self, row: Row) -> tuple[list[int], list[bool]]:
-        """Return the row's ids, and for each whether it is learned."""
+        """Return the row's ids, and for each whether it has a loss."""
         fields = row.fields
         if row.kind == "text":
             ids = self._closed(self._plain(fields["text"]))
@@ -113,7 +113,7 @@ class Encoder:
         for index, turn in enumerate(turns):
             is_learned = _is_learned(messages[index])
             if self.loss_on == "all" and turn["role"] != "assistant" and not is_learned:
-                raise _CannotBeExact(f"turn {index + 1}: has weight 0, which is for the assistant's turns alone")
+                raise _CannotBeExact(f"turn {index + 1}: has weight 0, which is only allowed in the assistant's turns")
             in_prompt = turn["role"] != "assistant" or index < first
             if in_prompt and (self.loss_on != "all" or is_learned):
                 continue
@@ -128,8 +128,8 @@ class Encoder:
     def _whole(self, messages: list[dict[str, Any]], tools: Any) -> tuple[list[dict[str, Any]], list[int]]:
         """Return the messages in the form that the template accepts, and all ids.
 
-        Arguments of tool calls that are JSON text are parsed, as templates expect; a template that refuses the parsed
-        form gets the text.
+        Arguments of tool calls that are JSON strings are parsed, as most templates expect; if the template fails on
+        the parsed form, the strings are used.
         """
         given = [{name: value for name, value in turn.items() if name not in MARKS} for turn in messages]
         parsed = [_with_parsed_arguments(turn) for turn in given]
@@ -141,9 +141,9 @@ class Encoder:
             return given, self._ids(given, tools)
 
     def _answer_start(self, turns: list[dict[str, Any]], index: int, tools: Any, ids: list[int]) -> int:
-        """Return how many ids precede this turn in generation; they must be the beginning of `ids`."""
+        """Return the number of ids that precede this turn in generation; they must be a prefix of `ids`."""
         if not index:
-            raise _CannotBeExact("starts with the assistant: a chat needs a turn before it")
+            raise _CannotBeExact("starts with the assistant: a chat needs a user turn before it")
         prompt = self._ids(turns[:index], tools, opened=True)
         if ids[: len(prompt)] == prompt:
             return len(prompt)
@@ -151,15 +151,15 @@ class Encoder:
         if not self._template(turns, tools, tokenize=False).startswith(opened):
             raise self._written_differently(index)
         raise _CannotBeExact(
-            f"turn {index + 1}: its first characters join the last token of the prompt, so generation would write "
-            f"other tokens: begin it with another character, e.g. no white space, or {AS_TEXTS}"
+            f"turn {index + 1}: its first characters merge with the prompt's last token, so generation would write "
+            f"other tokens: begin it with another character (not white space), or {AS_TEXTS}"
         )
 
     def _answer_stop(self, alone: list[int], ids: list[int], start: int, index: int) -> int:
-        """Return where the turn ends, its end token included; `alone` is the conversation up to it.
+        """Return the end of the turn, after its end token; `alone` holds the ids of the conversation up to this turn.
 
-        After the first end token a template may write white space and other end tokens, some templates after the last
-        turn only: they need not be in the whole conversation, and are not learned.
+        After the first end token a template may write white space and further end tokens, some templates only after
+        the last turn. They need not occur in the whole conversation, and have no loss.
         """
         same = _common(alone, ids)
         places = [place for place in range(start, same) if ids[place] in self.ends]
@@ -172,13 +172,13 @@ class Encoder:
             return places[-1] + 1
         return same + (
             same < len(ids) and ids[same] in self.ends
-        )  # some templates begin the next turn with the token that ends this one
+        )  # some templates start the next turn with the end token of this turn
 
     @staticmethod
     def _written_differently(index: int) -> _CannotBeExact:
         return _CannotBeExact(
-            f"turn {index + 1}: the chat template writes it differently alone than in the whole conversation, "
-            f"so its tokens cannot be separated: make a row of prompt and completion for each answer, or {AS_TEXTS}"
+            f"turn {index + 1}: the chat template renders it differently alone than in the whole conversation, "
+            f"so its tokens cannot be separated: write each answer as a row of prompt and completion, or {AS_TEXTS}"
         )
 
     def _ids(self, messages: list[dict[str, Any]], tools: Any, opened: bool = False) -> list[int]:
@@ -191,17 +191,18 @@ class Encoder:
                 template = self.tokenizer.get_chat_template(None, tools)
                 settings["chat_template"] = dated_template(template, self._now)
             return self.tokenizer.apply_chat_template(messages, tools=tools, **settings)
-        except Exception as error:  # a template is a program of the base's author
-            raise _CannotBeExact(f"the chat template refuses it: {' '.join(str(error).split())[:200]}") from error
+        except Exception as error:  # a template is arbitrary code of the base's author
+            raise _CannotBeExact(f"the chat template rejects it: {' '.join(str(error).split())[:200]}") from error
 
     def _continued(self, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
-        """Encode a plain prompt, as generation is given it, and the completion after it."""
+        """Encode a plain prompt as in generation, followed by the completion."""
         given, ids = self._plain(prompt), self._plain(prompt + completion)
         if ids[: len(given)] != given:
             joined = [*given, *self._following(completion)]
             if self._decoded(joined) != self._decoded(ids):
                 raise _CannotBeExact(
-                    "the completion's first characters join the prompt's last token, and apart they are another text: "
+                    "the completion's first characters merge with the prompt's last token, and tokenized separately "
+                    "they decode to another text: "
                     "move white space from the end of the prompt to the beginning of the completion"
                 )
             ids = joined
@@ -209,10 +210,10 @@ class Encoder:
         return ids, [self.loss_on == "all"] * len(given) + [True] * (len(ids) - len(given))
 
     def _plain(self, text: str) -> list[int]:
-        """Return a text's ids as generation is given them.
+        """Return a text's ids as in generation.
 
-        They begin with the tokenizer's special tokens, unless the text begins like a rendered chat, which contains them
-        already. A special token that the tokenizer puts at the end is removed: `_closed` decides the end of a row.
+        They begin with the tokenizer's special tokens, unless the text begins like a rendered chat, which already
+        contains them. A special token that the tokenizer appends is removed: `_closed` decides the end of a row.
         """
         if text.startswith(self._openings):
             return self._tokens(text)
@@ -224,19 +225,19 @@ class Encoder:
 
     @cached_property
     def _openings(self) -> tuple[str, ...]:
-        """Special tokens with which a rendered chat begins: BOS, or that of a first turn."""
+        """Special tokens with which a rendered chat begins: BOS, or the token that starts the first turn."""
         found = {self.tokenizer.bos_token_id}
         user = {"role": "user", "content": "Question"}
         for turns in ([user], [{"role": "system", "content": "Answer"}, user]):
             try:
                 found.add(self._ids(turns, None)[0] if self.has_template else None)
             except (_CannotBeExact, IndexError):
-                continue  # many templates refuse a system message
+                continue  # many templates reject a system message
         special = found & {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         return tuple(self.tokenizer.convert_ids_to_tokens(sorted(special)))
 
     def _following(self, text: str) -> list[int]:
-        """Return a text's ids within another text: after a line break, before which SentencePiece puts its space."""
+        """Return a text's ids without the space that SentencePiece adds: encode it after a line break."""
         before, after = self._tokens("\n"), self._tokens("\n" + text)
         return after[len(before) :] if after[: len(before)] == before else self._tokens(text)
 
@@ -264,7 +265,7 @@ class Encoder:
 def dated_template(template: str, now: datetime) -> str:
     """Replace a chat template's calls of `strftime_now`, which return the current time, with a fixed time.
 
-    A call whose format is not a literal stays. (transformers overrides a function that is passed to a template.)
+    Calls whose format is not a literal are kept. (transformers overrides a function that is passed to a template.)
     """
     return DATE_CALL.sub(lambda call: json.dumps(now.strftime(call[2])), template)
 
@@ -274,7 +275,7 @@ def _is_learned(turn: dict[str, Any]) -> bool:
 
 
 def _with_parsed_arguments(turn: dict[str, Any]) -> dict[str, Any]:
-    """Return the message with the arguments of its tool calls parsed from JSON text."""
+    """Return the message with the arguments of its tool calls parsed from JSON strings."""
     if not turn.get("tool_calls"):
         return turn
     calls = []
@@ -288,7 +289,7 @@ def _with_parsed_arguments(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _common(one: list[int], other: list[int]) -> int:
-    """Return the length of the lists' common beginning."""
+    """Return the length of the lists' common prefix."""
     different = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(different, min(len(one), len(other)))
 

@@ -1,16 +1,17 @@
-"""TRL's SFTTrainer for adapters: the model's own loss, complete checkpoints, a stop at the first NaN.
+"""TRL's SFTTrainer for adapters: uses the model's own loss, writes checkpoints atomically, and stops at the first NaN.
 
-It differs from SFTTrainer 1.16:
+Differences from SFTTrainer 1.16:
 
-- SFTTrainer computes the loss from the log-probabilities of a fused head, so terms that a PEFT model adds to its loss
-  (AdaLoRA's orthogonality) are lost. Here the loss is the one that the model returns, from the same fused head.
+- SFTTrainer computes the loss from the log-probabilities of a fused head, which ignores terms that a PEFT model adds to
+  its loss (AdaLoRA's orthogonality). Here the loss is the one that the model returns, from the same fused head.
   MixLoRA's router losses are added by TRL.
 - SFTTrainer casts the adapters of a quantised base to bfloat16. Here they stay float32.
-- SFTTrainer draws a length-grouped order from torch's global random state, which a resumed run has not. Here the order
-  follows from seed and epoch.
-- On a CPU SFTTrainer scores every position, prompts and padding included, a third of a step. Here it scores labels
-  only, as on a GPU.
-- SFTTrainer writes checkpoints in place. Here they are written beside and renamed, with the adapter's tensors only.
+- SFTTrainer draws a length-grouped order from torch's global random state, which a resumed run does not have. Here the
+  order follows from seed and epoch.
+- On a CPU SFTTrainer computes logits at every position, including prompts and padding, which takes a third of a step.
+  Here it computes them only where there is a label, as on a GPU.
+- SFTTrainer writes checkpoints in place. Here they are written to a temporary folder and renamed, with only the
+  adapter's tensors.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from trl import SFTTrainer
 from minilora_hub.errors import TrainingError
 from minilora_hub.remote_code.adapter_files import check_tensors, read_adapter, write_adapter
 from minilora_hub.training.models import trainable_parameters
-from minilora_hub.training.passthrough import restore_scores, scores_to_keep
+from minilora_hub.training.passthrough import allocation_state, restore_allocation_state
 from minilora_hub.training.recipes import Recipe
 
 CHECKPOINTS = "checkpoints"
@@ -43,17 +44,17 @@ SAVING = ".saving"
 
 
 def last_checkpoint(out: Path) -> Path | None:
-    """Return the last complete checkpoint of a run, None where there is none."""
+    """Return the last complete checkpoint of a run, or None."""
     found = [path for path in (out / CHECKPOINTS).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
     return max(found, key=lambda path: int(path.name.partition("-")[2]), default=None)
 
 
 @contextmanager
 def labels_scored_only() -> Iterator[None]:
-    """Let TRL's fused head score only positions with a label, on every device.
+    """Make TRL's fused head compute logits only at positions with a label, on every device.
 
-    TRL does so where Triton is available; elsewhere it scores all positions, for devices that compile each shape again.
-    A CPU does not. The kernels have their own copy of the function that is replaced here.
+    TRL does so if Triton is available. Otherwise it uses all positions, for devices that recompile for each shape,
+    which a CPU does not. The Triton kernels have a separate copy of the function that is replaced here.
     """
     from trl.trainer import utils
 
@@ -69,13 +70,13 @@ def labels_scored_only() -> Iterator[None]:
 
 
 class LengthGrouped(Sampler[int]):
-    """An order of rows in which a batch holds rows of similar length; it follows from seed and epoch."""
+    """Samples rows so that a batch holds rows of similar length; the order follows from seed and epoch."""
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader as an epoch starts."""
+        """Set the epoch; called by the data loader at its start."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -87,12 +88,12 @@ class LengthGrouped(Sampler[int]):
 
 
 class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer for a model whose adapter learns; see the module's docstring.
+    """SFTTrainer for a model with a trainable adapter; see the module's docstring.
 
     Args:
-        recipe: how it is trained.
-        place_of: returns where the row with these token ids is, for the message about a NaN.
-        **kwargs: SFTTrainer's own.
+        recipe: settings of the training.
+        place_of: returns the location of the row with these token ids, for error messages about a NaN.
+        **kwargs: arguments of SFTTrainer.
     """
 
     def __init__(self, *, recipe: Recipe, place_of: Callable[[list[int]], str | None], **kwargs: Any) -> None:
@@ -106,11 +107,11 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
             parameter.data = exact[name]
 
     def _send_telemetry(self) -> None:
-        """Send nothing: TRL would count the run over the network."""
+        """Do nothing, where TRL would report the run over the network."""
 
     @property
     def run_dir(self) -> Path:
-        """Where the checkpoints go."""
+        """The folder of the checkpoints."""
         return Path(str(self.args.output_dir))
 
     def compute_loss(
@@ -125,7 +126,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         return (loss, outputs) if return_outputs else loss
 
     def _loss(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> tuple[Any, Any]:
-        if self.aux_loss_enabled:  # a mixture: TRL adds its router losses, and averages them over an accumulated batch
+        if self.aux_loss_enabled:  # a mixture: TRL adds the router losses, averaged over an accumulated batch
             return super().compute_loss(model, dict(inputs), False, num_items_in_batch), None
         inputs = inputs | {"use_cache": False, "fused_lm_head": True}
         loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
@@ -133,13 +134,13 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _not_finite(self, what: str, value: float, inputs: dict[str, Any] | None) -> str:
         saved = last_checkpoint(self.run_dir.parent)
-        kept = f"{saved.name} is whole" if saved else "no checkpoint was saved yet"
+        kept = f"{saved.name} is complete" if saved else "no checkpoint was saved yet"
         rows = f" on {', '.join(self._rows_in(inputs))}" if inputs else ""
         rate = self._get_learning_rate() if self.lr_scheduler is not None else self.args.learning_rate
         return (
             f"the {what} became {value} in step {self.state.global_step + 1}{rows}, at learning rate {rate:.2g}: "
             f"nothing was updated, {kept}. Try a lower --learning-rate, a longer --set warmup=, "
-            "--set dtype=float32, or look at those rows"
+            "--set dtype=float32, or inspect those rows"
         )
 
     def not_finite_gradients(self) -> str:
@@ -148,7 +149,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _rows_in(self, inputs: dict[str, Any]) -> list[str]:
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        if mask is None:  # packed: a row starts where its position is 0
+        if mask is None:  # packed: a row starts at position id 0
             starts = [*(inputs["position_ids"][0] == 0).nonzero().flatten().tolist(), ids.shape[1]]
             rows = [ids[0, start:end] for start, end in itertools.pairwise(starts)]
         else:
@@ -163,7 +164,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         return LengthGrouped(lengths, self.recipe.batch_size, self.args.seed)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Create the recipe's optimizer; with `loraplus_ratio` PEFT's grouping of A and B."""
+        """Create the recipe's optimizer; with `loraplus_ratio`, use PEFT's parameter groups for A and B."""
         if self.optimizer is None and self.recipe.loraplus_ratio:
             from peft.optimizers import create_loraplus_optimizer
 
@@ -187,7 +188,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         return str(run / SAVING if getattr(self, "_saving", False) else run)
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
-        """Write a checkpoint beside the others, and move it among them once it is complete."""
+        """Write a checkpoint to a temporary folder, and rename it once it is complete."""
         run, step = self.run_dir, self.state.global_step
         target = run / f"checkpoint-{step}"
         if self.args.should_save:
@@ -199,7 +200,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(run / SAVING, ignore_errors=True)
             saved = last_checkpoint(run.parent)
-            kept = f"{saved.name} is whole: make room, then --resume" if saved else "none was saved before"
+            kept = f"{saved.name} is complete: free disk space, then --resume" if saved else "none was saved before"
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
             raise TrainingError(f"the checkpoint of step {step} could not be written ({reason}); {kept}") from error
         finally:
@@ -227,7 +228,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         values = trainable_parameters(model) if state_dict is None else state_dict
         learned = {name: values[name].detach().cpu() for name in trainable_parameters(model)}
         write_adapter(folder / WEIGHTS, learned)
-        scores = scores_to_keep(model)
+        scores = allocation_state(model)
         if scores:
             write_adapter(folder / SCORES, scores)
 
@@ -238,14 +239,14 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         self.load_learned(self.run_dir / f"checkpoint-{self.state.best_global_step}")
 
     def take_over(self, checkpoint: Path) -> None:
-        """Take the state after the last step from its checkpoint: the best weights, and the history."""
+        """Restore the state after the last step from its checkpoint: the best weights, and the history."""
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self.load_learned(checkpoint)
         if self.args.load_best_model_at_end:
             self._load_best_model()
 
     def load_learned(self, checkpoint: Path) -> None:
-        """Put a checkpoint's tensors into the model.
+        """Load a checkpoint's tensors into the model.
 
         Raises:
             ValueError: they do not fit the model; the message names the tensor.
@@ -257,4 +258,4 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[name])
         if (checkpoint / SCORES).is_file():
-            restore_scores(self.accelerator.unwrap_model(self.model), read_adapter(checkpoint / SCORES))
+            restore_allocation_state(self.accelerator.unwrap_model(self.model), read_adapter(checkpoint / SCORES))

@@ -72,10 +72,10 @@ def load_base(auto_class: Any, config: Any, trust_remote_code: bool, arguments: 
     offline = {key: arguments[key] for key in ("local_files_only", "cache_dir") if key in arguments}
     if offline:
         arguments = {"adapter_kwargs": offline, **arguments}
-    arguments |= {"revision": config.base_model_revision, "trust_remote_code": trust_remote_code}
+    arguments |= {"revision": config.base_model_revision}
     source = base_source(name)
     try:
-        return load_checked(auto_class, source, **arguments)
+        return load_checked(auto_class, source, trust_remote_code=trust_remote_code, **arguments)
     except (OSError, ValueError) as error:
         hint = "pass base_model=<a folder or another Hub id>"
         if "trust_remote_code" in str(error):

@@ -129,4 +129,4 @@ def test_every_loading_says_whether_code_is_trusted():
     assert len(calls) > 10
     assert [place for place, words in calls if "trust_remote_code" not in words] == []
     trusting = [place.split(":")[0] for place, words in calls if ast.unparse(words["trust_remote_code"]) != "False"]
-    assert trusting == ["publish/verify/isolated_worker.py", "remote_code/adapted_model.py"]
+    assert trusting == ["publish/verify/isolated_worker.py", "remote_code/base_loading.py"]

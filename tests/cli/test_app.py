@@ -158,6 +158,7 @@ def test_ctrl_c_while_loading_ends_quietly(tmp_path):
     assert printed == ""
 
 
+@pytest.mark.slow
 def test_demo_serves_adapters_from_folders(tmp_path):
     """A base and adapters out of folders, the address on stdout, the page behind it, and a quiet end."""
     base, adapters = tiny_stand_ins.save_base_and_adapters(tmp_path)

@@ -76,7 +76,7 @@ def test_the_prompt_from_standard_input(saved, capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", " "], "--prompt '': must hold some text"),
+        (["--prompt", " "], "--prompt '': must not be empty"),
         (["--prompt", "x", "--temperature", "-1"], "temperature=-1.0: must be"),
         (["--prompt", "x", "--top-p", "2"], "top_p=2.0: must be"),
         (["--prompt", "x", "no-such-folder"], "'no-such-folder': no such folder"),

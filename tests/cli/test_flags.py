@@ -115,7 +115,7 @@ def test_no_validation_and_switches_over_a_file_are_taken(train):
         (["--base", ""], "base is missing"),
         (["--base-revision", ""], "base_revision='': is empty"),
         (["--license", ""], "license='': is empty"),
-        (["--data", ""], "data=['']: holds an empty text"),
+        (["--data", ""], "data=['']: contains an empty string"),
         (["--seed", "-1"], "seed=-1: must be at least 0"),
     ],
 )
@@ -189,11 +189,11 @@ def test_a_sweep_keeps_what_its_file_says(config, said, expected, tmp_path, monk
         (["--count", "0"], "count=0: must be at least 1"),
         (["--batch-size", "0"], "batch_size=0: must be at least 1"),
         (["--lm-eval", "arc", "--count", "0"], "count=0: must be at least 1"),
-        (["--lm-eval", "arc", "--few-shot", "0"], "--few-shot: is about our own tasks"),
-        (["--lm-eval", "arc", "--few-shot", "4"], "--few-shot: is about our own tasks"),
-        (["--lm-eval", "arc", "--split", "test"], "--split: is about our own tasks"),
-        (["--lm-eval", "arc", "--fresh"], "--fresh: is about our own tasks"),
-        (["--lm-eval", "arc", "--held-out"], "--held-out: is about our own tasks"),
+        (["--lm-eval", "arc", "--few-shot", "0"], "--few-shot: only applies to the built-in tasks"),
+        (["--lm-eval", "arc", "--few-shot", "4"], "--few-shot: only applies to the built-in tasks"),
+        (["--lm-eval", "arc", "--split", "test"], "--split: only applies to the built-in tasks"),
+        (["--lm-eval", "arc", "--fresh"], "--fresh: only applies to the built-in tasks"),
+        (["--lm-eval", "arc", "--held-out"], "--held-out: only applies to the built-in tasks"),
     ],
 )
 def test_eval_takes_or_refuses(flags, expected, monkeypatch):

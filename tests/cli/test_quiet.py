@@ -59,6 +59,7 @@ THE_REST = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("commands", [ORDINARY, pytest.param(ORDINARY + THE_REST, marks=pytest.mark.slow)])
 def test_commands_show_only_what_is_ours(commands, tmp_path):
     """One process for all, as each would import the same libraries for seconds; the CPU's kernels are not found."""

@@ -64,7 +64,7 @@ def test_a_dry_run_shows_everything(shell, hub):
     done = shell("ana/compare", "ana/dora", "--dry-run", "--hardware", "zero-a10g", "--secret", "MINE", MINE="s3cret")
     assert done.returncode == 0, done.stderr
     for part in (
-        "ana/compare (a new Space, private: only its owner sees it), hardware: zero-a10g",
+        "ana/compare (a new Space, private), hardware: zero-a10g",
         "+ app.py ",
         "+ minilora_hub/demo/ui/app.py ",
         "variable: MINILORA_BASE=org/base",

@@ -114,7 +114,7 @@ def test_a_yaml_file_is_overridden_by_flags_and_saved_complete(base, rows, tmp_p
         (["--early-stopping", "2"], "early_stopping=2: needs --validation"),
         (["--quantize", "nf3"], "quantize='nf3': must be one of nf4, int8"),
         (["--report-to", "nowhere"], "'nowhere' is unknown; known are trackio, tensorboard, wandb"),
-        (["--optimizer", "adamw_torhc"], "optimizer='adamw_torhc': transformers has none of that name"),
+        (["--optimizer", "adamw_torhc"], "optimizer='adamw_torhc': transformers has no such optimizer"),
         (["--optimizer", "paged_adamw_8bit"], "needs a CUDA device, and there is none: pass 'adamw_8bit'"),
         (["--optimizer", "galore_adamw"], "optimizer='galore_adamw' needs the package galore_torch"),
         (["--config", "none.yaml"], "config 'none.yaml': no such file"),

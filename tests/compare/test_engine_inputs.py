@@ -21,7 +21,7 @@ def test_bad_rows_are_named(engine):
     """Which one, before anything runs."""
     with pytest.raises(ValueError, match="rows=\\[\\]"):
         engine.stream_rows([])
-    with pytest.raises(ValueError, match=r"must hold some text \(row 1\)"):
+    with pytest.raises(ValueError, match=r"must not be empty \(row 1\)"):
         engine.stream_rows([Row("a"), Row(" ")])
     assert engine.forwards == 0
 
@@ -121,7 +121,7 @@ def test_bad_settings_are_named(argument, value):
         Sampling(**{argument: value})
 
 
-@pytest.mark.parametrize(("prompt", "message"), [("  \n", "must hold some text"), ("x" * 600, "context of 512 tokens")])
+@pytest.mark.parametrize(("prompt", "message"), [("  \n", "must not be empty"), ("x" * 600, "context of 512 tokens")])
 def test_bad_prompts_are_refused_before_anything_runs(engine, prompt, message):
     """At the call, not at the first token."""
     with pytest.raises(ValueError, match=message):

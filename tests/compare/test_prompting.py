@@ -197,7 +197,7 @@ def test_runs_with_one_folder_name_are_told_apart(tmp_path):
     names = ["a/checkpoint-10", "b/checkpoint-10", f"{tmp_path.name}/b/checkpoint-20", "c/b/checkpoint-20"]
     assert [column.name for column in engine.columns[1:]] == names
     assert all(updates[-1].reason == "length" for updates in answers(engine, Sampling(2)))
-    with pytest.raises(ValueError, match=r"checkpoint-10'\]: one adapter must be named once"):
+    with pytest.raises(ValueError, match=r"checkpoint-10'\]: each adapter must be given only once"):
         CompareEngine(base, [folders[0], folders[0]], device="cpu")
 
 

@@ -100,8 +100,8 @@ def test_one_columns_error_leaves_the_others(client):
 
 
 REFUSED = {
-    "": "must hold some text",
-    " \n\t ": "must hold some text",
+    "": "must not be empty",
+    " \n\t ": "must not be empty",
     "x" * 100_000: "prompt of 100,000 characters: this page takes at most 8,000",
 }
 
@@ -115,6 +115,7 @@ def test_a_prompt_that_cannot_be_answered_is_refused_with_a_reason(client, serve
     assert server.forwards() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prompt",
     [
@@ -142,7 +143,7 @@ def test_half_a_character_is_refused(server):
     with urllib.request.urlopen(request, timeout=20) as answer:
         event = json.load(answer)["event_id"]
     with urllib.request.urlopen(f"{server.address}gradio_api/call/compare/{event}", timeout=20) as stream:
-        assert b"must be a text that can be encoded" in stream.read()
+        assert b"must not contain lone surrogates" in stream.read()
 
 
 @pytest.mark.parametrize(
@@ -161,8 +162,8 @@ def test_half_a_character_is_refused(server):
         ({"adapters": "parrot-dora"}, "adapters='parrot-dora': must be a list of names"),
         ({"adapters": [1]}, r"adapters=\[1\]: must be a list of names"),
         ({"adapters": ["parrot-mix"] * 8}, "8 adapters: this page gives 1 to 8 answers, the base's included"),
-        ({"prompt": 7}, "prompt=7: must be a text"),
-        ({"prompt": {"a": 1}}, "must be a text"),
+        ({"prompt": 7}, "prompt=7: must be a string"),
+        ({"prompt": {"a": 1}}, "must be a string"),
     ],
 )
 def test_settings_out_of_range_are_refused(client, settings, message):

@@ -87,7 +87,7 @@ def test_what_fits_is_fetched_at_last(hub, links, models, engine, tmp_path, name
         (
             "dora",
             {"model_type": "llama"},
-            "'configuration_minilora.DoraConfig', and a page runs no code of an adapter's",
+            "'configuration_minilora.DoraConfig', and the page runs no code of an adapter",
         ),
         ("dora", {"model_type": "llama", "auto_map": None}, "is a whole model (DoraForCausalLM), not an adapter"),
         ("mix", {"routing_strategy": "unheard_of"}, "config.json does not load"),
@@ -114,7 +114,7 @@ def test_what_cannot_be_shown_is_refused_without_its_weights(hub, links, models,
 def test_weights_larger_than_the_configuration_makes_them(hub, links, models, tmp_path, name):
     """By the Hub's list of files; below the page's own limit."""
     hub.add_repo("ana/adapter", files=models[1][name] | {WEIGHTS: bytes(2_900_000)})
-    with pytest.raises(AdapterError, match=r"is 2\.9 MB; its configuration makes it at most [12]\.\d* MB"):
+    with pytest.raises(AdapterError, match=r"is 2\.9 MB; its configuration implies at most [12]\.\d* MB"):
         links.fetch("ana/adapter", tmp_path)
     assert WEIGHTS not in fetched(hub)
 
@@ -123,7 +123,7 @@ def test_nothing_at_all_is_fetched_of_what_the_list_of_files_shows(hub, links, m
     files = models[1]["dora"]
     cases = {
         "no-adapter": ({"config.json": files["config.json"]}, "has no adapter_model.safetensors"),
-        "large": (files | {WEIGHTS: bytes(3_100_000)}, "through a link this page fetches at most 3 MB"),
+        "large": (files | {WEIGHTS: bytes(3_100_000)}, "from a link this page downloads at most 3 MB"),
         "outside": (files | {"a/../../x.json": b"{}"}, "which is not a path inside a repo"),
         "config": (files | {"tokenizer_config.json": bytes(2**20 + 1)}, "fetches at most 1.04858 MB"),
     }

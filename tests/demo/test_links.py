@@ -144,7 +144,7 @@ def test_a_link_shows_that_adapter_beside_the_base(visit, models, name, kind):
     assert page.locator(".ml-facts").nth(1).inner_text().startswith(kind)
     assert page.locator("h1").inner_text() == "Same prompt. Two answers. One forward pass."
     assert page.locator(".ml-head p").inner_text().startswith("base is in memory once: ")
-    assert page.locator(".ml-notice-words").inner_text() == f"ana/{name} beside its base, as your link asked."
+    assert page.locator(".ml-notice-words").inner_text() == f"This link compares ana/{name} with its base."
     ask(page, "Hello")
     wait_for_states(page, "length", "length")
     from minilora_hub.compare.engine import CompareEngine, Sampling
@@ -168,8 +168,8 @@ def test_a_link_shows_that_adapter_beside_the_base(visit, models, name, kind):
         ("ana/gone", "the Hub has no public repo ana/gone"),
         ("ana/damaged", "not a readable safetensors file"),
         ("ana/slow-regex", "rank_pattern: a page reads plain names of modules only"),
-        ("../local/dora", "is no id on the Hub"),
-        ("<img src=x onerror=\"document.title='hacked'\">", "is no id on the Hub"),
+        ("../local/dora", "is not an id on the Hub"),
+        ("<img src=x onerror=\"document.title='hacked'\">", "is not an id on the Hub"),
     ],
 )
 def test_a_link_that_cannot_be_followed_gives_a_reason_and_the_page_works(visit, adapter, words):
@@ -200,19 +200,19 @@ def check_refused(visit, adapter, words):
         ("ana/no-adapter", "has no adapter_model.safetensors"),
         (
             "ana/large",
-            "of ana/large is 0.1 MB; through a link this page fetches at most 0.1 MB",
+            "of ana/large is 0.1 MB; from a link this page downloads at most 0.1 MB",
         ),
         ("ana/other-base", "ana/other-base is for 'org/other', but this page runs 'org/base'"),
         ("ana/other-weights", "was trained on other weights of org/base than this page runs"),
         ("ana/pissa", "changes the base's own weights"),
         ("ana/imports", "megatron_config makes PEFT import the module"),
         ("local/dora", "the Hub has no public repo local/dora"),
-        ("/etc", "is no id on the Hub"),
-        ("embedded", "is no id on the Hub"),
-        ("", "is no id on the Hub"),
-        ("ana/../dora", "is no id on the Hub"),
-        ("https://example.org/a", "is no id on the Hub"),
-        ("a/" + "b" * 5000, "is no id on the Hub"),
+        ("/etc", "is not an id on the Hub"),
+        ("embedded", "is not an id on the Hub"),
+        ("", "is not an id on the Hub"),
+        ("ana/../dora", "is not an id on the Hub"),
+        ("https://example.org/a", "is not an id on the Hub"),
+        ("a/" + "b" * 5000, "is not an id on the Hub"),
     ],
 )
 def test_all_links_that_cannot_be_followed(visit, adapter, words):
@@ -241,6 +241,7 @@ def test_code_is_not_fetched(hub, visit):
     assert {record.user for record in hub.requests if "org/base" in record.path} == {"ana"}
 
 
+@pytest.mark.slow
 def test_few_adapters_are_kept_and_the_least_recently_used_goes(hub, visit, link_server):
     """The limit here is two; a visitor who still has the third open gets a reason."""
     first = visit("ana/dora", "shown")
@@ -270,7 +271,7 @@ def test_the_picker_takes_ids_of_the_hub(visit):
     assert page.locator(".ml-pick input:checked").evaluate_all("all => all.map(one => one.value)") == ["ana/dora"]
     for name, words in (
         ("ana/private", "the Hub has no public repo ana/private"),
-        ("/etc/passwd", "is no id on the Hub"),
+        ("/etc/passwd", "is not an id on the Hub"),
     ):
         page.fill("[name=hub]", name)
         page.click(".ml-strong")

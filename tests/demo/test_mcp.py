@@ -96,7 +96,7 @@ def test_it_answers_and_tells_its_progress(server):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompt": ""}, "must hold some text"),
+        ({"prompt": ""}, "must not be empty"),
         ({"prompt": "x" * 100_000}, "prompt of 100,000 characters: this page takes at most 8,000"),
         ({"prompt": "hi", "adapters": ["nobody"]}, "adapter 'nobody'"),
         ({"prompt": "hi", "max_new_tokens": 100_000}, "max_new_tokens=100000: this page gives at most 512"),

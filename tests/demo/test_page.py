@@ -209,7 +209,7 @@ def test_an_empty_prompt_is_told_in_the_status_line(page):
     page.fill("#ml-prompt textarea", "")
     begun(page, lambda: page.click("#ml-run"))
     page.wait_for_selector(".ml-status[data-phase=error]")
-    assert "must hold some text" in page.locator(".ml-words").inner_text()
+    assert "must not be empty" in page.locator(".ml-words").inner_text()
     assert page.locator("#ml-stop").is_disabled()
 
 

@@ -47,7 +47,7 @@ def test_visitors_who_wait_see_their_place_and_are_then_served(server, visit):
     ask_long(first, "first " * 30)
     first.wait_for_function("document.querySelector('.ml-text').textContent.length > 3")
     ask(second, "second")
-    wait_for_words(second, "Number 1 in the queue: your turn comes in about ")
+    wait_for_words(second, "Number 1 in the queue: starting in about ")
     seconds = int(re.search(r"about (\d+) s", words(second))[1])
     assert 0 < seconds < 60
     ask(third, "third")

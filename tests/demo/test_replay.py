@@ -121,7 +121,7 @@ def test_other_models_do_not_show_it(tmp_path, monkeypatch, replay):
     with pytest.raises(MiniLoraError, match="other weights of mix; make it again with"):
         find_replay(engine)
     own.write_text(SHIPPED.read_text(encoding="utf-8"))
-    with pytest.raises(MiniLoraError, match="it is of the columns"):
+    with pytest.raises(MiniLoraError, match="it was recorded with the columns"):
         find_replay(engine)
     own.write_text("[]")
     with pytest.raises(MiniLoraError, match="must be a replay"):

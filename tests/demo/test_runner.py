@@ -193,7 +193,7 @@ def test_what_is_too_much_is_refused_before_it_takes_a_place(engine):
         two = engine.columns[:2]
         for prompt, tokens, columns, message in (
             ("x" * 11, 5, two, "prompt of 11 characters: this page takes at most 10"),
-            ("", 5, two, "must hold some text"),
+            ("", 5, two, "must not be empty"),
             ("x", 21, two, "max_new_tokens=21: this page gives at most 20"),
             ("x", 5, engine.columns, "3 answers: this page gives 1 to 2 at once"),
             ("x", 5, [], "0 answers"),

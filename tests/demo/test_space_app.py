@@ -31,6 +31,7 @@ def staged(tmp_path_factory):
     return folder, settings.variables()
 
 
+@pytest.mark.slow
 def test_it_runs_and_answers(staged):
     """The embedded base and the shipped adapters, with the staged package and no other, by the staged variables."""
     folder, variables = staged

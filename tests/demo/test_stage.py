@@ -261,7 +261,7 @@ def test_the_first_fork_shows_both_sides(looked_at, expected, column):
     """A marker at the token, a button in the card, a tick on the timeline; behind them the top five of each side."""
     at = expected.fork(column)
     button = card(looked_at, column).locator(".ml-fork")
-    assert button.inner_text() == f"leaves the base at token {at + 1}"
+    assert button.inner_text() == f"differs from the base from token {at + 1}"
     marked = (
         card(looked_at, column)
         .locator(".ml-token")
@@ -274,7 +274,7 @@ def test_the_first_fork_shows_both_sides(looked_at, expected, column):
     if column == LORA:
         button.click()
     else:
-        name = f"{NAMES[column]} leaves the base at token {at + 1}"
+        name = f"{NAMES[column]} differs from the base from token {at + 1}"
         looked_at.get_by_role("button", name=name, exact=True).last.click()
     titles = looked_at.locator(".ml-choice-box h4").all_inner_texts()
     assert titles == [NAMES[column], "base, after the same text"]

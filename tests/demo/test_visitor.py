@@ -185,13 +185,13 @@ def test_history_hides_what_can_be_voted_on_and_ends_with_the_visit(visitors, an
         ana.history.add(comparison(prompt=f"{number}"))
     blind = ana.history.add(comparison(prompt="blind"), (0, 1, 2))
     assert [kept.comparison.prompt for kept in ana.history.listed()] == [f"{n}" for n in range(MOST_KEPT + 4, 5, -1)]
-    with pytest.raises(PageError, match="no longer kept"):
+    with pytest.raises(PageError, match="no longer in your history"):
         ana.history.find(blind.id)
     with pytest.raises(PageError, match="vote first"):
         run_async(ana.share())
     vote(ana, TIE)
     assert ana.history.find(blind.id) is blind
-    with pytest.raises(PageError, match="no longer kept"):
+    with pytest.raises(PageError, match="no longer in your history"):
         visitors.of("bob").history.find(blind.id)
     ana.blind = True
     visitors.leave("ana")
@@ -244,7 +244,7 @@ def test_the_comparison_on_the_page_counts_and_stays():
     history.make_room(int(2.5 * LONG))
     assert history.shown() is oldest
     assert first_letters(history) == ["2", "0"]
-    history.show(KeptComparison(comparison(prompt="s" * 2 * LONG), closed="it is a stored comparison"))
+    history.show(KeptComparison(comparison(prompt="s" * 2 * LONG), closed="this is a stored comparison"))
     history.make_room(int(3.5 * LONG))
     assert first_letters(history) == ["2"]
     assert history.shown().comparison.prompt[0] == "s"

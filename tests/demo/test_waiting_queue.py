@@ -113,9 +113,9 @@ def test_answers_that_end_early_shorten_the_estimate():
     ("waiting", "words"),
     [
         (Waiting(1, None), "Number 1 in the queue."),
-        (Waiting(2, 0.2), "Number 2 in the queue: your turn comes in about 1 s."),
-        (Waiting(3, 41.4), "Number 3 in the queue: your turn comes in about 41 s."),
-        (Waiting(30, 400), "Number 30 in the queue: your turn comes in about 7 min."),
+        (Waiting(2, 0.2), "Number 2 in the queue: starting in about 1 s."),
+        (Waiting(3, 41.4), "Number 3 in the queue: starting in about 41 s."),
+        (Waiting(30, 400), "Number 30 in the queue: starting in about 7 min."),
     ],
 )
 def test_words(waiting, words):

@@ -49,7 +49,7 @@ def test_quick_start_holds_exactly_two_commands():
 
 
 def test_the_map_names_every_room():
-    tree = README.split("## The map")[1].split("```")[1]
+    tree = README.split("## Repository layout")[1].split("```")[1]
     named = {name.rstrip("/") for name in re.findall(r"(?:^|\s)([\w.]+(?:/|\.py)) ", tree)}
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     rooms = {Path(path).parts[1] for path in listed if path.startswith("minilora_hub/")}

@@ -44,8 +44,8 @@ def test_wrong_arguments_and_a_missing_lm_eval(saved, capsys, monkeypatch, tmp_p
     base, (mix, *_) = saved
     common = [mix, "--base", base, "--lm-eval", "colours"]
     for arguments, said in (
-        (["--perplexity"], "--perplexity: is about our own tasks: leave it out beside --lm-eval"),
-        (["--task", "dates"], "--task: is about our own tasks"),
+        (["--perplexity"], "--perplexity: only applies to the built-in tasks: leave it out with --lm-eval"),
+        (["--task", "dates"], "--task: only applies to the built-in tasks"),
         (["--count", "0"], "count=0: must be at least 1"),
         (["--include-path", tmp_path / "none"], "include_path="),
     ):

@@ -38,6 +38,7 @@ def test_the_items_are_those_that_results_were_measured_on(name):
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == HASHES[name]
 
 
+@pytest.mark.slow
 def test_another_process_with_another_hash_seed_makes_the_same_items():
     code = (
         "from minilora_hub.evaluation.tasks.registry import TASKS; print([t.items('test', 40) for t in TASKS.values()])"
@@ -71,6 +72,7 @@ def occurs(entity: str, text: str) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_no_test_entity_appears_in_any_training_prompt_or_completion():
     texts = "\n".join(
         f"{i.prompt}\n{i.completion}" for t in TASKS.values() for s in ("train", "validation") for i in t.items(s)

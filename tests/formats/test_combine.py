@@ -99,7 +99,7 @@ def test_cat_is_exact_also_for_rslora_and_other_ranks(base, tmp_path):
         (({}, {}), Combination("linear", (1.0, 1.0), rank=3), "only methods with svd take it"),
         (({},), Combination("linear", (1.0,)), "at least 2"),
         (({}, {"r": 2}), Combination("ties", (1.0, 1.0)), r"ranks must be the same, got \[2, 4\]"),
-        (({}, {"use_dora": True}), Combination("svd", (1.0, 1.0)), "leave DoRA's magnitudes out"),
+        (({}, {"use_dora": True}), Combination("svd", (1.0, 1.0)), "ignore DoRA's magnitudes"),
     ],
 )
 def test_what_cannot_be_combined(settings, how, message, base, tmp_path):
@@ -113,7 +113,7 @@ def test_what_cannot_be_combined(settings, how, message, base, tmp_path):
 def test_a_mixlora_is_not_combined(base, tmp_path):
     MixLoraForCausalLM.from_base(str(base), mixlora(tiny_base()).config).save_pretrained(tmp_path / "mix")
     lora = loras(tmp_path, base, {})[0]
-    with pytest.raises(AdapterError, match="whose experts have no counterpart"):
+    with pytest.raises(AdapterError, match="whose experts do not match those of another"):
         combine([lora, tmp_path / "mix"], tmp_path / "out", Combination("svd", (1.0, 1.0)))
 
 
@@ -228,7 +228,7 @@ def test_from_the_shell(trained, base, tmp_path, capsys):
 
     code, out = run("experts", "drop", trained[1], "--count", 1, "--out", tmp_path / "small")
     assert code == 0
-    assert "4 -> 3 experts a layer" in out.out
+    assert "4 -> 3 experts per layer" in out.out
     assert "KL divergence" in out.out
     code, out = run("experts", "add", tmp_path / "small", "--clone", 0, "--out", tmp_path / "again", "--json")
     assert code == 0

@@ -114,12 +114,12 @@ def test_a_quantised_base_is_opened_on_request_only(bases, tmp_path):
 @pytest.mark.parametrize(
     ("to", "make", "message"),
     [
-        ("dense", "mixlora", "is a MixLoRA: every token takes its own experts"),
+        ("dense", "mixlora", "is a MixLoRA: its active experts vary by token"),
         ("mixtral", "dora", "is a dora: --to mixtral takes a MixLoRA only; --to dense merges"),
         ("mixlora", "dora", "--to mixlora takes a MixLoRA only"),
         ("peft", "peft", "in PEFT's format: --to peft takes an adapter in our format"),
         ("moe", "reference", "in the reference format"),
-        ("mixlora", "mixdora", "no place for magnitudes"),
+        ("mixlora", "mixdora", "does not store magnitudes"),
         ("mixlora", "qwen3", "the reference runs on llama"),
         ("mixlora", "patterns", "one rank and alpha for all"),
     ],

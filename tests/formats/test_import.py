@@ -205,7 +205,7 @@ def test_dora_without_magnitudes_computes_what_the_package_does(bases, tmp_path)
         ({"target_modules": ["q_proj", "up_proj"]}, "surplus layers.0.mlp.experts.down_proj.lora_A"),
         ({"target_modules": ["wqkv"]}, "has none of them"),
         ({"expert_lora": {"use_rslora": True}}, "use_rslora=True: experts that differ from attention"),
-        ({"expert_lora": {"lora_dropout": 0.5}}, "a dropout of the experts' own"),
+        ({"expert_lora": {"lora_dropout": 0.5}}, "a separate dropout of the experts"),
     ],
 )
 def test_reference_settings_that_cannot_be_honoured(changes, message, bases, tmp_path):
@@ -294,7 +294,7 @@ def test_dora_becomes_ours_and_goes_back(settings, bases, tmp_path):
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"use_qalora": True}, "QA-LoRA"),
         ({"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS'"),
-        ({"spectral_gain": 2.0}, "spectral_gain=2.0: this setting is not known here"),
+        ({"spectral_gain": 2.0}, "spectral_gain=2.0: unknown setting"),
         ({"r": 8}, "rank 8 on the base"),
         ({"r": 0}, "r=0"),
         ({"r": True}, "r=True: must be of type int"),

@@ -154,8 +154,8 @@ ANY = {
 }
 OF_PEFT = {
     "a layer of all-linear": (without_a_layer, r"layers\.1\..*target_modules names it, but there are no tensors"),
-    "unknown setting": (settings(spectral_gain=2.0), "spectral_gain=2.0: this setting is not known here"),
-    "unknown setting of 0": (settings(spectral_gain=0), "spectral_gain=0: this setting is not known here"),
+    "unknown setting": (settings(spectral_gain=2.0), "spectral_gain=2.0: unknown setting"),
+    "unknown setting of 0": (settings(spectral_gain=0), "spectral_gain=0: unknown setting"),
     "modules_to_save": (settings(modules_to_save=["lm_head"]), "modules_to_save"),
     "saved while compiled": (renamed("base_model.model.", "base_model.model._orig_mod."), r"torch\.compile's wrapper"),
     "saved under FSDP": (renamed(".self_attn.", "._fsdp_wrapped_module.self_attn."), "FSDP's wrapper"),

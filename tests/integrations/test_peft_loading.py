@@ -129,6 +129,7 @@ print("all equal")
 """
 
 
+@pytest.mark.slow
 def test_from_a_hub(hub, tmp_path):
     import subprocess
     import sys

@@ -14,7 +14,7 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.publish.verify import damage
 from minilora_hub.publish.verify.damage import copy_for_damage, damages
 
-MISSING, NO_NUMBER = "a missing tensor", "a value that is no number"
+MISSING, NO_NUMBER = "a missing tensor", "a NaN"
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def test_the_weights_are_never_in_memory_and_copied_once(folder, tmp_path):
 def test_a_disk_without_room_and_weights_without_values(folder, tmp_path, monkeypatch):
     save_file({"a": torch.ones(3)}, folder / "adapter_model.safetensors")
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10})())
-    with pytest.raises(AdapterError, match=r"GB are needed, 0\.00 GB are free there"):
+    with pytest.raises(AdapterError, match=r"GB are needed, 0\.00 GB are free"):
         copy_for_damage(folder, tmp_path)
     save_file({"a": torch.ones(0)}, folder / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="holds no tensor"):

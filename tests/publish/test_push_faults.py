@@ -190,9 +190,7 @@ def test_a_commit_of_somebody_else_is_reported_and_not_overwritten(ready):
     hub, _, _ = ready
     repo = hub.add_repo("ana/case", files=OLD, private=True)
     theirs = {**OLD, "config.json": b'{"theirs": true}'}
-    with pytest.raises(
-        PublishError, match=r"somebody else has committed to ana/case meanwhile.*nothing was overwritten"
-    ):
+    with pytest.raises(PublishError, match=r"ana/case has received another commit meanwhile.*nothing was overwritten"):
         push_to("ana/case", confirm=meanwhile(lambda: repo.push(theirs) and None))
     assert repo.files("main") == theirs
     push_to("ana/case")
@@ -210,7 +208,7 @@ def test_a_repo_that_is_deleted_meanwhile(ready):
 
 def test_a_repo_that_somebody_makes_meanwhile(ready):
     hub, _, _ = ready
-    with pytest.raises(PublishError, match="ana/case was created by somebody else meanwhile"):
+    with pytest.raises(PublishError, match="ana/case was created by another process meanwhile"):
         push_to("ana/case", confirm=meanwhile(lambda: hub.add_repo("ana/case", files=OLD, private=True) and None))
     assert hub.repo("ana/case").files("main") == OLD
 

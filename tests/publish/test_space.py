@@ -230,7 +230,7 @@ def test_somebody_elses_commit_is_not_overwritten(hub, push, monkeypatch):
         return staged(folder, settings)
 
     monkeypatch.setattr(spaces, "stage", meanwhile)
-    with pytest.raises(PublishError, match="somebody else has committed to ana/compare meanwhile"):
+    with pytest.raises(PublishError, match="ana/compare has received another commit meanwhile"):
         push("ana/compare", ["ana/dora"])
     assert repo.files()["app.py"] == b"theirs"
 

@@ -28,6 +28,7 @@ def ids():
     return AutoTokenizer.from_pretrained(resolve_base("embedded").path)(TEXT, return_tensors="pt").input_ids
 
 
+@pytest.mark.slow
 def test_dora_equals_peft(base, ids):
     model = DoraForCausalLM.from_base(shared_copy(base), DoraConfig(r=16))
     fill_adapter(model, scale=0.02)
@@ -39,6 +40,7 @@ def test_dora_equals_peft(base, ids):
     assert difference < 1e-4
 
 
+@pytest.mark.slow
 def test_mixlora_equals_the_reference_package(base, ids, tmp_path):
     model = MixLoraForCausalLM.from_base(shared_copy(base), MixLoraConfig(r=16))
     fill_adapter(model, scale=0.02)

@@ -48,7 +48,7 @@ def learned(tokenizer, example) -> str:
 @pytest.mark.parametrize(
     ("content", "line", "reason"),
     [
-        (GOOD + b'{"text": "cut', 2, "is no JSON"),
+        (GOOD + b'{"text": "cut', 2, "is not JSON"),
         (GOOD + GOOD + b'{"text": "\xe9"}\n', 3, "is not UTF-8 .byte 11 is 0xe9"),
         (GOOD + b"[1, 2]\n", 2, "is a list"),
         (GOOD + b'{"prompt": "only"}\n', 2, "has no completion beside .'prompt'"),
@@ -60,7 +60,7 @@ def learned(tokenizer, example) -> str:
         (GOOD + b'{"messages": [{"role": "bot", "content": "x"}]}\n', 2, "turn 1: must have a role"),
         (GOOD + b'{"messages": [{"role": "user", "content": "x"}]}\n', 2, "no turn of the assistant"),
         (GOOD + b'{"messages": [{"role": "user"}]}\n', 2, "turn 1: must have a content"),
-        (GOOD + b"\n" + b'{"text": "a"} trailing\n', 3, "is no JSON"),
+        (GOOD + b"\n" + b'{"text": "a"} trailing\n', 3, "is not JSON"),
     ],
 )
 def test_a_bad_line_is_named(content, line, reason, tmp_path):
@@ -78,9 +78,9 @@ def test_a_bad_line_is_named(content, line, reason, tmp_path):
         ("d.jsonl", b"\n\n", "has no rows"),
         ("d.jsonl", "\ufeff".encode("utf-16"), "d.jsonl:1: is UTF-16"),
         ("d.txt", b"x", "must end with one of"),
-        ("d.csv", b'text\n"open\n', r"d.csv:2: is no CSV"),
+        ("d.csv", b'text\n"open\n', r"d.csv:2: is not CSV"),
         ("d.csv", b"text\n\xff\n", "d.csv:2: is not UTF-8"),
-        ("d.parquet", b"PAR1 no", "d.parquet: is no readable Parquet file"),
+        ("d.parquet", b"PAR1 no", "d.parquet: is not a readable Parquet file"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(name, content, message, tmp_path):
@@ -159,7 +159,7 @@ def test_a_template_that_cannot_be_cut_exactly_is_refused(tokenizer):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     bad = encoded(tokenizer, {"messages": turns}, "messages")
     assert bad.place == "here"
-    assert "turn 2: the chat template writes it differently" in bad.reason
+    assert "turn 2: the chat template renders it differently" in bad.reason
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     assert "roles must alternate" in encoded(tokenizer, {"messages": turns}, "messages").reason
     tokenizer.chat_template = None
@@ -201,7 +201,7 @@ def test_long_rows_are_bad_or_cut(tokenizer):
     assert len(cut.input_ids) == 30
     assert learned(tokenizer, cut) == "|" + "c" * 7
     bad = encoded(tokenizer, fields, "prompt and completion", max_length=20, truncate=True)
-    assert bad.reason == "has nothing to learn once it is cut"
+    assert bad.reason == "has no token with a loss after truncation"
 
 
 # ---- all rows together ----
@@ -217,7 +217,7 @@ def test_bad_rows_stop_the_run_or_are_counted(tokenizer, tmp_path):
     with pytest.raises(DataError) as raised:
         prepare_data(settings(file), tokenizer, 512, tmp_path)
     message = str(raised.value)
-    assert "d.jsonl:4: is no JSON" in message
+    assert "d.jsonl:4: is not JSON" in message
     assert "d.jsonl:5: has 601 tokens, max_length is 512" in message
     assert "and 1 more. Repair them, or pass --skip-bad-rows" in message
     data = prepare_data(settings(file, skip_bad_rows=True), tokenizer, 512, tmp_path)
@@ -272,7 +272,9 @@ def test_a_full_disk_is_said_with_the_folder(tokenizer, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-        with pytest.raises(DataError, match=r"tokens cannot be kept in '.*rows' \(.*\): make room, or set TMPDIR"):
+        with pytest.raises(
+            DataError, match=r"tokens cannot be written to '.*rows' \(.*\): free disk space, or set TMPDIR"
+        ):
             prepare_data(settings(file), tokenizer, 512, tmp_path / "rows")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -65,6 +65,7 @@ def whole_apart(base, data, tmp_path_factory):
     return digest(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_a_killed_run_resumes_to_the_same_bytes(place, base, data, whole_apart, tmp_path):
     """SIGKILL at a step, in the middle of a checkpoint, or before the result is complete."""
@@ -148,7 +149,7 @@ def test_a_run_is_resumed_on_another_day(data, tmp_path, monkeypatch):
         "begun": "2026-03-02T00:00:00",
     }
     (tmp_path / "cut" / "run.json").write_text(json.dumps(state))
-    with pytest.raises(TrainingError, match="the data is not what the run began with"):
+    with pytest.raises(TrainingError, match="the data has changed since the run began"):
         train(tmp_path / "cut", resume=True)
 
 
@@ -161,7 +162,7 @@ def test_resuming_refuses_other_data_and_other_settings(base, data, tmp_path):
     out.mkdir()
     (out / "training.yaml").write_text(settings)
     (out / "run.json").write_text('{"data_sha256": "0"}')
-    with pytest.raises(TrainingError, match="the data is not what the run began with"):
+    with pytest.raises(TrainingError, match="the data has changed since the run began"):
         train(out, resume=True)
     with pytest.raises(TrainingError, match=r"began with learning_rate=0.01, now it is 0.5"):
         train(out, resume=True, learning_rate=0.5)
@@ -226,7 +227,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(base, data, whole, tmp_path, m
     monkeypatch.setattr(trainer_module.AdapterTrainer, "_save_checkpoint", limited)
     out = tmp_path / "run"
     try:
-        with pytest.raises(TrainingError, match=r"checkpoint of step 6 could not be written .*checkpoint-3 is whole"):
+        with pytest.raises(TrainingError, match=r"checkpoint of step 6 .*checkpoint-3 is complete"):
             train(out, base=base, data=data, **RUN)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -258,7 +259,7 @@ def test_a_nan_stops_with_step_rows_and_advice_before_weights_change(what, base,
     message = str(raised.value)
     assert f"the {what} became nan in step 5 on rows.jsonl:" in message
     assert message.count("rows.jsonl:") == 4
-    assert "checkpoint-3 is whole" in message
+    assert "checkpoint-3 is complete" in message
     assert "--learning-rate" in message
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["checkpoint-3"]
     tensors = trainer_module.read_adapter(out / "checkpoints" / "checkpoint-3" / trainer_module.WEIGHTS)

@@ -183,7 +183,7 @@ def test_adalora_reduces_its_ranks_to_the_target(base, rows, trained, tmp_path):
     assert sum(map(sum, kept)) == 3 * 14
     assert sum(map(len, kept)) == 6 * 14
     said = SHORT | PRESETS["adalora"] | {"max_steps": 4, "tinit": 3, "tfinal": 3}
-    with pytest.raises(TrainingError, match=r"leave none of the 4 steps to reduce ranks in"):
+    with pytest.raises(TrainingError, match=r"leave none of the 4 steps for reducing ranks"):
         train(tmp_path / "short", method="adalora", base=base, data=rows, **said)
 
 
@@ -251,7 +251,7 @@ def test_an_8bit_optimizer_learns_and_resumes_on_a_cpu(base, rows, tmp_path, mon
         ({"method": "peft", "peft_type": "NOTHING"}, "peft_type='NOTHING': must be one of"),
         ({"method": "vera", "rr": 4}, "rr=4: neither a training setting nor a field of vera"),
         ({"method": "pissa", "quantize": "nf4"}, "PiSSA changes the base's weights"),
-        ({"method": "loftq", "quantize": "int8"}, "LoftQ is for an NF4 base"),
+        ({"method": "loftq", "quantize": "int8"}, "LoftQ needs an NF4 base"),
     ],
 )
 def test_settings_that_a_method_cannot_have(said, message, base, rows, tmp_path):

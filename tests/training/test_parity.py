@@ -48,6 +48,7 @@ def curve(out: Path) -> list[float]:
         return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_50_steps_follow_pefts_loss_curve(method, base, rows, tmp_path):
@@ -144,6 +145,7 @@ def test_loraplus_lets_b_learn_faster(base, rows, tmp_path):
     assert {rate for name, rate in rates.items() if name.endswith("lora_A")} == {1e-2}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("method", ["dora", "mixlora", "rslora"])
 def test_recomputed_activations_change_nothing(method, base, rows, tmp_path):

@@ -38,6 +38,7 @@ def curve(out: Path) -> torch.Tensor:
         return torch.tensor([float(row["loss"]) for row in csv.DictReader(file)])
 
 
+@pytest.mark.slow
 def test_two_processes_reach_the_curve_of_one(base, rows, tmp_path):
     """Of an accumulated batch exactly, where a mixture is balanced over the same rows; of a whole one nearly."""
     said = SHORT | {"method": "mixlora", "num_experts": 4, "max_steps": 8, "save_every": 8, "learning_rate": 1e-3}

@@ -58,7 +58,7 @@ def test_what_cannot_be_recorded_is_told_and_the_run_is_kept(base, rows, tmp_pat
     monkeypatch.setattr("minilora_hub.recording.reference.load_base", fail)
     result = train(tmp_path / "out", method="dora", base=base, data=rows, **SHORT)
     assert result.notes == (
-        "what the adapter computes could not be recorded, a push does it: "
+        "the reference logits could not be recorded, so a push will record them: "
         "not enough memory: you tried to allocate 12 GB",
     )
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

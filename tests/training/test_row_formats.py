@@ -78,7 +78,7 @@ def test_rows_of_other_tools_become_messages(row, messages):
         ({"messages": [ASK, SAY], "images": ["a.png"]}, "has images: only text can be learned"),
         ({"messages": [ASK, SAY], "chat_template_kwargs": {"enable_thinking": False}}, "has chat_template_kwargs"),
         ({"conversations": "hi"}, "conversations must be a list of messages"),
-        ({"conversations": []}, "messages must be a list of messages, got list without any"),
+        ({"conversations": []}, "messages must be a list of messages, got empty list"),
         (
             {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "{}"}]},
             "turn 2: from='fu",
@@ -89,24 +89,24 @@ def test_rows_of_other_tools_become_messages(row, messages):
         ),
         ({"conversations": [{"from": "human", "value": "q"}]}, "no turn of the assistant"),
         ({"instruction": "q", "output": " "}, "output is empty"),
-        ({"instruction": 1, "output": "a"}, "instruction is a int, not a text"),
+        ({"instruction": 1, "output": "a"}, "instruction is a int, not a string"),
         ({"instruction": "q", "output": "a", "history": ["x"]}, "history must be a list of pairs"),
-        ({"instruction": "q", "output": "a", "system": ["x"]}, "system is a list, not a text"),
+        ({"instruction": "q", "output": "a", "system": ["x"]}, "system is a list, not a string"),
         ({"messages": weighted(weight=0.5)}, "turn 2: weight=0.5: must be 0 .not learned. or 1"),
         ({"messages": weighted(weight=True)}, "turn 2: weight=True: must be 0"),
         ({"messages": weighted(weight="0")}, "turn 2: weight='0': must be 0"),
         ({"messages": weighted(loss="no")}, "turn 2: loss='no': must be true or false"),
-        ({"messages": [ASK, call("{city}")]}, "turn 2: the arguments of a tool call are no JSON"),
+        ({"messages": [ASK, call("{city}")]}, "turn 2: the arguments of a tool call are not JSON"),
         ({"messages": [ASK, call('"SF"')]}, "turn 2: the arguments of a tool call are a str, not an object"),
         (
             {"messages": [ASK, {"role": "assistant", "tool_calls": "f()"}]},
             "turn 2: tool_calls must be a list of objects",
         ),
-        ({"messages": [ASK, SAY], "tools": "get_weather(city)"}, "tools is no JSON"),
+        ({"messages": [ASK, SAY], "tools": "get_weather(city)"}, "tools is not JSON"),
         ({"messages": [ASK, SAY], "tools": '{"name": "f"}'}, "tools must be a list of objects"),
-        ({"prompt": "p", "completion": "cut \ud83d"}, r"holds half a character, \\ud83d"),
-        ({"messages": [ASK, call({"k": ["\udc00"]})]}, r"holds half a character, \\udc00"),
-        ({"messages": [ASK, SAY], "tools": [{"\ud800": 1}]}, r"holds half a character, \\ud800"),
+        ({"prompt": "p", "completion": "cut \ud83d"}, r"contains a lone surrogate, \\ud83d"),
+        ({"messages": [ASK, call({"k": ["\udc00"]})]}, r"contains a lone surrogate, \\udc00"),
+        ({"messages": [ASK, SAY], "tools": [{"\ud800": 1}]}, r"contains a lone surrogate, \\ud800"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "turn 1: must have a role, .*; got 'bot'"),
     ],
 )
@@ -133,14 +133,14 @@ def test_nulls_that_arrow_adds_are_not_taught_and_those_of_json_stay(tmp_path):
 
 def test_an_old_macs_csv_and_a_parquet_file_of_other_bytes_are_named(tmp_path):
     (tmp_path / "mac.csv").write_bytes(b"prompt,completion\rq,a\r")
-    with pytest.raises(DataError, match=r"mac.csv:1: has lines that end with CR alone"):
+    with pytest.raises(DataError, match=r"mac.csv:1: has lines that end with CR only"):
         list(read_rows((str(tmp_path / "mac.csv"),)))
     (tmp_path / "later.csv").write_bytes(b"prompt,completion\nq,a\nr,b\rs,c\n")
-    with pytest.raises(DataError, match=r"later.csv:3: has lines that end with CR alone"):
+    with pytest.raises(DataError, match=r"later.csv:3: has lines that end with CR only"):
         list(read_rows((str(tmp_path / "later.csv"),)))
     bad = pyarrow.array([b"\xff"], pyarrow.binary()).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": bad}), tmp_path / "bad.parquet")
-    with pytest.raises(DataError, match=r"bad.parquet: is no readable Parquet file"):
+    with pytest.raises(DataError, match=r"bad.parquet: is not a readable Parquet file"):
         list(read_rows((str(tmp_path / "bad.parquet"),)))
 
 

@@ -57,7 +57,7 @@ def test_a_chat_is_what_inference_sees_or_refused(kind, answer):
         example = encode(tokenizer, "messages", {"messages": conversation})
         if (kind, answer) in JOINED:
             assert isinstance(example, BadRow)
-            assert "turn 2: its first characters join the last token of the prompt" in example.reason
+            assert "turn 2: its first characters merge with the prompt's last token" in example.reason
             continue
         ids = whole(tokenizer, conversation)
         assert example.input_ids == ids
@@ -140,7 +140,7 @@ def test_a_completion_whose_tokens_cannot_follow_the_prompt_is_refused():
     assert tokenizer.decode(example.input_ids) == "xab<|end|>"  # its bytes do follow
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("ab", "c")
     bad = encode(tokenizer, "prompt and completion", fields)
-    assert "the completion's first characters join the prompt's last token" in bad.reason
+    assert "the completion's first characters merge with the prompt's last token" in bad.reason
 
 
 def test_a_tokenizer_in_python_without_offsets_is_cut_as_well():
@@ -204,7 +204,7 @@ def test_a_template_that_drops_earlier_reasoning_is_refused_for_that_conversatio
     )
     tokenizer, thought = with_template(thinking), "<think>hm</think>yes"
     assert (
-        "turn 2: the chat template writes it differently"
+        "turn 2: the chat template renders it differently"
         in encode(tokenizer, "messages", {"messages": turns("Why?", thought, "no", "the sky")}).reason
     )
     example = encode(tokenizer, "messages", {"messages": turns("Why?", thought)})
@@ -255,7 +255,7 @@ def test_a_template_that_writes_arguments_as_text_gets_text():
     )
     example = encode(tokenizer, "messages", {"messages": call('{"city":"SF"}')})
     assert text_of(tokenizer, example.labels) == 'get {"city":"SF"}<|end|>'
-    assert "the chat template refuses it" in encode(tokenizer, "messages", {"messages": call({"a": 1})}).reason
+    assert "the chat template rejects it" in encode(tokenizer, "messages", {"messages": call({"a": 1})}).reason
 
 
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"loss": False}])
@@ -273,10 +273,10 @@ def test_a_message_of_weight_0_is_not_learned_and_not_seen_by_the_template(mark)
     pair = {"prompt": messages[:3], "completion": messages[3:]}
     assert encode(tokenizer, "prompt and completion", pair, loss_on="all") == everything
     messages[3] |= mark
-    assert encode(tokenizer, "messages", {"messages": messages}).reason == "has nothing to learn"
+    assert encode(tokenizer, "messages", {"messages": messages}).reason == "has no token with a loss"
     messages[0] |= mark
     refused = encode(tokenizer, "messages", {"messages": messages}, loss_on="all")
-    assert refused.reason == "turn 1: has weight 0, which is for the assistant's turns alone"
+    assert refused.reason == "turn 1: has weight 0, which is only allowed in the assistant's turns"
 
 
 # ---- the date ----

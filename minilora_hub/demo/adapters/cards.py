@@ -1,4 +1,4 @@
-"""Cards of adapters: what the configuration, the weights' header and results.json say about each. No Gradio."""
+"""Cards of adapters, read from the configuration, the weights' header and results.json. No Gradio."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ SCORES = 6
 
 @dataclass(frozen=True)
 class AdapterCard:
-    """The card of one adapter, as adapter_picker.js paints it.
+    """The card of one adapter, as adapter_picker.js renders it.
 
     Attributes:
         name: its name on the page.
         kind: the method.
         facts: rank, number of parameters, size, licence.
-        weights: the hash of its file, and its commit on the Hub.
+        weights: the hash of its weights file, and its commit on the Hub.
         repo: its id on the Hub, None where it comes from a folder.
         loss: training losses in order, at most `LOSS_POINTS`.
         scores: at most `SCORES` measured numbers: ``{"task", "metric", "value", "base", "n"}``.
-        trouble: why its results.json is not shown; None where it is fine.
+        trouble: why its results.json is not shown; None if it is valid.
     """
 
     name: str
@@ -48,7 +48,7 @@ class AdapterCard:
 
 
 def read_card(name: str, folder: Path, repo: str | None = None, revision: str | None = None) -> AdapterCard:
-    """Read an adapter's card from its folder; nothing is run, and no tensor is read.
+    """Read an adapter's card from its folder. No code of the folder is run, and no tensor is read.
 
     Args:
         name: its name on the page.
@@ -88,7 +88,7 @@ def read_card(name: str, folder: Path, repo: str | None = None, revision: str | 
 
 
 def _thinned(values: list[float]) -> list[float]:
-    """Return the means of at most `LOSS_POINTS` groups of neighbours."""
+    """Reduce a curve to at most `LOSS_POINTS` points, each the mean of a group of neighbours."""
     if len(values) <= LOSS_POINTS:
         return values
     edges = [round(index * len(values) / LOSS_POINTS) for index in range(LOSS_POINTS + 1)]

@@ -15,7 +15,7 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.hub.plain_files import require_plain_files
 
 MOST_ADAPTERS = 5
-"""Beside the base."""
+"""Maximum number of adapters shown beside the base."""
 
 
 class Catalogue:
@@ -23,15 +23,15 @@ class Catalogue:
 
     Args:
         engine: the page's engine, whose columns are the page's own.
-        links: fetches and keeps adapters from the Hub; None: the page shows its own only.
-        allowed: folders in which every folder of an adapter can be chosen, by its name. Visitors never name a path:
-            only what is in these folders when the page starts can be chosen.
+        links: downloads and caches adapters from the Hub. None: the page shows only its own.
+        allowed: folders whose adapter folders visitors can choose by name. Visitors never pass a path: only adapters
+            that are in these folders when the page starts can be chosen.
 
     Attributes:
         folders: {name: folder} of the allowed adapters.
 
     Raises:
-        AdapterError: one of `allowed` is no folder, holds no adapter, or two adapters have the same name.
+        AdapterError: one of `allowed` is not a folder or holds no adapter, or two adapters have the same name.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Catalogue:
 
     @property
     def names(self) -> list[str]:
-        """The adapters that can be chosen without fetching anything."""
+        """The adapters that can be chosen without a download."""
         return [*(column.name for column in self.engine.columns[1:]), *self.folders]
 
     def column(self, name: str) -> Column | None:
@@ -82,7 +82,7 @@ class Catalogue:
             return self._cards[name]
 
     def weights(self, names: Iterable[str]) -> tuple[Weights, ...]:
-        """Return the weights of the base and of each of `names`. Hashing a large base takes a moment, once."""
+        """Return the weights of the base and of each of `names`. The first call hashes the base, which may be slow."""
         found = [Weights(self.links.fingerprint if self.links else UNKNOWN)]
         for name in names:
             try:

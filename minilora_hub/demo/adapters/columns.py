@@ -16,7 +16,7 @@ MOST_SOLO_EXPERTS = 4
 
 @dataclass(frozen=True)
 class SoloExperts:
-    """Experts of a mixture that each answer alone, in a column of their own.
+    """Experts of a mixture that each answer alone, in a separate column.
 
     Attributes:
         adapter: the mixture.
@@ -28,10 +28,10 @@ class SoloExperts:
 
     @classmethod
     def read(cls, content: Any) -> SoloExperts:
-        """Read what a browser sent: ``{"adapter": name, "experts": [0, 2]}``.
+        """Parse an event from the browser: ``{"adapter": name, "experts": [0, 2]}``.
 
         Raises:
-            AdapterError: it is something else.
+            AdapterError: the content has another form.
         """
         content = content if isinstance(content, dict) else {}
         adapter, experts = content.get("adapter"), content.get("experts")
@@ -62,7 +62,7 @@ class SoloExperts:
 
 
 def describe_columns(engine: CompareEngine, columns: Sequence[Column]) -> list[dict]:
-    """Return the ``about`` of each column of a stage: its name, method, letter, and a line of facts."""
+    """Return the ``about`` of each column of a stage: its name, method, letter, and a summary line."""
     base_size = sum(parameter.numel() for parameter in engine.bank.model.parameters())
     seen: Counter[str] = Counter()
     described = []
@@ -80,7 +80,7 @@ def describe_columns(engine: CompareEngine, columns: Sequence[Column]) -> list[d
             badge = initial + (str(seen[initial]) if seen[initial] > 1 else "")
         else:
             badge = expert_letter(column.solo_expert)
-            facts = [f"{column.name} with expert {badge} alone, whatever the router says"]
+            facts = [f"{column.name} with expert {badge} alone, ignoring the router"]
         described.append(
             {
                 "name": column.name if column.solo_expert is None else f"{column.name}, {badge} alone",

@@ -1,9 +1,9 @@
-"""Fetches and loads adapters from the Hub that links (``?adapter=owner/name``) or the picker name. No Gradio.
+"""Download and load adapters from the Hub that a link (``?adapter=owner/name``) or the picker requests. No Gradio.
 
-Anyone can name one, so everything is bounded: public repos only, small files without code, adapters for this page's
-base only, loaded by the installed classes. The list of files and the configuration are checked first; the weights are
-fetched only if they belong to an adapter of a known kind that fits the base, and are no larger than the configuration
-allows.
+Any visitor can request any adapter, so requests are restricted: only public repos, small files without code, and
+adapters for this page's base, loaded by the installed classes. The file list and the configuration are checked first.
+The weights are downloaded only if the adapter has a known method, fits the base, and its file is no larger than the
+configuration implies.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ from minilora_hub.quiet import quiet_libraries
 from minilora_hub.remote_code.adapter_files import UNKNOWN, base_fingerprint
 
 FETCHED_FIRST = (*CONFIGURATION_FILES, RESULTS_FILE)
-"""Python files are not among them: what is not fetched cannot run."""
+"""The files that are downloaded. Python files are not among them, so they cannot run."""
 LARGEST_CONFIG = 2**20
 
 
 class LinkedAdapters:
-    """The adapters from the Hub in the bank of the page's engine, under their ids.
+    """A bounded cache of adapters from the Hub, in the bank of the page's engine, by id.
 
     Args:
         engine: the page's engine.
         base: its base.
-        limits: bounds for the size of one adapter and for how many are kept.
+        limits: maximum size of one adapter, and maximum number of cached adapters.
     """
 
     def __init__(self, engine: CompareEngine, base: ResolvedBase, limits: PageLimits | None = None) -> None:
         self._engine, self._base, self.limits = engine, base, limits or PageLimits()
-        self._kept: dict[str, tuple[Column, AdapterCard]] = {}  # the least recently used one first
+        self._kept: dict[str, tuple[Column, AdapterCard]] = {}  # least recently used first
         self._lock = threading.Lock()
 
     def get(self, name: str) -> Column | None:
-        """Return the column of an adapter that is kept, and count this as a use."""
+        """Return the column of a cached adapter, and mark it as most recently used."""
         with self._lock:
             if name not in self._kept:
                 return None
@@ -60,16 +60,16 @@ class LinkedAdapters:
             return self._kept[name][0]
 
     def card(self, name: str) -> AdapterCard | None:
-        """Return the card of an adapter that is kept."""
+        """Return the card of a cached adapter."""
         kept = self._kept.get(name)
         return kept and kept[1]
 
     def fetch(self, name: str, folder: Path) -> PublicRepo:
-        """Fetch an adapter into a folder. It may take long; nothing is loaded.
+        """Download an adapter into a folder, without loading it. This may take long.
 
         Raises:
-            AdapterError: the name is no id, there is no such public repo, or it holds no small adapter for this base,
-                or code. Its weights are not fetched then.
+            AdapterError: the name is not an id, there is no such public repo, it holds no adapter for this base, is
+                too large, or needs code. The weights are not downloaded then.
         """
         from huggingface_hub import errors
 
@@ -78,7 +78,7 @@ class LinkedAdapters:
         try:
             repo = PublicRepo.find(name)
             if WEIGHTS not in repo.sizes:
-                raise AdapterError(f"{name} has no {WEIGHTS}: it is no adapter that can be shown here")
+                raise AdapterError(f"{name} has no {WEIGHTS}: it is not an adapter that can be shown here")
             repo.check_size(WEIGHTS, limit)
             repo.fetch(FETCHED_FIRST, folder, LARGEST_CONFIG)
             self._check(repo, folder)
@@ -90,9 +90,11 @@ class LinkedAdapters:
         return repo
 
     def _check(self, repo: PublicRepo, folder: Path) -> None:
-        for reference in code_references(folder, repo.sizes.keys()):  # first: the code was not fetched
+        for reference in code_references(
+            folder, repo.sizes.keys()
+        ):  # before anything else: the code was not downloaded
             if not reference.own:
-                why = "" if reference.problem else ", and a page runs no code of an adapter's"
+                why = "" if reference.problem else ", and the page runs no code of an adapter"
                 raise AdapterError(f"{repo.name} is not loaded: {reference}{why}")
         source = read_configuration(folder)
         check_settings(source.config, peft=source.layout == "peft")
@@ -100,10 +102,10 @@ class LinkedAdapters:
         if source.layout == "auto":
             our_config(describe_folder(folder))
         bound = most_bytes(source.config, self._engine.bank.linears)
-        repo.check_size(WEIGHTS, bound, "its configuration makes it")
+        repo.check_size(WEIGHTS, bound, "its configuration implies")
 
     def load(self, name: str, folder: Path, repo: PublicRepo | None = None) -> Column:
-        """Load an adapter from a folder into the bank and keep it; the least recently used one is unloaded.
+        """Load an adapter from a folder into the bank, and unload the least recently used one if needed.
 
         Args:
             name: its name on the page.
@@ -111,7 +113,7 @@ class LinkedAdapters:
             repo: the repo that they come from, if any.
 
         Raises:
-            AdapterError: it is damaged or does not fit, or its files are not what they claim to be.
+            AdapterError: it is damaged, does not fit the base, or a file's header declares a wrong size.
         """
         require_plain_files(folder)
         require_true_sizes(folder)
@@ -119,7 +121,7 @@ class LinkedAdapters:
             column = self._engine.load(name, folder)
         except MiniLoraError:
             raise
-        except Exception as error:  # whatever is wrong with files from outside, the page goes on
+        except Exception as error:  # invalid files from a repo must not stop the page
             message = " ".join(str(error).replace(f"{folder}/", "").split())[:300]
             raise AdapterError(f"{name} cannot be loaded: {message}") from None
         if repo and has_other_template(repo.blobs, self._engine.tokenizer):
@@ -128,7 +130,7 @@ class LinkedAdapters:
         with self._lock:
             self._kept[name] = column, card
             for oldest in list(self._kept)[: -self.limits.link_adapters]:
-                with suppress(ValueError):  # it is answering: it is unloaded next time
+                with suppress(ValueError):  # it is in use: unload it next time
                     self._engine.unload(oldest)
                     del self._kept[oldest]
         return column
@@ -149,7 +151,7 @@ class LinkedAdapters:
         if known and fingerprint == self.fingerprint:
             return
         if named not in (ours.hub_id, ours.name):
-            shown = repr(str(named)[:100]) if named else "a base that it does not name"
+            shown = repr(str(named)[:100]) if named else "an unnamed base"
             raise AdapterError(f"{name} is for {shown}, but this page runs {ours.hub_id or ours.path.name!r}")
         if known:
             raise AdapterError(
@@ -175,22 +177,22 @@ class PublicRepo:
 
     @classmethod
     def find(cls, name: str) -> PublicRepo:
-        """Ask the Hub for the list of files."""
+        """Read the list of files from the Hub."""
         info = patiently(lambda: _api().model_info(name, files_metadata=True), attempts=2)
         files = info.siblings or []
         require_plain_names([file.rfilename for file in files], name)
         sizes, blobs = ({f.rfilename: getattr(f, what) for f in files} for what in ("size", "blob_id"))
         return cls(name, info.sha, sizes, blobs)
 
-    def check_size(self, file: str, limit: float, why: str = "through a link this page fetches") -> None:
-        """Refuse a file that is too large, or of unknown size."""
+    def check_size(self, file: str, limit: float, why: str = "from a link this page downloads") -> None:
+        """Raise AdapterError if a file is too large, or its size is unknown."""
         size = self.sizes[file]
         if size is None or size > limit:
             shown = "of unknown size" if size is None else f"{size / 1e6:,.1f} MB"
             raise AdapterError(f"{file} of {self.name} is {shown}; {why} at most {limit / 1e6:g} MB")
 
     def fetch(self, files: Iterable[str], folder: Path, limit: float) -> None:
-        """Fetch those of `files` that exist; none of them if one is larger than `limit` bytes."""
+        """Download those of `files` that exist; raise before any download if one is larger than `limit` bytes."""
         there = [file for file in files if file in self.sizes]
         for file in there:
             self.check_size(file, limit)
@@ -201,7 +203,7 @@ class PublicRepo:
 
 
 def _api() -> Any:
-    """Return a client without a token: what is fetched is public."""
+    """Return a client without a token, because only public repos may be read."""
     from huggingface_hub import HfApi
 
     return HfApi(token=False)

@@ -1,6 +1,6 @@
-"""Checks an adapter that a link names before its weights are fetched: name, settings, size, template. No Gradio.
+"""Check the name, settings, size and template of a linked adapter before its weights are downloaded. No Gradio.
 
-Anyone can write such a link, so the page accepts less here than `minilora` does on the command line.
+Links are untrusted input, so these checks are stricter than those of the `minilora` commands.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ PEFT_SETTINGS = {
     "use_rslora", "use_dora", "init_lora_weights",
 }  # fmt: skip
 PEFT_INERT = {"megatron_core", "qalora_group_size"}
-"""PEFT writes them into every file; they have no effect without the settings that they belong to."""
+"""Settings that PEFT writes into every file, and that have no effect without another setting."""
 
 VALUE_BYTES = 8
-"""Of the widest dtype, float64."""
+"""Bytes of a value in float64, the widest dtype."""
 HEADER_BYTES, ENTRY_BYTES = 2**20, 512
-"""Of a safetensors file: its metadata, and the header's entry for one tensor."""
+"""Upper bounds of a safetensors file, in bytes: its metadata, and the header's entry for one tensor."""
 
 
 def check_name(name: str) -> None:
-    """Refuse what is not an id on the Hub, above all a path on this server.
+    """Check that a name is an id on the Hub, and not, for example, a path on this server.
 
     Raises:
         AdapterError: it is not an id.
     """
     if not REPO_ID.fullmatch(name) or ".." in name or "--" in name or name.endswith((".git", ".", "-")):
-        raise AdapterError(f"?adapter={name[:60]!r} is no id on the Hub: it must read owner/name")
+        raise AdapterError(f"?adapter={name[:60]!r} is not an id on the Hub: must be owner/name")
 
 
 def check_settings(config: dict[str, Any], *, peft: bool) -> None:
-    """Refuse settings that cost more than they say, or that affect more than the adapter's own tensors.
+    """Check that no setting can exhaust the server or affect more than the adapter's own tensors.
 
     Raises:
-        AdapterError: one of them does.
+        AdapterError: a setting can.
     """
     for field in ("rank_pattern", "alpha_pattern"):
-        # Their keys are regular expressions, and matching one can take forever.
+        # Their keys are regular expressions, whose matching time is unbounded.
         patterns = config.get(field) or {}
         if not isinstance(patterns, dict) or not all(PLAIN_NAME.fullmatch(str(key)) for key in patterns):
             raise AdapterError(f"{field}: a page reads plain names of modules only")

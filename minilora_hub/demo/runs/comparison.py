@@ -18,7 +18,7 @@ from minilora_hub.formatting import block, inline
 VERSION = 1
 UNKNOWN = "unknown"
 COLUMN_BYTES = 4000
-"""Memory of a column without its log and its error: an upper bound."""
+"""Upper bound of the bytes of a column without its log and its error."""
 
 
 def now() -> str:
@@ -31,7 +31,7 @@ class Weights:
     """The weights that a column ran.
 
     Attributes:
-        hash: of the adapter's file, ``"sha256:…"``; for the base, the fingerprint of its checkpoint; or ``"unknown"``.
+        hash: hash of the adapter's file, ``"sha256:…"``; for the base, its checkpoint's fingerprint; or ``"unknown"``.
         revision: their commit on the Hub, None where they come from a folder.
     """
 
@@ -47,9 +47,9 @@ class Comparison:
         prompt: the prompt.
         sampling: {setting: value}.
         base: the base's name; its id on the Hub if it has one.
-        stage: what the columns showed at the end, the base's first; see `minilora_hub.demo.ui.page_state`.
-        status: what the status line showed.
-        weights: of each column.
+        stage: the columns' state at the end, the base's first; see `minilora_hub.demo.ui.page_state`.
+        status: content of the status line.
+        weights: the weights of each column.
         time: when it ended, ISO 8601, UTC.
     """
 
@@ -88,7 +88,7 @@ class Comparison:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Comparison:
-        """Read what `to_json` wrote.
+        """Parse the output of `to_json`.
 
         Raises:
             PageError: it is damaged, or of another version.
@@ -97,14 +97,14 @@ class Comparison:
             content = strict_json(text)
             version = content.pop("version")
             if version != VERSION:
-                raise PageError(f"it was stored by another version of minilora_hub ({version!r})")
+                raise PageError(f"the comparison was stored by another version of minilora_hub ({version!r})")
             weights = tuple(Weights(**one) for one in content.pop("weights"))
             comparison = cls(weights=weights, **content)
             texts = [text_of(column) for column in comparison.columns]
             if not comparison.names or len(texts) != len(weights) or not isinstance(comparison.sampling, dict):
                 raise ValueError("its columns do not fit together")
         except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise PageError(f"what was stored is damaged ({type(error).__name__}: {error})") from None
+            raise PageError(f"the stored comparison is damaged ({type(error).__name__}: {error})") from None
         return comparison
 
 
@@ -114,7 +114,7 @@ def answer_hash(text: str) -> str:
 
 
 def exported_json(comparison: Comparison) -> str:
-    """Write a comparison for programs: one indented object, with each answer as one text."""
+    """Export a comparison as JSON: one indented object, with each answer as one string."""
     columns = [
         {
             "name": column["about"]["name"],
@@ -143,7 +143,7 @@ def exported_json(comparison: Comparison) -> str:
 
 
 def exported_markdown(comparison: Comparison) -> str:
-    """Write a comparison for readers. Texts are in fences that they cannot close, names are escaped."""
+    """Export a comparison as Markdown. Texts are in code fences that they cannot close, and names are escaped."""
     settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in comparison.sampling.items())
     rows = ["| | | tokens | tokens/s | first token |", "| --- | --- | ---: | ---: | ---: |"]
     answers = []

@@ -1,4 +1,4 @@
-"""The comparisons that are kept for one visitor: the last ones, and the one that the page shows. No Gradio."""
+"""History of one visitor: the latest comparisons, and the one that the page shows. No Gradio."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ MOST_KEPT = 20
 
 @dataclass
 class KeptComparison:
-    """A comparison that was run for a visitor, or one that somebody shared.
+    """A comparison in the history: run by the visitor, or opened from a share link.
 
     Attributes:
         comparison: its content.
-        order: of a blind one, the index of the column under each letter; None if it was not blind.
+        order: of a blind comparison, the column index under each letter; None if it was not blind.
         closed: why it cannot be voted on; None while it can.
-        shared: its id among the shared comparisons; None if it is not one of them.
-        id: random.
+        shared: its id among the shared comparisons; None if it was not shared.
+        id: random identifier.
     """
 
     comparison: Comparison
@@ -43,7 +43,7 @@ class History:
         return sum({one.id: one.comparison.memory for one in (*self._kept, self._shown) if one}.values())
 
     def make_room(self, limit: float) -> None:
-        """Forget the oldest until `limit` bytes are enough; the last one and the one that is shown stay."""
+        """Remove the oldest until at most `limit` bytes are used; the last and the shown comparison are kept."""
         for oldest in self._kept[:-1]:
             if self.memory <= limit:
                 return
@@ -51,14 +51,14 @@ class History:
                 self._kept.remove(oldest)
 
     def clear(self) -> None:
-        """Forget all."""
+        """Remove all comparisons."""
         self._kept, self._shown = [], None
 
     def add(self, comparison: Comparison, order: tuple[int, ...] | None = None) -> KeptComparison:
-        """Keep a comparison that has ended, and show it; `order` is that of a blind one."""
+        """Add a comparison that has ended, as the shown one; `order` is that of a blind comparison."""
         kept = KeptComparison(comparison, order)
         if order is None:
-            kept.closed = "only a blind comparison is voted on"
+            kept.closed = "only a blind comparison can be voted on"
         elif not comparison.complete:
             kept.closed = "an answer was stopped or failed: run it again to vote"
         self._close_all("a newer comparison was run")
@@ -67,7 +67,7 @@ class History:
         return kept
 
     def show(self, kept: KeptComparison) -> None:
-        """Note that the page shows this one now: an older one, or one that somebody shared."""
+        """Set the shown comparison: an older one, or one from a share link."""
         self._close_all("another comparison was opened")
         self._shown = kept
 
@@ -88,19 +88,19 @@ class History:
         return self._shown
 
     def listed(self) -> list[KeptComparison]:
-        """Return all whose names may be seen, the newest first."""
+        """Return the comparisons whose names are not hidden, the newest first."""
         return [one for one in reversed(self._kept) if one.closed]
 
     def find(self, identifier: str) -> KeptComparison:
         """Return a comparison by its id.
 
         Raises:
-            PageError: it is not kept for this visitor.
+            PageError: it is not in this visitor's history.
         """
         for one in self.listed():
             if one.id == identifier:
                 return one
-        raise PageError("this comparison is no longer kept: run it again")
+        raise PageError("this comparison is no longer in your history: run it again")
 
     def last(self) -> KeptComparison:
         """Return the comparison that was run last.

@@ -1,4 +1,4 @@
-"""Limits of the page, the API and the MCP tool, which the owner of a Space sets in environment variables."""
+"""Limits of the page, the API and the MCP tool, configured by environment variables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from minilora_hub.compare.engine import Sampling
 
 MOST_AT_ONCE = 150
-"""Comparisons that run and wait, together: each of them occupies one of the server's threads."""
+"""Maximum number of running and waiting comparisons: each of them occupies one of the server's threads."""
 
 
 VARIABLES = {
@@ -28,7 +28,7 @@ VARIABLES = {
 
 @dataclass(frozen=True)
 class PageLimits:
-    """What visitors and programs may use."""
+    """Limits on the requests of visitors and API clients."""
 
     prompt: int = 8000  # characters of a prompt
     tokens: int = 512  # new tokens of one answer
@@ -38,8 +38,8 @@ class PageLimits:
     link_megabytes: float = 200  # weights of one adapter from the Hub
     link_adapters: int = 8  # adapters from the Hub that stay in memory
     shared: int = 2000  # shared comparisons on the disk
-    shared_megabytes: float = 200  # all of them
-    kept_megabytes: float = 500  # visitors' comparisons in memory; a tenth for one visitor
+    shared_megabytes: float = 200  # total size of the shared comparisons
+    kept_megabytes: float = 500  # histories of all visitors in memory; one visitor may use a tenth
     file_prompts: int = 50  # prompts in one file
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class PageLimits:
         )
 
     def check(self, prompt: str, sampling: Sampling, rows: int) -> None:
-        """Refuse a comparison that is too large, before anything is computed.
+        """Check the size of a comparison before anything is computed.
 
         Raises:
             ValueError: the prompt, the length of the answers or their number is above the limit.
@@ -72,7 +72,7 @@ class PageLimits:
         try:
             prompt.encode()
         except UnicodeEncodeError:
-            raise ValueError("prompt: must be a text that can be encoded, without halves of characters") from None
+            raise ValueError("prompt: must not contain lone surrogates, which cannot be encoded") from None
         if len(prompt) > self.prompt:
             raise ValueError(f"prompt of {len(prompt):,} characters: this page takes at most {self.prompt:,}")
         if sampling.max_new_tokens > self.tokens:

@@ -1,4 +1,4 @@
-"""Files of prompts: read, with errors that name the line, and answered one after the other as a table. No Gradio."""
+"""Read files of prompts, and answer the prompts one after the other in a table. No Gradio."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENDS = {"eos": "finished", "length": "length limit", "stop": "stop text", "stopp
 def read_prompts(file: Path, limits: PageLimits) -> list[str]:
     """Read the prompts of a file: one a line (.txt), or the field ``prompt`` of each row (.jsonl, .csv).
 
-    Empty lines are skipped. A .jsonl row may also be a bare text; a .csv of one column needs no header.
+    Empty lines are skipped. A .jsonl row may also be a string; a .csv with one column needs no header.
 
     Raises:
         PageError: the file is of another kind, too large, not UTF-8, empty, or a row is wrong.
@@ -52,7 +52,7 @@ def read_prompts(file: Path, limits: PageLimits) -> list[str]:
 
 
 def _lines(text: str) -> list[tuple[int, str]]:
-    lines = text.replace("\r\n", "\n").split("\n")  # splitlines() also splits at what may stand in a prompt
+    lines = text.replace("\r\n", "\n").split("\n")  # splitlines() also splits at characters that a prompt may contain
     return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -65,7 +65,7 @@ def _json_rows(text: str) -> list[tuple[int, str]]:
             raise PageError(f"line {number}: not JSON ({error})") from None
         prompt = row.get(FIELD) if isinstance(row, dict) else row
         if not isinstance(prompt, str) or not prompt.strip():
-            raise PageError(f'line {number}: must be {{"{FIELD}": "…"}} with some text, or a text')
+            raise PageError(f'line {number}: must be {{"{FIELD}": "…"}} with a non-empty string, or a string')
         rows.append((number, prompt))
     return rows
 
@@ -105,12 +105,12 @@ class PromptTable:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing follows."""
+        """Whether no more rows will be added."""
         return self.stopped or len(self.rows) == self.total
 
     @property
     def words(self) -> str:
-        """The progress, in a sentence."""
+        """The progress, as a sentence."""
         failed = sum(1 for row in self.rows if row["error"] or any(one["error"] for one in row["answers"]))
         troubles = f" {failed} with an error." if failed else ""
         if self.stopped:
@@ -123,9 +123,9 @@ class PromptTable:
 async def run_prompts(visitor: Visitor, prompts: Sequence[str], sampling: Sampling) -> AsyncGenerator[PromptTable]:
     """Answer prompts for a visitor, one after the other; yield the same table after each.
 
-    The names are shown even if the visitor is blind, and nothing is kept in the history. A prompt that is refused or a
-    column that fails is an error in its row, and the next prompt follows. What ends the visitor's comparison (Stop,
-    another run, a closed tab) ends the table; so does closing the iterator.
+    Names are shown even in blind mode, and nothing is added to the history. A rejected prompt or a failed column is an
+    error in its row, and the next prompt follows. Anything that ends the visitor's comparison (Stop, another run, a
+    closed tab) also ends the table, as does closing the iterator.
     """
     table = PromptTable([one["name"] for one in visitor.about()], len(prompts), sampling_fields(sampling))
     yield table

@@ -1,12 +1,12 @@
-"""The replay that the page opens with: an earlier comparison, labelled with its day and machine. No Gradio.
+"""The replay that the page opens with: a recorded comparison, labelled with its date and machine. No Gradio.
 
-A replay belongs to the weights that it was made with; a page over other adapters does not show it. After a shipped
-adapter has changed, make it again::
+A replay is only shown on a page with the weights that it was recorded with. After a shipped adapter has changed, record
+it again::
 
     python -m minilora_hub.demo.runs.replay
     python -m minilora_hub.demo.runs.replay --base org/model --adapter me/poet --prompt "…" --out mine.json
 
-With ``MINILORA_REPLAY=mine.json`` a page opens with a replay of its own.
+With ``MINILORA_REPLAY=mine.json`` a page opens with that replay instead of the shipped one.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ COMMAND = "python -m minilora_hub.demo.runs.replay"
 
 
 def find_replay(engine: CompareEngine) -> dict[str, Any] | None:
-    """Return the replay for the models of a page, or None where the shipped one is of other models.
+    """Return the replay for the models of a page, or None if the shipped one was recorded with other models.
 
     Raises:
-        MiniLoraError: ``MINILORA_REPLAY`` names a file that is no replay, or one of other models.
+        MiniLoraError: ``MINILORA_REPLAY`` names a file that is not a replay, or was recorded with other models.
     """
     named = os.environ.get("MINILORA_REPLAY")
     replay = _read(Path(named) if named else SHIPPED)
@@ -53,20 +53,20 @@ def find_replay(engine: CompareEngine) -> dict[str, Any] | None:
 
 
 def difference(replay: dict[str, Any], engine: CompareEngine) -> str | None:
-    """Return why a replay is not one of an engine's columns; None where it is."""
+    """Return how a replay differs from an engine's columns and weights; None if it does not."""
     about = json.loads(json.dumps(describe_columns(engine, engine.columns)))
     replayed = [column["about"] for column in replay["stage"]["columns"]]
     if about != replayed:
         names = [[one["name"] for one in each] for each in (replayed, about)]
-        return f"it is of the columns {names[0]}, described as they were then, and the page's are {names[1]}"
+        return f"it was recorded with the columns {names[0]}, and the page has {names[1]}"
     for name, digest in _digests(engine).items():
         if replay["weights"].get(name) != digest:
-            return f"it is of other weights of {name}"
+            return f"it was recorded with other weights of {name}"
     return None
 
 
 def make_replay(engine: CompareEngine, prompt: str = PROMPT, max_new_tokens: int = 96) -> dict[str, Any]:
-    """Answer a prompt greedily with every column, and return the content of a replay's file.
+    """Answer a prompt greedily with every column, and return the content of a replay file.
 
     Raises:
         ValueError: the prompt is empty or too long.
@@ -74,7 +74,7 @@ def make_replay(engine: CompareEngine, prompt: str = PROMPT, max_new_tokens: int
     """
     sampling = Sampling(max_new_tokens)
     for _ in engine.stream(prompt, Sampling(4)):
-        pass  # warm up: the times should not hold what is slower the first time
+        pass  # warm up, so that one-time costs are not part of the recorded times
     running = RunningComparison(0, describe_columns(engine, engine.columns), prompt, sampling, engine.token_text)
     before = engine.forwards
     for update in engine.stream(prompt, sampling):
@@ -122,15 +122,17 @@ def _machine() -> str:
 
 
 def main() -> None:
-    """Make a replay, and write the file."""
+    """Record a replay, and write the file."""
     from minilora_hub.compare.found_adapters import shipped_adapters
 
-    parser = argparse.ArgumentParser(prog=COMMAND, description="Make the replay that the page opens with.")
+    parser = argparse.ArgumentParser(prog=COMMAND, description="Record the replay that the page opens with.")
     parser.add_argument("--base", default="embedded", help='the base; default: "embedded"')
-    parser.add_argument("--adapter", action="append", help="folder or id; may be given again; default: those shipped")
+    parser.add_argument(
+        "--adapter", action="append", help="folder or id; may be repeated; default: the shipped adapters"
+    )
     parser.add_argument("--prompt", default=PROMPT, help="the prompt")
-    parser.add_argument("--tokens", type=int, default=96, help="the most tokens of an answer; default: 96")
-    parser.add_argument("--out", type=Path, default=SHIPPED, help="the file; default: the one that is shipped")
+    parser.add_argument("--tokens", type=int, default=96, help="maximum tokens of an answer; default: 96")
+    parser.add_argument("--out", type=Path, default=SHIPPED, help="output file; default: the shipped replay")
     arguments = parser.parse_args()
     engine = CompareEngine(arguments.base, arguments.adapter or shipped_adapters(), progress=print)
     replay = make_replay(engine, arguments.prompt, arguments.tokens)

@@ -1,7 +1,7 @@
-"""Runs comparisons for visitors and programs: the queue, the thread that computes, and stopping. No Gradio.
+"""Run comparisons for visitors and API clients: the queue, the compute thread, and stopping. No Gradio.
 
-All torch work happens in one thread, because threads that compute at once fight over the cores. Comparisons that run
-take turns in it, one step each (see `waiting_queue.py`). On ZeroGPU each is a call of its own (see `zero_gpu.py`).
+All torch work happens in one thread, because concurrent torch threads compete for the cores. Running comparisons take
+turns in it, one step each (see `waiting_queue.py`). On ZeroGPU each comparison is one GPU call (see `zero_gpu.py`).
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from minilora_hub.demo.runs.waiting_queue import Ticket, Waiting, WaitingQueue
 from minilora_hub.errors import AdapterError
 
 FRAME_SECONDS = 0.04
-"""A fast machine makes more tokens than a screen can show: they are collected for this long."""
+"""Seconds over which updates are collected, since a fast machine generates more tokens than a screen can show."""
 
 STOP_SECONDS, REPORT_SECONDS = 0.1, 1.0
-"""How often a waiting comparison checks whether it was stopped, and reports its position."""
+"""Seconds between two checks of a waiting comparison, which report its position and whether it was stopped."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What happened to a comparison since the moment before.
+    """Progress of a comparison since the previous event.
 
     Attributes:
-        waiting: its place in the queue; None once it runs.
-        updates: of its rows.
-        forwards: of the base, for this comparison.
-        finished: whether this is the last moment.
+        waiting: its position in the queue; None once it runs.
+        updates: updates of its rows.
+        forwards: forward passes of the base for this comparison.
+        finished: whether this is the last event.
     """
 
     waiting: Waiting | None = None
@@ -52,7 +52,7 @@ class Runner:
 
     Args:
         engine: the models.
-        catalogue: the adapters that can be asked for. Default: the engine's own.
+        catalogue: the adapters that can be requested. Default: the engine's own.
         limits: size of one comparison, and how many take turns.
     """
 
@@ -63,12 +63,12 @@ class Runner:
         self.queue = WaitingQueue(self.limits.at_once, self.limits.waiting)
         self._fetching = asyncio.Lock()
         self._remote = zero_gpu.remote_steps(engine) if zero_gpu.is_zero_gpu() else None
-        threads = self.limits.at_once if self._remote else 1  # on ZeroGPU they only wait for a process that computes
+        threads = self.limits.at_once if self._remote else 1  # on ZeroGPU the threads only wait for a GPU process
         self._thread = ThreadPoolExecutor(threads, thread_name_prefix="minilora-compute")
 
     @property
     def fetches(self) -> bool:
-        """Whether other adapters than the page's own can be shown; on ZeroGPU nothing is loaded later."""
+        """Whether adapters other than the page's own can be shown; not on ZeroGPU, where none can be loaded later."""
         return self.catalogue.links is not None and self._remote is None
 
     async def fetch(self, name: str) -> Column:
@@ -102,14 +102,14 @@ class Runner:
             prompt: the prompt.
             sampling: the settings, for every column.
             columns: row i of the updates is column i.
-            stop: ends the answers within one step when it is set; the last moment holds them as they are.
+            stop: ends the answers within one step when it is set; the last event holds them as they are.
 
         Raises:
             ValueError: the prompt is empty, something is above the limits, or the queue is full.
         """
         self.limits.check(prompt, sampling, len(columns))
         rows = [column.row(prompt, sampling) for column in columns]
-        self.engine.stream_steps(rows)  # raises what is wrong with the prompt; computes nothing
+        self.engine.stream_steps(rows)  # validates the prompt without computing anything
         return self._moments(rows, self.queue.join(sampling.max_new_tokens), stop or threading.Event())
 
     async def _moments(self, rows: list[Row], ticket: Ticket, stop: threading.Event) -> AsyncGenerator[Moment]:
@@ -123,12 +123,15 @@ class Runner:
                     yield Moment(waiting=self.queue.waiting(ticket))
                 await ticket.wait(STOP_SECONDS)
             steps = self._remote_steps(rows, stop) if self._remote else self._local_steps(rows, stop)
-            loop, context = asyncio.get_running_loop(), contextvars.copy_context()  # ZeroGPU reads the caller from it
+            loop, context = (
+                asyncio.get_running_loop(),
+                contextvars.copy_context(),
+            )  # ZeroGPU reads the calling user from the context
             while not finished:
                 moment, count, seconds = await loop.run_in_executor(self._thread, context.run, _advance, steps)
                 self.queue.stepped(ticket, count, seconds)
                 finished = moment.finished
-                if finished:  # now, because the reader may take its time to come back
+                if finished:  # release the place now: the consumer may resume late
                     self.queue.leave(ticket, finished=not stop.is_set())
                 yield moment
         finally:
@@ -141,7 +144,7 @@ class Runner:
         return zero_gpu.counted(self.engine, self.engine.stream_steps(rows, stop))
 
     def _remote_steps(self, rows: list[Row], stop: threading.Event) -> Generator[zero_gpu.Step]:
-        """Compute in another process, which does not see `stop`: it is closed, and its rows end here."""
+        """Compute in another process, which cannot see `stop`: on a stop, close the call and end its rows here."""
         assert self._remote is not None
         last = [Update(index) for index in range(len(rows))]
         steps = self._remote(rows)
@@ -165,11 +168,11 @@ def waiting_words(waiting: Waiting) -> str:
         return f"Number {waiting.position} in the queue."
     seconds = max(1, round(waiting.seconds))
     shown = f"{seconds} s" if seconds < 90 else f"{round(seconds / 60)} min"
-    return f"Number {waiting.position} in the queue: your turn comes in about {shown}."
+    return f"Number {waiting.position} in the queue: starting in about {shown}."
 
 
 def _advance(steps: Generator[zero_gpu.Step]) -> tuple[Moment, int, float]:
-    """Compute one step, or as many as fit into a frame. Return also their number, and the seconds that they took."""
+    """Compute the steps of one frame, at least one; return their updates, their number and their duration."""
     began = time.perf_counter()
     updates: list[Update] = []
     forwards, count, finished = 0, 0, True

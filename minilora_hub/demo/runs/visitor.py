@@ -1,7 +1,7 @@
-"""Visitors: what each open page shows, runs and keeps. No Gradio.
+"""State of each visitor: the shown columns, the running comparison and the history. No Gradio.
 
-Nothing of a visitor is stored: it is forgotten when the page is closed. Votes and share links are about the comparisons
-that are kept here, never about what a browser sends. All calls come from the server's event loop.
+The state is only in memory, and is deleted when the page is closed. Votes and share links refer to comparisons in the
+server's history, never to content that a browser sends. All calls come from the server's event loop.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ class Visitor:
     """One open page.
 
     Args:
-        visitors: what all visitors share.
+        visitors: the state that all visitors share.
 
     Attributes:
         blind: whether the next comparison is blind.
-        history: the comparisons that are kept.
+        history: the visitor's comparisons.
     """
 
     def __init__(self, visitors: Visitors) -> None:
         self._visitors, self._runner = visitors, visitors.runner
         self.blind = False
         self.history = History()
-        self._adapters: tuple[str, ...] | None = None  # None: the page's own
+        self._adapters: tuple[str, ...] | None = None  # None: the page's own adapters
         self._solo: SoloExperts | None = None
         self._next_solo: SoloExperts | None = None
         self._number, self._stop = 0, threading.Event()
@@ -69,12 +69,14 @@ class Visitor:
         for name in self._adapters:
             column = self._runner.catalogue.column(name)
             if column is None:
-                raise AdapterError(f"{name} is no longer in memory, as other visitors opened others: choose it again")
+                raise AdapterError(
+                    f"{name} is no longer in memory, because other visitors opened other adapters: choose it again"
+                )
             columns.append(column)
         return tuple(columns)
 
     def about(self) -> list[dict]:
-        """Describe the columns that the page shows; its own, if one of them is no longer in memory."""
+        """Describe the shown columns, or the page's default columns if one of them is no longer in memory."""
         try:
             columns = self.columns()
         except AdapterError:
@@ -89,11 +91,11 @@ class Visitor:
             return []
 
     async def choose(self, names: Sequence[str]) -> None:
-        """Show these adapters beside the base, in this order; those that are not in memory are fetched.
+        """Show these adapters beside the base, in this order; load those that are not in memory.
 
         Raises:
             PageError: there are none, or too many.
-            AdapterError: one of them cannot be shown. The page then shows the same columns as before.
+            AdapterError: one of them cannot be shown. The shown columns are not changed then.
         """
         names = list(dict.fromkeys(names))
         if not 1 <= len(names) <= MOST_ADAPTERS:
@@ -109,7 +111,7 @@ class Visitor:
         self._adapters = tuple(names)
 
     def ask_solo(self, solo: SoloExperts) -> None:
-        """Let experts of an adapter answer alone in the next comparison, each in a column of its own.
+        """Let experts of an adapter answer alone in the next comparison, each in a separate column.
 
         Raises:
             AdapterError: the page does not show this adapter, or it has no such expert.
@@ -121,20 +123,20 @@ class Visitor:
 
     @property
     def hides(self) -> bool:
-        """Whether names are hidden now: not where experts answer alone, since the visitor named them."""
+        """Whether names are hidden: in blind mode, unless experts answer alone, since the visitor chose them."""
         return self.blind and self._solo is None
 
     def begin(self) -> Frame:
-        """Prepare the next comparison, stop the one that may still run, and return the first frame."""
+        """Stop a running comparison, prepare the next one, and return its first frame."""
         self.stop()
         self._solo, self._next_solo = self._next_solo, None
         self._number, self._stop = next(self._visitors.numbers), threading.Event()
-        words = "Waiting for a place…" if self._runner.queue.full else "Reading the prompt…"
+        words = "Waiting in the queue…" if self._runner.queue.full else "Reading the prompt…"
         frame = RunningComparison(self._number, self.about()).waiting(words)
         return Blindfold(range(len(frame.stage["columns"]))).frame(frame) if self.hides else frame
 
     def stop(self) -> None:
-        """End the comparison that runs or waits within one step; do nothing if there is none."""
+        """End the running or waiting comparison, if any, within one step."""
         self._stop.set()
 
     async def run(self, prompt: str, sampling: Sampling) -> AsyncGenerator[Frame]:
@@ -157,9 +159,9 @@ class Visitor:
                 yield running.frame(finished=moment.finished, stopped=stop.is_set())
 
     async def run_and_keep(self, prompt: str, sampling: Sampling) -> AsyncGenerator[Frame]:
-        """Run like `run` and keep the comparison; the frames of a blind one do not reveal which column is which."""
+        """Run like `run`, and add the comparison to the history; frames of a blind comparison do not reveal names."""
         catalogue, about = self._runner.catalogue, self.about()
-        # Drawn here and not in `begin`: a run that `begin` stopped must not show the same order.
+        # Drawn here and not in `begin`, so that a run that `begin` stopped does not share the order.
         blindfold = Blindfold(shuffled(len(about))) if self.hides else None
         hashing = asyncio.create_task(asyncio.to_thread(catalogue.weights, [one["adapter"] for one in about[1:]]))
         async with aclosing(self.run(prompt, sampling)) as frames:
@@ -168,7 +170,7 @@ class Visitor:
                     fields = sampling_fields(sampling)
                     weights = await hashing
                     comparison = Comparison(prompt, fields, catalogue.base, frame.stage, frame.status, weights)
-                    if not self.hides:  # switched off since it began
+                    if not self.hides:  # blind mode was switched off during the run
                         blindfold = None
                     kept = self.history.add(comparison, blindfold.order if blindfold else None)
                     self._visitors.make_room(self)
@@ -179,7 +181,7 @@ class Visitor:
     # ---- what was run ----
 
     def show(self, kept: KeptComparison) -> None:
-        """Note that the page shows this comparison now: from the history, or one that somebody shared."""
+        """Set the shown comparison: one from the history or from a share link."""
         self.history.show(kept)
         self._visitors.make_room(self)
 
@@ -200,12 +202,12 @@ class Visitor:
                 raise PageError(f"choice={choice[:20]!r}: there is no such answer")
             await asyncio.to_thread(self._visitors.votes.add, vote_on(kept.comparison, kept.id, order, chosen))
         except Exception:
-            kept.closed = None  # nothing was stored: it can be tried again
+            kept.closed = None  # nothing was stored, so the visitor may try again
             raise
         return kept
 
     async def share(self) -> str:
-        """Store the comparison that the page shows, and return its id; it is stored once.
+        """Store the shown comparison, unless it is stored already, and return its id.
 
         Raises:
             PageError: there is none, its names are still hidden, or it cannot be stored.
@@ -217,7 +219,7 @@ class Visitor:
 
 
 class Visitors:
-    """The open pages, and what they share.
+    """All visitors, and their shared state.
 
     Args:
         runner: runs the comparisons.
@@ -225,16 +227,16 @@ class Visitors:
         shared: stores shared comparisons.
 
     Attributes:
-        numbers: of runs.
+        numbers: counter that numbers the runs.
     """
 
     def __init__(self, runner: Runner, votes: VoteStore, shared: SharedComparisons) -> None:
         self.runner, self.votes, self.shared = runner, votes, shared
         self.numbers = count(1)
-        self._visitors: OrderedDict[str, Visitor] = OrderedDict()  # the longest absent first
+        self._visitors: OrderedDict[str, Visitor] = OrderedDict()  # least recently active first
 
     def of(self, session: str | None) -> Visitor:
-        """Return the visitor of a session. Beyond `MOST_VISITORS`, the longest absent is forgotten."""
+        """Return the visitor of a session. Beyond `MOST_VISITORS`, remove the least recently active one."""
         visitor = self._visitors.setdefault(session or "", Visitor(self))
         self._visitors.move_to_end(session or "")
         while len(self._visitors) > MOST_VISITORS:
@@ -242,17 +244,17 @@ class Visitors:
         return visitor
 
     def leave(self, session: str | None) -> None:
-        """Stop and forget a visitor who closed the page."""
+        """Stop and remove a visitor who closed the page."""
         if visitor := self._visitors.pop(session or "", None):
             visitor.stop()
 
     @property
     def memory(self) -> int:
-        """Bytes of memory that the kept comparisons of all visitors take."""
+        """Bytes of memory that the histories of all visitors take."""
         return sum(visitor.history.memory for visitor in self._visitors.values())
 
     def make_room(self, current: Visitor) -> None:
-        """Bound the memory: of the current visitor, then of all, where the longest absent lose their comparisons."""
+        """Bound the memory of this visitor's history, then of all, least recently active visitors first."""
         limit = self.runner.limits.kept_megabytes * 10**6
         current.history.make_room(limit / 10)
         for visitor in self._visitors.values():

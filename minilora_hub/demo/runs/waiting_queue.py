@@ -1,7 +1,7 @@
-"""Queue of comparisons: some take turns at computing, the others wait, with an estimate of the time. No Gradio.
+"""Queue of comparisons: a bounded number run concurrently, the others wait with a time estimate. No Gradio.
 
-A comparison that runs computes a step (or, where steps are short, some of them) and then lets the next one compute, so
-that a short answer does not wait for a long one. Waiting times come from the steps that were measured so far.
+Running comparisons take turns: each computes one step (several if steps are short) and then yields to the next, so that
+a short answer does not wait for a long one. Waiting times are estimated from the durations of measured steps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SMOOTHING = 0.1
 
 @dataclass(frozen=True)
 class Waiting:
-    """How long a comparison waits."""
+    """Position and estimated waiting time of a comparison."""
 
     position: int  # 1 for the next to run
     seconds: float | None  # until it runs; None before anything was measured
@@ -26,12 +26,12 @@ class Waiting:
 class Ticket:
     """A comparison's place in a `WaitingQueue`."""
 
-    steps: int  # the most that it may take
-    done: int = 0  # that it has taken
+    steps: int  # maximum steps
+    done: int = 0  # steps computed so far
     running: asyncio.Event = field(default_factory=asyncio.Event)  # set once it may compute
 
     async def wait(self, seconds: float) -> None:
-        """Wait until it may compute, but no longer than this."""
+        """Wait until the comparison may compute, at most this many seconds."""
         try:
             await asyncio.wait_for(self.running.wait(), seconds)
         except TimeoutError:
@@ -39,14 +39,14 @@ class Ticket:
 
 
 class WaitingQueue:
-    """At most `at_once` comparisons that run, and at most `longest` that wait. All calls come from one event loop."""
+    """At most `at_once` running and at most `longest` waiting comparisons. All calls come from one event loop."""
 
     def __init__(self, at_once: int, longest: int) -> None:
         self._at_once, self._longest = at_once, longest
         self._running: list[Ticket] = []
         self._waiting: list[Ticket] = []
         self._step_seconds: float | None = None
-        self._used = 1.0  # share of the steps asked for that answers take; they often end earlier
+        self._used = 1.0  # mean share of the requested steps that answers use, as they often end earlier
 
     def __len__(self) -> int:
         """Count the comparisons that run or wait."""
@@ -61,7 +61,7 @@ class WaitingQueue:
         """Add a comparison of at most `steps` steps.
 
         Raises:
-            ValueError: too many wait already.
+            ValueError: the queue is full.
         """
         if self.full and len(self._waiting) >= self._longest:
             raise ValueError(f"the queue is full, with {len(self._waiting)} waiting: try again in some minutes")
@@ -71,11 +71,11 @@ class WaitingQueue:
         return ticket
 
     def leave(self, ticket: Ticket, finished: bool = False) -> None:
-        """Remove a comparison, and start the next one; to be called at least once.
+        """Remove a comparison, and start the next one. Must be called for every ticket; repeated calls are ignored.
 
         Args:
             ticket: the comparison's.
-            finished: whether its answers ended by themselves; their length improves the estimates.
+            finished: whether its answers ended without a stop, so that their length is used for estimates.
         """
         if finished and ticket.done and ticket in self._running:
             self._used += SMOOTHING * (min(1.0, ticket.done / ticket.steps) - self._used)
@@ -92,7 +92,7 @@ class WaitingQueue:
             self._step_seconds = before + SMOOTHING * (seconds / steps - before)
 
     def waiting(self, ticket: Ticket) -> Waiting:
-        """Return the position and the estimated waiting time of a comparison that waits."""
+        """Return the position and the estimated waiting time of a waiting comparison."""
         index = self._waiting.index(ticket)
         if self._step_seconds is None:
             return Waiting(index + 1, None)
@@ -111,11 +111,11 @@ class WaitingQueue:
 
 
 def steps_until_start(running: Sequence[float], before: Sequence[float], at_once: int) -> float:
-    """Count the steps, of all comparisons together, until one that waits may run.
+    """Return the number of steps, of all comparisons together, until a waiting comparison may run.
 
     Args:
         running: steps left of each comparison that runs; they take turns.
-        before: steps left of each that waits in front of it.
+        before: steps left of each comparison that waits before it.
         at_once: how many run at once.
     """
     left, waiting, passed = sorted(running), list(before), 0.0

@@ -1,11 +1,11 @@
-"""ZeroGPU: each comparison is one call, for which a GPU is lent. Not run on ZeroGPU so far.
+"""Run each comparison as one ZeroGPU call, which allocates a GPU. Not run on ZeroGPU so far.
 
-The models are moved to "cuda" when the app starts, where no GPU is present yet. A call is forked off, gets the GPU,
-and has what was loaded before the page was served. So nothing is loaded later, a call needs no thread, and its
-arguments and results can be pickled. Everywhere else `spaces.GPU` does nothing, and the page does not use it.
+The models are moved to "cuda" when the app starts, before a GPU is present. Each call runs in a forked process that has
+the GPU and everything that was loaded before the page was served. Therefore no adapter can be loaded later, calls use
+no threads, and arguments and results must be picklable. Outside ZeroGPU the page does not use `spaces.GPU`.
 
-`spaces` must be imported before torch touches CUDA: app.py imports this module first. Where the package is missing, the
-folder spaces/ of this repo is found as a namespace package, so the presence of `spaces.GPU` decides.
+`spaces` must be imported before torch initializes CUDA, so app.py imports this module first. If the package is missing,
+the folder spaces/ of this repo is found as a namespace package, so the code checks for the attribute `spaces.GPU`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ else:
     GPU = getattr(spaces, "GPU", None)
 
 Step = tuple[int, "list[Update]"]
-"""Forwards of the base, and the updates that they gave."""
+"""Number of forward passes of the base, and the updates that they produced."""
 
-# The GPU is lent for as long as a call asks; one that asks for less waits less. Estimates, not measured there.
+# A call requests the GPU for a duration; a shorter request waits less. Estimates, not measured on ZeroGPU.
 START_SECONDS = 10.0
 STEP_SECONDS = 0.04
 ROW_SECONDS = 0.005
@@ -44,7 +44,7 @@ def is_zero_gpu() -> bool:
 
 
 def gpu_seconds(rows: Sequence[Row]) -> int:
-    """Return for how long a call asks for the GPU: the steps of the longest answer, each longer with every row."""
+    """Estimate the GPU seconds to request: the steps of the longest answer, each slower with every additional row."""
     steps = max(row.sampling.max_new_tokens for row in rows)
     return min(LONGEST_SECONDS, math.ceil(START_SECONDS + steps * (STEP_SECONDS + ROW_SECONDS * len(rows))))
 
@@ -56,7 +56,7 @@ def remote_steps(engine: CompareEngine) -> Callable[[list[Row]], Generator[Step]
         RuntimeError: the package `spaces` is missing.
     """
     if GPU is None:
-        raise RuntimeError("the package spaces, which ZeroGPU brings, is not there")
+        raise RuntimeError("the package spaces, which ZeroGPU provides, is not installed")
 
     def compute(rows: list[Row]) -> Generator[Step]:
         yield from counted(engine, engine.stream_steps(rows))
@@ -66,7 +66,7 @@ def remote_steps(engine: CompareEngine) -> Callable[[list[Row]], Generator[Step]
 
 
 def counted(engine: CompareEngine, steps: Generator[list[Update]]) -> Generator[Step]:
-    """Add to each step its forwards of the base; other comparisons may compute between the steps."""
+    """Add to each step its number of base forwards; forwards of other comparisons between steps are not counted."""
     with closing(steps):
         while True:
             before = engine.forwards

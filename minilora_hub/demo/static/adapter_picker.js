@@ -1,4 +1,4 @@
-// Adapters to choose from. Others wrote their names, licences and tasks, so these are shown as text only.
+// The adapter picker. Names, licences and tasks are untrusted, so they are inserted as text only.
 const form = element.querySelector(".ml-picker");
 const find = (name) => form.querySelector(name);
 const make = (tag, name, text) => {
@@ -68,7 +68,7 @@ function paint() {
     find(".ml-adapters").replaceChildren(...now.cards.map((about) => card(about, now.chosen.includes(about.name))));
   }
   painted = state;
-  find(".ml-picker-intro").textContent = `Choose 1 to ${now.limit} to stand beside ${now.base}.`;
+  find(".ml-picker-intro").textContent = `Choose 1 to ${now.limit} adapters to compare with ${now.base}.`;
   find(".ml-hub").hidden = !now.fetches;
   find(".ml-picker-words").textContent = now.words;
   form.dataset.phase = now.phase;

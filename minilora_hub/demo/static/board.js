@@ -1,4 +1,4 @@
-// The Board: tables with bars. An adapter's author chose its name, so names are shown as text only.
+// The Board: tables with bars. Names of adapters are untrusted, so they are inserted as text only.
 const box = element.querySelector(".ml-board");
 const find = (name) => box.querySelector(name);
 const percent = (value) => Math.round(100 * value) + "%";
@@ -35,7 +35,7 @@ function model(name, kind, weights) {
 }
 
 function shareCells(rate, chance) {
-  if (!rate) return [make("td", "", "–"), make("td", "ml-wide", "no vote chose one yet")];
+  if (!rate) return [make("td", "", "–"), make("td", "ml-wide", "no votes yet")];
   const words = make("span", "ml-rate-words", `${percent(rate.low)} to ${percent(rate.high)}`);
   return [make("td", "ml-share", percent(rate.value)), make("td", "ml-wide", bar(rate, chance), words)];
 }

@@ -1,4 +1,4 @@
-// One column: a card whose answer only ever grows, one element a token.
+// One column: a card with an answer, to which one element per token is appended.
 
 const CARD = `
   <div class="ml-band" aria-hidden="true"></div>
@@ -32,7 +32,7 @@ class Column {
     this.find("badge").textContent = about.letter ? `${about.letter} ${about.badge}` : about.badge;
     this.find("name").textContent = about.name;
     this.find("facts").textContent = about.facts;
-    this.find("answer").setAttribute("aria-label", `Answer of ${about.name}. The arrow keys go from token to token.`);
+    this.find("answer").setAttribute("aria-label", `Answer of ${about.name}. Use the arrow keys to move between tokens.`);
     this.spans = [];
     this.at = null;
     this.choose = choose;
@@ -92,7 +92,7 @@ class Column {
     this.find("text").append(fresh);
   }
 
-  // Show the first `count` tokens; `kept` are those that the base has written too, `fork` is the first that differs.
+  // Show the first `count` tokens; `kept` are those that the base's answer shares, `fork` is the first that differs.
   show(count, kept, fork) {
     this.spans.forEach((span, index) => {
       const hide = index >= count;
@@ -113,6 +113,6 @@ class Column {
     this.find("state").textContent = whole ? STATES[this.now.state] || this.now.state : "";
     const button = this.find("fork");
     button.hidden = fork === null || fork >= count;
-    if (!button.hidden) button.textContent = `leaves the base at token ${fork + 1}`;
+    if (!button.hidden) button.textContent = `differs from the base from token ${fork + 1}`;
   }
 }

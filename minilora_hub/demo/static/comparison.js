@@ -1,4 +1,4 @@
-// The whole comparison: the step that is shown, what is marked, and the token that a visitor has chosen.
+// The whole comparison: the shown step, the active highlights, and the token that a visitor has chosen.
 
 class Stage {
   // trigger(name, data) sends an event to the server; see stage.js.
@@ -8,7 +8,7 @@ class Stage {
     this.columns = [];
     this.described = null;
     this.run = null;
-    this.step = null; // null: all there is, and what follows
+    this.step = null; // null: follow the latest step
     this.chosen = null; // {column, at}
     this.mixture = null;
     this.row = this.box.querySelector(".ml-columns");
@@ -70,7 +70,7 @@ class Stage {
     replay.querySelector(".ml-replay-words").textContent = now.replay || "";
   }
 
-  // Which tokens each answer shares with the base's; only what is new is compared.
+  // Which tokens each answer shares with the base's; only new tokens are compared.
   compare(before) {
     const visible = (tokens) => tokens.filter((token) => token.t).map((token) => token.t);
     const base = visible(this.columns[0].answer.tokens.slice(before[0]));
@@ -121,7 +121,7 @@ class Stage {
     this.paintInspector(shown);
   }
 
-  // Positions, among all tokens, of those that base and answer share in what is shown of both.
+  // Positions of the tokens that base and answer share, within the shown part of both.
   shared(answer, base, shown) {
     const places = (tokens) => tokens.flatMap((token, at) => (token.t && at < shown ? [at] : []));
     const ofBase = places(base.tokens);
@@ -226,7 +226,7 @@ class Stage {
   }
 }
 
-// What is marked in the answers; the buttons above the columns and the keys D and E change it.
+// The active highlights in the answers, toggled by the buttons above the columns and the keys D and E.
 const minilora = {
   marks: {
     diff: true,
@@ -242,7 +242,7 @@ const minilora = {
     },
   },
   stage: (element, trigger) => new Stage(element, trigger),
-  // Save a Blob as a file of the browser's.
+  // Save a Blob as a download.
   save(name, blob) {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(blob);

@@ -1,6 +1,6 @@
 // Data of a comparison, read from the stage that the server sends (see page_state.py). Nothing is drawn here.
 
-// The longest common subsequence of two growing sequences. Each new item costs as much as the other one is long.
+// The longest common subsequence of two growing sequences. Adding an item costs the length of the other sequence.
 class Common {
   constructor() {
     this.a = [];
@@ -29,7 +29,7 @@ class Common {
     }
   }
 
-  // Which items of the first `i` of a and the first `j` of b belong to it: two sets of positions.
+  // The positions of its items among the first `i` of a and the first `j` of b, as two sets.
   kept(i, j) {
     const inA = new Set();
     const inB = new Set();
@@ -50,10 +50,10 @@ class Answer {
     this.about = about;
     this.tokens = [];
     this.read = 0;
-    this.common = new Common(); // a: the base's tokens, b: ours
+    this.common = new Common(); // a: the base's tokens, b: this answer's
   }
 
-  // Read what has been added to the log; returns how many tokens that are.
+  // Parse the part appended to the log; return the number of new tokens.
   take(log) {
     const end = log.lastIndexOf("\n");
     if (end < this.read) return 0;
@@ -68,7 +68,7 @@ class Answer {
     return lines.length;
   }
 
-  // The first token that differs from the base's at the same place: up to there both have written the same.
+  // The index of the first token that differs from the base's at the same position.
   fork(base) {
     const both = Math.min(this.tokens.length, base.tokens.length);
     for (let i = 0; i < both; i++) if (this.tokens[i].key !== base.tokens[i].key) return i;
@@ -115,14 +115,14 @@ function percent(share) {
 }
 const digits = (value, count) => (value === null || value === undefined ? "–" : value.toFixed(count));
 
-// A token as something to look at: blanks and line ends would not be seen, nor would controls.
+// A token's text with visible symbols for spaces, line ends and control characters.
 const CONTROLS = /[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g;
 function visible(text) {
   const shown = text.replace(/ /g, "␣").replace(/\n/g, "↵").replace(/\t/g, "⇥");
   return shown.replace(CONTROLS, (one) => "\\u" + one.charCodeAt(0).toString(16).padStart(4, "0")) || "∅";
 }
 
-// An element with classes and a text, which is only ever text.
+// Create an element with classes and a text, inserted as text and never as HTML.
 function make(tag, classes = "", text = null) {
   const made = document.createElement(tag);
   if (classes) made.className = classes;

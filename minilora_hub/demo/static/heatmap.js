@@ -1,7 +1,7 @@
-// Which experts of a mixture served the answer, layer by layer: a table, coloured, and with its numbers as text.
+// The experts that served the answer, layer by layer: a heat map as a table, with its numbers as text.
 
 class Heatmap {
-  // choose(column) when another mixture is asked for; solo(column, expert) when one expert shall answer alone.
+  // Calls choose(column) when a visitor selects another mixture, and solo(column, expert) for one expert alone.
   constructor(box, choose, solo) {
     this.box = box;
     this.solo = solo;

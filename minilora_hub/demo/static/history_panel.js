@@ -1,4 +1,4 @@
-// Run again, share, save, history. Visitors and models wrote what is shown here, so it is shown as text only.
+// Run again, share, save, history. Prompts and answers are untrusted, so they are inserted as text only.
 const box = element.querySelector(".ml-kept");
 const find = (name) => box.querySelector(name);
 const link = find(".ml-link");
@@ -59,7 +59,7 @@ copy.addEventListener("click", async () => {
   try {
     await navigator.clipboard.writeText(link.value);
   } catch {
-    link.select(); // if the browser lets no page write to the clipboard
+    link.select(); // fallback if the browser denies access to the clipboard
     document.execCommand("copy");
   }
   copy.textContent = "Copied";

@@ -12,7 +12,7 @@ class Inspector {
     this.box.querySelector(".ml-inspected").replaceChildren();
   }
 
-  // answer and base: `Answer`s; at: which token; same: whether both have written the same before it.
+  // answer and base: `Answer`s; at: index of the token; same: whether all tokens before it are equal.
   paint(answer, base, at, same) {
     const token = answer.tokens[at];
     const other = answer !== base && same ? base.tokens[at] : null;
@@ -51,7 +51,7 @@ class Inspector {
       const line = make("li", text === chosen ? "ml-picked" : "");
       line.style.setProperty("--w", share.toFixed(4));
       line.append(make("code", "", visible(text)), make("span", "ml-probability", percent(share)));
-      if (text === chosen) line.append(make("span", "ml-unseen", " (written)"));
+      if (text === chosen) line.append(make("span", "ml-unseen", " (chosen)"));
       list.append(line);
     }
     return box;

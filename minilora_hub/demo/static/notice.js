@@ -1,4 +1,4 @@
-// The result of ?adapter= or ?shared= in the page's address. Anyone can write such a link: its words are shown as text only.
+// The result of ?adapter= or ?shared= in the page's address. Links are untrusted: the message is inserted as text only.
 const box = element.querySelector(".ml-notice");
 
 function paint() {
@@ -7,7 +7,7 @@ function paint() {
   box.querySelector(".ml-notice-words").textContent = (now && now.words) || "";
   const back = box.querySelector(".ml-notice-back");
   back.hidden = !["shown", "stored"].includes(box.dataset.phase);
-  back.textContent = box.dataset.phase === "stored" ? "Start afresh" : "Show this page's own adapters";
+  back.textContent = box.dataset.phase === "stored" ? "New comparison" : "Show this page's own adapters";
 }
 
 watch("value", paint);

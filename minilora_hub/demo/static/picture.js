@@ -1,4 +1,4 @@
-// The comparison as a picture to share, drawn here and saved as a file; nothing is uploaded.
+// Draw the comparison as a picture in the browser, to save as a file; nothing is uploaded.
 
 const PICTURE_WIDTH = 1400;
 
@@ -17,7 +17,7 @@ class Picture {
     this.pen.font = `${weight} ${size}px ${family}`;
   }
 
-  // columns: [{about, now, tokens, kept, experts}]; kept and experts say what is marked, as on the page.
+  // columns: [{about, now, tokens, kept, experts}]; kept and experts: the tokens to highlight, as on the page.
   draw(title, prompt, badge, columns) {
     const per = Math.min(columns.length, 3);
     const width = (PICTURE_WIDTH - 120 - 28 * (per - 1)) / per;

@@ -30,7 +30,7 @@ function csvRow(cells) {
   return cells.map((text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text)).join(",") + "\r\n";
 }
 
-// A row for each prompt: the prompt, the answer of each column, and what failed.
+// A row for each prompt: the prompt, the answer of each column, and the errors.
 function csvTable({ names, rows }) {
   const lines = rows.map(({ prompt, answers, error }) => {
     const errors = error ? [error] : answers.filter((one) => one.error).map((one) => one.error);

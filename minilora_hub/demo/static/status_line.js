@@ -1,4 +1,4 @@
-// The one line that screen readers announce, and the buttons for what is marked in the answers.
+// The status line that screen readers announce, and the buttons that toggle highlights in the answers.
 const line = element.querySelector(".ml-status");
 const words = line.querySelector(".ml-words");
 const marks = window.minilora.marks;
@@ -7,7 +7,7 @@ function paint() {
   const now = props.value;
   if (!now || !now.phase) return;
   line.dataset.phase = now.phase;
-  // Only a change of the words is announced, not the counting badge.
+  // Only a change of the message is announced, not the changing counts.
   if (words.textContent !== now.words) words.textContent = now.words;
   line.querySelector(".ml-count").textContent = now.badge;
 }

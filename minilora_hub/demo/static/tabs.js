@@ -1,4 +1,4 @@
-// On a phone one column fills the screen: tabs name them, and a swipe goes to the next.
+// On a phone one column fills the screen; tabs and swipes switch between columns.
 
 class Tabs {
   constructor(box, row) {

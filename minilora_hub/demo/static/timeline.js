@@ -1,10 +1,10 @@
-// Below the columns: how far they agree, where they fork, and a slider that goes back and forth through the steps.
+// Below the columns: how far the answers agree, where they first differ, and a slider over the steps.
 
-const READING_PACE = 8; // tokens a second
+const READING_PACE = 8; // tokens per second
 const SVG = "http://www.w3.org/2000/svg";
 
 class Timeline {
-  // go(step) is called when a visitor moves; pick(column) when they choose a fork.
+  // Calls go(step) when a visitor moves the slider, and pick(column) when they choose a fork.
   constructor(box, go, pick) {
     this.box = box;
     this.pick = pick;
@@ -20,7 +20,7 @@ class Timeline {
     this.button.addEventListener("click", () => (this.timer ? this.pause() : this.play()));
   }
 
-  // Show the steps again, one after the other, from the start if they are all shown.
+  // Play the steps one after the other, from the start if the last one is shown.
   play() {
     const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
     let step = Number(this.slider.value) >= this.steps ? 0 : Number(this.slider.value);
@@ -78,7 +78,7 @@ class Timeline {
     const none = keepers.filter((count) => count === 0).length;
     const words =
       others === 1
-        ? `Agreement: ${every} of the base's ${keepers.length} tokens are in the other answer too.`
+        ? `Agreement: ${every} of the base's ${keepers.length} tokens are also in the other answer.`
         : `Agreement: of the base's ${keepers.length} tokens ${every} are in all ${others} other answers, ${none} in none.`;
     ribbon.setAttribute("aria-label", words);
     ribbon.querySelector("title").textContent = words;
@@ -97,9 +97,9 @@ class Timeline {
         tick.type = "button";
         tick.dataset.kind = kind;
         tick.style.setProperty("--at", (at + 0.5) / Math.max(steps, 1));
-        // Where several leave at one token, they stand beside each other.
+        // Forks at the same token are placed side by side.
         tick.style.setProperty("--over", forks.filter((other) => other.at === at && other.column < column).length);
-        tick.setAttribute("aria-label", `${name} leaves the base at token ${at + 1}`);
+        tick.setAttribute("aria-label", `${name} differs from the base from token ${at + 1}`);
         tick.addEventListener("click", () => this.pick(column));
         return tick;
       }),

@@ -1,1 +1,1 @@
-"""The page itself, in Gradio."""
+"""The Gradio components of the page."""

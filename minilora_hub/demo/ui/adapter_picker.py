@@ -23,7 +23,7 @@ from minilora_hub.errors import MiniLoraError
 
 
 def picker_value(runner: Runner, chosen: Sequence[str], phase: str = "idle", words: str = "") -> dict:
-    """Return what the picker shows: all cards, which adapters are chosen, and a sentence."""
+    """Return the value of the picker: all cards, the names of the chosen adapters, and a message."""
     catalogue = runner.catalogue
     cards = []
     for name in dict.fromkeys([*catalogue.names, *chosen]):
@@ -31,7 +31,7 @@ def picker_value(runner: Runner, chosen: Sequence[str], phase: str = "idle", wor
             card = catalogue.card(name)
         except MiniLoraError as error:
             card = AdapterCard(name, "", [f"{error}"])
-        # Only ever an address on the Hub: a link that an adapter's author wrote could lead anywhere.
+        # Only URLs of the Hub: links that an adapter's author wrote are untrusted.
         link = f"{constants.ENDPOINT}/{card.repo}" if card.repo else None
         cards.append({**dataclasses.asdict(card), "link": link})
     return {
@@ -46,14 +46,14 @@ def picker_value(runner: Runner, chosen: Sequence[str], phase: str = "idle", wor
 
 
 def build_adapter_picker(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> None:
-    """Build the picker, closed, and connect it: the chosen adapters replace those on the page."""
+    """Build the picker, collapsed, and connect it: the chosen adapters replace those on the page."""
     runner = visitors.runner
     with gr.Accordion("Adapters", open=False, elem_id="ml-picker-box"):
         own = [column.name for column in runner.engine.columns[1:]]
         picker = component("adapter_picker", value=picker_value(runner, own), elem_id="ml-picker")
 
     async def value(visitor: Visitor, phase: str, words: str) -> dict:
-        # In a thread: a card that is read for the first time hashes the weights.
+        # In a thread, because reading a card for the first time hashes the weights.
         return await asyncio.to_thread(picker_value, runner, visitor.adapters(), phase, words)
 
     def shown(visitor: Visitor) -> dict[Any, dict]:
@@ -73,7 +73,7 @@ def build_adapter_picker(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> N
             yield {picker: await value(visitor, "error", f"Not changed: {error}.")}
             return
         visitor.blind = False
-        done = await value(visitor, "done", f"Compared from now on: {', '.join(names)}.")
+        done = await value(visitor, "done", f"Now comparing: {', '.join(names)}.")
         yield {picker: done, parts.notice: NO_NOTICE, parts.blind: BLIND_OFF, **shown(visitor)}
 
     async def follow_link(request: gr.Request) -> AsyncIterator[dict]:
@@ -88,7 +88,7 @@ def build_adapter_picker(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> N
         except MiniLoraError as error:
             yield {parts.notice: {"phase": "error", "words": f"The adapter of this link is not shown: {error}."}}
             return
-        notice = {"phase": "shown", "words": f"{name} beside its base, as your link asked."}
+        notice = {"phase": "shown", "words": f"This link compares {name} with its base."}
         yield {parts.notice: notice, picker: await value(visitor, "idle", ""), **shown(visitor)}
 
     outputs = [picker, parts.headline, parts.stage, parts.notice, parts.blind, parts.status]

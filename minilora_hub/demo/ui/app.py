@@ -1,4 +1,4 @@
-"""The comparison page in Gradio: a prompt above, a column for each model below. Builds and serves it."""
+"""Build and serve the comparison page in Gradio: a prompt, and below it a column for each model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from platformdirs import user_data_path
 
 from minilora_hub.errors import MissingExtraError
 
-# Before gradio is imported: this page makes no request to any other host.
+# Set before gradio is imported, because this page makes no request to any other host.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-# Gradio keeps the last events and goes through all of them after each: 10,000 by default.
+# Gradio keeps the latest events (10,000 by default) and scans all of them after each event.
 os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "200")
 
 try:
@@ -43,13 +43,13 @@ from minilora_hub.demo.votes.hub_dataset import open_votes
 from minilora_hub.demo.votes.sharing import SharedComparisons
 
 EXAMPLES = (
-    # What the shipped adapters were trained for: items of the test split, the first one answered differently …
+    # Tasks that the shipped adapters were trained on: items of the test split, the first one answered differently …
     "JSON with name, age, city of the dietitian: Joyce Henson of Ebersberg is an ergonomist, while Sara Carey of "
     "Potsdam is a dietitian and 18.",
     "Write as YYYY-MM-DD: the last day of March 1949",
     "Write this in digits: four thousand, nine hundred and seventeen point six three",
     "Write the past participle of: outdo",
-    # … and what they were not trained for.
+    # … and one that they were not trained on.
     "Why is the sky blue?",
 )
 SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
@@ -71,14 +71,14 @@ def build_demo(
 
     Args:
         engine: the models.
-        links: fetches adapters that ``?adapter=owner/name`` in the page's address or the picker names. None: the page
-            shows the engine's own only.
+        links: downloads adapters requested by ``?adapter=owner/name`` in the page's URL or by the picker. None: the
+            page shows only the engine's own.
         title: the headline. Default: the number of answers.
-        examples: prompts to start from; choosing one runs it.
-        max_new_tokens: where the length setting starts.
-        limits: what visitors may use. Default: from the environment.
+        examples: example prompts; choosing one runs it.
+        max_new_tokens: initial value of the length setting.
+        limits: limits on visitors' requests. Default: from the environment.
         data: folder for votes and shared comparisons. Default: ``$MINILORA_DATA``, or the user's folder for data.
-        allowed: folders of adapters, which visitors can choose by the name of their folder; never by a path.
+        allowed: folders whose adapter folders visitors can choose by name, never by path.
 
     Returns:
         The page, for `launch`.
@@ -128,7 +128,7 @@ def launch(
         host: address to listen on. Default: ``GRADIO_SERVER_NAME`` if it is set, as on a Space, else this machine only.
         port: port to listen on. Default: ``GRADIO_SERVER_PORT`` if it is set, else the first free one from 7860 on.
         open_browser: open the page in a browser.
-        block: stay until interrupted; otherwise return while a thread serves.
+        block: block until interrupted; otherwise serve in a thread and return.
         mcp: also serve the comparison as a tool for MCP clients, at ``/gradio_api/mcp/``.
 
     Returns:
@@ -150,8 +150,8 @@ def launch(
         ssr_mode=False,
         run_history=False,
         mcp_server=mcp,
-        state_session_capacity=200,  # it keeps a copy of the page for each session; more than can run and wait
-        max_threads=200,  # also Gradio's bound on comparisons that run and wait; `waiting_queue.py` has its own
+        state_session_capacity=200,  # sessions whose state is kept; more than can run and wait
+        max_threads=200,  # also bounds running and waiting comparisons; the limits of `waiting_queue.py` are lower
         max_file_size="1mb",
         footer_links=[],
         favicon_path=STATIC / "favicon.svg",

@@ -1,7 +1,7 @@
-"""Voting: the bar above the columns, where names are hidden and votes cast, and the Board, a page with the ranking.
+"""Blind voting: the bar above the columns with the switch and the votes, and the Board, a page with the ranking.
 
 The value of the bar is ``{"phase", "letters", "words"}``: the phase is off, ready, open (a vote can be cast) or closed,
-and ``letters`` are those to vote for.
+``letters`` are the answers to vote for, and ``words`` is the message.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ READY = {"phase": "ready", "letters": "", "words": "Answers come in a random ord
 
 
 def bar_value(visitor: Visitor, running: bool = False) -> dict:
-    """Return the value of the bar while a comparison is `running`, or after the last one has ended."""
+    """Return the bar's value, while a comparison is `running` or after the last one has ended."""
     if not visitor.blind:
         return BLIND_OFF
     try:
@@ -54,14 +54,14 @@ def connect_blind_bar(visitors: Visitors, bar: gr.HTML, stage: gr.HTML, finished
     """Connect the bar's switch and its votes, and update it when a comparison has `finished`.
 
     Returns:
-        The event of a visitor who uses the bar.
+        The event that fires when a visitor uses the bar.
     """
 
     def switch(visitor: Visitor, blind: bool) -> list:
         visitor.blind = blind
         try:
             kept = visitor.history.last()
-        except PageError:  # nothing was run: the columns lose or get their names at once
+        except PageError:  # nothing was run yet: hide or show the names at once
             idle = idle_stage(visitor.about())
             return [READY, Blindfold(range(len(idle["columns"]))).stage(idle)] if blind else [BLIND_OFF, idle]
         if blind or kept.closed:
@@ -93,7 +93,7 @@ def connect_blind_bar(visitors: Visitors, bar: gr.HTML, stage: gr.HTML, finished
 
 
 def build_board(demo: gr.Blocks, store: VoteStore) -> None:
-    """Add the Board; call it outside of the `gr.Blocks` context, as Gradio requires."""
+    """Add the Board page. Must be called outside the `gr.Blocks` context, as Gradio requires."""
 
     def view() -> dict:
         try:
@@ -107,5 +107,5 @@ def build_board(demo: gr.Blocks, store: VoteStore) -> None:
 
     with demo.route("Board", "/board", show_in_navbar=False):
         page = component("board", value={"phase": "loading"}, elem_id="ml-board")
-        # When the page opens, so that a reload shows the votes of the moment.
+        # Read when the page opens, so that a reload shows the current votes.
         demo.load(view, None, page, queue=False, **QUIET)

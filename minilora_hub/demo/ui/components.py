@@ -1,6 +1,6 @@
 """Components made of ``static/<name>.html`` and ``<name>.js``, and the page's style sheets and scripts.
 
-What a visitor or a model wrote reaches a component as its value, which its script shows as text.
+Text of visitors and models is passed to a component as its value, and its script inserts it as text, never as HTML.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import gradio as gr
 STATIC = Path(__file__).resolve().parents[1] / "static"
 STYLES = ("page", "columns", "analysis", "panels")
 SCRIPTS = ("comparison_model", "column", "tabs", "timeline", "heatmap", "inspector", "picture", "comparison")
-"""What draws a comparison; each script uses only those before it."""
+"""The scripts that render a comparison; each uses only those before it."""
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-"""Arguments of every event: no spinner over the page, and no endpoint or MCP tool of its own."""
+"""Arguments of every event: no progress overlay, and no public endpoint or MCP tool."""
 
 
 def component(name: str, **arguments: Any) -> gr.HTML:
@@ -32,9 +32,9 @@ def read(name: str) -> str:
 
 
 def page_head() -> str:
-    """Return the style sheets and the scripts, whose names stay inside but for ``window.minilora``.
+    """Return the style sheets and the scripts, whose only global name is ``window.minilora``.
 
-    The style sheets are not passed as `launch(css=)`, which rewrites selectors so that media queries lose.
+    The style sheets are not passed as `launch(css=)`, which rewrites selectors so that they override media queries.
     """
     styles = "\n".join(read(f"{name}.css") for name in STYLES)
     scripts = "\n".join(read(f"{name}.js") for name in SCRIPTS)
@@ -42,5 +42,5 @@ def page_head() -> str:
 
 
 def sent(event: gr.EventData) -> dict[str, Any]:
-    """Return what a component's script sent with an event."""
+    """Return the data that a component's script sent with an event."""
     return event._data or {}

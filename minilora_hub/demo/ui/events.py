@@ -1,4 +1,4 @@
-"""Events of a comparison: a visitor runs one, asks for single experts, stops, or leaves."""
+"""Event handlers of a comparison: run, run single experts, stop, and close the page."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from minilora_hub.errors import AdapterError
 
 
 class Start(Protocol):
-    """Runs the prompt with the settings after an event."""
+    """Connects an event to a run of the prompt with the current settings."""
 
     def __call__(self, event: Callable[..., Dependency], same_seed: bool = False) -> Dependency:
-        """Connect it to `event`; `same_seed` keeps the seed of the settings."""
+        """Start a run after `event`; `same_seed` keeps the seed of the settings."""
 
 
 def well_formed(text: str | None) -> str:
-    """Replace lone surrogates, which a browser can send and no answer can contain."""
+    """Replace lone surrogates, which a browser can send and UTF-8 cannot encode."""
     return (text or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -37,7 +37,7 @@ def connect_run(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> Start:
     settings = parts.settings
 
     def show(frame: Frame) -> list:
-        # The complete stage each time: Gradio sends only how it differs from the one before.
+        # Return the complete stage each time: Gradio sends only the difference from the previous one.
         return [gr.Button(interactive=not frame.finished), frame.status, frame.stage]
 
     async def begin(request: gr.Request, *seed_settings) -> list:
@@ -78,7 +78,7 @@ def connect_run(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> Start:
             [parts.prompt, *settings.inputs],
             outputs,
             concurrency_id="compute",
-            concurrency_limit=None,  # `waiting_queue.py` bounds it, and reports the position to those who wait
+            concurrency_limit=None,  # bounded by `waiting_queue.py`, which also reports the position in the queue
             trigger_mode="always_last",
             **QUIET,
         )
@@ -87,7 +87,7 @@ def connect_run(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> Start:
     for example in parts.examples:
         fill = example.click(None, None, parts.prompt, js=f"() => {json.dumps(example.value)}", **QUIET)
         start(fill.then)
-    # An event of its own: it takes the prompt of the comparison that is shown, not one that is half typed.
+    # A separate event, because it uses the prompt of the shown comparison, not the text in the input field.
     asked = parts.stage.solo(ask_solo, None, parts.prompt, queue=False, **QUIET)
     start(asked.success, same_seed=True)
     parts.stop.click(stop, queue=False, **QUIET)

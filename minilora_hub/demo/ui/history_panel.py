@@ -47,7 +47,7 @@ def build_history_panel(
             panel: panel_value(visitor),
             parts.prompt: comparison.prompt,
             **parts.settings.restored(comparison.sampling),
-            # A number that no run of this page has.
+            # A run number that no run of this page has.
             parts.stage: {**comparison.stage, "run": f"kept-{kept.id}"},
             parts.status: status("idle", words),
             parts.blind: bar_value(visitor),
@@ -83,10 +83,10 @@ def build_history_panel(
             comparison = await asyncio.to_thread(visitors.shared.get, identifier)
         except PageError as error:
             return {parts.notice: {"phase": "error", "words": f"The comparison of this link is not shown: {error}."}}
-        kept = KeptComparison(comparison, closed="it is a stored comparison", shared=identifier)
+        kept = KeptComparison(comparison, closed="this is a stored comparison", shared=identifier)
         words = (
             f"A stored comparison, run on {comparison.time[:10]}, {clock(comparison.time)}. "
-            "Run starts a new one, with what is on this page."
+            "Run starts a new comparison with this page's models."
         )
         shown = opened(visitors.of(request.session_hash), kept, f"Stored. {comparison.status['words']}")
         return {**shown, parts.notice: {"phase": "stored", "words": words}}
@@ -101,7 +101,7 @@ def build_history_panel(
 
 
 def panel_value(visitor: Visitor | None, **fields: Any) -> dict[str, Any]:
-    """Return what the panel shows: the history, and whether the comparison on the page can be shared and saved."""
+    """Return the panel's value: the history, and whether the shown comparison can be shared and saved."""
     ready, history = False, visitor.history.listed() if visitor else []
     if visitor:
         with suppress(PageError):

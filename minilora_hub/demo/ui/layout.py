@@ -1,4 +1,4 @@
-"""The page's parts, from top to bottom, which the other modules connect."""
+"""Build the page's components, from top to bottom; the other modules connect their events."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Parts:
     """The components."""
 
     headline: gr.HTML
-    notice: gr.HTML  # result of ?adapter= or ?shared= in the page's address
+    notice: gr.HTML  # result of ?adapter= or ?shared= in the page's URL
     prompt: gr.Textbox
     run: gr.Button
     stop: gr.Button
@@ -28,7 +28,7 @@ class Parts:
     status: gr.HTML  # the line above the columns
     blind: gr.HTML  # the bar for blind votes
     stage: gr.HTML  # the columns, see `page_state.py`
-    finished: gr.State  # the stage of the visitor's last comparison, once it has ended: listen to its `change`
+    finished: gr.State  # stage of the visitor's last finished comparison; fires `change`
 
 
 def build_parts(headline: dict, opening: dict, examples: Sequence[str], max_new_tokens: int, most_tokens: int) -> Parts:
@@ -36,10 +36,10 @@ def build_parts(headline: dict, opening: dict, examples: Sequence[str], max_new_
 
     Args:
         headline: from `columns.headline`.
-        opening: what ``stage`` and ``status`` show at first.
-        examples: prompts to start from.
-        max_new_tokens: where the length setting starts.
-        most_tokens: where it ends.
+        opening: initial values of ``stage`` and ``status``.
+        examples: example prompts.
+        max_new_tokens: initial value of the length setting.
+        most_tokens: maximum of the length setting.
     """
     head = component("headline", value=headline)
     notice = component("notice", value=NO_NOTICE, elem_id="ml-notice")
@@ -47,7 +47,7 @@ def build_parts(headline: dict, opening: dict, examples: Sequence[str], max_new_
         prompt = gr.Textbox(
             show_label=False,
             label="Prompt",
-            placeholder="Ask all of them something…",
+            placeholder="Enter a prompt for all models…",
             lines=1,
             max_lines=8,
             container=False,

@@ -1,18 +1,18 @@
-r"""What the page shows of one comparison, as plain dictionaries made from the engine's updates. No Gradio.
+r"""State of one comparison on the page, as plain dictionaries built from the engine's updates. No Gradio.
 
-A *stage* is the state of all columns. The page paints it; the history, share links and replays store it::
+A *stage* is the state of all columns. The page renders it; the history, share links and replays store it::
 
     {"run": 3,                another number clears the columns
      "prompt": "…",
-     "sampling": {…},         as asked, see `Sampling`
+     "sampling": {…},         the settings, see `Sampling`
      "replay": None,          or the label of a replay, which the page then plays at reading pace
      "columns": [{"about": {"name", "kind", "badge", "facts", "experts", …},   from `columns.describe_columns`
                   "state": "idle" | "waiting" | "writing" | the reason why the answer ended,
                   "log": '{"t": "Hi", …}\n…',     one line of JSON a token, see `_token_line`
                   "tokens": 3, "first": seconds, "rate": tokens/s, "step": ms, "error": None}]}
 
-The log is text that only grows, because Gradio sends only what is appended to such a text: a comparison costs the
-network each token once, however long the answers are. A *status* is the line above the columns::
+The log is an append-only string, because Gradio then sends only the appended part: each token crosses the network once,
+however long the answers are. A *status* is the content of the line above the columns::
 
     {"phase": "idle" | "busy" | "done" | "stopped" | "error", "words": "…", "badge": "…"}
 """
@@ -43,14 +43,14 @@ class RunningComparison:
     """State of a comparison while it runs.
 
     Args:
-        number: of the run; differs from every other on this page.
+        number: number of the run, unique on this page.
         about: description of each column.
         prompt: the prompt.
         sampling: the settings.
-        token_text: returns the text of a token on its own, for an adapter; see `CompareEngine.token_text`.
+        token_text: returns the text of a single token, for an adapter; see `CompareEngine.token_text`.
 
     Attributes:
-        forwards: forwards of the base for this comparison; the caller counts them.
+        forwards: forward passes of the base for this comparison, counted by the caller.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class RunningComparison:
         self._started = time.perf_counter()
         self._number, self._prompt, self._sampling = number, prompt, sampling
         self._token_text = token_text
-        self._alone = [0] * len(about)  # forwards that each column would have needed by itself
+        self._alone = [0] * len(about)  # forward passes that each column would have needed alone
         blank = {"log": "", "tokens": 0, "first": None, "rate": None, "step": None, "error": None}
         self._columns: list[dict[str, Any]] = [{"about": one, "state": "waiting", **blank} for one in about]
 
     def add(self, update: Update) -> None:
-        """Add what one step changed in one column."""
+        """Add one step's update of one column."""
         column = self._columns[update.row]
         if update.token_id is not None or update.text:
             adapter = column["about"].get("adapter")
@@ -84,15 +84,15 @@ class RunningComparison:
         column["error"] = update.error
 
     def waiting(self, words: str) -> Frame:
-        """Return the frame of a comparison that waits, with the reason."""
+        """Return the frame of a waiting comparison, with a message."""
         return Frame(self.stage(), status("busy", words))
 
     def refused(self, words: str) -> Frame:
-        """Return the frame of a comparison that is not computed, with the reason."""
+        """Return the frame of a rejected comparison, with the reason."""
         return Frame(self.stage(state="idle"), status("error", words), finished=True)
 
     def frame(self, *, finished: bool = False, stopped: bool = False) -> Frame:
-        """Return the frame with everything that was added so far."""
+        """Return the frame with all updates so far."""
         return Frame(self.stage(), self._status(finished, stopped), finished)
 
     def stage(self, **fields: Any) -> dict:
@@ -119,7 +119,7 @@ class RunningComparison:
         return status("done", f"Done. {facts}", self._badge())
 
     def _badge(self) -> str:
-        """Compare the forwards that the model counted with those that the columns would need one by one."""
+        """Return the counted forward passes, and how many the columns would need one by one."""
         if not self.forwards:
             return ""
         first = [column["first"] for column in self._columns if column["first"] is not None]
@@ -139,7 +139,7 @@ def status(phase: str, words: str, badge: str = "") -> dict:
 
 def text_of(column: dict) -> str:
     """Return the text of a column of a stage."""
-    # Not splitlines(): a token may hold a line separator of Unicode.
+    # Not splitlines(), because a token may contain a Unicode line separator.
     return "".join(json.loads(line)["t"] for line in column["log"].split("\n")[:-1])
 
 
@@ -151,9 +151,9 @@ def texts_only(log: str) -> str:
 def _token_line(update: Update, token_text: Callable[[int], str]) -> str:
     """Return the log line of one token.
 
-    t: the text it adds; i: its id; p: the token's own text, where that differs; l: its logprob; a: the most probable
-    tokens at this place, [text, logprob] each; r: for each layer with experts, the experts that served the token and
-    their weights in thousandths, [expert, weight, expert, weight, …]. Text held back to the end has t only.
+    t: the text it adds; i: its id; p: the token's own text, if that differs; l: its logprob; a: the most probable
+    tokens at this position, [text, logprob] each; r: for each layer with experts, the experts that served the token and
+    their weights in thousandths, [expert, weight, expert, weight, …]. Text that is flushed at the end has t only.
     """
     line: dict[str, Any] = {"t": update.text}
     if update.token_id is not None:
@@ -173,5 +173,5 @@ def _token_line(update: Update, token_text: Callable[[int], str]) -> str:
 
 
 def _rounded(value: float | None) -> float | None:
-    """Round to four significant digits; None where the value is not finite, which JSON cannot express."""
+    """Round to four significant digits; None if the value is not finite, which JSON cannot represent."""
     return float(f"{value:.4g}") if value is not None and math.isfinite(value) else None

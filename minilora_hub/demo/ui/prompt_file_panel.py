@@ -1,4 +1,4 @@
-"""The panel for a file of prompts: upload, progress, and the table of answers, which the browser can save."""
+"""The panel for a file of prompts: upload, progress, and a table of answers that can be saved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from minilora_hub.errors import MiniLoraError
 
 
 def build_prompt_file_panel(visitors: Visitors, parts: Parts) -> None:
-    """Build the panel, closed, and connect it; the page's settings and adapters apply."""
+    """Build the panel, collapsed, and connect it; the page's settings and adapters apply."""
     limits = visitors.runner.limits
     with gr.Accordion("A file of prompts", open=False, elem_id="ml-batch-box"):
         gr.HTML(
@@ -47,7 +47,7 @@ def build_prompt_file_panel(visitors: Visitors, parts: Parts) -> None:
 
 
 def panel_value(table: PromptTable | None, phase: str, words: str = "") -> dict:
-    """Return what the panel shows: the table, its phase (none, busy, done or error), and a sentence."""
+    """Return the panel's value: the table, its phase (none, busy, done or error), and a message."""
     table = table or PromptTable([], 0, {})
     fields = {"names": table.names, "rows": table.rows, "total": table.total, "sampling": table.sampling}
     return {**fields, "phase": phase, "words": words}

@@ -1,4 +1,4 @@
-"""The sampling settings, with two locks: greedy, and the seed."""
+"""The sampling settings, with switches for greedy decoding and a fixed seed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INPUTS = ("max_new_tokens", "greedy", "temperature", "top_p", "top_k", "repetiti
 
 @dataclass(frozen=True)
 class Settings:
-    """The components; those with the name of a field of `Sampling` hold its value."""
+    """The components; a component named like a field of `Sampling` holds its value."""
 
     max_new_tokens: gr.Slider
     greedy: gr.Checkbox  # always take the most probable token; the next three have no effect then
@@ -26,8 +26,8 @@ class Settings:
     top_p: gr.Slider
     top_k: gr.Slider
     repetition_penalty: gr.Slider
-    seed: gr.Number  # of the last or the next run
-    keep_seed: gr.Checkbox  # otherwise each run draws a seed, and shows it
+    seed: gr.Number  # seed of the last or the next run
+    keep_seed: gr.Checkbox  # if off, each run draws a seed and shows it
 
     @property
     def inputs(self) -> list:
@@ -35,7 +35,7 @@ class Settings:
         return [getattr(self, name) for name in INPUTS]
 
     def restored(self, sampling: Mapping[str, Any]) -> dict:
-        """Return the components' values for stored settings; a component without one stays as it is."""
+        """Return the components' values for stored settings; components without a stored value are not changed."""
         values: dict = {getattr(self, name): sampling[name] for name in INPUTS if name in sampling}
         if "temperature" in sampling:
             values[self.greedy] = sampling["temperature"] == 0
@@ -44,7 +44,7 @@ class Settings:
 
 
 def build_settings(max_new_tokens: int, most_tokens: int) -> Settings:
-    """Build them, closed; `max_new_tokens` is where the length starts, `most_tokens` where it ends."""
+    """Build the settings, collapsed; `max_new_tokens` is the initial length and `most_tokens` the maximum."""
 
     def slider(least: float, most: float, value: float, step: float, label: str, **fields: Any) -> gr.Slider:
         return gr.Slider(least, most, value, step=step, label=label, min_width=200, **fields)
@@ -53,7 +53,7 @@ def build_settings(max_new_tokens: int, most_tokens: int) -> Settings:
         with gr.Row():
             tokens = slider(1, most_tokens, min(max_new_tokens, most_tokens), 1, "Max new tokens")
             penalty = slider(1, 2, 1, 0.05, "Repetition penalty (1 is none)")
-            info = "Always the most probable token: the same answer every time."
+            info = "Always take the most probable token, so that answers are reproducible."
             greedy = gr.Checkbox(True, label="Greedy", info=info, min_width=200)
         with gr.Row():
             temperature = slider(0.05, 2, 0.7, 0.05, "Temperature", interactive=False)
@@ -63,7 +63,7 @@ def build_settings(max_new_tokens: int, most_tokens: int) -> Settings:
             seed = gr.Number(
                 0, precision=0, minimum=0, maximum=LARGEST_SEED, label="Seed", min_width=200, interactive=False
             )
-            info = "Otherwise every run draws another one, and shows it here."
+            info = "If off, every run draws a new seed and shows it here."
             keep_seed = gr.Checkbox(False, label="Keep the seed", info=info, min_width=200, interactive=False)
     sampled = [temperature, top_p, top_k, seed, keep_seed]
     greedy.change(
@@ -81,5 +81,5 @@ def sampling_from(
 
 
 def next_seed(greedy: bool, keep: bool, seed: float | None) -> int:
-    """Return the seed of the next run: the same where it is kept or without effect, otherwise a random one."""
+    """Return the seed of the next run: unchanged if it is kept or has no effect, otherwise random."""
     return int(seed or 0) if greedy or keep else secrets.randbelow(LARGEST_SEED)

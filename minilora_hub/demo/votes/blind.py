@@ -1,7 +1,7 @@
 """Blind comparisons: columns in a random order, without names. No Gradio.
 
-The order stays on the server until the vote: the browser gets a stage that holds the texts only, so nothing can be
-found in its memory.
+The order stays on the server until the vote. The browser receives the texts only, so names cannot be read from its
+memory.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ LETTERS = "ABCDEFGHI"
 
 
 def shuffled(count: int) -> tuple[int, ...]:
-    """Draw an order: for each letter, A first, the index of the column under it."""
+    """Draw a random order: for each letter, A first, the index of the column under it."""
     return tuple(random.SystemRandom().sample(range(count), count))
 
 
 class Blindfold:
-    """Hides one comparison, frame after frame.
+    """Removes identifying data from the frames of one comparison.
 
     A column keeps its text and its state. Speed, probabilities, experts and error messages are removed, since each of
     them can reveal the method.
@@ -41,7 +41,7 @@ class Blindfold:
         return replace(frame, stage=self.stage(frame.stage))
 
     def stage(self, stage: dict[str, Any]) -> dict[str, Any]:
-        """Return the blind version of a stage: in this order, with letters for names."""
+        """Return the blind version of a stage: in this order, with letters instead of names."""
         columns = []
         for letter, index in zip(LETTERS, self.order, strict=False):
             column = stage["columns"][index]
@@ -59,7 +59,7 @@ class Blindfold:
         return {**shown, "blind": True, "columns": columns}
 
     def _texts(self, index: int, log: str) -> str:
-        # Only what is new is read: there are many frames a second, and logs grow long.
+        # Parse only the appended part: there are many frames per second, and logs grow long.
         end = log.rfind("\n") + 1
         self._logs[index] += texts_only(log[self._read[index] : end])
         self._read[index] = end
@@ -67,7 +67,7 @@ class Blindfold:
 
 
 def revealed(stage: dict[str, Any], order: tuple[int, ...]) -> dict[str, Any]:
-    """Return a stage in its own order, with each column's letter in front of its badge."""
+    """Return a stage in its original order, with each column's letter before its badge."""
     letters = {index: letter for letter, index in zip(LETTERS, order, strict=False)}
     columns = [
         {**column, "about": {**column["about"], "letter": letters[index]}}

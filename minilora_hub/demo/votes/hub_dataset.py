@@ -1,8 +1,8 @@
-"""Keeps votes in a dataset on the Hub, from which they are restored when a Space's disk is lost. No Gradio.
+"""Back up votes to a dataset on the Hub, from which they are restored when a Space's disk is lost. No Gradio.
 
-Each process appends to a file of its own, so that several never overwrite each other's; all of them are read.
-huggingface_hub's CommitScheduler would do half of it, but gives up at the first failure while it starts, and reports no
-later ones.
+Each process appends to a separate file, so that processes never overwrite each other; all files are read.
+huggingface_hub's CommitScheduler is not used: it does not restore, stops at the first failure while it starts, and does
+not report later failures.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from minilora_hub.errors import PageError
 from minilora_hub.hub.errors import FAILURES, explain
 
 SECONDS = 60.0
-"""Between two commits: the Hub allows about two a minute in one repo."""
+"""Seconds between two commits: the Hub allows about two per minute in one repo."""
 FILES = re.compile(r"votes(-[\w-]+)?\.jsonl", re.ASCII)
 
 
 class VoteDataset:
-    """Synchronizes a store of votes with a dataset, in a thread of its own.
+    """Synchronizes a store of votes with a dataset, in a background thread.
 
     Args:
         store: the local votes; no other process may write to its file.
         repo: id of the dataset; it is created, private, if it does not exist.
         token: with the right to write there.
-        say: called with a line of text when a synchronization fails, or works again.
-        endpoint: the Hub's address. Default: huggingface_hub's own.
+        say: called with a message when synchronization fails, and when it works again.
+        endpoint: URL of the Hub. Default: that of huggingface_hub.
 
     Attributes:
-        trouble: why the last synchronization failed; None if it did not.
+        trouble: why the last synchronization failed; None if it succeeded.
     """
 
     def __init__(
@@ -53,22 +53,22 @@ class VoteDataset:
         self._store, self._repo, self._say = store, repo, say
         self._api = HfApi(endpoint=endpoint, token=token)
         self._fetched = False
-        self._sent: dict[str, int] = {}  # bytes of each file that the dataset has
+        self._sent: dict[str, int] = {}  # size of each file in the dataset
         self._ending = threading.Event()
         self._busy = threading.Lock()
         self.trouble: str | None = None
 
     def start(self) -> None:
-        """Fetch the dataset, then send new votes once a minute."""
+        """Start the thread: download the dataset, then upload new votes once a minute."""
         threading.Thread(target=self._work, name="minilora-votes", daemon=True).start()
 
     def stop(self) -> None:
-        """Send the remaining votes, and end."""
+        """Upload the remaining votes, and end the thread."""
         self._ending.set()
         self.synchronize()
 
     def synchronize(self) -> bool:
-        """Fetch the dataset once, send new votes, and return whether that worked. A failed call can be repeated."""
+        """Download the dataset once, upload new votes, and return whether that worked. May be repeated on failure."""
         with self._busy:
             try:
                 self._fetch()
@@ -104,7 +104,7 @@ class VoteDataset:
                 with locked(self._store.folder):
                     if not here.is_file() or here.stat().st_size < len(content):
                         write_whole(here, content)
-        # Files that a killed process has left on this disk are sent once.
+        # Upload the files that a killed process left on this disk.
         for file in sorted(self._store.folder.glob("votes*.jsonl")):
             self._send(file)
         self._fetched = True

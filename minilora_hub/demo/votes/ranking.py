@@ -1,11 +1,11 @@
-"""The ranking that votes give: wins, ties, and shares with their intervals. No Gradio.
+"""Compute the ranking from votes: wins, ties, and win rates with confidence intervals. No Gradio.
 
-There are two shares, each with Wilson's interval of 95%:
+There are two rates, called ``share``, each with its 95% Wilson interval:
 
-- Of a model: of the votes that chose an answer while this model was among them, those that chose it. With k answers,
-  chance alone gives 1/k; ``chance`` is the mean of that over the same votes.
-- Of a pair (a, b): of the votes where both were shown and one of the two was chosen, those that chose a. A vote for a
-  third model says nothing about the two; ties and "all bad" are counted, but not split.
+- Of a model: wins divided by the votes that chose some answer while this model was shown. With k answers the expected
+  rate at random is 1/k; ``chance`` is its mean over the same votes.
+- Of a pair (a, b): votes for a divided by votes for a or b, over comparisons that showed both. Votes for a third model
+  do not count; ties and "all bad" are counted separately, and not split.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shared comparisons on the disk, under ids that cannot be guessed; the oldest are removed to make room. No Gradio."""
+"""Store shared comparisons on disk under unguessable ids; the oldest are removed to make room. No Gradio."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from minilora_hub.errors import PageError
 
 IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{22}", re.ASCII)
 MOST_BYTES = 4 * 10**6
-"""Of one comparison."""
+"""Maximum size of one comparison."""
 
 
 class SharedComparisons:
     """The shared comparisons in a folder.
 
     Args:
-        folder: made when the first comparison is stored.
-        limits: how many it may hold, and how many bytes.
+        folder: created when the first comparison is stored.
+        limits: maximum number and total size of the comparisons.
     """
 
     def __init__(self, folder: Path, limits: PageLimits | None = None) -> None:
@@ -57,7 +57,7 @@ class SharedComparisons:
             PageError: there is none with this id, or its file is damaged.
         """
         if not isinstance(identifier, str) or not IDENTIFIER.fullmatch(identifier):
-            raise PageError("this is no link that the page has given out")
+            raise PageError("this is not a share link of this page")
         try:
             content = (self.folder / f"{identifier}.json").read_bytes()
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Locks the folders of votes and shared comparisons, and appends lines completely or not at all. No Gradio."""
+"""Lock the folders of votes and shared comparisons, and append lines atomically. No Gradio."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LOCK_SECONDS = 20
 
 @contextmanager
 def locked(folder: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
-    """Lock a folder against other threads and processes that write into it; it is made if it does not exist.
+    """Lock a folder against other threads and processes that write into it; create it if it does not exist.
 
     Raises:
         PageError: another writer holds it for longer than `seconds`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # A new object each time: one that is shared lets its own thread in twice.
+        # A new object each time, because a shared lock is reentrant in its thread.
         with FileLock(folder / ".lock", timeout=seconds, is_singleton=False):
             yield
     except Timeout:
@@ -31,14 +31,14 @@ def locked(folder: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
 
 
 def append_line(file: Path, line: bytes) -> None:
-    """Append one line, which is on the disk when this returns. The folder must be `locked`.
+    """Append one line and flush it to disk. The folder must be `locked`.
 
-    A line that a killed writer left incomplete stays a line of its own. If the disk is full, nothing is left behind.
+    If a killed writer left an incomplete line, the new line starts after it. If the disk is full, nothing is appended.
 
     Raises:
         OSError: it cannot be written.
     """
-    # Unbuffered: when the file is closed, a buffer would write what a full disk refused.
+    # Unbuffered: on close, a buffer would retry the data whose write has failed.
     with file.open("a+b", buffering=0) as out:
         size = out.seek(0, os.SEEK_END)
         if size:

@@ -1,6 +1,6 @@
-"""Votes on blind comparisons: one line of JSON each, appended to a file that several processes may write. No Gradio.
+"""Votes on blind comparisons, one JSON line each, in a file that several processes may append to. No Gradio.
 
-A writer that is killed in the middle of a line leaves an incomplete one, which readers skip and count.
+A writer that is killed while it writes leaves an incomplete line, which readers skip and count.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Vote(Document):
     """A visitor's vote on one blind comparison.
 
     Attributes:
-        id: of the comparison; each is voted on once.
+        id: of the comparison; there is one vote per comparison.
         time: ISO 8601, UTC.
         prompt: the prompt.
         sampling: the settings, seed included.
@@ -101,7 +101,7 @@ def vote_on(comparison: Comparison, identifier: str, order: tuple[int, ...], cho
 
 @dataclass(frozen=True)
 class Votes:
-    """The votes of a store in the order of time, and the number of lines that could not be read."""
+    """The votes of a store in chronological order, and the number of unreadable lines."""
 
     votes: tuple[Vote, ...]
     skipped: int
@@ -111,7 +111,7 @@ class VoteStore:
     """The votes in a folder.
 
     Args:
-        folder: made when the first vote is stored.
+        folder: created when the first vote is stored.
         writer: new votes are written to ``votes-<writer>.jsonl``; default: ``votes.jsonl``. All files are read.
     """
 
@@ -120,7 +120,7 @@ class VoteStore:
         self.file = folder / ("votes.jsonl" if writer is None else f"votes-{writer}.jsonl")
 
     def add(self, vote: Vote) -> None:
-        """Store a vote, which is on the disk when this returns.
+        """Store a vote, and flush it to disk.
 
         Raises:
             PageError: it cannot be stored.
@@ -129,13 +129,13 @@ class VoteStore:
             vote.validate()
             line = json.dumps(vote.to_dict(), ensure_ascii=False, allow_nan=False)
             with locked(self.folder):
-                # Browsers do send lone surrogates, which UTF-8 cannot encode.
+                # Browsers can send lone surrogates, which UTF-8 cannot encode.
                 append_line(self.file, line.encode("utf-8", "replace"))
         except (AdapterError, OSError) as error:
             raise PageError(f"the vote could not be stored: {error}") from error
 
     def read(self) -> Votes:
-        """Read every vote once.
+        """Read all votes, without duplicates.
 
         Raises:
             PageError: the folder cannot be read.

@@ -45,7 +45,7 @@ class MixLoraPeftConfig(PeftConfig):
         r: rank of the LoRA outside the mixtures (on attention), at least 1.
         lora_alpha: the update is scaled by ``lora_alpha / r``. Default: ``2 * r``.
         lora_dropout: dropout probability on the input of the low-rank path, in training only.
-        expert_lora: what differs for the experts: ``{"r": …, "lora_alpha": …, "lora_dropout": …}``. Default: the same.
+        expert_lora: overrides for the experts: ``{"r": …, "lora_alpha": …, "lora_dropout": …}``. Default: none.
         num_experts: LoRA experts per feed-forward block.
         routing_strategy: ``"mixlora"`` (top-k), ``"mixlora-dynamic"`` (top-p) or ``"mixlora-switch"`` (top-1 with
             capacity and z-loss); also under our names ``"top_k"``, ``"top_p"`` and ``"switch"``.
@@ -55,21 +55,21 @@ class MixLoraPeftConfig(PeftConfig):
         expert_capacity: tokens of a sequence that one expert serves in training (``"mixlora-switch"``).
         router_z_loss_coef: weight of the z-loss in training (``"mixlora-switch"``).
         sparse_step: one layer in this many is a mixture (``"mixlora-switch"``).
-        ffn_dropout: dropout probability on what a mixture puts out, in training only.
+        ffn_dropout: dropout probability on the output of a mixture, in training only.
         jitter_noise: in training, the router's input is multiplied by U(1 - noise, 1 + noise).
         router_init_range: standard deviation of a fresh router.
         router_aux_loss_coef: weight of the load-balance loss in training. 0: none.
-        router_loss: False for no router loss at all.
+        router_loss: False turns off all router losses.
         target_modules: names, path endings or a regular expression, as in PEFT; a feed-forward block's name stands for
             all its projections. Default: ``"all-linear"``, every linear in the decoder layers.
-        exclude_modules: what is left out of `target_modules`, written in the same ways.
+        exclude_modules: modules to exclude from `target_modules`, in the same formats.
         layers_to_transform: index or indices of the layers to adapt. Default: all.
-        layers_pattern: name of the list of layers that `layers_to_transform` counts in.
+        layers_pattern: name of the list of layers that `layers_to_transform` indexes.
         rank_pattern: ranks that differ: path ending or regular expression -> rank.
         alpha_pattern: the same for `lora_alpha`.
         use_rslora: rank-stabilised scaling, ``lora_alpha / sqrt(r)``.
         use_dora: DoRA on attention and experts alike ("MixDoRA").
-        modules_to_save: modules that are trained whole and saved with the adapter, as in PEFT.
+        modules_to_save: modules that are fully trained and saved with the adapter, as in PEFT.
         trainable_token_indices: rows of the embedding that are trained, as in PEFT.
         init_lora_weights: True: the output is the base's until the adapter is trained. False: random, for tests.
         bias: only ``"none"``.
@@ -129,7 +129,7 @@ class MixLoraPeftConfig(PeftConfig):
             setattr(self, theirs, getattr(ours, name, None))
 
     def _resolve_expert_lora(self) -> None:
-        """Fill `expert_lora` in, so that the file says it and the reference reads it."""
+        """Fill in `expert_lora`, so that it is written to the file and the reference can read it."""
         given = dict(self.expert_lora or {})
         for key in given.keys() - set(EXPERT_KEYS):
             # The reference writes its whole LoRA configuration there a second time.
@@ -201,7 +201,7 @@ LORA_FIELDS = {
 
 @dataclass
 class PeerLoraConfig(LoraConfig):
-    """A PEFT LoRA (or DoRA) that lives on the same `PeftModel` as MixLoRAs, and is saved and loaded as PEFT's LoRA."""
+    """A PEFT LoRA (or DoRA) on the same `PeftModel` as MixLoRAs, saved and loaded as PEFT's LoRA."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,7 +233,7 @@ class PeerLoraConfig(LoraConfig):
 
 
 def as_peer(config: PeftConfig) -> PeftConfig:
-    """Return a LoraConfig as one that can stand beside MixLoRAs; other configurations unchanged."""
+    """Convert a LoraConfig to one that can be used beside MixLoRAs; return other configurations unchanged."""
     if type(config) is not LoraConfig:
         return config
     values = {item.name: getattr(config, item.name) for item in fields(LoraConfig) if item.init}

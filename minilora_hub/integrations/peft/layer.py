@@ -98,7 +98,7 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
         raise ValueError(CANNOT_MERGE)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move it to the base's device; the dtype stays, since PEFT casts it later where the user wants that."""
+        """Move it to the base's device without changing the dtype, which PEFT casts later if requested."""
         if adapter_name in self.moe_lora:
             module = self.moe_lora[adapter_name]
             if not any(parameter.is_meta for parameter in module.parameters()):

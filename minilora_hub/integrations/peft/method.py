@@ -1,9 +1,9 @@
-"""MixLoRA as a PEFT method, made of the modules of `remote_code`. Only this file touches PEFT's internals.
+"""MixLoRA as a PEFT method, built from the modules of `remote_code`. Only this file uses PEFT's internals.
 
-`MixLoraModel` puts `MixLoraLayer`s (layer.py) where a configuration says (sites.py). It computes nothing.
+`MixLoraModel` inserts `MixLoraLayer`s (layer.py) at the sites of a configuration (sites.py). It computes nothing.
 
-PEFT (0.21) has no entry point for methods: its `PeftType` is a closed Enum, which is extended here, and a `PeftModel`
-refuses an adapter of another type, which is lifted here for a LoRA beside MixLoRAs.
+PEFT (0.21) has no entry point for methods: this module extends its closed Enum `PeftType`, and removes the restriction
+of a `PeftModel` to adapters of one type for a LoRA beside MixLoRAs.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from minilora_hub.integrations.trl import ATTRIBUTE, RouterLoss
 
 
 class MixLoraModel(BaseTuner):
-    """PEFT's tuner for `MixLoraPeftConfig`: puts `MixLoraLayer`s into a model and takes them out."""
+    """PEFT's tuner for `MixLoraPeftConfig`: inserts `MixLoraLayer`s into a model and removes them."""
 
     prefix = "moe_"  # PEFT warns of an adapter whose name is part of it, as "mixlora", "mix" and "lora" should not be
     tuner_layer_cls = MixLoraLayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # of a LoRA beside a MixLoRA
 
-    # ---- putting in ----
+    # ---- injection ----
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if isinstance(peft_config, PeerLoraConfig):
@@ -55,7 +55,7 @@ class MixLoraModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Put an adapter in. Everything is planned and built first, so that a failure leaves the model as it was.
+        """Inject an adapter. Everything is planned and built first, so that a failure does not change the model.
 
         This replaces PEFT's loop over the modules, which skips what is inside a layer that carries an adapter already:
         the linears of a feed-forward block. What PEFT does after its loop is done here in the same way.
@@ -102,7 +102,7 @@ class MixLoraModel(BaseTuner):
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError("PEFT's loop over the modules, which calls this, is not used: see inject_adapter")
 
-    # ---- using ----
+    # ---- activation ----
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         refuse_several(adapter_name)
@@ -120,7 +120,7 @@ class MixLoraModel(BaseTuner):
             )
         yield
 
-    # ---- taking out ----
+    # ---- removal ----
 
     def delete_adapter(self, adapter_name: str) -> None:
         was_active = adapter_name in self.active_adapters
@@ -177,7 +177,7 @@ class MixLoraModel(BaseTuner):
 
 @contextmanager
 def undone_on_failure(model: Any, adapter_name: str) -> Iterator[None]:
-    """If what is inside fails, take an adapter out that was not there before, so that no half-loaded one stays."""
+    """If the block fails, remove an adapter that did not exist before, so that no partly loaded adapter remains."""
     if not isinstance(model, nn.Module):  # PEFT says what is wrong with it
         yield
         return
@@ -220,11 +220,11 @@ HOOKS = (
     "_replace_module",
     "_unload_and_optionally_merge",
 )
-"""What this file overrides in PEFT's BaseTuner: a version without one of them would ignore it in silence."""
+"""Methods of PEFT's BaseTuner that this file overrides: a version without one of them would silently ignore it."""
 
 
 def register() -> None:
-    """Make PEFT know MIXLORA. Calling it again changes nothing.
+    """Register MIXLORA with PEFT. Repeated calls have no effect.
 
     Raises:
         MiniLoraError: this version of PEFT is built differently; the message says which are known.

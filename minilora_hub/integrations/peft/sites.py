@@ -57,7 +57,7 @@ class Plan:
 
 @contextmanager
 def plain_base(model: nn.Module, layer_class: type) -> Iterator[None]:
-    """Make the model the plain base for a while: without our adapters, and without modules that PEFT trains whole."""
+    """Temporarily restore the plain base: without our adapters, and without modules in PEFT's `modules_to_save`."""
     places: list[tuple[nn.Module, str, Any]] = []
     for module in list(model.modules()):
         for name, child in module.named_children():

@@ -1,4 +1,4 @@
-"""Write the files of a published folder that are for people: results.json, the pictures, and the card."""
+"""Write the documentation of a published folder: results.json, the pictures, and the card."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def previous_card(folder: Path) -> str | None:
 
 
 def write_results(source: Source, folder: Path, base: Base, parameters: int, license: str | None) -> Results:
-    """Write results.json: what was measured, or where nothing was, what the files themselves say.
+    """Write results.json: the measured results, or if there are none, the facts that follow from the files.
 
     Args:
         source: the trained adapter.
@@ -76,10 +76,10 @@ def card_to_keep(own: str | None, published: str | None, notes: list[str]) -> st
     from minilora_hub.publish.card.render import settings_of
 
     if own and settings_of(own) is None:
-        notes.append(f"the folder's own {CARD} was not written by minilora: a new one is published in its place")
+        notes.append(f"the folder's own {CARD} was not written by minilora: a new one replaces it")
         own = None
     elif not own and published and settings_of(published) is None:
-        notes.append(f"the {CARD} in the repo was not written by minilora: a new one takes its place")
+        notes.append(f"the {CARD} in the repo was not written by minilora: a new one replaces it")
     kept = own or published
     return kept if kept and settings_of(kept) else None
 
@@ -94,7 +94,7 @@ def write_built_card(folder: Path, repo_id: str, revision: str | None, space: st
         repo_id: see `render_card`.
         revision: see `render_card`.
         space: see `render_card`; default: the one that `previous` names.
-        previous: an earlier card of ours, whose free text is kept.
+        previous: an earlier card written by minilora, whose free text is kept.
     """
     from huggingface_hub import constants
 

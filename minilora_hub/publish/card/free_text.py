@@ -1,10 +1,10 @@
-"""Sections of a card that a person writes, and that are kept when the card is rendered again.
+"""Parse the sections of a card that the author writes and that are kept when the card is rendered again.
 
     <!-- minilora:free-text intro -->
     Whatever the author wants to say.
     <!-- /minilora:free-text -->
 
-The marks are on lines of their own. In a code block they are text: a model's answer cannot open a section.
+Each mark is alone on its line. Inside a code block it is plain text, so a model's answer cannot open a section.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def classify(card: str) -> Iterator[tuple[Kind, str, str]]:
     seen: set[str] = set()
     name, opened_at, fence = "", 0, ""
     lines = card.splitlines()
-    # The front matter is YAML: what looks like a fence or a mark there is part of a value.
+    # In the front matter, which is YAML, a fence or a mark is part of a value.
     metadata_end = lines.index("---", 1) + 1 if lines[:1] == ["---"] and "---" in lines[1:] else 0
     for count, line in enumerate(lines, start=1):
         if count <= metadata_end:
@@ -75,7 +75,7 @@ def sections_of(card: str) -> dict[str, str]:
 
 
 def squeeze(card: str) -> str:
-    """Leave one blank line where the template has several; free text and code stay as they are."""
+    """Collapse consecutive blank lines; free text and code are not changed."""
     kept: list[str] = []
     for kind, _, line in classify(card):
         if kind != "text" or line.strip() or (kept and kept[-1].strip()):

@@ -1,6 +1,6 @@
-"""Draw the pictures of a card from results.json: the loss curve, and the load of the experts, also task by task.
+"""Draw the pictures of a card from results.json: the loss curve, and the load of the experts, in total and per task.
 
-They are small PNGs in `pictures/`. The same numbers give the same picture.
+They are small PNGs in `pictures/`. Equal numbers give byte-identical pictures.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INK, LINE = "#30363d", "#3b6fb6"
 
 
 def wanted_pictures(results: Results) -> list[str]:
-    """Return the paths of the pictures that these results have numbers for."""
+    """Return the paths of the pictures that can be drawn from these results."""
     wanted = []
     if results.training and len(results.training.loss) > 1:
         wanted.append(LOSS)
@@ -36,7 +36,7 @@ def wanted_pictures(results: Results) -> list[str]:
 
 
 def write_pictures(results: Results, folder: Path) -> list[Path]:
-    """Draw the pictures into a folder, and remove those without numbers.
+    """Draw the pictures into a folder, and remove pictures that have no data any more.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

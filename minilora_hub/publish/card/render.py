@@ -1,7 +1,7 @@
 """Render the README of a published adapter from its results.json and its configuration.
 
-Every number on the card is from one of those two files; what is not known is called unknown. People add to a card in
-its free-text sections (`free_text`), which are kept when it is rendered again. Torch is not needed.
+Every number on the card is from one of those two files; a missing value is shown as "unknown". Authors write in the
+card's free-text sections (`free_text`), which are kept when it is rendered again. Torch is not needed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def render_card(
     require_space(space)
     hub = hub or PUBLIC_HUB
     results = Results.load(folder)
-    # PEFT's layout: no code comes along, none is needed.
+    # PEFT's layout needs no code.
     stock = (folder / PEFT_CONFIG).is_file() and not (folder / OUR_CONFIG).is_file()
     config = read_json(folder / (PEFT_CONFIG if stock else OUR_CONFIG))
     kept = free_text.sections_of(previous) if previous else {}
@@ -156,7 +156,7 @@ def require_space(space: str | None) -> None:
 
 
 def settings_of(card: str) -> dict[str, str | None] | None:
-    """Return the arguments that a card was rendered with, or None if it is not a card of ours."""
+    """Return the arguments that a card was rendered with, or None if minilora did not write it."""
     found = SETTINGS.search(card)
     try:
         settings = json.loads(found[1]) if found else None
@@ -176,7 +176,7 @@ def numbers_in(card: str) -> list[str]:
 
 @cache
 def _template() -> Template:
-    # Not autoescape, which is for HTML: every text from outside passes through a filter of `formatting`.
+    # autoescape is for HTML; here every untrusted text passes through a Markdown filter of `formatting`.
     environment = Environment(  # noqa: S701
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,

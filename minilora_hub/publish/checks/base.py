@@ -12,7 +12,7 @@ from minilora_hub.hub.client import COMMIT, REPO_ID
 from minilora_hub.publish.checks.problems import Folder, Problem
 
 BaseExists = Callable[[str, str | None], bool | None]
-"""Called with a base and its revision: whether the Hub has it; None, or an exception, where that is unknown."""
+"""Takes a base and its revision and returns whether the Hub has it; None or an exception if that is unknown."""
 BaseLicense = Callable[[str, str | None], str | None]
 
 PERMISSIVE = {
@@ -20,7 +20,7 @@ PERMISSIVE = {
     "unlicense", "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "pddl", "wtfpl", "ncsa", "bsl-1.0",
     "artistic-2.0", "ms-pl", "postgresql", "afl-3.0", "ecl-2.0", "odc-by", "cdla-permissive-1.0", "cdla-permissive-2.0",
 }  # fmt: skip
-"""Licences that allow another one for a derivative. Under any other, the adapter must keep the base's."""
+"""Licences that permit a derivative under another licence. Under any other, the adapter must keep the base's."""
 
 
 def base_of(folder: Folder) -> tuple[str | None, str | None]:
@@ -65,7 +65,7 @@ def check_base(folder: Folder, exists: BaseExists) -> Iterator[Problem]:
 
 
 def check_existence(file: str, base: str, revision: str | None, exists: BaseExists) -> Iterator[Problem]:
-    """Check that the base that `file` names is on the Hub, at the revision it names."""
+    """Check that the base named in `file` is on the Hub, at the named revision."""
     field, at = f"base_model_name_or_path={base!r}", f" at revision {revision!r}" if revision else ""
     reason = ""
     try:
@@ -88,7 +88,7 @@ def check_own_license(license: str | None) -> Iterator[Problem]:
 
 
 def check_license(folder: Folder, license_of: BaseLicense) -> Iterator[Problem]:
-    """Check that the adapter has a licence, and one that the base's allows."""
+    """Check that the adapter has a licence, and that the base's licence permits it."""
     results = folder.results
     if isinstance(results, AdapterError):
         return  # found by another check

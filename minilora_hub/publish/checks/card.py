@@ -18,7 +18,7 @@ from minilora_hub.publish.card.render import README, numbers_in, render_card, se
 from minilora_hub.publish.checks.base import base_of
 from minilora_hub.publish.checks.problems import Folder, Problem
 
-RENDER = "render it again: minilora card DIR; words of your own go between its free-text marks"
+RENDER = "render it again: minilora card DIR; put your own text between its free-text marks"
 SHOWN = 3
 
 
@@ -96,13 +96,13 @@ def _compare_with_rendering(folder: Folder, card: str) -> Iterator[Problem]:
             yield Problem("card", README, f"cannot be compared with {RESULTS_FILE}: {error}", RENDER)
         return
     if settings is None:
-        yield from _check_foreign(card, rendered)
+        yield from _check_handwritten(card, rendered)
     else:
-        yield from _check_ours(card, rendered)
+        yield from _check_generated(card, rendered)
 
 
-def _check_ours(card: str, rendered: str) -> Iterator[Problem]:
-    """Compare a card of ours line by line, so that a number that is right in another place is wrong here."""
+def _check_generated(card: str, rendered: str) -> Iterator[Problem]:
+    """Compare a generated card line by line, so that a correct number in the wrong place is found."""
     right, there = ([line for kind, _, line in free_text.classify(text) if kind != "free"] for text in (rendered, card))
     changed: list[str] = []
     lost: list[str] = []
@@ -121,8 +121,8 @@ def _check_ours(card: str, rendered: str) -> Iterator[Problem]:
         yield Problem("card-edited", README, f"lacks {len(lost)} lines, such as {lost[0]!r}", RENDER)
 
 
-def _check_foreign(card: str, rendered: str) -> Iterator[Problem]:
-    """Check a card that a person wrote: its fractions and percentages must be in results.json."""
+def _check_handwritten(card: str, rendered: str) -> Iterator[Problem]:
+    """Check a handwritten card: its fractions and percentages must be in results.json."""
     known = {_value(text) for text in numbers_in(rendered)}
     known |= {round(value * 100, 6) for value in known}
     unknown = [n for n in numbers_in(card) if ("." in n or "%" in n) and _value(n) not in known]

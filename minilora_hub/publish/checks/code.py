@@ -1,4 +1,4 @@
-"""Check all code that loading could run: the remote code's files, their imports, and references to other code."""
+"""Check all code that loading could run: the Python files, their imports, and references to code elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RUNNERS = {"eval", "exec", "compile", "__import__"}
 
 
 def check_code_files(folder: Folder) -> Iterator[Problem]:
-    """Find code files that are not, byte by byte, those of this version, and what they import and call."""
+    """Find code files that differ from this version's, and check what they import and call."""
     ours = remote_code_files()
     for name in folder.files:
         if not name.endswith((".py", ".pyc", ".pyd", ".so", ".dll")):

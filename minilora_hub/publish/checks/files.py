@@ -1,4 +1,4 @@
-"""Check which files there are, of what kind and size, and whether one is a pickle."""
+"""Check the names, types and sizes of the files, and search them for pickles."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PNG_HEAD, PNG_TAIL = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
 def read_folder(path: Path) -> tuple[Folder, list[Problem]]:
-    """List a folder's regular files; anything else in it is a problem."""
+    """List a folder's regular files; report anything else in it as a problem."""
     files: dict[str, Path] = {}
     problems = []
     for place, folders, names in os.walk(path, followlinks=False):
@@ -60,10 +60,10 @@ def read_folder(path: Path) -> tuple[Folder, list[Problem]]:
                 problems.append(Problem("special-file", shown, "is not a regular file", "remove it"))
             elif entry.is_file():
                 files[shown] = entry
-        # A version-control folder is one problem, not a thousand.
+        # Report a version-control folder once, not once per file.
         folders[:] = sorted(f for f in folders if f not in (".git", ".hg", ".svn") and not Path(place, f).is_symlink())
         problems += [
-            Problem("stray", Path(place, f).relative_to(path).as_posix(), "is version control's own", "remove it")
+            Problem("stray", Path(place, f).relative_to(path).as_posix(), "belongs to version control", "remove it")
             for f in (".git", ".hg", ".svn")
             if Path(place, f).is_dir()
         ]
@@ -126,7 +126,7 @@ def _check_names(folder: Folder) -> Iterator[Problem]:
 
 
 def check_pickles(folder: Folder) -> Iterator[Problem]:
-    """Find pickles, by name and by content, also in an archive; archives; and pictures that are not PNGs."""
+    """Find pickles (by name or content, also inside archives), archives, and pictures that are not PNGs."""
     remedy = "remove it: a pickle runs code when it is read; weights go into adapter_model.safetensors"
     for name, path in folder.files.items():
         if name.lower().endswith(PICKLES):

@@ -1,14 +1,14 @@
 """Check a folder before it is published: return a list of problems, each with what to do about it.
 
     files       stray, missing, oversized, executable files; links; odd names; pickles and archives
-    texts       secrets; paths of somebody's machine; JSON that does not parse or is ambiguous
+    texts       secrets; paths of the author's machine; JSON that does not parse or is ambiguous
     code        the files of the remote code and their imports; entries that refer to other code
     base        the base is a model on the Hub; licences
     tensors     the configuration loads; the tensors are finite and exactly those that it implies
     tokenizer   the tokenizer, the chat template and the generation settings load
     card        results.json, verification.json and the card agree with the files and each other
 
-A folder without a blocking problem is fit to be published; whether it answers as it should is for `verify` to find out.
+A folder without a blocking problem may be published; `verify` then checks that it computes the recorded logits.
 A check that cannot be made is itself reported as a problem. No code of the folder is run, and nothing is unpickled.
 """
 

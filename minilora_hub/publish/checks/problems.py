@@ -23,11 +23,11 @@ class Problem:
     """Something that is wrong with a folder, or that could not be checked.
 
     Attributes:
-        code: which check found it, e.g. ``"secret"``; stable, for scripts.
+        code: identifier of the check that found it, e.g. ``"secret"``; stable, for scripts.
         file: path in the folder; "" for the folder as a whole.
         message: what is wrong. It never repeats a secret.
         remedy: what to do.
-        blocking: False where something is merely unknown or advisable; such a folder may be published.
+        blocking: whether the folder must not be published. False for unknown facts and recommendations.
     """
 
     code: str
@@ -39,7 +39,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Folder:
-    """The regular files of a folder, and what the checks read of them.
+    """The regular files of a folder, and their parsed contents as the checks need them.
 
     Attributes:
         path: the folder.

@@ -1,6 +1,6 @@
 """Check that the configuration loads, and that the tensors are finite and exactly those that it implies.
 
-Which tensors those are follows from the structure that `text_config` describes, without the base's weights.
+The expected tensors follow from the structure that `text_config` describes; the base's weights are not needed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def expected_tensors(config: Any) -> tuple[dict[str, tuple[int, ...]] | None, st
 
 
 def load_config(folder: Folder) -> tuple[Any, list[Problem]]:
-    """Load the configuration with the classes of the remote code; None where they refuse it."""
+    """Load the configuration with the classes of the remote code; None if they reject it."""
     from minilora_hub.remote_code.configuration_minilora import DoraConfig, MixLoraConfig
 
     file = "config.json"
@@ -71,7 +71,7 @@ def load_config(folder: Folder) -> tuple[Any, list[Problem]]:
     problems = []
     try:
         config = classes[model_type].from_dict(dict(folder.config))
-    except Exception as error:  # a damaged file can make any part of transformers stumble
+    except Exception as error:  # a damaged file can raise anything anywhere in transformers
         newer = "newer-format" if "format_version" in str(error) else "config"
         return None, [Problem(newer, file, f"does not load: {error}", "save the adapter again with this version")]
     if config.text_config is None:

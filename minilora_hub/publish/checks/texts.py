@@ -19,7 +19,7 @@ from minilora_hub.errors import MissingExtraError
 from minilora_hub.publish.checks.problems import Folder, Problem, strings_in
 
 VOCABULARIES = ("vocab.json", "vocab.txt", "merges.txt")
-"""Lists of tokens, in which a match is a coincidence."""
+"""Files that are lists of tokens, where a match is a false positive."""
 
 MACHINE_PATH = re.compile(
     r"""(?<![\w.:/~-])(?:file://)?
@@ -68,8 +68,8 @@ def _contents(folder: Folder) -> Iterator[tuple[str, bytes]]:
 
 
 def check_machine_paths(folder: Folder) -> Iterator[Problem]:
-    """Find absolute paths of somebody's home and of this process in any text and in the weights' metadata."""
-    own = _own_places(folder.path)
+    """Find absolute paths of home folders and of this process in any text and in the weights' metadata."""
+    own = _local_paths(folder.path)
     seen: set[str] = set()
     for name, text in chain(folder.texts.items(), folder.unescaped.items()):
         if name in VOCABULARIES or name in seen:
@@ -82,11 +82,11 @@ def check_machine_paths(folder: Folder) -> Iterator[Problem]:
             seen.add(name)
             line = searched.count("\n", 0, found.start()) + 1
             where = f"line {line} names" if searched is text else "names"
-            yield Problem("machine-path", name, f"{where} a place on a machine: {found[0][:80]!r}", ANONYMOUS)
+            yield Problem("machine-path", name, f"{where} a path on a machine: {found[0][:80]!r}", ANONYMOUS)
 
 
-def _own_places(folder: Path) -> re.Pattern[str]:
-    """Match the user's home, the working folder, the checked folder, the temporary one, and paths below them."""
+def _local_paths(folder: Path) -> re.Pattern[str]:
+    """Match the user's home, the working, checked and temporary folders, and paths below them."""
     places = {str(Path.home()), os.getcwd(), str(folder.absolute()), str(folder.resolve()), tempfile.gettempdir()}
     places = {place for place in places if len(place) > 3}  # "/" and "C:\\" are in every text
     places |= {place.replace("\\", "\\\\") for place in places}

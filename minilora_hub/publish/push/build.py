@@ -7,8 +7,8 @@
 The root of such a repo never has an `adapter_config.json`: AutoModel would take the base's config and not see the class
 of the adapter. Plain LoRA, and `layout="peft"`, are published in PEFT's own layout instead, without code.
 
-The reference logits are recorded with our installed classes, so no code of the folder is run; a recording that still
-holds is reused, and then the base is not loaded. The folder appears completely or not at all.
+The reference logits are recorded with the installed classes of minilora_hub, so no code of the folder is run. A
+recording that is still valid is reused, and then the base is not loaded. The folder is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class PublishedFile:
 
 @dataclass(frozen=True)
 class Recorded:
-    """Whether the reference logits were recorded before (and the base was not loaded), and why."""
+    """Whether the reference logits were reused (so that the base was not loaded), and the reason."""
 
     reused: bool
     reason: str
@@ -70,18 +70,18 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Built:
-    """What `build` made.
+    """Result of `build`.
 
     Attributes:
         folder: the folder, as it is published.
-        layout: ``"auto"`` (AutoModel with our code) or ``"peft"``.
+        layout: ``"auto"`` (AutoModel with remote code) or ``"peft"``.
         method: ``"mixlora"``, ``"dora"`` or ``"lora"``.
         base_id: the base's id on the Hub, as the configuration names it.
         base_elsewhere: where the base was loaded from, where that is not `base_id` on the Hub.
         card: the text of its README.md.
         files: every file in it, sorted by path.
         recorded: where the logits in verification.json come from.
-        notes: what the author should know, a line each.
+        notes: notes for the author, a line each.
     """
 
     folder: Path
@@ -113,14 +113,14 @@ def build(
     """Build the folder that is published.
 
     Args:
-        source: what ``save_pretrained`` wrote, with results.json where something was measured.
+        source: folder written by ``save_pretrained``, with results.json if something was measured.
         out: the folder to write; it must not exist yet, or be empty.
         repo_id: the repo that the card names.
         revision: the tag or commit that the card's snippet pins.
-        layout: ``"peft"`` publishes a DoRA in PEFT's layout. Plain LoRA is published so in any case.
+        layout: ``"peft"`` publishes a DoRA in PEFT's layout. A plain LoRA always uses PEFT's layout.
         base_id: the base's id on the Hub, where the adapter names a folder.
         license: the adapter's licence; default: the one in results.json.
-        base_model: load the base from there: ``"embedded"``, a folder or an id. Default: what the adapter names.
+        base_model: where to load the base from: ``"embedded"``, a folder or an id. Default: what the adapter names.
         space: id of the Space that the card's "try it" opens. Default: the one that the earlier card names.
         published_card: the earlier card, where the folder has none of its own; its free text is kept.
         token: for a private or gated base.
@@ -187,7 +187,7 @@ def _published_base(source: Source, base: RecordedBase, recording: Recording) ->
 
 
 def _copy_model(source: Source, folder: Path, layout: Layout, base: RecordedBase) -> None:
-    """Copy weights, tokenizer and generation settings; the base's, where the adapter has none."""
+    """Copy weights, tokenizer and generation settings; where the adapter has none, the base's."""
     if source.layout == "peft":
         copy_peft_weights(source.folder, folder)
         write_peft_config(folder, source.config, base.id, base.revision)
@@ -204,7 +204,7 @@ def _write_adapter(source: Source, folder: Path, layout: Layout, base: Base, rec
     """Write the configuration and the code of the copied weights, and the folder for PEFT.
 
     Returns:
-        What the author should know, a line each.
+        Notes for the author, a line each.
     """
     notes = []
     if source.method == "dora" and source.layout == "auto":
@@ -225,7 +225,7 @@ def _write_adapter(source: Source, folder: Path, layout: Layout, base: Base, rec
 
 
 def _published_config(source: Source, base: Base) -> dict[str, Any]:
-    """Return the configuration as it is published: the source's, naming the base on the Hub and our classes."""
+    """Return the published configuration: the source's, with the base's Hub id and `auto_map`."""
     from minilora_hub.remote_code.saving import auto_map
 
     of = model_class(source)
@@ -249,7 +249,7 @@ def _require_unchanged(source: Source, base: RecordedBase, recording: Recording)
 
 
 def _write_verification(folder: Path, found: Obtained, before: Verification | None) -> None:
-    """Write verification.json, or keep the recording of an earlier build where it still holds."""
+    """Write verification.json, or keep the recording of an earlier build if it is still valid."""
     recording = found.recording
     sha256 = {file.path: file.sha256 for file in list_files(folder) if is_hashed(file.path)}
     limit = TOLERANCES[recording.dtype]

@@ -1,4 +1,4 @@
-"""Make the one commit of a push and set the tag; find out what was done where an answer was lost."""
+"""Make the commit of a push and set the tag; if a response is lost, find out whether the commit was made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMMIT_ATTEMPTS = 3
 
 
 def send(api: HfApi, plan: PushPlan, folder: Path, state: hub.RemoteState, message: str) -> tuple[str, str]:
-    """Make the one commit, and return it and its address.
+    """Make the commit, and return its hash and URL.
 
     Raises:
         PublishError: it was not made.
@@ -29,7 +29,7 @@ def send(api: HfApi, plan: PushPlan, folder: Path, state: hub.RemoteState, messa
             raise PublishError(explain(error, plan.repo_id, "creating the repo")) from None
         state = hub.look(api, plan.repo_id)
         if state.files.keys() - {".gitattributes"}:
-            raise PublishError(f"{plan.repo_id} was created by somebody else meanwhile: look at it, and push again")
+            raise PublishError(f"{plan.repo_id} was created by another process meanwhile: inspect it, and push again")
     pulls = _pull_requests(api, plan.repo_id) if plan.create_pr else {}
     try:
         return patiently(
@@ -59,7 +59,7 @@ def _commit(api: HfApi, plan: PushPlan, folder: Path, parent: str | None, messag
     except KeyError:
         if not plan.create_pr:
             raise
-        # The client looks for the pull request's address in the answer to a commit that was made.
+        # The client expects the pull request's URL in the response, and fails after the commit was made.
         raise PublishError(
             f"the Hub at {api.endpoint} has opened no pull request: it has committed to {plan.revision} of "
             f"{plan.repo_id} itself; look at it there"
@@ -68,7 +68,7 @@ def _commit(api: HfApi, plan: PushPlan, folder: Path, parent: str | None, messag
 
 
 def _addition(path: str, sha256: str, folder: Path) -> CommitOperationAdd:
-    """Add a file under the hash that was checked: the Hub refuses other bytes."""
+    """Add a file with the hash that was checked, so that the Hub rejects changed content."""
     addition = CommitOperationAdd(path, folder / path)
     addition.upload_info.sha256 = bytes.fromhex(sha256)
     return addition
@@ -85,7 +85,7 @@ def _find_commit(
     """Return the commit if it was made although the call failed; None if nothing has changed in the repo.
 
     Raises:
-        PublishError: somebody else has committed meanwhile, or the repo is gone or cannot be asked.
+        PublishError: there is another commit, or the repo was deleted or cannot be read.
     """
     if plan.create_pr:
         new = {ref: commit for ref, commit in _pull_requests(api, plan.repo_id).items() if ref not in pulls}
@@ -106,8 +106,8 @@ def _find_commit(
     if not plan.create_pr and now.head is not None and is_applied(plan.files, folder, now):
         return now.head, f"{api.endpoint}/{plan.repo_id}/commit/{now.head}"
     raise PublishError(
-        f"somebody else has committed to {plan.repo_id} meanwhile (it is at {(now.head or 'nothing')[:12]}): "
-        "nothing was overwritten; look at it, and push again"
+        f"{plan.repo_id} has received another commit meanwhile (it is at {(now.head or 'nothing')[:12]}): "
+        "nothing was overwritten; inspect it, and push again"
     )
 
 

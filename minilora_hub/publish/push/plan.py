@@ -19,7 +19,7 @@ Action = Literal["add", "change", "keep", "delete"]
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A file and what a push does with it; `sha256` is None for one that is deleted."""
+    """A file and its planned change; `sha256` is None for a file to delete."""
 
     path: str
     action: Action
@@ -29,19 +29,19 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What a push is about to send.
+    """The changes that a push will make.
 
     Attributes:
         repo_id: the full id.
-        private: whether the repo is, or will be, seen by its owner only.
+        private: whether the repo is, or will be, private.
         creates: whether the push creates the repo.
         create_pr: whether the commit opens a pull request instead of changing the branch.
         tag: the tag that is set, None for none.
         revision: the branch.
-        files: every file and what happens to it.
+        files: every file and its planned change.
         card: the text of README.md.
         recording: whether the logits that `verify` compares with were recorded now or before, and why.
-        notes: what the author should know.
+        notes: notes for the author.
     """
 
     repo_id: str
@@ -62,9 +62,9 @@ class PushPlan:
 
 
 def plan_push(api: HfApi, target: Target, built: Built, notes: tuple[str, ...]) -> PushPlan:
-    """Return what sending a built folder would do.
+    """Return the changes that uploading a built folder would make.
 
-    A file that an earlier push put there and that is not built any more is deleted; files of others stay.
+    A file that an earlier push uploaded and that is no longer built is deleted; all other files are kept.
 
     Raises:
         PublishError: the tag would have to be moved, or the repo cannot be read.
@@ -96,7 +96,7 @@ def plan_push(api: HfApi, target: Target, built: Built, notes: tuple[str, ...]) 
 
 
 def pushed_by_us(api: HfApi, target: Target) -> set[str]:
-    """Return the paths that an earlier push put into the repo: those its verification.json lists, and its own."""
+    """Return the paths that an earlier push uploaded: verification.json and the files it lists."""
     if VERIFICATION_FILE not in target.state.files:
         return set()
     content = hub.read_file(api, target.repo_id, VERIFICATION_FILE, target.state.head)

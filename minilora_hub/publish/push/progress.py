@@ -18,25 +18,25 @@ class Stages:
     """
 
     def __init__(self, shown: bool) -> None:
-        # Not a quiet console, whose spinner would still run in a thread.
+        # None, because the spinner of a quiet console would still run in a thread.
         self._console = Console(stderr=True, highlight=False) if shown else None
         self._status: Status | None = None
 
     def __enter__(self) -> Stages:
-        """Start nothing yet."""
+        """Return self; `start` begins the first stage."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the stage that runs; one that failed gets no line, as the error has its own."""
+        """End the current stage; a failed stage prints no line, because the error is printed."""
         if kind is None:
             self.end()
         elif self._status is not None:
             self._status.stop()
 
     def start(self, name: str) -> None:
-        """End the stage that runs, and begin another."""
+        """End the current stage, and begin another."""
         self.end()
         if self._console is not None:
             self._name, self._started = name, time.perf_counter()
@@ -44,7 +44,7 @@ class Stages:
             self._status.start()
 
     def end(self) -> None:
-        """End the stage that runs, if there is one."""
+        """End the current stage, if any."""
         if self._console is not None and self._status is not None:
             self._status.stop()
             self._console.print(f"✓ {self._name} ({time.perf_counter() - self._started:.1f} s)")

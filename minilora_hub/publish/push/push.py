@@ -1,8 +1,8 @@
 """Publish an adapter: build -> check -> plan -> send -> verify.
 
-Nothing is visible in the repo before the one commit, which is made on the state that was looked at before: a push that
-is interrupted leaves the repo as it was, and a commit of somebody else in between is reported, never overwritten.
-Where the answer to the commit is lost, the repo is looked at to find out whether the commit was made.
+A push makes exactly one commit, whose parent is the state that was read at the start: an interrupted push leaves the
+repo unchanged, and a concurrent commit is reported, never overwritten. If the response to the commit is lost, the
+repo is read again to find out whether the commit was made.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from minilora_hub.recording.recorded_base import published_base
 
 @dataclass(frozen=True)
 class PushResult:
-    """What a push did.
+    """Result of a push.
 
     Attributes:
         plan: what was sent.
-        dry_run: whether nothing was sent after all.
+        dry_run: whether nothing was sent.
         commit: the commit that holds the files; None for a dry run.
-        url: where to look at it.
-        verification: what `verify` found at that commit; None where it was not called.
+        url: URL of the commit or the pull request.
+        verification: report of `verify` for that commit; None if it was not called.
     """
 
     plan: PushPlan
@@ -59,11 +59,11 @@ class PushResult:
 
     @property
     def ok(self) -> bool:
-        """Whether the adapter is there, and works as far as that was verified."""
+        """Whether nothing failed: True unless verification found a problem."""
         return self.verification is None or self.verification.ok
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the fields as a JSON-serializable dictionary."""
         return {
             **dataclasses.asdict(self.plan),
             "dry_run": self.dry_run,
@@ -98,16 +98,16 @@ def push(
     """Publish an adapter.
 
     Args:
-        folder: what ``save_pretrained`` wrote, with results.json where something was measured.
+        folder: folder written by ``save_pretrained``, with results.json if something was measured.
         repo_id: ``"owner/name"``, or ``"name"`` under your own user. It is created if it does not exist.
-        private: whether a new repo is seen by its owner only. A repo that is public already needs ``private=False``.
-        dry_run: do everything but send. Works without a token and without the Hub.
+        private: whether a new repo is private. A repo that is public already needs ``private=False``.
+        dry_run: do everything except the upload. Works without a token and without the Hub.
         create_pr: open a pull request instead of changing the branch.
         tag: set this tag on the commit.
         revision: the branch, which must exist unless it is main. Default: main.
         message: the commit's message.
         token: default: the one of HF_TOKEN or ``hf auth login``.
-        base_model: load the base from there: ``"embedded"``, a folder or an id. Default: what the adapter names.
+        base_model: where to load the base from: ``"embedded"``, a folder or an id. Default: what the adapter names.
         base_id: the base's id on the Hub, where the adapter names a folder.
         license: the adapter's licence, e.g. ``"apache-2.0"``. Default: the one in results.json.
         space: ``"owner/name"`` of the Space that the card's "try it" opens on this adapter. Default: the one that the
@@ -118,7 +118,7 @@ def push(
         confirm: called with the plan before anything is sent; False ends the push like a dry run.
 
     Returns:
-        What was sent, and what verification found.
+        The plan, the commit and the verification report.
 
     Raises:
         PublishError: the token, the Hub or the connection failed; the message says what to do. The repo is as it was,
@@ -178,7 +178,7 @@ def push(
 
 
 def check_before_building(source: Source, base_id: str | None, license: str | None, base: hub.BaseOnHub) -> None:
-    """Refuse early what `check` would refuse after building, as far as the configuration and results.json say it.
+    """Run those checks of `check` early that need only the configuration and results.json.
 
     Raises:
         AdapterError: there are problems; the message lists them.
@@ -195,10 +195,10 @@ def check(built: Built, base: hub.BaseOnHub) -> tuple[str, ...]:
 
     Args:
         built: the folder.
-        base: what the Hub knows of the adapter's base.
+        base: the Hub's information about the adapter's base.
 
     Returns:
-        What may be published but should be known, a line each.
+        The problems that do not prevent publishing, a line each.
 
     Raises:
         AdapterError: there are problems; the message lists them and what to do about each.

@@ -1,4 +1,4 @@
-"""The repo that a push goes to, as it was before anything was built; refuse early what cannot be pushed there."""
+"""Read the target repo of a push before anything is built, and fail early if the push cannot be made."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from minilora_hub.publish.card.files import CARD
 
 @dataclass(frozen=True)
 class Target:
-    """Where a push goes, and what was there when it began.
+    """The target of a push, and its state when the push began.
 
     Attributes:
         repo_id: the full id.
@@ -29,7 +29,7 @@ class Target:
         private: whether the repo is, or will be, private.
         create_pr: whether a pull request is opened.
         state: what the repo holds.
-        tagged: the commit that has the tag already.
+        tagged: the commit that the tag already points to.
         card: the README.md of the repo.
     """
 
@@ -51,9 +51,9 @@ class Target:
 def find_target(
     api: HfApi, repo_id: str, *, branch: str, tag: str | None, private: bool, create_pr: bool, dry_run: bool
 ) -> Target:
-    """Look at the repo, and refuse what cannot or must not be done there.
+    """Read the state of the repo, and raise if the push cannot or must not be made.
 
-    A dry run takes a repo that it cannot see for a new one.
+    A dry run treats a repo that it cannot read as a new one.
 
     Raises:
         PublishError: the repo cannot be pushed to like this, or the Hub cannot be asked.
@@ -87,9 +87,9 @@ def find_target(
 
 
 def require_free_tag(target: Target, source: Source, layout: Layout) -> None:
-    """Refuse a tag that this push would have to move, as far as that is known before anything is built.
+    """Raise if this push would have to move the tag, as far as that is known before anything is built.
 
-    A tag on the newest commit may stay where the push changes nothing, which it does where the weights differ.
+    A tag on the newest commit may stay if the push changes nothing; a push with other weights changes something.
 
     Raises:
         PublishError: the tag would have to be moved.
@@ -98,7 +98,7 @@ def require_free_tag(target: Target, source: Source, layout: Layout) -> None:
         return
     weights, there = source.folder / WEIGHTS, target.state.files.get(WEIGHTS)
     if target.tagged == target.state.head and there is not None:
-        # A DoRA is rewritten for PEFT's layout; everything else is published byte by byte.
+        # A DoRA is converted for PEFT's layout; all other weights are published unchanged.
         rewritten = source.method == "dora" and "peft" in (source.layout, layout)
         if rewritten or there.has_content(weights, file_sha256(weights)):
             return

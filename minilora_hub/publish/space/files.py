@@ -1,7 +1,7 @@
 """Write the files of a Space: `app.py`, this package, requirements with the versions installed here, a card.
 
-The package is copied into the Space's repo instead of being named in requirements.txt: the Space then runs the code
-that was tried here, released or not.
+The package is copied into the Space's repo instead of being listed in requirements.txt, so that the Space runs exactly
+the installed code, whether or not it is released.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from minilora_hub.hub.client import PUBLIC_HUB
 PACKAGE = Path(__file__).resolve().parents[2]
 APP, README, REQUIREMENTS = "app.py", "README.md", "requirements.txt"
 VENDORED = ("minilora_hub/", "model_cards/")
-"""Folders of a Space in which a later push deletes the files that it does not have."""
+"""Folders of a Space in which a later push deletes files that it does not contain."""
 
 OUR_VARIABLES = ("MINILORA_BASE", "MINILORA_ADAPTERS", "MINILORA_MCP")
 """Variables of `SpaceSettings.variables`: a later push removes those that it does not set."""
@@ -44,10 +44,10 @@ class SpaceSettings:
         title: its headline on the Hub.
         base: ``"embedded"``, or the id of the base.
         adapters: ids on the Hub; empty for the adapters that are shipped with minilora_hub.
-        public: those of base and adapters that are public.
+        public: the base and adapters that are public.
         hardware: the hardware to request; None leaves it to the Hub.
-        mcp: whether the page is a tool for MCP clients, too.
-        hub: address of the Hub that links lead to.
+        mcp: whether the page also serves a tool for MCP clients.
+        hub: URL of the Hub for links.
     """
 
     title: str
@@ -149,7 +149,7 @@ def _installed(name: str) -> str:
 
 
 def space_card(settings: SpaceSettings) -> str:
-    """Render the README of a Space: its configuration, and what it shows."""
+    """Render the README of a Space: its configuration, and the models that it shows."""
     base = HUB_ID if settings.base == "embedded" else settings.base
     public = [name for name in dict.fromkeys([settings.base, *settings.adapters]) if name in settings.public]
     fields = {

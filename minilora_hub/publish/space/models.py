@@ -23,7 +23,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class _Adapter(NamedTuple):
-    """An adapter on the Hub: whether everybody may download it, and the base that it names."""
+    """An adapter on the Hub: whether it is public, and the base that it names."""
 
     public: bool
     base: str
@@ -32,15 +32,15 @@ class _Adapter(NamedTuple):
 def find_models(
     api: HfApi, adapters: tuple[str, ...], base: str | None, has_token: bool, dry_run: bool
 ) -> tuple[str, tuple[str, ...]]:
-    """Return the base, and which of base and adapters are public. A dry run does without a Hub.
+    """Return the base, and which of base and adapters are public. A dry run also works if the Hub is unreachable.
 
     Raises:
-        AdapterError: an adapter is not on the Hub or cannot be shown, or they are for different bases.
-        PublishError: one is private and the Space has no token, or the Hub cannot be asked.
+        AdapterError: an adapter is not on the Hub or cannot be shown, or the adapters have different bases.
+        PublishError: a model is private and the Space has no token, or the Hub cannot be reached.
         ValueError: `base` is neither an id nor ``"embedded"``.
     """
     attempts = 1 if dry_run else ATTEMPTS
-    looked_at = {name: _look_at_adapter(api, name, attempts, dry_run) for name in adapters}
+    looked_at = {name: _read_adapter(api, name, attempts, dry_run) for name in adapters}
     found = {name: adapter for name, adapter in looked_at.items() if adapter is not None}
     public = [name for name, adapter in found.items() if adapter.public]
     private = [name for name in found if name not in public]
@@ -70,8 +70,8 @@ def find_models(
     return base, tuple(public)
 
 
-def _look_at_adapter(api: HfApi, name: str, attempts: int, dry_run: bool) -> _Adapter | None:
-    """Look at an adapter; None in a dry run that does not reach the Hub."""
+def _read_adapter(api: HfApi, name: str, attempts: int, dry_run: bool) -> _Adapter | None:
+    """Read an adapter's metadata; None in a dry run that does not reach the Hub."""
     try:
         info = patiently(lambda: api.model_info(name), attempts)
         files = {file.rfilename for file in info.siblings or []}

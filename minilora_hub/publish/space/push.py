@@ -34,13 +34,13 @@ VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 @dataclass(frozen=True)
 class SpacePush:
-    """What was sent, or would be sent.
+    """The changes that a push of a Space made, or would make.
 
     Attributes:
         space: its id.
         url: its page.
-        creates: whether this push makes it.
-        private: whether only its owner sees it.
+        creates: whether this push creates it.
+        private: whether it is private.
         hardware: the hardware to request; None leaves it as it is.
         variables: the variables that are set.
         secrets: names of the secrets that are set, without their values.
@@ -69,7 +69,7 @@ class SpacePush:
     stage: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the fields as a JSON-serializable dictionary."""
         return asdict(self)
 
 
@@ -98,22 +98,22 @@ def push_space(
         base: ``"embedded"`` or an id. Default: the base that the adapters name.
         title: its headline on the Hub. Default: its name.
         hardware: e.g. ``"cpu-basic"`` or ``"zero-a10g"``. Default: as it is, or the Hub's free one.
-        private: whether a new Space is seen by its owner only. One that is public already needs ``private=False``.
-        mcp: whether the page is a tool for MCP clients, too.
+        private: whether a new Space is private. A Space that is public already needs ``private=False``.
+        mcp: whether the page also serves a tool for MCP clients.
         variables: more variables for app.py.
         secrets: {name: value}; the values go to the Hub's settings, into no file.
         token: default: the one of HF_TOKEN or ``hf auth login``.
-        dry_run: send nothing. Works without a token; where the Hub is not reached, the Space is taken for a new one,
+        dry_run: send nothing. Works without a token; if the Hub is unreachable, the Space is treated as new,
             and adapters need `base`.
         wait: seconds until it must run; 0 does not wait.
         progress: show each stage on stderr.
 
     Returns:
-        What was sent.
+        The changes that were made.
 
     Raises:
         PublishError: the token, the Hub, the build or the app failed; the message says what to do.
-        AdapterError: an adapter is not on the Hub, is not an adapter, or they are for different bases.
+        AdapterError: an adapter is not on the Hub, is not an adapter, or the adapters have different bases.
         ValueError: an argument is wrong.
     """
     variables, secrets = dict(variables or {}), dict(secrets or {})
@@ -129,7 +129,7 @@ def push_space(
         title = title or space.rpartition("/")[2]
         settings = SpaceSettings(title, base, tuple(adapters), public, hardware, mcp, api.endpoint)
         stages.start("Looking at the Space")
-        state = _look(api, space, dry_run)
+        state = _read_state(api, space, dry_run)
         if state.exists and not state.private and private:
             raise PublishError(f"{space} is public already: pass --public (private=False) to say that this is meant")
         if state.exists:
@@ -184,8 +184,8 @@ def _check_arguments(
         raise ValueError(f"{both[0]} is given as a variable and as a secret: choose one")
 
 
-def _look(api: HfApi, space: str, dry_run: bool) -> hub.RemoteState:
-    """Look at the Space; a dry run without a Hub takes it for a new one."""
+def _read_state(api: HfApi, space: str, dry_run: bool) -> hub.RemoteState:
+    """Read the state of the Space; a dry run that does not reach the Hub treats it as new."""
     try:
         return hub.look(api, space, attempts=1 if dry_run else ATTEMPTS, repo_type="space")
     except PublishError as error:
@@ -206,7 +206,7 @@ def _require_ours(api: HfApi, space: str, state: hub.RemoteState) -> None:
 
 
 def _set_up(api: HfApi, plan: SpacePush, secrets: dict[str, str], state: hub.RemoteState) -> hub.RemoteState:
-    """Make the Space, or update its settings; only what differs is set, as each change restarts it."""
+    """Create the Space, or update those settings that differ, because each change restarts it."""
     space = plan.space
     try:
         if plan.creates:
@@ -227,7 +227,7 @@ def _set_up(api: HfApi, plan: SpacePush, secrets: dict[str, str], state: hub.Rem
         for name in OUR_VARIABLES:
             if name in there and name not in plan.variables:
                 patiently(partial(api.delete_space_variable, space, name))
-        for name, value in secrets.items():  # its present value cannot be read
+        for name, value in secrets.items():  # the Hub does not return the current values to compare with
             patiently(partial(api.add_space_secret, space, name, value))
         if plan.hardware is not None:
             runtime = patiently(lambda: api.get_space_runtime(space))
@@ -239,7 +239,7 @@ def _set_up(api: HfApi, plan: SpacePush, secrets: dict[str, str], state: hub.Rem
 
 
 def _commit(api: HfApi, plan: SpacePush, folder: Path, state: hub.RemoteState) -> str:
-    """Make the one commit and return it."""
+    """Make the commit and return its hash."""
 
     def commit() -> str:
         return api.create_commit(
@@ -259,9 +259,7 @@ def _commit(api: HfApi, plan: SpacePush, folder: Path, state: hub.RemoteState) -
             return None
         if _is_applied(plan, folder, now):
             return now.head
-        raise PublishError(
-            f"somebody else has committed to {plan.space} meanwhile: nothing was overwritten; push again"
-        )
+        raise PublishError(f"{plan.space} has received another commit meanwhile: nothing was overwritten; push again")
 
     try:
         return patiently(commit, COMMIT_ATTEMPTS, recover=find_commit)

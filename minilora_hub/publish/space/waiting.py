@@ -12,14 +12,14 @@ from minilora_hub.publish.push.progress import Stages
 
 BUSY_STAGES = frozenset({"BUILDING", "RUNNING_BUILDING", "APP_STARTING", "RUNNING_APP_STARTING"})
 LATE_SECONDS = 60.0
-"""How long after a commit the Hub may still report the stage of the commit before."""
+"""Seconds after a commit during which the Hub may still report the stage of the previous commit."""
 
 
 def wait_until_it_runs(api: HfApi, space: str, commit: str, seconds: float, stages: Stages, poll: float = 2.0) -> str:
     """Wait until a commit runs, and return the stage.
 
-    The client's own `wait_for_space` returns the first stage that is not a building one, which right after a commit may
-    still be that of the commit before.
+    The client's own `wait_for_space` returns the first stage other than a building one, which directly after a commit
+    may still be the stage of the previous commit.
 
     Raises:
         PublishError: it failed, or did not run in time; the message has the log's last line.
@@ -32,7 +32,7 @@ def wait_until_it_runs(api: HfApi, space: str, commit: str, seconds: float, stag
             raise PublishError(explain(error, space, "waiting for the Space") + "; its files are there") from None
         now, waited = str(getattr(runtime.stage, "value", runtime.stage)), time.monotonic() - began
         about = runtime.raw.get("sha")
-        # Where the Hub does not say of which commit the stage is, a build must have been seen.
+        # If the Hub does not say which commit the stage belongs to, a build must have been seen first.
         late = now == "NO_APP_FILE" or (about != commit if about else not shown)
         if now not in BUSY_STAGES and (not late or waited > LATE_SECONDS):
             if now in ("RUNNING", "PAUSED", "STOPPED"):

@@ -1,7 +1,7 @@
 """Damage a copy of an adapter's weights in a few bytes, to check that strict loading refuses it.
 
-The weights may be as large as a disk allows: they are never read into memory here, and one copy serves for every kind
-of damage. Torch is not needed.
+The weights are never read into memory, because they may be large, and one copy is used for every kind of damage. Torch
+is not needed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def damages(weights: Path) -> dict[str, Damage]:
     """Return the kinds of damage: one renames a tensor that the configuration needs, one makes a value NaN.
 
     Raises:
-        AdapterError: it is not a safetensors file with values in it.
+        AdapterError: it is not a safetensors file, or holds no values.
     """
     header, start = read_header(weights)
     names = sorted(name for name, entry in header.items() if name != "__metadata__" and 0 not in entry["shape"])
@@ -35,7 +35,7 @@ def damages(weights: Path) -> dict[str, Damage]:
     begin, end = header[names[0]]["data_offsets"]
     return {
         "a missing tensor": _rename(weights, header, start, names[0]),
-        "a value that is no number": (start + begin, NOT_FINITE[: end - begin]),
+        "a NaN": (start + begin, NOT_FINITE[: end - begin]),
     }
 
 

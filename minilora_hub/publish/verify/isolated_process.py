@@ -30,11 +30,11 @@ PASSED_ON = re.compile(
     "|CUDA_.*|CUBLAS_.*|CUDNN_.*|NVIDIA_.*|HIP_.*|ROCR_.*|ROCM_.*|HSA_.*",
     re.IGNORECASE,
 )
-"""The environment variables that Python, torch and their libraries need. Any other may hold a secret."""
+"""Environment variables that Python, torch and their libraries need. Others may hold secrets and are not passed on."""
 
 
 class IsolatedProcess:
-    """A process that loads adapters as somebody does who has only transformers and PEFT, one job after the other.
+    """A process that runs jobs in turn and loads adapters with transformers and PEFT only, without minilora_hub.
 
     with IsolatedProcess() as process:
         answer = process.run({"target": "user/adapter", ...}, code=None)
@@ -45,7 +45,7 @@ class IsolatedProcess:
         self._code: str | None = None
 
     def __enter__(self) -> IsolatedProcess:
-        """Make its folders; the process starts with the first job."""
+        """Create its folders; the process starts with the first job."""
         self._scratch = tempfile.TemporaryDirectory(prefix="minilora-verify-")
         return self
 
@@ -72,8 +72,8 @@ class IsolatedProcess:
 
         Args:
             job: see `isolated_worker.py`.
-            code: hash of the code that the job runs. Other code gets another process: transformers registers the
-                classes it has loaded, and would use those of the job before.
+            code: hash of the code that the job runs. A job with different code gets a new process, because
+                transformers registers the classes it has loaded and would use those of the previous job.
         """
         if code != self._code:
             self._stop()
@@ -101,7 +101,7 @@ class IsolatedProcess:
 
     def _start(self) -> None:
         self._log = Path(self._scratch.name, "log").open("w+", encoding="utf-8")  # noqa: SIM115  (lives as long as it)
-        # -P: the folder of the script, which is inside minilora_hub, stays off the module path.
+        # -P keeps the script's folder, which is inside minilora_hub, off the module path.
         self._process = subprocess.Popen(  # noqa: S603  (our own script)
             [sys.executable, "-P", str(WORKER)],
             stdin=subprocess.PIPE,
@@ -132,7 +132,7 @@ def _environment(scratch: Path) -> dict[str, str]:
         "HF_HUB_CACHE": constants.HF_HUB_CACHE,
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        # A folder of its own for the repo's code: code that another repo left in the user's cache must not run instead.
+        # A separate folder for the repo's code, so that code cached from another repo cannot run instead.
         "HF_MODULES_CACHE": str(scratch / "modules"),
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -1,7 +1,7 @@
-"""Load adapters where minilora_hub cannot be imported. A script that runs in a process of its own.
+"""Load adapters where minilora_hub cannot be imported. A script that runs in a separate process.
 
-It reads one JSON job a line from stdin and answers each with one JSON line on stdout. What the libraries print goes to
-stderr. The parent judges; this only loads, computes and reports. A job:
+It reads one JSON job per line from stdin and answers each with one JSON line on stdout. Output of libraries goes to
+stderr. It only loads, computes and reports; the parent process evaluates the answer. A job:
 
     target, revision     folder or Hub id of the adapter, and its commit
     layout               "auto" (the repo's own code, through AutoModel) or "peft"
@@ -38,7 +38,7 @@ def main() -> None:
     for line in sys.stdin:
         try:
             answer = run(json.loads(line))
-        except Exception as error:  # whatever the repo's code raises is the answer
+        except Exception as error:  # the repo's code may raise anything; it is reported
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
@@ -79,7 +79,7 @@ def load_peft_layout(job: dict[str, Any], dtype: torch.dtype) -> Any:
 
 
 def with_peft(base: Any, folder: str) -> Any:
-    """Load an adapter in PEFT's format onto a base. PEFT only warns of missing tensors; here that is an error."""
+    """Load an adapter in PEFT's format onto a base. Missing tensors, for which PEFT only warns, are an error."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
@@ -103,7 +103,7 @@ def damaged(weights: str, offset: int, content: bytes) -> Iterator[str]:
 
 
 def refusal(model_class: Any, folder: str, base: Any) -> str | None:
-    """Return what the error says when a damaged copy is loaded, or None where it loads."""
+    """Return the error message of loading a damaged copy, or None if it loads."""
     try:
         model_class.from_pretrained(folder, base_model=base).unload()
     except ValueError as error:

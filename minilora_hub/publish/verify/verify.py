@@ -1,10 +1,11 @@
 """Verify that a published adapter works where minilora_hub is not installed, and computes what it recorded.
 
-First the files are read and nothing is run: whether they are plain files, their hashes, and whether the code is a
-release of ours without references to other code. verification.json is the repo's own, so its hashes detect damage and
-not intent. Unknown code is refused unless `trust_remote_code` is set, and a reference to the code of another repo in
-any case. Then an isolated process without token and network (`isolated_worker.py`) loads the adapter through AutoModel,
-compares logits and tries damaged weights. The base is fetched before that, in this process.
+First the files are checked without running anything: whether they are regular files, whether their hashes match, and
+whether the code is a release of minilora_hub without references to other code. verification.json comes from the repo
+itself, so its hashes detect damage, not bad intent. Unknown code is refused unless `trust_remote_code` is set; a
+reference to the code of another repo is always refused. Then an isolated process without token and network
+(`isolated_worker.py`) loads the adapter through AutoModel, compares logits and tries damaged weights. The base is
+downloaded before that, in this process.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ OWN_CLASS = re.compile(r"transformers_modules\..*\.(MixLora|Dora)ForCausalLM")
 
 @dataclass(frozen=True)
 class Step:
-    """One thing that was checked: its name, whether it holds, and what was found."""
+    """One check: its name, whether it passed, and details."""
 
     name: str
     ok: bool
@@ -46,12 +47,12 @@ class Step:
 
 @dataclass
 class VerifyReport:
-    """What `verify` found.
+    """Report of `verify`.
 
     Attributes:
         name: the repo or the folder.
         revision: the commit; None for a folder.
-        steps: what was checked, in order. The first one that fails may be the last.
+        steps: the checks, in order. `verify` may stop at the first failure.
         code: hash of the repo's Python files; None where it has none.
         difference: the largest difference of a logit from the recorded one; None where none was computed.
     """
@@ -64,21 +65,21 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether everything holds."""
+        """Whether every check passed."""
         return bool(self.steps) and all(step.ok for step in self.steps)
 
     @property
     def problem(self) -> str | None:
-        """The first thing that does not hold, in one line."""
+        """The first failed check, in one line."""
         return next((f"{step.name}: {step.detail}" for step in self.steps if not step.ok), None)
 
     def add(self, name: str, ok: bool, detail: str) -> bool:
-        """Add a step, and return whether it holds."""
+        """Add a step, and return whether it passed."""
         self.steps.append(Step(name, ok, " ".join(detail.split())))
         return ok
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the fields as a JSON-serializable dictionary."""
         return asdict(self) | {"ok": self.ok}
 
 
@@ -95,17 +96,17 @@ def verify(
     """Verify an adapter in a repo or a folder.
 
     Args:
-        repo_or_dir: Hub id, or a folder as it is published.
+        repo_or_dir: Hub id, or a folder in the published form.
         revision: branch, tag or commit on the Hub. Default: main.
-        base_model: load the base from there, e.g. ``"embedded"`` or a folder. Default: the one the adapter names.
-        trust_remote_code: run code of the repo that is not a release of ours. Known code runs in any case, and code of
-            other repos never.
+        base_model: where to load the base from, e.g. ``"embedded"`` or a folder. Default: the base the adapter names.
+        trust_remote_code: run code of the repo that is not a release of minilora_hub. Released code always runs, and
+            code of other repos never.
         token: for private repos. Default: the one of ``hf auth login``.
         progress: show bars on stderr while files are fetched.
         process: where to load the adapter, to verify several in one process. Default: a new one.
 
     Returns:
-        The report; a check that fails is part of it and raises nothing.
+        The report. A failed check is reported there and does not raise.
 
     Raises:
         AdapterError: the repo or folder is not there, or the Hub cannot be reached.
@@ -131,7 +132,7 @@ def verify(
 
 
 def _check_files(folder: Path, report: VerifyReport, trust: bool) -> tuple[Source, Verification] | None:
-    """Read everything and run nothing. Return None where a check fails."""
+    """Check the files without running anything. Return None if a check fails."""
     try:
         require_plain_files(folder)
         source = inspect_source(folder)
@@ -192,11 +193,11 @@ def _check_code(source: Source, code: dict[str, Path], report: VerifyReport, tru
 
 
 def _other_code(source: Source, released: bool) -> str | None:
-    """Return what would make a library run other code than that which is hashed; None if nothing would.
+    """Return the first reference that would make a library run code other than the hashed files, or None.
 
     Args:
         source: the adapter.
-        released: whether its code is a release of ours: then it may name our own classes only.
+        released: whether its code is a release of minilora_hub: then it may name only the classes of that release.
     """
     references = code_references(source.folder)
     away = next((str(reference) for reference in references if reference.problem), None)
@@ -205,7 +206,9 @@ def _other_code(source: Source, released: bool) -> str | None:
     given, expected = source.config.get("auto_map"), own_auto_map(source.config["model_type"])
     if given != expected:
         return f"{OUR_CONFIG}: auto_map={str(given)[:200]}: must be {expected}, the classes of this code"
-    return next((f"{reference}, which is not a class of ours" for reference in references if not reference.own), None)
+    return next(
+        (f"{reference}, which is not a class of minilora_hub" for reference in references if not reference.own), None
+    )
 
 
 def _check_settings(verification: Verification, report: VerifyReport) -> None:
@@ -241,7 +244,7 @@ def _check_behaviour(
     base: str | None,
     report: VerifyReport,
 ) -> None:
-    """Load the adapter in the isolated process, and judge its answer."""
+    """Load the adapter in the isolated process, and check its answer."""
     peft = source.folder / "peft"
     ours = source.layout == "auto"
     with tempfile.TemporaryDirectory(prefix="minilora-damaged-") as scratch:
