@@ -32,6 +32,7 @@ ROOMS = (
     "adapter_folder",
     "integrations",
     "formats",
+    "integrations.vllm",
     "recording",
     "compare",
     "training",
@@ -70,6 +71,10 @@ IMPORTS = {module: imports_of(path) & MODULES.keys() - {module, "minilora_hub"} 
 
 
 def room_of(module: str) -> str:
+    """The second part of a name. The vLLM plugin, which needs the formats, is a room of its own."""
+    plugin = "minilora_hub.integrations.vllm"
+    if module == plugin or module.startswith(f"{plugin}."):
+        return "integrations.vllm"
     return module.split(".")[1] if "." in module else "__init__"
 
 

@@ -100,7 +100,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     if not tensors:
         raise AdapterError(f"adapter {folder.name!r}: its weights hold no tensor")
     for name, tensor in tensors.items():
-        _check_values(name, tensor)
+        check_values(name, tensor)
     return tensors
 
 
@@ -193,7 +193,8 @@ def _read_shards(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _check_values(name: str, tensor: torch.Tensor) -> None:
+def check_values(name: str, tensor: torch.Tensor) -> None:
+    """Raise an AdapterError unless a tensor is floating-point, of at least 16 bits, and finite."""
     import torch
 
     if not tensor.is_floating_point() or tensor.element_size() < 2:

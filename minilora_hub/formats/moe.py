@@ -136,9 +136,27 @@ def export_moe(
 
 def moe_config(model: Any, only: str | None = None) -> Any:
     """Return the configuration that describes `model`; raise AdapterError if there is none."""
+    mixtures = sum(isinstance(module, MixtureOfLoraExperts) for module in model.modules())
+    config = config_as_moe(model.config, model.base.config, mixtures, model.base.dtype, only)
+    require_plain(model)
+    return config
+
+
+def config_as_moe(ours: Any, text: Any, mixtures: int, dtype: Any, only: str | None = None) -> Any:
+    """Return the configuration of the mixture-of-experts model that computes the same as a MixLoRA on its base.
+
+    Args:
+        ours: the adapter's configuration.
+        text: the base's configuration.
+        mixtures: number of layers with experts.
+        dtype: dtype of the weights.
+        only: the class that is required. Default: the one of the base's family.
+
+    Raises:
+        AdapterError: no architecture computes the same; the message says why.
+    """
     import transformers
 
-    text, ours = model.base.config, model.config
     if ours.model_type != "mixlora":
         raise AdapterError(f"model_type={ours.model_type!r}: only a MixLoRA is a mixture; a DoRA merges into its base")
     if ours.routing_strategy != "top_k":
@@ -160,11 +178,10 @@ def moe_config(model: Any, only: str | None = None) -> Any:
     for name in architecture.biases:
         if getattr(text, name, False):
             raise AdapterError(f"base with {name}=True: {architecture.name} has no such biases")
-    require_plain(model)
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if architecture is QWEN3_MOE and len(kinds) > 1:
         raise AdapterError(f"base with layer_types {sorted(kinds)}: {architecture.name} has one kind for all layers")
-    if sum(isinstance(module, MixtureOfLoraExperts) for module in model.modules()) != text.num_hidden_layers:
+    if mixtures != text.num_hidden_layers:
         raise AdapterError(f"a {architecture.name} has experts in every layer, this adapter does not")
     fields = [*SHARED.split(), *architecture.fields.split()]
     config = getattr(transformers, architecture.config)(
@@ -172,7 +189,7 @@ def moe_config(model: Any, only: str | None = None) -> Any:
         **architecture.own(ours, text),
         num_experts_per_tok=ours.num_experts_per_tok,
         router_aux_loss_coef=ours.router_aux_loss_coef,
-        dtype=model.base.dtype,
+        dtype=dtype,
     )
     config.architectures = [architecture.name]
     return config
@@ -240,15 +257,19 @@ def _mixture_tensors(mixture: Any, architecture: Architecture, dtype: Any) -> di
         for weights, name in zip((gate, up, down), names, strict=True):
             tensors |= {name.format(expert): weight for expert, weight in enumerate(weights)}
     if architecture is QWEN2_MOE:
-        width = mixture.router.shape[1]
-        for name, shape in {
-            "shared_expert.gate_proj": (ZERO_WIDTH, width),
-            "shared_expert.up_proj": (ZERO_WIDTH, width),
-            "shared_expert.down_proj": (width, ZERO_WIDTH),
-            "shared_expert_gate": (1, width),
-        }.items():
-            tensors[f"{name}.weight"] = torch.zeros(shape, dtype=dtype)
+        tensors |= shared_expert_of_zeros(mixture.router.shape[1], dtype)
     return tensors
+
+
+def shared_expert_of_zeros(width: int, dtype: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of Qwen2Moe's shared expert, under their names in the block, for which MixLoRA has none."""
+    shapes = {
+        "shared_expert.gate_proj": (ZERO_WIDTH, width),
+        "shared_expert.up_proj": (ZERO_WIDTH, width),
+        "shared_expert.down_proj": (width, ZERO_WIDTH),
+        "shared_expert_gate": (1, width),
+    }
+    return {f"{name}.weight": torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
 
 
 def _expert_weights(mixture: Any, name: str) -> Iterator[torch.Tensor]:

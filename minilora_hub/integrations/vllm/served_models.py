@@ -1,0 +1,135 @@
+"""Published adapters as models of vLLM: ``vllm serve user/adapter`` loads the base and folds the adapter into it.
+
+A DoRA becomes the base's own class with other weights. A top-k MixLoRA (with DoRA or without) becomes the mixture of
+experts of the base's family, whose experts are written out while the base's checkpoint is read. From there on vLLM has
+an ordinary model: its kernels, tensor parallelism and quantisation while loading are its own.
+
+The classes here are what vLLM's registry looks at. Making one gives an object of the class that does the work.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mixtral import MixtralForCausalLM as Mixtral
+from vllm.model_executor.models.utils import init_vllm_registered_model
+
+from minilora_hub.adapter_folder.names import WEIGHTS
+from minilora_hub.adapter_folder.reading import check_against_base, check_values
+from minilora_hub.bases.skeleton import BaseSource, find_base
+from minilora_hub.errors import AdapterError, MiniLoraError
+from minilora_hub.formats.folding import Folding
+from minilora_hub.formats.moe import config_as_moe
+from minilora_hub.formats.moe_architectures import ARCHITECTURES
+from minilora_hub.integrations.vllm.adapter_reading import plain_torch
+from minilora_hub.remote_code.base_structure import LinearSite, plan_sites
+
+BASE_PREFIX = "base of the adapter:"
+"""What the names of the base's tensors begin with on their way from vLLM's reader; no tensor is named so."""
+BASE_FILES = ["model*.safetensors"]
+"""No pickles, and not the second copy of the weights that some repos have under another name."""
+
+logger = logging.getLogger("vllm.minilora_hub")
+
+
+class DoraForCausalLM(LlamaForCausalLM):
+    """A DoRA in our format, as vLLM's registry sees it: a decoder with the features that vLLM's decoders share."""
+
+    def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
+        ours = vllm_config.model_config.hf_config
+        base = _base_of(ours)
+        return _made_of(vllm_config, prefix, base, base.config, None)
+
+
+class MixLoraForCausalLM(Mixtral):
+    """A MixLoRA in our format, as vLLM's registry sees it."""
+
+    def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
+        ours, dtype = vllm_config.model_config.hf_config, vllm_config.model_config.dtype
+        base = _base_of(ours)
+        try:
+            with plain_torch():
+                sites = plan_sites(base.skeleton, ours)
+            mixtures = sum(not isinstance(site, LinearSite) for site in sites)
+            config = config_as_moe(ours, base.config, mixtures, dtype)
+        except (MiniLoraError, ValueError) as error:
+            raise ValueError(f"adapter {vllm_config.model_config.model!r}: {error}") from error
+        return _made_of(vllm_config, prefix, base, config, ARCHITECTURES[base.config.model_type])
+
+
+def _base_of(ours: Any) -> BaseSource:
+    base = find_base(ours.base_model_name_or_path, ours.base_model_revision)
+    if getattr(base.config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"base {base.name!r} has a quantised checkpoint, into which an adapter cannot be folded: name the base it "
+            "was made from (--hf-overrides), and quantise while loading (--quantization)"
+        )
+    return base
+
+
+def _made_of(vllm_config: VllmConfig, prefix: str, base: BaseSource, config: Any, architecture: Any) -> Any:
+    """Return a model of vLLM with this configuration, which loads the base's weights with the adapter in them."""
+    model: Any = init_vllm_registered_model(
+        vllm_config, prefix=prefix, hf_config=config, architectures=config.architectures
+    )
+    model.allow_patterns_overrides = [WEIGHTS]
+    model.secondary_weights = [
+        DefaultModelLoader.Source(base.location, base.revision, prefix=BASE_PREFIX, allow_patterns_overrides=BASE_FILES)
+    ]
+    settings = vllm_config.model_config
+    load = model.load_weights
+
+    def load_weights(weights: Iterable[tuple[str, Tensor]]) -> Any:
+        try:
+            return _load(load, weights, settings, base, architecture)
+        except (MiniLoraError, ValueError) as error:
+            raise ValueError(f"adapter {settings.model!r} on the base {base.name!r}: {error}") from error
+
+    model.load_weights = load_weights
+    return model
+
+
+def _load(
+    load: Callable[[Iterator[tuple[str, Tensor]]], Any],
+    weights: Iterable[tuple[str, Tensor]],
+    settings: Any,
+    base: BaseSource,
+    architecture: Any,
+) -> Any:
+    """Load the adapter's tensors, which come first, then the base's with the adapter in them."""
+    tensors: dict[str, Tensor] = {}
+    stream = iter(weights)
+    first: list[tuple[str, Tensor]] = []
+    for name, tensor in stream:
+        if name.startswith(BASE_PREFIX):
+            first = [(name, tensor)]
+            break
+        check_values(name, tensor)
+        tensors[name] = tensor.clone()
+    if not first:
+        raise AdapterError("vLLM read no tensor of the base; --load-format must be auto or safetensors")
+    ours = settings.hf_config
+    with plain_torch():
+        sites = check_against_base(ours, tensors, base)
+    folding = Folding(ours, tensors, sites, settings.dtype, architecture)
+    loaded = load(folding.fold((name.removeprefix(BASE_PREFIX), tensor) for name, tensor in chain(first, stream)))
+    _warn_of_other_base(ours, base)
+    return loaded
+
+
+def _warn_of_other_base(ours: Any, base: BaseSource) -> None:
+    if "unknown" not in (ours.base_fingerprint, base.fingerprint) and ours.base_fingerprint != base.fingerprint:
+        logger.warning(
+            "minilora_hub: the adapter was trained on a base with fingerprint %s, and %r has %s: it may answer "
+            "differently from what its author saw",
+            ours.base_fingerprint[:19],
+            base.name,
+            base.fingerprint[:19],
+        )

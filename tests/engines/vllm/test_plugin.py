@@ -1,0 +1,62 @@
+"""The plugin's entry point: which versions of vLLM it is for, and when it leaves adapters to vLLM."""
+
+from __future__ import annotations
+
+import logging
+from importlib.metadata import entry_points
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed; .ci/vllm makes an environment that has it")
+
+import vllm
+from processes import run_python
+from vllm.lora.peft_helper import PEFTHelper
+
+from minilora_hub.integrations.vllm import plugin
+
+INSTALLED = """
+from minilora_hub.integrations.vllm import plugin
+{}
+plugin.register()
+plugin.register()
+import vllm.lora.utils as utils, vllm.v1.worker.lora_model_runner_mixin as runner
+from vllm import ModelRegistry
+print(runner.LRUCacheWorkerLoRAManager.__name__, "DoraForCausalLM" in ModelRegistry.get_supported_archs())
+print(max(sum(base.__name__ == "DoraLayer" for base in kind.__mro__) for kind in utils._all_lora_classes))
+"""
+TAKES_DORA = "plugin.takes_dora = lambda: True"
+
+
+def lines(before: str = "") -> list[str]:
+    done = run_python(INSTALLED.format(before))
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-2:]
+
+
+def test_vllm_finds_it():
+    found = [point for point in entry_points(group="vllm.general_plugins") if point.name == "minilora_hub"]
+    assert [point.load() for point in found] == [plugin.register]
+
+
+def test_registered_once_however_often_it_is_called():
+    assert lines() == ["AdapterWorkerManager True", "1"]
+
+
+def test_stands_aside_where_vllm_takes_dora(monkeypatch):
+    assert not plugin.takes_dora()
+    monkeypatch.setattr(PEFTHelper, "_validate_features", lambda self: [])
+    assert plugin.takes_dora()
+    assert lines(TAKES_DORA) == ["LRUCacheWorkerLoRAManager True", "0"]
+
+
+@pytest.mark.parametrize("version", ["0.31.4", "0.33.0", "0.32.1.dev5+gabc"])
+def test_untested_versions_are_declined_in_one_line(monkeypatch, caplog, version):
+    monkeypatch.setattr(vllm, "__version__", version)
+    monkeypatch.setattr(plugin, "register_models", lambda: pytest.fail("something was changed"))
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        plugin.register()
+    assert [record.message for record in caplog.records if "minilora_hub" in record.name] == [
+        f"minilora_hub: its plugin is off, since it was not tested with vLLM {version} (tested: 0.32.0)"
+    ]
