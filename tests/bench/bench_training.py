@@ -52,7 +52,7 @@ def build(names: list[str], rows: Path, scratch: Path) -> dict:
         resolved = resolve_base(settings.base, revision=settings.base_revision)
         tokenizer = load_tokenizer(resolved)
         data = prepare_data(settings, tokenizer, base_context(resolved), scratch / name)
-        trainee = build_trainee(settings, resolved)
+        trainee, _ = build_trainee(settings, resolved)
         for path, parameter in trainee.model.named_parameters():
             if not parameter.requires_grad:
                 plain = re.sub(r"^(model\.)+", "", WRAPPERS.sub("", path).lstrip("."))

@@ -7,6 +7,7 @@ import contextlib
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -83,6 +84,12 @@ def wait_until(condition, seconds=10.0):
         time.sleep(0.005)
 
 
+def run_async(coroutine):
+    """Run a coroutine in a thread: a browser that other tests have opened keeps an event loop in this one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
+
+
 def gather(address, requests, path="/v1/chat/completions", read=httpx.Response.json):
     """POST all requests at once: statuses and bodies in their order."""
 
@@ -91,7 +98,7 @@ def gather(address, requests, path="/v1/chat/completions", read=httpx.Response.j
         async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits) as client:
             return await asyncio.gather(*(client.post(path, json=request) for request in requests))
 
-    return [(done.status_code, read(done)) for done in asyncio.run(run())]
+    return [(done.status_code, read(done)) for done in run_async(run())]
 
 
 def chat(model, words, tokens, **fields):

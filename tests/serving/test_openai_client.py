@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from serving.conftest import wait_until
+from serving.conftest import run_async, wait_until
 
 openai = pytest.importorskip("openai", reason="needs the openai client, from the extra test")
 
@@ -75,7 +75,7 @@ def test_leaving_a_stream_frees_its_row(slow):
                     break
             await stream.close()
 
-    asyncio.run(run())
+    run_async(run())
     wait_until(lambda: not server.scheduler._rows)
     assert server.scheduler._steps < 100
 
@@ -91,6 +91,6 @@ def test_busy_is_a_rate_limit_error(slow):
             ]
             return await asyncio.gather(*asked, return_exceptions=True)
 
-    found = asyncio.run(run())
+    found = run_async(run())
     assert sum(isinstance(one, openai.RateLimitError) for one in found) == 4
     assert sum(not isinstance(one, Exception) for one in found) == 8

@@ -29,7 +29,7 @@ def parts(out: Path, **said):
     resolved = resolve_base(settings.base, revision=settings.base_revision)
     tokenizer = load_tokenizer(resolved)
     data = prepare_data(settings, tokenizer, 512, out)
-    trainee = build_trainee(settings, resolved)
+    trainee, _ = build_trainee(settings, resolved)
     trainer, shape = build_trainer(settings, trainee, data, tokenizer, out, processes=1)
     return trainer, shape
 
