@@ -42,8 +42,10 @@ def register_models() -> None:
     from transformers import AutoConfig
     from vllm import ModelRegistry
 
+    from minilora_hub.integrations.vllm.model_size import register_size
     from minilora_hub.remote_code.configuration_minilora import DoraConfig, MixLoraConfig
 
+    register_size()
     for config in (DoraConfig, MixLoraConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)
     for name in ("DoraForCausalLM", "MixLoraForCausalLM"):
