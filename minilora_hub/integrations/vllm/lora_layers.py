@@ -110,7 +110,8 @@ class DoraLayer:
         rows = out.view(-1, out.shape[-1])  # (tokens, out)
         slots = self.punica_wrapper._token_lora_indices[: rows.shape[0]]
         scale = self.dora_scale[slots]  # (tokens, out); -1 is the row of ones
-        scaled = rows * scale if bias is None else (rows - bias) * scale + bias
+        # With a bias in this form, so that rows with c = 1 keep their exact values.
+        scaled = rows * scale if bias is None else rows + (rows.float() - bias) * (scale - 1)
         return scaled.to(out.dtype).view(out.shape)
 
     @torch.no_grad()
