@@ -1,4 +1,4 @@
-"""CPU time per token in vLLM: rows of the base, a LoRA, a DoRA and a MixLoRA, 16 rows in a batch.
+"""CPU time per token in vLLM (rows of the base, a LoRA, a DoRA and a MixLoRA, 16 in a batch), and memory per adapter.
 
 Run in the environment of `.ci/vllm`:
 
@@ -6,6 +6,8 @@ Run in the environment of `.ci/vllm`:
 
 CPU time of vLLM's processes, not wall time, so that other work on the machine counts little; one thread; rounds take
 turns. The plugin is on in all of them; `--without-plugin` measures the base and the LoRA in vLLM as it is.
+Memory is what the resident memory of all processes grows by for each of COPIES adapters that are registered, none of
+which is in a slot.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import argparse
 import os
 import statistics
 
-ROWS, NEW_TOKENS = 16, 32
+ROWS, NEW_TOKENS, COPIES = 16, 32, 24
 
 
 def cpu_seconds() -> float:
@@ -24,6 +26,14 @@ def cpu_seconds() -> float:
     me = psutil.Process()
     times = [process.cpu_times() for process in (me, *me.children(recursive=True))]
     return sum(one.user + one.system for one in times)
+
+
+def resident_bytes() -> int:
+    """Return the resident memory of this process and all of its children, shared pages counted once each."""
+    import psutil
+
+    me = psutil.Process()
+    return sum(process.memory_full_info().pss for process in (me, *me.children(recursive=True)))
 
 
 def main() -> None:
@@ -43,7 +53,7 @@ def main() -> None:
 
     llm = LLM(
         base_folder(), dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=ROWS,
-        enable_lora=True, max_loras=3, max_lora_rank=16,
+        enable_lora=True, max_loras=3, max_cpu_loras=3 + 3 * COPIES, max_lora_rank=16,
     )  # fmt: skip
     methods = ["base", "lora"] + ([] if options.without_plugin else ["dora", "mixlora"])
     requests = {
@@ -70,6 +80,15 @@ def main() -> None:
     for method, median in medians.items():
         low, high = (1000 * edge(found[method]) for edge in (min, max))
         print(f"| {method} | {1000 * median:.2f} | {median / medians['lora']:.3f} | {low:.2f} to {high:.2f} |")
+    print("\n| adapter | file, MB | MB each registered |\n| --- | ---: | ---: |")
+    for place, method in enumerate(methods[1:]):
+        before = resident_bytes()
+        for copy in range(COPIES):
+            number = 100 + COPIES * place + copy
+            llm.llm_engine.add_lora(LoRARequest(f"{method} {copy}", number, str(folder_of(method))))
+        grown = (resident_bytes() - before) / COPIES / 1e6
+        size = (folder_of(method) / "adapter_model.safetensors").stat().st_size / 1e6
+        print(f"| {method} | {size:.1f} | {grown:.1f} |")
 
 
 if __name__ == "__main__":

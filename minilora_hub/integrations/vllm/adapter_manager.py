@@ -1,8 +1,8 @@
-"""vLLM's LoRA managers, extended: they load DoRA and MixLoRA adapters and put them into slots beside LoRAs.
+"""vLLM's LoRA managers, extended to DoRA and MixLoRA adapters.
 
-`AdapterWorkerManager` loads. All checks are there, since a failure at activation would stop the engine; a LoRA in
-PEFT's format goes vLLM's own way. `AdapterManager` puts what was loaded into slots and tells the layers about each
-batch.
+`AdapterWorkerManager` loads an adapter and does all checks, since an error at activation would stop the engine. A LoRA
+in PEFT's format is loaded by vLLM's own code. `AdapterManager` copies loaded adapters into slots and informs the layers
+of the rows of each batch.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ logger = logging.getLogger("vllm.minilora_hub")
 
 
 class OwnAdapter(LoRAModel):
-    """A LoRAModel with what vLLM's has no place for.
+    """A LoRAModel with the tensors that vLLM's class has no fields for.
 
     Attributes:
-        magnitudes: {vLLM's name of a linear, before it is fused with others: m}.
+        magnitudes: {vLLM's name of a linear before it is fused with others: m}.
         mixtures: {path of a feed-forward block: router and experts}.
     """
 
@@ -52,7 +52,7 @@ class OwnAdapter(LoRAModel):
 
 
 class AdapterManager(LRUCacheLoRAModelManager):
-    """Holds the adapters of one model, in memory and in slots."""
+    """Keeps the adapters of one model, registered in memory and active in slots."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -64,11 +64,11 @@ class AdapterManager(LRUCacheLoRAModelManager):
             if isinstance(layer, DoraLayer):
                 layer.batch = self.batch
         for wrapper in self.punica_wrapper_mapping.values():
-            wrapper._token_lora_indices.fill_(-1)  # it comes uninitialised, and graphs read behind its end
+            wrapper._token_lora_indices.fill_(-1)  # uninitialised in vLLM, and graphs read past the batch's rows
         self.blocks = [] if self.compiled else install_blocks(self.model, self.batch)
 
     def refuse_unfit(self, adapter: OwnAdapter) -> None:
-        """Raise an AdapterError unless every part of an adapter has a layer of this model that takes it."""
+        """Raise an AdapterError unless this model has a layer for every part of an adapter."""
         parts = {part: name for name, parts in self.packed_modules.items() for part in parts}
         for name in adapter.loras:
             layer = self.modules.get(parts.get(name, name))
@@ -93,7 +93,7 @@ class AdapterManager(LRUCacheLoRAModelManager):
                 raise AdapterError(f"{name}.down_proj has a bias: only routing_strategy='top_k' can be served there")
 
     def activate_adapter(self, lora_id: int) -> bool:
-        """Put an adapter into a slot; False where it is in one."""
+        """Copy an adapter into a slot; return False if it is in one already."""
         changed: bool = super().activate_adapter(lora_id)
         if changed:
             magnitudes = getattr(self._registered_adapters[lora_id], "magnitudes", {})
@@ -101,18 +101,18 @@ class AdapterManager(LRUCacheLoRAModelManager):
             for name, layer in self.modules.items():
                 if isinstance(layer, DoraLayer):
                     layer.set_dora(index, [magnitudes.get(part) for part in self.packed_modules.get(name, [name])])
-            self._last_mapping = None  # the number of an adapter may now be that of another kind
+            self._last_mapping = None  # an adapter of another kind may have this number now
         return changed
 
     def prepare_norms(self, adapter: OwnAdapter) -> None:
-        """Compute the norms that the adapter will need, once for the first one."""
+        """Compute the norms of the base's weights that the adapter needs, unless they were computed before."""
         for name, layer in self.modules.items():
             parts = self.packed_modules.get(name, [name])
             if isinstance(layer, DoraLayer) and any(part in adapter.magnitudes for part in parts):
                 layer.weight_norms_squared()
 
     def remove_all_adapters(self) -> None:
-        """Remove all adapters; vLLM does so where the base's weights are replaced, and their norms with them."""
+        """Remove all adapters and the norms, since vLLM calls this when the base's weights are replaced."""
         super().remove_all_adapters()
         for layer in self.modules.values():
             if isinstance(layer, DoraLayer):
@@ -135,7 +135,7 @@ class AdapterManager(LRUCacheLoRAModelManager):
             super()._create_merged_loras_inplace(lora_model)
 
     def _is_elsewhere(self, name: str) -> bool:
-        """Whether another rank of the pipeline holds the layer that a name lies in."""
+        """Whether the layer of this name is on another pipeline rank."""
         parts = name.split(".")
         paths = (".".join(parts[:count]) for count in range(1, len(parts)))
         return any(isinstance(self._paths.get(path), PPMissingLayer) for path in paths)
@@ -149,7 +149,7 @@ class AdapterManager(LRUCacheLoRAModelManager):
 
 
 class AdapterWorkerManager(LRUCacheWorkerLoRAManager):
-    """Loads adapters in a worker."""
+    """Loads the adapters of a worker process."""
 
     _manager_cls = AdapterManager
 
@@ -160,7 +160,7 @@ class AdapterWorkerManager(LRUCacheWorkerLoRAManager):
 
     @cached_property
     def base(self) -> BaseSource:
-        """The base that vLLM serves, without its weights."""
+        """The base that vLLM serves, read without its weights."""
         return find_base(self._base_name, self._base_revision)
 
     def _load_adapter(self, lora_request: Any) -> Any:
@@ -171,7 +171,7 @@ class AdapterWorkerManager(LRUCacheWorkerLoRAManager):
                 if source is not None:
                     return self._build(read_own_adapter(source, self.base), lora_request.lora_int_id)
         except MiniLoraError as error:
-            raise ValueError(str(error)) from error  # as vLLM's own refusals, which may be sent between processes
+            raise ValueError(str(error)) from error  # the type of vLLM's own errors; it can be pickled
         return super()._load_adapter(lora_request)
 
     def _build(self, adapter: ReadAdapter, number: int) -> OwnAdapter:
@@ -205,7 +205,7 @@ class AdapterWorkerManager(LRUCacheWorkerLoRAManager):
 
 
 def install() -> None:
-    """Put these classes in the places of vLLM's. Calling it again changes nothing."""
+    """Replace vLLM's classes with these. A second call changes nothing."""
     if issubclass(model_runner.LRUCacheWorkerLoRAManager, AdapterWorkerManager):
         return
     lora_utils._all_lora_classes = tuple(_extended(kind) for kind in lora_utils._all_lora_classes)
@@ -215,7 +215,7 @@ def install() -> None:
 
 def _extended(kind: Any) -> Any:
     mixins: tuple[Any, ...] = ()
-    # A layer that is sharded along the rank holds a part of A and B only.
+    # A layer that is sharded along the LoRA rank has only a part of A and B.
     if issubclass(kind, BaseLinearLayerWithLoRA) and "Sharded" not in kind.__name__:
         mixins += (DoraLayer,)
     if current_platform.is_cpu() and not issubclass(kind, (FusedMoEWithLoRA, FusedMoE3DWithLoRA)):
@@ -224,6 +224,6 @@ def _extended(kind: Any) -> Any:
 
 
 def _is_compiled(config: Any) -> bool:
-    """Whether the model runs as a graph that is made once, and not again for each batch."""
+    """Whether the model is compiled or captured once, so that Python does not run for each batch."""
     compilation = config.compilation_config
     return compilation.mode != CompilationMode.NONE or compilation.cudagraph_mode != CUDAGraphMode.NONE

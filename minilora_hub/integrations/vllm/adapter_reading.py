@@ -1,7 +1,7 @@
-"""Read an adapter folder into what vLLM's LoRA layers take. Everything that can be wrong is refused here.
+"""Read an adapter folder into the tensors that vLLM's LoRA layers take, and check all of it.
 
-An error while an adapter is loaded is the client's: vLLM answers it and goes on. An error when the adapter is put into
-a slot stops the engine. So the adapter is read by the strict reader of `minilora export`, which checks settings, names,
+vLLM answers an error that is raised while an adapter is loaded and goes on; an error while the adapter is copied into a
+slot stops the engine. So the adapter is read by the strict reader of `minilora export`, which checks settings, names,
 shapes and values against the base's structure, before vLLM sees a tensor.
 """
 
@@ -46,10 +46,10 @@ class ReadAdapter:
 
 
 def find_own_adapter(path: str) -> AdapterFolder | None:
-    """Return the adapter in a folder if the plugin reads it; None if vLLM reads it, or reports what is wrong with it.
+    """Return the adapter in a folder if the plugin must read it; None to leave it, or the error, to vLLM.
 
     Raises:
-        AdapterError: it is a MixLoRA in a format that has to be converted, or refers to code elsewhere.
+        AdapterError: it is a MixLoRA in a format that must be converted first, or it refers to code elsewhere.
     """
     folder = Path(path)
     if not any((folder / name).is_file() for name in (OUR_CONFIG, PEFT_CONFIG)):
@@ -100,7 +100,7 @@ def read_own_adapter(source: AdapterFolder, base: BaseSource) -> ReadAdapter:
         with plain_torch():
             found.mixtures = build_modules(base.skeleton, config, mixtures, tensors)
     for mixture in found.mixtures.values():
-        # vLLM's own layers are called in place of the block's; the mixture asks them for their bias only.
+        # vLLM's layers are called instead of the block's; the mixture only looks for a bias here.
         mixture.base_block = nn.ModuleDict({name: nn.Identity() for name in (*PROJECTIONS[0], PROJECTIONS[1])})
         mixture.eval().requires_grad_(False)
     return found

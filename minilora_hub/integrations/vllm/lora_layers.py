@@ -1,9 +1,9 @@
 """vLLM's linears with LoRA, extended by DoRA: y = c * (W x + s B A x) + b, c = m / ||W + s B A|| (arXiv 2402.09353).
 
-Every layer has a table of c, [slots + 1, out], in float32: in bfloat16 c would be off by 0.4%. It lies at one address,
-as CUDA graphs need, and is gathered by vLLM's own mapping of tokens to slots. That mapping has -1 for a token without
-an adapter, which is the last row of the table: ones. c is computed once, when an adapter is put into a slot, and set at
-every activation, since slots are reused.
+Every layer has a table of c, [slots + 1, out], in float32, since bfloat16 would round c by up to 0.4%. The table keeps
+its address, as CUDA graphs need, and is indexed by vLLM's own mapping of tokens to slots. That mapping has -1 for a
+token without an adapter, which selects the last row of the table: ones. c is computed and set whenever an adapter is
+copied into a slot, since slots are reused.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ IDENTITY_ROWS = 256
 
 @dataclass
 class Batch:
-    """What the layers need to know of the batch that is computed; one object a model.
+    """What the layers need to know about the current batch; all layers of a model share one object.
 
     Attributes:
-        dora: whether c is multiplied. With compiled graphs it is always True, since they are made once.
+        dora: whether to multiply by c. Always True in a compiled model, which is compiled once for all batches.
         routed: for each MixLoRA in the batch, the indices of its tokens and {path of a block: mixture}.
     """
 
@@ -35,10 +35,10 @@ class Batch:
 
 
 class SpareSlot:
-    """Mixed in before a layer with LoRA on a CPU: one slot more, which stays zero.
+    """Mixin for a layer with LoRA on a CPU that adds a slot, which stays zero.
 
-    vLLM's CPU kernels take the last slot for index -1, the rows without an adapter. With all slots in use these rows
-    would get the last adapter.
+    vLLM's CPU kernels use the last slot for index -1, which marks rows without an adapter. With all slots in use, these
+    rows would get the adapter in that slot.
     """
 
     def create_lora_weights(self, max_loras: int, *args: Any, **kwargs: Any) -> None:
@@ -46,7 +46,7 @@ class SpareSlot:
 
 
 class DoraLayer:
-    """Mixed in before one of vLLM's linears with LoRA. See the module's docstring."""
+    """Mixin for vLLM's linears with LoRA that adds DoRA. See the module's docstring."""
 
     dora_scale: Tensor
     lora_a_stacked: tuple[Tensor, ...]
@@ -66,7 +66,7 @@ class DoraLayer:
         self.forget_norms()
 
     def forget_norms(self) -> None:
-        """Compute ||W|| anew the next time."""
+        """Discard the cached ||W||^2."""
         self._norms_squared: Tensor | None = None
 
     def set_dora(self, index: int, magnitudes: list[Tensor | None]) -> None:
@@ -89,9 +89,9 @@ class DoraLayer:
 
     @torch.no_grad()
     def weight_norms_squared(self) -> Tensor:
-        """||W||^2 of the rows and columns that this rank holds, [out]. W is applied to the identity, never unpacked.
+        """Return ||W||^2 of the rows and columns that this rank holds, [out], from the layer's output for the identity.
 
-        (vLLM's CPU kernels repack the weight and delete the parameter, and a quantised one is not a matrix.)
+        The weight itself is not used: vLLM's CPU kernels repack and delete it, and a quantised one is no plain matrix.
         """
         if self._norms_squared is None:
             total = torch.zeros(sum(self.output_slices), dtype=torch.float32, device=self.device)
@@ -110,7 +110,8 @@ class DoraLayer:
         rows = out.view(-1, out.shape[-1])  # (tokens, out)
         slots = self.punica_wrapper._token_lora_indices[: rows.shape[0]]
         scale = self.dora_scale[slots]  # (tokens, out); -1 is the row of ones
-        scaled = rows * scale if bias is None else (rows - bias) * scale + bias
+        # With a bias in this form, so that rows with c = 1 keep their exact values.
+        scaled = rows * scale if bias is None else rows + (rows.float() - bias) * (scale - 1)
         return scaled.to(out.dtype).view(out.shape)
 
     @torch.no_grad()

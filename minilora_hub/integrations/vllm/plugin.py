@@ -1,7 +1,7 @@
-"""Entry point of the vLLM plugin. It declines versions of vLLM that it was not tested with.
+"""Entry point of the vLLM plugin. It does nothing with versions of vLLM that it was not tested with.
 
-The plugin subclasses vLLM's LoRA layers and managers and puts the subclasses in their places; no function of vLLM is
-edited. That holds for the versions it was run with, so any other version is declined before anything is changed.
+The plugin replaces vLLM's LoRA layers and managers with subclasses. These depend on vLLM's internals, which change with
+every version, so with an untested version nothing is replaced.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ logger = logging.getLogger("vllm.minilora_hub")
 def register() -> None:
     """Register both adapter types as models, and make ``--enable-lora`` accept them; vLLM calls this in every process.
 
-    Calling it again changes nothing. With an untested version of vLLM it only logs one line.
+    A second call changes nothing. With an untested version of vLLM it only logs one line.
     """
     import vllm
 
     version = vllm.__version__.partition("+")[0]
     if version not in TESTED_VERSIONS:
         logger.warning(
-            "minilora_hub: its plugin is off, since it was not tested with vLLM %s (tested: %s)",
+            "minilora_hub: the plugin is off, since it was not tested with vLLM %s (tested: %s)",
             vllm.__version__,
             ", ".join(TESTED_VERSIONS),
         )
@@ -42,8 +42,10 @@ def register_models() -> None:
     from transformers import AutoConfig
     from vllm import ModelRegistry
 
+    from minilora_hub.integrations.vllm.model_size import register_size
     from minilora_hub.remote_code.configuration_minilora import DoraConfig, MixLoraConfig
 
+    register_size()
     for config in (DoraConfig, MixLoraConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)
     for name in ("DoraForCausalLM", "MixLoraForCausalLM"):

@@ -1,9 +1,9 @@
 """A feed-forward block of vLLM in which the tokens of MixLoRA adapters take their own experts.
 
-The products with the base's weights run once a token, for all rows of the batch together; then each MixLoRA in the
-batch adds its experts' low-rank parts to its own rows, by the code that computes them everywhere else
-(`MixtureOfLoraExperts.expand` and `combine`). Rows of the base, LoRA and DoRA pay nothing for it. Which rows belong to
-which adapter is known to Python, so the block cannot be part of a compiled graph: it needs ``--enforce-eager``.
+The base's linears are computed once for all rows of the batch. Then each MixLoRA in the batch adds the low-rank parts
+of its experts to its own rows, with the same code as in transformers (`MixtureOfLoraExperts.expand` and `combine`).
+Other rows cost nothing more. The rows of an adapter are selected in Python for each batch, so the block cannot be
+compiled: it needs ``--enforce-eager``.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class RoutedBlock(nn.Module):
     """A feed-forward block with the adapters of the batch: (tokens, d) -> (tokens, d).
 
     Args:
-        block: vLLM's own block, whose layers it takes over.
+        block: vLLM's own block, whose layers are used.
         name: the block's path in the model.
-        batch: what is known of the batch.
+        batch: the current batch.
     """
 
     def __init__(self, block: Any, name: str, batch: Batch) -> None:
@@ -51,7 +51,7 @@ class RoutedBlock(nn.Module):
 
 
 def install_blocks(model: Any, batch: Batch) -> list[str]:
-    """Put a `RoutedBlock` in the place of every feed-forward block of a known class, and return their paths."""
+    """Replace every feed-forward block of a known class with a `RoutedBlock`; return their paths."""
     found = [(name, module) for name, module in model.named_modules() if type(module).__name__ in KNOWN_BLOCKS]
     for name, block in found:
         parent, _, leaf = name.rpartition(".")
@@ -65,6 +65,6 @@ def rows_of(adapter: int, token_adapters: tuple[int, ...], device: Any) -> Tenso
     Args:
         adapter: the adapter's number.
         token_adapters: the number of the adapter of each token.
-        device: where the indices are used.
+        device: device of the result.
     """
     return torch.tensor([row for row, one in enumerate(token_adapters) if one == adapter], device=device)

@@ -1,10 +1,10 @@
 """Published adapters as models of vLLM: ``vllm serve user/adapter`` loads the base and folds the adapter into it.
 
 A DoRA becomes the base's own class with other weights. A top-k MixLoRA (with DoRA or without) becomes the mixture of
-experts of the base's family, whose experts are written out while the base's checkpoint is read. From there on vLLM has
-an ordinary model: its kernels, tensor parallelism and quantisation while loading are its own.
+experts of the base's family, whose weights are computed while the base's checkpoint is read. The result is a model of
+vLLM's own, with its kernels, tensor parallelism and quantisation while loading.
 
-The classes here are what vLLM's registry looks at. Making one gives an object of the class that does the work.
+vLLM's registry looks up the two classes here; instantiating one returns an object of vLLM's class for the folded model.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from minilora_hub.integrations.vllm.adapter_reading import plain_torch
 from minilora_hub.remote_code.base_structure import LinearSite, plan_sites
 
 BASE_PREFIX = "base of the adapter:"
-"""What the names of the base's tensors begin with on their way from vLLM's reader; no tensor is named so."""
+"""Prefix that marks the base's tensors in the stream from vLLM's reader; no tensor's own name begins with it."""
 BASE_FILES = ["model*.safetensors"]
-"""No pickles, and not the second copy of the weights that some repos have under another name."""
+"""Neither pickles nor the second copy of the weights that some repos have under another name."""
 
 logger = logging.getLogger("vllm.minilora_hub")
 
 
 class DoraForCausalLM(LlamaForCausalLM):
-    """A DoRA in our format, as vLLM's registry sees it: a decoder with the features that vLLM's decoders share."""
+    """A DoRA in our format, as vLLM's registry sees it: a decoder with the features common to vLLM's decoders."""
 
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
         ours = vllm_config.model_config.hf_config
@@ -75,7 +75,7 @@ def _base_of(ours: Any) -> BaseSource:
 
 
 def _made_of(vllm_config: VllmConfig, prefix: str, base: BaseSource, config: Any, architecture: Any) -> Any:
-    """Return a model of vLLM with this configuration, which loads the base's weights with the adapter in them."""
+    """Return a vLLM model with this configuration whose `load_weights` folds the adapter into the base's weights."""
     model: Any = init_vllm_registered_model(
         vllm_config, prefix=prefix, hf_config=config, architectures=config.architectures
     )
@@ -103,7 +103,7 @@ def _load(
     base: BaseSource,
     architecture: Any,
 ) -> Any:
-    """Load the adapter's tensors, which come first, then the base's with the adapter in them."""
+    """Read the adapter's tensors, which come first, then load the base's with the adapter folded in."""
     tensors: dict[str, Tensor] = {}
     stream = iter(weights)
     first: list[tuple[str, Tensor]] = []

@@ -58,5 +58,5 @@ def test_untested_versions_are_declined_in_one_line(monkeypatch, caplog, version
     with caplog.at_level(logging.WARNING):
         plugin.register()
     assert [record.message for record in caplog.records if "minilora_hub" in record.name] == [
-        f"minilora_hub: its plugin is off, since it was not tested with vLLM {version} (tested: 0.32.0)"
+        f"minilora_hub: the plugin is off, since it was not tested with vLLM {version} (tested: 0.32.0)"
     ]

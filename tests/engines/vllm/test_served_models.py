@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; .ci/vllm makes an environment that has it")
 
-from engines.vllm.answers_here import NEW_TOKENS, answers, folder_of, greedy, prompts
-from engines.vllm.vllm_processes import answers_of_model
+from engines.vllm.answers_here import NEW_TOKENS, TEXTS, answers, folder_of, greedy, prompts
+from engines.vllm.tiny_adapters import save_tiny
+from engines.vllm.vllm_processes import Server, answers_of_model
 from safetensors.torch import load_file, save_file
-from tiny import fill_adapter, tiny_base, tiny_config, token_ids
+from tiny import token_ids
 
-from minilora_hub import DoraForCausalLM, MixLoraForCausalLM
+from minilora_hub.formats.moe_architectures import ARCHITECTURES
 
 EMBEDDED = {"hf_overrides": {"base_model_name_or_path": "embedded"}}
 
@@ -36,22 +38,46 @@ def test_a_damaged_adapter_is_refused_by_name(tmp_path):
     assert "missing layers.7.mlp.up_proj.lora_B" in found
 
 
-# vLLM's CPU attention wants heads of 32 or more.
-SIZES = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+def test_a_server_answers_chat_requests_with_the_adapter(tmp_path):
+    """The published MixLoRA behind vLLM's OpenAI API, with the chat template of its folder."""
+    overrides = ("--hf-overrides", json.dumps(EMBEDDED["hf_overrides"]), "--served-model-name", "mixture")
+    server = Server(str(folder_of("mixlora")), tmp_path / "log.txt", *overrides)
+    try:
+        status, text = server.post("/v1/chat/completions", {
+            "model": "mixture", "messages": [{"role": "user", "content": TEXTS[0]}],
+            "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True,
+        })  # fmt: skip
+    finally:
+        server.stop()
+    assert status == 200, text
+    assert json.loads(text)["choices"][0]["token_ids"] == answers("mixlora")[0]
+
+
+CASES = [("dora", family) for family in ("mistral", "qwen2", "qwen3", "gemma2", "phi3", "olmo2", "granite")]
+CASES += [("mixlora", family) for family in ARCHITECTURES]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "granite"])
-@pytest.mark.parametrize("method", ["dora", "mixlora"])
-def test_other_families(tmp_path, family, method):
-    """Random weights: the first tokens, before a near tie of two logits can part the answers."""
-    sizes = {key: value for key, value in SIZES.items() if key != "head_dim" or family == "qwen3"}
-    base = tiny_base(family, **sizes)
-    base.save_pretrained(tmp_path / "base")
-    kind = DoraForCausalLM if method == "dora" else MixLoraForCausalLM
-    model = kind.from_base(str(tmp_path / "base"), tiny_config(method))
-    fill_adapter(model)
-    model.save_pretrained(tmp_path / "adapter")
+@pytest.mark.parametrize(("method", "family"), CASES, ids="-".join)
+def test_families(tmp_path, family, method):
+    """Random weights: only the first tokens, since later ones may depend on two logits that are nearly equal."""
+    model = save_tiny(tmp_path, family, method)[method]
     ids = token_ids(2, 9).tolist()
-    found = answers_of_model(tmp_path / "adapter", ids, 4, tmp_path, skip_tokenizer_init=True)
+    found = answers_of_model(tmp_path / method, ids, 4, tmp_path, skip_tokenizer_init=True)
     assert found == [greedy(model, prompt, 4) for prompt in ids], found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("phi3", {}, "base of type 'phi3': PhiMoE"),
+        ("llama", {"routing_strategy": "top_p"}, "routing_strategy"),
+    ],
+    ids=["family without a mixture of experts", "top-p routing"],
+)
+def test_a_mixture_that_no_architecture_computes_is_refused_by_name(tmp_path, family, changes, message):
+    save_tiny(tmp_path, family, "mixlora", **changes)
+    found = answers_of_model(tmp_path / "mixlora", token_ids(1, 9).tolist(), 1, tmp_path, skip_tokenizer_init=True)
+    assert isinstance(found, str)
+    assert message in found

@@ -24,16 +24,25 @@ ENVIRONMENT = {
 }
 COMMON = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "256")
 
-# argv: a model, prompts as token ids in JSON, how many tokens, further settings in JSON
+# argv: a model, requests in JSON [[adapter folder or null, token ids], ...], how many tokens, further settings in JSON
 ONE_MODEL = """
 import json, sys
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 if __name__ == "__main__":
-    llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=256, **json.loads(sys.argv[4]))
+    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256} | json.loads(sys.argv[4])
+    llm = LLM(sys.argv[1], **settings)
     sampling = SamplingParams(temperature=0, max_tokens=int(sys.argv[3]), ignore_eos=True)
-    prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])]
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    requests = json.loads(sys.argv[2])
+    folders = list(dict.fromkeys(folder for folder, _ in requests if folder))
+    adapters = {folder: LoRARequest(folder, number, folder) for number, folder in enumerate(folders, 1)}
+    outputs = llm.generate(
+        [{"prompt_token_ids": ids} for _, ids in requests],
+        sampling,
+        use_tqdm=False,
+        lora_request=[adapters.get(folder) for folder, _ in requests] if adapters else None,
+    )
     print("ANSWERS", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
 """
 
@@ -108,12 +117,19 @@ class Server:
 
 
 def answers_of_model(
-    model: Path, prompts: list[list[int]], count: int, scratch: Path, **settings: Any
+    model: Path,
+    prompts: list[list[int]],
+    count: int,
+    scratch: Path,
+    adapters: list[Path | None] | None = None,
+    **settings: Any,
 ) -> list[list[int]] | str:
-    """What a model answers greedily, or the output of vLLM where it fails."""
+    """What a model answers greedily, each prompt with the adapter beside it; the output of vLLM where it fails."""
     script = scratch / "one_model.py"
     script.write_text(ONE_MODEL)
-    command = [sys.executable, str(script), str(model), json.dumps(prompts), str(count), json.dumps(settings)]
+    folders = [folder and str(folder) for folder in adapters or [None] * len(prompts)]
+    requests = json.dumps(list(zip(folders, prompts, strict=True)))
+    command = [sys.executable, str(script), str(model), requests, str(count), json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT, cwd=scratch)
     line = next((line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")), None)
     return done.stdout + done.stderr if line is None else json.loads(line.removeprefix("ANSWERS "))
