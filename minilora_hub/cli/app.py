@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -9,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -94,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        with quiet_process(), _sigterm_unwinds():
+        with quiet_process(), _signals_unwind():
             code = app(args=arguments, prog_name="minilora", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
@@ -104,16 +106,31 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 @contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
-    """Make SIGTERM raise an exception like Ctrl-C, so that a command removes its temporary folders."""
+def _signals_unwind() -> Iterator[None]:
+    """Make Ctrl-C and SIGTERM raise an exception, so that a command removes its temporary folders."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores Ctrl-C
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, _interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt; exit at once while a module is being imported.
+
+    Modules and extensions that are being set up swallow exceptions: about one Ctrl-C in thirty was lost there.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os._exit(128 + number)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _report(error: Exception, debug: bool) -> int:

@@ -158,6 +158,16 @@ def test_ctrl_c_while_loading_ends_quietly(tmp_path):
     assert printed == ""
 
 
+def test_ctrl_c_is_not_swallowed_by_a_module_that_is_being_imported(tmp_path):
+    """Torch, pydantic and others catch whatever is raised while they set themselves up."""
+    (tmp_path / "swallows.py").write_text(
+        "import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\nexcept BaseException:\n    pass\n"
+    )
+    code = "from minilora_hub.cli import app\nwith app._signals_unwind():\n    import swallows\nprint('went on')"
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", "")
+
+
 @pytest.mark.slow
 def test_demo_serves_adapters_from_folders(tmp_path):
     """A base and adapters out of folders, the address on stdout, the page behind it, and a quiet end."""
