@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from minilora_hub import formatting
-from minilora_hub.adapter_folder.code import code_files, code_hash, release_of
+from minilora_hub.adapter_folder.code import HANDLER, code_files, code_hash, release_of
 from minilora_hub.adapter_folder.folders import read_json
 from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG
@@ -109,6 +109,8 @@ def render_card(
         loss_picture=LOSS if LOSS in wanted else None,
         code_files=[(path, file_sha256(file)) for path, file in code.items()],
         code_digest=digest,
+        code_name="code files" if HANDLER in code else "Python files",
+        endpoint=HANDLER in code,
         release=release_of(digest),
         license=results.license_name or results.license,
         license_link=quote(link, safe=":/?#=&%.-_~") if link else None,
