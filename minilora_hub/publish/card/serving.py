@@ -24,7 +24,7 @@ class Serving:
         server: the commands of `minilora serve`.
         job: the same as a job on the Hub's machines; None where the adapter is not on the Hub.
         vllm: the commands for vLLM; None where it cannot serve the adapter.
-        vllm_alone: whether the vLLM command that the Hub's page shows works, with minilora_hub beside vLLM.
+        vllm_alone: whether vLLM can take the repo for a model, with minilora_hub beside vLLM.
         export: the target of `minilora export` that other engines read; None where there is none.
     """
 
@@ -51,10 +51,9 @@ def serving(method: str, config: dict[str, Any], base: str, name: str, repo_id: 
     install = "pip install 'minilora_hub[serve]'"
     job = None
     if repo_id is not None:
-        inner = shlex.quote(f"{install} && {command} --host 0.0.0.0")
-        job = (
-            f"hf jobs run --flavor l4x1 --timeout 1h --expose 8000 --secrets HF_TOKEN \\\n  python:3.12 bash -c {inner}"
-        )
+        inner = f"{install} && {command} --host 0.0.0.0"
+        quoted = shlex.quote(inner) if set(inner) & set('"$`\\!') else f'"{inner}"'
+        job = f"hf jobs run --flavor l4x1 --timeout 1h --expose 8000 --secrets HF_TOKEN \\\n  python:3.12 bash -c {quoted}"
     routed = method == "mixlora"
     as_moe = routed and config.get("routing_strategy") == "top_k" and family in (None, *ARCHITECTURES)
     alone = not stock and (method == "dora" or as_moe) and bool(REPO_ID.fullmatch(base))
