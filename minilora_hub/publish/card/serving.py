@@ -53,7 +53,8 @@ def serving(method: str, config: dict[str, Any], base: str, name: str, repo_id: 
     if repo_id is not None:
         inner = f"{install} && {command} --host 0.0.0.0"
         quoted = shlex.quote(inner) if set(inner) & set('"$`\\!') else f'"{inner}"'
-        job = f"hf jobs run --flavor l4x1 --timeout 1h --expose 8000 --secrets HF_TOKEN \\\n  python:3.12 bash -c {quoted}"
+        options = "--flavor l4x1 --timeout 1h --expose 8000 --secrets HF_TOKEN"
+        job = f"hf jobs run {options} \\\n  python:3.12 bash -c {quoted}"
     routed = method == "mixlora"
     as_moe = routed and config.get("routing_strategy") == "top_k" and family in (None, *ARCHITECTURES)
     alone = not stock and (method == "dora" or as_moe) and bool(REPO_ID.fullmatch(base))
