@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -82,10 +83,11 @@ def free_port(host: str, wanted: int | None) -> int:
         try:
             with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
                 return port
-        except socket.gaierror as error:
-            raise ValueError(f"host={host!r}: no such address ({error.strerror})") from None
         except OSError as error:
-            reason = error.strerror
+            # create_server raises the error of a host that cannot be resolved as an OSError with the same number.
+            reason = str(error.strerror).partition(" (while ")[0]
+            if isinstance(error, socket.gaierror) or (error.errno or 0) < 0 or error.errno == errno.EADDRNOTAVAIL:
+                raise ValueError(f"host={host!r}: is not an address of this machine ({reason})") from None
     if wanted:
         raise MiniLoraError(
             f"port {wanted} on {host} cannot be used ({reason}): pass another --port, or none to get a free one"
