@@ -185,7 +185,7 @@ def _require_config(folder: Path, asked: str) -> None:
 
 
 def _is_ours(config: Path) -> bool:
-    """Whether a config.json is that of a MixLoRA or DoRA. Transformers explains what is wrong with one it cannot read."""
+    """Whether a config.json is that of a MixLoRA or DoRA; one that cannot be read is left to transformers."""
     try:
         content = json.loads(config.read_bytes())
     except (OSError, ValueError, RecursionError):
