@@ -147,4 +147,4 @@ def speed_up_linears(model: nn.Module) -> None:
 def restore_linears(model: nn.Module) -> None:
     """Undo `speed_up_linears`."""
     for module in [module for module in model.modules() if type(module) is FewRowsLinear]:
-        module.__class__ = nn.Linear
+        module.__class__ = nn.Linear  # type: ignore[assignment]
