@@ -130,7 +130,7 @@ def _choose(key: Any, weight: Tensor) -> Callable:
 
 
 def _fastest(count: int, weight: Tensor) -> Callable:
-    """Time the ways in turns and compare their medians.
+    """Time the ways in turns, and compare the medians of their times relative to `F.linear` in the same round.
 
     Each call has another weight of this shape, as far as there are any: in a model, a weight leaves the caches between
     two uses.
@@ -151,9 +151,13 @@ def _fastest(count: int, weight: Tensor) -> Callable:
             way(rows, each)
             taken.append(time.perf_counter() - started)
         next(weights)  # so that a way has other weights in the next round
-    medians = [statistics.median(taken[1:]) for taken in seconds]  # the first round warms up
-    best = min(range(len(ways)), key=medians.__getitem__)
-    return ways[best] if medians[best] < CLEARLY_FASTER * medians[0] else F.linear
+    # The first round warms up. Rounds are compared one by one, because other work on the machine comes and goes.
+    ratios = [
+        statistics.median(own / plain for own, plain in zip(taken[1:], seconds[0][1:], strict=True))
+        for taken in seconds
+    ]
+    best = min(range(len(ways)), key=ratios.__getitem__)
+    return ways[best] if ratios[best] < CLEARLY_FASTER else F.linear
 
 
 def _is_alike(one: Tensor, other: Tensor) -> bool:
