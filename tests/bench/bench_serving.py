@@ -119,7 +119,7 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 16, 64])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="fewer with 16 clients and more")
     options = parser.parse_args()
     base = str(resolve_base("embedded").path)
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
@@ -143,7 +143,7 @@ def main() -> None:
             measure(servers[server], models, len(models), 0)
         for clients in options.clients:
             rounds: dict[str, list[dict[str, float]]] = {name: [] for name in works}
-            for number in range(options.rounds):
+            for number in range(max(1, min(options.rounds, 32 // clients))):
                 for name, (server, models) in works.items():
                     if clients <= MOST_CLIENTS.get(server, clients):
                         rounds[name].append(measure(servers[server], models, clients, 100 * clients + number))
