@@ -78,7 +78,7 @@ class BaseSource:
     @cached_property
     def layers_path(self) -> str:
         """Where it keeps its decoder layers, e.g. ``"model.layers"``."""
-        from minilora_hub.remote_code.base_structure import find_decoder_layers
+        from minilora_hub.remote_code.layer_stacks import find_decoder_layers
 
         return str(find_decoder_layers(self.skeleton)[0])
 
@@ -158,14 +158,14 @@ def skeleton(config: Any, blocks: bool = True) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from minilora_hub.remote_code.base_structure import find_decoder_layers
+    from minilora_hub.remote_code.layer_stacks import find_layer_stacks
 
     try:
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        layers = find_decoder_layers(base)[1]
+        stacks = find_layer_stacks(base)
         if blocks:
-            _make_blocks_real(layers)
+            _make_blocks_real([layer for _, layers in stacks.values() for layer in layers])
     except Exception as error:  # another library's code on untrusted settings may raise anything
         reason = " ".join(str(error).split())[:200]
         reason = f"{type(error).__name__}: {reason}"

@@ -154,7 +154,7 @@ def _compute_ours(
 ) -> tuple[TopLogits, float | None, dict[str, Any]]:
     import torch
 
-    from minilora_hub.remote_code.base_structure import find_decoder_layers
+    from minilora_hub.remote_code.layer_stacks import find_decoder_layers
 
     model = model_class(source).from_pretrained(str(source.folder), base_model=base, dtype=getattr(torch, dtype))
     found = {"parameters": model.num_adapter_parameters(), "layers_path": find_decoder_layers(model.base)[0]}

@@ -25,6 +25,7 @@ CODE_FILES = (
     "configuration_adapter.py",
     "configuration_minilora.py",
     "expert_slots.py",
+    "layer_stacks.py",
     "linear_layers.py",
     "mixture.py",
     "modeling_minilora.py",
@@ -33,6 +34,7 @@ CODE_FILES = (
     "routing_record.py",
     "saving.py",
     "trainer_support.py",
+    "trial_inputs.py",
 )
 CHECKPOINT_FILES = (
     "model.safetensors",

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .base_structure import find_decoder_layers
+from .layer_stacks import find_decoder_layers
 from .trainer_support import by_name, takes_base_arguments
 
 

@@ -49,7 +49,8 @@ def expected_tensors(config: Any) -> tuple[dict[str, tuple[int, ...]] | None, st
     """
     from minilora_hub.bases.skeleton import skeleton
     from minilora_hub.remote_code import attach
-    from minilora_hub.remote_code.base_structure import find_decoder_layers, plan_sites
+    from minilora_hub.remote_code.base_structure import plan_sites
+    from minilora_hub.remote_code.layer_stacks import find_decoder_layers
 
     try:
         base = skeleton(config.text_config, blocks=config.model_type == "mixlora")
