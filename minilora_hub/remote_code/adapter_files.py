@@ -25,6 +25,7 @@ CODE_FILES = (
     "configuration_adapter.py",
     "configuration_minilora.py",
     "expert_slots.py",
+    "heads.py",
     "layer_stacks.py",
     "linear_layers.py",
     "mixture.py",

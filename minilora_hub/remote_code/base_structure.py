@@ -107,12 +107,16 @@ def plan_sites(base: nn.Module, config: Any) -> list[Site]:
     keep_4bit_weights_exact(base)  # before a block is called below
     known: dict[Any, Form] = {}
     sites: list[Site] = []
-    stacks = find_layer_stacks(base)
+    stacks = find_layer_stacks(base, config.towers)
     found_layers = [
         (index, layer, f"{path}.{index}", f"{name}.{index}")
         for name, (path, layers) in stacks.items()
         for index, layer in enumerate(layers)
     ]
+    if config.model_type == "mixlora" and len(stacks) > 1:
+        raise ValueError(
+            f"base {type(base).__name__}: a MixLoRA goes into one list of layers, not {list(stacks)}; pass towers=[one]"
+        )
     for index, layer, where, name in found_layers:
         shapes = linears_in(layer)
         block = None
@@ -213,7 +217,7 @@ def _recognise(block: nn.Module, path: str, known: dict[Any, Form]) -> FeedForwa
         activations = [value for name, value in attributes if not name.startswith("_") and callable(value)]
     if len(activations) != 1 or len(dropouts) > 1:
         return None
-    dropout = dropouts[0] if dropouts else nn.Identity()
+    dropout = dropouts[0] if dropouts and dropouts[0].p > 0 else nn.Identity()
     signature = (type(block), tuple(linears.items()))
     forms = [known[signature]] if signature in known else _possible_forms(linears)
     for form in forms:
@@ -241,7 +245,11 @@ def _possible_forms(linears: Shapes) -> list[Form]:
 
 def _mark(dropout: nn.Module, args: Any, out: Tensor) -> Tensor:
     """Change the output of a dropout, which in evaluation does nothing wherever it is."""
-    return out * torch.linspace(0.5, 1.5, out.shape[-1], device=out.device, dtype=out.dtype)
+    return (
+        out
+        if isinstance(dropout, nn.Identity)
+        else out * torch.linspace(0.5, 1.5, out.shape[-1], device=out.device, dtype=out.dtype)
+    )
 
 
 @torch.no_grad()

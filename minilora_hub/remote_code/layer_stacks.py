@@ -20,15 +20,22 @@ def linears_in(layer: nn.Module) -> Shapes:
     return {path: shape for path, shape in shapes if shape}
 
 
-def find_layer_stacks(base: Any) -> Stacks:
+def find_layer_stacks(base: Any, towers: Any = None) -> Stacks:
     """Return the lists of layers that adapters go into: {canonical name: (path in the base, layers)}.
 
-    A base with one has ``layers``, whatever it calls them; an encoder-decoder has ``encoder.layers`` and
-    ``decoder.layers``.
+    Without `towers`, a language model's are called ``layers``, whatever the base calls them, and those of an
+    encoder-decoder ``encoder.layers`` and ``decoder.layers``. With `towers` they have their paths in the base without
+    its head.
+
+    Args:
+        base: the base.
+        towers: see `AdapterConfig`.
 
     Raises:
         ValueError: there is none, or there are several and nothing says which; the message has their paths.
     """
+    if towers is not None:
+        return _chosen_lists(base, towers)
     parts = _encoder_and_decoder(base)
     if not parts:
         return {"layers": find_decoder_layers(base)}
@@ -44,6 +51,25 @@ def find_layer_stacks(base: Any) -> Stacks:
         path, layers = next(iter(found.items()))
         stacks[f"{name}.layers"] = (f"{prefix}.{path}", layers)
     return stacks
+
+
+def is_dual_encoder(base: Any) -> bool:
+    """Whether a base compares texts with images or sounds, as CLIP does: neither of its towers is the main one."""
+    return hasattr(base, "get_text_features")
+
+
+def _chosen_lists(base: Any, towers: Any) -> Stacks:
+    prefix = "" if base.base_model is base else f"{base.base_model_prefix}."
+    named = {path.removeprefix(prefix): (path, layers) for path, layers in _outermost_lists(base).items()}
+    wanted = [""] if towers == "all" else towers
+    unknown = [tower for tower in wanted if not any(_begins(name, tower) for name in named)]
+    if unknown:
+        raise ValueError(f"towers={unknown}: no list of layers begins so; the base has {list(named)}")
+    return {name: found for name, found in named.items() if any(_begins(name, tower) for tower in wanted)}
+
+
+def _begins(name: str, tower: str) -> bool:
+    return not tower or name == tower or name.startswith(f"{tower}.")
 
 
 def _encoder_and_decoder(base: Any) -> dict[str, nn.Module]:
@@ -62,7 +88,8 @@ def _outermost_lists(part: nn.Module) -> dict[str, nn.ModuleList]:
     for path, module in part.named_modules():
         if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{other}.") for other in found):
             continue
-        if len({type(layer) for layer in module}) == 1 and all(linears_in(layer) for layer in module):
+        layers = [layer for layer in module if linears_in(layer) and not linear_shape(layer)]
+        if len({type(layer) for layer in layers}) == 1 and len(layers) == len(module):
             found[path] = module
     return found
 
@@ -84,6 +111,8 @@ def find_decoder_layers(base: Any) -> tuple[str, nn.ModuleList]:
     ]
     inside = {id(module) for module in decoder.modules()}
     found = [item for item in found if id(item[1]) in inside] or found
+    if is_dual_encoder(base):
+        found = list(_outermost_lists(base).items())
     if not found:
         raise ValueError(
             f"base {type(base).__name__}: found no list of {count} decoder layers (config.num_hidden_layers) "
@@ -94,6 +123,7 @@ def find_decoder_layers(base: Any) -> tuple[str, nn.ModuleList]:
     if len(outermost) > 1:
         raise ValueError(
             f"base {type(base).__name__}: which list of {count} layers (config.num_hidden_layers) is the language "
-            f"model's? It has {[path for path, _ in outermost]}, and its get_decoder() does not tell"
+            f"model's? It has {[path for path, _ in outermost]}, and its get_decoder() does not tell: pass towers=, a "
+            'list of the beginnings of paths, or "all"'
         )
     return outermost[0]

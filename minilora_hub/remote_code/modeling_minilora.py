@@ -1,11 +1,13 @@
 """The public models: MixLoRA and DoRA adapters in a base with and without its language-model head."""
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, make_dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM
@@ -14,9 +16,10 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 
 from .adapted_model import AdaptedModel
 from .configuration_minilora import DoraConfig, MixLoraConfig
+from .heads import CAUSAL, GENERATING, HEADS, class_name, label_names, list_for_trainers
 from .routing import is_being_trained, router_loss_weights, router_losses, routing_of
 from .routing_record import RoutingRecord, checkpoint_contexts, record_routing
-from .trainer_support import shift_labels_of, takes_base_arguments
+from .trainer_support import shown_with, takes_base_arguments
 
 
 @dataclass
@@ -51,11 +54,25 @@ class MixLoraCausalLMOutput(MoeCausalLMOutputWithPast):
     z_loss: torch.FloatTensor | None = None
 
 
-def share_of_items(labels: Any, num_items_in_batch: Any) -> Any:
+ROUTING_FIELDS = ("aux_loss", "router_logits", "selected_experts", "routing_weights", "z_loss")
+_WITH_ROUTING: dict[Any, Any] = {}  # no functools.cache, past which torch.compile looks
+
+
+def with_routing(output_class: Any) -> Any:
+    """Return a base's class of outputs with `ROUTING_FIELDS` beside its own; they are those of `MixLoraModelOutput`."""
+    if output_class not in _WITH_ROUTING:
+        have = output_class.__dataclass_fields__
+        added = [(name, object, field(default=None)) for name in ROUTING_FIELDS if name not in have]
+        made = make_dataclass(f"MixLora{output_class.__name__}", added, bases=(output_class,))
+        _WITH_ROUTING[output_class] = made
+    return _WITH_ROUTING[output_class]
+
+
+def share_of_items(labels: Any, num_items_in_batch: Any, shifted: bool = True) -> Any:
     """Return a micro-batch's share of an accumulated batch, over which the balance loss is averaged, not summed."""
     if num_items_in_batch is None:
         return 1.0
-    return (labels[..., 1:] != -100).sum() / num_items_in_batch
+    return ((labels[..., 1:] if shifted else labels) != -100).sum() / num_items_in_batch
 
 
 INTEGRATIONS: list[Callable[[Any], Callable[[], None]]] = []
@@ -96,6 +113,7 @@ class MixLoraBase(AdaptedModel):
             output_router_logits = self.config.output_router_logits
         return_dict, arguments["return_dict"] = arguments.get("return_dict"), True
         labels, attention_mask = arguments.get("labels"), arguments.get("attention_mask")
+        labels = arguments.get("start_positions") if labels is None else labels
         weights = router_loss_weights(self.config) if self.training and labels is not None else {}
         needs_padding = self.training and routing_of(self.config).needs_token_mask
         if not (output_router_logits or output_routing or weights or needs_padding):
@@ -113,11 +131,13 @@ class MixLoraBase(AdaptedModel):
                 routing["routing_weights"] = tuple(record.weights)
         fields = {**outputs, **routing}
         if weights:
-            share = share_of_items(labels, arguments.get("num_items_in_batch"))
+            shifted = self.auto_class.__name__ in CAUSAL
+            share = share_of_items(labels, arguments.get("num_items_in_batch"), shifted)
             penalty = sum(weight * routing[name] for name, weight in weights.items()) * share
             fields["loss"] = fields["loss"] + penalty.to(fields["loss"].device)
-        known = {name: fields[name] for name in fields if name in output_class.__dataclass_fields__}
-        result = output_class(**known)
+        if output_class is None or not fields.keys() <= output_class.__dataclass_fields__.keys():
+            output_class = with_routing(type(outputs))
+        result = output_class(**fields)
         return result if return_dict is not False else result.to_tuple()
 
     def _set_gradient_checkpointing(
@@ -155,7 +175,19 @@ class GenerateOnBase:
         return self.base.prepare_inputs_for_generation(*args, **kwargs)
 
 
-class DoraModel(AdaptedModel):
+class UsesOtherMethods:
+    """Whatever else the base can do (`get_image_features`, …) is done by it."""
+
+    def __getattr__(self: Any, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            if name.startswith("_") or "base" not in self.__dict__.get("_modules", ()):
+                raise
+            return getattr(self._modules["base"], name)
+
+
+class DoraModel(UsesOtherMethods, AdaptedModel):
     """A base without its language-model head, with a DoRA adapter (arXiv 2402.09353) in it."""
 
     config_class = DoraConfig
@@ -175,7 +207,7 @@ class DoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
         return self.base(**self._base_arguments(input_ids, args, kwargs))
 
 
-class MixLoraModel(MixLoraBase):
+class MixLoraModel(UsesOtherMethods, MixLoraBase):
     """A base without its language-model head, with a MixLoRA adapter (arXiv 2404.15159) in it."""
 
     config_class = MixLoraConfig
@@ -231,5 +263,56 @@ class MixLoraForCausalLM(GenerateOnBase, MixLoraBase, GenerationMixin):
         return self._forward(MixLoraCausalLMOutput, output_router_logits, output_routing, arguments)
 
 
-for _model_class in (DoraForCausalLM, MixLoraForCausalLM):
-    shift_labels_of(_model_class)
+# ---- the classes of bases with other heads ----
+
+
+class MixLoraOnAnyBase(MixLoraBase):
+    """A MixLoRA whose outputs are the base's own, with `ROUTING_FIELDS`."""
+
+    @takes_base_arguments
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *args: Any,
+        output_router_logits: bool | None = None,
+        output_routing: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The base's forward plus routing outputs: see `MixLoraForCausalLM.forward`."""
+        arguments = self._base_arguments(input_ids, args, kwargs)
+        return self._forward(None, output_router_logits, output_routing, arguments)
+
+
+KINDS: dict[str, tuple[Any, Any]] = {"Dora": (DoraConfig, AdaptedModel), "MixLora": (MixLoraConfig, MixLoraOnAnyBase)}
+
+
+def adapted_class(prefix: str, auto_name: str) -> Any:
+    """Return the class for bases that an Auto class loads: ``Dora`` and ``AutoModelForCTC`` give ``DoraForCTC``.
+
+    Args:
+        prefix: one of `KINDS`.
+        auto_name: one of `HEADS`.
+    """
+    name = class_name(prefix, auto_name)
+    if name not in globals():
+        config_class, kind = KINDS[prefix]
+        generating = auto_name in GENERATING
+        bases = (*(GenerateOnBase,) * generating, UsesOtherMethods, kind, *(GenerationMixin,) * generating)
+        forward = shown_with(inspect.getattr_static(kind, "forward"), label_names(auto_name))
+        about = f"A base that `{auto_name}` loads, with a {prefix} adapter in it."
+        made = {"config_class": config_class, "auto_class": getattr(transformers, auto_name), "forward": forward}
+        globals()[name] = type(name, bases, {**made, "__module__": __name__, "__doc__": about})
+        list_for_trainers(globals()[name])
+    return globals()[name]
+
+
+def __getattr__(name: str) -> Any:
+    for prefix in KINDS:
+        for auto_name in HEADS:
+            if class_name(prefix, auto_name) == name:
+                return adapted_class(prefix, auto_name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+for _model_class in (DoraModel, DoraForCausalLM, MixLoraModel, MixLoraForCausalLM):
+    list_for_trainers(_model_class)

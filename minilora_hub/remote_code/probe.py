@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .base_structure import LinearSite, Site, matches_target, plan_sites
-from .layer_stacks import find_layer_stacks
+from .layer_stacks import find_layer_stacks, is_dual_encoder
 from .linear_layers import linear_shape
 from .trial_inputs import TOKENS, input_device, trial_inputs
 
@@ -56,7 +56,7 @@ def settle_targets(base: Any, config: Any, refused: Mapping[str, str] | None = N
     kept = {name for site in sites if site.path not in reasons for name in _names(site)}
     targets = _shortest(kept, {name for site in useless for name in _names(site)})
     if asked == "all-linear":
-        refuse_fused_experts(base, targets)
+        refuse_fused_experts(base, targets, config.towers)
     if useless:
         left_out = {site.path: reasons[site.path] for site in useless}
         named = [] if asked == "all-linear" else asked
@@ -110,12 +110,13 @@ def _path_in_layer(name: str) -> str:
     return re.sub(r"^.*?layers\.\d+\.", "", name)
 
 
-def refuse_fused_experts(base: Any, others: Sequence[str]) -> None:
+def refuse_fused_experts(base: Any, others: Sequence[str], towers: Any = None) -> None:
     """Refuse "all-linear" where the experts of a sparse mixture are parameters instead of linears.
 
     Args:
         base: the plain base.
         others: targets that name the linears without them.
+        towers: which lists of layers are adapted; see `AdapterConfig`.
 
     Raises:
         ValueError: there are such experts; the message names them and the targets that leave them out.
@@ -123,7 +124,7 @@ def refuse_fused_experts(base: Any, others: Sequence[str]) -> None:
     fields = vars(base.config.get_text_config(decoder=True)).items()
     counts = {value for name, value in fields if "experts" in name and isinstance(value, int)}
     fused: dict[str, list[str]] = {}
-    for stack, layers in find_layer_stacks(base).values():
+    for stack, layers in find_layer_stacks(base, towers).values():
         for index, layer in enumerate(layers):
             for path, module in layer.named_modules():
                 if linear_shape(module) or isinstance(module, nn.modules.conv._ConvNd):
@@ -147,6 +148,7 @@ def refuse_fused_experts(base: Any, others: Sequence[str]) -> None:
 def find_without_effect(base: Any, sites: Sequence[Site]) -> dict[str, str]:
     """Return {path: reason} of the sites on which an adapter would have no effect.
 
+    A few tokens do not reach the tower of images or sounds beside a language model: nothing is said of sites there.
     Of several experts that are modules, a few tokens need not call each: it is enough that they call one of its kind.
 
     Args:
@@ -156,6 +158,10 @@ def find_without_effect(base: Any, sites: Sequence[Site]) -> dict[str, str]:
     Raises:
         ValueError: the base could not be run.
     """
+    decoder = base.get_decoder()
+    if decoder not in (base, base.base_model) and not (base.config.is_encoder_decoder or is_dual_encoder(base)):
+        inside = set(decoder.modules())
+        sites = [site for site in sites if base.get_submodule(site.path) in inside]
     first: dict[nn.Module, str] = {}
     reasons: dict[str, str] = {}
     for site in sites:

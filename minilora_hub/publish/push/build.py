@@ -26,6 +26,7 @@ from minilora_hub.adapter_folder.folders import Layout, read_source
 from minilora_hub.adapter_folder.hashes import file_sha256, recorded_before
 from minilora_hub.adapter_folder.names import GENERATION, OUR_CONFIG, TEMPLATE, TOKENIZING, WEIGHTS
 from minilora_hub.adapter_folder.results import VERIFICATION_FILE, Base, Verification, is_hashed
+from minilora_hub.adapter_folder.tasks import is_own_auto_map, own_auto_map
 from minilora_hub.adapter_folder.writing import whole_folder, write_code
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.peft import PeftTargets, copy_peft_weights, write_peft_config
@@ -226,12 +227,11 @@ def _write_adapter(source: Source, folder: Path, layout: Layout, base: Base, rec
 
 def _published_config(source: Source, base: Base) -> dict[str, Any]:
     """Return the published configuration: the source's, with the base's Hub id and `auto_map`."""
-    from minilora_hub.remote_code.saving import auto_map
-
-    of = model_class(source)
+    given = source.config.get("auto_map")
+    own = given if is_own_auto_map(given, source.method) else own_auto_map(source.method)
     return source.config | {
-        "architectures": [of.__name__],
-        "auto_map": auto_map(of.config_class()),
+        "architectures": [model_class(source).__name__],
+        "auto_map": own,
         "base_model_name_or_path": base.id,
         "base_model_revision": base.revision,
     }
