@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from .adapter_files import (
@@ -72,7 +72,7 @@ class SavedAdapter(PreTrainedModel):
             state_dict: weights to save instead of the current ones, under the parameter names of this model or of a
                 wrapper around it (as Trainer passes).
             push_to_hub: also upload the folder (see `push_to_hub`); `repo_id`, `token` and the like go into `kwargs`.
-            tokenizer: the tokenizer to save. Default: the base's own, if it is on this machine.
+            tokenizer: the tokenizer or processor to save. Default: the base's own, if it is on this machine.
             **kwargs: the arguments of `push_to_hub`; others that transformers has (`safe_serialization`,
                 `max_shard_size`, …) have no effect.
 
@@ -118,8 +118,9 @@ class SavedAdapter(PreTrainedModel):
             logger.warning("No tokenizer was saved: this model does not know which base it is on. Pass tokenizer=.")
             return None
         source = base_source(name)
+        only_text = self.base.main_input_name == "input_ids" and not hasattr(self.base.config, "vision_config")
         try:  # saving must not need the network
-            return AutoTokenizer.from_pretrained(
+            return (AutoTokenizer if only_text else AutoProcessor).from_pretrained(
                 source, revision=self.config.base_model_revision, local_files_only=True, trust_remote_code=False
             )
         except (OSError, ValueError, TypeError) as error:  # TypeError: wav2vec2 without a vocabulary
@@ -204,7 +205,8 @@ class SavedAdapter(PreTrainedModel):
                 "base_model_name_or_path=None: an adapter was merged into the base, so nothing that has a name holds "
                 "its weights: call save_base(folder) first, which writes the base there and names it"
             )
-        if tokenizer is not None:
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
+        if hasattr(tokenizer, "get_vocab"):
             rows = self.get_input_embeddings().weight.shape[0]
             surplus = sorted(token for token in tokenizer.get_vocab().values() if token >= rows)
             own = self._base_tokenizer() if surplus and name is not None else None
