@@ -28,6 +28,7 @@ CODE_FILES = (
     "heads.py",
     "layer_stacks.py",
     "linear_layers.py",
+    "mixlora_model.py",
     "mixture.py",
     "modeling_minilora.py",
     "probe.py",

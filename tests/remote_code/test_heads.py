@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -217,6 +218,19 @@ def test_trainer_trains_a_classification_adapter(tmp_path):
     resumed = Trainer(again, arguments, train_dataset=rows, eval_dataset=rows[:16])
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-12"))
     torch.testing.assert_close(again.base.score.weight, loaded.base.score.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_the_example_of_the_documentation(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "load.md").read_text(encoding="utf-8")
+    example = re.search(r"```python\n(.*?)```", page.split("## Bases with other heads")[1], re.DOTALL)[1]
+    config = transformers.AutoConfig.for_model("bert", **tiny_heads.CONFIGURATIONS["bert"])
+    transformers.AutoModel.from_config(config).save_pretrained("base")
+    names: dict = {}
+    exec(example.replace("org/bert", "base"), names)
+    assert capsys.readouterr().out == "['classifier']\n"
+    assert type(names["model"]) is minilora_hub.DoraForSequenceClassification
+    assert names["model"].config.num_labels == 3
 
 
 # ---- what is saved whole ----
