@@ -137,7 +137,7 @@ class SavedAdapter(PreTrainedModel):
         name = config.base_model_name_or_path
         folder = local_folder(base_source(name), config.base_model_revision)
         try:
-            differing = differing_tensors(base, folder, saved=saved_parameters(base, config.modules_to_save))
+            differing = differing_tensors(base, folder, None, saved_parameters(base, config.modules_to_save))
         except Exception as error:  # a base's own loading may raise anything
             raise ValueError(
                 f"base: this {type(base).__name__} cannot be compared with the files of {name!r}, which it names "
