@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import fill_adapter, tiny_config, token_ids
 from tiny_architectures import tiny_encoder_decoder
-from transformers import T5EncoderModel
+from transformers import T5Config, T5EncoderModel
 
 from minilora_hub import DoraConfig, DoraForCausalLM
 from minilora_hub.remote_code.base_structure import plan_sites
@@ -55,11 +55,22 @@ def test_a_target_may_name_one_part():
     ]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_mixtures_in_blocks_of_another_form_are_refused(name):
-    """BART's and Whisper's linears lie flat in their layer; T5 has a dropout between them, which a mixture has not."""
-    with pytest.raises(ValueError, match=r"encoder\.(layers|block)\.0 .*: no feed-forward block of a known form"):
-        plan_sites(tiny_encoder_decoder(name), tiny_config("mixlora"))
+def test_mixtures_go_into_one_list_of_layers():
+    with pytest.raises(ValueError, match=r"goes into one list of layers, not \['encoder\.layers', 'decoder\.layers'\]"):
+        plan_sites(tiny_encoder_decoder("t5"), tiny_config("mixlora"))
+    with pytest.raises(ValueError, match=r"encoder\.layers\.0 .*: no feed-forward block of a known form"):
+        plan_sites(tiny_encoder_decoder("bart"), tiny_config("mixlora", towers=["encoder"]))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_a_block_with_a_dropout_within_is_refused(rate):
+    """It does nothing in evaluation, but a mixture would drop at another place in training."""
+    base = T5EncoderModel(T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=rate))
+    if not rate:
+        assert sum(hasattr(site, "structure") for site in plan_sites(base, tiny_config("mixlora"))) == 2
+        return
+    with pytest.raises(ValueError, match=r"encoder\.block\.0 .*: no feed-forward block of a known form"):
+        plan_sites(base, tiny_config("mixlora"))
 
 
 def test_the_encoder_alone_is_a_base_with_one_list():
