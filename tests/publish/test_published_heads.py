@@ -77,6 +77,13 @@ def test_a_damaged_head_is_found(base_folder, tmp_path):
     assert [p.message for p in checked(folder) if p.code == "tensors"] == ["score.weight is missing"]
 
 
+def test_a_classifier_gets_no_handler_that_generates(base_folder, tmp_path):
+    trained_folder(base_folder, tmp_path / "trained", num_labels=3)
+    settings = {"repo_id": "ana/classifier", "base_id": "org/base", "license": "apache-2.0", "endpoint": True}
+    with pytest.raises(AdapterError, match=r"generates text, and this adapter is for AutoModelForSequenceClassif"):
+        build(tmp_path / "trained", tmp_path / "built", base_model=str(base_folder), **settings)
+
+
 def test_an_auto_map_under_the_wrong_class_is_refused(base_folder, tmp_path):
     trained_folder(base_folder, tmp_path / "trained", num_labels=3)
     path = tmp_path / "trained" / "config.json"
