@@ -3,7 +3,7 @@
     python tests/evidence/train_on.py run                      # every step; goes on after a stop
     python tests/evidence/train_on.py run --part router        # one part
 
-    router      one LoRA for each task; their mean, TIES, the untrained and the trained router over them
+    router      one LoRA for each task; their mean, TIES, the untrained, Arrow's and the trained router over them
     distill     one LoRA from the shipped MixLoRA, and the same LoRA trained on the labels alone
     sequence    the tasks one after the other: one LoRA continued, and a new one beside those that are kept, with and
                 without the orthogonal term
@@ -38,6 +38,7 @@ from minilora_hub.documents import write_whole
 from minilora_hub.evaluation.metrics import perplexity
 from minilora_hub.evaluation.run import evaluate
 from minilora_hub.formats.combine import Combination, combine
+from minilora_hub.formats.experts_from_loras import Router
 from minilora_hub.formats.importing import import_as_experts
 from minilora_hub.training.run import train
 from minilora_hub.training.run_folder import STATE_FILE
@@ -115,8 +116,9 @@ class Runs:
             how = Combination(method, (1 / len(TASKS),) * len(TASKS))
             return lambda out: _once(out, lambda: combine(singles, out, how, base="embedded"))
 
-        def mixture(out: Path) -> None:
-            _once(out, lambda: import_as_experts(singles, out, base="embedded", num_experts_per_tok=len(TASKS)))
+        def mixture(router: Router) -> Callable[[Path], None]:
+            settings: dict[str, Any] = {"base": "embedded", "num_experts_per_tok": len(TASKS), "router": router}
+            return lambda out: _once(out, lambda: import_as_experts(singles, out, **settings))
 
         def routed(active: int) -> Callable[[Path], None]:
             said = ROUTER | {"from_adapter": str(self.adapter("mixture")), "num_experts_per_tok": active}
@@ -125,7 +127,8 @@ class Runs:
         first = [
             *(Evidence("router", f"single-{task}", self._trained(task, one, **ON_BLOCKS)) for task in TASKS),
             Evidence("router", "mean", combined("cat")),
-            Evidence("router", "mixture", mixture),
+            Evidence("router", "mixture", mixture("fresh")),
+            Evidence("router", "arrow", mixture("arrow")),
             Evidence("router", "routed-all", routed(len(TASKS))),
         ]
         return first, [Evidence("router", "routed-2", routed(2)), Evidence("router", "ties", combined("ties_svd"))]
