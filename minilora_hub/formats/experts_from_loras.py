@@ -107,7 +107,8 @@ def experts_from_loras(
         num_experts_per_tok=num_experts_per_tok,
         router_init_range=router_init_range,
         target_modules=layer_targets(tensors, base),
-        **({"routing_strategy": "arrow", "router_temperature": temperature} if router == "arrow" else {}),
+        routing_strategy="arrow" if router == "arrow" else "top_k",
+        router_temperature=temperature if router == "arrow" else None,
     )
     notes = [] if router == "arrow" else ["the router is fresh: train it before the adapter is used"]
     if attention == "drop" and any(path in linears for adapter in adapters for path in adapter.updates):
