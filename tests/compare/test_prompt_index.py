@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -18,6 +20,8 @@ from tiny_training import write_base, write_rows
 from minilora_hub.compare.engine import CompareEngine
 from minilora_hub.compare.prompt_index import AdapterIndex, choose_in, embedding
 from minilora_hub.errors import AdapterError
+from minilora_hub.remote_code.adapter_files import base_fingerprint
+from minilora_hub.serving.run import build_server
 from minilora_hub.training.prompts import read_prompts
 
 PAGE = Path(__file__).parents[2] / "docs" / "route.md"
@@ -200,3 +204,17 @@ def test_the_server_answers_auto_with_the_chosen_adapter(tmp_path):
         assert ours["model"] in ("dora", "lora")
         with pytest.raises(AdapterError, match="its adapters mix are not served"):
             server.models.choose_with(index)
+
+
+def test_a_server_is_built_with_an_index_of_its_base(tmp_path):
+    base, adapters = save_base_and_adapters(tmp_path)
+    index_of(tiny_llama()).save(tmp_path / "other.index")
+    with pytest.raises(AdapterError, match="build it again"):
+        build_server(str(base), adapters, route=tmp_path / "other.index")
+    replace(index_of(tiny_llama()), fingerprint=base_fingerprint(str(base))).save(tmp_path / "my.index")
+    server = build_server(str(base), adapters, route=tmp_path / "my.index")
+    assert server.models.all()[-1].name == "auto"
+    with pytest.raises(AdapterError, match="a model is called 'auto'"):
+        build_server(
+            str(base), [*adapters, shutil.copytree(adapters[0], tmp_path / "auto")], route=tmp_path / "my.index"
+        )

@@ -59,6 +59,7 @@ def test_serve_answers_and_ends_quietly(saved):
         (["--api-key", " "], "--api-key ''"),
         (["--adapter-dir", "gone"], "gone"),
         (["gone"], "gone"),
+        (["--route", "gone"], "index 'gone' cannot be read"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(run_command, saved, tmp_path, monkeypatch, arguments, words):
