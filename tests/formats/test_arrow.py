@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 from tiny import logits, mixtures, tiny_base, token_ids
 
 from minilora_hub import MixLoraConfig, MixLoraForCausalLM
+from minilora_hub.adapter_folder.folders import adapter_facts
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.errors import AdapterError, TrainingError
 from minilora_hub.formats.experts_from_loras import prototype
 from minilora_hub.formats.exporting import export_adapter
 from minilora_hub.formats.importing import import_as_experts
+from minilora_hub.publish.push.build import build
 from minilora_hub.remote_code.routing import load_balancing_loss
 from minilora_hub.training.parent_adapter import complete_settings
 
@@ -106,6 +108,17 @@ def test_its_router_can_be_trained(base, tmp_path):
     one = {"from_adapter": str(tmp_path / "out"), "learn": "router", "data": "rows.jsonl", "num_experts_per_tok": 1}
     with pytest.raises(TrainingError, match=r"num_experts_per_tok=1: with arrow routing .* is always 1"):
         complete_settings(one)
+
+
+def test_it_is_published_like_any_mixture(base, tmp_path):
+    """The folder has the code that computes it, and the card says how it routes."""
+    made(loras(tmp_path, ["up_proj", "down_proj"]), tmp_path / "out", base, temperature=0.5)
+    where = {"base_id": "org/base", "base_model": base}
+    built = build(tmp_path / "out", tmp_path / "built", repo_id="me/arrow", **where)
+    card = (built.folder / "README.md").read_text(encoding="utf-8")
+    assert "| Routing | arrow |\n| Router temperature | 0.5 |" in card
+    assert "ArrowRouting" in (built.folder / "routing.py").read_text(encoding="utf-8")
+    assert adapter_facts(built.folder).detail.endswith("3 experts, 2 active")
 
 
 def test_what_it_cannot_do_is_refused(base, tmp_path):
