@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed; .ci/vllm makes an environment that has it")
 
 import torch
-from engines.vllm.answers_here import NEW_TOKENS, answers, base_folder, folder_of, prompts
+from engines.vllm.answers_here import NEW_TOKENS, TEXTS, answers, base_folder, folder_of, prompts
 from engines.vllm.vllm_processes import Server
 from safetensors.torch import load_file, save_file
 
@@ -32,8 +32,9 @@ METHODS = {name: name.removesuffix("-peft") for name in ("base", *ADAPTERS)}
 def server(tmp_path_factory):
     slots = ("--enable-lora", "--max-loras", "2", "--max-cpu-loras", "8", "--max-lora-rank", "16")
     log = tmp_path_factory.mktemp("vllm") / "log.txt"
-    server = Server(base_folder(), log, "--served-model-name", "base", *slots)
-    for name, folder in ADAPTERS.items():
+    modules = [f"{name}={folder}" for name, folder in ADAPTERS.items()]
+    server = Server(base_folder(), log, "--served-model-name", "base", *slots, "--lora-modules", *modules[:2])
+    for name, folder in list(ADAPTERS.items())[2:]:
         status, text = server.load(name, folder)
         assert status == 200, text
     yield server
@@ -70,13 +71,14 @@ def test_more_adapters_than_slots(server):
     assert server.together(asked(*METHODS), NEW_TOKENS) == expected(*METHODS)
 
 
-def test_unloaded_and_loaded_again(server):
+def test_chat_with_adapters_that_come_and_go(server):
     for method in ("lora", "mixlora", "dora"):
         status, text = server.load("another", folder_of(method))
         assert status == 200, text
-        assert server.tokens("another", prompts()[0], NEW_TOKENS) == answers(method)[0]
+        assert server.chat("another", TEXTS[0], NEW_TOKENS) == (200, answers(method)[0])
         assert server.unload("another")[0] == 200
     assert "another" not in server.get("/v1/models")[1]
+    assert server.chat("another", TEXTS[0], NEW_TOKENS)[0] == 404
 
 
 def changed(folder, out, change):

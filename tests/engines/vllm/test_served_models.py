@@ -43,14 +43,10 @@ def test_a_server_answers_chat_requests_with_the_adapter(tmp_path):
     overrides = ("--hf-overrides", json.dumps(EMBEDDED["hf_overrides"]), "--served-model-name", "mixture")
     server = Server(str(folder_of("mixlora")), tmp_path / "log.txt", *overrides)
     try:
-        status, text = server.post("/v1/chat/completions", {
-            "model": "mixture", "messages": [{"role": "user", "content": TEXTS[0]}],
-            "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True,
-        })  # fmt: skip
+        answer = server.chat("mixture", TEXTS[0], NEW_TOKENS)
     finally:
         server.stop()
-    assert status == 200, text
-    assert json.loads(text)["choices"][0]["token_ids"] == answers("mixlora")[0]
+    assert answer == (200, answers("mixlora")[0])
 
 
 CASES = [("dora", family) for family in ("mistral", "qwen2", "qwen3", "gemma2", "phi3", "olmo2", "granite")]

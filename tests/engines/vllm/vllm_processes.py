@@ -102,6 +102,14 @@ class Server:
         assert status == 200, text
         return json.loads(text)["choices"][0]["token_ids"]
 
+    def chat(self, name: str, text: str, count: int) -> tuple[int, Any]:
+        """The status and what a model answers greedily to a chat message, as tokens, or the error."""
+        status, answer = self.post("/v1/chat/completions", {
+            "model": name, "messages": [{"role": "user", "content": text}], "max_tokens": count,
+            "temperature": 0, "ignore_eos": True, "return_token_ids": True,
+        })  # fmt: skip
+        return status, json.loads(answer)["choices"][0]["token_ids"] if status == 200 else answer
+
     def together(self, asked: list[tuple[str, list[int]]], count: int) -> list[list[int]]:
         """The answers to requests that are sent at the same time: (model, prompt)."""
         with ThreadPoolExecutor(len(asked)) as pool:
