@@ -7,8 +7,7 @@
 
 The base itself embeds a prompt, so no second model is loaded: the mean over the tokens of the bare base's last hidden
 states, scaled to length one. An adapter's similarity is the largest cosine with one of its prompts, not that with their
-mean: a task that has several formats is no single direction. (On the tasks of docs/evaluate.md the mean chooses wrongly
-for formats that the nearest prompt gets right; docs/evidence.md has the figures.)
+mean: a task that has several formats is no single direction. docs/evidence.md compares both.
 
 The index holds these vectors, no text of the prompts.
 """

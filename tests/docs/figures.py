@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence import choosing, report
+from evidence import choosing, report, train_on
 from evidence.store import Store
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -161,6 +161,11 @@ def choice() -> str:
     return choosing.report()
 
 
+def continued() -> str:
+    """Trainings that continue from adapters."""
+    return train_on.report()
+
+
 def paragraph(text: str) -> str:
     """Wrap a paragraph."""
     return "\n".join(textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False))
@@ -168,6 +173,7 @@ def paragraph(text: str) -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "choice": choice,
+    "continued": continued,
     "costs": costs,
     "evidence": evidence,
     "page": page,

@@ -67,7 +67,8 @@ def report() -> str:
     """The share of right choices, by the number of prompts of each adapter."""
     held = json.loads(FILE.read_text(encoding="utf-8"))
     keys = [key for task in TASKS for key in (task, held_out_key(task))]
-    lines = [f"| prompts of each adapter, choice | {' | '.join(keys)} |", "| --- |" + " ---: |" * len(keys)]
+    names = [key.replace("_", "-") for key in keys]
+    lines = [f"| prompts of each adapter, choice | {' | '.join(names)} |", "| --- |" + " ---: |" * len(keys)]
     for way, words in (("nearest", "nearest prompt"), ("mean", "nearest mean")):
         for count, found in held[way].items():
             shares = []

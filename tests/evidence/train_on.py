@@ -22,6 +22,7 @@ import shutil
 import statistics
 import sys
 import sysconfig
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -202,17 +203,25 @@ def write_general_text(file: Path) -> None:
 
 
 def report() -> str:
-    """Tables of the results that are there, one a part and size."""
+    """Tables of the results that are there, one a part and size, and the names of the steps that were not run."""
     lines = []
     held = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))]
     for part, steps, items in sorted({(one["part"], one["steps"], one["items"]) for one in held}):
-        lines += ["", f"{part}: {steps} steps of 8 rows for a task, {items} test items of each", ""]
+        lines += [
+            "",
+            f"{part}: {steps} steps of 8 rows for a task, {items} test items of each; exact match in percent",
+            "",
+        ]
         lines += [f"| | {' | '.join(TASKS)} | mean | perplexity |", "| --- |" + " ---: |" * (len(TASKS) + 2)]
         for one in held:
             if (one["part"], one["steps"], one["items"]) == (part, steps, items):
                 shares = [statistics.fmean(map(int, one["exact"][task])) for task in TASKS]
                 cells, mean = [f"{100 * share:.1f}" for share in shares], 100 * statistics.fmean(shares)
                 lines.append(f"| {one['step']} | {' | '.join(cells)} | {mean:.1f} | {one.get('perplexity', '')} |")
+    known = {one["step"] for one in held}
+    missing = [step.name for step in Runs(Path(), Sizes(0, 0)).steps() if step.name not in known]
+    if missing:
+        lines += ["", textwrap.fill(f"Not run: {', '.join(missing)}.", 120, break_on_hyphens=False)]
     return "\n".join(lines).strip()
 
 
