@@ -14,7 +14,7 @@ from minilora_hub.compare.prompt_index import AdapterIndex
 from minilora_hub.remote_code.adapter_files import base_fingerprint
 from minilora_hub.serving.app import Server, build_app
 from minilora_hub.serving.metrics import Metrics
-from minilora_hub.serving.models import Models
+from minilora_hub.serving.models import Models, require_folder
 from minilora_hub.serving.scheduler import Scheduler
 from minilora_hub.serving.settings import ServerLimits
 
@@ -50,6 +50,8 @@ def build_server(
         ValueError: two adapters have the same name.
     """
     index = None if route is None else AdapterIndex.load(route)
+    for folder in adapter_folders:  # before the base is loaded
+        require_folder(folder)
     engine = CompareEngine(base, adapters, memory_limit=adapter_bytes, progress=progress)
     scheduler = Scheduler(engine, limits or ServerLimits())
     resolved = resolve_base(base)
