@@ -45,7 +45,7 @@ from minilora_hub.training.run import train
 from minilora_hub.training.run_folder import STATE_FILE
 
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
-LORA: dict[str, Any] = {"method": "lora", "base": "embedded", "learning_rate": 1.5e-3}
+LORA: dict[str, Any] = {"method": "lora", "learning_rate": 1.5e-3}
 ON_BLOCKS = LORA | {"r": 8, "target_modules": FEED_FORWARD}
 ON_ALL = LORA | {"r": 12}
 ROUTER: dict[str, Any] = {"learn": "router", "learning_rate": 1e-2, "router_aux_loss_coef": 0.0}
@@ -82,10 +82,12 @@ class Runs:
     Args:
         work: folder of rows and adapters.
         sizes: of the runs.
+        base: the base of all adapters.
+        teacher: the MixLoRA that is distilled.
     """
 
-    def __init__(self, work: Path, sizes: Sizes) -> None:
-        self.work, self.sizes = work, sizes
+    def __init__(self, work: Path, sizes: Sizes, base: str = "embedded", teacher: Path = SHIPPED) -> None:
+        self.work, self.sizes, self.base, self.teacher = work, sizes, base, teacher
 
     def adapter(self, name: str) -> Path:
         """The folder of a step's adapter."""
@@ -103,7 +105,11 @@ class Runs:
             return
         if state is None:
             shutil.rmtree(out, ignore_errors=True)
-        chosen = TRAINING | settings | {"max_steps": steps, "save_every": max(1, steps // 2), "record": False}
+        chosen = (
+            TRAINING
+            | settings
+            | {"base": self.base, "max_steps": steps, "save_every": max(1, steps // 2), "record": False}
+        )
         train(out, data=str(self.work / "data" / f"{data}.train.jsonl"), resume=state is not None, **chosen)
 
     def _trained(self, data: str, steps: int, **settings: Any) -> Callable[[Path], None]:
@@ -115,10 +121,10 @@ class Runs:
 
         def combined(method: str) -> Callable[[Path], None]:
             how = Combination(method, (1 / len(TASKS),) * len(TASKS))
-            return lambda out: _once(out, lambda: combine(singles, out, how, base="embedded"))
+            return lambda out: _once(out, lambda: combine(singles, out, how, base=self.base))
 
         def mixture(router: Router) -> Callable[[Path], None]:
-            settings: dict[str, Any] = {"base": "embedded", "num_experts_per_tok": len(TASKS), "router": router}
+            settings: dict[str, Any] = {"base": self.base, "num_experts_per_tok": len(TASKS), "router": router}
             return lambda out: _once(out, lambda: import_as_experts(singles, out, **settings))
 
         def routed(active: int) -> Callable[[Path], None]:
@@ -135,11 +141,11 @@ class Runs:
         return first, [Evidence("router", "routed-2", routed(2)), Evidence("router", "ties", combined("ties_svd"))]
 
     def _distill(self) -> list[Evidence]:
-        steps, teacher = self.sizes.steps * len(TASKS), f"distill:teacher={SHIPPED},labels=0"
+        steps, teacher = self.sizes.steps * len(TASKS), f"distill:teacher={self.teacher},labels=0"
         return [
             Evidence("distill", "labels-only", self._trained(MIX, steps, **ON_ALL), perplexity=True),
             Evidence("distill", "distilled", self._trained(MIX, steps, objective=[teacher], **ON_ALL)),
-            Evidence("distill", "teacher", lambda out: _once(out, lambda: shutil.copytree(SHIPPED, out))),
+            Evidence("distill", "teacher", lambda out: _once(out, lambda: shutil.copytree(self.teacher, out))),
         ]
 
     def _sequence(self, kind: str) -> list[Evidence]:
@@ -167,7 +173,7 @@ class Runs:
         step.make(out)
         report = evaluate(
             [out],
-            base="embedded",
+            base=self.base,
             tasks=TASKS,
             count=self.sizes.items,
             few_shot=0,
