@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 HEAD, VECTORS, OWNERS = "minilora_index", "vectors", "owners"
-MOST_TOKENS = 512
-"""Tokens of a prompt that are read; what a prompt asks for is said at its start."""
+MOST_TOKENS, MOST_CHARACTERS = 512, 8192
+"""Of a prompt that are read, so that a long one costs no more; what a prompt asks for is mostly said at its start."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def embedding(model: Any, tokenizer: Any, text: str) -> torch.Tensor:
     Raises:
         ValueError: it has no token.
     """
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:MOST_TOKENS]
+    ids = tokenizer(text[:MOST_CHARACTERS], add_special_tokens=False, verbose=False)["input_ids"][:MOST_TOKENS]
     if not ids:
         raise ValueError(f"prompt={text[:40]!r}: must hold at least one token")
     decoder = model._modules.get(getattr(model, "base_model_prefix", ""), model)

@@ -220,6 +220,7 @@ class Answering:
         body.refuse_unsupported()
         adapter, choice = self.models.adapter(body.model), None
         if self.models.is_auto(body.model):
+            self.scheduler.require_room(body.count)  # before the base reads the prompt
             choice = await self.models.choose(body.asked())
             adapter = choice.adapter
         await self.models.prepare(adapter)

@@ -65,6 +65,10 @@ def test_the_choice_is_the_nearest_prompts_adapter(model):
     assert choice.similarity == pytest.approx(near[first], abs=1e-5)
     assert choice.runner_up[1] == pytest.approx(near[second], abs=1e-5)
     assert index.choose(embedding(model, byte_tokenizer(), asked), ["lora"]).runner_up is None
+    long = "x" * 600
+    torch.testing.assert_close(
+        embedding(model, byte_tokenizer(), long * 20), embedding(model, byte_tokenizer(), long[:512]), rtol=0, atol=0
+    )
     for name, text in (("dora", "Write in digits: fifty-two"), ("lora", "????")):
         assert index.choose(embedding(model, byte_tokenizer(), text)).adapter == name
 
