@@ -1,7 +1,8 @@
 """Record reference logits, and compare a model's logits with them: fixed prompts, and the largest logits after them.
 
 They are recorded when a repo is built and computed again when it is verified, on the CPU in the dtype that
-`verification.json` names: only the matrix library may differ between two machines.
+`verification.json` names, with `F.linear` only (see `remote_code/few_rows.py`): only the matrix library may differ
+between two machines.
 """
 
 from __future__ import annotations
@@ -59,8 +60,10 @@ def record(model: Any, prompts: Sequence[Sequence[int]]) -> TopLogits:
     """
     import torch
 
+    from minilora_hub.remote_code.few_rows import plain_products
+
     tokens, logits = [], []
-    with torch.no_grad():
+    with torch.no_grad(), plain_products():
         for prompt in prompts:
             ids = torch.tensor([list(prompt)], device=model.device)
             row = model(input_ids=ids).logits[0, -1].float()  # (vocabulary,)
@@ -79,10 +82,12 @@ def logits_of(
     """
     import torch
 
+    from minilora_hub.remote_code.few_rows import plain_products
+
     wanted: list[list[float]] = []
     highest: list[float | None] = []
     size = model.get_input_embeddings().num_embeddings
-    with torch.no_grad():
+    with torch.no_grad(), plain_products():
         for prompt, some in zip(prompts, tokens, strict=True):
             if not all(0 <= token < size for token in (*prompt, *some)):
                 wanted.append([float("nan")] * len(some))

@@ -269,8 +269,9 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
         # The same holds for everything that was set on the configuration for the base (as use_cache=False).
         arguments = {"dtype": asked or config.dtype or "auto", **config.base_changes(), **shared, **kwargs}
         base = load_base(cls.auto_class, config, trust_remote_code, arguments)
-        trained_on, found = config.base_fingerprint, fingerprint_of(config, shared.get("cache_dir"))
-        if UNKNOWN not in (trained_on, found) and trained_on != found:
+        trained_on = config.base_fingerprint
+        found = UNKNOWN if trained_on == UNKNOWN else fingerprint_of(config, shared.get("cache_dir"))
+        if found not in (UNKNOWN, trained_on):
             warnings.warn(
                 f"this adapter was trained on a base with fingerprint {trained_on}, but "
                 f"{config.base_model_name_or_path!r} has {found}: its outputs may differ from those its author saw",

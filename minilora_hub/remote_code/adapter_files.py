@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .file_hashes import file_sha256
+
 ADAPTER_FILE = "adapter_model.safetensors"
 CODE_FILES = (
     "adapted_linear.py",
@@ -25,6 +27,8 @@ CODE_FILES = (
     "configuration_adapter.py",
     "configuration_minilora.py",
     "expert_slots.py",
+    "few_rows.py",
+    "file_hashes.py",
     "linear_layers.py",
     "mixture.py",
     "modeling_minilora.py",
@@ -169,5 +173,4 @@ def _file_sha256(path: str) -> str:
     blob = os.path.basename(os.path.realpath(path))
     if os.path.islink(path) and len(blob) == 64:
         return blob
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)

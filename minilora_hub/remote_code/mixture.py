@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from .adapted_linear import LowRankUpdate, apply_dora_scale, product_dtype
 from .base_structure import FeedForwardStructure
 from .expert_slots import Slots, SlotsByExpert, SlotsGathered, SlotsGrouped, SlotsMasked, SlotsOfOneToken
-from .linear_layers import is_only_its_product
+from .linear_layers import is_only_its_product, only_product_of
 from .routing import Routing
 from .routing_record import Routes, RoutingRecord, current_record
 
@@ -203,9 +203,8 @@ class MixtureOfLoraExperts(nn.Module):
 
     def _project(self, name: str, x: Tensor) -> Tensor:
         layer = self._layer(name)
-        if x.shape[0] == 1 and is_only_its_product(layer):
-            weight: Any = layer._parameters["weight"]
-            return F.linear(x, weight, layer._parameters["bias"])
+        if not self.training and is_only_its_product(layer):
+            return only_product_of(layer, x)
         return layer(x)
 
     def _layer(self, name: str) -> nn.Module:

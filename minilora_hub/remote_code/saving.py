@@ -31,6 +31,7 @@ from .adapter_files import (
 )
 from .attach import detach, replace_module
 from .base_loading import Digests, differing_tensors, refuse_unknown_tokens, same_digests, tensor_digests
+from .linear_layers import speed_up_linears
 from .trainer_support import find_in_state_dict, write_checkpoint
 
 logger = logging.get_logger(__name__)
@@ -184,6 +185,7 @@ class SavedAdapter(PreTrainedModel):
         finally:
             for path, module in modules.items():
                 replace_module(self.base, path, module)
+            speed_up_linears(self.base)
 
     def _check_before_saving(self: Any, state_dict: Mapping[str, Tensor] | None, tokenizer: Any) -> None:
         """Raise a ValueError unless loading what will be saved gives this model."""

@@ -170,6 +170,7 @@ class Answering:
         """
         adapter, prompting = await self._begin(body)
         turns = [message.turn() for message in body.messages]
+        self._require_short(sum(len(turn["content"]) for turn in turns), "messages")
         ids = await self._tokens("messages", prompting.chat_ids, turns)
         if ids is None:
             raise ServingError(
@@ -195,8 +196,12 @@ class Answering:
         prompts = body.prompts()
         self.scheduler.require_room(len(prompts) * body.count)  # before thousands of prompts are tokenized
         for prompt in prompts:
+            if isinstance(prompt, str):
+                self._require_short(len(prompt), "prompt")
             read = prompting.text_ids if isinstance(prompt, str) else prompting.known
             ids = await self._tokens("prompt", read, prompt) or []
+            if not isinstance(prompt, str) and self.scheduler.limits.prompt_characters:
+                self._require_short(len(str(prompting.tokenizer.decode(ids))), "prompt")
             limit = self._limit(ids, body.max_tokens, COMPLETION_TOKENS, "prompt")
             text = ""
             if body.echo:
@@ -219,8 +224,17 @@ class Answering:
         except (AdapterError, ValueError) as error:
             raise ServingError(400, f"{param}: {error}", param) from None
 
+    def _require_short(self, characters: int, param: str) -> None:
+        most = self.scheduler.limits.prompt_characters
+        if most is not None and characters > most:
+            raise ServingError(400, f"{param}: {characters} characters, this server takes at most {most}", param)
+
     def _limit(self, ids: Sequence[int], asked: int | None, default: int, param: str) -> int:
         room = self._context - len(ids)
+        most = self.scheduler.limits.answer_tokens
+        if most is not None and (asked or 0) > most:
+            raise ServingError(400, f"max_tokens={asked}: this server gives at most {most} an answer", "max_tokens")
+        default = min(default, most or default)
         if not ids:
             raise ServingError(400, f"{param}: must hold at least one token", param)
         if room < (1 if asked is None else asked):

@@ -100,8 +100,7 @@ class Models:
             AdapterError: there is no such folder.
             ValueError: an adapter has the name of another model.
         """
-        if not folder.is_dir():
-            raise AdapterError(f"{str(folder)!r}: there is no such folder")
+        require_folder(folder)
         count, refused = 0, []
         for path in sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
             try:
@@ -182,6 +181,12 @@ class Models:
         folder = Path(source)
         for alias in {source, source.rstrip("/"), *([str(folder.resolve())] if folder.is_dir() else [])}:
             self._aliases.setdefault(alias, name)
+
+
+def require_folder(folder: Path) -> None:
+    """Raise AdapterError unless there is such a folder."""
+    if not folder.is_dir():
+        raise AdapterError(f"{str(folder)!r}: there is no such folder")
 
 
 def unusable(adapter: str | None, error: Exception) -> ServingError:

@@ -12,7 +12,7 @@ from minilora_hub.bases.resolving import resolve_base
 from minilora_hub.compare.engine import CompareEngine
 from minilora_hub.serving.app import Server, build_app
 from minilora_hub.serving.metrics import Metrics
-from minilora_hub.serving.models import Models
+from minilora_hub.serving.models import Models, require_folder
 from minilora_hub.serving.scheduler import Scheduler
 from minilora_hub.serving.settings import ServerLimits
 
@@ -45,6 +45,8 @@ def build_server(
         MiniLoraError: the base or an adapter cannot be found or read.
         ValueError: two adapters have the same name.
     """
+    for folder in adapter_folders:  # before the base is loaded
+        require_folder(folder)
     engine = CompareEngine(base, adapters, memory_limit=adapter_bytes, progress=progress)
     scheduler = Scheduler(engine, limits or ServerLimits())
     resolved = resolve_base(base)

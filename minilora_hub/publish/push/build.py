@@ -3,6 +3,7 @@
     config.json with auto_map    adapter_model.safetensors    this version's remote code
     tokenizer, chat template     generation_config.json       README.md  results.json  verification.json  pictures
     peft/                        the same adapter in PEFT's format, where PEFT can read it (DoRA)
+    handler.py  requirements.txt where the repo is to be an Inference Endpoint
 
 The root of such a repo never has an `adapter_config.json`: AutoModel would take the base's config and not see the class
 of the adapter. Plain LoRA, and `layout="peft"`, are published in PEFT's own layout instead, without code.
@@ -26,7 +27,7 @@ from minilora_hub.adapter_folder.folders import Layout, read_source
 from minilora_hub.adapter_folder.hashes import file_sha256, recorded_before
 from minilora_hub.adapter_folder.names import GENERATION, OUR_CONFIG, TEMPLATE, TOKENIZING, WEIGHTS
 from minilora_hub.adapter_folder.results import VERIFICATION_FILE, Base, Verification, is_hashed
-from minilora_hub.adapter_folder.writing import whole_folder, write_code
+from minilora_hub.adapter_folder.writing import whole_folder, write_code, write_endpoint
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.peft import PeftTargets, copy_peft_weights, write_peft_config
 from minilora_hub.publish.card.files import (
@@ -106,6 +107,7 @@ def build(
     license: str | None = None,
     base_model: str | None = None,
     space: str | None = None,
+    endpoint: bool = False,
     published_card: str | None = None,
     token: str | None = None,
     progress: bool = False,
@@ -122,6 +124,7 @@ def build(
         license: the adapter's licence; default: the one in results.json.
         base_model: where to load the base from: ``"embedded"``, a folder or an id. Default: what the adapter names.
         space: id of the Space that the card's "try it" opens. Default: the one that the earlier card names.
+        endpoint: add the files of an Inference Endpoint.
         published_card: the earlier card, where the folder has none of its own; its free text is kept.
         token: for a private or gated base.
         progress: show bars while the base is fetched.
@@ -143,6 +146,8 @@ def build(
         published_base = _published_base(trained, base, recording)
         _copy_model(trained, folder, layout, base)
         notes += _write_adapter(trained, folder, layout, published_base, recording)
+        if endpoint:
+            write_endpoint(folder, peft_layout=layout == "peft")
         results = write_results(trained, folder, published_base, recording.parameters, license)
         write_card_pictures(trained.folder, folder, results, notes, keep=before is not None)
         kept = card_to_keep(previous, published_card, notes)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.adapter_folder.code import code_files, code_hash, release_of
+from minilora_hub.adapter_folder.code import code_files, code_hash, endpoint_files, release_of
 from minilora_hub.adapter_folder.code_references import code_references, own_auto_map
 from minilora_hub.adapter_folder.folders import AdapterFolder as Source
 from minilora_hub.adapter_folder.folders import inspect_source
@@ -53,7 +53,7 @@ class VerifyReport:
         name: the repo or the folder.
         revision: the commit; None for a folder.
         steps: the checks, in order. `verify` may stop at the first failure.
-        code: hash of the repo's Python files; None where it has none.
+        code: hash of the repo's code files; None where it has none.
         difference: the largest difference of a logit from the recorded one; None where none was computed.
     """
 
@@ -181,8 +181,13 @@ def _check_code(source: Source, code: dict[str, Path], report: VerifyReport, tru
     if other := _other_code(source, released=release is not None):
         report.add("code", False, f"{other}: nothing was run")
     elif source.layout == "peft":
-        detail = "it has none, and needs none" if not code else f"PEFT's layout needs none, but there is {min(code)}"
-        report.add("code", not code, detail)
+        endpoint = endpoint_files(peft_layout=True).keys()
+        if code and release and code.keys() <= endpoint:
+            report.add("code", True, f"an endpoint's alone, released by minilora_hub ({release}), {report.code}")
+        else:
+            other = min(code.keys() - endpoint, default=None) or min(code, default=None)
+            detail = f"PEFT's layout needs none, but there is {other}" if code else "it has none, and needs none"
+            report.add("code", not code, detail)
     elif release:
         report.add("code", True, f"released by minilora_hub ({release}), {report.code}")
     elif trust:
