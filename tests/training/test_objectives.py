@@ -196,6 +196,7 @@ def test_kept_adapters_are_active_and_can_be_removed(targets, base, tmp_path):
     torch.testing.assert_close(logits_of(model), alone, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_run_with_kept_adapters_saves_their_sum(base, data, tmp_path):
     """O-LoRA's next task: less overlap than without the term, and a LoRA that holds both tasks."""
     first = tmp_path / "first"
@@ -244,6 +245,7 @@ def test_the_anchor_is_the_divergence_from_the_bare_base(kind, base, text):
     assert objective(SimpleNamespace(model=model, place=(4, 1))).value.item() != term.value.item()
 
 
+@pytest.mark.slow
 def test_an_anchored_run_stays_nearer_to_the_base(base, data, text, tmp_path):
     said = RUN | {"method": "dora", "r": 4, "base": base, "data": data, "max_steps": 12, "save_every": 12}
     for name, weight in (("free", 1e-9), ("held", 5.0)):
@@ -269,6 +271,7 @@ def test_the_logged_loss_is_the_labels_plus_the_weighted_terms(micro, base, data
     assert loss == pytest.approx(0.25 * plain + 0.5 * distill + 2 * anchor, abs=bound)
 
 
+@pytest.mark.slow
 def test_runs_with_objectives_resume_to_the_same_bytes(base, data, text, tmp_path, monkeypatch):
     teacher = saved(randomized(DoraForCausalLM.from_base(base, DoraConfig(r=2)), 11), tmp_path / "teacher")
     said = RUN | {"method": "lora", "r": 2, "base": base, "data": data, "max_steps": 5, "lora_dropout": 0.1}
@@ -300,6 +303,7 @@ def test_a_term_that_is_not_finite_stops_the_run(base, data, text, tmp_path, mon
         train(tmp_path / "out", objective=[f"anchor:data={text},length=16"], **said)
 
 
+@pytest.mark.slow
 def test_a_quantised_base_with_every_objective(base, data, text, tmp_path):
     first = tmp_path / "first"
     train(first, method="lora", base=base, data=data, r=2, **RUN)
