@@ -161,6 +161,11 @@ def choice() -> str:
     return choosing.report()
 
 
+def chosen_answers() -> str:
+    """Exact match of the adapters that were chosen by the prompt."""
+    return choosing.answers()
+
+
 def continued() -> str:
     """Trainings that continue from adapters."""
     return train_on.report()
@@ -173,6 +178,7 @@ def paragraph(text: str) -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "choice": choice,
+    "chosen-answers": chosen_answers,
     "continued": continued,
     "costs": costs,
     "evidence": evidence,

@@ -5,6 +5,9 @@
 
 The index holds training prompts of the four tasks, evenly spread over the 1,000 rows of each; what is asked are test
 items, and items in formats that no training row has. The nearest prompt is compared with the mean of a task's prompts.
+
+How good the answers are that follow from the choice needs no further run: compare_methods.py has trained a LoRA for
+each task and measured it on every task, item by item.
 """
 
 from __future__ import annotations
@@ -21,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from evidence.measure import write_data
-from evidence.plan import TASKS
-from evidence.store import RESULTS
+from evidence.plan import MIX, TASKS
+from evidence.store import RESULTS, Store
 from torch.nn import functional as F
 
 from minilora_hub.bases.loading import load_base, load_tokenizer
@@ -79,6 +82,33 @@ def report() -> str:
     return "\n".join(lines)
 
 
+def answers() -> str:
+    """Exact match of the chosen adapters, of each task's own, of a single one, and of those trained on all tasks."""
+    held = json.loads(FILE.read_text(encoding="utf-8"))
+    store, rate, most = Store(), "lr0.0015", max(held["nearest"], key=int)
+    single = [store.read(f"single-lora-{task}-{rate}-seed0")["scores"] for task in TASKS]
+    chosen = held["nearest"][most]
+    scores: dict[str, list[str]] = {f"the LoRA that {most} prompts of each choose": []}
+    for task in TASKS:
+        picked = (single[int(number)][task]["exact"][item] for item, number in enumerate(chosen[task]))
+        scores[next(iter(scores))].append("".join(picked))
+    scores["each task's own LoRA"] = [one[task]["exact"] for one, task in zip(single, TASKS, strict=True)]
+    for task, one in zip(TASKS, single, strict=True):
+        scores[f"the LoRA for {task}, for everything"] = [one[other]["exact"] for other in TASKS]
+    for method, title in (("lora", "one LoRA trained on all four"), ("mixlora", "one MixLoRA trained on all four")):
+        found = store.read(f"seeds-{method}-{MIX}-{rate}-seed0")["scores"]
+        scores[title] = [found[task]["exact"] for task in TASKS]
+    lines = [f"| exact match in percent | {' | '.join(TASKS)} | mean |", "| --- |" + " ---: |" * (len(TASKS) + 1)]
+    for title, exact in scores.items():
+        shares = [
+            100 * part[: len(chosen[task])].count("1") / len(chosen[task])
+            for part, task in zip(exact, TASKS, strict=True)
+        ]
+        cells = " | ".join(f"{share:.0f}" for share in shares)
+        lines.append(f"| {title} | {cells} | {sum(shares) / len(shares):.1f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,7 +117,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "run":
         write_whole(FILE, json.dumps(run(arguments.items), separators=(",", ":")) + "\n")
-    print(report())
+    print(f"{report()}\n\n{answers()}")
 
 
 if __name__ == "__main__":
