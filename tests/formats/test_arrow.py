@@ -81,6 +81,31 @@ def test_a_whole_model_equals_pefts_arrow(active, temperature, base, tmp_path):
     assert weights.std() > 0.05  # the router decides something
 
 
+@pytest.mark.parametrize(
+    ("family", "inputs", "output"),
+    [
+        ("llama", ["gate_proj", "up_proj"], "down_proj"),
+        ("phi3", ["gate_up_proj"], "down_proj"),
+        ("phi", ["fc1"], "fc2"),
+    ],
+)
+def test_every_form_of_a_block_is_routed_by_its_inputs(family, inputs, output, tmp_path):
+    """A pair, a fused pair, a single projection: the router is the singular vector of the stacked dense updates."""
+    folders = [
+        peft_folder(tmp_path / f"lora{number}", tiny_base(family), seed=number, target_modules=[*inputs, output])
+        for number in range(2)
+    ]
+    base = str(base_folder(tmp_path, family))
+    import_as_experts([str(folder) for folder in folders], tmp_path / "out", base=base, router="arrow")
+    tensors = load_file(folders[1] / WEIGHTS)
+    names = sorted(name for name in tensors if ".layers.1." in name and "lora_A" in name and output not in name)
+    assert len(names) == len(inputs)
+    dense = torch.cat([tensors[name.replace("lora_A", "lora_B")].double() @ tensors[name].double() for name in names])
+    expected = torch.linalg.svd(dense).Vh[0]
+    found = load_file(tmp_path / "out" / WEIGHTS)["layers.1.mlp.router"][1].double()
+    torch.testing.assert_close(found * torch.sign(found @ expected), expected, rtol=0, atol=1e-5)
+
+
 def test_the_bank_and_the_losses_see_the_similarities(base, tmp_path):
     """The recorded logits are what the softmax is applied to, so balance loss and entropy are Arrow's."""
     model = made(loras(tmp_path, ["gate_proj", "up_proj", "down_proj"]), tmp_path / "out", base, temperature=0.5)
