@@ -30,6 +30,7 @@ from minilora_hub.compare.found_adapters import shared_copy
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.reading import read_adapter
 from minilora_hub.remote_code.attach import build_modules
+from minilora_hub.remote_code.few_rows import remember_weights
 from minilora_hub.remote_code.linear_layers import keep_4bit_weights_exact, linear_shape, plain_weight
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
 
@@ -85,6 +86,7 @@ class AdapterBank:
         self._plain = shared_copy(base).eval()  # without adapters; new adapters are planned and checked on it
         for model in (self.model, self._plain):
             keep_4bit_weights_exact(model)
+        remember_weights(self.model)
         self._modules = dict(self.model.named_modules())  # by path in the unwrapped base
         self._rows = BatchRows()
         self._limit = limit

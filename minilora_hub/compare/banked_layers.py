@@ -15,11 +15,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from minilora_hub.remote_code.adapted_linear import AdaptedLinear, add_low_rank_, apply_dora_scale_
 from minilora_hub.remote_code.base_structure import FeedForwardStructure
-from minilora_hub.remote_code.linear_layers import plain_weight
+from minilora_hub.remote_code.linear_layers import is_only_its_product, only_product_of
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
 from minilora_hub.remote_code.routing_record import Routes
 
@@ -92,21 +91,6 @@ class LinearUpdate(NamedTuple):
         return cls(update.lora_A.detach(), update.lora_B.detach(), update.scaling, scale)
 
 
-def _most_few_rows(layer: nn.Module) -> int:
-    """Return the number of rows up to which W x^T is faster than x W^T: in fp32 on a CPU, for 2 to 4 rows; else 0.
-
-    Measured with torch 2.13 on an AMD EPYC, 2 threads: at 4 rows it is 1.4 to 2.2 times as fast for the layers of
-    SmolLM2-135M, and 2.7 times for its head of 49,152 rows.
-    """
-    weight = plain_weight(layer)
-    if weight is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return 0
-    # Another forward (of a subclass, or a replaced one) and hooks may do more than this product.
-    if getattr(layer.forward, "__func__", None) is not nn.Linear.forward or _hooked(layer):
-        return 0
-    return 8 if weight.shape[0] > 16 * weight.shape[1] else 4
-
-
 def _hooked(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
@@ -127,9 +111,6 @@ class BankedLinear(nn.Module):
         self.base_layer = base_layer
         self.rows = rows
         self.updates: dict[str, LinearUpdate] = {}
-        self._few_rows = _most_few_rows(base_layer)
-        # In `__dict__`, because attribute look-ups of nn.Module take longer than the product of a small layer.
-        self.__dict__["_open"] = (base_layer.weight, base_layer.bias) if self._few_rows else None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -152,18 +133,12 @@ class BankedLinear(nn.Module):
         return out
 
     def call_base(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """Call the base layer, or compute W x^T transposed if that is faster."""
-        opened = self.__dict__["_open"]
-        if opened is None:
-            out = self.base_layer(x, *args, **kwargs).contiguous()
-            return out.clone() if _hooked(self.base_layer) else out  # a hook may keep the output
-        weight, bias = opened
-        if not 2 <= x.numel() // x.shape[-1] <= self._few_rows:
-            return F.linear(x, weight, bias)
-        out = torch.mm(weight, x.reshape(-1, x.shape[-1]).t()).t().contiguous()
-        if bias is not None:
-            out += bias
-        return out.view(*x.shape[:-1], -1)
+        """Call the base layer; one that is only its product multiplies few rows in the fastest way."""
+        layer: Any = self._modules["base_layer"]  # attribute look-ups of nn.Module cost as much as a small product
+        if args or kwargs or not is_only_its_product(layer):
+            out = layer(x, *args, **kwargs).contiguous()
+            return out.clone() if _hooked(layer) else out  # a hook may keep the output
+        return only_product_of(layer, x).contiguous()
 
     def add_updates(self, out: torch.Tensor, x: torch.Tensor, groups: Sequence[Group], per_row: int) -> None:
         """Add the updates of the groups that have one here to their rows, in place.

@@ -23,6 +23,7 @@ from minilora_hub.errors import MissingExtraError
 from minilora_hub.evaluation.metrics import DIGITS
 from minilora_hub.evaluation.report import command_line
 from minilora_hub.evaluation.settings import Adapter, Settings, common_base, find_adapters
+from minilora_hub.remote_code.few_rows import plain_products
 
 if TYPE_CHECKING:
     from minilora_hub.bases.resolving import ResolvedBase
@@ -101,7 +102,7 @@ def measure(
     for one in (None, *found):
         progress(f"lm-eval: {one.name if one else 'base'}")
         row_of = one.name if one else None
-        with _rows_of(bank, row_of, promptings_of[row_of]):
+        with plain_products(), _rows_of(bank, row_of, promptings_of[row_of]):
             output = _run(bank.model, promptings_of[row_of].tokenizer, settings, manager)
         results.append(_evaluations(output, command, results[0] if results else {}))
     return LmEvalReport(

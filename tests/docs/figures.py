@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence import report
+from evidence import choosing, report, train_on
 from evidence.store import Store
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -156,12 +156,30 @@ def evidence() -> str:
     return report.section(Store())
 
 
+def choice() -> str:
+    """How often the nearest prompt belongs to the right task."""
+    return choosing.report()
+
+
+def chosen_answers() -> str:
+    """Exact match of the adapters that were chosen by the prompt."""
+    return choosing.answers()
+
+
+def continued() -> str:
+    """Trainings that continue from adapters."""
+    return train_on.report()
+
+
 def paragraph(text: str) -> str:
     """Wrap a paragraph."""
     return "\n".join(textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False))
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "choice": choice,
+    "chosen-answers": chosen_answers,
+    "continued": continued,
     "costs": costs,
     "evidence": evidence,
     "page": page,

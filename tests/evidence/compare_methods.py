@@ -4,6 +4,7 @@
     python tests/evidence/compare_methods.py status    # what is there, what is missing, how long it will take
     python tests/evidence/compare_methods.py report    # the pictures; tests/docs/generate.py writes the table
     python tests/evidence/compare_methods.py ship      # seed 0 of each method into model_cards/, as it is published
+    python tests/evidence/compare_methods.py renew     # the same weights in model_cards/ with today's code and cards
 
 Several processes may run at once, each with other runs. The results are small files in tests/evidence/results; adapters
 and answers go into --work, into a folder of their own for each state of the code. The plan is in plan.py.
@@ -23,11 +24,13 @@ from evidence.plan import METHODS, SEEDS, Run, final_runs
 from evidence.store import BASE, CODE, RESULTS, Store
 from filelock import FileLock, Timeout
 
+SHIPPED = Path(__file__).parents[2] / "model_cards"
+
 
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "status", "report", "ship"))
+    parser.add_argument("what", choices=("run", "status", "report", "ship", "renew"))
     parser.add_argument("--work", type=Path, default=Path("evidence-work"), help="folder for adapters and answers")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--method", action="append", choices=METHODS, help="only these; again for more")
@@ -36,6 +39,9 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of this process")
     arguments = parser.parse_args()
+    if arguments.what == "renew":
+        renew_all()
+        return
     arguments.work = arguments.work.resolve() / CODE[:12]
     store = Store(arguments.results)
     if others := store.of_other_code():
@@ -119,15 +125,23 @@ def make_base(store: Store, work: Path) -> None:
         pass
 
 
+def renew_all() -> None:
+    """Build the shipped folders anew from themselves, after a change of the published code or the cards."""
+    from evidence.measure import build_shipped
+
+    for folder in sorted(SHIPPED.iterdir()):
+        build_shipped(folder, folder)
+        say(f"wrote {folder}")
+
+
 def ship_all(store: Store, arguments: argparse.Namespace) -> None:
     """Write the folders of the methods whose first seed is there."""
     from evidence.measure import ship
 
-    cards = Path(__file__).parent.parent.parent / "model_cards"
     for run in store.runs():
         chosen = not arguments.method or run.method in arguments.method
         if chosen and run.part == "seeds" and run.seed == SEEDS[0] and store.has(run.name):
-            out = cards / f"smollm2-135m-{run.method}"
+            out = SHIPPED / f"smollm2-135m-{run.method}"
             ship(run, arguments.work, out)
             say(f"wrote {out}")
 

@@ -94,7 +94,17 @@ def ship(run: Run, work: Path, out: Path) -> None:
     adapter = work / "adapters" / run.adapter
     report = measured([adapter], run.part, work, few_shot=FEW_SHOT)
     updated_results(report, report.models[-1]).save(adapter)
-    with TemporaryDirectory(dir=work) as scratch:
+    build_shipped(adapter, out)
+
+
+def build_shipped(adapter: Path, out: Path) -> None:
+    """Build the folder that is published: today's code, card and reference logits.
+
+    Args:
+        adapter: what it is built from; may be `out`.
+        out: the folder; one that is there is replaced.
+    """
+    with TemporaryDirectory(dir=out.parent.parent) as scratch:
         built = build(adapter, Path(scratch) / out.name, repo_id=f"minilora-hub/{out.name}", base_model="embedded")
         for note in built.notes:
             print(note)

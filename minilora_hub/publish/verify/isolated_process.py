@@ -135,4 +135,5 @@ def _environment(scratch: Path) -> dict[str, str]:
         # A separate folder for the repo's code, so that code cached from another repo cannot run instead.
         "HF_MODULES_CACHE": str(scratch / "modules"),
         "TOKENIZERS_PARALLELISM": "false",
+        "MINILORA_PRODUCTS": "plain",  # the logits were recorded this way; another choice would round differently
     }
