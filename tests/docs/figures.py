@@ -151,6 +151,32 @@ def page() -> str:
     )
 
 
+def vllm() -> str:
+    """What adapters cost in vLLM, in time and memory."""
+    held = results("vllm")
+    rates, ratios, memory = held["tokens_per_cpu_second"], held["ratios"], held["memory"]
+    names = {"base": "the base", "lora": "LoRA", "dora": "DoRA", "mixlora": "MixLoRA"}
+    rows = list(rates["base"])
+    before = paragraph(
+        f"The shipped adapters on the embedded base, float32, one thread, `--enforce-eager`: medians "
+        f"of {held['rounds']} interleaved rounds, in CPU time (`tests/bench/bench_vllm.py` says how to run it)."
+    )
+    speed = table(
+        ["decoded tokens per CPU second, rows in the batch:", *rows],
+        [[names[method], *(f"{rates[method][count]:.1f}" for count in rows)] for method in rates],
+    )
+    costs = table(
+        ["CPU time, median and quartiles of the rounds, rows in the batch:", *rows],
+        [[name, *(f"{cells[n]['median']:.2f} ({cells[n]['lower']:.2f} to {cells[n]['upper']:.2f})" for n in rows)]
+         for name, cells in ratios.items()],
+    )  # fmt: skip
+    kept = table(
+        ["adapter", "its file, MB", "memory of each registered one, MB"],
+        [[names[method], f"{row['file_mb']:.1f}", f"{row['registered_mb']:.1f}"] for method, row in memory.items()],
+    )
+    return "\n\n".join([before, speed, costs, kept])
+
+
 def evidence() -> str:
     """The comparison of the methods."""
     return report.section(Store())
@@ -186,5 +212,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "push": push,
     "summary": summary,
     "training": training,
+    "vllm": vllm,
 }
 """Name of a block -> what renders it."""

@@ -31,7 +31,7 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 if __name__ == "__main__":
-    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256} | json.loads(sys.argv[4])
+    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128} | json.loads(sys.argv[4])
     llm = LLM(sys.argv[1], **settings)
     sampling = SamplingParams(temperature=0, max_tokens=int(sys.argv[3]), ignore_eos=True)
     requests = json.loads(sys.argv[2])
