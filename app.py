@@ -3,6 +3,8 @@
 MINILORA_BASE       the base model: "embedded" (the default), a folder, or an id on the Hub
 MINILORA_ADAPTERS   adapter folders or ids on the Hub, separated by commas; default: those under model_cards/
 MINILORA_MCP        1: the comparison is also a tool for MCP clients; default: 0
+MINILORA_OPENAI     1: the models also answer OpenAI's clients at /v1, as with `minilora serve`; default: 0
+MINILORA_API_KEY    the key that clients of /v1 must send; default: none is needed
 
 What visitors and programs may use:
 
@@ -43,6 +45,7 @@ def main() -> None:
     from minilora_hub.compare.engine import CompareEngine
     from minilora_hub.compare.found_adapters import shipped_adapters
     from minilora_hub.demo.adapters.from_hub import LinkedAdapters
+    from minilora_hub.demo.openai_api import openai_from_environment
     from minilora_hub.demo.runs.limits import PageLimits, flag
     from minilora_hub.demo.ui.app import build_demo, launch
 
@@ -54,7 +57,8 @@ def main() -> None:
     # On ZeroGPU the models are moved to "cuda" before a GPU is present; each comparison gets one later.
     engine = CompareEngine(base, adapters, device="cuda" if zero_gpu.is_zero_gpu() else None, progress=print)
     links = LinkedAdapters(engine, resolve_base(base), limits)
-    launch(build_demo(engine, links=links, limits=limits), mcp=mcp)
+    openai = openai_from_environment(engine, limits)
+    launch(build_demo(engine, links=links, limits=limits), mcp=mcp, openai=openai)
 
 
 if __name__ == "__main__":

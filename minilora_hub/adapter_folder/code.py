@@ -1,7 +1,8 @@
-"""Hash the Python files of a repo, and compare the hash with those of the remote code of our releases.
+"""Hash the code of a repo, and compare the hash with those of the code of our releases.
 
-Loading an adapter with `trust_remote_code` runs the `.py` files of its repo. Ours are the same in every repo of one
-release, so a different hash means that they were changed. Nothing here loads torch.
+Loading an adapter with `trust_remote_code` runs the `.py` files of its repo, and an Inference Endpoint installs its
+`requirements.txt` and runs its `handler.py`. Ours are the same in every repo of one release, so a different hash means
+that they were changed. Nothing here loads torch.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from functools import cache
 from pathlib import Path
 
 REMOTE_CODE = Path(__file__).resolve().parents[1] / "remote_code"
+ENDPOINT = Path(__file__).resolve().parent / "endpoint"
+HANDLER, REQUIREMENTS = "handler.py", "requirements.txt"
 REGISTRY = Path(__file__).with_name("released_code.json")
-"""A JSON file, {version: hash of its remote code}; the hash of this version is computed."""
+"""A JSON file, {version: hashes of its code}; the hashes of this version are computed."""
 
 
 def remote_code_files() -> dict[str, Path]:
@@ -21,9 +24,20 @@ def remote_code_files() -> dict[str, Path]:
     return {path.name: path for path in sorted(REMOTE_CODE.glob("*.py")) if path.name != "__init__.py"}
 
 
+def endpoint_files(peft_layout: bool) -> dict[str, Path]:
+    """Return the files that make a repo an Inference Endpoint, by their name in a repo.
+
+    Args:
+        peft_layout: whether the repo is in PEFT's layout, which needs PEFT.
+    """
+    requirements = "requirements-peft.txt" if peft_layout else REQUIREMENTS
+    return {HANDLER: ENDPOINT / HANDLER, REQUIREMENTS: ENDPOINT / requirements}
+
+
 def code_files(folder: Path) -> dict[str, Path]:
-    """Return every Python file under a folder by its path in it: all code that loading could run."""
-    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.py"))}
+    """Return every file under a folder that is or installs code, by its path in it: Python files, requirements.txt."""
+    found = [*folder.rglob("*.py"), *folder.glob(REQUIREMENTS)]
+    return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
 
 
 def code_hash(files: dict[str, Path]) -> str:
@@ -47,9 +61,23 @@ def remote_code_hash() -> str:
     return code_hash(remote_code_files())
 
 
+@cache
+def published_code_hashes() -> tuple[str, ...]:
+    """Return the hash of each set of code files that this version publishes.
+
+    The remote code; the same with the files of an endpoint; in PEFT's layout, the files of an endpoint alone.
+    """
+    ours = remote_code_files()
+    return remote_code_hash(), code_hash(ours | endpoint_files(False)), code_hash(endpoint_files(True))
+
+
 def release_of(digest: str) -> str | None:
     """Return the version of minilora_hub with this code hash, ``"this version"``, or None for unknown code."""
-    if digest == remote_code_hash():
+    if digest in published_code_hashes():
         return "this version"
-    released: dict[str, str] = json.loads(REGISTRY.read_text(encoding="utf-8"))
-    return next((version for version, known in released.items() if known == digest), None)
+    released: dict[str, list[str]] = json.loads(REGISTRY.read_text(encoding="utf-8"))
+    return next((version for version, known in released.items() if digest in known), None)
+
+
+if __name__ == "__main__":
+    print(json.dumps(published_code_hashes(), indent=2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from minilora_hub.adapter_folder.code import REQUIREMENTS
 from minilora_hub.adapter_folder.results import VERIFICATION_FILE, Verification
 from minilora_hub.errors import AdapterError
 
@@ -28,7 +29,7 @@ def recorded_before(folder: Path) -> Verification | None:
         return None
     verification = Verification.load(folder)
     for path, digest in sorted(verification.sha256.items()):
-        if path.endswith(".py"):
+        if path.endswith(".py") or path == REQUIREMENTS:
             continue
         if not _is_inside(folder, path):
             raise AdapterError(f"{VERIFICATION_FILE} lists {path}, which is not in {folder.name!r}: fetch it again")

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minilora_hub.adapter_folder.code import remote_code_files
-from minilora_hub.adapter_folder.code_references import own_auto_map
+from minilora_hub.adapter_folder.code import endpoint_files, remote_code_files
 from minilora_hub.adapter_folder.companions import write_companions
 from minilora_hub.adapter_folder.names import OUR_CONFIG, WEIGHTS
 from minilora_hub.adapter_folder.reading import check_against_base
+from minilora_hub.adapter_folder.tasks import own_auto_map
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
 
@@ -60,6 +60,12 @@ def write_ours(
 def write_code(folder: Path) -> None:
     """Copy this version's remote code into a folder."""
     for name, path in remote_code_files().items():
+        shutil.copyfile(path, folder / name)
+
+
+def write_endpoint(folder: Path, peft_layout: bool) -> None:
+    """Copy the files that make a repo an Inference Endpoint into a folder; see `endpoint_files`."""
+    for name, path in endpoint_files(peft_layout).items():
         shutil.copyfile(path, folder / name)
 
 

@@ -10,6 +10,7 @@ torch nor transformers.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -176,7 +177,17 @@ def _require_config(folder: Path, asked: str) -> None:
             require_plain_indexes(folder)
         except AdapterError as error:
             raise BaseModelError(f"base {asked!r}: {error}") from error
-        return
-    if (folder / "adapter_config.json").is_file():
+        if not _is_ours(folder / "config.json"):
+            return
+    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
         raise BaseModelError(f"base {asked!r} is an adapter, not a base model: pass the base it was trained on")
     raise BaseModelError(f"base {asked!r} has no config.json, so transformers cannot load it: check the name")
+
+
+def _is_ours(config: Path) -> bool:
+    """Whether a config.json is that of a MixLoRA or DoRA; one that cannot be read is left to transformers."""
+    try:
+        content = json.loads(config.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("model_type") in ("mixlora", "dora")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -43,7 +44,8 @@ def demo(
 ) -> None:
     """Serve a page that compares the base and adapters side by side.
 
-    Votes and shared comparisons are stored in $MINILORA_DATA, or in the user's data folder.
+    Votes and shared comparisons are stored in $MINILORA_DATA, or in the user's data folder. With MINILORA_OPENAI=1 the
+    models also answer OpenAI's clients at /v1, with the key in MINILORA_API_KEY if it is set.
     """
     port = free_port(host, port)
     say("Starting: the first time takes a while …")
@@ -52,6 +54,7 @@ def demo(
     from minilora_hub.compare.engine import CompareEngine
     from minilora_hub.compare.found_adapters import shipped_adapters
     from minilora_hub.demo.adapters.from_hub import LinkedAdapters
+    from minilora_hub.demo.openai_api import openai_from_environment
     from minilora_hub.demo.runs.limits import PageLimits
     from minilora_hub.demo.ui.app import build_demo, launch
 
@@ -61,6 +64,7 @@ def demo(
     named = adapters or shipped_adapters()
     limits.check_columns(1 + len(named))
     engine = CompareEngine(base, named, progress=say)
+    openai = openai_from_environment(engine, limits)
     shown = "localhost" if host in ("0.0.0.0", "::") else host  # noqa: S104
     typer.echo(f"Open http://{shown}:{port} (press Ctrl-C to stop)")
     page = build_demo(
@@ -69,7 +73,8 @@ def demo(
         limits=limits,
         allowed=allow_local or (),
     )
-    launch(page, host=host, port=port, open_browser=_has_screen() if browser is None else browser, mcp=mcp)
+    screen = _has_screen() if browser is None else browser
+    launch(page, host=host, port=port, open_browser=screen, mcp=mcp, openai=openai)
 
 
 def free_port(host: str, wanted: int | None) -> int:
@@ -78,10 +83,11 @@ def free_port(host: str, wanted: int | None) -> int:
         try:
             with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
                 return port
-        except socket.gaierror as error:
-            raise ValueError(f"host={host!r}: no such address ({error.strerror})") from None
         except OSError as error:
-            reason = error.strerror
+            # create_server raises the error of a host that cannot be resolved as an OSError with the same number.
+            reason = str(error.strerror).partition(" (while ")[0]
+            if isinstance(error, socket.gaierror) or (error.errno or 0) < 0 or error.errno == errno.EADDRNOTAVAIL:
+                raise ValueError(f"host={host!r}: is not an address of this machine ({reason})") from None
     if wanted:
         raise MiniLoraError(
             f"port {wanted} on {host} cannot be used ({reason}): pass another --port, or none to get a free one"

@@ -41,6 +41,12 @@ def push(
         str | None,
         typer.Option(metavar="ID", help='The Space that the card\'s "try it" link opens. Default: unchanged.'),
     ] = None,
+    endpoint: Annotated[
+        bool | None,
+        typer.Option(
+            "--endpoint/--no-endpoint", help="Add what an Inference Endpoint of the repo runs. Default: unchanged."
+        ),
+    ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not verify the repo afterwards.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -69,6 +75,7 @@ def push(
         base_id=base_id,
         license=license,
         space=space,
+        endpoint=endpoint,
         verify=not no_verify,
         progress=not as_json,
         confirm=None if yes or dry_run else _ask,

@@ -22,6 +22,7 @@ from minilora_hub.bases.resolving import resolve_base
 from minilora_hub.compare.adapter_bank import AdapterBank, BankMemory
 from minilora_hub.compare.answer import Answer, Column, Row, Update
 from minilora_hub.compare.batch import Batch
+from minilora_hub.compare.fair_lock import FairLock
 from minilora_hub.compare.found_adapters import find_adapters
 from minilora_hub.compare.prompting import Prompting, Promptings
 from minilora_hub.compare.sampling import Sampling
@@ -82,7 +83,7 @@ class CompareEngine:
         self.bank = AdapterBank(model, limit=memory_limit)
         self._promptings = Promptings(self.bank.model, tokenizer)
         self._prompted: dict[str, tuple[Path, Prompting]] = {}  # name of an adapter -> its folder and prompting
-        self._lock = threading.Lock()
+        self._lock = FairLock()  # streams and the server's scheduler take turns, step by step
         self._token_texts: dict[tuple[int, int], str] = {}  # by tokenizer and token
         self._forwards = 0
         _decoder(self.bank.model).register_forward_pre_hook(self._count)

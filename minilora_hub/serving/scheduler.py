@@ -94,7 +94,7 @@ class Scheduler:
     """Runs rows on the models of an engine, in a thread of its own.
 
     Args:
-        engine: the models; nothing else computes with them while the scheduler runs.
+        engine: the models; others may compute with them between two steps, as `CompareEngine.exclusive` lets them.
         limits: the bounds.
     """
 
@@ -150,8 +150,9 @@ class Scheduler:
             ServingError: as `submit`.
         """
         most = self.limits.rows + self.limits.waiting
-        if rows > most:
-            raise ServingError(400, f"the request asks for {rows} answers: must be at most {most}", "n")
+        allowed = min(most, self.limits.request_answers or most)
+        if rows > allowed:
+            raise ServingError(400, f"the request asks for {rows} answers: must be at most {allowed}", "n")
         if not self.running:
             raise ServingError(503, SHUTTING_DOWN, code="shutting_down")
         busy = len(self._rows) + len(self._waiting)

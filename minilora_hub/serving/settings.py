@@ -17,6 +17,9 @@ class ServerLimits:
         waiting: the most rows that wait for a place in it; a request beyond that is told to come back later (429).
         cache_tokens: the most tokens in the key/value cache, padding included. A row that would not fit waits.
         default_tokens: the most tokens of a chat answer where the request doesn't say; also limited by the context.
+        answer_tokens: the most tokens that a request may ask for in an answer; None: what the context holds.
+        prompt_characters: the most characters of a prompt; None: what the context holds.
+        request_answers: the most answers of one request; None: `rows` and `waiting` together.
 
     Raises:
         ValueError: a bound is below 1.
@@ -26,10 +29,13 @@ class ServerLimits:
     waiting: int = 256
     cache_tokens: int = 65536
     default_tokens: int = 512
+    answer_tokens: int | None = None
+    prompt_characters: int | None = None
+    request_answers: int | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, int) or value < 1:
+            if (value is not None or field.default is not None) and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{field.name}={value!r}: must be an integer of at least 1")

@@ -41,9 +41,10 @@ class TestLocalFolder:
             resolve_base(str(tmp_path))
 
     def test_an_adapter(self, tmp_path):
-        (tmp_path / "adapter_config.json").write_text("{}")
-        with pytest.raises(BaseModelError, match="is an adapter, not a base model"):
-            resolve_base(tmp_path)
+        for name, content in (("adapter_config.json", "{}"), ("config.json", '{"model_type": "dora"}')):
+            (tmp_path / name).write_text(content)
+            with pytest.raises(BaseModelError, match="is an adapter, not a base model"):
+                resolve_base(tmp_path)
 
     def test_pickled_weights(self, tmp_path):
         (tmp_path / "config.json").write_text("{}")

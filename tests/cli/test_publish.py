@@ -101,10 +101,11 @@ def test_as_hf_runs_it_from_folder_to_verified_repo(shell, hub, adapter, tmp_pat
 
 
 def test_dry_run_shows_files_hashes_and_card(shell, hub, adapter):
-    done = shell("push", adapter / "mine", "ana/mine", "--space", "ana/compare", "--dry-run")
+    done = shell("push", adapter / "mine", "ana/mine", "--space", "ana/compare", "--endpoint", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "ana/mine (a new repo, private), main" in done.stdout
     assert "+ adapter_model.safetensors" in done.stdout
+    assert "+ handler.py" in done.stdout
     assert "base_model: org/base" in done.stdout
     assert f"({hub.endpoint}/spaces/ana/compare?adapter=ana%2Fmine)" in done.stdout
     assert done.stdout.endswith("Nothing was sent.\n")

@@ -1,7 +1,8 @@
 """Serves pages on request, several in one process, so that Gradio and torch are imported once.
 
 Reads a JSON object from each line of stdin and answers with one line: ``{"serve": name, **arguments}`` starts a page
-and gets its address, ``{"forwards": address}`` gets the number of forwards that its engine has computed.
+and gets its address, with ``openai`` one that has OpenAI's API as well; ``{"forwards": address}`` gets the number of
+forwards that its engine has computed.
 """
 
 import json
@@ -17,6 +18,7 @@ from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.compare.engine import CompareEngine
 from minilora_hub.compare.found_adapters import shipped_adapters
 from minilora_hub.demo.adapters.from_hub import LinkedAdapters
+from minilora_hub.demo.openai_api import openai_arguments
 from minilora_hub.demo.runs.limits import PageLimits
 from minilora_hub.demo.ui.app import build_demo, launch
 
@@ -74,8 +76,10 @@ def main() -> None:
                 scratch = Path(folder) / str(len(engines))
                 scratch.mkdir()
                 mcp, build = request.pop("mcp", False), globals()[request.pop("serve")]
+                api = request.pop("openai", None)
                 engine, demo = build(scratch, **request)
-                answer = launch(demo, host="127.0.0.1", port=free_port(), block=False, mcp=mcp)
+                openai = None if api is None else openai_arguments(engine, PageLimits(**api["limits"]), api["key"])
+                answer = launch(demo, host="127.0.0.1", port=free_port(), block=False, mcp=mcp, openai=openai)
                 engines[answer] = engine
             print(json.dumps(answer), flush=True)
 

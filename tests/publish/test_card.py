@@ -341,7 +341,7 @@ def test_nothing_breaks_out(text, tmp_path):
     assert "49" not in re.sub(r"[0-9a-f]{64}", "", html)  # {{ 7 * 7 }} was not computed
     assert not re.search("[\u202a-\u202e\u2066-\u2069\x1b\x07]", card)
     headings = [found[1] for found in re.finditer(r"<h2>(.*?)</h2>", html)]
-    assert headings[:4] == ["Use it", "Results", "Answers of the base and this adapter", "The adapter"]
+    assert headings[:4] == ["Use it", "Serve it", "Results", "Answers of the base and this adapter"]
     assert headings[-2:] == ["Security", "Licence"]
     table = re.search(r"<h2>Answers of.*?<tbody>(.*?)</tbody>", html, re.DOTALL)[1]
     assert table.count("<tr>") == 2

@@ -57,12 +57,19 @@ def test_serve_answers_and_ends_quietly(saved):
     ("arguments", "words"),
     [
         (["--api-key", " "], "--api-key ''"),
-        (["--adapter-dir", "gone"], "gone"),
+        (["--adapter-dir", "gone"], "'gone': there is no such folder"),
         (["gone"], "gone"),
+        (["--route", "gone"], "index 'gone' cannot be read"),
+        (["--host", "no.such.host.invalid"], "host='no.such.host.invalid': is not an address of this machine"),
+        (["--host", "192.0.2.1"], "host='192.0.2.1': is not an address of this machine"),
+        (["--base", "{dora}"], "is an adapter, not a base model"),
+        (["--base", "{lora}"], "is an adapter, not a base model"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(run_command, saved, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
+    folders = {path.name: path for path in saved[1]}
+    arguments = [argument.format(**folders) for argument in arguments]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     done = run_command("serve", "--base", saved[0], "--port", port, *arguments)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from platformdirs import user_data_path
 
@@ -120,6 +121,7 @@ def launch(
     open_browser: bool = False,
     block: bool = True,
     mcp: bool = False,
+    openai: dict[str, Any] | None = None,
 ) -> str:
     """Serve the page.
 
@@ -130,6 +132,7 @@ def launch(
         open_browser: open the page in a browser.
         block: block until interrupted; otherwise serve in a thread and return.
         mcp: also serve the comparison as a tool for MCP clients, at ``/gradio_api/mcp/``.
+        openai: arguments that add OpenAI's API at ``/v1``, from `openai_from_environment`.
 
     Returns:
         The page's address.
@@ -150,6 +153,7 @@ def launch(
         ssr_mode=False,
         run_history=False,
         mcp_server=mcp,
+        app_kwargs=openai,
         state_session_capacity=200,  # sessions whose state is kept; more than can run and wait
         max_threads=200,  # also bounds running and waiting comparisons; the limits of `waiting_queue.py` are lower
         max_file_size="1mb",

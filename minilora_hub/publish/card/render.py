@@ -17,16 +17,18 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from minilora_hub import formatting
-from minilora_hub.adapter_folder.code import code_files, code_hash, release_of
+from minilora_hub.adapter_folder.code import HANDLER, code_files, code_hash, release_of
 from minilora_hub.adapter_folder.folders import read_json
 from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG
 from minilora_hub.adapter_folder.results import METHODS, Base, Results
+from minilora_hub.adapter_folder.tasks import CAUSAL_LM, PIPELINES, auto_class_of
 from minilora_hub.errors import AdapterError
 from minilora_hub.hub.client import PUBLIC_HUB, REPO_ID
 from minilora_hub.publish.card import free_text
 from minilora_hub.publish.card.metadata import front_matter
 from minilora_hub.publish.card.pictures import EXPERT_LOAD, EXPERT_LOAD_BY_TASK, LOSS, wanted_pictures, write_pictures
+from minilora_hub.publish.card.serving import serving
 
 README = "README.md"
 PAPERS = {"mixlora": "2404.15159", "dora": "2402.09353", "lora": "2106.09685"}
@@ -79,8 +81,11 @@ def render_card(
     targets = config.get("target_modules")
     libraries = results.training.libraries if results.training else {}
     link = results.license_link if (results.license_link or "").startswith(("https://", "http://")) else None
+    auto_class = CAUSAL_LM if stock else auto_class_of(config)
     text = _template().render(
-        front_matter=front_matter(results, title, stock),
+        front_matter=front_matter(results, title, stock, PIPELINES[auto_class]),
+        auto_class=auto_class,
+        generates=auto_class == CAUSAL_LM,
         settings=_settings(repo_id, revision, space, hub),
         title=title,
         name=name,
@@ -97,6 +102,7 @@ def render_card(
         has_chat_template=_has_chat_template(folder),
         prompt=json.dumps(formatting.visible(prompt), ensure_ascii=False),
         space_link=f"{hub}/spaces/{space}?adapter={quote(repo_id or '', safe='')}" if space else None,
+        serving=serving(results.method, config, results.base.id, name, repo_id, stock),
         commands=list(dict.fromkeys(row.command for row in results.evaluation if row.command)),
         notes=list(dict.fromkeys(row.note for row in results.evaluation if row.note)),
         few_shot=sorted({row.few_shot for row in results.evaluation if row.few_shot_value is not None}),
@@ -109,6 +115,8 @@ def render_card(
         loss_picture=LOSS if LOSS in wanted else None,
         code_files=[(path, file_sha256(file)) for path, file in code.items()],
         code_digest=digest,
+        code_name="code files" if HANDLER in code else "Python files",
+        endpoint=HANDLER in code,
         release=release_of(digest),
         license=results.license_name or results.license,
         license_link=quote(link, safe=":/?#=&%.-_~") if link else None,

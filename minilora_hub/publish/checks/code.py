@@ -1,4 +1,4 @@
-"""Check all code that loading could run: the Python files, their imports, and references to code elsewhere."""
+"""Check all code that loading or an endpoint could run: Python files, their imports, references to code elsewhere."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import hashlib
 from collections.abc import Iterator
 from functools import cache
 
-from minilora_hub.adapter_folder.code import remote_code_files
-from minilora_hub.adapter_folder.code_references import code_references, own_auto_map
+from minilora_hub.adapter_folder.code import REQUIREMENTS, endpoint_files, remote_code_files
+from minilora_hub.adapter_folder.code_references import code_references
+from minilora_hub.adapter_folder.tasks import is_own_auto_map, own_auto_map
 from minilora_hub.publish.checks.problems import Folder, Problem
 
 REBUILD = "build the folder again with this version of minilora_hub: minilora push does"
@@ -17,11 +18,12 @@ RUNNERS = {"eval", "exec", "compile", "__import__"}
 
 def check_code_files(folder: Folder) -> Iterator[Problem]:
     """Find code files that differ from this version's, and check what they import and call."""
-    ours = remote_code_files()
+    endpoint = endpoint_files(folder.peft_layout)
+    ours = endpoint if folder.peft_layout else remote_code_files() | endpoint
     for name in folder.files:
-        if not name.endswith((".py", ".pyc", ".pyd", ".so", ".dll")):
+        if not name.endswith((".py", ".pyc", ".pyd", ".so", ".dll")) and name != REQUIREMENTS:
             continue
-        if folder.peft_layout:
+        if folder.peft_layout and name not in ours:
             yield Problem("code-differs", name, "is code, and an adapter in PEFT's layout needs none", "remove it")
         elif name in ours:
             found = hashlib.sha256(folder.files[name].read_bytes()).digest()
@@ -67,8 +69,8 @@ def _check_source(folder: Folder, name: str) -> Iterator[Problem]:
 def check_auto_map(folder: Folder) -> Iterator[Problem]:
     """Check that only config.json refers to code, and only to this repo's own classes."""
     expected = None if folder.peft_layout else own_auto_map(folder.config.get("model_type"))
-    if expected and folder.config.get("auto_map") != expected:
-        message = f"auto_map={str(folder.config.get('auto_map'))[:200]}: must be {expected}"
+    if expected and not is_own_auto_map(folder.config.get("auto_map"), folder.config.get("model_type")):
+        message = f"auto_map={str(folder.config.get('auto_map'))[:200]}: must be like {expected}"
         yield Problem("auto-map", "config.json", message, REBUILD)
     for reference in code_references(folder.path):
         if not reference.own:

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from io import BytesIO
 from pathlib import Path
 
-from minilora_hub.adapter_folder.code import remote_code_files
+from minilora_hub.adapter_folder.code import endpoint_files, remote_code_files
 from minilora_hub.adapter_folder.names import PEFT_CONFIG, WEIGHTS
 from minilora_hub.publish.card.pictures import PICTURES
 from minilora_hub.publish.checks.problems import Folder, Problem
@@ -78,6 +78,8 @@ def check_layout(folder: Folder) -> Iterator[Problem]:
         allowed |= {PEFT_CONFIG: 8 * MEBI, "verification.json": 4 * MEBI}
     else:
         allowed |= dict.fromkeys(remote_code_files(), MEBI)
+    endpoint = endpoint_files(folder.peft_layout)
+    allowed |= dict.fromkeys(endpoint, MEBI)
     stray_folders: set[str] = set()
     for name, path in folder.files.items():
         limit = next((size for pattern, size in allowed.items() if fnmatchcase(name, pattern)), None)
@@ -101,6 +103,8 @@ def check_layout(folder: Folder) -> Iterator[Problem]:
             yield Problem("executable", name, "may be executed", f"chmod a-x {name}")
     yield from _check_names(folder)
     required = REQUIRED_PEFT if folder.peft_layout else (*REQUIRED, *remote_code_files())
+    if folder.files.keys() & endpoint.keys():
+        required = (*required, *endpoint)
     for name in required:
         if name not in folder.files:
             yield Problem(

@@ -3,6 +3,7 @@
     config.json with auto_map    adapter_model.safetensors    this version's remote code
     tokenizer, chat template     generation_config.json       README.md  results.json  verification.json  pictures
     peft/                        the same adapter in PEFT's format, where PEFT can read it (DoRA)
+    handler.py  requirements.txt where the repo is to be an Inference Endpoint
 
 The root of such a repo never has an `adapter_config.json`: AutoModel would take the base's config and not see the class
 of the adapter. Plain LoRA, and `layout="peft"`, are published in PEFT's own layout instead, without code.
@@ -26,7 +27,8 @@ from minilora_hub.adapter_folder.folders import Layout, read_source
 from minilora_hub.adapter_folder.hashes import file_sha256, recorded_before
 from minilora_hub.adapter_folder.names import GENERATION, OUR_CONFIG, TEMPLATE, TOKENIZING, WEIGHTS
 from minilora_hub.adapter_folder.results import VERIFICATION_FILE, Base, Verification, is_hashed
-from minilora_hub.adapter_folder.writing import whole_folder, write_code
+from minilora_hub.adapter_folder.tasks import CAUSAL_LM, is_own_auto_map, own_auto_map
+from minilora_hub.adapter_folder.writing import whole_folder, write_code, write_endpoint
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.peft import PeftTargets, copy_peft_weights, write_peft_config
 from minilora_hub.publish.card.files import (
@@ -106,6 +108,7 @@ def build(
     license: str | None = None,
     base_model: str | None = None,
     space: str | None = None,
+    endpoint: bool = False,
     published_card: str | None = None,
     token: str | None = None,
     progress: bool = False,
@@ -122,6 +125,7 @@ def build(
         license: the adapter's licence; default: the one in results.json.
         base_model: where to load the base from: ``"embedded"``, a folder or an id. Default: what the adapter names.
         space: id of the Space that the card's "try it" opens. Default: the one that the earlier card names.
+        endpoint: add the files of an Inference Endpoint.
         published_card: the earlier card, where the folder has none of its own; its free text is kept.
         token: for a private or gated base.
         progress: show bars while the base is fetched.
@@ -133,6 +137,8 @@ def build(
     """
     trained = _read_adapter(source, layout)
     layout = "peft" if trained.layout == "peft" else layout
+    if endpoint and trained.auto_class != CAUSAL_LM:
+        raise AdapterError(f"endpoint: its handler generates text, and this adapter is for {trained.auto_class}")
     before = recorded_before(trained.folder)
     previous = previous_card(trained.folder)
     base = find_recorded_base(trained, base_id, base_model, token, progress)
@@ -143,6 +149,8 @@ def build(
         published_base = _published_base(trained, base, recording)
         _copy_model(trained, folder, layout, base)
         notes += _write_adapter(trained, folder, layout, published_base, recording)
+        if endpoint:
+            write_endpoint(folder, peft_layout=layout == "peft")
         results = write_results(trained, folder, published_base, recording.parameters, license)
         write_card_pictures(trained.folder, folder, results, notes, keep=before is not None)
         kept = card_to_keep(previous, published_card, notes)
@@ -226,12 +234,11 @@ def _write_adapter(source: Source, folder: Path, layout: Layout, base: Base, rec
 
 def _published_config(source: Source, base: Base) -> dict[str, Any]:
     """Return the published configuration: the source's, with the base's Hub id and `auto_map`."""
-    from minilora_hub.remote_code.saving import auto_map
-
-    of = model_class(source)
+    given = source.config.get("auto_map")
+    own = given if is_own_auto_map(given, source.method) else own_auto_map(source.method)
     return source.config | {
-        "architectures": [of.__name__],
-        "auto_map": auto_map(of.config_class()),
+        "architectures": [model_class(source).__name__],
+        "auto_map": own,
         "base_model_name_or_path": base.id,
         "base_model_revision": base.revision,
     }

@@ -17,6 +17,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, get_token
 
+from minilora_hub.adapter_folder.code import HANDLER
 from minilora_hub.adapter_folder.folders import AdapterFolder as Source
 from minilora_hub.adapter_folder.folders import Layout, read_source
 from minilora_hub.adapter_folder.results import METHODS, RESULTS_FILE, Results
@@ -29,7 +30,7 @@ from minilora_hub.publish.checks.folder import check_folder
 from minilora_hub.publish.checks.problems import Problem
 from minilora_hub.publish.push.build import Built, build
 from minilora_hub.publish.push.commit import send, set_tag
-from minilora_hub.publish.push.plan import PushPlan, plan_push
+from minilora_hub.publish.push.plan import PushPlan, plan_push, pushed_by_us
 from minilora_hub.publish.push.progress import Stages
 from minilora_hub.publish.push.target import find_target, require_free_tag
 from minilora_hub.publish.verify.verify import VerifyReport
@@ -91,6 +92,7 @@ def push(
     license: str | None = None,
     space: str | None = None,
     layout: Layout = "auto",
+    endpoint: bool | None = None,
     verify: bool = True,
     progress: bool = True,
     confirm: Callable[[PushPlan], bool] | None = None,
@@ -113,6 +115,8 @@ def push(
         space: ``"owner/name"`` of the Space that the card's "try it" opens on this adapter. Default: the one that the
             card names already, in the folder or else in the repo; without one the card has the local command alone.
         layout: ``"peft"`` publishes a DoRA in PEFT's layout, without code.
+        endpoint: add `handler.py` and `requirements.txt`, which make an Inference Endpoint of the repo answer with the
+            adapter. None: as an earlier push to the repo did.
         verify: load it again from the new commit, in an isolated process.
         progress: show each stage on stderr.
         confirm: called with the plan before anything is sent; False ends the push like a dry run.
@@ -142,6 +146,8 @@ def push(
         source = read_source(Path(folder))
         require_free_tag(target, source, layout)
         check_before_building(source, base_id, license, base)
+        if endpoint is None:
+            endpoint = HANDLER in target.state.files and HANDLER in pushed_by_us(api, target)
 
         stages.start("Building")
         built = build(
@@ -154,6 +160,7 @@ def push(
             license=license,
             base_model=base_model,
             space=space,
+            endpoint=endpoint,
             published_card=target.card,
             token=token,
         )

@@ -1,0 +1,89 @@
+"""Serve OpenAI's API of `minilora serve` beside the page, on the same models: ``MINILORA_OPENAI=1``.
+
+Its requests are rows of the server's scheduler; the page's comparisons and the scheduler compute in turns, one step
+each. The page's limits bound them too. Clients cannot load adapters.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from minilora_hub.compare.engine import CompareEngine
+from minilora_hub.demo.runs import zero_gpu
+from minilora_hub.demo.runs.limits import PageLimits, flag
+from minilora_hub.serving.app import Server, build_app
+from minilora_hub.serving.metrics import Metrics
+from minilora_hub.serving.models import Models
+from minilora_hub.serving.scheduler import Scheduler
+from minilora_hub.serving.settings import ServerLimits
+
+SWITCH, KEY = "MINILORA_OPENAI", "MINILORA_API_KEY"
+
+
+class OpenAiPaths:
+    """ASGI middleware that answers the API's paths, and passes everything else on to the page.
+
+    Args:
+        app: the page.
+        api: the API.
+    """
+
+    def __init__(self, app: ASGIApp, api: ASGIApp) -> None:
+        self._app, self._api = app, api
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Choose by the path."""
+        path = scope.get("path", "")
+        ours = scope["type"] == "http" and (path.startswith("/v1/") or path in ("/health", "/metrics"))
+        await (self._api if ours else self._app)(scope, receive, send)
+
+
+def openai_arguments(engine: CompareEngine, limits: PageLimits, api_key: str | None = None) -> dict[str, Any]:
+    """Return the arguments for the page's FastAPI application that add the API to it.
+
+    Args:
+        engine: the page's models.
+        limits: of the page: `at_once` answers are computed together and `waiting` more wait; the others bound a
+            request.
+        api_key: the key that clients of the API must send; None: none.
+    """
+    bounds = ServerLimits(
+        rows=limits.at_once,
+        waiting=max(1, limits.waiting),
+        default_tokens=limits.tokens,
+        answer_tokens=limits.tokens,
+        prompt_characters=limits.prompt,
+        request_answers=limits.rows,
+    )
+    scheduler = Scheduler(engine, bounds)
+    models = Models(engine, scheduler, [column.name for column in engine.columns[1:]])
+    api = build_app(Server(engine, scheduler, models, Metrics()), api_key)
+
+    @asynccontextmanager
+    async def lifespan(page: Any) -> AsyncIterator[None]:
+        async with api.router.lifespan_context(api):
+            yield
+
+    return {"middleware": [Middleware(OpenAiPaths, api=api)], "lifespan": lifespan}
+
+
+def openai_from_environment(engine: CompareEngine, limits: PageLimits) -> dict[str, Any] | None:
+    """Return the arguments of `openai_arguments` if MINILORA_OPENAI is 1, with the key of MINILORA_API_KEY.
+
+    Raises:
+        ValueError: MINILORA_OPENAI is neither 0 nor 1, MINILORA_API_KEY is blank, or this is a Space on ZeroGPU.
+    """
+    if not flag(SWITCH):
+        return None
+    if zero_gpu.is_zero_gpu():
+        raise ValueError(f"{SWITCH}=1: must be 0 on ZeroGPU, which lends a GPU to single calls of the page only")
+    key = os.environ.get(KEY)
+    if key is not None and not key.strip():
+        raise ValueError(f"{KEY}={key!r}: must hold some text; leave it out to need no key")
+    return openai_arguments(engine, limits, None if key is None else key.strip())
