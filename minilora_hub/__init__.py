@@ -10,6 +10,7 @@ Importing this package loads neither torch nor transformers: a public name is im
 from __future__ import annotations
 
 import importlib
+import re
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
@@ -45,14 +46,17 @@ __all__ = ["__version__", *sorted(_MODULES)]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    module = _MODULES.get(name)
+    if module is None and re.fullmatch(r"(Dora|MixLora)For\w+", name):  # for bases with other heads
+        module = _MODULES["DoraModel"]
+    if module is None:
         raise AttributeError(f"module 'minilora_hub' has no attribute {name!r}")
-    if _MODULES[name].startswith("minilora_hub.remote_code"):
+    if module.startswith("minilora_hub.remote_code"):
         # The published code has no base aliases; "embedded" is ours.
         from minilora_hub.integrations.transformers import add_base_aliases
 
         add_base_aliases()
-    value = getattr(importlib.import_module(_MODULES[name]), name)
+    value = getattr(importlib.import_module(module), name)
     globals()[name] = value
     return value
 

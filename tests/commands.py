@@ -6,7 +6,7 @@ import io
 import sys
 from dataclasses import dataclass
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 
 from minilora_hub import cli

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 from tiny import VOCABULARY
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    PreTrainedModel,
+)
 
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
@@ -85,6 +92,22 @@ def tiny_vision_language(name: str) -> PreTrainedModel:
                 "depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4,
             },
         },
+        "qwen2_5_vl": {
+            **marks,
+            "text_config": text | {"rope_parameters": rope},
+            "vision_config": {
+                "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32,
+                "fullatt_block_indexes": [1], "patch_size": 4,
+            },
+        },
+        "qwen3_vl": {
+            **marks,
+            "text_config": text | {"rope_parameters": rope, "head_dim": 8},
+            "vision_config": {
+                "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32,
+                "deepstack_visual_indexes": [0], "num_position_embeddings": 16, "patch_size": 4,
+            },
+        },
         "llava": {
             "image_token_index": 120,
             "text_config": {"model_type": "llama", **text},
@@ -98,3 +121,22 @@ def tiny_vision_language(name: str) -> PreTrainedModel:
     }  # fmt: skip
     torch.manual_seed(0)
     return AutoModelForImageTextToText.from_config(AutoConfig.for_model(name, **configurations[name])).eval()
+
+
+def tiny_encoder_decoder(name: str) -> PreTrainedModel:
+    """A random encoder-decoder in eval mode, with two layers in its encoder and three in its decoder."""
+    layers = {"encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    widths = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "init_std": 0.2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    t5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 3}
+    fields = {
+        "t5": t5,
+        "mt5": t5 | {"feed_forward_proj": "gated-gelu"},
+        "bart": {**layers, **widths, "max_position_embeddings": 64},
+        "marian": {**layers, **widths, "max_position_embeddings": 64},
+        "whisper": {**layers, **widths, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32},
+    }[name]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **tokens, **fields, vocab_size=VOCABULARY)
+    auto = AutoModelForSpeechSeq2Seq if name == "whisper" else AutoModelForSeq2SeqLM
+    return auto.from_config(config).eval()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.adapter_folder.names import GENERATION, OUR_CONFIG, PEFT_CONFIG
+from minilora_hub.adapter_folder.tasks import is_own_auto_map
 from minilora_hub.errors import AdapterError
 
 CONFIGURATION_FILES = (
@@ -31,7 +32,6 @@ CONFIGURATION_FILES = (
 """The configuration files that transformers and PEFT read, under their usual names."""
 LARGEST = 64 * 2**20
 CUSTOM_GENERATE = "custom_generate"
-CLASS_PREFIXES = {"mixlora": "MixLora", "dora": "Dora"}
 MODULE_AND_CLASS = re.compile(r"(?P<module>[A-Za-z_]\w*)\.[A-Za-z_]\w*", re.ASCII)
 ATTENTION_FIELDS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 WATCHED = {"auto_map", CUSTOM_GENERATE, "megatron_config", *ATTENTION_FIELDS}
@@ -57,18 +57,6 @@ class CodeReference:
     def __str__(self) -> str:
         """Return a one-line description."""
         return f"{self.file}: {self.text}" + (f": {self.problem}" if self.problem else "")
-
-
-def own_auto_map(model_type: object) -> dict[str, str] | None:
-    """Return the `auto_map` of an adapter in our format; None for any other model type."""
-    prefix = CLASS_PREFIXES.get(model_type) if isinstance(model_type, str) else None
-    if prefix is None:
-        return None
-    return {
-        "AutoConfig": f"configuration_minilora.{prefix}Config",
-        "AutoModel": f"modeling_minilora.{prefix}Model",
-        "AutoModelForCausalLM": f"modeling_minilora.{prefix}ForCausalLM",
-    }
 
 
 def code_references(folder: Path, files: Collection[str] | None = None) -> list[CodeReference]:
@@ -131,7 +119,7 @@ def _references_in(path: Path, file: str, files: Collection[str]) -> Iterator[Co
         return  # transformers cannot read it either
     for key, value, fields in found:
         if key == "auto_map":
-            own = path.name == OUR_CONFIG and value == own_auto_map(fields.get("model_type"))
+            own = path.name == OUR_CONFIG and is_own_auto_map(value, fields.get("model_type"))
             yield from (
                 [CodeReference(file, "auto_map names our classes", own=True)] if own else _of_map(value, file, files)
             )

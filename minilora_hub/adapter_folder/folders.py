@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from minilora_hub.adapter_folder.code_references import require_no_other_code
 from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG, WEIGHTS
+from minilora_hub.adapter_folder.tasks import CAUSAL_LM, auto_class_of
 from minilora_hub.documents import strict_json
 from minilora_hub.errors import AdapterError
 from minilora_hub.hub.plain_files import read_header
@@ -60,6 +61,11 @@ class AdapterFolder:
     def layout(self) -> Layout:
         """How it is published: ``"auto"`` with our code, ``"peft"`` as stock transformers loads it."""
         return "auto" if self.dialect == "minilora" else "peft"
+
+    @property
+    def auto_class(self) -> str:
+        """The name of the Auto class that loads it, ``"AutoModelForCausalLM"`` for one in PEFT's format."""
+        return auto_class_of(self.config) if self.dialect == "minilora" else CAUSAL_LM
 
     def named_base(self, given: str | None, revision: str | None = None) -> tuple[str | None, str | None]:
         """Return the name and the revision of the base to use.

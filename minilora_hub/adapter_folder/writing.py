@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilora_hub.adapter_folder.code import endpoint_files, remote_code_files
-from minilora_hub.adapter_folder.code_references import own_auto_map
 from minilora_hub.adapter_folder.companions import write_companions
 from minilora_hub.adapter_folder.names import OUR_CONFIG, WEIGHTS
 from minilora_hub.adapter_folder.reading import check_against_base
+from minilora_hub.adapter_folder.tasks import own_auto_map
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
 

@@ -78,7 +78,7 @@ class BaseSource:
     @cached_property
     def layers_path(self) -> str:
         """Where it keeps its decoder layers, e.g. ``"model.layers"``."""
-        from minilora_hub.remote_code.base_structure import find_decoder_layers
+        from minilora_hub.remote_code.layer_stacks import find_decoder_layers
 
         return str(find_decoder_layers(self.skeleton)[0])
 
@@ -144,28 +144,30 @@ def hub_name(name: str | None) -> str | None:
     return None if not name or is_path(name) else name
 
 
-def skeleton(config: Any, blocks: bool = True) -> Any:
+def skeleton(config: Any, blocks: bool = True, auto_class: str = "AutoModelForCausalLM", towers: Any = None) -> Any:
     """Build a model from its configuration on the meta device, where its weights take no memory.
 
     Args:
         config: the base's configuration.
         blocks: whether one feed-forward block of each kind gets random weights on the CPU. A MixLoRA
             finds out what the parts of a block do by calling it.
+        auto_class: name of the Auto class that builds it.
+        towers: which lists of layers are adapted; see `AdapterConfig`.
 
     Raises:
         AdapterError: transformers cannot build it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    from minilora_hub.remote_code.base_structure import find_decoder_layers
+    from minilora_hub.remote_code.layer_stacks import find_layer_stacks
 
     try:
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        layers = find_decoder_layers(base)[1]
+            base = getattr(transformers, auto_class).from_config(config, trust_remote_code=False)
+        stacks = find_layer_stacks(base, towers)
         if blocks:
-            _make_blocks_real(layers)
+            _make_blocks_real([layer for _, layers in stacks.values() for layer in layers])
     except Exception as error:  # another library's code on untrusted settings may raise anything
         reason = " ".join(str(error).split())[:200]
         reason = f"{type(error).__name__}: {reason}"

@@ -23,6 +23,7 @@ from minilora_hub.cli.discover import info, list_, pull
 from minilora_hub.cli.evaluate import eval_, tasks
 from minilora_hub.cli.options import Debug, say
 from minilora_hub.cli.publish import card, push, verify
+from minilora_hub.cli.route import route
 from minilora_hub.cli.serve import serve
 from minilora_hub.cli.space import space
 from minilora_hub.cli.train import sweep, train
@@ -64,6 +65,7 @@ COMMANDS = (
 for name, command, example in COMMANDS:
     app.command(name, epilog=f"Example: {example}")(command)
 app.add_typer(experts, name="experts")
+app.add_typer(route, name="route")
 app.add_typer(space, name="space")
 
 

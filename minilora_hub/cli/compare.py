@@ -6,6 +6,7 @@ import sys
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from minilora_hub.compare.engine import Column, CompareEngine, Sampling, Update
+    from minilora_hub.compare.prompt_index import Choice
 
 NARROWEST = 28
 """Minimum width of a column in characters; on a narrower terminal the answers are printed one below the other."""
@@ -27,7 +29,12 @@ def compare(
         typer.Argument(metavar="ADAPTER", help="Folders, or ids on the Hub. Default: the adapters shipped here."),
     ] = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help='The prompt; "-" reads it from standard input.')] = "-",
-    base: Annotated[str, typer.Option(help='The base: "embedded", a folder, or an id on the Hub.')] = "embedded",
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help='The base: "embedded", a folder, or an id on the Hub. Default: embedded; with --route the index\'s.'
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token; above 0 samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the tokens that reach this probability together.")] = 1.0,
@@ -37,6 +44,12 @@ def compare(
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End an answer before this text. May be repeated.")] = None,
+    route: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="INDEX", help="Answer with the adapter that this index chooses: see `minilora route build`."
+        ),
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -52,15 +65,40 @@ def compare(
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, tuple(stop or ()))
     if not prompt.strip():
         raise ValueError("--prompt '': must not be empty")
-    engine = CompareEngine(base, adapters or shipped_adapters(), progress=say)
+    if route is None:
+        engine, choice = CompareEngine(base or "embedded", adapters or shipped_adapters(), progress=say), None
+    else:
+        engine, choice = _chosen(route, base, adapters, prompt)
     answers = [_Answer(column) for column in engine.columns]
     if as_json:
         _run(engine, prompt, sampling, answers)
-        print_json(_report(engine, prompt, answers))
+        report = _report(engine, prompt, answers)
+        print_json(report if choice is None else report | {"route": choice.to_dict()})
     else:
         _show(engine, prompt, sampling, answers)
     if any(answer.last is not None and answer.last.reason == "error" for answer in answers):
         raise typer.Exit(1)
+
+
+def _chosen(file: Path, base: str | None, adapters: list[str] | None, prompt: str) -> tuple[CompareEngine, Choice]:
+    """Return an engine with the adapter that an index chooses for the prompt, and the choice."""
+    from minilora_hub.bases.resolving import resolve_base
+    from minilora_hub.compare.engine import CompareEngine
+    from minilora_hub.compare.found_adapters import find_adapter
+    from minilora_hub.compare.prompt_index import AdapterIndex, choose_in
+    from minilora_hub.remote_code.adapter_files import base_fingerprint
+
+    if adapters:
+        raise ValueError("--route: the index names the adapters; leave them out")
+    index = AdapterIndex.load(file)
+    base = base or index.base
+    index.require_base(base_fingerprint(str(resolve_base(base).path)))
+    engine = CompareEngine(base, progress=say)
+    choice = choose_in(engine, index, prompt)
+    column = engine.load(choice.adapter, find_adapter(choice.source).folder)
+    engine.columns = (*engine.columns, column)
+    say(choice.described())
+    return engine, choice
 
 
 @dataclass

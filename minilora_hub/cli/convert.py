@@ -33,6 +33,14 @@ def import_(
         ),
     ] = "same",
     experts_per_tok: Annotated[int, typer.Option(min=1, help="Several LoRAs: experts that serve each token.")] = 2,
+    router: Annotated[
+        Literal["fresh", "arrow"],
+        typer.Option(
+            help="Several LoRAs. fresh: a router to be trained; arrow: one that compares a token with the direction "
+            "that each LoRA changes most, and needs no training."
+        ),
+    ] = "fresh",
+    temperature: Annotated[float, typer.Option(help="arrow: by which the similarities are divided.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Several LoRAs: seed of the fresh router.")] = 0,
     reference_dora: Annotated[
         Literal["loaded", "trained"],
@@ -59,6 +67,8 @@ def import_(
             num_experts_per_tok=experts_per_tok,
             attention=attention,
             seed=seed,
+            router=router,
+            temperature=temperature,
         )
     print_written(made.folder, {"method": made.method, "from": made.source}, made.notes, as_json)
 

@@ -32,6 +32,13 @@ def serve(
             metavar="MIB", min=1, help="Keep at most this much of adapters in memory. Default: all used ones."
         ),
     ] = None,
+    route: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="INDEX",
+            help='An index of `minilora route build`: the model "auto" is the adapter that it chooses for the prompt.',
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port.")] = 8000,
     api_key: Annotated[
@@ -82,6 +89,7 @@ def serve(
         adapter_bytes=None if adapter_memory is None else adapter_memory * 2**20,
         limits=ServerLimits(max_rows, max_waiting, max_cache_tokens, max_tokens),
         allow_loading=allow_loading,
+        route=route,
         progress=say,
     )
     shown = "localhost" if host in ("0.0.0.0", "::") else host  # noqa: S104

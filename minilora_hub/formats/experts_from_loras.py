@@ -1,4 +1,4 @@
-"""Combine separately trained LoRA adapters into one MixLoRA with a fresh, untrained router.
+"""Combine separately trained LoRA adapters into one MixLoRA, with a fresh router or one that needs no training.
 
 Each adapter becomes one expert with its update of the feed-forward block. Smaller ranks are padded with zeros and
 scalings are multiplied into B, neither of which changes the output of an expert. A MixLoRA has only one LoRA on
@@ -8,6 +8,8 @@ attention, whereas each adapter has its own. The caller chooses how they are com
     mean    their exact mean: A and B are concatenated, so the ranks add up
     svd     their mean, truncated to the largest rank among them by an SVD
     drop    no adapter on attention
+
+The router is fresh and has to be trained, or Arrow's (arXiv 2405.11157), which needs no training: see `prototype`.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from minilora_hub.remote_code.configuration_minilora import MixLoraConfig
 
 OnAttention = Literal["same", "mean", "svd", "drop"]
 ON_ATTENTION = ("same", "mean", "svd", "drop")
+Router = Literal["fresh", "arrow"]
+ROUTERS = ("fresh", "arrow")
 
 
 def experts_from_loras(
@@ -36,6 +40,8 @@ def experts_from_loras(
     attention: OnAttention = "same",
     seed: int = 0,
     router_init_range: float = 0.02,
+    router: Router = "fresh",
+    temperature: float = 1.0,
 ) -> tuple[Any, dict[str, torch.Tensor], list[str]]:
     """Make a MixLoRA of LoRA adapters.
 
@@ -43,8 +49,10 @@ def experts_from_loras(
         adapters: plain LoRA adapters on one base, one per expert, in this order.
         num_experts_per_tok: experts that serve each token.
         attention: how the adapters' updates of attention are combined; see the module's docstring.
-        seed: seed of the router's initial weights.
-        router_init_range: standard deviation of the router's initial weights.
+        seed: seed of a fresh router's initial weights.
+        router_init_range: standard deviation of a fresh router's initial weights.
+        router: ``"fresh"``, or ``"arrow"``.
+        temperature: Arrow's, by which the similarities are divided before the softmax.
 
     Returns:
         A MixLoraConfig, ``{canonical name: tensor}``, and notes for the user, one line each.
@@ -56,6 +64,8 @@ def experts_from_loras(
         raise AdapterError(f"{len(adapters)} adapter: at least 2 can become the experts of a MixLoRA")
     if attention not in ON_ATTENTION:
         raise AdapterError(f"attention={attention!r}: must be one of {', '.join(ON_ATTENTION)}")
+    if router not in ROUTERS:
+        raise AdapterError(f"router={router!r}: must be one of {', '.join(ROUTERS)}")
     base = adapters[0].base
     every = plan_sites(base.skeleton, MixLoraConfig(num_experts=len(adapters)))
     linears = {site.path: site for site in every if isinstance(site, LinearSite)}
@@ -81,8 +91,12 @@ def experts_from_loras(
         tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = _padded(update, attention_rank)
     generator = torch.Generator().manual_seed(seed)
     for site in blocks:
-        router = torch.empty(len(adapters), site.hidden_size)
-        tensors[f"{site.name}.router"] = router.normal_(0.0, router_init_range, generator=generator)
+        weights = torch.empty(len(adapters), site.hidden_size)
+        if router == "arrow":
+            weights = torch.stack([_prototype_at(adapter, site) for adapter in adapters])
+        else:
+            weights.normal_(0.0, router_init_range, generator=generator)
+        tensors[f"{site.name}.router"] = weights
     config = MixLoraConfig(
         r=attention_rank,
         lora_alpha=attention_rank,
@@ -93,11 +107,43 @@ def experts_from_loras(
         num_experts_per_tok=num_experts_per_tok,
         router_init_range=router_init_range,
         target_modules=layer_targets(tensors, base),
+        routing_strategy="arrow" if router == "arrow" else "top_k",
+        router_temperature=temperature if router == "arrow" else None,
     )
-    notes = ["the router is fresh: train it before the adapter is used"]
+    notes = [] if router == "arrow" else ["the router is fresh: train it before the adapter is used"]
     if attention == "drop" and any(path in linears for adapter in adapters for path in adapter.updates):
         notes.append("the adapters' updates of attention were left out (attention drop)")
     return config, tensors, notes
+
+
+def prototype(updates: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Return the unit vector that updates with one input change most: their top right singular vector, (in).
+
+    Arrow routes every linear by the top right singular vector of B A. A mixture has one router for a block, so the
+    updates of its input projections are stacked: M = [B_1 A_1; B_2 A_2]. With A the stacked A_i and A^T = Q R,
+
+        M^T M = A^T C A = Q (R C R^T) Q^T,   C = diag(B_1^T B_1, B_2^T B_2)
+
+    so the vector is Q times the top eigenvector of a small matrix. Its sign means nothing.
+
+    Args:
+        updates: A [r, in] and B [out, r] of each projection.
+    """
+    a = torch.cat([lora_a for lora_a, _ in updates]).double()
+    c = torch.block_diag(*(lora_b.double().T @ lora_b.double() for _, lora_b in updates))
+    q, r = torch.linalg.qr(a.T)  # (in, n), (n, r of all)
+    return (q @ torch.linalg.eigh(r @ c @ r.T).eigenvectors[:, -1]).float()
+
+
+def _prototype_at(adapter: PeftAdapter, site: Any) -> torch.Tensor:
+    found = [adapter.updates.get(f"{site.path}.{name}") for name in site.structure.inputs]
+    pairs = [(update.lora_a, update.lora_b * update.scaling) for update in found if update is not None]
+    if not any(bool(lora_b.any()) for _, lora_b in pairs):
+        raise AdapterError(
+            f"router='arrow': an adapter has no update of {' or '.join(site.structure.inputs)} in {site.name}, whose "
+            "input Arrow compares: choose router=fresh"
+        )
+    return prototype(pairs)
 
 
 def _experts(adapters: Sequence[PeftAdapter], site: Any, rank: int) -> dict[str, torch.Tensor]:

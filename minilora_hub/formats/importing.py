@@ -12,7 +12,7 @@ from minilora_hub.adapter_folder.writing import require_free, whole_folder, writ
 from minilora_hub.bases.skeleton import find_base
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.combine import read_loras
-from minilora_hub.formats.experts_from_loras import OnAttention, experts_from_loras
+from minilora_hub.formats.experts_from_loras import OnAttention, Router, experts_from_loras
 from minilora_hub.formats.mixlora import ReferenceDora, read_reference
 from minilora_hub.formats.peft_conversion import as_dora, write_normalised
 from minilora_hub.formats.peft_mixlora import read_peft_mixlora
@@ -93,6 +93,8 @@ def import_as_experts(
     num_experts_per_tok: int = 2,
     attention: OnAttention = "same",
     seed: int = 0,
+    router: Router = "fresh",
+    temperature: float = 1.0,
 ) -> Imported:
     """Combine several LoRA adapters into one MixLoRA; see `minilora_hub.formats.experts_from_loras`.
 
@@ -104,7 +106,12 @@ def import_as_experts(
     adapters = read_loras(sources, base, base_revision)
     with whole_folder(out) as folder:
         config, tensors, notes = experts_from_loras(
-            adapters, num_experts_per_tok=num_experts_per_tok, attention=attention, seed=seed
+            adapters,
+            num_experts_per_tok=num_experts_per_tok,
+            attention=attention,
+            seed=seed,
+            router=router,
+            temperature=temperature,
         )
         source = common_source([Path(one) for one in sources])
         notes += write_ours(folder, config, tensors, adapters[0].base, source)

@@ -27,8 +27,9 @@ from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.settings import Settings, read_reference_fields
 from minilora_hub.remote_code.attach import updates_at
-from minilora_hub.remote_code.base_structure import find_decoder_layers, linears_in, plan_sites
+from minilora_hub.remote_code.base_structure import plan_sites
 from minilora_hub.remote_code.configuration_minilora import MixLoraConfig
+from minilora_hub.remote_code.layer_stacks import find_decoder_layers, linears_in
 from minilora_hub.remote_code.linear_layers import row_norms_squared
 
 ReferenceDora = Literal["loaded", "trained"]

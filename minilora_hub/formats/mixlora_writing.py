@@ -63,6 +63,8 @@ def _reference_fields(
     for name in ("rank_pattern", "alpha_pattern"):
         if getattr(config, name):
             raise AdapterError(f"{name}={getattr(config, name)}: the reference has one rank and alpha for all")
+    if config.routing_strategy not in WRITTEN:
+        raise AdapterError(f"routing_strategy={config.routing_strategy!r}: the reference has {', '.join(WRITTEN)} only")
     alpha = config.lora_alpha
     expert_r, expert_alpha = expert_rank_and_alpha(config)
     for name, value in (("lora_alpha", alpha), ("expert_alpha", expert_alpha)):

@@ -39,7 +39,7 @@ from minilora_hub.formats.moe_architectures import (
     Architecture,
 )
 from minilora_hub.remote_code.adapted_linear import AdaptedLinear
-from minilora_hub.remote_code.base_structure import find_decoder_layers
+from minilora_hub.remote_code.layer_stacks import find_decoder_layers
 from minilora_hub.remote_code.linear_layers import linear_shape, plain_weight
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
 

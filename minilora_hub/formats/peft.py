@@ -50,7 +50,7 @@ def peft_targets(sites: list[Any], base: Any) -> PeftTargets:
         sites: the linears.
         base: the base, or its structure without weights.
     """
-    from minilora_hub.remote_code.base_structure import find_decoder_layers
+    from minilora_hub.remote_code.layer_stacks import find_decoder_layers
 
     transposed = any(type(base.get_submodule(site.path)).__name__ == "Conv1D" for site in sites)
     return PeftTargets(tuple(peft_target_names(sites, base)), find_decoder_layers(base)[0], transposed)

@@ -12,6 +12,7 @@ from minilora_hub.adapter_folder.folders import AdapterFolder
 from minilora_hub.adapter_folder.names import (
     CANONICAL_LAYERS,
     PEFT_PREFIX,
+    STRATEGIES,
     WEIGHTS,
     canonical_of_peft_mixlora,
     to_peft_mixlora,
@@ -42,6 +43,10 @@ def write_peft_mixlora(
     """
     from minilora_hub.integrations.peft.method import MixLoraPeftConfig  # registers MIXLORA in PEFT
 
+    if config.routing_strategy not in STRATEGIES.values():
+        raise AdapterError(
+            f"routing_strategy={config.routing_strategy!r}: MIXLORA in PEFT has {', '.join(STRATEGIES.values())} only"
+        )
     fields = {name: getattr(config, name) for name in SAME_FIELDS}
     fields |= {theirs: getattr(config, ours, None) for theirs, ours in FIELD_NAMES.items()}
     for pattern in ("rank_pattern", "alpha_pattern"):

@@ -38,7 +38,8 @@ def layer_targets(tensors: Collection[str], base: BaseSource) -> list[str] | str
     Raises:
         AdapterError: a linear is adapted only in some layers.
     """
-    from minilora_hub.remote_code.base_structure import find_decoder_layers, linears_in, matches_target
+    from minilora_hub.remote_code.base_structure import matches_target
+    from minilora_hub.remote_code.layer_stacks import find_decoder_layers, linears_in
 
     layers = find_decoder_layers(base.skeleton)[1]
     adapted = {name.removesuffix(".lora_A").replace(".experts.", ".") for name in tensors if name.endswith(".lora_A")}

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import transformers
+from transformers import AutoConfig
 
 from minilora_hub.bases.resolving import EMBEDDED, resolve_base
 from minilora_hub.integrations import trl
 from minilora_hub.integrations.peft import method as peft_method
 from minilora_hub.remote_code.adapter_files import BASE_ALIASES
-from minilora_hub.remote_code.configuration_minilora import DoraConfig, MixLoraConfig
-from minilora_hub.remote_code.modeling_minilora import DoraForCausalLM, DoraModel, MixLoraForCausalLM, MixLoraModel
+from minilora_hub.remote_code.heads import HEADS
+from minilora_hub.remote_code.modeling_minilora import KINDS, adapted_class
 
 
 def register() -> None:
-    """Register `mixlora` and `dora` with AutoConfig, AutoModel and AutoModelForCausalLM, and `MIXLORA` with PEFT.
+    """Register `mixlora` and `dora` with AutoConfig and the Auto classes of models, and `MIXLORA` with PEFT.
 
     Afterwards adapters load with the installed classes: no trust flag is needed, and code in the repo is not run.
     Repeated calls have no effect.
@@ -21,13 +22,10 @@ def register() -> None:
     Raises:
         MiniLoraError: this version of PEFT is not known.
     """
-    for config, model, causal_lm in (
-        (DoraConfig, DoraModel, DoraForCausalLM),
-        (MixLoraConfig, MixLoraModel, MixLoraForCausalLM),
-    ):
+    for prefix, (config, _) in KINDS.items():
         AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, model, exist_ok=True)
-        AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+        for name in HEADS:
+            getattr(transformers, name).register(config, adapted_class(prefix, name), exist_ok=True)
     add_base_aliases()
     peft_method.register()
     trl.register()

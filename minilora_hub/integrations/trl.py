@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from packaging.version import Version
 
+from minilora_hub.remote_code.mixlora_model import INTEGRATIONS, MixLoraCausalLMOutput, share_of_items
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
-from minilora_hub.remote_code.modeling_minilora import INTEGRATIONS, MixLoraCausalLMOutput, share_of_items
 from minilora_hub.remote_code.routing import is_being_trained, router_loss_weights, router_losses
 from minilora_hub.remote_code.routing_record import (
     _COMPILED_RECORD,

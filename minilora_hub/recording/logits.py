@@ -51,11 +51,27 @@ def prompt_ids(tokenizer: Any | None, vocabulary: int) -> tuple[tuple[int, ...],
     return prompts
 
 
+def last_row(model: Any, ids: Any) -> Any:
+    """Return the values that are recorded of one prompt: ids (1, seq) -> (values,).
+
+    They are the logits at the last position: of the vocabulary, or of the classes. Of a question's answer they are the
+    scores of all starts and ends, and of a model without a head its last hidden state.
+    """
+    import torch
+
+    takes_two = getattr(model.config, "is_encoder_decoder", False)
+    outputs = model(input_ids=ids, **({"decoder_input_ids": ids} if takes_two else {}))
+    if "start_logits" in outputs:
+        return torch.cat([outputs["start_logits"][0], outputs["end_logits"][0]]).float()
+    rows = outputs["logits" if "logits" in outputs else "last_hidden_state"][0]
+    return (rows if rows.dim() == 1 else rows[-1]).float()
+
+
 def record(model: Any, prompts: Sequence[Sequence[int]]) -> TopLogits:
     """Compute the largest logits after each prompt.
 
     Args:
-        model: a causal language model in eval mode.
+        model: a model that takes token ids, in eval mode.
         prompts: token ids, a list a prompt.
     """
     import torch
@@ -65,8 +81,7 @@ def record(model: Any, prompts: Sequence[Sequence[int]]) -> TopLogits:
     tokens, logits = [], []
     with torch.no_grad(), plain_products():
         for prompt in prompts:
-            ids = torch.tensor([list(prompt)], device=model.device)
-            row = model(input_ids=ids).logits[0, -1].float()  # (vocabulary,)
+            row = last_row(model, torch.tensor([list(prompt)], device=model.device))
             top = row.topk(min(TOP_LOGITS, row.numel()))
             tokens.append(tuple(top.indices.tolist()))
             logits.append(tuple(round(value, 6) for value in top.values.tolist()))
@@ -89,11 +104,12 @@ def logits_of(
     size = model.get_input_embeddings().num_embeddings
     with torch.no_grad(), plain_products():
         for prompt, some in zip(prompts, tokens, strict=True):
-            if not all(0 <= token < size for token in (*prompt, *some)):
+            inside = all(0 <= token < size for token in prompt)
+            row = last_row(model, torch.tensor([list(prompt)], device=model.device)) if inside else torch.zeros(0)
+            if not all(0 <= token < len(row) for token in some):
                 wanted.append([float("nan")] * len(some))
                 highest.append(None)
                 continue
-            row = model(input_ids=torch.tensor([list(prompt)], device=model.device)).logits[0, -1].float()
             others = torch.ones_like(row, dtype=torch.bool)
             others[list(some)] = False
             wanted.append(row[list(some)].tolist())

@@ -17,6 +17,7 @@ from minilora_hub.adapter_folder.folders import AdapterFolder as Source
 from minilora_hub.adapter_folder.folders import read_source
 from minilora_hub.adapter_folder.names import TOKENIZER_FILES, WEIGHTS
 from minilora_hub.adapter_folder.results import Verification
+from minilora_hub.adapter_folder.tasks import CAUSAL_LM, CLASS_PREFIXES
 from minilora_hub.bases.loading import load_base
 from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.bases.skeleton import BaseSource
@@ -128,6 +129,8 @@ def make_recording(
         BaseModelError: the base cannot be loaded.
         ValueError: the weights do not fit the configuration and the base; the message names the tensor.
     """
+    if source.auto_class != CAUSAL_LM:
+        return _record_head(source, base, key, before)
     model_of_base = load_base(base.found, dtype=wanted_dtype(base.found))
     dtype = str(model_of_base.dtype).removeprefix("torch.")
     base_parameters = sum(parameter.numel() for parameter in model_of_base.parameters())
@@ -149,12 +152,43 @@ def make_recording(
     return recording.sealed(), gap
 
 
+def _record_head(
+    source: Source, base: RecordedBase, key: dict[str, str], before: Verification | None
+) -> tuple[Recording, float | None]:
+    """`make_recording` for an adapter on a base with another head, part of which may be in the adapter."""
+    model = model_class(source).from_pretrained(
+        str(source.folder), base_model=str(base.found.path), dtype=wanted_dtype(base.found)
+    )
+    if model.main_input_name != "input_ids":
+        raise AdapterError(
+            f"{source.folder.name!r}: its base takes {model.main_input_name}, and `minilora push` publishes adapters "
+            "of bases that take text only; push_to_hub() of the model uploads it unchecked"
+        )
+    dtype = str(model.base.dtype).removeprefix("torch.")
+    parameters = model.num_adapter_parameters()
+    vocabulary = int(model.get_input_embeddings().num_embeddings)
+    top = record(model, prompt_ids(own_tokenizer(tokenizer_folder(source, base.found)), vocabulary))
+    if before is not None and (before.dtype, before.base_fingerprint) != (dtype, key["base"]):
+        before = None
+    recording = Recording(
+        key=key,
+        prompts=top.prompts,
+        top_tokens=top.top_tokens,
+        top_logits=top.top_logits,
+        dtype=dtype,
+        base_parameters=sum(parameter.numel() for parameter in model.parameters()) - parameters,
+        parameters=parameters,
+        peft_problem=f"it is not written for PEFT with the head of {source.auto_class}",
+    )
+    return recording.sealed(), _gap(model, before)
+
+
 def _compute_ours(
     source: Source, base: Any, dtype: str, prompts: Sequence[Sequence[int]], before: Verification | None
 ) -> tuple[TopLogits, float | None, dict[str, Any]]:
     import torch
 
-    from minilora_hub.remote_code.base_structure import find_decoder_layers
+    from minilora_hub.remote_code.layer_stacks import find_decoder_layers
 
     model = model_class(source).from_pretrained(str(source.folder), base_model=base, dtype=getattr(torch, dtype))
     found = {"parameters": model.num_adapter_parameters(), "layers_path": find_decoder_layers(model.base)[0]}
@@ -223,6 +257,6 @@ def tokenizer_folder(source: Source, base: ResolvedBase) -> Path:
 
 def model_class(source: Source) -> Any:
     """Return our installed class for an adapter in our format."""
-    from minilora_hub import DoraForCausalLM, MixLoraForCausalLM
+    from minilora_hub.remote_code.modeling_minilora import adapted_class
 
-    return MixLoraForCausalLM if source.method == "mixlora" else DoraForCausalLM
+    return adapted_class(CLASS_PREFIXES[source.method], source.auto_class)

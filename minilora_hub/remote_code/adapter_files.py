@@ -29,7 +29,10 @@ CODE_FILES = (
     "expert_slots.py",
     "few_rows.py",
     "file_hashes.py",
+    "heads.py",
+    "layer_stacks.py",
     "linear_layers.py",
+    "mixlora_model.py",
     "mixture.py",
     "modeling_minilora.py",
     "probe.py",
@@ -37,6 +40,7 @@ CODE_FILES = (
     "routing_record.py",
     "saving.py",
     "trainer_support.py",
+    "trial_inputs.py",
 )
 CHECKPOINT_FILES = (
     "model.safetensors",

@@ -13,6 +13,7 @@ from typing import Any
 
 from minilora_hub.compare.answer import Answer, Row, Update
 from minilora_hub.compare.engine import CompareEngine, context_length
+from minilora_hub.compare.prompt_index import Choice
 from minilora_hub.compare.prompting import Prompting
 from minilora_hub.errors import AdapterError, ServingError
 from minilora_hub.serving.metrics import Metrics
@@ -41,11 +42,14 @@ class Work:
         adapter: the adapter, None for the base.
         shape: what the answers look like.
         echo: whether the prompt is part of the answer.
+
+    Attributes:
+        model: the name of the model that answers.
     """
 
     def __init__(self, service: Answering, adapter: str | None, shape: Shape, echo: bool) -> None:
         self._service, self._shape, self._echo = service, shape, echo
-        self._model = service.models.base if adapter is None else adapter
+        self.model = service.models.base if adapter is None else adapter
         self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self.rows: list[ServedRow] = []
@@ -66,14 +70,14 @@ class Work:
             ServingError: they cannot be queued now, or ever.
         """
         self._service.scheduler.submit(self.rows)
-        self._service.metrics.prompt(self._model, self._read)
+        self._service.metrics.prompt(self.model, self._read)
 
     def cancel(self) -> None:
         """Take out the rows that have not ended."""
         left = [row for row in self.rows if not (row.answer.finished or row.cancelled)]
         if left:
             self._service.scheduler.cancel(left)
-            self._service.metrics.cancelled(self._model, len(left))
+            self._service.metrics.cancelled(self.model, len(left))
 
     async def response(self) -> dict[str, Any]:
         """Wait for all answers and return them.
@@ -136,11 +140,11 @@ class Work:
         """Count an update and hand it to the event loop; called in the thread that computes."""
         metrics = self._service.metrics
         if update.token_id is not None:
-            metrics.token(self._model)
+            metrics.token(self.model)
             if update.tokens == 1:
-                metrics.first_token(self._model, time.perf_counter() - self.rows[index].started)
+                metrics.first_token(self.model, time.perf_counter() - self.rows[index].started)
         if update.finished and update.tokens_per_second is not None:
-            metrics.rate(self._model, update.tokens_per_second)
+            metrics.rate(self.model, update.tokens_per_second)
         try:
             self._loop.call_soon_threadsafe(self._updates.put_nowait, (index, update))
         except RuntimeError:  # the event loop is closed, and so is the connection
@@ -168,7 +172,7 @@ class Answering:
         Raises:
             ServingError: the request cannot be answered; nothing is queued.
         """
-        adapter, prompting = await self._begin(body)
+        adapter, prompting, choice = await self._begin(body)
         turns = [message.turn() for message in body.messages]
         self._require_short(sum(len(turn["content"]) for turn in turns), "messages")
         ids = await self._tokens("messages", prompting.chat_ids, turns)
@@ -178,7 +182,7 @@ class Answering:
             )
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         limit = self._limit(ids, asked, self.scheduler.limits.default_tokens, "messages")
-        shape = self._shape(body, adapter, True, (body.top_logprobs or 0) if body.logprobs else None)
+        shape = self._shape(body, adapter, True, (body.top_logprobs or 0) if body.logprobs else None, choice)
         work = Work(self, adapter, shape, False)
         work.add(Prompt(ids), self._answers(body, adapter, prompting, ids, limit, shape.alternatives, False), limit)
         work.submit()
@@ -190,8 +194,8 @@ class Answering:
         Raises:
             ServingError: the request cannot be answered; nothing is queued.
         """
-        adapter, prompting = await self._begin(body)
-        shape = self._shape(body, adapter, False, body.logprobs)
+        adapter, prompting, choice = await self._begin(body)
+        shape = self._shape(body, adapter, False, body.logprobs, choice)
         work = Work(self, adapter, shape, body.echo)
         prompts = body.prompts()
         self.scheduler.require_room(len(prompts) * body.count)  # before thousands of prompts are tokenized
@@ -212,11 +216,15 @@ class Answering:
         work.submit()
         return work
 
-    async def _begin(self, body: ChatRequest | CompletionRequest) -> tuple[str | None, Prompting]:
+    async def _begin(self, body: ChatRequest | CompletionRequest) -> tuple[str | None, Prompting, Choice | None]:
         body.refuse_unsupported()
-        adapter = self.models.adapter(body.model)
+        adapter, choice = self.models.adapter(body.model), None
+        if self.models.is_auto(body.model):
+            self.scheduler.require_room(body.count)  # before the base reads the prompt
+            choice = await self.models.choose(body.asked())
+            adapter = choice.adapter
         await self.models.prepare(adapter)
-        return adapter, self._engine.prompting(adapter)
+        return adapter, self._engine.prompting(adapter), choice
 
     async def _tokens(self, param: str, read: Any, prompt: Any) -> list[int] | None:
         try:
@@ -248,10 +256,17 @@ class Answering:
         return min(room, default) if asked is None else asked
 
     def _shape(
-        self, body: ChatRequest | CompletionRequest, adapter: str | None, chat: bool, alternatives: int | None
+        self,
+        body: ChatRequest | CompletionRequest,
+        adapter: str | None,
+        chat: bool,
+        alternatives: int | None,
+        choice: Choice | None,
     ) -> Shape:
         token_text = partial(self._engine.token_text, adapter=adapter)
-        return Shape(chat, body.model, token_text, alternatives, body.return_routed_experts)
+        name = body.model if choice is None else choice.adapter
+        route = None if choice is None else choice.to_dict()
+        return Shape(chat, name, token_text, alternatives, body.return_routed_experts, route)
 
     def _answers(
         self,

@@ -124,6 +124,7 @@ def _add_answers(app: FastAPI, server: Server) -> None:
         try:
             model = server.models.adapter(body.model) or server.models.base
             work = await (answering.chat(body) if isinstance(body, ChatRequest) else answering.complete(body))
+            model = work.model
             if body.stream:
                 status = 200
                 return EventStream(work, work.events(body.usage_in_stream))
@@ -159,7 +160,7 @@ def _add_models(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> JSONResponse:
-        wanted = server.models.adapter(name) or server.models.base
+        wanted = name if server.models.is_auto(name) else server.models.adapter(name) or server.models.base
         return JSONResponse(next(shown(model) for model in server.models.all() if model.name == wanted))
 
     def require_allowed() -> None:

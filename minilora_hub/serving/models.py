@@ -7,12 +7,17 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final, Literal
 
 from minilora_hub.adapter_folder.folders import Kind, inspect_source
 from minilora_hub.compare.engine import CompareEngine
 from minilora_hub.compare.found_adapters import find_adapter
+from minilora_hub.compare.prompt_index import AdapterIndex, Choice, choose_in
 from minilora_hub.errors import AdapterError, ServingError
 from minilora_hub.serving.scheduler import UNUSABLE, Scheduler
+
+AUTO: Final = "auto"
+"""The model that stands for the adapter which an index chooses by the prompt."""
 
 NAME = re.compile(r"[\w.][\w./-]{0,199}")
 
@@ -23,14 +28,14 @@ class ServedModel:
 
     Attributes:
         name: its name in answers.
-        kind: its method, or ``"base"``.
+        kind: its method, ``"base"`` or ``"auto"``.
         parent: the base's name; None for the base.
         detail: its size in a few words.
         loaded: whether its tensors are in memory.
     """
 
     name: str
-    kind: Kind
+    kind: Kind | Literal["auto"]
     parent: str | None
     detail: str
     loaded: bool
@@ -60,6 +65,38 @@ class Models:
         for given, column in zip(adapters, engine.columns[1:], strict=True):
             self._add_aliases(column.name, str(given))
         self._changing = asyncio.Lock()
+        self._index: AdapterIndex | None = None
+
+    def choose_with(self, index: AdapterIndex) -> None:
+        """Let the model `AUTO` be the adapter that an index chooses.
+
+        Raises:
+            AdapterError: another model has this name, or an adapter of the index is not served.
+        """
+        if AUTO in self._base_names or self._engine.bank.find(AUTO) is not None:
+            raise AdapterError(f"index: a model is called {AUTO!r}: rename its folder")
+        missing = sorted(one.name for one in index.adapters if self._engine.bank.find(one.name) is None)
+        if missing:
+            raise AdapterError(f"index: its adapters {', '.join(missing)} are not served: name their folders")
+        self._index = index
+
+    async def choose(self, text: str) -> Choice:
+        """Choose an adapter by the prompt, with the base.
+
+        Raises:
+            ServingError: the prompt has no token, or none of the index's adapters is left (400).
+        """
+        assert self._index is not None
+        served = [entry.name for entry in self._engine.bank.list()]
+        try:
+            future = self._scheduler.call(choose_in, self._engine, self._index, text, served)
+            return await asyncio.wrap_future(future)
+        except UNUSABLE as error:
+            raise ServingError(400, f"model={AUTO!r}: {error}", "model") from None
+
+    def is_auto(self, name: str) -> bool:
+        """Return whether an index chooses the adapter for this name."""
+        return self._index is not None and name == AUTO
 
     def adapter(self, name: str) -> str | None:
         """Return the name in the bank of the model that a client asks for; None for the base.
@@ -70,7 +107,7 @@ class Models:
         Raises:
             ServingError: there is no such model (404).
         """
-        if name in self._base_names:
+        if name in self._base_names or self.is_auto(name):
             return None
         names = [name]
         names += [name.removeprefix(f"{base}:") for base in self._base_names if name.startswith(f"{base}:")]
@@ -88,6 +125,8 @@ class Models:
         found = [ServedModel(base.name, "base", None, base.detail, True)]
         for entry in self._engine.bank.list():
             found.append(ServedModel(entry.name, entry.facts.kind, self.base, entry.facts.detail, entry.loaded))
+        if self._index is not None:
+            found.append(ServedModel(AUTO, AUTO, self.base, f"one of {len(self._index.adapters)} by the prompt", True))
         return found
 
     def register_folder(self, folder: Path) -> tuple[int, list[str]]:
@@ -171,7 +210,12 @@ class Models:
             self._aliases = {alias: target for alias, target in self._aliases.items() if target != adapter}
 
     def _require_new(self, name: str, status: bool = False) -> None:
-        taken = name in self._base_names or name in self._aliases or self._engine.bank.find(name) is not None
+        taken = (
+            self.is_auto(name)
+            or name in self._base_names
+            or name in self._aliases
+            or self._engine.bank.find(name) is not None
+        )
         if taken and status:
             raise ServingError(400, f"lora_name={name!r}: a model of this name is loaded", "lora_name", "name_taken")
         if taken:

@@ -158,6 +158,11 @@ class ChatRequest(_Request):
         if self.top_logprobs is not None and not self.logprobs:
             raise ServingError(400, "top_logprobs: must not be given without logprobs=true", "top_logprobs")
 
+    def asked(self) -> str:
+        """Return the text by which an adapter is chosen: what the user said last."""
+        turns = [message.turn() for message in self.messages]
+        return next((turn["content"] for turn in reversed(turns) if turn["role"] == "user"), turns[-1]["content"])
+
 
 Tokens = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
 
@@ -174,6 +179,16 @@ class CompletionRequest(_Request):
         """Return the prompts, each a text or tokens."""
         many = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
         return list(self.prompt) if many else [self.prompt]  # type: ignore[arg-type,list-item]
+
+    def asked(self) -> str:
+        """Return the text by which an adapter is chosen.
+
+        Raises:
+            ServingError: the prompt is not one text (400).
+        """
+        if isinstance(self.prompt, str):
+            return self.prompt
+        raise ServingError(400, "prompt: must be one text, by which model='auto' chooses an adapter", "prompt")
 
 
 class LoadRequest(_Body):

@@ -24,10 +24,11 @@ class Shape:
 
     Attributes:
         chat: whether they are chat completions.
-        model: the model's name, as it was asked for.
+        model: the model's name, as it was asked for; of ``"auto"`` that of the chosen one.
         token_text: returns the text of a token.
         alternatives: number of most probable tokens for each token; None without logprobs.
         routed_experts: whether the experts of each token are given.
+        route: which adapter was chosen for ``"auto"``, and why.
         id: of the response.
         created: time of the response, in seconds.
     """
@@ -37,6 +38,7 @@ class Shape:
     token_text: Callable[[int], str]
     alternatives: int | None = None
     routed_experts: bool = False
+    route: dict[str, Any] | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -50,7 +52,7 @@ class Shape:
         kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
         prefix = "chatcmpl" if self.chat else "cmpl"
         head = {"id": f"{prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
-        return head | {"choices": choices} | fields
+        return head | ({"route": self.route} if self.route else {}) | {"choices": choices} | fields
 
     def choice(
         self,

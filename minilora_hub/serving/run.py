@@ -10,6 +10,8 @@ import uvicorn
 
 from minilora_hub.bases.resolving import resolve_base
 from minilora_hub.compare.engine import CompareEngine
+from minilora_hub.compare.prompt_index import AdapterIndex
+from minilora_hub.remote_code.adapter_files import base_fingerprint
 from minilora_hub.serving.app import Server, build_app
 from minilora_hub.serving.metrics import Metrics
 from minilora_hub.serving.models import Models, require_folder
@@ -28,6 +30,7 @@ def build_server(
     adapter_bytes: int | None = None,
     limits: ServerLimits | None = None,
     allow_loading: bool = False,
+    route: Path | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Server:
     """Load a base and its adapters.
@@ -39,12 +42,14 @@ def build_server(
         adapter_bytes: the most bytes of adapter tensors to keep in memory; see `AdapterBank`.
         limits: bounds of the server.
         allow_loading: whether clients may load and unload adapters.
+        route: file of an index that chooses the adapter where a client asks for the model ``"auto"``.
         progress: called with a line of text at each step.
 
     Raises:
-        MiniLoraError: the base or an adapter cannot be found or read.
+        MiniLoraError: the base, an adapter or the index cannot be found or read, or they do not fit each other.
         ValueError: two adapters have the same name.
     """
+    index = None if route is None else AdapterIndex.load(route)
     for folder in adapter_folders:  # before the base is loaded
         require_folder(folder)
     engine = CompareEngine(base, adapters, memory_limit=adapter_bytes, progress=progress)
@@ -57,6 +62,9 @@ def build_server(
         progress(f"  + {count} adapters of {folder}, read when they are asked for")
         for line in refused:
             progress(f"  ! {line}")
+    if index is not None:
+        index.require_base(base_fingerprint(str(resolved.path)))
+        models.choose_with(index)
     return Server(engine, scheduler, models, Metrics(), allow_loading)
 
 

@@ -19,8 +19,8 @@ from transformers.generation import GenerationMixin
 from minilora_hub.adapter_folder.names import PEFT_CONFIG, to_peft
 from minilora_hub.remote_code.adapted_model import AdaptedModel
 from minilora_hub.remote_code.adapter_files import ADAPTER_FILE, write_adapter
-from minilora_hub.remote_code.base_structure import find_decoder_layers
 from minilora_hub.remote_code.configuration_minilora import AdapterConfig
+from minilora_hub.remote_code.layer_stacks import find_decoder_layers
 from minilora_hub.remote_code.modeling_minilora import GenerateOnBase
 from minilora_hub.remote_code.trainer_support import takes_base_arguments
 

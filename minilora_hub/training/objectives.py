@@ -7,7 +7,8 @@
     anchor      KL(p_base || p_student) on general text, at every position
 
 They act in training only, so the validation loss is that of the labels and stays comparable. Each is logged under its
-name, before its weight. Everything that they draw follows from seed, step and process, so a resumed run draws the same.
+name, before its weight. Everything that they draw follows from seed, step and micro-batch, so a resumed run and one on
+other processes draw the same.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ class Step:
         model: the adapted model.
         inputs: what it was called with.
         hidden: the decoder's last hidden states of that call, (batch, seq, d).
-        place: (optimizer step, micro-batch in it, process).
+        place: (optimizer step, micro-batch in it, numbered over all processes).
     """
 
     model: Any
     inputs: dict[str, Any]
     hidden: torch.Tensor
-    place: tuple[int, int, int]
+    place: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,7 @@ class Anchor:
         self.ids = torch.tensor(ids, device=next(model.parameters()).device)
 
     def __call__(self, step: Step) -> Term:
-        number, micro, process = step.place
-        draw = torch.Generator().manual_seed(hash((self.seed, number, micro, process)) % 2**63)
+        draw = torch.Generator().manual_seed(hash((self.seed, *step.place)) % 2**63)
         starts = torch.randint(len(self.ids) - self.length + 1, (self.rows,), generator=draw).tolist()
         ids = torch.stack([self.ids[start : start + self.length] for start in starts])  # (rows, length)
         mask = torch.ones_like(ids)

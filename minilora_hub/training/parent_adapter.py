@@ -236,12 +236,13 @@ def choose_trainable(model: Any, learn: str, base: BaseSource) -> None:
 def require_router_gradient(settings: TrainingSettings) -> None:
     """Refuse to train only a router that gets no gradient: a single weight, divided by its sum, is always 1."""
     adapter = settings.recipe.adapter
-    single = adapter.get("routing_strategy", "top_k") == "top_k" and adapter.get("num_experts_per_tok") == 1
+    strategy = adapter.get("routing_strategy", "top_k")
+    single = strategy in ("top_k", "arrow") and adapter.get("num_experts_per_tok") == 1
     if settings.learn == "router" and single:
         raise TrainingError(
-            "num_experts_per_tok=1: with top_k routing the weight of the one expert is always 1, so the loss gives the "
-            "router no gradient: pass --set num_experts_per_tok=2 or more, or --set routing_strategy=switch, whose "
-            "weight is the probability"
+            f"num_experts_per_tok=1: with {strategy} routing the weight of the one expert is always 1, so the loss "
+            "gives the router no gradient: pass --set num_experts_per_tok=2 or more, or --set routing_strategy=switch, "
+            "whose weight is the probability"
         )
 
 

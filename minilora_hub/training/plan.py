@@ -214,7 +214,7 @@ def _probe(model: Any, data: TrainingData, rows: int, pad: int, trainer: Any) ->
                 with last_hidden_states(model, bool(trainer.objectives)) as hidden:
                     loss = model(**batch, use_cache=False, fused_lm_head=True).loss
                 for objective in trainer.objectives:
-                    loss = loss + objective.weight * objective(Step(model, batch, hidden[0], (0, 0, 0))).value
+                    loss = loss + objective.weight * objective(Step(model, batch, hidden[0], (0, 0))).value
             loss.backward()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

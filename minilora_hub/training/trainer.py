@@ -139,12 +139,12 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
         return loss, outputs
 
-    def _place(self) -> tuple[int, int, int]:
-        """Return (optimizer step, micro-batch in it, process), and count the micro-batch."""
+    def _place(self) -> tuple[int, int]:
+        """Return (optimizer step, micro-batch in it, numbered over all processes), and count the micro-batch."""
         step, micro = self._micro_batch
         micro = micro + 1 if step == self.state.global_step else 0
         self._micro_batch = (self.state.global_step, micro)
-        return self.state.global_step, micro, self.accelerator.process_index
+        return self.state.global_step, micro * self.accelerator.num_processes + self.accelerator.process_index
 
     def _with_objectives(self, loss: Any, step: Step, num_items_in_batch: Any) -> Any:
         """Add the objectives to a micro-batch's loss, and log each one.

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import tiny_stand_ins
 
-from minilora_hub.adapter_folder.code_references import LARGEST, code_references, own_auto_map, require_no_other_code
+from minilora_hub.adapter_folder.code_references import LARGEST, code_references, require_no_other_code
+from minilora_hub.adapter_folder.tasks import own_auto_map
 from minilora_hub.bases.loading import load_base
 from minilora_hub.bases.resolving import resolve_base
 from minilora_hub.errors import AdapterError, BaseModelError

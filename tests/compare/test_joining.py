@@ -58,7 +58,9 @@ def run(batch, updates, steps=None):
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
     def save(name, base):
-        model = DoraForCausalLM.from_base(base, tiny_config("dora"))
+        # GPT-OSS has experts that are no linears.
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if name == "gpt_oss" else "all-linear"
+        model = DoraForCausalLM.from_base(base, tiny_config("dora", target_modules=targets))
         fill_adapter(model)
         folder = tmp_path_factory.mktemp(name)
         model.save_pretrained(folder)

@@ -263,6 +263,7 @@ def test_few_adapters_are_kept_and_the_least_recently_used_goes(hub, visit, link
     wait_for_states(second, "length", "length")
 
 
+@pytest.mark.slow
 def test_the_picker_takes_ids_of_the_hub(visit):
     """Beside the page's own; each with a card; a wrong one gives a reason, and the columns stay."""
     page = visit("ana/dora", "shown")

@@ -8,6 +8,8 @@ import time
 import pytest
 from demo.browsing import Visits, ask, open_panel, set_number, texts, wait_for_states, wait_for_words, words
 
+pytestmark = pytest.mark.slow  # queues that take their time
+
 
 @pytest.fixture(scope="module")
 def server(page_server):

@@ -46,6 +46,7 @@ def shown_tokens(page):
     return page.locator(".ml-token:not([hidden])").count()
 
 
+@pytest.mark.slow
 def test_the_replay_is_of_the_shipped_adapters(replay, stage):
     """Their weights and their tokens, up to a tie. If not: python -m minilora_hub.demo.runs.replay."""
     engine = CompareEngine("embedded", shipped_adapters())
@@ -65,6 +66,7 @@ def test_the_replay_is_of_the_shipped_adapters(replay, stage):
             assert abs(one["l"] - update.logprob) < 0.01
 
 
+@pytest.mark.slow
 def test_the_page_opens_with_it_and_plays_it(visit, stage, replay):
     """At reading pace, labelled, without computing anything; at the end all of it is there."""
     page = visit()
@@ -81,6 +83,7 @@ def test_the_page_opens_with_it_and_plays_it(visit, stage, replay):
     assert page.locator(".ml-count").inner_text() == replay["status"]["badge"]
 
 
+@pytest.mark.slow
 def test_nothing_moves_for_those_who_asked_for_stillness(visit, stage):
     """Reduced motion: all of it at once."""
     page = visit(reduced_motion="reduce")
@@ -89,6 +92,7 @@ def test_nothing_moves_for_those_who_asked_for_stillness(visit, stage):
     assert texts(page) == [text_of(column) for column in stage["columns"]]
 
 
+@pytest.mark.slow
 def test_a_prompt_ends_it(visit, server):
     """The label goes, and what follows is computed now."""
     page = visit()

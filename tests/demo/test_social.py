@@ -80,6 +80,7 @@ def words(page):
     return page.locator(".ml-blind-words").inner_text()
 
 
+@pytest.mark.slow
 def test_an_empty_board_says_how_to_vote(visit):
     """The first test here: nobody has voted on this server yet."""
     page = visit("board", wait=False)
@@ -131,6 +132,7 @@ def test_a_blind_vote_is_stored_and_shows_the_names(votes, visit):
     assert len(votes()) == before + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "choice"), [("t", "tie"), ("x", "all bad")])
 def test_votes_have_keys(votes, page, key, choice):
     before = page.get_attribute(".ml-switch", "aria-checked")
@@ -144,6 +146,7 @@ def test_votes_have_keys(votes, page, key, choice):
     assert votes()[-1]["choice"] == choice
 
 
+@pytest.mark.slow
 def test_names_without_a_vote_and_a_stopped_comparison_give_none(votes, page):
     before = len(votes())
     blind_run(page)
@@ -166,6 +169,7 @@ def test_names_without_a_vote_and_a_stopped_comparison_give_none(votes, page):
     assert len(votes()) == before
 
 
+@pytest.mark.slow
 def test_a_comparison_is_voted_on_once_however_often_the_browser_votes(votes, page):
     """Three votes sent at once, and one on a page on which nothing was run."""
     before = len(votes())
@@ -285,6 +289,7 @@ def test_a_link_to_nothing_gives_a_reason(visit, identifier):
     run(page)
 
 
+@pytest.mark.slow
 def test_exports_are_files(visit):
     page = visit()
     assert page.locator("[data-action=json]").is_disabled()
@@ -364,6 +369,7 @@ def test_top_k_and_penalty_are_obeyed(visit):
 # ---- a file of prompts ----
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts_becomes_a_table_and_files(visit, tmp_path):
     page = visit()
     open_panel(page, "A file of prompts")
@@ -409,6 +415,7 @@ def test_a_batch_can_be_stopped(server, visit, tmp_path):
     settled(server)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -432,6 +439,7 @@ def test_a_file_that_cannot_be_run_gives_a_reason(page, tmp_path, name, content,
 # ---- the picker ----
 
 
+@pytest.mark.slow
 def test_adapters_are_chosen_from_cards(visit):
     """Those of the page and of the owner's folder; never a path; one to five."""
     page = visit()

@@ -13,6 +13,8 @@ from tiny_stand_ins import save_base_and_adapters
 
 from minilora_hub.compare.engine import CompareEngine, Row, Sampling
 
+pytestmark = pytest.mark.slow  # a browser for minutes; test_page.py has the short look
+
 PROMPT, LENGTH = "Hello", 40
 NAMES = ("base", *STAGE_ADAPTERS)
 BASE, LORA, DORA, MIX = range(4)

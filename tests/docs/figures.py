@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence import report
+from evidence import choosing, report, train_on
 from evidence.store import Store
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -151,9 +151,50 @@ def page() -> str:
     )
 
 
+def vllm() -> str:
+    """What adapters cost in vLLM, in time and memory."""
+    held = results("vllm")
+    rates, ratios, memory = held["tokens_per_cpu_second"], held["ratios"], held["memory"]
+    names = {"base": "the base", "lora": "LoRA", "dora": "DoRA", "mixlora": "MixLoRA"}
+    rows = list(rates["base"])
+    before = paragraph(
+        f"The shipped adapters on the embedded base, float32, one thread, `--enforce-eager`: medians "
+        f"of {held['rounds']} interleaved rounds, in CPU time (`tests/bench/bench_vllm.py` says how to run it)."
+    )
+    speed = table(
+        ["decoded tokens per CPU second, rows in the batch:", *rows],
+        [[names[method], *(f"{rates[method][count]:.1f}" for count in rows)] for method in rates],
+    )
+    costs = table(
+        ["CPU time, median and quartiles of the rounds, rows in the batch:", *rows],
+        [[name, *(f"{cells[n]['median']:.2f} ({cells[n]['lower']:.2f} to {cells[n]['upper']:.2f})" for n in rows)]
+         for name, cells in ratios.items()],
+    )  # fmt: skip
+    kept = table(
+        ["adapter", "its file, MB", "memory of each registered one, MB"],
+        [[names[method], f"{row['file_mb']:.1f}", f"{row['registered_mb']:.1f}"] for method, row in memory.items()],
+    )
+    return "\n\n".join([before, speed, costs, kept])
+
+
 def evidence() -> str:
     """The comparison of the methods."""
     return report.section(Store())
+
+
+def choice() -> str:
+    """How often the nearest prompt belongs to the right task."""
+    return choosing.report()
+
+
+def chosen_answers() -> str:
+    """Exact match of the adapters that were chosen by the prompt."""
+    return choosing.answers()
+
+
+def continued() -> str:
+    """Trainings that continue from adapters."""
+    return train_on.report()
 
 
 def paragraph(text: str) -> str:
@@ -162,11 +203,15 @@ def paragraph(text: str) -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "choice": choice,
+    "chosen-answers": chosen_answers,
+    "continued": continued,
     "costs": costs,
     "evidence": evidence,
     "page": page,
     "push": push,
     "summary": summary,
     "training": training,
+    "vllm": vllm,
 }
 """Name of a block -> what renders it."""

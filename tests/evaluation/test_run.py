@@ -151,6 +151,7 @@ def test_a_long_text_is_sampled_evenly():
     assert len(general_text.windows_of(byte_tokenizer(), default)) == general_text.WINDOWS
 
 
+@pytest.mark.slow
 def test_together_is_the_same_as_each_alone(saved):
     together = told(measure(saved, "mix", "dora", "lora", perplexity=True))
     for index, name in enumerate(("mix", "dora", "lora")):

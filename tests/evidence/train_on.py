@@ -1,16 +1,16 @@
 """Measure what continuing from adapters gains: single-task LoRAs routed, distillation, sequences of tasks, the anchor.
 
-    python tests/evidence/train_on.py run --part router        # one part; without --part all; goes on after a stop
-    python tests/evidence/train_on.py run --part router --steps 24 --items 48      # a small version
-    python tests/evidence/train_on.py report                   # the tables of what is there
+    python tests/evidence/train_on.py run                      # every step; goes on after a stop
+    python tests/evidence/train_on.py run --part router        # one part
 
-    router      single-task LoRAs; their mean, TIES, the untrained and trained router over them, one LoRA on all rows
-    distill     one LoRA from the shipped MixLoRA
-    sequence    the tasks one after the other: continued, kept apart, and kept apart with the orthogonal term
-    anchor      one LoRA on all rows, without and with the anchor; perplexity on general text
+    router      one LoRA for each task; their mean, TIES, the untrained, Arrow's and the trained router over them
+    distill     one LoRA from the shipped MixLoRA, and the same LoRA trained on the labels alone
+    sequence    the tasks one after the other: one LoRA continued, and a new one beside those that are kept, with and
+                without the orthogonal term
+    anchor      the LoRA of `distill` trained on the labels, without and with the anchor; perplexity on general text
 
 Every step's result is a small file in tests/evidence/results/train_on, named after the step and its sizes; adapters go
-into --work. A step whose file is there is not made again.
+into --work. A step whose file is there is not made again. The most informative steps come first.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import shutil
 import statistics
 import sys
 import sysconfig
+import textwrap
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,18 +35,21 @@ from evidence.measure import write_data
 from evidence.plan import EVALUATION_DTYPE, MIX, TASKS, TRAINING
 from evidence.store import CODE, RESULTS
 
-from minilora_hub.adapter_folder.results import Results
 from minilora_hub.documents import write_whole
 from minilora_hub.evaluation.metrics import perplexity
 from minilora_hub.evaluation.run import evaluate
 from minilora_hub.formats.combine import Combination, combine
+from minilora_hub.formats.experts_from_loras import Router
 from minilora_hub.formats.importing import import_as_experts
 from minilora_hub.training.run import train
 from minilora_hub.training.run_folder import STATE_FILE
 
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
-LORA: dict[str, Any] = {"method": "lora", "base": "embedded", "learning_rate": 1.5e-3, "r": 8}
+LORA: dict[str, Any] = {"method": "lora", "learning_rate": 1.5e-3}
+ON_BLOCKS = LORA | {"r": 8, "target_modules": FEED_FORWARD}
+ON_ALL = LORA | {"r": 12}
 ROUTER: dict[str, Any] = {"learn": "router", "learning_rate": 1e-2, "router_aux_loss_coef": 0.0}
+SEQUENCES = ("continued", "kept", "orthogonal")
 SHIPPED = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-mixlora"
 FOLDER = RESULTS / "train_on"
 
@@ -77,10 +82,12 @@ class Runs:
     Args:
         work: folder of rows and adapters.
         sizes: of the runs.
+        base: the base of all adapters.
+        teacher: the MixLoRA that is distilled.
     """
 
-    def __init__(self, work: Path, sizes: Sizes) -> None:
-        self.work, self.sizes = work, sizes
+    def __init__(self, work: Path, sizes: Sizes, base: str = "embedded", teacher: Path = SHIPPED) -> None:
+        self.work, self.sizes, self.base, self.teacher = work, sizes, base, teacher
 
     def adapter(self, name: str) -> Path:
         """The folder of a step's adapter."""
@@ -88,7 +95,9 @@ class Runs:
 
     def steps(self) -> list[Evidence]:
         """Every step; one that needs another's adapter comes after it."""
-        return [*self._router(), *self._distill(), *self._sequence(), *self._anchor()]
+        routed, rest = self._router()
+        continued, kept, orthogonal = (self._sequence(kind) for kind in SEQUENCES)
+        return [*routed, *self._distill(), *continued, *orthogonal, *self._anchor(), *kept, *rest]
 
     def _train(self, out: Path, data: str, steps: int, **settings: Any) -> None:
         state = json.loads((out / STATE_FILE).read_text()) if (out / STATE_FILE).is_file() else None
@@ -96,79 +105,75 @@ class Runs:
             return
         if state is None:
             shutil.rmtree(out, ignore_errors=True)
-        chosen = TRAINING | settings | {"max_steps": steps, "save_every": max(1, steps // 2), "record": False}
+        chosen = (
+            TRAINING
+            | settings
+            | {"base": self.base, "max_steps": steps, "save_every": max(1, steps // 2), "record": False}
+        )
         train(out, data=str(self.work / "data" / f"{data}.train.jsonl"), resume=state is not None, **chosen)
 
     def _trained(self, data: str, steps: int, **settings: Any) -> Callable[[Path], None]:
         return lambda out: self._train(out, data, steps, **settings)
 
-    def _router(self) -> list[Evidence]:
-        one, all_steps = self.sizes.steps, self.sizes.steps * len(TASKS)
+    def _router(self) -> tuple[list[Evidence], list[Evidence]]:
+        one = self.sizes.steps
         singles = [self.adapter(f"single-{task}") for task in TASKS]
-        on_blocks = LORA | {"target_modules": FEED_FORWARD}
 
         def combined(method: str) -> Callable[[Path], None]:
             how = Combination(method, (1 / len(TASKS),) * len(TASKS))
-            return lambda out: _once(out, lambda: combine(singles, out, how, base="embedded"))
+            return lambda out: _once(out, lambda: combine(singles, out, how, base=self.base))
 
-        def mixture(out: Path) -> None:
-            _once(out, lambda: import_as_experts(singles, out, base="embedded", num_experts_per_tok=len(TASKS)))
+        def mixture(router: Router) -> Callable[[Path], None]:
+            settings: dict[str, Any] = {"base": self.base, "num_experts_per_tok": len(TASKS), "router": router}
+            return lambda out: _once(out, lambda: import_as_experts(singles, out, **settings))
 
         def routed(active: int) -> Callable[[Path], None]:
             said = ROUTER | {"from_adapter": str(self.adapter("mixture")), "num_experts_per_tok": active}
             return self._trained(MIX, one, **said)
 
-        return [
-            *(Evidence("router", f"single-{task}", self._trained(task, one, **on_blocks)) for task in TASKS),
-            Evidence("router", "mean", combined("svd")),
-            Evidence("router", "ties", combined("ties_svd")),
-            Evidence("router", "mixture", mixture),
+        first = [
+            *(Evidence("router", f"single-{task}", self._trained(task, one, **ON_BLOCKS)) for task in TASKS),
+            Evidence("router", "mean", combined("cat")),
+            Evidence("router", "mixture", mixture("fresh")),
+            Evidence("router", "arrow", mixture("arrow")),
             Evidence("router", "routed-all", routed(len(TASKS))),
-            Evidence("router", "routed-2", routed(2)),
-            Evidence("router", "together", self._trained(MIX, all_steps, **on_blocks)),
         ]
+        return first, [Evidence("router", "routed-2", routed(2)), Evidence("router", "ties", combined("ties_svd"))]
 
     def _distill(self) -> list[Evidence]:
-        steps, teacher = self.sizes.steps * len(TASKS), f"distill:teacher={SHIPPED},labels=0"
-        lora = LORA | {"r": 12}
+        steps, teacher = self.sizes.steps * len(TASKS), f"distill:teacher={self.teacher},labels=0"
         return [
-            Evidence("distill", "teacher", lambda out: _once(out, lambda: shutil.copytree(SHIPPED, out))),
-            Evidence("distill", "distilled", self._trained(MIX, steps, objective=[teacher], **lora)),
-            Evidence("distill", "labels-only", self._trained(MIX, steps, **lora)),
+            Evidence("distill", "labels-only", self._trained(MIX, steps, **ON_ALL), perplexity=True),
+            Evidence("distill", "distilled", self._trained(MIX, steps, objective=[teacher], **ON_ALL)),
+            Evidence("distill", "teacher", lambda out: _once(out, lambda: shutil.copytree(self.teacher, out))),
         ]
 
-    def _sequence(self) -> list[Evidence]:
-        found = []
-        for kind in ("continued", "kept", "orthogonal"):
-            before: Path | None = None
-            for number, task in enumerate(TASKS):
-                name = f"sequence-{kind}-{number + 1}-{task}"
-                settings = LORA
-                if before is not None and kind == "continued":
-                    settings = {"learning_rate": LORA["learning_rate"], "from_adapter": str(before)}
-                elif before is not None:
-                    term = {"objective": ["orthogonal:weight=0.5"]} if kind == "orthogonal" else {}
-                    settings = LORA | {"keep": [str(before)]} | term
-                found.append(Evidence("sequence", name, self._trained(task, self.sizes.steps, **settings)))
-                before = self.adapter(name)
+    def _sequence(self, kind: str) -> list[Evidence]:
+        """The tasks after the first, whose adapter is `single-…`."""
+        found, before = [], self.adapter(f"single-{TASKS[0]}")
+        for number, task in enumerate(TASKS[1:], 2):
+            name = f"sequence-{kind}-{number}-{task}"
+            if kind == "continued":
+                settings = {"learning_rate": LORA["learning_rate"], "from_adapter": str(before)}
+            else:
+                term = {"objective": ["orthogonal:weight=0.5"]} if kind == "orthogonal" else {}
+                settings = ON_BLOCKS | {"keep": [str(before)]} | term
+            found.append(Evidence("sequence", name, self._trained(task, self.sizes.steps, **settings)))
+            before = self.adapter(name)
         return found
 
     def _anchor(self) -> list[Evidence]:
-        steps, found = self.sizes.steps * len(TASKS), []
-        for weight in (0, 0.3, 1):
-            text = self.work / "general.txt"
-            said = {"objective": [f"anchor:data={text},weight={weight}"]} if weight else {}
-            make = self._trained(MIX, steps, **LORA, **said)
-            found.append(Evidence("anchor", f"anchor-{weight}", make, perplexity=True))
-        return found
+        said = {"objective": [f"anchor:data={self.work / 'general.txt'},weight=1"]}
+        make = self._trained(MIX, self.sizes.steps * len(TASKS), **ON_ALL, **said)
+        return [Evidence("anchor", "anchored", make, perplexity=True)]
 
     def measure(self, step: Evidence) -> dict[str, Any]:
-        """Make a step's adapter and measure it: exact match by task, and perplexity where it is asked for."""
-        out = self.adapter(step.name)
+        """Make a step's adapter and measure it: exact match item by item, and perplexity where it is asked for."""
+        started, out = time.process_time(), self.adapter(step.name)
         step.make(out)
         report = evaluate(
             [out],
-            base="embedded",
+            base=self.base,
             tasks=TASKS,
             count=self.sizes.items,
             few_shot=0,
@@ -180,15 +185,12 @@ class Runs:
         result: dict[str, Any] = {"step": step.name, "part": step.part, "code": CODE}
         result["steps"], result["items"] = self.sizes.steps, self.sizes.items
         for key, measured in (("exact", model), ("base_exact", base)):
-            result[key] = {task: round(statistics.fmean(measured.scores[task].exact), 4) for task in TASKS}
+            result[key] = {task: "".join(str(int(score)) for score in measured.scores[task].exact) for task in TASKS}
         if step.perplexity:
             result["perplexity"], result["base_perplexity"] = (
                 round(perplexity(one.nll, report.text[1]), 3) for one in (model, base)
             )
-        if (out / "results.json").is_file():
-            trained = Results.load(out).training
-            result["seconds"] = trained.seconds if trained else None
-        return result
+        return result | {"cpu_seconds": round(time.process_time() - started)}
 
 
 def _once(out: Path, make: Callable[[], Any]) -> None:
@@ -207,17 +209,25 @@ def write_general_text(file: Path) -> None:
 
 
 def report() -> str:
-    """Tables of the results that are there, one a part and size."""
+    """Tables of the results that are there, one a part and size, and the names of the steps that were not run."""
     lines = []
     held = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))]
     for part, steps, items in sorted({(one["part"], one["steps"], one["items"]) for one in held}):
-        lines += ["", f"{part}: {steps} steps of 8 rows for a task, {items} test items of each", ""]
+        lines += [
+            "",
+            f"{part}: {steps} steps of 8 rows for a task, {items} test items of each; exact match in percent",
+            "",
+        ]
         lines += [f"| | {' | '.join(TASKS)} | mean | perplexity |", "| --- |" + " ---: |" * (len(TASKS) + 2)]
         for one in held:
             if (one["part"], one["steps"], one["items"]) == (part, steps, items):
-                cells = [f"{100 * one['exact'][task]:.1f}" for task in TASKS]
-                mean = 100 * statistics.fmean(one["exact"].values())
+                shares = [statistics.fmean(map(int, one["exact"][task])) for task in TASKS]
+                cells, mean = [f"{100 * share:.1f}" for share in shares], 100 * statistics.fmean(shares)
                 lines.append(f"| {one['step']} | {' | '.join(cells)} | {mean:.1f} | {one.get('perplexity', '')} |")
+    known = {one["step"] for one in held}
+    missing = [step.name for step in Runs(Path(), Sizes(0, 0)).steps() if step.name not in known]
+    if missing:
+        lines += ["", textwrap.fill(f"Not run: {', '.join(missing)}.", 120, break_on_hyphens=False)]
     return "\n".join(lines).strip()
 
 
@@ -226,8 +236,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("--part", action="append", choices=("router", "distill", "sequence", "anchor"))
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps for one task")
-    parser.add_argument("--items", type=int, default=250, help="test items of each task")
+    parser.add_argument("--steps", type=int, default=24, help="optimizer steps for one task")
+    parser.add_argument("--items", type=int, default=100, help="test items of each task")
     parser.add_argument("--work", type=Path, default=Path("evidence-work"), help="folder for adapters and answers")
     arguments = parser.parse_args()
     if arguments.what == "report":
@@ -245,7 +255,7 @@ def main() -> None:
             continue
         result = runs.measure(step)
         write_whole(file, json.dumps(result, indent=1) + "\n")
-        print(f"{step.name}: {result['exact']}", flush=True)
+        print(f"{step.name}: {result['cpu_seconds']} s", flush=True)
 
 
 if __name__ == "__main__":

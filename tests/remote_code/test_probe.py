@@ -1,5 +1,6 @@
 """Where fresh adapters go: only where a trial run of the base shows that they have an effect, in many architectures."""
 
+import ast
 import copy
 import re
 import warnings
@@ -16,7 +17,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import minilora_hub
 from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraForCausalLM, MixLoraPeftConfig
 from minilora_hub.remote_code import probe
-from minilora_hub.remote_code.base_structure import find_decoder_layers, linears_in, plan_sites
+from minilora_hub.remote_code.base_structure import plan_sites
+from minilora_hub.remote_code.layer_stacks import find_decoder_layers, linears_in
 from minilora_hub.remote_code.probe import TargetsWarning, find_without_effect
 
 NOT_CALLED = "the base does not call it"
@@ -54,17 +56,20 @@ def test_every_adapter_learns_and_merges_whatever_the_architecture(name, tmp_pat
     plain, before = copy.deepcopy(base), logits(base)
     prefix, layers = find_decoder_layers(base)
     every = {f"{prefix}.{index}.{path}" for index, layer in enumerate(layers) for path in linears_in(layer)}
-    model, said = adapted(base)
+    targets = "all-linear"
+    if name in FUSED:
+        with pytest.raises(ValueError, match=rf"stacked parameters.* {re.escape(FUSED[name])}") as refused:
+            adapted(base)
+        targets = ast.literal_eval(str(refused.value).rpartition("target_modules=")[2])
+    model, said = adapted(base, target_modules=targets)
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
 
     kinds = LEFT_OUT.get(name, {})
     left_out = {path for path in every if any(path.endswith(f".{kind}") for kind in kinds)}
     assert {site.path for site in model.sites} == every - left_out
-    assert (model.config.target_modules == "all-linear") == (not left_out)
-    for kind, reason in kinds.items():
+    assert (model.config.target_modules == "all-linear") == (not left_out and name not in FUSED)
+    for kind, reason in kinds.items() if name not in FUSED else ():
         assert re.search(rf"left out is \S+\.{re.escape(kind)}[,:].*{reason}", said.pop(0))
-    if name in FUSED:
-        assert re.search(rf"experts of this base are stacked parameters.* {re.escape(FUSED[name])}", said.pop(0))
     assert not said
 
     fill_adapter(model)
@@ -79,7 +84,7 @@ def test_every_adapter_learns_and_merges_whatever_the_architecture(name, tmp_pat
     torch.testing.assert_close(logits(model.merge()), trained, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "llava", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "gemma3"])
 def test_a_vision_tower_as_deep_as_the_language_model_gets_no_adapter(name):
     for base in (tiny_vision_language(name), tiny_vision_language(name).base_model):
         path, layers = find_decoder_layers(base)
@@ -225,6 +230,17 @@ def test_mixlora_in_peft_leaves_out_what_has_no_effect(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(plain, tmp_path)
     assert torch.equal(logits(loaded.eval()), logits(model.eval()))
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3"])
+def test_a_mixture_does_not_land_in_the_shared_expert_alone(name):
+    minilora_hub.register()
+    reason = r"target_modules='all-linear': the experts of this base are stacked parameters"
+    with pytest.raises(ValueError, match=reason):
+        MixLoraForCausalLM.from_base(tiny_architecture(name), tiny_config("mixlora"))
+    config = MixLoraPeftConfig(r=4, num_experts=4, top_k=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match=reason):
+        get_peft_model(tiny_architecture(name), config)
 
 
 def test_named_targets_on_a_sparse_base_say_nothing_of_its_experts():

@@ -59,6 +59,7 @@ def test_serve_answers_and_ends_quietly(saved):
         (["--api-key", " "], "--api-key ''"),
         (["--adapter-dir", "gone"], "'gone': there is no such folder"),
         (["gone"], "gone"),
+        (["--route", "gone"], "index 'gone' cannot be read"),
         (["--host", "no.such.host.invalid"], "host='no.such.host.invalid': is not an address of this machine"),
         (["--host", "192.0.2.1"], "host='192.0.2.1': is not an address of this machine"),
         (["--base", "{dora}"], "is an adapter, not a base model"),

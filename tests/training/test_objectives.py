@@ -77,7 +77,7 @@ def tokenizer_of(base: str):
 
 def step_of(model) -> Step:
     hidden = model.base.base_model(IDS, use_cache=False).last_hidden_state
-    return Step(model, {"input_ids": IDS, "labels": LABELS}, hidden, (0, 0, 0))
+    return Step(model, {"input_ids": IDS, "labels": LABELS}, hidden, (0, 0))
 
 
 def divergence(teacher: torch.Tensor, student: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -196,6 +196,7 @@ def test_kept_adapters_are_active_and_can_be_removed(targets, base, tmp_path):
     torch.testing.assert_close(logits_of(model), alone, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_run_with_kept_adapters_saves_their_sum(base, data, tmp_path):
     """O-LoRA's next task: less overlap than without the term, and a LoRA that holds both tasks."""
     first = tmp_path / "first"
@@ -231,7 +232,7 @@ def test_the_anchor_is_the_divergence_from_the_bare_base(kind, base, text):
     handle = model.base.register_forward_hook(
         lambda module, args, kwargs, output: seen.append((args[0], output.logits)), with_kwargs=True
     )
-    place = SimpleNamespace(model=model, place=(3, 1, 0))
+    place = SimpleNamespace(model=model, place=(3, 1))
     term = objective(place)
     handle.remove()
     (ids, _), (_, student) = seen
@@ -241,9 +242,10 @@ def test_the_anchor_is_the_divergence_from_the_bare_base(kind, base, text):
     assert ids.shape == (2, 12)
     torch.testing.assert_close(term.value.double(), expected, rtol=1e-4, atol=1e-7)
     assert objective(place).value.item() == term.value.item()
-    assert objective(SimpleNamespace(model=model, place=(4, 1, 0))).value.item() != term.value.item()
+    assert objective(SimpleNamespace(model=model, place=(4, 1))).value.item() != term.value.item()
 
 
+@pytest.mark.slow
 def test_an_anchored_run_stays_nearer_to_the_base(base, data, text, tmp_path):
     said = RUN | {"method": "dora", "r": 4, "base": base, "data": data, "max_steps": 12, "save_every": 12}
     for name, weight in (("free", 1e-9), ("held", 5.0)):
@@ -269,6 +271,7 @@ def test_the_logged_loss_is_the_labels_plus_the_weighted_terms(micro, base, data
     assert loss == pytest.approx(0.25 * plain + 0.5 * distill + 2 * anchor, abs=bound)
 
 
+@pytest.mark.slow
 def test_runs_with_objectives_resume_to_the_same_bytes(base, data, text, tmp_path, monkeypatch):
     teacher = saved(randomized(DoraForCausalLM.from_base(base, DoraConfig(r=2)), 11), tmp_path / "teacher")
     said = RUN | {"method": "lora", "r": 2, "base": base, "data": data, "max_steps": 5, "lora_dropout": 0.1}
@@ -300,6 +303,7 @@ def test_a_term_that_is_not_finite_stops_the_run(base, data, text, tmp_path, mon
         train(tmp_path / "out", objective=[f"anchor:data={text},length=16"], **said)
 
 
+@pytest.mark.slow
 def test_a_quantised_base_with_every_objective(base, data, text, tmp_path):
     first = tmp_path / "first"
     train(first, method="lora", base=base, data=data, r=2, **RUN)

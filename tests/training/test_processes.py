@@ -59,6 +59,40 @@ def test_two_processes_reach_the_curve_of_one(base, rows, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["kept", "teacher"])
+def test_two_processes_with_objectives_reach_the_weights_of_one(kind, base, rows, tmp_path):
+    """Against one process that accumulates the same halves: every term of the log, and what is saved."""
+    (tmp_path / "general.txt").write_text("The sky is blue and the grass is green. " * 20, encoding="utf-8")
+    said = {"base": base, "data": rows, "max_steps": 4, "batch_size": 4, "save_every": 4, "learning_rate": 1e-3}
+    first = {"method": "lora", "r": 2, "seed": 1, "record": False, **said}
+    train(tmp_path / "first", **first | {"learning_rate": 1e-2})
+    if kind == "kept":
+        said |= {"method": "lora", "r": 3, "keep": [str(tmp_path / "first")]}
+        said["objective"], terms = ["orthogonal:weight=0.5"], ["loss", "orthogonal"]
+    else:
+        anchor = f"anchor:data={tmp_path / 'general.txt'},length=16"
+        said |= {"method": "mixlora", "r": 2, "num_experts": 3}
+        said["objective"] = [f"distill:teacher={tmp_path / 'first'},labels=0.5", anchor]
+        terms = ["loss", "distill", "anchor"]
+    script = f"from minilora_hub.training.run import train; train({str(tmp_path / 'two')!r}, record=False, **{said!r})"
+    (tmp_path / "two.py").write_text(script, encoding="utf-8")
+    command = launched(TORCHRUN, str(tmp_path / "two.py"))
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[:3000]
+    train(tmp_path / "halves", record=False, micro_batch_size=2, **said)
+    logs = []
+    for name in ("two", "halves"):
+        with (tmp_path / name / "loss.csv").open() as file:
+            logs.append([[float(row[term]) for term in terms] for row in csv.DictReader(file)])
+    torch.testing.assert_close(torch.tensor(logs[0]), torch.tensor(logs[1]), rtol=1e-4, atol=5e-5)
+    two, halves = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("two", "halves"))
+    for name, tensor in two.items():
+        torch.testing.assert_close(tensor, halves[name], rtol=0, atol=2e-4)
+    if kind == "kept":  # a rank of 2 that is kept, and 3
+        assert {value.shape[0] for name, value in two.items() if "lora_A" in name} == {5}
+
+
+@pytest.mark.slow
 def test_experts_without_tokens_neither_hang_nor_skew_a_process(base, rows, tmp_path):
     said = SHORT | {"method": "mixlora", "num_experts": 4, "base": base, "data": rows}
     script = str(Path(__file__).with_name("forced_routing.py"))

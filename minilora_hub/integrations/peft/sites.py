@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,8 +20,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from minilora_hub.integrations.trl import ATTRIBUTE
-from minilora_hub.remote_code.base_structure import LinearSite, MixtureSite, find_decoder_layers, linears_in, plan_sites
-from minilora_hub.remote_code.probe import can_run, find_without_effect, warn_of_left_out
+from minilora_hub.remote_code.base_structure import LinearSite, MixtureSite, plan_sites
+from minilora_hub.remote_code.layer_stacks import find_layer_stacks, linears_in
+from minilora_hub.remote_code.probe import can_run, find_without_effect, refuse_fused_experts, warn_of_left_out
 
 OWN_NAMES = {
     "base_layer",
@@ -123,17 +124,23 @@ def plan_adapter(model: Any, config: Any, adapter_name: str, matches: Callable[[
     everywhere = copy.copy(ours)
     everywhere.target_modules, everywhere.rank_pattern, everywhere.alpha_pattern = "all-linear", {}, {}
     sites = plan_sites(model, everywhere)
-    prefix, layers = find_decoder_layers(model)
-    linears = {f"{prefix}.{index}.{path}" for index, layer in enumerate(layers) for path in linears_in(layer)}
+    layers = {
+        f"{prefix}.{index}": layer
+        for prefix, stack in find_layer_stacks(model).values()
+        for index, layer in enumerate(stack)
+    }
+    linears = {f"{where}.{path}" for where, layer in layers.items() for path in linears_in(layer)}
     # It is not known how to call a model that is not of transformers, so that is not run.
     if _are_all(config.target_modules) and isinstance(model, PreTrainedModel) and can_run(model):
         useless = find_without_effect(model, sites)
         if useless:
             warn_of_left_out("all-linear", useless)
         linears -= useless.keys()
-    blocks = _blocks(sites, prefix, len(layers))
+        if ours.model_type == "mixlora":
+            refuse_fused_experts(model, _resolved("all-linear", model, linears, layers))
+    blocks = _blocks(sites, layers)
     asked = copy.copy(config)
-    asked.target_modules = _resolved(config.target_modules, model, linears, prefix)
+    asked.target_modules = _resolved(config.target_modules, model, linears, layers)
     answers = {path: matches(asked, path) for path, _ in model.named_modules() if path}
     _check_targets(asked, answers, linears, blocks, model)
     chosen = {path for path in linears if _is_chosen(path, answers, blocks)}
@@ -170,17 +177,24 @@ def _check_name(model: nn.Module, name: str) -> None:
         )
 
 
-def _blocks(sites: list[Any], prefix: str, count: int) -> set[str]:
+def _in_layer(path: str, layers: Iterable[str]) -> str:
+    """Return a path in the base as the path in its layer."""
+    return next(path.removeprefix(f"{layer}.") for layer in layers if path.startswith(f"{layer}."))
+
+
+def _blocks(sites: list[Any], layers: dict[str, nn.Module]) -> set[str]:
     """Paths of every layer's feed-forward block, those without a mixture included."""
-    inner = {site.path.removeprefix(prefix + ".").partition(".")[2] for site in sites if isinstance(site, MixtureSite)}
-    return {f"{prefix}.{index}.{path}" for index in range(count) for path in inner}
+    inner = {_in_layer(site.path, layers) for site in sites if isinstance(site, MixtureSite)}
+    return {
+        f"{where}.{path}" for where, layer in layers.items() for path in inner & {p for p, _ in layer.named_modules()}
+    }
 
 
 def _are_all(targets: Any) -> bool:
     return targets is None or (isinstance(targets, str) and targets.lower() == "all-linear")
 
 
-def _resolved(targets: Any, model: nn.Module, linears: set[str], prefix: str) -> Any:
+def _resolved(targets: Any, model: nn.Module, linears: set[str], layers: Iterable[str]) -> Any:
     """Return the targets; for "all-linear", the shortest names that match exactly these linears."""
     if not _are_all(targets):
         return targets
@@ -188,7 +202,7 @@ def _resolved(targets: Any, model: nn.Module, linears: set[str], prefix: str) ->
     names = set()
     for path in linears:
         leaf = path.rpartition(".")[2]
-        names.add(path.removeprefix(prefix + ".").partition(".")[2] if leaf in others else leaf)
+        names.add(_in_layer(path, layers) if leaf in others else leaf)
     return sorted(names)
 
 

@@ -1,8 +1,8 @@
 """vLLM's LoRA managers, extended to DoRA and MixLoRA adapters.
 
 `AdapterWorkerManager` loads an adapter and does all checks, since an error at activation would stop the engine. A LoRA
-in PEFT's format is loaded by vLLM's own code. `AdapterManager` copies loaded adapters into slots and informs the layers
-of the rows of each batch.
+in PEFT's format is loaded by vLLM's own code and then checked. `AdapterManager` copies loaded adapters into slots and
+informs the layers of the rows of each batch.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from minilora_hub.integrations.vllm.adapter_reading import (
     plain_torch,
     read_own_adapter,
 )
+from minilora_hub.integrations.vllm.lora_checks import check_lora
 from minilora_hub.integrations.vllm.lora_layers import Batch, DoraLayer, SpareSlot
 from minilora_hub.integrations.vllm.routed_block import KNOWN_BLOCKS, install_blocks, rows_of
 
@@ -170,9 +171,12 @@ class AdapterWorkerManager(LRUCacheWorkerLoRAManager):
                 source = find_own_adapter(path)
                 if source is not None:
                     return self._build(read_own_adapter(source, self.base), lora_request.lora_int_id)
+                manager: Any = self._adapter_manager
+                lora = super()._load_adapter(lora_request)
+                check_lora(lora, manager.modules, manager.packed_modules)
+                return lora
         except MiniLoraError as error:
             raise ValueError(str(error)) from error  # the type of vLLM's own errors; it can be pickled
-        return super()._load_adapter(lora_request)
 
     def _build(self, adapter: ReadAdapter, number: int) -> OwnAdapter:
         if adapter.rank > self.lora_config.max_lora_rank:

@@ -1,8 +1,8 @@
 """vLLM's linears with LoRA, extended by DoRA: y = c * (W x + s B A x) + b, c = m / ||W + s B A|| (arXiv 2402.09353).
 
-Every layer has a table of c, [slots + 1, out], in float32, since bfloat16 would round c by up to 0.4%. The table keeps
-its address, as CUDA graphs need, and is indexed by vLLM's own mapping of tokens to slots. That mapping has -1 for a
-token without an adapter, which selects the last row of the table: ones. c is computed and set whenever an adapter is
+Every layer has a table of c, [1 + slots, out], in float32, since bfloat16 would round c by up to 0.4%. The table keeps
+its address, as CUDA graphs need, and is indexed by vLLM's own mapping of tokens to slots, plus one. That mapping has -1
+for a token without an adapter, so the first row of the table is ones. c is computed and set whenever an adapter is
 copied into a slot, since slots are reused.
 """
 
@@ -61,7 +61,7 @@ class DoraLayer:
 
     def create_lora_weights(self, max_loras: int, *args: Any, **kwargs: Any) -> None:
         super().create_lora_weights(max_loras, *args, **kwargs)  # type: ignore[misc]
-        self.dora_scale = torch.ones(max_loras + 1, sum(self.output_slices), dtype=torch.float32, device=self.device)
+        self.dora_scale = torch.ones(1 + max_loras, sum(self.output_slices), dtype=torch.float32, device=self.device)
         self.batch = Batch()
         self.forget_norms()
 
@@ -76,7 +76,7 @@ class DoraLayer:
             index: the slot.
             magnitudes: for each slice of the layer its whole m, or None where the adapter has no DoRA there.
         """
-        scale = self.dora_scale[index]
+        scale = self.dora_scale[1 + index]
         scale.fill_(1.0)
         if all(m is None for m in magnitudes):
             return
@@ -109,10 +109,13 @@ class DoraLayer:
             return out
         rows = out.view(-1, out.shape[-1])  # (tokens, out)
         slots = self.punica_wrapper._token_lora_indices[: rows.shape[0]]
-        scale = self.dora_scale[slots]  # (tokens, out); -1 is the row of ones
-        # With a bias in this form, so that rows with c = 1 keep their exact values.
-        scaled = rows * scale if bias is None else rows + (rows.float() - bias) * (scale - 1)
-        return scaled.to(out.dtype).view(out.shape)
+        # Indices that are never negative, for index_select: on a CPU `dora_scale[slots]` takes three times as long.
+        scale = self.dora_scale.index_select(0, slots + 1)  # (tokens, out)
+        if bias is None:
+            rows.mul_(scale)  # in float32 whatever the dtype of the rows
+        else:  # in this form rows with c = 1 keep their exact values
+            rows.copy_(rows + (rows.float() - bias) * (scale - 1))
+        return out
 
     @torch.no_grad()
     def _adapted_norms(self, index: int) -> Tensor:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from functools import cache
 
 from minilora_hub.adapter_folder.code import REQUIREMENTS, endpoint_files, remote_code_files
-from minilora_hub.adapter_folder.code_references import code_references, own_auto_map
+from minilora_hub.adapter_folder.code_references import code_references
+from minilora_hub.adapter_folder.tasks import is_own_auto_map, own_auto_map
 from minilora_hub.publish.checks.problems import Folder, Problem
 
 REBUILD = "build the folder again with this version of minilora_hub: minilora push does"
@@ -68,8 +69,8 @@ def _check_source(folder: Folder, name: str) -> Iterator[Problem]:
 def check_auto_map(folder: Folder) -> Iterator[Problem]:
     """Check that only config.json refers to code, and only to this repo's own classes."""
     expected = None if folder.peft_layout else own_auto_map(folder.config.get("model_type"))
-    if expected and folder.config.get("auto_map") != expected:
-        message = f"auto_map={str(folder.config.get('auto_map'))[:200]}: must be {expected}"
+    if expected and not is_own_auto_map(folder.config.get("auto_map"), folder.config.get("model_type")):
+        message = f"auto_map={str(folder.config.get('auto_map'))[:200]}: must be like {expected}"
         yield Problem("auto-map", "config.json", message, REBUILD)
     for reference in code_references(folder.path):
         if not reference.own:

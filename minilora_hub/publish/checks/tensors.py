@@ -10,10 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from minilora_hub.adapter_folder.names import PEFT_CONFIG, WEIGHTS, from_peft
+from minilora_hub.adapter_folder.tasks import CAUSAL_LM, CLASS_PREFIXES, PIPELINES, auto_class_of, own_auto_map
 from minilora_hub.publish.checks.base import base_of
 from minilora_hub.publish.checks.problems import Folder, Problem
 
 SHOWN = 3
+HEADS = tuple(PIPELINES)
 RETRAIN = "save the adapter again from the model it was trained in; damaged weights cannot be repaired"
 PEFT_TENSOR = re.compile(r"base_model\.model\..+\.(lora_[AB]\.weight|lora_magnitude_vector(\.weight)?)")
 
@@ -31,7 +33,7 @@ def check_adapter(folder: Folder) -> Iterator[Problem]:
     if config is None:
         yield from _check_values(folder, WEIGHTS)
         return
-    expected, layers_path, reason = expected_tensors(config)
+    expected, layers_path, reason = expected_tensors(config, auto_class_of(folder.config))
     if expected is None:
         message = f"whether its tensors are the right ones is unknown: no base can be built from text_config ({reason})"
         yield Problem("tensors-unknown", WEIGHTS, message, "minilora verify loads it on the real base", blocking=False)
@@ -41,7 +43,7 @@ def check_adapter(folder: Folder) -> Iterator[Problem]:
         yield from _check_same(folder, layers_path)
 
 
-def expected_tensors(config: Any) -> tuple[dict[str, tuple[int, ...]] | None, str, str]:
+def expected_tensors(config: Any, auto_class: str = CAUSAL_LM) -> tuple[dict[str, tuple[int, ...]] | None, str, str]:
     """Return {name: shape} of every tensor that a configuration implies, and the path of the base's layers.
 
     Returns:
@@ -49,11 +51,17 @@ def expected_tensors(config: Any) -> tuple[dict[str, tuple[int, ...]] | None, st
     """
     from minilora_hub.bases.skeleton import skeleton
     from minilora_hub.remote_code import attach
-    from minilora_hub.remote_code.base_structure import find_decoder_layers, plan_sites
+    from minilora_hub.remote_code.base_structure import plan_sites
+    from minilora_hub.remote_code.heads import saved_parameters
+    from minilora_hub.remote_code.layer_stacks import find_layer_stacks
 
     try:
-        base = skeleton(config.text_config, blocks=config.model_type == "mixlora")
-        return dict(attach.expected_tensors(config, plan_sites(base, config))), find_decoder_layers(base)[0], ""
+        base = skeleton(config.text_config, config.model_type == "mixlora", auto_class, config.towers)
+        sites = plan_sites(base, config)
+        saved = saved_parameters(base, config.modules_to_save, [site.path for site in sites])
+        expected = attach.expected_tensors(config, sites) | {name: tuple(p.shape) for name, p in saved.items()}
+        layers_path = find_layer_stacks(base, config.towers).get("layers", ("",))[0]
+        return expected, layers_path, ""
     except Exception as error:  # other libraries' code on settings from outside may raise anything
         return None, "", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
@@ -80,7 +88,8 @@ def load_config(folder: Folder) -> tuple[Any, list[Problem]]:
 
 
 def _check_architectures(folder: Folder) -> Iterator[Problem]:
-    known = {f"{prefix}{kind}" for prefix in ("MixLora", "Dora") for kind in ("ForCausalLM", "Model")}
+    known = {name.rpartition(".")[2] for kind in CLASS_PREFIXES for name in (own_auto_map(kind, HEADS) or {}).values()}
+    known -= {f"{prefix}Config" for prefix in CLASS_PREFIXES.values()}
     architectures = folder.config.get("architectures")
     if not (isinstance(architectures, list) and len(architectures) == 1 and architectures[0] in known):
         message = f"architectures={architectures!r}: must be a list with one of {sorted(known)}"

@@ -27,6 +27,7 @@ from minilora_hub.adapter_folder.folders import Layout, read_source
 from minilora_hub.adapter_folder.hashes import file_sha256, recorded_before
 from minilora_hub.adapter_folder.names import GENERATION, OUR_CONFIG, TEMPLATE, TOKENIZING, WEIGHTS
 from minilora_hub.adapter_folder.results import VERIFICATION_FILE, Base, Verification, is_hashed
+from minilora_hub.adapter_folder.tasks import CAUSAL_LM, is_own_auto_map, own_auto_map
 from minilora_hub.adapter_folder.writing import whole_folder, write_code, write_endpoint
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.peft import PeftTargets, copy_peft_weights, write_peft_config
@@ -136,6 +137,8 @@ def build(
     """
     trained = _read_adapter(source, layout)
     layout = "peft" if trained.layout == "peft" else layout
+    if endpoint and trained.auto_class != CAUSAL_LM:
+        raise AdapterError(f"endpoint: its handler generates text, and this adapter is for {trained.auto_class}")
     before = recorded_before(trained.folder)
     previous = previous_card(trained.folder)
     base = find_recorded_base(trained, base_id, base_model, token, progress)
@@ -231,12 +234,11 @@ def _write_adapter(source: Source, folder: Path, layout: Layout, base: Base, rec
 
 def _published_config(source: Source, base: Base) -> dict[str, Any]:
     """Return the published configuration: the source's, with the base's Hub id and `auto_map`."""
-    from minilora_hub.remote_code.saving import auto_map
-
-    of = model_class(source)
+    given = source.config.get("auto_map")
+    own = given if is_own_auto_map(given, source.method) else own_auto_map(source.method)
     return source.config | {
-        "architectures": [of.__name__],
-        "auto_map": auto_map(of.config_class()),
+        "architectures": [model_class(source).__name__],
+        "auto_map": own,
         "base_model_name_or_path": base.id,
         "base_model_revision": base.revision,
     }

@@ -4,7 +4,8 @@ It reads one JSON job per line from stdin and answers each with one JSON line on
 stderr. It only loads, computes and reports; the parent process evaluates the answer. A job:
 
     target, revision     folder or Hub id of the adapter, and its commit
-    layout               "auto" (the repo's own code, through AutoModel) or "peft"
+    layout               "auto" (the repo's own code, through an Auto class) or "peft"
+    auto_class           name of the Auto class
     base                 folder of another base than the adapter names; null for the named one
     dtype                "float32", …
     prompts, tokens      token ids of each prompt, and the tokens whose logits are wanted
@@ -23,6 +24,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -55,7 +57,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         return {"class": class_name(stock), "logits": logits(stock, job)}
     # `base_model=None` would be taken for a name.
     given = {"base_model": job["base"]} if job["base"] else {}
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model: Any = getattr(transformers, job["auto_class"]).from_pretrained(
         job["target"], revision=job["revision"], dtype=dtype, trust_remote_code=True, **given
     )
     answer: dict[str, Any] = {"class": class_name(model), "logits": logits(model, job), "refusals": {}}
@@ -111,16 +113,29 @@ def refusal(model_class: Any, folder: str, base: Any) -> str | None:
     return None
 
 
+def last_row(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return the values that are compared."""
+    takes_two = getattr(model.config, "is_encoder_decoder", False)
+    outputs = model(input_ids=ids, **({"decoder_input_ids": ids} if takes_two else {}))
+    if "start_logits" in outputs:
+        return torch.cat([outputs["start_logits"][0], outputs["end_logits"][0]]).float()
+    rows = outputs["logits" if "logits" in outputs else "last_hidden_state"][0]
+    return (rows if rows.dim() == 1 else rows[-1]).float()
+
+
 def class_name(thing: Any) -> str:
     """Return the full name of an object's class."""
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
 def logits(model: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return, per prompt, the last position's logits of the wanted tokens, and the largest of all others."""
+    """Return, per prompt, the last position's logits of the wanted tokens, and the largest of all others.
+
+    What stands for logits in other outputs is as in `minilora_hub.recording.logits`.
+    """
     found = []
     for prompt, wanted in zip(job["prompts"], job["tokens"], strict=True):
-        row = model(input_ids=torch.tensor([prompt])).logits[0, -1].float()
+        row = last_row(model, torch.tensor([prompt]))
         others = torch.ones_like(row, dtype=torch.bool)
         others[wanted] = False
         highest = row[others].max().item() if others.any() else None

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.adapter_folder.code import code_files, code_hash, endpoint_files, release_of
-from minilora_hub.adapter_folder.code_references import code_references, own_auto_map
+from minilora_hub.adapter_folder.code_references import code_references
 from minilora_hub.adapter_folder.folders import AdapterFolder as Source
 from minilora_hub.adapter_folder.folders import inspect_source
 from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG, TOKENIZER_FILES, WEIGHTS
 from minilora_hub.adapter_folder.results import VERIFICATION_FILE, Verification, is_hashed
+from minilora_hub.adapter_folder.tasks import is_own_auto_map, own_auto_map
 from minilora_hub.bases.resolving import EMBEDDED, resolve_base
 from minilora_hub.errors import AdapterError, BaseModelError
 from minilora_hub.hub.client import fetch
@@ -33,7 +34,7 @@ from minilora_hub.publish.verify.damage import copy_for_damage, damages
 from minilora_hub.publish.verify.isolated_process import IsolatedProcess
 from minilora_hub.recording.logits import TOLERANCES, difference
 
-OWN_CLASS = re.compile(r"transformers_modules\..*\.(MixLora|Dora)ForCausalLM")
+OWN_CLASS = re.compile(r"transformers_modules\..*\.(MixLora|Dora)(For[A-Za-z0-9]+|Model)")
 
 
 @dataclass(frozen=True)
@@ -209,8 +210,8 @@ def _other_code(source: Source, released: bool) -> str | None:
     if away or source.layout == "peft" or not released:
         return away
     given, expected = source.config.get("auto_map"), own_auto_map(source.config["model_type"])
-    if given != expected:
-        return f"{OUR_CONFIG}: auto_map={str(given)[:200]}: must be {expected}, the classes of this code"
+    if not is_own_auto_map(given, source.config["model_type"]):
+        return f"{OUR_CONFIG}: auto_map={str(given)[:200]}: must be like {expected}, the classes of this code"
     return next(
         (f"{reference}, which is not a class of minilora_hub" for reference in references if not reference.own), None
     )
@@ -264,6 +265,7 @@ def _check_behaviour(
                 "target": target[0],
                 "revision": target[1],
                 "layout": source.layout,
+                "auto_class": source.auto_class,
                 "base": base,
                 "dtype": verification.dtype,
                 "prompts": verification.prompts,

@@ -107,6 +107,21 @@ DAMAGED = {
         "model.layers.0.self_attn.q_proj: magnitude is missing",
     ),
     "no router": ("mixlora", lambda t: t.pop("layers.3.mlp.router"), "missing layers.3.mlp.router"),
+    "too wide LoRA": (
+        "lora",
+        lambda t: t.update({f"{PEFT_FIRST}.lora_A.weight": torch.ones(12, 600)}),
+        "model.layers.0.self_attn.q_proj.lora_A has shape (12, 600); the base and the rank need (12, 576)",
+    ),
+    "short LoRA": (
+        "lora",
+        lambda t: t.update({f"{PEFT_FIRST}.lora_B.weight": torch.ones(500, 12)}),
+        "model.layers.0.self_attn.q_proj.lora_B has shape (500, 12); the base and the rank need (576, 12)",
+    ),
+    "half a LoRA": (
+        "lora",
+        lambda t: t.pop(f"{PEFT_FIRST}.lora_B.weight"),
+        "missing model.layers.0.self_attn.q_proj.lora_B",
+    ),
     "experts of another size": (
         "mixlora",
         lambda t: t.update({"layers.3.mlp.router": t["layers.3.mlp.router"][:2].clone()}),
@@ -123,6 +138,15 @@ def test_a_wrong_file_is_refused_by_name_and_the_server_goes_on(server, tmp_path
     assert status >= 400
     assert message in json.loads(text)["error"]["message"]
     assert server.together(asked("dora", "base"), NEW_TOKENS) == expected("dora", "base")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "mixlora"])
+def test_half_a_file_is_refused_and_the_server_goes_on(server, tmp_path, method):
+    folder = changed(ADAPTERS[method], tmp_path / "damaged", lambda tensors: None)
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+    assert server.load("damaged", folder)[0] >= 400
+    assert server.tokens("dora", prompts()[0], NEW_TOKENS) == answers("dora")[0]
 
 
 def test_what_cannot_be_served_beside_others_is_refused(server):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; .ci/vllm makes an environment that has it")
@@ -19,21 +23,36 @@ pytestmark = pytest.mark.slow
 
 
 def check(tmp_path, family: str, *methods: str, **settings) -> None:
-    """Compare one batch, with rows of the base and of each adapter, with what transformers answers."""
+    """Compare tiny adapters of a family; see `compare`."""
     models = save_tiny(tmp_path, family, *methods)
-    models["base"] = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    rows = [(name, ids) for ids in token_ids(3, 9).tolist() for name in ("base", *methods)]
-    folders = [None if name == "base" else tmp_path / name for name, _ in rows]
+    compare(tmp_path, {method: (tmp_path / method, models[method]) for method in methods}, **settings)
+
+
+def compare(tmp_path, adapters: dict[str, tuple[Path, Any]], **settings) -> None:
+    """Compare one batch, with rows of the base and of each adapter, with what transformers answers."""
+    models = {"base": AutoModelForCausalLM.from_pretrained(tmp_path / "base")}
+    models |= {name: model for name, (_, model) in adapters.items()}
+    rows = [(name, ids) for ids in token_ids(3, 9).tolist() for name in models]
+    folders = [adapters[name][0] if name in adapters else None for name, _ in rows]
     prompts = [ids for _, ids in rows]
     found = answers_of_model(tmp_path / "base", prompts, COUNT, tmp_path, folders, **SETTINGS | settings)
     expected = [greedy(models[name], ids, COUNT) for name, ids in rows]
     assert found == expected, found
-    assert len({tuple(answer) for answer in expected[: len(methods) + 1]}) == len(methods) + 1, "the adapters are alike"
+    assert len({tuple(answer) for answer in expected[: len(models)]}) == len(models), "the adapters are alike"
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "granite"])
 def test_dora_and_mixlora(tmp_path, family):
     check(tmp_path, family, "dora", "mixlora")
+
+
+def test_other_routings(tmp_path):
+    adapters = {}
+    for strategy in ("top_p", "switch", "arrow"):
+        model = save_tiny(tmp_path / strategy, "llama", "mixlora", routing_strategy=strategy)["mixlora"]
+        adapters[strategy] = (tmp_path / strategy / "mixlora", model)
+    shutil.copytree(tmp_path / "arrow" / "base", tmp_path / "base")
+    compare(tmp_path, adapters, max_loras=3)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "phi3"])

@@ -53,14 +53,24 @@ CASES = [("dora", family) for family in ("mistral", "qwen2", "qwen3", "gemma2", 
 CASES += [("mixlora", family) for family in ARCHITECTURES]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("method", "family"), CASES, ids="-".join)
-def test_families(tmp_path, family, method):
+def check(tmp_path, family, method, **settings):
     """Random weights: only the first tokens, since later ones may depend on two logits that are nearly equal."""
     model = save_tiny(tmp_path, family, method)[method]
     ids = token_ids(2, 9).tolist()
-    found = answers_of_model(tmp_path / method, ids, 4, tmp_path, skip_tokenizer_init=True)
+    found = answers_of_model(tmp_path / method, ids, 4, tmp_path, skip_tokenizer_init=True, **settings)
     assert found == [greedy(model, prompt, 4) for prompt in ids], found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "family"), CASES, ids="-".join)
+def test_families(tmp_path, family, method):
+    check(tmp_path, family, method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"tensor_parallel_size": 2}, {"enforce_eager": False}], ids=["ranks", "compiled"])
+def test_on_two_ranks_and_compiled(tmp_path, settings):
+    check(tmp_path, "llama", "mixlora", **settings)
 
 
 @pytest.mark.slow

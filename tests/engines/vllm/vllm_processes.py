@@ -31,7 +31,7 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 if __name__ == "__main__":
-    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256} | json.loads(sys.argv[4])
+    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128} | json.loads(sys.argv[4])
     llm = LLM(sys.argv[1], **settings)
     sampling = SamplingParams(temperature=0, max_tokens=int(sys.argv[3]), ignore_eos=True)
     requests = json.loads(sys.argv[2])
@@ -125,11 +125,12 @@ class Server:
 
 
 def answers_of_model(
-    model: Path,
+    model: Path | str,
     prompts: list[list[int]],
     count: int,
     scratch: Path,
     adapters: list[Path | None] | None = None,
+    environment: dict[str, str] | None = None,
     **settings: Any,
 ) -> list[list[int]] | str:
     """What a model answers greedily, each prompt with the adapter beside it; the output of vLLM where it fails."""
@@ -138,6 +139,7 @@ def answers_of_model(
     folders = [folder and str(folder) for folder in adapters or [None] * len(prompts)]
     requests = json.dumps(list(zip(folders, prompts, strict=True)))
     command = [sys.executable, str(script), str(model), requests, str(count), json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT, cwd=scratch)
+    variables = os.environ | ENVIRONMENT | (environment or {})
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=scratch)
     line = next((line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")), None)
     return done.stdout + done.stderr if line is None else json.loads(line.removeprefix("ANSWERS "))

@@ -1,0 +1,57 @@
+"""The task of an adapter: the Auto class that loads it, and what the Hub calls it. Torch is not imported."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+CLASS_PREFIXES = {"mixlora": "MixLora", "dora": "Dora"}
+PIPELINES = {
+    "AutoModel": "feature-extraction",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
+    "AutoModelForCTC": "automatic-speech-recognition",
+    "AutoModelForAudioClassification": "audio-classification",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForZeroShotImageClassification": "zero-shot-image-classification",
+}
+"""Auto class -> the `pipeline_tag` of its models."""
+CAUSAL_LM = "AutoModelForCausalLM"
+_TEXT = ("AutoModel", CAUSAL_LM)
+
+
+def own_auto_map(model_type: object, names: tuple[str, ...] = _TEXT) -> dict[str, str] | None:
+    """Return the `auto_map` of an adapter in our format that these Auto classes load; None for any other model type."""
+    prefix = CLASS_PREFIXES.get(model_type) if isinstance(model_type, str) else None
+    if prefix is None:
+        return None
+    models = {name: f"modeling_minilora.{prefix}{name.removeprefix('AutoModel') or 'Model'}" for name in names}
+    return {"AutoConfig": f"configuration_minilora.{prefix}Config", **models}
+
+
+def is_own_auto_map(value: object, model_type: object) -> bool:
+    """Whether an `auto_map` names nothing but our classes, each under the Auto class that it is for."""
+    if not isinstance(value, dict):
+        return False
+    names = tuple(name for name in value if name in PIPELINES)
+    return bool(names) and value == own_auto_map(model_type, names)
+
+
+def auto_class_of(config: dict[str, Any]) -> str:
+    """Return the name of the Auto class that loads an adapter in our format, from its config.json.
+
+    It is that of a causal language model where that loads it, too, and where the configuration says nothing.
+    """
+    architectures, auto_map = config.get("architectures"), config.get("auto_map")
+    if isinstance(auto_map, dict) and CAUSAL_LM in auto_map:
+        return CAUSAL_LM
+    named = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    found = re.fullmatch(r"(?:MixLora|Dora)(Model|For\w+)", named)
+    name = f"AutoModel{found[1].removeprefix('Model')}" if found else CAUSAL_LM
+    return name if name in PIPELINES else CAUSAL_LM
