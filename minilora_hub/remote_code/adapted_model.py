@@ -84,6 +84,8 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
         config.dtype = base.dtype
         config._attn_implementation = base.config._attn_implementation  # first: it is also set on the old text_config
         config.text_config = base.config
+        if self.auto_class.__name__ == "AutoModelForSpeechSeq2Seq":
+            config.__dict__["model_type"] = base.config.model_type  # by which a pipeline knows Whisper; it is not saved
         # Trainers load this name again: TRL's DPOTrainer as the model to compare with.
         config.name_or_path = config.name_or_path or (config.base_model_name_or_path and base.config.name_or_path) or ""
         super().__init__(config)
