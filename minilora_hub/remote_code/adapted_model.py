@@ -188,7 +188,7 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
         if not loaded and config.modules_to_save is None and cls.auto_class.__name__ in CLASSIFYING:
             # Whether the head is in files is not known, so it is saved.
             names = [] if files_are_here else [name for name, _ in base.named_parameters()]
-            config.modules_to_save = fresh_modules(base, names)[0] or None
+            config.modules_to_save = fresh_modules(base, names, cls.auto_class.__name__)[0] or None
         saved = saved_parameters(base, config.modules_to_save)
         digests = tensor_digests(base, saved=saved) if loaded or files_are_here else None
         settle_targets(base, config, cls._refused_linears(base))

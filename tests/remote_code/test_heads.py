@@ -80,7 +80,7 @@ def built(name, auto_name, folder, method="dora"):
 def test_train_save_load(name, auto_name, tmp_path):
     model, _ = built(name, auto_name, tmp_path)
     inputs = inputs_of(name, auto_name)
-    assert (model.config.modules_to_save is not None) == has_fresh_head(auto_name) or name == "whisper"
+    assert (model.config.modules_to_save is not None) == has_fresh_head(auto_name)
     plain = copy.deepcopy(model).unload().eval()
     model.eval()
     with torch.no_grad():
@@ -136,8 +136,10 @@ def test_mixtures_add_their_outputs_to_the_bases_own(name, auto_name, tmp_path):
     if labels:
         model.train()
         model.config.router_aux_loss_coef = 0.0
+        torch.manual_seed(0)  # some heads have a dropout
         without = model(**inputs, **labels).loss
         model.config.router_aux_loss_coef = 1.0
+        torch.manual_seed(0)
         penalised = model(**inputs, **labels, output_router_logits=True)
         torch.testing.assert_close(penalised.loss - without, penalised.aux_loss, rtol=1e-4, atol=1e-5)
     fill_adapter(model)
