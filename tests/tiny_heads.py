@@ -18,10 +18,28 @@ _TWO_PARTS = {
     "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_start_token_id": 1,
     "init_std": 0.2,
 }  # fmt: skip
+_SOUND = {
+    **_WIDTHS, "vocab_size": 32, "conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3),
+    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "mask_time_length": 2,
+    "num_feat_extract_layers": 2, "layerdrop": 0.0,
+}  # fmt: skip
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "bert": _TEXT,
     "roberta": _TEXT,
     "distilbert": {**_TOKENS, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "initializer_range": 0.2},
+    "electra": {**_TEXT, "embedding_size": 32},
+    "xlm-roberta": _TEXT,
+    "camembert": _TEXT,
+    "mpnet": _TEXT,
+    "deberta-v2": {**_TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    "ernie": _TEXT,
+    "hubert": _SOUND,
+    "unispeech": _SOUND,
+    "deit": {**_IMAGE, "architectures": ["DeiTForImageClassification"]},  # of the two it has
+    "beit": {**_IMAGE, "use_relative_position_bias": False},
+    "dinov3_vit": {**_IMAGE, "num_register_tokens": 0},
+    "pegasus": {**_TWO_PARTS, "max_position_embeddings": 64},
+    "mbart": {**_TWO_PARTS, "max_position_embeddings": 64},
     "modernbert": {**_TEXT, "cls_token_id": 1, "sep_token_id": 2},
     "llama": {**_TEXT, "num_key_value_heads": 2},
     "qwen3": {**_TEXT, "num_key_value_heads": 2, "head_dim": 8},
@@ -30,11 +48,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     },
     "bart": {**_TWO_PARTS, "max_position_embeddings": 64},
     "whisper": {**_TWO_PARTS, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32},
-    "wav2vec2": {
-        **_WIDTHS, "vocab_size": 32, "conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3),
-        "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "mask_time_length": 2,
-        "num_feat_extract_layers": 2,
-    },
+    "wav2vec2": _SOUND,
     "vit": _IMAGE,
     "dinov2": _IMAGE,
     "clip": {"text_config": _TEXT, "vision_config": _IMAGE, "projection_dim": 16},
@@ -66,6 +80,22 @@ CASES = (
     ("siglip", "AutoModel"),
 )
 """(architecture, Auto class); the first ten cover every class."""
+MORE = (
+    ("electra", "AutoModelForSequenceClassification"),
+    ("xlm-roberta", "AutoModelForTokenClassification"),
+    ("camembert", "AutoModelForSequenceClassification"),
+    ("mpnet", "AutoModel"),
+    ("deberta-v2", "AutoModelForSequenceClassification"),
+    ("ernie", "AutoModelForQuestionAnswering"),
+    ("hubert", "AutoModelForCTC"),
+    ("unispeech", "AutoModelForCTC"),
+    ("deit", "AutoModelForImageClassification"),
+    ("beit", "AutoModelForImageClassification"),
+    ("dinov3_vit", "AutoModel"),
+    ("pegasus", "AutoModelForSeq2SeqLM"),
+    ("mbart", "AutoModelForSeq2SeqLM"),
+)
+"""Further ones for the table of architectures."""
 FRESH = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "CTC", "AudioC", "ImageClassification")
 
 
@@ -83,6 +113,12 @@ def checkpoint(name: str, auto_name: str, folder: Any) -> str:
     return str(folder)
 
 
+def tiny_head(name: str, auto_name: str) -> Any:
+    """A random base in eval mode."""
+    torch.manual_seed(0)
+    return getattr(transformers, auto_name).from_config(AutoConfig.for_model(name, **CONFIGURATIONS[name])).eval()
+
+
 def inputs_of(name: str, auto_name: str) -> dict[str, torch.Tensor]:
     """Inputs of a batch of two, without labels."""
     generator = torch.Generator().manual_seed(3)
@@ -93,13 +129,13 @@ def inputs_of(name: str, auto_name: str) -> dict[str, torch.Tensor]:
     if name == "whisper":
         sound = {"input_features": torch.randn(2, 8, 32, generator=generator)}
         return sound | (two if auto_name == "AutoModelForSpeechSeq2Seq" else {})
-    if name == "wav2vec2":
+    if CONFIGURATIONS[name] is _SOUND:
         return {"input_values": torch.randn(2, 600, generator=generator)}
-    if name in ("vit", "dinov2"):
+    if "image_size" in CONFIGURATIONS[name]:
         return {"pixel_values": image}
     if name in ("clip", "siglip"):
         return {"input_ids": ids, "pixel_values": image}
-    return {"input_ids": ids} | (two if name == "t5" else {})
+    return {"input_ids": ids} | (two if name in ("t5", "pegasus", "mbart") else {})
 
 
 def labels_of(auto_name: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

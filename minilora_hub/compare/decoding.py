@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.banked_layers import Group
-from minilora_hub.compare.cache_rows import can_join, join_caches, remove_left
+from minilora_hub.compare.cache_rows import can_join, join_caches, remove_left, reserve_room
 from minilora_hub.remote_code.routing_record import Routes
 
 
@@ -51,6 +51,8 @@ class CachedForward:
         """
         arguments |= {self._cache_name: self.cache} | ({} if every else self._one)
         output = self._model(input_ids=ids.to(self.device), use_cache=True, return_dict=True, **arguments)
+        if self.cache is None:  # the model has made it
+            reserve_room(getattr(output, self._cache_name))
         self.cache = getattr(output, self._cache_name)
         return output.logits if every else output.logits[:, -1]
 
@@ -133,10 +135,10 @@ class DecodingBatch:
 
     @property
     def cache_bytes(self) -> int:
-        """Size of the keys and values in the cache."""
+        """Size of the keys and values in the cache, with the memory that is reserved for the next ones."""
         layers = getattr(self._forward.cache, "layers", ())
         parts = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
-        return sum(part.numel() * part.element_size() for part in parts if isinstance(part, torch.Tensor))
+        return sum(part.untyped_storage().nbytes() for part in parts if isinstance(part, torch.Tensor))
 
     @property
     def joinable(self) -> bool:

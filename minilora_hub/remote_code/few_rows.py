@@ -33,7 +33,7 @@ from torch.nn import functional as F
 MOST_ROWS = 16
 LEAST_VALUES = 2**16  # reading a smaller weight takes less time than starting the product
 CLEARLY_FASTER = 0.9  # of the time of F.linear
-LEAST_ROUNDS, MOST_ROUNDS, ENOUGH_SECONDS = 5, 25, 0.02
+LEAST_ROUNDS, MOST_ROUNDS, ENOUGH_SECONDS = 3, 25, 0.02  # of timing
 SETTING = "MINILORA_PRODUCTS"
 
 _KEEP_PLAIN: ContextVar[bool] = ContextVar("minilora_plain_products", default=False)
@@ -64,18 +64,18 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     Raises:
         ValueError: the environment variable has an unknown value.
     """
-    if not _has_a_choice(x, weight):
+    rows = x.numel() // max(x.shape[-1], 1)
+    if not 0 < rows <= MOST_ROWS or not _has_a_choice(x, weight):
         return F.linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
-    count = rows.shape[0] if rows.shape[0] <= 4 else 1 << (rows.shape[0] - 1).bit_length()  # 8 stands for 5 to 8
+    count = rows if rows <= 8 else MOST_ROWS  # at 9 and more the ways hardly differ by one row
     key = (count, weight.shape, weight.dtype, torch.get_num_threads())
     way = _CHOSEN.get(key) or _choose(key, weight)
     if way is F.linear:
         return F.linear(x, weight, bias)
-    out = way(rows, weight)
+    out = way(x.reshape(rows, -1), weight)
     if bias is not None:
         out += bias
-    return out.view(*x.shape[:-1], out.shape[-1])
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 @contextmanager
@@ -91,14 +91,14 @@ def plain_products() -> Iterator[None]:
 def _has_a_choice(x: Tensor, weight: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or _KEEP_PLAIN.get():
         return False
+    kind = type(weight)
     return (
-        0 < x.numel() <= MOST_ROWS * x.shape[-1]
-        and weight.numel() >= LEAST_VALUES
+        weight.numel() >= LEAST_VALUES
         and x.is_cpu
         and weight.is_cpu
         and x.dtype is weight.dtype
         and type(x) is Tensor
-        and type(weight) in (nn.Parameter, Tensor)  # another type may hold its values in another form
+        and (kind is nn.Parameter or kind is Tensor)  # another type may hold its values in another form
         and weight.is_contiguous()
         and not torch.is_autocast_enabled("cpu")
     )

@@ -250,14 +250,22 @@ def _restored(base: Any) -> Iterator[None]:
     copies = [
         (buffer, buffer.clone()) for buffer in base.buffers() if buffer.numel() <= KEPT_BUFFER and not buffer.is_meta
     ]
+    holders: dict[int, Any] = {
+        id(each): each for module in base.modules() for each in (module, getattr(module, "config", None))
+    }
+    skipping = [(each, each.layerdrop) for each in holders.values() if "layerdrop" in getattr(each, "__dict__", ())]
     devices = sorted({parameter.device.index for parameter in base.parameters() if parameter.device.type == "cuda"})
     for module in checkpointing:
         module.gradient_checkpointing = False
+    for holder, _ in skipping:  # layers that are skipped at random in training (arXiv 1909.11556)
+        holder.layerdrop = 0.0
     try:
         with torch.random.fork_rng(devices), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are shown again when the user runs it
             yield
     finally:
+        for holder, rate in skipping:
+            holder.layerdrop = rate
         for module, training in modes:
             module.training = training
         for module in checkpointing:

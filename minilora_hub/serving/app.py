@@ -101,6 +101,9 @@ def _add_errors(app: FastAPI) -> None:
         broken = first["type"] == "json_invalid"  # then the place is a character of the body
         param = None if broken else ".".join(str(part) for part in first["loc"] if part != "body") or None
         shown = f"{param}: {first['msg']}" if param else f"the body of the request: {first['msg']}"
+        kind = request.headers.get("content-type", "")
+        if "json" not in kind:  # then the body was not read
+            shown = f"Content-Type={kind[:100]!r}: must be application/json"
         return JSONResponse(error_body(400, shown, param), 400)
 
     @app.exception_handler(HTTPException)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 from minilora_hub.compare.engine import Sampling
 from minilora_hub.errors import ServingError
@@ -40,7 +41,21 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class _Request(BaseModel):
+class _Body(BaseModel):
+    """The body of a request."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _require_text(cls, content: Any) -> Any:
+        r"""Refuse ``"\ud800"`` and the like, which JSON can write, and neither tokenizers nor an answer can."""
+        try:
+            json.dumps(content if isinstance(content, dict) else None, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("must not contain lone surrogates, which cannot be encoded") from None
+        return content
+
+
+class _Request(_Body):
     """Fields that chats and completions share."""
 
     model_config = ConfigDict(extra="allow")
@@ -176,7 +191,7 @@ class CompletionRequest(_Request):
         raise ServingError(400, "prompt: must be one text, by which model='auto' chooses an adapter", "prompt")
 
 
-class LoadRequest(BaseModel):
+class LoadRequest(_Body):
     """POST /v1/load_lora_adapter."""
 
     model_config = ConfigDict(extra="ignore")
@@ -184,7 +199,7 @@ class LoadRequest(BaseModel):
     lora_path: Annotated[str, Field(min_length=1)]
 
 
-class UnloadRequest(BaseModel):
+class UnloadRequest(_Body):
     """POST /v1/unload_lora_adapter."""
 
     model_config = ConfigDict(extra="ignore")

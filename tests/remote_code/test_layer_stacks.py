@@ -23,7 +23,9 @@ def inputs_of(base) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.flip(1)}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("mt5", "marian"))) for name in NAMES]
+)
 def test_both_parts_get_adapters_that_learn(name):
     base = tiny_encoder_decoder(name)
     plain, inputs = copy.deepcopy(base), inputs_of(base)

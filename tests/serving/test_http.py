@@ -224,6 +224,13 @@ def test_broken_requests(http):
     kind = {"Content-Type": "application/json"}
     assert http.post("/v1/completions", content=b"{", headers=kind).status_code == 400
     assert http.post("/v1/completions", content=b"[]", headers=kind).status_code == 400
+    form = http.post("/v1/completions", content=b'{"model": "mix", "prompt": "x"}')  # as curl -d without a header
+    assert form.status_code == 400
+    assert "Content-Type='': must be application/json" in form.json()["error"]["message"]
+    for surrogate in (b'{"model": "mix", "prompt": "\\ud800"}', b'{"model": "mix", "prompt": "x", "\\udfff": 1}'):
+        refused = http.post("/v1/completions", content=surrogate, headers=kind)
+        assert refused.status_code == 400, refused.text
+        assert "lone surrogates" in refused.json()["error"]["message"]
     assert http.get("/v1/completions").json()["error"]["message"] == "GET /v1/completions: Method Not Allowed"
     assert http.get("/v1/nothing").status_code == 404
     assert "error" in http.get("/v1/nothing").json()

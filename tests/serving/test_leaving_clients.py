@@ -55,7 +55,7 @@ def test_a_closed_connection_frees_its_rows(slow, stream):
     """Other rows go on."""
     server, address = slow
     host, port = address.removeprefix("http://").split(":")
-    body = b'{"model": "base", "prompt": "%s", "max_tokens": 400, "n": 3, "stream": %s}'
+    body = b'{"model": "base", "prompt": "%s", "max_tokens": 400, "temperature": 0, "n": 3, "stream": %s}'
     body %= (b"x" * 90, b"true" if stream else b"false")
     raw = socket.create_connection((host, int(port)))
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
@@ -81,7 +81,7 @@ def test_a_closed_connection_frees_its_rows(slow, stream):
 def test_a_killed_client_frees_its_rows(slow):
     """SIGKILL of curl during a stream, and while it waits in the queue; others get whole answers."""
     server, address = slow
-    body = '{"model": "base", "prompt": "x", "max_tokens": 400, "n": 2, "stream": true}'
+    body = '{"model": "base", "prompt": "x", "max_tokens": 400, "temperature": 0, "n": 2, "stream": true}'
     command = ["curl", "-sN", f"{address}/v1/completions", "-H", "Content-Type: application/json", "-d", body]
     clients = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(3)]
     try:
@@ -110,7 +110,7 @@ def test_rows_that_wait_are_cancelled_too(slow):
 
     async def run():
         async with httpx.AsyncClient(base_url=address) as client:
-            request = {"model": server.models.base, "prompt": "x", "max_tokens": 300, "n": 4}
+            request = {"model": server.models.base, "prompt": "x", "max_tokens": 300, "temperature": 0, "n": 4}
             tasks = [asyncio.create_task(client.post("/v1/completions", json=request)) for _ in range(2)]
             while rows(server) < 8:
                 await asyncio.sleep(0.01)
