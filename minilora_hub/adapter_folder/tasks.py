@@ -46,11 +46,9 @@ def is_own_auto_map(value: object, model_type: object) -> bool:
 def auto_class_of(config: dict[str, Any]) -> str:
     """Return the name of the Auto class that loads an adapter in our format, from its config.json.
 
-    It is that of a causal language model where that loads it, too, and where the configuration says nothing.
+    It is that of a causal language model where the configuration says nothing.
     """
-    architectures, auto_map = config.get("architectures"), config.get("auto_map")
-    if isinstance(auto_map, dict) and CAUSAL_LM in auto_map:
-        return CAUSAL_LM
+    architectures = config.get("architectures")
     named = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     found = re.fullmatch(r"(?:MixLora|Dora)(Model|For\w+)", named)
     name = f"AutoModel{found[1].removeprefix('Model')}" if found else CAUSAL_LM

@@ -84,6 +84,8 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
         config.dtype = base.dtype
         config._attn_implementation = base.config._attn_implementation  # first: it is also set on the old text_config
         config.text_config = base.config
+        if self.auto_class.__name__ == "AutoModelForSpeechSeq2Seq":
+            config.__dict__["model_type"] = base.config.model_type  # by which a pipeline knows Whisper; it is not saved
         # Trainers load this name again: TRL's DPOTrainer as the model to compare with.
         config.name_or_path = config.name_or_path or (config.base_model_name_or_path and base.config.name_or_path) or ""
         super().__init__(config)
@@ -186,7 +188,7 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
         if not loaded and config.modules_to_save is None and cls.auto_class.__name__ in CLASSIFYING:
             # Whether the head is in files is not known, so it is saved.
             names = [] if files_are_here else [name for name, _ in base.named_parameters()]
-            config.modules_to_save = fresh_modules(base, names)[0] or None
+            config.modules_to_save = fresh_modules(base, names, cls.auto_class.__name__)[0] or None
         saved = saved_parameters(base, config.modules_to_save)
         digests = tensor_digests(base, saved=saved) if loaded or files_are_here else None
         settle_targets(base, config, cls._refused_linears(base))

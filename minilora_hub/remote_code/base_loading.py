@@ -101,7 +101,7 @@ def load_base(auto_class: Any, config: Any, trust_remote_code: bool, arguments: 
 def _must_have(auto_class: Any, config: Any, model: Any, lacking: list[str]) -> list[str]:
     """Return those of the tensors that a checkpoint lacks that are not saved with the adapter."""
     if config.modules_to_save is None and config.text_config is None and auto_class.__name__ in FRESH:
-        modules, others = fresh_modules(model, lacking)
+        modules, others = fresh_modules(model, lacking, auto_class.__name__)
         config.modules_to_save = modules or None
         return others
     saved = saved_parameters(model, config.modules_to_save)

@@ -113,14 +113,14 @@ def plan_sites(base: nn.Module, config: Any) -> list[Site]:
         for name, (path, layers) in stacks.items()
         for index, layer in enumerate(layers)
     ]
-    if config.model_type == "mixlora" and len(stacks) > 1:
+    if type(config).model_type == "mixlora" and len(stacks) > 1:
         raise ValueError(
             f"base {type(base).__name__}: a MixLoRA goes into one list of layers, not {list(stacks)}; pass towers=[one]"
         )
     for index, layer, where, name in found_layers:
         shapes = linears_in(layer)
         block = None
-        if config.model_type == "mixlora":
+        if type(config).model_type == "mixlora":
             # In every layer: a block is called once per kind, and a skeleton of a base has only its first one filled.
             found = _find_feed_forward(layer, where, known)
             block = found if config.has_mixture(index) else None
@@ -154,7 +154,7 @@ def _check_targets(config: Any, layers: Mapping[str, nn.Module], sites: Sequence
         for key in getattr(config, field):
             if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names):
                 raise ValueError(f"{field}[{key!r}]: matches no linear in the base's layers; it has {available}")
-    if config.model_type == "mixlora" and not any(isinstance(site, MixtureSite) for site in sites):
+    if type(config).model_type == "mixlora" and not any(isinstance(site, MixtureSite) for site in sites):
         if not any(config.has_mixture(index) for index in range(len(layers))):
             raise ValueError(
                 f"router_sparse_step={config.router_sparse_step}: layer 1 would be the first mixture; the base has "

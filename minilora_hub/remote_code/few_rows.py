@@ -67,7 +67,7 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     rows = x.numel() // max(x.shape[-1], 1)
     if not 0 < rows <= MOST_ROWS or not _has_a_choice(x, weight):
         return F.linear(x, weight, bias)
-    count = rows if rows <= 4 else 1 << (rows - 1).bit_length()  # 8 stands for 5 to 8
+    count = rows if rows <= 8 else MOST_ROWS  # at 9 and more the ways hardly differ by one row
     key = (count, weight.shape, weight.dtype, torch.get_num_threads())
     way = _CHOSEN.get(key) or _choose(key, weight)
     if way is F.linear:

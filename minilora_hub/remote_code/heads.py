@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 from transformers.models.auto import modeling_auto
 
+from .layer_stacks import outermost_lists
+
 HEADS = {
     "AutoModel": "MODEL_MAPPING",
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
@@ -128,19 +130,21 @@ def saved_parameters(base: nn.Module, modules: Collection[str] | None, adapted: 
     return found
 
 
-def fresh_modules(base: Any, missing: Iterable[str]) -> tuple[list[str], list[str]]:
+def fresh_modules(base: Any, missing: Iterable[str], auto_name: str) -> tuple[list[str], list[str]]:
     """Split parameters that a checkpoint lacks: modules that can be trained and saved whole, and other parameters.
 
-    A module is the head, or a part of it, or a pooler, which many checkpoints lack.
+    A module is a classifier's head, or a part of it, or a pooler, which many checkpoints lack.
     """
-    body = "" if base.base_model is base else f"{base.base_model_prefix}."
+    body = {base.base_model_prefix}
+    if base.base_model is base:  # Whisper's classifier has its encoder without a name for the body
+        body = {path.partition(".")[0] for path in outermost_lists(base)}
     modules: dict[str, None] = {}
     others = []
     for name in missing:
         parts = name.split(".")
         if "pooler" in parts[:-1]:
             modules[".".join(parts[: parts.index("pooler") + 1])] = None
-        elif body and not name.startswith(body) and len(parts) > 1:
+        elif auto_name in CLASSIFYING and parts[0] not in body and len(parts) > 1:
             modules[parts[0]] = None
         else:
             others.append(name)

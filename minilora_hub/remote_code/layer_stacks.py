@@ -41,7 +41,7 @@ def find_layer_stacks(base: Any, towers: Any = None) -> Stacks:
         return {"layers": find_decoder_layers(base)}
     stacks = {}
     for name, part in parts.items():
-        found = _outermost_lists(part)
+        found = outermost_lists(part)
         if len(found) != 1:
             raise ValueError(
                 f"base {type(base).__name__}: its {name} must have one list of layers with linears; "
@@ -60,7 +60,7 @@ def is_dual_encoder(base: Any) -> bool:
 
 def _chosen_lists(base: Any, towers: Any) -> Stacks:
     prefix = "" if base.base_model is base else f"{base.base_model_prefix}."
-    named = {path.removeprefix(prefix): (path, layers) for path, layers in _outermost_lists(base).items()}
+    named = {path.removeprefix(prefix): (path, layers) for path, layers in outermost_lists(base).items()}
     wanted = [""] if towers == "all" else towers
     unknown = [tower for tower in wanted if not any(_begins(name, tower) for name in named)]
     if unknown:
@@ -82,7 +82,7 @@ def _encoder_and_decoder(base: Any) -> dict[str, nn.Module]:
     return parts if whole else {}
 
 
-def _outermost_lists(part: nn.Module) -> dict[str, nn.ModuleList]:
+def outermost_lists(part: nn.Module) -> dict[str, nn.ModuleList]:
     """{path: list} of the lists of layers of one class in `part` that all hold linears, without lists inside them."""
     found: dict[str, nn.ModuleList] = {}
     for path, module in part.named_modules():
@@ -112,7 +112,7 @@ def find_decoder_layers(base: Any) -> tuple[str, nn.ModuleList]:
     inside = {id(module) for module in decoder.modules()}
     found = [item for item in found if id(item[1]) in inside] or found
     if is_dual_encoder(base):
-        found = list(_outermost_lists(base).items())
+        found = list(outermost_lists(base).items())
     if not found:
         raise ValueError(
             f"base {type(base).__name__}: found no list of {count} decoder layers (config.num_hidden_layers) "

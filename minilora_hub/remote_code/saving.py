@@ -31,7 +31,7 @@ from .adapter_files import (
 )
 from .attach import detach, replace_module
 from .base_loading import Digests, differing_tensors, refuse_unknown_tokens, same_digests, tensor_digests
-from .heads import FRESH, auto_map, auto_names, class_name, fresh_modules, saved_parameters
+from .heads import auto_map, auto_names, class_name, fresh_modules, saved_parameters
 from .linear_layers import speed_up_linears
 from .trainer_support import find_in_state_dict, write_checkpoint
 
@@ -145,7 +145,7 @@ class SavedAdapter(PreTrainedModel):
                 f"({type(error).__name__}: {error}): pass that name instead of the model"
             ) from error
         names = [clause.partition(" ")[0] for clause in differing]
-        modules, others = fresh_modules(base, names) if auto_class.__name__ in FRESH else ([], names)
+        modules, others = fresh_modules(base, names, auto_class.__name__)
         config.modules_to_save = [*(config.modules_to_save or ()), *modules] or config.modules_to_save
         differing = [clause for clause, name in zip(differing, names, strict=True) if name in others]
         if differing:

@@ -25,6 +25,17 @@ from vllm import ModelRegistry
 print(runner.LRUCacheWorkerLoRAManager.__name__, "DoraForCausalLM" in ModelRegistry.get_supported_archs())
 print(max(sum(base.__name__ == "DoraLayer" for base in kind.__mro__) for kind in utils._all_lora_classes))
 """
+COMPILED = """
+from types import SimpleNamespace
+from minilora_hub.errors import AdapterError
+from minilora_hub.integrations.vllm.adapter_manager import AdapterManager
+manager = object.__new__(AdapterManager)
+manager.compiled, manager.modules, manager.packed_modules = True, {}, {}
+try:
+    manager.refuse_unfit(SimpleNamespace(loras={}, magnitudes={}, mixtures={"model.layers.0.mlp": None}))
+except AdapterError as error:
+    print(error)
+"""
 TAKES_DORA = "plugin.takes_dora = lambda: True"
 
 
@@ -60,3 +71,10 @@ def test_untested_versions_are_declined_in_one_line(monkeypatch, caplog, version
     assert [record.message for record in caplog.records if "minilora_hub" in record.name] == [
         f"minilora_hub: the plugin is off, since it was not tested with vLLM {version} (tested: 0.32.0)"
     ]
+
+
+def test_a_compiled_model_takes_no_mixlora():
+    """Without vLLM's model: on a CPU, vLLM compiles no model that takes adapters."""
+    done = run_python(COMPILED)
+    assert done.returncode == 0, done.stderr
+    assert "needs a server that was started with --enforce-eager" in done.stdout

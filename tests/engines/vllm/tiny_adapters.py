@@ -10,7 +10,7 @@ from tiny import fill_adapter, tiny_base, tiny_config
 from minilora_hub import DoraForCausalLM, MixLoraForCausalLM
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 2}
-HEAD_SIZES = {"qwen3": 32, "gemma2": 32}  # the others' is hidden_size / num_attention_heads
+HEAD_SIZES = {"qwen3": 32}  # the others' is hidden_size / num_attention_heads
 
 
 def save_tiny(folder: Path, family: str, *methods: str, **changes: Any) -> dict[str, Any]:
