@@ -155,9 +155,9 @@ def test_the_process_has_no_token_no_network_and_no_minilora_hub(hub, copied, tm
 @pytest.mark.parametrize(
     ("file", "change", "told"),
     [
-        ("config.json", {"AutoModelForCausalLM": "modeling_minilora.MixLoraForCausalLM"}, "must be {'AutoConfig'"),
-        ("config.json", {"AutoTokenizer": ["routing.Routing", None]}, "must be {'AutoConfig'"),
-        ("config.json", None, "auto_map=None: must be {'AutoConfig'"),
+        ("config.json", {"AutoModelForCausalLM": "modeling_minilora.MixLoraForCausalLM"}, "must be like {'AutoConfig'"),
+        ("config.json", {"AutoTokenizer": ["routing.Routing", None]}, "must be like {'AutoConfig'"),
+        ("config.json", None, "auto_map=None: must be like {'AutoConfig'"),
         ("tokenizer_config.json", {"AutoTokenizer": ["attach.Tokenizer", None]}, "auto_map names 'attach.Tokenizer'"),
     ],
 )
