@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .file_hashes import file_sha256
+
 ADAPTER_FILE = "adapter_model.safetensors"
 CODE_FILES = (
     "adapted_linear.py",
@@ -25,7 +27,12 @@ CODE_FILES = (
     "configuration_adapter.py",
     "configuration_minilora.py",
     "expert_slots.py",
+    "few_rows.py",
+    "file_hashes.py",
+    "heads.py",
+    "layer_stacks.py",
     "linear_layers.py",
+    "mixlora_model.py",
     "mixture.py",
     "modeling_minilora.py",
     "probe.py",
@@ -33,6 +40,7 @@ CODE_FILES = (
     "routing_record.py",
     "saving.py",
     "trainer_support.py",
+    "trial_inputs.py",
 )
 CHECKPOINT_FILES = (
     "model.safetensors",
@@ -169,5 +177,4 @@ def _file_sha256(path: str) -> str:
     blob = os.path.basename(os.path.realpath(path))
     if os.path.islink(path) and len(blob) == 64:
         return blob
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)

@@ -1,24 +1,24 @@
 """Find where adapters go in a base model, by its structure instead of a list of model names.
 
-The decoder layers are the one list of modules that is as long as the configuration says and holds linear layers.
-Inside a layer, a feed-forward block is a module with two or three linears and one activation that, called with hidden
-states, computes what one of the three known forms computes. That is checked by calling it, so a block that does
-something else (a sparse mixture, an extra normalisation) is refused instead of being adapted wrongly.
+The layers are found in `layer_stacks.py`. Inside a layer, a feed-forward block is a module with two or three linears
+and one activation that, called with hidden states, computes what one of the three known forms computes. That is checked
+by calling it, so a block that does something else (a sparse mixture, an extra normalisation) is refused instead of
+being adapted wrongly.
 """
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .layer_stacks import Shapes, find_layer_stacks, linears_in
 from .linear_layers import compute_dtype, keep_4bit_weights_exact, layer_device, linear_shape
 
 ADAPTED_CLASSES = ("AdaptedLinear", "MixtureOfLoraExperts")
-Shapes = dict[str, tuple[int, int]]
 Form = tuple[tuple[str, ...], str, bool | None]
 """A reading of a block's linears: inputs, output and gate_first of a `FeedForwardStructure`."""
 
@@ -33,7 +33,7 @@ class FeedForwardStructure:
         gate_first: in a fused pair, whether the gate is its first half.
     """
 
-    def __init__(self, form: Form, activation: Callable, dropout: Callable) -> None:
+    def __init__(self, form: Form, activation: Callable, dropout: nn.Module) -> None:
         self.inputs, self.output, self.gate_first = form
         # The block owns these modules; they are held here without registering them a second time.
         self.activation, self.dropout = activation, dropout
@@ -80,44 +80,6 @@ class MixtureSite:
 Site = LinearSite | MixtureSite
 
 
-def find_decoder_layers(base: Any) -> tuple[str, nn.ModuleList]:
-    """Find the decoder layers of `base`, or of its language model where it has other parts: (path, ModuleList).
-
-    Raises:
-        ValueError: there is none, or there are several and nothing says which; the message has their paths.
-    """
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
-    count = base.config.get_text_config(decoder=True).num_hidden_layers
-    found = [
-        (path, module)
-        for path, module in base.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == count
-        and all(any(linear_shape(part) for part in layer.modules()) for layer in module)
-    ]
-    inside = {id(module) for module in decoder.modules()}
-    found = [item for item in found if id(item[1]) in inside] or found
-    if not found:
-        raise ValueError(
-            f"base {type(base).__name__}: found no list of {count} decoder layers (config.num_hidden_layers) "
-            "with linears in it"
-        )
-    depth = min(path.count(".") for path, _ in found)
-    outermost = [item for item in found if item[0].count(".") == depth]
-    if len(outermost) > 1:
-        raise ValueError(
-            f"base {type(base).__name__}: which list of {count} layers (config.num_hidden_layers) is the language "
-            f"model's? It has {[path for path, _ in outermost]}, and its get_decoder() does not tell"
-        )
-    return outermost[0]
-
-
-def linears_in(layer: nn.Module) -> Shapes:
-    """{path in the layer: (out_features, in_features)} of every linear of a decoder layer, in the layer's own order."""
-    shapes = ((path, linear_shape(module)) for path, module in layer.named_modules())
-    return {path: shape for path, shape in shapes if shape}
-
-
 def matches_target(path: str, targets: Sequence[str] | Literal["all-linear"]) -> bool:
     """Whether a path ends with one of `targets` at a dot; "all-linear" matches every path."""
     return targets == "all-linear" or any(path == target or path.endswith("." + target) for target in targets)
@@ -143,14 +105,22 @@ def plan_sites(base: nn.Module, config: Any) -> list[Site]:
     """
     refuse_adapted(base)
     keep_4bit_weights_exact(base)  # before a block is called below
-    prefix, layers = find_decoder_layers(base)
     known: dict[Any, Form] = {}
     sites: list[Site] = []
-    for index, layer in enumerate(layers):
-        where, name = f"{prefix}.{index}", f"layers.{index}"
+    stacks = find_layer_stacks(base, config.towers)
+    found_layers = [
+        (index, layer, f"{path}.{index}", f"{name}.{index}")
+        for name, (path, layers) in stacks.items()
+        for index, layer in enumerate(layers)
+    ]
+    if type(config).model_type == "mixlora" and len(stacks) > 1:
+        raise ValueError(
+            f"base {type(base).__name__}: a MixLoRA goes into one list of layers, not {list(stacks)}; pass towers=[one]"
+        )
+    for index, layer, where, name in found_layers:
         shapes = linears_in(layer)
         block = None
-        if config.model_type == "mixlora":
+        if type(config).model_type == "mixlora":
             # In every layer: a block is called once per kind, and a skeleton of a base has only its first one filled.
             found = _find_feed_forward(layer, where, known)
             block = found if config.has_mixture(index) else None
@@ -169,13 +139,13 @@ def plan_sites(base: nn.Module, config: Any) -> list[Site]:
             if targets:
                 hidden = shapes[paths[structure.output]][0]
                 sites.append(MixtureSite(f"{name}.{block_path}", f"{where}.{block_path}", structure, hidden, targets))
-    _check_targets(config, layers, sites)
+    _check_targets(config, {name: layer for _, layer, _, name in found_layers}, sites)
     return sites
 
 
-def _check_targets(config: Any, layers: nn.ModuleList, sites: Sequence[Site]) -> None:
-    available = sorted({path for layer in layers for path in linears_in(layer)})
-    names = [f"layers.{i}.{path}" for i, layer in enumerate(layers) for path in linears_in(layer)]
+def _check_targets(config: Any, layers: Mapping[str, nn.Module], sites: Sequence[Site]) -> None:
+    available = sorted({path for layer in layers.values() for path in linears_in(layer)})
+    names = [f"{name}.{path}" for name, layer in layers.items() for path in linears_in(layer)]
     if config.target_modules != "all-linear":
         unknown = [t for t in config.target_modules if not any(matches_target(name, [t]) for name in names)]
         if unknown:
@@ -184,7 +154,7 @@ def _check_targets(config: Any, layers: nn.ModuleList, sites: Sequence[Site]) ->
         for key in getattr(config, field):
             if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names):
                 raise ValueError(f"{field}[{key!r}]: matches no linear in the base's layers; it has {available}")
-    if config.model_type == "mixlora" and not any(isinstance(site, MixtureSite) for site in sites):
+    if type(config).model_type == "mixlora" and not any(isinstance(site, MixtureSite) for site in sites):
         if not any(config.has_mixture(index) for index in range(len(layers))):
             raise ValueError(
                 f"router_sparse_step={config.router_sparse_step}: layer 1 would be the first mixture; the base has "
@@ -247,7 +217,7 @@ def _recognise(block: nn.Module, path: str, known: dict[Any, Form]) -> FeedForwa
         activations = [value for name, value in attributes if not name.startswith("_") and callable(value)]
     if len(activations) != 1 or len(dropouts) > 1:
         return None
-    dropout = dropouts[0] if dropouts else nn.Identity()
+    dropout = dropouts[0] if dropouts and dropouts[0].p > 0 else nn.Identity()
     signature = (type(block), tuple(linears.items()))
     forms = [known[signature]] if signature in known else _possible_forms(linears)
     for form in forms:
@@ -273,6 +243,15 @@ def _possible_forms(linears: Shapes) -> list[Form]:
     return forms
 
 
+def _mark(dropout: nn.Module, args: Any, out: Tensor) -> Tensor:
+    """Change the output of a dropout, which in evaluation does nothing wherever it is."""
+    return (
+        out
+        if isinstance(dropout, nn.Identity)
+        else out * torch.linspace(0.5, 1.5, out.shape[-1], device=out.device, dtype=out.dtype)
+    )
+
+
 @torch.no_grad()
 def _computes_the_same(structure: FeedForwardStructure, block: nn.Module, path: str) -> bool:
     """Whether the block, called as a whole, gives what `structure` computes from its parts."""
@@ -285,11 +264,13 @@ def _computes_the_same(structure: FeedForwardStructure, block: nn.Module, path: 
     x = x.view(1, 4, hidden).to(compute_dtype(first))
     was_training = block.training
     block.eval()
+    marked = structure.dropout.register_forward_hook(_mark)
     try:
         expected, got = block(x), structure(block, x)
     except (TypeError, RuntimeError):  # another signature or other shapes: not this form
         return False
     finally:
+        marked.remove()
         block.train(was_training)
     if not isinstance(expected, torch.Tensor) or expected.shape != got.shape:
         return False

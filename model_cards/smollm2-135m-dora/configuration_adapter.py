@@ -17,8 +17,13 @@ from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-FORMAT_VERSION = 1
-"""Version of the published layout (tensor names and configuration fields). A newer one is refused by name."""
+FORMAT_VERSION = 2
+"""Newest version of the published layout (tensor names and configuration fields). A newer one is refused by name.
+
+1: an adapter in one list of layers. 2: also in several (`towers`, encoder-decoders), and with `modules_to_save`.
+"""
+ONLY_WHERE_SET = ("modules_to_save", "towers")
+"""Fields that earlier versions do not know: config.json has them only where they are set."""
 
 
 ABOUT_THE_REPO = frozenset(
@@ -66,6 +71,10 @@ class AdapterConfig(PreTrainedConfig):
             list of module names or path endings such as ``["q_proj", "mlp.down_proj", "layers.3.mlp.up_proj"]``.
         rank_pattern: ranks that differ from `r`: path ending or regular expression -> rank.
         alpha_pattern: the same for `lora_alpha`.
+        modules_to_save: names of modules of the base, such as a head, that are trained and saved whole. Default: those
+            that the base's checkpoint lacks.
+        towers: which lists of layers are adapted: None for the language model's, or for both parts of an
+            encoder-decoder; ``"all"``; or a list of beginnings of their paths, such as ``["vision_model"]``.
         base_model_name_or_path: Hub id, folder or registered alias of the base.
         base_model_revision: revision of the base on the Hub. The adapter's own `revision=` never applies to the base.
         base_fingerprint: hash of the base's checkpoint files the adapter was trained on, or ``"unknown"``.
@@ -90,11 +99,13 @@ class AdapterConfig(PreTrainedConfig):
         target_modules: Any = "all-linear",
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
+        modules_to_save: Any = None,
+        towers: Any = None,
         base_model_name_or_path: str | None = None,
         base_model_revision: str | None = None,
         base_fingerprint: str = "unknown",
         text_config: Any = None,
-        format_version: int = FORMAT_VERSION,
+        format_version: int = 1,
         **kwargs: Any,
     ) -> None:
         require(
@@ -114,6 +125,8 @@ class AdapterConfig(PreTrainedConfig):
             require_pattern(pattern or {}, name)
         self.rank_pattern = dict(rank_pattern or {})
         self.alpha_pattern = dict(alpha_pattern or {})
+        for name, value in (("modules_to_save", modules_to_save), ("towers", towers)):
+            setattr(self, name, sorted(value) if isinstance(value, (set, tuple)) else value)
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
         self.base_fingerprint = base_fingerprint
@@ -209,7 +222,8 @@ class AdapterConfig(PreTrainedConfig):
         """Return the content of config.json: every field of the adapter, also defaults, and nothing of this machine."""
         fields, values = super().to_diff_dict(), self.to_dict()
         fields.update((name, values[name]) for name in self._own_fields() if name in values)
-        fields.pop("quantization_config", None)
+        for name in ("quantization_config", *(name for name in ONLY_WHERE_SET if values.get(name) is None)):
+            fields.pop(name, None)
         if self.text_config is not None:
             fields["text_config"] = self.text_config.to_diff_dict()
             # Quantisation is this process's choice, `_name_or_path` may be a local folder, Trainer sets `use_cache` on
@@ -238,6 +252,10 @@ class AdapterConfig(PreTrainedConfig):
         self._require(lambda p: is_number(p) and p < 1, "must be a probability in [0, 1)", "lora_dropout")
         self._require(lambda flag: isinstance(flag, bool), "must be True or False", "use_rslora", "use_dora")
         self._require(_are_targets, 'must be "all-linear" or a non-empty list of module names', "target_modules")
+        need = "must be None or a list of names of modules"
+        self._require(lambda names: names is None or names == [] or _is_list_of_names(names), need, "modules_to_save")
+        need = 'must be None, "all" or a non-empty list of beginnings of paths'
+        self._require(lambda towers: towers in (None, "all") or _is_list_of_names(towers), need, "towers")
         for key, rank in self.rank_pattern.items():
             require(is_int(rank, 1), f"rank_pattern[{key!r}]", rank, "the rank must be an integer of at least 1")
         for key, alpha in self.alpha_pattern.items():
@@ -253,9 +271,12 @@ class AdapterConfig(PreTrainedConfig):
         return r, alpha / (math.sqrt(r) if self.use_rslora else r)
 
 
+def _is_list_of_names(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) and name for name in value)
+
+
 def _are_targets(targets: Any) -> bool:
-    names = isinstance(targets, list) and len(targets) > 0 and all(isinstance(t, str) and t for t in targets)
-    return names or targets == "all-linear"
+    return targets == "all-linear" or _is_list_of_names(targets)
 
 
 def _names_of_the_adapter(config_class: Any) -> frozenset[str]:

@@ -29,8 +29,15 @@ STRATEGY_DEFAULTS: dict[str, dict[str, Any]] = {
         "router_init_range": 1.0,
         "router_jitter_noise": 0.01,
     },
+    "arrow": {
+        "num_experts_per_tok": 2,
+        "router_temperature": 1.0,
+        "router_init_range": 0.02,
+        "router_jitter_noise": 0.0,
+    },
 }
-"""Routing strategy -> the fields it has, with its defaults, which are those of the reference (`moe_peft` 2.0.2)."""
+"""Routing strategy -> the fields it has, with its defaults: those of the reference (`moe_peft` 2.0.2), which has no
+arrow."""
 
 STRATEGY_FIELDS = tuple(dict.fromkeys(name for fields in STRATEGY_DEFAULTS.values() for name in fields))
 
@@ -63,10 +70,11 @@ class MixLoraConfig(AdapterConfig):
         routing_strategy: ``"top_k"``: softmax, the k largest, divided by their sum. ``"top_p"``: the most probable
             experts until their probabilities exceed `router_top_p`, not divided by their sum. ``"switch"``: the most
             probable expert, weighted with its probability; in training each expert takes `expert_capacity` tokens of a
-            sequence. See `routing.py`.
+            sequence. ``"arrow"``: as ``"top_k"``, by the absolute value of the router's products. See `routing.py`.
         router_top_p: ``"top_p"`` only: above 0, at most 1. Default: 0.8.
-        router_temperature: ``"top_p"`` only: the probabilities are divided by it before they are compared with
-            `router_top_p` and used as weights. 0, the default: they are not.
+        router_temperature: ``"top_p"``: the probabilities are divided by it before they are compared with
+            `router_top_p` and used as weights. 0, the default: they are not. ``"arrow"``: the products are divided by
+            it before the softmax; above 0. Default: 1.
         expert_capacity: ``"switch"`` only: tokens of one sequence that one expert serves in training. Default: 32.
         router_z_loss_coef: ``"switch"`` only: weight of the router's z-loss in training. Default: 0.001.
         router_sparse_step: ``"switch"`` only: one layer in this many is a mixture (layers 1, 1 + n, 1 + 2n, …); the
@@ -163,10 +171,11 @@ class MixLoraConfig(AdapterConfig):
     def _check_strategy(self) -> None:
         """Check the fields that `routing_strategy` has."""
         is_count, count = (lambda n: is_int(n, 1)), "must be an integer of at least 1"
-        if self.routing_strategy == "top_k":
+        if self.routing_strategy in ("top_k", "arrow"):
             experts = self.num_experts
             need = f"must be an integer from 1 to num_experts={experts}"
             self._require(lambda k: is_int(k, 1) and k <= experts, need, "num_experts_per_tok")
+            self._require(lambda t: t is None or (is_number(t) and t > 0), "must be above 0", "router_temperature")
         elif self.routing_strategy == "top_p":
             need = "must be a number above 0, at most 1"
             self._require(lambda p: is_number(p, maximum=1) and p > 0, need, "router_top_p")

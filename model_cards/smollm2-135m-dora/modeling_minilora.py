@@ -1,137 +1,18 @@
-"""The public models: MixLoRA and DoRA adapters in a base with and without its language-model head."""
+"""The public models: MixLoRA and DoRA adapters in a base with a language-model head, with another one, or with none."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+import inspect
 from typing import Any
 
-import torch
+import transformers
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
 from .adapted_model import AdaptedModel
 from .configuration_minilora import DoraConfig, MixLoraConfig
-from .routing import is_being_trained, router_loss_weights, router_losses, routing_of
-from .routing_record import RoutingRecord, checkpoint_contexts, record_routing
-from .trainer_support import shift_labels_of, takes_base_arguments
-
-
-@dataclass
-class MixLoraModelOutput(MoeModelOutputWithPast):
-    """`MoeModelOutputWithPast` with the balance loss and, with `output_routing=True`, the routing of each token.
-
-    Attributes:
-        aux_loss: the load-balance loss, not yet multiplied by its coefficient.
-        router_logits: per mixture, (batch, seq, experts), fp32.
-        selected_experts: per mixture, (batch, seq, K), the most probable first. K is `num_experts_per_tok`, and the
-            number of experts under ``routing_strategy="top_p"``, with -1 in the slots a token does not need. Under
-            ``"switch"`` -1 is a token over its expert's capacity (in training only).
-        routing_weights: per mixture, (batch, seq, K), fp32; 0 where the index is -1.
-        z_loss: the router's z-loss, not yet multiplied by its coefficient; under ``"switch"`` only.
-    """
-
-    aux_loss: torch.FloatTensor | None = None
-    selected_experts: tuple | None = None
-    routing_weights: tuple | None = None
-    z_loss: torch.FloatTensor | None = None
-
-
-@dataclass
-class MixLoraCausalLMOutput(MoeCausalLMOutputWithPast):
-    """`MoeCausalLMOutputWithPast` with the z-loss and, with `output_routing=True`, the routing of each token.
-
-    Attributes: see `MixLoraModelOutput`.
-    """
-
-    selected_experts: tuple | None = None
-    routing_weights: tuple | None = None
-    z_loss: torch.FloatTensor | None = None
-
-
-def share_of_items(labels: Any, num_items_in_batch: Any) -> Any:
-    """Return a micro-batch's share of an accumulated batch, over which the balance loss is averaged, not summed."""
-    if num_items_in_batch is None:
-        return 1.0
-    return (labels[..., 1:] != -100).sum() / num_items_in_batch
-
-
-INTEGRATIONS: list[Callable[[Any], Callable[[], None]]] = []
-"""Functions that are called with each new MixLoRA and return a function that undoes their changes to it and its base.
-
-minilora_hub adds one for trainers that do not take the loss from the model's outputs.
-"""
-
-
-class MixLoraBase(AdaptedModel):
-    """What MixLoRA adds to an adapted model: routing outputs and the balance loss."""
-
-    def __init__(self, config: Any, **kwargs: Any) -> None:
-        super().__init__(config, **kwargs)
-        self._enter_integrations()
-
-    def _enter_integrations(self) -> None:
-        self._leave_integrations = [enter(self) for enter in INTEGRATIONS]
-
-    def unload(self) -> Any:
-        for leave in self._leave_integrations:
-            leave()
-        return super().unload()
-
-    def save_base(self, folder: Any, **kwargs: Any) -> None:
-        for leave in self._leave_integrations:  # the base's configuration is saved, without what they put into it
-            leave()
-        try:
-            super().save_base(folder, **kwargs)
-        finally:
-            self._enter_integrations()
-
-    def _forward(
-        self, output_class: Any, output_router_logits: bool | None, output_routing: bool, arguments: dict[str, Any]
-    ) -> Any:
-        """Run the base with `arguments`, all by name, and add the outputs of the routers that were asked for."""
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
-        return_dict, arguments["return_dict"] = arguments.get("return_dict"), True
-        labels, attention_mask = arguments.get("labels"), arguments.get("attention_mask")
-        weights = router_loss_weights(self.config) if self.training and labels is not None else {}
-        needs_padding = self.training and routing_of(self.config).needs_token_mask
-        if not (output_router_logits or output_routing or weights or needs_padding):
-            outputs: Any = self.base(**arguments)
-            routing: dict[str, Any] = {}
-        else:
-            is_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
-            with record_routing(attention_mask if is_mask else None) as record:
-                outputs = self.base(**arguments)
-            routing = self._router_losses(record) if output_router_logits or weights else {}
-            if output_router_logits:
-                routing["router_logits"] = tuple(record.logits)
-            if output_routing:
-                routing["selected_experts"] = tuple(record.selected)
-                routing["routing_weights"] = tuple(record.weights)
-        fields = {**outputs, **routing}
-        if weights:
-            share = share_of_items(labels, arguments.get("num_items_in_batch"))
-            penalty = sum(weight * routing[name] for name, weight in weights.items()) * share
-            fields["loss"] = fields["loss"] + penalty.to(fields["loss"].device)
-        known = {name: fields[name] for name in fields if name in output_class.__dataclass_fields__}
-        result = output_class(**known)
-        return result if return_dict is not False else result.to_tuple()
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, *args: Any, **kwargs: Any
-    ) -> None:
-        """Make the padding known to checkpointed layers, where the routing depends on it."""
-        given = getattr(gradient_checkpointing_func, "keywords", {})
-        if routing_of(self.config).needs_token_mask and not given.get("use_reentrant") and "context_fn" not in given:
-            gradient_checkpointing_func = partial(gradient_checkpointing_func, context_fn=checkpoint_contexts)
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, *args, **kwargs)
-
-    def _router_losses(self, record: RoutingRecord) -> dict[str, Any]:
-        router = next(p for name, p in self.adapter_parameters().items() if name.endswith(".router"))
-        return router_losses(record, routing_of(self.config), is_being_trained(self, router))
+from .heads import GENERATING, HEADS, class_name, label_names, list_for_trainers
+from .mixlora_model import MixLoraBase, MixLoraCausalLMOutput, MixLoraModelOutput
+from .trainer_support import shown_with, takes_base_arguments
 
 
 class GenerateOnBase:
@@ -155,7 +36,19 @@ class GenerateOnBase:
         return self.base.prepare_inputs_for_generation(*args, **kwargs)
 
 
-class DoraModel(AdaptedModel):
+class UsesOtherMethods:
+    """Whatever else the base can do (`get_image_features`, …) is done by it."""
+
+    def __getattr__(self: Any, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            if name.startswith("_") or "base" not in self.__dict__.get("_modules", ()):
+                raise
+            return getattr(self._modules["base"], name)
+
+
+class DoraModel(UsesOtherMethods, AdaptedModel):
     """A base without its language-model head, with a DoRA adapter (arXiv 2402.09353) in it."""
 
     config_class = DoraConfig
@@ -175,7 +68,7 @@ class DoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
         return self.base(**self._base_arguments(input_ids, args, kwargs))
 
 
-class MixLoraModel(MixLoraBase):
+class MixLoraModel(UsesOtherMethods, MixLoraBase):
     """A base without its language-model head, with a MixLoRA adapter (arXiv 2404.15159) in it."""
 
     config_class = MixLoraConfig
@@ -231,5 +124,56 @@ class MixLoraForCausalLM(GenerateOnBase, MixLoraBase, GenerationMixin):
         return self._forward(MixLoraCausalLMOutput, output_router_logits, output_routing, arguments)
 
 
-for _model_class in (DoraForCausalLM, MixLoraForCausalLM):
-    shift_labels_of(_model_class)
+# ---- the classes of bases with other heads ----
+
+
+class MixLoraOnAnyBase(MixLoraBase):
+    """A MixLoRA whose outputs are the base's own, with `ROUTING_FIELDS`."""
+
+    @takes_base_arguments
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *args: Any,
+        output_router_logits: bool | None = None,
+        output_routing: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The base's forward plus routing outputs: see `MixLoraForCausalLM.forward`."""
+        arguments = self._base_arguments(input_ids, args, kwargs)
+        return self._forward(None, output_router_logits, output_routing, arguments)
+
+
+KINDS: dict[str, tuple[Any, Any]] = {"Dora": (DoraConfig, AdaptedModel), "MixLora": (MixLoraConfig, MixLoraOnAnyBase)}
+
+
+def adapted_class(prefix: str, auto_name: str) -> Any:
+    """Return the class for bases that an Auto class loads: ``Dora`` and ``AutoModelForCTC`` give ``DoraForCTC``.
+
+    Args:
+        prefix: one of `KINDS`.
+        auto_name: one of `HEADS`.
+    """
+    name = class_name(prefix, auto_name)
+    if name not in globals():
+        config_class, kind = KINDS[prefix]
+        generating = auto_name in GENERATING
+        bases = (*(GenerateOnBase,) * generating, UsesOtherMethods, kind, *(GenerationMixin,) * generating)
+        forward = shown_with(inspect.getattr_static(kind, "forward"), label_names(auto_name))
+        about = f"A base that `{auto_name}` loads, with a {prefix} adapter in it."
+        made = {"config_class": config_class, "auto_class": getattr(transformers, auto_name), "forward": forward}
+        globals()[name] = type(name, bases, {**made, "__module__": __name__, "__doc__": about})
+        list_for_trainers(globals()[name])
+    return globals()[name]
+
+
+def __getattr__(name: str) -> Any:
+    for prefix in KINDS:
+        for auto_name in HEADS:
+            if class_name(prefix, auto_name) == name:
+                return adapted_class(prefix, auto_name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+for _model_class in (DoraModel, DoraForCausalLM, MixLoraModel, MixLoraForCausalLM):
+    list_for_trainers(_model_class)

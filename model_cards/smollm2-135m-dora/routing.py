@@ -6,8 +6,10 @@ With p = softmax(router x), in fp32, over the E experts of a layer:
     top_p   the largest p until they exceed top_p together, not divided by their sum      (arXiv 2403.07652)
     switch  the largest p, as it is; in training an expert serves the first `capacity` tokens of a sequence that chose
             it, and the others pass: y = p x                                              (arXiv 2101.03961)
+    arrow   as top_k, with p = softmax(|router x| / temperature): a router's row is the direction of the input that its
+            expert changes most, whose sign means nothing                                 (arXiv 2405.11157)
 
-The last two follow `moe_peft` 2.0.2, the reference's training code, where they are called ``mixlora-dynamic`` and
+top_p and switch follow `moe_peft` 2.0.2, the reference's training code, where they are called ``mixlora-dynamic`` and
 ``mixlora-switch``. How this differs from it, each because the reference's result would be wrong:
 
 - At inference its switch router returns its input and no expert is ever used; here inference is training without
@@ -205,6 +207,17 @@ class TopKRouting:
 
 
 @dataclass(frozen=True)
+class ArrowRouting(TopKRouting):
+    """``routing_strategy="arrow"``: `TopKRouting` of `similarities`."""
+
+    temperature: float = 1.0
+
+    def similarities(self, products: Tensor) -> Tensor:
+        """|router x| / temperature, which takes the place of the logits, from router x, (tokens, experts)."""
+        return products.abs() / self.temperature
+
+
+@dataclass(frozen=True)
 class TopPRouting:
     """``routing_strategy="top_p"``: see `route_top_p` and `top_p_balancing_loss`; methods as in `TopKRouting`."""
 
@@ -257,6 +270,8 @@ def routing_of(config: Any) -> Routing:
     """The routing that a `MixLoraConfig` describes."""
     if config.routing_strategy == "top_k":
         return TopKRouting(config.num_experts_per_tok)
+    if config.routing_strategy == "arrow":
+        return ArrowRouting(config.num_experts_per_tok, config.router_temperature)
     if config.routing_strategy == "top_p":
         return TopPRouting(config.router_top_p, config.router_temperature)
     return SwitchRouting(config.expert_capacity)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from .adapter_files import (
@@ -31,6 +31,8 @@ from .adapter_files import (
 )
 from .attach import detach, replace_module
 from .base_loading import Digests, differing_tensors, refuse_unknown_tokens, same_digests, tensor_digests
+from .heads import auto_map, auto_names, class_name, fresh_modules, saved_parameters
+from .linear_layers import speed_up_linears
 from .trainer_support import find_in_state_dict, write_checkpoint
 
 logger = logging.get_logger(__name__)
@@ -71,7 +73,7 @@ class SavedAdapter(PreTrainedModel):
             state_dict: weights to save instead of the current ones, under the parameter names of this model or of a
                 wrapper around it (as Trainer passes).
             push_to_hub: also upload the folder (see `push_to_hub`); `repo_id`, `token` and the like go into `kwargs`.
-            tokenizer: the tokenizer to save. Default: the base's own, if it is on this machine.
+            tokenizer: the tokenizer or processor to save. Default: the base's own, if it is on this machine.
             **kwargs: the arguments of `push_to_hub`; others that transformers has (`safe_serialization`,
                 `max_shard_size`, …) have no effect.
 
@@ -91,8 +93,11 @@ class SavedAdapter(PreTrainedModel):
         write_adapter(folder / ADAPTER_FILE, {canonical: tensors[held[name]] for name, canonical in names.items()})
         write_checkpoint(folder, tensors)
         config = copy.deepcopy(self.config)
-        config.architectures = [type(self).__name__]
-        config.auto_map = auto_map(config)
+        prefix = re.sub(r"Config$", "", type(config).__name__)
+        own = type(self).auto_class.__name__
+        names = auto_names(self.base, own, config.modules_to_save or ())
+        config.architectures = [class_name(prefix, own if own in names else names[-1])]
+        config.auto_map = auto_map(prefix, names)
         config.to_json_file(folder / "config.json")
         for name in CODE_FILES:
             source = Path(__file__).with_name(name)
@@ -114,11 +119,12 @@ class SavedAdapter(PreTrainedModel):
             logger.warning("No tokenizer was saved: this model does not know which base it is on. Pass tokenizer=.")
             return None
         source = base_source(name)
+        only_text = self.base.main_input_name == "input_ids" and not hasattr(self.base.config, "vision_config")
         try:  # saving must not need the network
-            return AutoTokenizer.from_pretrained(
+            return (AutoTokenizer if only_text else AutoProcessor).from_pretrained(
                 source, revision=self.config.base_model_revision, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:  # TypeError: wav2vec2 without a vocabulary
             logger.warning(f"No tokenizer was saved: none found with the base {name!r} ({error}). Pass tokenizer=.")
             return None
 
@@ -127,16 +133,21 @@ class SavedAdapter(PreTrainedModel):
         return super().push_to_hub(repo_id, private=private, **kwargs)  # type: ignore[arg-type]
 
     @staticmethod
-    def _refuse_other_weights(base: Any, config: Any) -> None:
+    def _refuse_other_weights(base: Any, config: Any, auto_class: Any) -> None:
+        """Compare a base with the files that it names; a head that is not in them is to be saved with the adapter."""
         name = config.base_model_name_or_path
         folder = local_folder(base_source(name), config.base_model_revision)
         try:
-            differing = differing_tensors(base, folder)
+            differing = differing_tensors(base, folder, None, saved_parameters(base, config.modules_to_save))
         except Exception as error:  # a base's own loading may raise anything
             raise ValueError(
                 f"base: this {type(base).__name__} cannot be compared with the files of {name!r}, which it names "
                 f"({type(error).__name__}: {error}): pass that name instead of the model"
             ) from error
+        names = [clause.partition(" ")[0] for clause in differing]
+        modules, others = fresh_modules(base, names, auto_class.__name__)
+        config.modules_to_save = [*(config.modules_to_save or ()), *modules] or config.modules_to_save
+        differing = [clause for clause, name in zip(differing, names, strict=True) if name in others]
         if differing:
             raise ValueError(
                 f"base: this {type(base).__name__} names {name!r}, but has other weights than its files "
@@ -184,6 +195,7 @@ class SavedAdapter(PreTrainedModel):
         finally:
             for path, module in modules.items():
                 replace_module(self.base, path, module)
+            speed_up_linears(self.base)
 
     def _check_before_saving(self: Any, state_dict: Mapping[str, Tensor] | None, tokenizer: Any) -> None:
         """Raise a ValueError unless loading what will be saved gives this model."""
@@ -195,7 +207,8 @@ class SavedAdapter(PreTrainedModel):
                 "base_model_name_or_path=None: an adapter was merged into the base, so nothing that has a name holds "
                 "its weights: call save_base(folder) first, which writes the base there and names it"
             )
-        if tokenizer is not None:
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
+        if hasattr(tokenizer, "get_vocab"):
             rows = self.get_input_embeddings().weight.shape[0]
             surplus = sorted(token for token in tokenizer.get_vocab().values() if token >= rows)
             own = self._base_tokenizer() if surplus and name is not None else None
@@ -212,11 +225,12 @@ class SavedAdapter(PreTrainedModel):
         state = state_dict or {}
         given = {id(p): state[n] for n, p in self.named_parameters() if n in state}
         with self._plain_base() as base:
-            digests = tensor_digests(base, given)
+            saved = saved_parameters(base, self.config.modules_to_save)
+            digests = tensor_digests(base, given, saved)
             if before is not None and same_digests(before[2], digests):
                 return
             try:
-                differing = ["its files are gone"] if folder is None else differing_tensors(base, folder, given)
+                differing = ["its files are gone"] if folder is None else differing_tensors(base, folder, given, saved)
             except Exception as error:  # a base's own loading may raise anything
                 differing = [f"{type(error).__name__}: {error}"]
         if differing:
@@ -226,13 +240,3 @@ class SavedAdapter(PreTrainedModel):
                 "first, which writes the base there and names it"
             )
         self._base_as_named = (name, revision, digests)
-
-
-def auto_map(config: Any) -> dict[str, str]:
-    """Return the classes that transformers' Auto classes load from a repo with this code."""
-    prefix = re.sub(r"Config$", "", type(config).__name__)
-    return {
-        "AutoConfig": f"configuration_minilora.{prefix}Config",
-        "AutoModel": f"modeling_minilora.{prefix}Model",
-        "AutoModelForCausalLM": f"modeling_minilora.{prefix}ForCausalLM",
-    }

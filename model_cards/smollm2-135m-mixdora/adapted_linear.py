@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Conv1D
 
-from .linear_layers import apply_without_bias, is_only_its_product, linear_shape, may_overwrite_output, plain_weight
+from .linear_layers import (
+    apply_without_bias,
+    is_only_its_product,
+    linear_shape,
+    may_overwrite_output,
+    only_product_of,
+    plain_weight,
+)
 
 TINY_NORM = 1e-12
 """Smallest row norm that is divided by: a base row of zeros then gives zeros, not NaN."""
@@ -227,7 +234,8 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer, update = self.base_layer, self.update
-        if x.numel() == x.shape[-1] and not (self.training or args or kwargs) and is_only_its_product(layer):
+        is_product = not (self.training or args or kwargs) and is_only_its_product(layer)
+        if is_product and x.numel() == x.shape[-1]:
             return self._one_row(layer, update, x)
         if args or kwargs or not may_overwrite_output(layer):
             out = layer(x, *args, **kwargs)
@@ -235,7 +243,7 @@ class AdaptedLinear(nn.Module):
             out = add_low_rank(out, x, update.lora_A, update.lora_B, update.scaling)
             return out if update.magnitude is None else apply_dora_scale(out, update.scale(layer), self.bias)
         rows = x.reshape(-1, x.shape[-1])  # the product then is no view, which autograd would copy to write to it
-        out = layer(rows)
+        out = only_product_of(layer, rows) if is_product else layer(rows)
         rows = update.dropout(rows) if self.training else rows
         add_low_rank_(out, rows, update.lora_A, update.lora_B, update.scaling)
         if update.magnitude is not None and torch.is_grad_enabled():  # the gradient of c needs what c multiplies
@@ -251,16 +259,14 @@ class AdaptedLinear(nn.Module):
         """
         lora_a: Any = update._parameters["lora_A"]
         lora_b: Any = update._parameters["lora_B"]
-        weight: Any = layer._parameters["weight"]
-        bias = layer._parameters["bias"]
-        out = F.linear(x, weight, bias)
+        out = only_product_of(layer, x)
         row = out.view(-1)
         if out.dtype == x.dtype == lora_a.dtype == lora_b.dtype == torch.float32:
             row.addmv_(lora_b, torch.mv(lora_a, x.reshape(-1)), alpha=update.scaling)
         else:
             add_low_rank_(row.unsqueeze(0), x.reshape(1, -1), lora_a, lora_b, update.scaling)
         if update.magnitude is not None:
-            apply_dora_scale_(row, update.scale(layer), bias)
+            apply_dora_scale_(row, update.scale(layer), layer._parameters["bias"])
         return out
 
     @torch.no_grad()

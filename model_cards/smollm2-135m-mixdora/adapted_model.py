@@ -20,6 +20,8 @@ from .attach import adapter_parameters, attach, detach, expected_tensors, merge_
 from .base_delegation import DelegatesToBase
 from .base_loading import load_base, tensor_digests
 from .base_structure import LinearSite, plan_sites, refuse_adapted
+from .configuration_adapter import FORMAT_VERSION
+from .heads import CLASSIFYING, DESCRIBED_LABELS, fresh_modules, saved_parameters
 from .probe import settle_targets
 from .saving import HOLDS_AN_ADAPTER, SavedAdapter, fingerprint_of
 from .trainer_support import without_wrappers
@@ -36,11 +38,13 @@ KNOWN_OF_THE_BASE = (
     "is_loaded_in_4bit",
     "is_loaded_in_8bit",
     "loss_type",
+    "main_input_name",
+    "input_modalities",
 )
 
 
 class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forward, with the base's arguments
-    """What the four public classes share: building, loading, saving, merging and removing an adapter.
+    """What the public classes share: building, loading, saving, merging and removing an adapter.
 
     Attributes:
         base: the base model with the adapter in it, in place.
@@ -56,7 +60,7 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     config_class: Any = None
-    auto_class: Any = None  # AutoModel or AutoModelForCausalLM: what loads the base
+    auto_class: Any = None  # one of `heads.HEADS`: what loads the base
 
     def __init__(
         self,
@@ -72,10 +76,16 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
             base = self.auto_class.from_config(config.text_config, trust_remote_code=False)
         # Everything that can be wrong is found before the base is changed.
         sites = plan_sites(base, config)
-        tensors = None if adapter_file is None else read_adapter(adapter_file, expected_tensors(config, sites))
+        saved = saved_parameters(base, config.modules_to_save, [site.path for site in sites])
+        shapes = expected_tensors(config, sites) | {name: tuple(p.shape) for name, p in saved.items()}
+        tensors = None if adapter_file is None else read_adapter(adapter_file, shapes)
+        if saved or any(not site.name.startswith("layers.") for site in sites):
+            config.format_version = FORMAT_VERSION
         config.dtype = base.dtype
         config._attn_implementation = base.config._attn_implementation  # first: it is also set on the old text_config
         config.text_config = base.config
+        if self.auto_class.__name__ == "AutoModelForSpeechSeq2Seq":
+            config.__dict__["model_type"] = base.config.model_type  # by which a pipeline knows Whisper; it is not saved
         # Trainers load this name again: TRL's DPOTrainer as the model to compare with.
         config.name_or_path = config.name_or_path or (config.base_model_name_or_path and base.config.name_or_path) or ""
         super().__init__(config)
@@ -83,6 +93,10 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
         attach(base, config, sites, tensors, seed, adapter_dtype)
         for parameter in self._trainable_before:
             parameter.requires_grad_(False)
+        for name, parameter in saved.items():
+            parameter.requires_grad_(True)
+            if tensors is not None:
+                parameter.data.copy_(tensors[name])
         self.base = base
         self.sites = sites
         self.supports_gradient_checkpointing = base.supports_gradient_checkpointing
@@ -96,8 +110,12 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
         """Do nothing: the base is initialised, and so are the adapter's modules."""
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """{canonical name: parameter} of the adapter: ``layers.<i>.<path in the layer>.<lora_A, lora_B, …>``."""
-        return adapter_parameters(self.base, self.sites)
+        """{canonical name: parameter} of the adapter: ``layers.<i>.<path in the layer>.<lora_A, lora_B, …>``.
+
+        Those of the modules in `modules_to_save` have their path in the base.
+        """
+        saved = saved_parameters(self.base, self.config.modules_to_save)
+        return {**adapter_parameters(self.base, self.sites), **saved}
 
     def _adapter_names(self) -> dict[str, str]:
         """{name of a parameter of this model: its canonical name} of the adapter's parameters."""
@@ -105,7 +123,7 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
         return {name: canonical[id(p)] for name, p in self.named_parameters() if id(p) in canonical}
 
     def num_adapter_parameters(self) -> int:
-        """Return the number of values the adapter adds to the base."""
+        """Return the number of values the adapter adds to the base, those of `modules_to_save` included."""
         return sum(parameter.numel() for parameter in self.adapter_parameters().values())
 
     # ---- from a base ----
@@ -147,7 +165,7 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
         if loaded:
             config.base_model_name_or_path = str(base)
             config.base_model_revision = base_arguments.pop("revision", None)
-            base = load_base(cls.auto_class, config, base_trust_remote_code, base_arguments)
+            base = load_base(cls.auto_class, config, base_trust_remote_code, base_arguments, seed)
             # Pinned to what was loaded, so that the adapter is loaded with the same base a year from now.
             pinned = cached_commit(config.base_model_name_or_path, config.base_model_revision, cache_dir)
             config.base_model_revision = pinned or config.base_model_revision
@@ -161,13 +179,18 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
         files_are_here = config.base_fingerprint != UNKNOWN
         if not loaded and files_are_here:
             refuse_adapted(base)
-            cls._refuse_other_weights(base, config)
+            cls._refuse_other_weights(base, config, cls.auto_class)
         elif not loaded and base.config.name_or_path:
             logger.warning(
                 f"The files of {config.base_model_name_or_path!r} are not on this machine, so it was not checked that "
                 "the base has their weights."
             )
-        digests = tensor_digests(base) if loaded or files_are_here else None
+        if not loaded and config.modules_to_save is None and cls.auto_class.__name__ in CLASSIFYING:
+            # Whether the head is in files is not known, so it is saved.
+            names = [] if files_are_here else [name for name, _ in base.named_parameters()]
+            config.modules_to_save = fresh_modules(base, names, cls.auto_class.__name__)[0] or None
+        saved = saved_parameters(base, config.modules_to_save)
+        digests = tensor_digests(base, saved=saved) if loaded or files_are_here else None
         settle_targets(base, config, cls._refused_linears(base))
         model = cls(config, base=base, seed=seed, adapter_dtype=adapter_dtype)
         model._remember_base(digests, cache_dir)
@@ -226,7 +249,8 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
         base, dtype = cls._base_for_adapter(config, base_model, base_revision, base_trust_remote_code, kwargs, shared)
         # Of a quantised base only, which saving would otherwise have to load a second time.
         quantised = base is not base_model and getattr(base, "hf_quantizer", None) is not None
-        digests = tensor_digests(base) if quantised else None
+        saved = saved_parameters(base, config.modules_to_save)
+        digests = tensor_digests(base, saved=saved) if quantised else None
         model = cls(config, base=base, adapter_file=file, adapter_dtype=dtype)
         model._remember_base(digests, shared.get("cache_dir"))
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
@@ -268,9 +292,13 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
             kwargs.setdefault("attn_implementation", config._attn_implementation)
         # The same holds for everything that was set on the configuration for the base (as use_cache=False).
         arguments = {"dtype": asked or config.dtype or "auto", **config.base_changes(), **shared, **kwargs}
+        if cls.auto_class.__name__ in CLASSIFYING:
+            labels = config.text_config.to_diff_dict()
+            arguments = {n: getattr(config.text_config, n) for n in DESCRIBED_LABELS if n in labels} | arguments
         base = load_base(cls.auto_class, config, trust_remote_code, arguments)
-        trained_on, found = config.base_fingerprint, fingerprint_of(config, shared.get("cache_dir"))
-        if UNKNOWN not in (trained_on, found) and trained_on != found:
+        trained_on = config.base_fingerprint
+        found = UNKNOWN if trained_on == UNKNOWN else fingerprint_of(config, shared.get("cache_dir"))
+        if found not in (UNKNOWN, trained_on):
             warnings.warn(
                 f"this adapter was trained on a base with fingerprint {trained_on}, but "
                 f"{config.base_model_name_or_path!r} has {found}: its outputs may differ from those its author saw",

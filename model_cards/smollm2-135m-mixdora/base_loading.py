@@ -5,8 +5,9 @@ than the files whose name it carries: an adapter was merged into it, its embeddi
 are errors, so that loading an adapter gives the base it was made for.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,18 +16,22 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .adapter_files import base_source, first_names
+from .heads import DESCRIBED_LABELS, FRESH, fresh_modules, saved_parameters
 
 DIGEST_WIDTH = 2**14
 ROUNDED_TO = (torch.bfloat16, torch.float16)
 Digests = dict[str, tuple[torch.dtype, tuple[int, ...], Tensor]]
+MayLack = Callable[[Any, list[str]], list[str]]
 
 
-def load_checked(loader: Any, name_or_path: Any, **arguments: Any) -> Any:
+def load_checked(loader: Any, name_or_path: Any, *, may_lack: MayLack | None = None, **arguments: Any) -> Any:
     """Load a model from its checkpoint, and check that every one of its tensors came from there.
 
     Args:
         loader: a class with `from_pretrained`: an Auto class or a model's own.
         name_or_path: Hub id or folder.
+        may_lack: returns, of the model and the names of tensors that the checkpoint lacks or has in another shape,
+            those that it must have. Default: all.
         **arguments: passed to `from_pretrained`.
 
     Raises:
@@ -38,10 +43,15 @@ def load_checked(loader: Any, name_or_path: Any, **arguments: Any) -> Any:
         model, report = loader.from_pretrained(name_or_path, **arguments)
     except SafetensorError as error:
         raise ValueError(f"the checkpoint {str(name_or_path)!r} is damaged ({error}): get it again") from error
-    missing = sorted(report["missing_keys"])
+    shapes = {name: (tuple(found), tuple(wanted)) for name, found, wanted in report["mismatched_keys"]}
+    needed = sorted({*report["missing_keys"], *shapes})
+    if may_lack is not None and needed:
+        needed = may_lack(model, needed)
+    missing = [name for name in needed if name not in shapes]
     problems = [
-        f"{name} has the shape {tuple(found)} there instead of {tuple(wanted)}"
-        for name, found, wanted in sorted(report["mismatched_keys"])
+        f"{name} has the shape {shapes[name][0]} there instead of {shapes[name][1]}"
+        for name in needed
+        if name in shapes
     ]
     if missing:
         problems.insert(0, f"missing {first_names(missing)}{_other_names(missing, report['unexpected_keys'])}")
@@ -53,14 +63,15 @@ def load_checked(loader: Any, name_or_path: Any, **arguments: Any) -> Any:
     return model
 
 
-def load_base(auto_class: Any, config: Any, trust_remote_code: bool, arguments: dict[str, Any]) -> Any:
+def load_base(auto_class: Any, config: Any, trust_remote_code: bool, arguments: dict[str, Any], seed: int = 0) -> Any:
     """Load the base that an adapter's configuration names, with `load_checked`.
 
     Args:
-        auto_class: AutoModel or AutoModelForCausalLM.
-        config: the adapter's configuration.
+        auto_class: one of `heads.HEADS`.
+        config: the adapter's configuration. If it is new, modules that the checkpoint lacks are added to it.
         trust_remote_code: whether the base's own code may run.
         arguments: passed to `from_pretrained`.
+        seed: seed of what the checkpoint lacks.
 
     Raises:
         ValueError, OSError: no base is named, or it could not be loaded.
@@ -74,14 +85,40 @@ def load_base(auto_class: Any, config: Any, trust_remote_code: bool, arguments: 
         arguments = {"adapter_kwargs": offline, **arguments}
     arguments |= {"revision": config.base_model_revision}
     source = base_source(name)
+    fresh = config.modules_to_save or auto_class.__name__ in FRESH
+    arguments |= {"may_lack": partial(_must_have, auto_class, config)} if fresh else {}
     try:
-        return load_checked(auto_class, source, trust_remote_code=trust_remote_code, **arguments)
+        with _fresh_tensors(seed) if fresh else nullcontext():
+            return load_checked(auto_class, source, trust_remote_code=trust_remote_code, **arguments)
     except (OSError, ValueError) as error:
         hint = "pass base_model=<a folder or another Hub id>"
         if "trust_remote_code" in str(error):
             hint = "the base runs code of its own: pass base_trust_remote_code=True if you trust it"
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"the base model {name!r} could not be loaded: {error}\nWhat to do: {hint}") from error
+
+
+def _must_have(auto_class: Any, config: Any, model: Any, lacking: list[str]) -> list[str]:
+    """Return those of the tensors that a checkpoint lacks that are not saved with the adapter."""
+    if config.modules_to_save is None and config.text_config is None and auto_class.__name__ in FRESH:
+        modules, others = fresh_modules(model, lacking, auto_class.__name__)
+        config.modules_to_save = modules or None
+        return others
+    saved = saved_parameters(model, config.modules_to_save)
+    return [name for name in lacking if name not in saved]
+
+
+@contextmanager
+def _fresh_tensors(seed: int) -> Iterator[None]:
+    """Draw them with a seed of their own, and without transformers' advice to train them."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _other_names(missing: Iterable[str], unexpected: Iterable[str]) -> str:
@@ -104,7 +141,9 @@ def refuse_unknown_tokens(ids: Iterable[int], rows: int, tokenizer: Any) -> None
             )
 
 
-def differing_tensors(base: Any, folder: str | None, given: Mapping[int, Tensor] | None = None) -> list[str]:
+def differing_tensors(
+    base: Any, folder: str | None, given: Mapping[int, Tensor] | None = None, saved: Container[str] = ()
+) -> list[str]:
     """Compare a plain base with the checkpoint in a folder.
 
     The checkpoint is loaded as transformers loads it: on the CPU and in its own dtype its files are mapped, not copied;
@@ -115,9 +154,10 @@ def differing_tensors(base: Any, folder: str | None, given: Mapping[int, Tensor]
         base: a model without an adapter.
         folder: the folder of its checkpoint.
         given: {id of a parameter: the value to compare instead of it}.
+        saved: names of the parameters that are saved with the adapter, and not compared.
 
     Returns:
-        The differences, a clause for each tensor.
+        The differences, a clause for each tensor, which begins with its name.
     """
     quantizer = getattr(base, "hf_quantizer", None)
     arguments: dict[str, Any] = {"dtype": "auto"}
@@ -125,6 +165,7 @@ def differing_tensors(base: Any, folder: str | None, given: Mapping[int, Tensor]
         arguments = {"dtype": base.config.dtype, "device_map": getattr(base, "hf_device_map", {"": base.device})}
         if not quantizer.pre_quantized:
             arguments["quantization_config"] = base.config.quantization_config
+    arguments |= {name: getattr(base.config, name) for name in DESCRIBED_LABELS[:2] if hasattr(base.config, name)}
     with _quiet(), torch.random.fork_rng(devices=[]):  # missing tensors are drawn at random
         in_files, report = type(base).from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
@@ -135,7 +176,7 @@ def differing_tensors(base: Any, folder: str | None, given: Mapping[int, Tensor]
     for name, tensor in base.state_dict(keep_vars=True).items():
         tensor = (given or {}).get(id(tensor), tensor)
         value = theirs.pop(name, None)
-        if not isinstance(tensor, torch.Tensor) or not _is_whole(tensor):
+        if not isinstance(tensor, torch.Tensor) or not _is_whole(tensor) or name in saved:
             continue
         if value is None or name in absent:
             found.append(f"{name} is not in the files")
@@ -159,7 +200,7 @@ def _is_whole(tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def tensor_digests(base: Any, given: Mapping[int, Tensor] | None = None) -> Digests:
+def tensor_digests(base: Any, given: Mapping[int, Tensor] | None = None, saved: Container[str] = ()) -> Digests:
     """Compute a digest of each parameter, {name: digest}, that changes with its values.
 
     A digest holds, for every `DIGEST_WIDTH` values, their scalar product with a fixed vector. (A hash would cost ten
@@ -168,7 +209,7 @@ def tensor_digests(base: Any, given: Mapping[int, Tensor] | None = None) -> Dige
     found = {}
     for name, parameter in base.named_parameters():
         tensor = (given or {}).get(id(parameter), parameter).detach()
-        if not _is_whole(tensor):
+        if name in saved or not _is_whole(tensor):
             continue
         direction = torch.sin(torch.arange(1, DIGEST_WIDTH + 1, device=tensor.device, dtype=torch.float32))
         products = []

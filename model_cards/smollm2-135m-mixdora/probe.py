@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .base_structure import LinearSite, Site, find_decoder_layers, matches_target, plan_sites
-from .linear_layers import layer_device, linear_shape
+from .base_structure import LinearSite, Site, matches_target, plan_sites
+from .layer_stacks import find_layer_stacks, is_dual_encoder
+from .linear_layers import linear_shape
+from .trial_inputs import TOKENS, input_device, trial_inputs
 
 logger = logging.get_logger(__name__)
 
@@ -27,7 +29,6 @@ class TargetsWarning(UserWarning):
     """A fresh adapter leaves out modules that `target_modules` asks for."""
 
 
-TOKENS = 8
 KEPT_BUFFER = 2**20
 """Number of values up to which a buffer is copied before the base runs. Larger ones are quantised weights."""
 
@@ -44,7 +45,8 @@ def settle_targets(base: Any, config: Any, refused: Mapping[str, str] | None = N
         refused: {path: reason} of modules that may not be adapted for another reason.
 
     Raises:
-        ValueError: a name in `target_modules` stands for such modules only, or the base cannot be run.
+        ValueError: a name in `target_modules` stands for such modules only, "all-linear" was asked of a base whose
+            experts are no linears, or the base cannot be run.
     """
     if not can_run(base):
         return
@@ -52,6 +54,9 @@ def settle_targets(base: Any, config: Any, refused: Mapping[str, str] | None = N
     reasons = {**find_without_effect(base, sites), **(refused or {})}
     useless = [site for site in sites if site.path in reasons]
     kept = {name for site in sites if site.path not in reasons for name in _names(site)}
+    targets = _shortest(kept, {name for site in useless for name in _names(site)})
+    if asked == "all-linear":
+        refuse_fused_experts(base, targets, config.towers)
     if useless:
         left_out = {site.path: reasons[site.path] for site in useless}
         named = [] if asked == "all-linear" else asked
@@ -61,14 +66,12 @@ def settle_targets(base: Any, config: Any, refused: Mapping[str, str] | None = N
                 f"target_modules={lost or asked!r}: an adapter would have no effect on {_listed(left_out)}"
             )
         warn_of_left_out(asked, left_out)
-        config.target_modules = _shortest(kept, {name for site in useless for name in _names(site)})
-    if asked == "all-linear":
-        _warn_of_fused_experts(base, kept)
+        config.target_modules = targets
 
 
 def can_run(base: Any) -> bool:
     """Whether `base` has weights, in memory or offloaded; a skeleton on the meta device has none."""
-    return layer_device(base.get_input_embeddings()).type != "meta"
+    return input_device(base).type != "meta"
 
 
 def warn_of_left_out(asked: Any, reasons: Mapping[str, str]) -> None:
@@ -96,36 +99,46 @@ def _listed(reasons: Mapping[str, str], most: int = 3) -> str:
 
 def _shortest(kept: Iterable[str], left_out: Iterable[str]) -> list[str]:
     """Return target names that match `kept` and nothing in `left_out`: last parts, paths in a layer, or whole names."""
-    for first in (-1, 2, 0):
-        names = sorted({".".join(name.split(".")[first:]) for name in kept})
+    for part in (lambda name: name.rpartition(".")[2], _path_in_layer, str):
+        names = sorted({part(name) for name in kept})
         if not any(matches_target(name, names) for name in left_out):
             break
     return names
 
 
-def _warn_of_fused_experts(base: Any, kept: Iterable[str]) -> None:
-    """Warn where the experts of a sparse mixture are parameters instead of linears, and get no adapter."""
+def _path_in_layer(name: str) -> str:
+    return re.sub(r"^.*?layers\.\d+\.", "", name)
+
+
+def refuse_fused_experts(base: Any, others: Sequence[str], towers: Any = None) -> None:
+    """Refuse "all-linear" where the experts of a sparse mixture are parameters instead of linears.
+
+    Args:
+        base: the plain base.
+        others: targets that name the linears without them.
+        towers: which lists of layers are adapted; see `AdapterConfig`.
+
+    Raises:
+        ValueError: there are such experts; the message names them and the targets that leave them out.
+    """
     fields = vars(base.config.get_text_config(decoder=True)).items()
     counts = {value for name, value in fields if "experts" in name and isinstance(value, int)}
-    prefix, layers = find_decoder_layers(base)
-    fused: dict[str, list[int]] = {}
-    for index, layer in enumerate(layers):
-        for path, module in layer.named_modules():
-            if linear_shape(module) or isinstance(module, nn.modules.conv._ConvNd):
-                continue
-            for name, parameter in module.named_parameters(recurse=False):
-                is_stack = parameter.dim() == 3 and parameter.shape[0] in counts
-                if is_stack or ("experts" in path.split(".") and parameter.dim() > 1):
-                    fused.setdefault(f"{path}.{name}", []).append(index)
+    fused: dict[str, list[str]] = {}
+    for stack, layers in find_layer_stacks(base, towers).values():
+        for index, layer in enumerate(layers):
+            for path, module in layer.named_modules():
+                if linear_shape(module) or isinstance(module, nn.modules.conv._ConvNd):
+                    continue
+                for name, parameter in module.named_parameters(recurse=False):
+                    is_stack = parameter.dim() == 3 and parameter.shape[0] in counts
+                    if is_stack or ("experts" in path.split(".") and parameter.dim() > 1):
+                        fused.setdefault(f"{path}.{name}", []).append(f"{stack}.{index}")
     if fused:
-        learning = sorted({".".join(name.split(".")[2:]) for name in kept})
-        layers_of = sorted({index for indices in fused.values() for index in indices})
-        warnings.warn(
-            f"target_modules='all-linear': the experts of this base are stacked parameters, not linears, and get no "
-            f"adapter: left out is {', '.join(fused)} in {len(layers_of)} of {len(layers)} layers ({prefix}."
-            f"{layers_of[0]}…); adapted is {', '.join(learning)}",
-            TargetsWarning,
-            stacklevel=4,
+        where = sorted({layer for found in fused.values() for layer in found})
+        raise ValueError(
+            f"target_modules='all-linear': the experts of this base are stacked parameters, not linears, and cannot be "
+            f"adapted: {', '.join(fused)} in {len(where)} layers ({where[0]}…); to adapt the linears alone, pass "
+            f"target_modules={list(others)}"
         )
 
 
@@ -135,6 +148,7 @@ def _warn_of_fused_experts(base: Any, kept: Iterable[str]) -> None:
 def find_without_effect(base: Any, sites: Sequence[Site]) -> dict[str, str]:
     """Return {path: reason} of the sites on which an adapter would have no effect.
 
+    A few tokens do not reach the tower of images or sounds beside a language model: nothing is said of sites there.
     Of several experts that are modules, a few tokens need not call each: it is enough that they call one of its kind.
 
     Args:
@@ -144,6 +158,10 @@ def find_without_effect(base: Any, sites: Sequence[Site]) -> dict[str, str]:
     Raises:
         ValueError: the base could not be run.
     """
+    decoder = base.get_decoder()
+    if decoder not in (base, base.base_model) and not (base.config.is_encoder_decoder or is_dual_encoder(base)):
+        inside = set(decoder.modules())
+        sites = [site for site in sites if base.get_submodule(site.path) in inside]
     first: dict[nn.Module, str] = {}
     reasons: dict[str, str] = {}
     for site in sites:
@@ -158,7 +176,7 @@ def find_without_effect(base: Any, sites: Sequence[Site]) -> dict[str, str]:
             base.train(training)
             for path, reason in _run(base, sites, training and can_learn).items():
                 reasons.setdefault(path, reason)
-    kinds = {site.path: re.sub(r"\.\d+(?=\.)", ".*", site.name.removeprefix("layers.")) for site in sites}
+    kinds = {site.path: re.sub(r"(?<!layers)\.\d+(?=\.)", ".*", site.name) for site in sites}
     alive = {kinds[site.path] for site in sites if site.path not in reasons}
     return {path: reason for path, reason in reasons.items() if reason != NEVER_CALLED or kinds[path] not in alive}
 
@@ -207,17 +225,9 @@ def _run(base: Any, sites: Sequence[Site], with_gradients: bool) -> dict[str, st
 
 
 def _output(base: Any) -> Tensor:
-    """Run the base on a few tokens, none of which stands for an image or a sound."""
-    config = base.config.get_text_config(decoder=True)
-    marks = {
-        value
-        for name, value in base.config.to_dict().items()
-        if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
-    }
-    usable = [token for token in range(config.vocab_size) if token not in marks][:TOKENS]
-    ids = torch.tensor([usable], device=layer_device(base.get_input_embeddings()))
+    """Run the base on a few tokens."""
     parameters = inspect.signature(base.forward).parameters
-    outputs = base(input_ids=ids, **({"use_cache": False} if "use_cache" in parameters else {}))
+    outputs = base(**trial_inputs(base), **({"use_cache": False} if "use_cache" in parameters else {}))
     return outputs["logits"] if "logits" in outputs else outputs[0]
 
 
@@ -240,14 +250,22 @@ def _restored(base: Any) -> Iterator[None]:
     copies = [
         (buffer, buffer.clone()) for buffer in base.buffers() if buffer.numel() <= KEPT_BUFFER and not buffer.is_meta
     ]
+    holders: dict[int, Any] = {
+        id(each): each for module in base.modules() for each in (module, getattr(module, "config", None))
+    }
+    skipping = [(each, each.layerdrop) for each in holders.values() if "layerdrop" in getattr(each, "__dict__", ())]
     devices = sorted({parameter.device.index for parameter in base.parameters() if parameter.device.type == "cuda"})
     for module in checkpointing:
         module.gradient_checkpointing = False
+    for holder, _ in skipping:  # layers that are skipped at random in training (arXiv 1909.11556)
+        holder.layerdrop = 0.0
     try:
         with torch.random.fork_rng(devices), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are shown again when the user runs it
             yield
     finally:
+        for holder, rate in skipping:
+            holder.layerdrop = rate
         for module, training in modes:
             module.training = training
         for module in checkpointing:

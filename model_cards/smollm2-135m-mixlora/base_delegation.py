@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .base_structure import find_decoder_layers
+from .layer_stacks import find_decoder_layers
 from .trainer_support import by_name, takes_base_arguments
 
 
@@ -51,4 +51,6 @@ class DelegatesToBase:
 
     def _base_arguments(self, input_ids: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return a call's arguments by name; positional ones are in the base's order."""
-        return by_name(self.base.forward, (input_ids, *args), kwargs) if args else {"input_ids": input_ids, **kwargs}
+        if args or (input_ids is not None and self.base.main_input_name != "input_ids"):
+            return by_name(self.base.forward, (input_ids, *args), kwargs)
+        return kwargs if input_ids is None else {"input_ids": input_ids, **kwargs}

@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from .adapted_linear import LowRankUpdate, apply_dora_scale, product_dtype
 from .base_structure import FeedForwardStructure
 from .expert_slots import Slots, SlotsByExpert, SlotsGathered, SlotsGrouped, SlotsMasked, SlotsOfOneToken
-from .linear_layers import is_only_its_product
-from .routing import Routing
+from .linear_layers import is_only_its_product, only_product_of
+from .routing import ArrowRouting, Routing
 from .routing_record import Routes, RoutingRecord, current_record
 
 
@@ -175,6 +175,8 @@ class MixtureOfLoraExperts(nn.Module):
         token_mask = self._token_mask(record, leading_shape, x.device)
         with _without_autocast(x.device.type):  # routing in fp32, as the reference does
             logits = F.linear(x, self.router.float())  # (tokens, experts)
+            if isinstance(self.routing, ArrowRouting):
+                logits = self.routing.similarities(logits)
             routes = self.routing.route(logits, leading_shape, self.training, token_mask)
         if record is not None:
             selected = routes.selected if routes.kept is None else routes.selected.masked_fill(~routes.kept, -1)
@@ -203,9 +205,8 @@ class MixtureOfLoraExperts(nn.Module):
 
     def _project(self, name: str, x: Tensor) -> Tensor:
         layer = self._layer(name)
-        if x.shape[0] == 1 and is_only_its_product(layer):
-            weight: Any = layer._parameters["weight"]
-            return F.linear(x, weight, layer._parameters["bias"])
+        if not self.training and is_only_its_product(layer):
+            return only_product_of(layer, x)
         return layer(x)
 
     def _layer(self, name: str) -> nn.Module:

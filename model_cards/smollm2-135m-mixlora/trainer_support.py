@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .adapter_files import write_adapter
 
@@ -58,6 +57,20 @@ def _described(function: Any, base_class: Any) -> Any:
     copied.__kwdefaults__ = function.__kwdefaults__
     copied.__signature__ = inspect.Signature([model, *sorted((*theirs, *added), key=lambda p: p.kind)])
     return copied
+
+
+def shown_with(method: takes_base_arguments, names: Iterable[str]) -> takes_base_arguments:
+    """Return a `forward` whose class shows these arguments as well: Trainer finds the labels by them."""
+    function = method.function
+    shown: Any = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    functools.update_wrapper(shown, function)
+    shown.__kwdefaults__ = function.__kwdefaults__
+    *parameters, rest = inspect.signature(function).parameters.values()
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+    shown.__signature__ = inspect.Signature([*parameters, *added, rest])
+    return takes_base_arguments(shown)
 
 
 def by_name(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -127,11 +140,3 @@ def _names_in(path: Path) -> set[str]:
             return {without_wrappers(name) for name in file.keys()}  # noqa: SIM118  (safe_open is not a mapping)
     except SafetensorError:
         return set()
-
-
-def shift_labels_of(model_class: Any) -> None:
-    """Make Trainer shift the labels of this class under label smoothing, as of any causal language model.
-
-    It looks the class up in a table of names, to which registering with the Auto classes adds nothing.
-    """
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(model_class.config_class.model_type, model_class.__name__)

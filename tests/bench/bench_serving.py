@@ -91,7 +91,7 @@ def measure(server: Process, models: list[str], clients: int, number: int) -> di
                     client.post(
                         "/v1/chat/completions",
                         json={
-                            "model": models[index % len(models)],
+                            "model": models[(index + number) % len(models)],
                             "messages": [
                                 {"role": "user", "content": f"Tell me a long story, number {number} {index}."}
                             ],

@@ -177,6 +177,22 @@ def vllm() -> str:
     return "\n\n".join([before, speed, costs, kept])
 
 
+def serving() -> str:
+    """Tokens per second of CPU time by the number of concurrent requests."""
+    held = results("serving")
+    clients = sorted({count for each in held.values() for count in each}, key=int)
+    rows = [
+        [name, *(f"{each[count]['cpu_rate']:.1f}" if count in each else "" for count in clients)]
+        for name, each in held.items()
+    ]
+    before = paragraph(
+        "Tokens per second of CPU time on the embedded base in float32, one thread, by the number of requests at once "
+        "(`python tests/bench/bench_serving.py`; medians of interleaved rounds, one round with 64; ranges and wall "
+        "times in tests/bench/serving.json):"
+    )
+    return before + "\n\n" + table(["", *clients], rows)
+
+
 def evidence() -> str:
     """The comparison of the methods."""
     return report.section(Store())
@@ -210,6 +226,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "evidence": evidence,
     "page": page,
     "push": push,
+    "serving": serving,
     "summary": summary,
     "training": training,
     "vllm": vllm,

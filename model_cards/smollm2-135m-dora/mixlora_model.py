@@ -1,0 +1,147 @@
+"""MixLoRA in a model: its outputs of the routers, and the balance loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, make_dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+
+from .adapted_model import AdaptedModel
+from .heads import CAUSAL
+from .routing import is_being_trained, router_loss_weights, router_losses, routing_of
+from .routing_record import RoutingRecord, checkpoint_contexts, record_routing
+
+
+@dataclass
+class MixLoraModelOutput(MoeModelOutputWithPast):
+    """`MoeModelOutputWithPast` with the balance loss and, with `output_routing=True`, the routing of each token.
+
+    Attributes:
+        aux_loss: the load-balance loss, not yet multiplied by its coefficient.
+        router_logits: per mixture, (batch, seq, experts), fp32.
+        selected_experts: per mixture, (batch, seq, K), the most probable first. K is `num_experts_per_tok`, and the
+            number of experts under ``routing_strategy="top_p"``, with -1 in the slots a token does not need. Under
+            ``"switch"`` -1 is a token over its expert's capacity (in training only).
+        routing_weights: per mixture, (batch, seq, K), fp32; 0 where the index is -1.
+        z_loss: the router's z-loss, not yet multiplied by its coefficient; under ``"switch"`` only.
+    """
+
+    aux_loss: torch.FloatTensor | None = None
+    selected_experts: tuple | None = None
+    routing_weights: tuple | None = None
+    z_loss: torch.FloatTensor | None = None
+
+
+@dataclass
+class MixLoraCausalLMOutput(MoeCausalLMOutputWithPast):
+    """`MoeCausalLMOutputWithPast` with the z-loss and, with `output_routing=True`, the routing of each token.
+
+    Attributes: see `MixLoraModelOutput`.
+    """
+
+    selected_experts: tuple | None = None
+    routing_weights: tuple | None = None
+    z_loss: torch.FloatTensor | None = None
+
+
+ROUTING_FIELDS = ("aux_loss", "router_logits", "selected_experts", "routing_weights", "z_loss")
+_WITH_ROUTING: dict[Any, Any] = {}  # no functools.cache, past which torch.compile looks
+
+
+def with_routing(output_class: Any) -> Any:
+    """Return a base's class of outputs with `ROUTING_FIELDS` beside its own; they are those of `MixLoraModelOutput`."""
+    if output_class not in _WITH_ROUTING:
+        have = output_class.__dataclass_fields__
+        added = [(name, object, field(default=None)) for name in ROUTING_FIELDS if name not in have]
+        made = make_dataclass(f"MixLora{output_class.__name__}", added, bases=(output_class,))
+        _WITH_ROUTING[output_class] = made
+    return _WITH_ROUTING[output_class]
+
+
+def share_of_items(labels: Any, num_items_in_batch: Any, shifted: bool = True) -> Any:
+    """Return a micro-batch's share of an accumulated batch, over which the balance loss is averaged, not summed."""
+    if num_items_in_batch is None:
+        return 1.0
+    return ((labels[..., 1:] if shifted else labels) != -100).sum() / num_items_in_batch
+
+
+INTEGRATIONS: list[Callable[[Any], Callable[[], None]]] = []
+"""Functions that are called with each new MixLoRA and return a function that undoes their changes to it and its base.
+
+minilora_hub adds one for trainers that do not take the loss from the model's outputs.
+"""
+
+
+class MixLoraBase(AdaptedModel):
+    """What MixLoRA adds to an adapted model: routing outputs and the balance loss."""
+
+    def __init__(self, config: Any, **kwargs: Any) -> None:
+        super().__init__(config, **kwargs)
+        self._enter_integrations()
+
+    def _enter_integrations(self) -> None:
+        self._leave_integrations = [enter(self) for enter in INTEGRATIONS]
+
+    def unload(self) -> Any:
+        for leave in self._leave_integrations:
+            leave()
+        return super().unload()
+
+    def save_base(self, folder: Any, **kwargs: Any) -> None:
+        for leave in self._leave_integrations:  # the base's configuration is saved, without what they put into it
+            leave()
+        try:
+            super().save_base(folder, **kwargs)
+        finally:
+            self._enter_integrations()
+
+    def _forward(
+        self, output_class: Any, output_router_logits: bool | None, output_routing: bool, arguments: dict[str, Any]
+    ) -> Any:
+        """Run the base with `arguments`, all by name, and add the outputs of the routers that were asked for."""
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        return_dict, arguments["return_dict"] = arguments.get("return_dict"), True
+        labels, attention_mask = arguments.get("labels"), arguments.get("attention_mask")
+        labels = arguments.get("start_positions") if labels is None else labels
+        weights = router_loss_weights(self.config) if self.training and labels is not None else {}
+        needs_padding = self.training and routing_of(self.config).needs_token_mask
+        if not (output_router_logits or output_routing or weights or needs_padding):
+            outputs: Any = self.base(**arguments)
+            routing: dict[str, Any] = {}
+        else:
+            is_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
+            with record_routing(attention_mask if is_mask else None) as record:
+                outputs = self.base(**arguments)
+            routing = self._router_losses(record) if output_router_logits or weights else {}
+            if output_router_logits:
+                routing["router_logits"] = tuple(record.logits)
+            if output_routing:
+                routing["selected_experts"] = tuple(record.selected)
+                routing["routing_weights"] = tuple(record.weights)
+        fields = {**outputs, **routing}
+        if weights:
+            shifted = self.auto_class.__name__ in CAUSAL
+            share = share_of_items(labels, arguments.get("num_items_in_batch"), shifted)
+            penalty = sum(weight * routing[name] for name, weight in weights.items()) * share
+            fields["loss"] = fields["loss"] + penalty.to(fields["loss"].device)
+        if output_class is None or not fields.keys() <= output_class.__dataclass_fields__.keys():
+            output_class = with_routing(type(outputs))
+        result = output_class(**fields)
+        return result if return_dict is not False else result.to_tuple()
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, *args: Any, **kwargs: Any
+    ) -> None:
+        """Make the padding known to checkpointed layers, where the routing depends on it."""
+        given = getattr(gradient_checkpointing_func, "keywords", {})
+        if routing_of(self.config).needs_token_mask and not given.get("use_reentrant") and "context_fn" not in given:
+            gradient_checkpointing_func = partial(gradient_checkpointing_func, context_fn=checkpoint_contexts)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, *args, **kwargs)
+
+    def _router_losses(self, record: RoutingRecord) -> dict[str, Any]:
+        router = next(p for name, p in self.adapter_parameters().items() if name.endswith(".router"))
+        return router_losses(record, routing_of(self.config), is_being_trained(self, router))

@@ -1,0 +1,164 @@
+"""Multiply a weight with few rows, as in decoding, in the way that is fastest on this machine.
+
+Decoding reads every weight once per token, so its limit is the speed of the memory, and a matrix library may stay far
+below it: on an AMD EPYC with 2 threads, in float32, `F.linear` with one row takes 2.8 times as long as the product with
+two rows, which takes as long as reading the weight. In bfloat16 on the same machine `F.linear` is the fastest. So
+nothing is assumed: for each dtype, shape, number of rows and number of threads the ways below are timed when they are
+first needed, and `F.linear` stays unless another way is clearly faster. The choice holds until the process ends.
+
+    F.linear    x W^T
+    transposed  (W x^T)^T
+    padded      the same with a single row doubled, because two columns are read faster than one
+    vector      W x as a product of a matrix and a vector
+
+They differ by rounding only, but another process may choose another way. ``MINILORA_PRODUCTS=plain`` in the
+environment, or `plain_products` in a part of a program, keeps to `F.linear`: results are then equal in every process.
+"""
+
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import cycle
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MOST_ROWS = 16
+LEAST_VALUES = 2**16  # reading a smaller weight takes less time than starting the product
+CLEARLY_FASTER = 0.9  # of the time of F.linear
+LEAST_ROUNDS, MOST_ROUNDS, ENOUGH_SECONDS = 3, 25, 0.02  # of timing
+SETTING = "MINILORA_PRODUCTS"
+
+_KEEP_PLAIN: ContextVar[bool] = ContextVar("minilora_plain_products", default=False)
+_CHOSEN: dict[Any, Callable] = {}
+_TIMING = threading.Lock()
+_WEIGHTS: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+
+
+def remember_weights(model: nn.Module) -> None:
+    """Have the weights of a model at hand for timing; they are not kept alive."""
+    large = (weight for weight in model.parameters() if weight.dim() == 2 and weight.numel() >= LEAST_VALUES)
+    _WEIGHTS.update((id(weight), weight) for weight in large)
+
+
+def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear(x, weight, bias)`, a new tensor, computed in the fastest way.
+
+    Many rows, small weights, other devices than the CPU, autograd, autocast and torch.compile have `F.linear` itself.
+
+    Args:
+        x: (..., in).
+        weight: W, [out, in].
+        bias: [out].
+
+    Returns:
+        (..., out).
+
+    Raises:
+        ValueError: the environment variable has an unknown value.
+    """
+    rows = x.numel() // max(x.shape[-1], 1)
+    if not 0 < rows <= MOST_ROWS or not _has_a_choice(x, weight):
+        return F.linear(x, weight, bias)
+    count = rows if rows <= 8 else MOST_ROWS  # at 9 and more the ways hardly differ by one row
+    key = (count, weight.shape, weight.dtype, torch.get_num_threads())
+    way = _CHOSEN.get(key) or _choose(key, weight)
+    if way is F.linear:
+        return F.linear(x, weight, bias)
+    out = way(x.reshape(rows, -1), weight)
+    if bias is not None:
+        out += bias
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+@contextmanager
+def plain_products() -> Iterator[None]:
+    """Compute with `F.linear` only inside a `with` block, in this thread: for results that are compared to the bit."""
+    token = _KEEP_PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _KEEP_PLAIN.reset(token)
+
+
+def _has_a_choice(x: Tensor, weight: Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _KEEP_PLAIN.get():
+        return False
+    kind = type(weight)
+    return (
+        weight.numel() >= LEAST_VALUES
+        and x.is_cpu
+        and weight.is_cpu
+        and x.dtype is weight.dtype
+        and type(x) is Tensor
+        and (kind is nn.Parameter or kind is Tensor)  # another type may hold its values in another form
+        and weight.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _transposed(rows: Tensor, weight: Tensor) -> Tensor:
+    return torch.mm(weight, rows.t()).t().contiguous()
+
+
+def _padded(row: Tensor, weight: Tensor) -> Tensor:
+    return torch.mm(weight, torch.cat([row, row]).t())[:, 0].contiguous()  # (out, 2) -> (out)
+
+
+def _vector(row: Tensor, weight: Tensor) -> Tensor:
+    return torch.mv(weight, row.view(-1))
+
+
+def _choose(key: Any, weight: Tensor) -> Callable:
+    """Choose the way for this number of rows and weights of this kind, once for the whole process."""
+    setting = os.environ.get(SETTING, "")
+    if setting not in ("", "plain"):
+        raise ValueError(f"{SETTING}={setting!r}: must be 'plain', or not set")
+    if setting:
+        return F.linear
+    with _TIMING:
+        if key not in _CHOSEN:
+            _CHOSEN[key] = _fastest(key[0], weight)
+        return _CHOSEN[key]
+
+
+def _fastest(count: int, weight: Tensor) -> Callable:
+    """Time the ways in turns, and compare the medians of their times relative to `F.linear` in the same round.
+
+    Each call has another weight of this shape, as far as there are any: in a model, a weight leaves the caches between
+    two uses.
+    """
+    ways: list[Callable] = [F.linear, _padded if count == 1 else _transposed]
+    if count == 1 and weight.dtype.itemsize >= 4:  # in half precision some libraries also add in half precision
+        ways.append(_vector)
+    weights = cycle([w for w in [*_WEIGHTS.values()] if _is_alike(w, weight)] or [weight])
+    rows = weight.new_ones(count, weight.shape[1])
+    seconds: list[list[float]] = [[] for _ in ways]
+    began = time.perf_counter()
+    for done in range(1 + MOST_ROUNDS):
+        if done > LEAST_ROUNDS and time.perf_counter() - began > ENOUGH_SECONDS:
+            break
+        for way, taken in zip(ways, seconds, strict=True):
+            each = next(weights)
+            started = time.perf_counter()
+            way(rows, each)
+            taken.append(time.perf_counter() - started)
+        next(weights)  # so that a way has other weights in the next round
+    # The first round warms up. Rounds are compared one by one, because other work on the machine comes and goes.
+    ratios = [
+        statistics.median(own / plain for own, plain in zip(taken[1:], seconds[0][1:], strict=True))
+        for taken in seconds
+    ]
+    best = min(range(len(ways)), key=ratios.__getitem__)
+    return ways[best] if ratios[best] < CLEARLY_FASTER else F.linear
+
+
+def _is_alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype is other.dtype and one.is_cpu and one.is_contiguous()
