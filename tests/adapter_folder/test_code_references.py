@@ -125,8 +125,8 @@ def auto_class_calls():
 
 
 def test_every_loading_says_whether_code_is_trusted():
-    """Left out, it means: ask. Only three trust: `verify` in its own process, a model of ours if its caller does, and the
-    handler of an endpoint, which is code of the same repo and runs only there.
+    """Left out, it means: ask. Only three trust: `verify` in its own process, a model of ours if its caller does, and
+    the handler of an endpoint, which is code of the same repo and runs only there.
     """
     calls = list(auto_class_calls())
     assert len(calls) > 10

@@ -76,9 +76,9 @@ def _base_of(ours: Any) -> BaseSource:
 
 def _made_of(vllm_config: VllmConfig, prefix: str, base: BaseSource, config: Any, architecture: Any) -> Any:
     """Return a vLLM model with this configuration whose `load_weights` folds the adapter into the base's weights."""
-    model: Any = init_vllm_registered_model(
-        vllm_config, prefix=prefix, hf_config=config, architectures=config.architectures
-    )
+    folded = vllm_config.with_hf_config(config, architectures=config.architectures)
+    folded.model_config.hf_text_config = folded.model_config.hf_config  # else the base's, which Qwen3Moe reads
+    model: Any = init_vllm_registered_model(folded, prefix=prefix)
     model.allow_patterns_overrides = [WEIGHTS]
     model.secondary_weights = [
         DefaultModelLoader.Source(base.location, base.revision, prefix=BASE_PREFIX, allow_patterns_overrides=BASE_FILES)
