@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny_stand_ins
+from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from minilora_hub import push
@@ -134,6 +135,21 @@ def test_the_handler_answers_without_minilora_hub(hub, built, base_folder, metho
     for (body, message), answer in zip(REFUSED, refused, strict=True):
         assert answer["kind"] == "ValueError", answer
         assert message in answer["error"], body
+
+
+@pytest.mark.slow
+def test_a_base_that_lacks_a_tensor_is_refused(built, base_folder, tmp_path):
+    """Of a LoRA: PEFT and transformers would fill it with random numbers."""
+    folder, damaged = built("lora"), tmp_path / "damaged"
+    shutil.copytree(base_folder, damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(damaged)}))
+    done = subprocess.run([sys.executable, "-P", str(TOOLKIT), str(folder)], input="", capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "its checkpoint lacks model.layers.1.mlp.up_proj.weight" in done.stderr
 
 
 @pytest.mark.parametrize("method", ["dora", pytest.param("lora", marks=pytest.mark.slow)])

@@ -11,13 +11,14 @@ A chat is formatted with the repo's chat template, a text is continued as it is.
 other. minilora_hub writes this file into repos that are pushed with `--endpoint`; it does not need minilora_hub.
 """
 
+import json
 import math
 import os
 import threading
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 MOST_INPUTS = 32
 MOST_ANSWERS = 64
@@ -48,11 +49,14 @@ class EndpointHandler:
 
     def __init__(self, path: str = "") -> None:
         folder = os.fspath(path) or os.path.dirname(os.path.abspath(__file__))
-        # A folder without config.json is in PEFT's format, which needs no code. Otherwise the code is this repo's own.
-        own_code = os.path.isfile(os.path.join(folder, "config.json"))
         placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=own_code, **placement).eval()
+        # A folder without config.json is in PEFT's format, which needs no code. Otherwise the code is this repo's own.
+        if os.path.isfile(os.path.join(folder, "config.json")):
+            self.model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **placement)
+        else:
+            self.model = _base_with_lora(folder, placement)
+        self.model.eval()
         config = getattr(self.model.config, "text_config", self.model.config)
         self.context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31
         self._lock = threading.Lock()  # the seed is torch's global one
@@ -168,6 +172,28 @@ class EndpointHandler:
         found = [self.tokenizer.pad_token_id, self.model.generation_config.eos_token_id, self.tokenizer.eos_token_id, 0]
         token = next(token for token in found if token is not None)
         return token[0] if isinstance(token, list) else token
+
+
+def _base_with_lora(folder: str, placement: dict[str, Any]) -> Any:
+    """Return the base with the LoRA of a folder in PEFT's format.
+
+    Through the folder's name, transformers would fill what the base's checkpoint lacks with random numbers.
+    """
+    with open(os.path.join(folder, "adapter_config.json"), encoding="utf-8") as file:
+        config = json.load(file)
+    name, revision = config["base_model_name_or_path"], config.get("revision")
+    model, report = AutoModelForCausalLM.from_pretrained(
+        name, revision=revision, trust_remote_code=False, output_loading_info=True, **placement
+    )
+    lacking = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
+    if lacking:
+        raise ValueError(
+            f"base {name!r}: its checkpoint lacks {lacking[0]} or has it in another shape ({len(lacking)} such)"
+        )
+    model.load_adapter(folder)
+    if os.path.isfile(os.path.join(folder, "generation_config.json")):
+        model.generation_config = GenerationConfig.from_pretrained(folder)  # with the tokens that end an answer
+    return model
 
 
 def _is_chat(value: Any) -> bool:
