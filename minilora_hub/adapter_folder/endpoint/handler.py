@@ -182,9 +182,10 @@ def _base_with_lora(folder: str, placement: dict[str, Any]) -> Any:
     with open(os.path.join(folder, "adapter_config.json"), encoding="utf-8") as file:
         config = json.load(file)
     name, revision = config["base_model_name_or_path"], config.get("revision")
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         name, revision=revision, trust_remote_code=False, output_loading_info=True, **placement
     )
+    model, report = loaded
     lacking = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
     if lacking:
         raise ValueError(
