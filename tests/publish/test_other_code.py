@@ -174,7 +174,7 @@ def test_the_page_refuses_it_from_a_link_and_in_the_picker(attacked, hub, base_f
 def test_the_snippet_without_trust_loads_an_adapter(hub, good, tmp_path):
     """docs/load.md: model and tokenizer, with the installed classes, and none of the repo's code."""
     page = (Path(__file__).parents[2] / "docs" / "load.md").read_text(encoding="utf-8")
-    _, snippet = re.findall(r"```python\n(.*?)```", page, re.S)
+    _, snippet, *_ = re.findall(r"```python\n(.*?)```", page, re.S)
     files = {path.name: path.read_bytes() for path in good["mixlora"].iterdir() if path.is_file()}
     hub.add_repo("user/adapter", files=files)
     script = f"""
