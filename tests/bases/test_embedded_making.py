@@ -7,13 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
-from processes import run_python, silent
+from processes import run_python, silent, wait_until
 
 from minilora_hub.bases import embedded, resolve_base
 from minilora_hub.bases import gguf as gguf_conversion
@@ -45,13 +44,6 @@ print(embedded.embedded_folder(cache_dir=cache))
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     @staticmethod
-    def wait_until(condition, seconds: float = 30) -> None:
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, "waited in vain"
-            time.sleep(0.02)
-
-    @staticmethod
     def entries(cache: Path) -> list[str]:
         return sorted(path.name for path in (cache / "bases").iterdir() if path.suffix != ".lock")
 
@@ -78,7 +70,7 @@ print(embedded.embedded_folder(cache_dir=cache))
 
     def test_two_processes_convert_once(self, tmp_path):
         first = self.start(tmp_path, 1.5)
-        self.wait_until(lambda: (tmp_path / "log").is_file() and (tmp_path / "log").read_text())
+        wait_until(lambda: (tmp_path / "log").is_file() and (tmp_path / "log").read_text())
         second = self.start(tmp_path, 1.5)
         answers = [process.communicate(timeout=60) for process in (first, second)]
         assert answers[0][0] == answers[1][0] == f"{tmp_path / 'bases' / embedded.FOLDER_NAME}\n"
@@ -88,7 +80,7 @@ print(embedded.embedded_folder(cache_dir=cache))
 
     def test_a_killed_run_leaves_nothing_that_looks_whole(self, tmp_path):
         killed = self.start(tmp_path, 60)
-        self.wait_until(lambda: (tmp_path / "log").is_file() and (tmp_path / "log").read_text())
+        wait_until(lambda: (tmp_path / "log").is_file() and (tmp_path / "log").read_text())
         killed.kill()
         killed.communicate()
         (leftover,) = self.entries(tmp_path)
@@ -99,7 +91,7 @@ print(embedded.embedded_folder(cache_dir=cache))
 
     def test_ctrl_c_while_converting_cleans_up(self, tmp_path):
         stopped = self.start(tmp_path, 60)
-        self.wait_until(lambda: (tmp_path / "log").is_file() and (tmp_path / "log").read_text())
+        wait_until(lambda: (tmp_path / "log").is_file() and (tmp_path / "log").read_text())
         stopped.send_signal(signal.SIGINT)
         assert "KeyboardInterrupt" in stopped.communicate(timeout=30)[1]
         assert self.entries(tmp_path) == []

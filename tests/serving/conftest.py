@@ -76,14 +76,6 @@ def slow(tmp_path):
         yield parts
 
 
-def wait_until(condition, seconds=10.0):
-    """Wait for a condition, or fail."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
-
-
 def run_async(coroutine):
     """Run a coroutine in a thread: a browser that other tests have opened keeps an event loop in this one."""
     with ThreadPoolExecutor(1) as pool:

@@ -11,7 +11,7 @@ import sys
 import httpx
 import pytest
 from commands import run_command
-from serving.conftest import wait_until
+from processes import wait_until
 
 __all__ = ["run_command"]
 

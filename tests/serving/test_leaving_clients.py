@@ -11,7 +11,8 @@ import threading
 
 import httpx
 import pytest
-from serving.conftest import chat, gather, rows, run_async, wait_until
+from processes import wait_until
+from serving.conftest import chat, gather, rows, run_async
 
 from minilora_hub.compare.answer import Answer, Row
 from minilora_hub.compare.sampling import Sampling

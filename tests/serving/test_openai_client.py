@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from serving.conftest import run_async, wait_until
+from processes import wait_until
+from serving.conftest import run_async
 
 openai = pytest.importorskip("openai", reason="needs the openai client, from the extra test")
 

@@ -9,7 +9,8 @@ import threading
 import httpx
 import pytest
 import tiny_stand_ins
-from serving.conftest import chat, gather, rows, served, wait_until
+from processes import wait_until
+from serving.conftest import chat, gather, rows, served
 
 from minilora_hub.compare.engine import CompareEngine, Sampling
 from minilora_hub.serving.settings import ServerLimits
