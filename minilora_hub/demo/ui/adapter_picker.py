@@ -56,7 +56,7 @@ def build_adapter_picker(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> N
         # In a thread, because reading a card for the first time hashes the weights.
         return await asyncio.to_thread(picker_value, runner, visitor.adapters(), phase, words)
 
-    def shown(visitor: Visitor) -> dict[Any, dict]:
+    def shown(visitor: Visitor) -> dict[Any, Any]:
         return {
             parts.headline: headline(runner.engine, visitor.columns()),
             parts.stage: idle_stage(visitor.about()),
