@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,6 +50,28 @@ def test_json_has_every_token(saved, capsys):
             assert ("experts" in token) == (column["name"] == "mix")
     ids = [token["id"] for token in report["columns"][0]["tokens"]]
     assert tiny.byte_tokenizer().decode(ids).startswith(report["columns"][0]["text"])
+
+
+def test_the_base_is_the_one_that_the_adapters_name(saved, capsys, tmp_path):
+    """A given one that they do not name is used, and said; adapters that name several are refused."""
+    base, (mix, dora, lora) = saved
+    run = ("--prompt", "Hello", "--max-new-tokens", 3, "--json")
+    code, out = main(capsys, "compare", mix, dora, *run)
+    assert code == 0
+    _, named = main(capsys, "compare", mix, dora, "--base", base, *run)
+    without_times = [
+        [(token["id"], token["logprob"]) for column in json.loads(text.out)["columns"] for token in column["tokens"]]
+        for text in (out, named)
+    ]
+    assert without_times[0] == without_times[1]
+    assert "note:" not in named.err
+    copied = shutil.copytree(base, tmp_path / "copy")
+    code, out = main(capsys, "compare", mix, "--base", copied, *run)
+    assert code == 0
+    assert f"note: mix names the base '{base}', and runs on '{copied}' here" in out.err
+    code, out = main(capsys, "compare", mix, lora, *run)
+    assert code == 1
+    assert "the adapters do not name one base (mix: " in out.err
 
 
 def test_a_pipe_gets_the_end_result(saved, capsys):
