@@ -18,6 +18,14 @@ Base = Annotated[
     str | None,
     typer.Option("--base", metavar="BASE", help='Base to load instead of the named one: "embedded", a folder, an id.'),
 ]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DTYPE",
+        help="float32, bfloat16 or int8 (half the memory of bfloat16; CPU). Default: float32 on a CPU, else the "
+        "checkpoint's own.",
+    ),
+]
 
 
 Adapter = Annotated[str, typer.Argument(metavar="REPO_OR_DIR", help="An id on the Hub, or a folder.")]
