@@ -32,7 +32,7 @@ def compare(
     base: Annotated[
         str | None,
         typer.Option(
-            help='The base: "embedded", a folder, or an id on the Hub. Default: embedded; with --route the index\'s.'
+            help='"embedded", a folder or a Hub id. Default: the base the adapters name; with --route the index\'s.'
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.")] = 128,
@@ -61,14 +61,15 @@ def compare(
         prompt = sys.stdin.read()
 
     from minilora_hub.compare.engine import CompareEngine, Sampling
-    from minilora_hub.compare.found_adapters import shipped_adapters
+    from minilora_hub.compare.found_adapters import base_for, shipped_adapters
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, tuple(stop or ()))
     if not prompt.strip():
         raise ValueError("--prompt '': must not be empty")
     if route is None:
         named = adapters or shipped_adapters()
-        engine, choice = CompareEngine(base or "embedded", named, dtype=dtype, progress=say), None
+        engine = CompareEngine(base_for(base, named, say), named, dtype=dtype, progress=say)
+        choice = None
     else:
         engine, choice = _chosen(route, base, adapters, prompt, dtype)
     answers = [_Answer(column) for column in engine.columns]

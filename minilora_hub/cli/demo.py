@@ -23,7 +23,9 @@ def demo(
         list[str] | None,
         typer.Argument(metavar="ADAPTER", help="Folders, or ids on the Hub. Default: the adapters shipped here."),
     ] = None,
-    base: Annotated[str, typer.Option(help='The base: "embedded", a folder, or an id on the Hub.')] = "embedded",
+    base: Annotated[
+        str | None, typer.Option(help='"embedded", a folder or a Hub id. Default: the base the adapters name.')
+    ] = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help=f"The port. Default: the first free one from {FIRST_PORT} on.")
@@ -53,7 +55,7 @@ def demo(
 
     from minilora_hub.bases.resolving import resolve_base
     from minilora_hub.compare.engine import CompareEngine
-    from minilora_hub.compare.found_adapters import shipped_adapters
+    from minilora_hub.compare.found_adapters import base_for, shipped_adapters
     from minilora_hub.demo.adapters.from_hub import LinkedAdapters
     from minilora_hub.demo.openai_api import openai_from_environment
     from minilora_hub.demo.runs.limits import PageLimits
@@ -64,6 +66,7 @@ def demo(
     limits = PageLimits.from_environment()
     named = adapters or shipped_adapters()
     limits.check_columns(1 + len(named))
+    base = base_for(base, named, say)
     engine = CompareEngine(base, named, dtype=dtype, progress=say)
     openai = openai_from_environment(engine, limits)
     shown = "localhost" if host in ("0.0.0.0", "::") else host  # noqa: S104
