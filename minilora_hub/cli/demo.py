@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from minilora_hub.cli.options import Debug, say
+from minilora_hub.cli.options import Debug, Dtype, say
 from minilora_hub.errors import MiniLoraError, MissingExtraError
 
 FIRST_PORT, LAST_PORT = 7860, 7959
@@ -42,6 +42,7 @@ def demo(
             metavar="DIR", help="A folder of adapter folders that visitors may choose from, by name. Repeatable."
         ),
     ] = None,
+    dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
     """Serve a page that compares the base and adapters side by side.
@@ -66,7 +67,7 @@ def demo(
     named = adapters or shipped_adapters()
     limits.check_columns(1 + len(named))
     base = base_for(base, named, say)
-    engine = CompareEngine(base, named, progress=say)
+    engine = CompareEngine(base, named, dtype=dtype, progress=say)
     openai = openai_from_environment(engine, limits)
     shown = "localhost" if host in ("0.0.0.0", "::") else host  # noqa: S104
     typer.echo(f"Open http://{shown}:{port} (press Ctrl-C to stop)")

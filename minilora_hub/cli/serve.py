@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from minilora_hub.cli.demo import free_port
-from minilora_hub.cli.options import Debug, say
+from minilora_hub.cli.options import Debug, Dtype, say
 from minilora_hub.errors import MissingExtraError
 
 
@@ -69,6 +69,7 @@ def serve(
     max_tokens: Annotated[
         int, typer.Option(min=1, help="The most tokens of a chat answer where the request doesn't say.")
     ] = 512,
+    dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
     """Serve the base and adapters of any kind to OpenAI's clients, in one batch behind one address."""
@@ -94,6 +95,7 @@ def serve(
         limits=ServerLimits(max_rows, max_waiting, max_cache_tokens, max_tokens),
         allow_loading=allow_loading,
         route=route,
+        dtype=dtype,
         progress=say,
     )
     shown = "localhost" if host in ("0.0.0.0", "::") else host  # noqa: S104

@@ -68,7 +68,7 @@ def measure(
         tasks: names of lm-eval's tasks.
         base: that base. Default: the one the adapters name.
         count: the first items of each task only.
-        dtype: ``"float32"`` or ``"bfloat16"``.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
         batch_size: rows of a batch.
         include_path: a folder with custom tasks in lm-eval's format.
         progress: called with a line at each step of loading.

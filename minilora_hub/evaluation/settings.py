@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minilora_hub.bases.loading import DTYPES
 from minilora_hub.evaluation.answer_cache import adapter_digest
 from minilora_hub.evaluation.tasks.items import SPLITS
 
 if TYPE_CHECKING:
     from minilora_hub.evaluation.tasks.items import Item, Task
 
-DTYPES = ("float32", "bfloat16")
 HELD_OUT = "held_out"
 FEW_SHOT = 4
 BATCH_SIZE = 64
@@ -31,7 +31,7 @@ class Settings:
         few_shot: number of examples in a second measurement of the base; 0 for none.
         perplexity: whether perplexity on general text is measured.
         text: the text for it; None for the default.
-        dtype: ``"float32"``, or ``"bfloat16"``, which is quicker on most machines and may change some answers.
+        dtype: ``"float32"``, or ``"bfloat16"`` or ``"int8"``, which may change some answers; see `load_base`.
         batch_size: the most rows of a batch.
 
     Raises:

@@ -52,6 +52,20 @@ def test_json_has_every_token(saved, capsys):
     assert tiny.byte_tokenizer().decode(ids).startswith(report["columns"][0]["text"])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_base_of_low_precision(saved, capsys, dtype):
+    """Every column answers, with log-probabilities near those in float32 and not equal to them."""
+    base, adapters = saved
+    first = {}
+    for chosen in ("float32", dtype):
+        arguments = ("--base", base, "-p", "Hello", "--max-new-tokens", 1, "--dtype", chosen, "--json")
+        code, out = main(capsys, "compare", *adapters, *arguments)
+        assert code == 0
+        first[chosen] = [column["tokens"][0]["logprob"] for column in json.loads(out.out)["columns"]]
+    assert first[dtype] == pytest.approx(first["float32"], abs=0.3)
+    assert all(one != other for one, other in zip(*first.values(), strict=True))
+
+
 def test_the_base_is_the_one_that_the_adapters_name(saved, capsys, tmp_path):
     """A given one that they do not name is used, and said; adapters that name several are refused."""
     base, (mix, dora, lora) = saved
@@ -102,6 +116,7 @@ def test_the_prompt_from_standard_input(saved, capsys, monkeypatch, tmp_path):
         (["--prompt", " "], "--prompt '': must not be empty"),
         (["--prompt", "x", "--temperature", "-1"], "temperature=-1.0: must be"),
         (["--prompt", "x", "--top-p", "2"], "top_p=2.0: must be"),
+        (["--prompt", "x", "--dtype", "fp8"], "dtype='fp8': must be one of float32, bfloat16, int8"),
         (["--prompt", "x", "no-such-folder"], "'no-such-folder': no such folder"),
     ],
 )
