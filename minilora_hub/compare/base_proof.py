@@ -4,8 +4,9 @@
     bank = AdapterBank(model)                   # … and adapters
     proof = bare.compared_with(bank)            # proof.difference, proof.ok
 
-The last token of each prompt is computed alone, after the others, as in generation: few tokens take another path through
-the bank's linears than many. Whatever changes the base afterwards, its shared tensors included, shows as a difference.
+The last token of each prompt is computed alone, after the others, as in generation: few tokens take another path
+through the bank's linears than many. Whatever changes the base afterwards, its shared tensors included, shows as a
+difference.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from minilora_hub.compare.adapter_bank import AdapterBank
+from minilora_hub.compare.decoding import CachedForward
 from minilora_hub.recording.logits import TOLERANCES, prompt_ids
 
 
@@ -51,8 +53,8 @@ class BaseProof:
         what = "is the bare checkpoint" if self.ok else "is NOT the bare checkpoint"
         return (
             f"The base column {what}: over {self.prompts} fixed prompts the largest difference of a logit is "
-            f"{self.difference:.2g} (rounding explains {self.limit:g}; the largest logit is {self.largest:.3g}), and the "
-            f"most probable token is the same at {self.same} of {self.positions} positions."
+            f"{self.difference:.2g} (rounding explains {self.limit:g}; the largest logit is {self.largest:.3g}), and "
+            f"the most probable token is the same at {self.same} of {self.positions} positions."
         )
 
 
@@ -94,12 +96,10 @@ class BareLogits:
 @torch.inference_mode()
 def _logits(model: Any, prompts: Sequence[Sequence[int]], rows: Callable[[], Any] = nullcontext) -> list[torch.Tensor]:
     """Return the logits at all positions of each prompt, (positions, vocabulary), in float32 on the CPU."""
-    device = model.get_input_embeddings().weight.device
     found = []
     for prompt in prompts:
-        ids = torch.tensor([prompt], device=device)  # (1, seq)
+        forward, ids = CachedForward(model), torch.tensor([prompt])  # (1, seq)
         with rows():
-            start = model(ids[:, :-1], use_cache=True)
-            last = model(ids[:, -1:], past_key_values=start.past_key_values, use_cache=True)
-        found.append(torch.cat([start.logits[0], last.logits[0]]).float().cpu())
+            parts = [forward(part, every=True)[0] for part in (ids[:, :-1], ids[:, -1:])]
+        found.append(torch.cat(parts).float().cpu())
     return found

@@ -29,7 +29,7 @@ PAGE = """# One prompt, answered by {base} and by adapters on it
 ## With curl
 
 ```bash
-curl -s -X POST {address}gradio_api/call/{name} -H 'Content-Type: application/json' -d '{{"data": ["Why is the sky blue?"]}}'
+curl -s {address}gradio_api/call/{name} -H 'Content-Type: application/json' -d '{{"data": ["Why is the sky blue?"]}}'
 curl -sN {address}gradio_api/call/{name}/EVENT_ID    # the event_id that the first call printed: a stream of events
 ```
 
@@ -51,8 +51,8 @@ Client("{address}").predict("Why is the sky blue?", api_name="/{name}")
 
 {mcp}
 
-The endpoint's types are in {address}gradio_api/info, and described at {address}?view=api. Requests wait in one queue with
-the page's visitors. Nothing else of the page can be called.
+The endpoint's types are in {address}gradio_api/info, and described at {address}?view=api. Requests wait in one queue
+with the page's visitors. Nothing else of the page can be called.
 """
 
 
@@ -64,8 +64,8 @@ def agents_route(demo: gr.Blocks, engine: CompareEngine, mcp: bool) -> Route:
         engine: its models.
         mcp: whether the endpoint is served as a tool for MCP clients, too.
     """
-    endpoint = next(one.fn for one in demo.fns.values() if one.api_name == NAME)
-    description, arguments, returns = get_function_description(endpoint)
+    described = [get_function_description(one.fn) for one in demo.fns.values() if one.fn and one.api_name == NAME]
+    ((description, arguments, returns),) = described
 
     async def agents(request: Request) -> PlainTextResponse:
         address = str(request.base_url)
