@@ -29,6 +29,7 @@ CODE_FILES = (
     "expert_slots.py",
     "few_rows.py",
     "file_hashes.py",
+    "fused_experts.py",
     "heads.py",
     "layer_stacks.py",
     "linear_layers.py",

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
@@ -13,6 +14,7 @@ from .adapted_model import AdaptedModel
 from .heads import CAUSAL
 from .routing import is_being_trained, router_loss_weights, router_losses, routing_of
 from .routing_record import RoutingRecord, checkpoint_contexts, record_routing
+from .trainer_support import takes_base_arguments
 
 
 @dataclass
@@ -78,6 +80,8 @@ minilora_hub adds one for trainers that do not take the loss from the model's ou
 class MixLoraBase(AdaptedModel):
     """What MixLoRA adds to an adapted model: routing outputs and the balance loss."""
 
+    output_class: Any = None
+
     def __init__(self, config: Any, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
         self._enter_integrations()
@@ -98,10 +102,31 @@ class MixLoraBase(AdaptedModel):
         finally:
             self._enter_integrations()
 
-    def _forward(
-        self, output_class: Any, output_router_logits: bool | None, output_routing: bool, arguments: dict[str, Any]
+    @takes_base_arguments
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        *args: Any,
+        output_router_logits: bool | None = None,
+        output_routing: bool = False,
+        **kwargs: Any,
     ) -> Any:
-        """Run the base with `arguments`, all by name, and add the outputs of the routers that were asked for."""
+        """The base's forward plus routing outputs.
+
+        Args:
+            input_ids: (batch, seq).
+            *args: the base's other arguments, in its order.
+            output_router_logits: also return `router_logits` and `aux_loss`. Default: the configuration's.
+            output_routing: also return `selected_experts` and `routing_weights`.
+            **kwargs: the base's other arguments, among them `labels`, with which the balance loss times its coefficient
+                is added in training; `attention_mask`, (batch, seq), 0 on padding, which does not count in the balance
+                loss; and `return_dict`, False for a tuple.
+
+        Returns:
+            `output_class`, or the base's own outputs with `ROUTING_FIELDS`.
+        """
+        arguments = self._base_arguments(input_ids, args, kwargs)
+        output_class = self.output_class
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         return_dict, arguments["return_dict"] = arguments.get("return_dict"), True
