@@ -29,6 +29,7 @@ from minilora_hub.compare.banked_layers import BankedBlock, BankedExperts, Banke
 from minilora_hub.compare.found_adapters import shared_copy
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.reading import read_adapter
+from minilora_hub.remote_code.adapted_linear import LowRankUpdate
 from minilora_hub.remote_code.attach import build_modules
 from minilora_hub.remote_code.few_rows import remember_weights
 from minilora_hub.remote_code.fused_experts import AdaptedExperts
@@ -272,7 +273,7 @@ class AdapterBank:
         for site in sites:
             module = modules.pop(site.path)
             if isinstance(module, MixtureOfLoraExperts):
-                module.eval().prepare()
+                _compute_scales(module.eval())
                 parts[site.path] = module
                 own: list[Any] = [
                     module.router,
@@ -332,6 +333,14 @@ class AdapterBank:
         parent, _, name = path.rpartition(".")
         setattr(self._modules[parent], name, wrapper)
         self._wrapped[path] = wrapper
+
+
+@torch.no_grad()
+def _compute_scales(mixture: MixtureOfLoraExperts) -> None:
+    """Compute DoRA's c of every expert, which inference keeps, ahead of the first token."""
+    for name, update in mixture.experts.items():
+        if isinstance(update, LowRankUpdate) and update.magnitude is not None:
+            update.scale(mixture.base_block.get_submodule(name))
 
 
 def _tensor_bytes(model: nn.Module) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from minilora_hub.adapter_folder.names import PEFT_CONFIG, join_peft
 from minilora_hub.errors import AdapterError
 from minilora_hub.remote_code.base_structure import ExpertsSite, matches_target
-from minilora_hub.remote_code.fused_experts import ExpertsLinear, experts_in, projections
+from minilora_hub.remote_code.fused_experts import experts_in
 
 if TYPE_CHECKING:
     import torch
@@ -30,16 +30,16 @@ def sites_of(base: Any, parameters: Sequence[str]) -> list[ExpertsSite]:
     Raises:
         AdapterError: an entry names anything else.
     """
-    sites, named = [], set()
-    for path, module in experts_in(base).items():
+    sites: list[ExpertsSite] = []
+    named: set[str] = set()
+    for path, shapes in experts_in(base).items():
         targets = []
-        for name in projections(module):
+        for name, (_, out_features, in_features) in shapes.items():
             found = {each for each in parameters if matches_target(f"{path}.{name}", [each])}
-            number, out_features, in_features = ExpertsLinear(module, name).weight.shape
             targets += [(name, out_features, in_features)] * bool(found)
             named |= found
         if targets:
-            sites.append(ExpertsSite(path, path, number, tuple(targets)))
+            sites.append(ExpertsSite(path, path, shapes[targets[0][0]][0], tuple(targets)))
     if unknown := sorted(set(parameters) - named):
         raise AdapterError(
             f"{PEFT_CONFIG}: target_parameters={unknown}: the base has no stacked experts of this name; updates of "

@@ -31,15 +31,9 @@ logger = logging.get_logger(__name__)
 ADAPTER_ONLY_ARGUMENTS = ("revision", "code_revision", "subfolder", "trust_remote_code", "adapter_kwargs", "_from_auto")
 SHARED_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
 KNOWN_OF_THE_BASE = (
-    "hf_device_map",
-    "hf_quantizer",
-    "quantization_method",
-    "is_loaded_in_4bit",
-    "is_loaded_in_8bit",
-    "loss_type",
-    "main_input_name",
-    "input_modalities",
-)
+    "hf_device_map", "hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "loss_type",
+    "main_input_name", "input_modalities",
+)  # fmt: skip
 
 
 class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forward, with the base's arguments
@@ -78,10 +72,8 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
         saved = saved_parameters(base, config.modules_to_save, [site.path for site in sites])
         shapes = expected_tensors(config, sites) | {name: tuple(p.shape) for name, p in saved.items()}
         tensors = None if adapter_file is None else read_adapter(adapter_file, shapes)
-        if config.target_parameters:
-            config.format_version = 3
-        elif saved or any(not site.name.startswith("layers.") for site in sites):
-            config.format_version = max(config.format_version, 2)
+        needs_2 = saved or any(not site.name.startswith("layers.") for site in sites)
+        config.format_version = max(config.format_version, 3 if config.target_parameters else 2 if needs_2 else 1)
         config.dtype = base.dtype
         config._attn_implementation = base.config._attn_implementation  # first: it is also set on the old text_config
         config.text_config = base.config

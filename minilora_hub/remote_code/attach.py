@@ -109,12 +109,11 @@ def build_modules(
     modules: dict[str, Any] = {}
     for site in sites:
         module = base.get_submodule(site.path)
-        updates: dict[Any, LowRankUpdate] = {
-            update.projection: _update(
-                _layer(site, module, update.projection), update, config, tensors, generator, dtype
-            )
-            for update in updates_at(site, config)
-        }
+        updates: dict[Any, LowRankUpdate] = {}
+        for update in updates_at(site, config):
+            of_experts = isinstance(site, ExpertsSite) and ExpertsLinear(module, str(update.projection))
+            layer = of_experts or module.get_submodule(update.projection or "")
+            updates[update.projection] = _update(layer, update, config, tensors, generator, dtype)
         if isinstance(site, LinearSite):
             modules[site.path] = AdaptedLinear(module, updates[None])
             continue
@@ -128,10 +127,9 @@ def build_modules(
             router = tensors[f"{site.name}.router"]
         device = layer_device(module.get_submodule(site.structure.inputs[0]))
         router = router.to(device=device, dtype=dtype or router.dtype)
-        experts = {projection: update for projection, update in updates.items() if projection is not None}
         noise, dropout = config.router_jitter_noise, config.expert_dropout
         modules[site.path] = MixtureOfLoraExperts(
-            module, site.structure, router, experts, routing_of(config), noise, dropout
+            module, site.structure, router, updates, routing_of(config), noise, dropout
         )
     return modules
 
@@ -195,12 +193,6 @@ def replace_module(base: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module into `base` at a path."""
     parent, _, name = path.rpartition(".")
     setattr(base.get_submodule(parent), name, module)
-
-
-def _layer(site: Site, module: Any, projection: str | None) -> Any:
-    if projection is None:
-        return module
-    return ExpertsLinear(module, projection) if isinstance(site, ExpertsSite) else module.get_submodule(projection)
 
 
 def _update(

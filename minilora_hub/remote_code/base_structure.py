@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .fused_experts import ExpertsLinear, check_experts, experts_in, projections
+from .fused_experts import experts_in
 from .layer_stacks import Shapes, find_layer_stacks, linears_in
 from .linear_layers import compute_dtype, keep_4bit_weights_exact, layer_device, linear_shape
 
@@ -117,7 +117,6 @@ def plan_sites(base: nn.Module, config: Any) -> list[Site]:
     refuse_adapted(base)
     keep_4bit_weights_exact(base)  # before a block is called below
     known: dict[Any, Form] = {}
-    checked: set[type] = set()
     sites: list[Site] = []
     stacks = find_layer_stacks(base, config.towers)
     found_layers = [
@@ -140,7 +139,11 @@ def plan_sites(base: nn.Module, config: Any) -> list[Site]:
             in_block = block is not None and path.startswith(block[0] + ".")
             if not in_block and matches_target(f"{name}.{path}", config.target_modules):
                 sites.append(LinearSite(f"{name}.{path}", f"{where}.{path}", *shape))
-        sites += _experts_sites(layer, where, name, config.target_parameters or (), checked)
+        for path, shapes_of in experts_in(layer).items() if config.target_parameters else ():
+            chosen = [p for p in shapes_of if matches_target(f"{name}.{path}.{p}", config.target_parameters)]
+            sizes = tuple((each, *shapes_of[each][1:]) for each in chosen)
+            if sizes:
+                sites.append(ExpertsSite(f"{name}.{path}", f"{where}.{path}", shapes_of[chosen[0]][0], sizes))
         if block is not None:
             block_path, structure = block
             paths = {projection: f"{block_path}.{projection}" for projection in (*structure.inputs, structure.output)}
@@ -156,20 +159,6 @@ def plan_sites(base: nn.Module, config: Any) -> list[Site]:
     return sites
 
 
-def _experts_sites(layer: nn.Module, where: str, name: str, parameters: Any, known: set[type]) -> list[Site]:
-    """Return the sites of one layer's stacked experts, verified by calling one of each class."""
-    sites: list[Site] = []
-    for path, experts in experts_in(layer).items():
-        shapes = {each: ExpertsLinear(experts, each).weight.shape for each in projections(experts)}
-        targets = tuple((p, *shapes[p][1:]) for p in shapes if matches_target(f"{name}.{path}.{p}", parameters))
-        if targets:
-            if type(experts) not in known:
-                check_experts(experts, f"{where}.{path}")
-            known.add(type(experts))
-            sites.append(ExpertsSite(f"{name}.{path}", f"{where}.{path}", shapes["down_proj"][0], targets))
-    return sites
-
-
 def _check_targets(config: Any, layers: Mapping[str, nn.Module], sites: Sequence[Site]) -> None:
     available = sorted({path for layer in layers.values() for path in linears_in(layer)})
     names = [f"{name}.{path}" for name, layer in layers.items() for path in linears_in(layer)]
@@ -180,10 +169,10 @@ def _check_targets(config: Any, layers: Mapping[str, nn.Module], sites: Sequence
     adapted = [f"{site.name}.{each}" for site in sites if isinstance(site, ExpertsSite) for each, *_ in site.targets]
     unknown = [t for t in config.target_parameters or () if not any(matches_target(name, [t]) for name in adapted)]
     if unknown:
-        has = sorted(
-            {f"{path}.{p}" for m in layers.values() for path, e in experts_in(m).items() for p in projections(e)}
+        every = {f"{path}.{p}" for layer in layers.values() for path, found in experts_in(layer).items() for p in found}
+        raise ValueError(
+            f"target_parameters={unknown}: the base has no such parameters of experts; it has {sorted(every)}"
         )
-        raise ValueError(f"target_parameters={unknown}: the base has no such parameters of experts; it has {has}")
     names += adapted
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field):

@@ -51,34 +51,26 @@ def projections(experts: Any) -> tuple[str, str]:
     return ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
 
 
-def experts_in(layer: nn.Module) -> dict[str, Any]:
-    """{path in the layer: module} of stacked experts with the attributes of transformers' own, and plain weights."""
-    return {path: module for path, module in layer.named_modules() if _is_known(module)}
+def experts_in(layer: nn.Module) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """{path in the layer: {parameter: (experts, out, in)}} of the stacked experts in a layer that can be adapted.
+
+    They are computed as transformers' `use_experts_implementation` lays down, and their weights are plain.
+    """
+    found = {path: module for path, module in layer.named_modules() if _is_known(module)}
+    return {
+        path: {name: cast(Any, ExpertsLinear(module, name).weight.shape) for name in projections(module)}
+        for path, module in found.items()
+    }
 
 
 def _is_known(module: Any) -> bool:
-    if not (hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(module, "has_bias")):
+    decorated = all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias"))
+    if not decorated or getattr(module, "_is_expert_parallel", False):
         return False
+    offloaded = getattr(getattr(module, "_hf_hook", None), "offload", False)
     weights = [getattr(module, name, None) for name in projections(module)]
     plain = all(type(w) is nn.Parameter and w.dim() == 3 and w.is_floating_point() and w.itemsize > 1 for w in weights)
-    return plain and not getattr(module, "_is_expert_parallel", False)
-
-
-@torch.no_grad()
-def check_experts(experts: Any, path: str) -> None:
-    """Raise a ValueError unless these experts, called as a whole, give what `AdaptedExperts` computes from them."""
-    weight = ExpertsLinear(experts, "down_proj").weight
-    if getattr(getattr(experts, "_hf_hook", None), "offload", False):
-        raise ValueError(f"{path}: stacked experts cannot be adapted while they are offloaded: load the base without")
-    if weight.is_meta:
-        return
-    number, hidden, _ = weight.shape
-    x = torch.sin(torch.arange(4 * hidden, device=weight.device)).view(4, hidden).to(weight.dtype)
-    chosen = torch.arange(8, device=weight.device).view(4, 2) % number
-    shares = torch.linspace(0.1, 0.9, 8, device=weight.device).view(4, 2).to(weight.dtype)
-    expected, got = experts(x, chosen, shares), AdaptedExperts(experts, {})(x, chosen, shares)
-    if not (expected - got).abs().max() <= 1e-2 * expected.abs().max():
-        raise ValueError(f"{path} ({type(experts).__name__}): experts of an unknown form, which cannot be adapted")
+    return plain and not offloaded
 
 
 class AdaptedExperts(nn.Module):
@@ -101,8 +93,10 @@ class AdaptedExperts(nn.Module):
         first, last = projections(experts)
         hidden = self._project(first, slots.of_tokens(x), slots)  # (slots, ff or twice that)
         hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
-        out = self._project(last, hidden, slots) * slots.of_slots(top_k_weights)  # (slots, d)
-        return slots.sum_slots(out).to(x.dtype).view_as(hidden_states)
+        out = self._project(last, hidden, slots)  # (slots, d)
+        if getattr(experts, "has_post_expert_norm", False):
+            out = experts.post_expert_norm(out)
+        return slots.sum_slots(out * slots.of_slots(top_k_weights)).to(x.dtype).view_as(hidden_states)
 
     def _project(self, name: str, x: Tensor, slots: Any) -> Tensor:
         layer = ExpertsLinear(self.base_layer, name)

@@ -8,6 +8,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.generation import GenerationMixin
 
 from .adapted_model import AdaptedModel
+from .base_delegation import done_by_base
 from .configuration_minilora import DoraConfig, MixLoraConfig
 from .heads import GENERATING, HEADS, class_name, label_names, list_for_trainers
 from .mixlora_model import MixLoraBase, MixLoraCausalLMOutput, MixLoraModelOutput
@@ -19,8 +20,8 @@ class GenerateOnBase:
 
     base: Any
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base.generate(*args, **kwargs)
+    generate = done_by_base("generate")
+    prepare_inputs_for_generation = done_by_base("prepare_inputs_for_generation")
 
     @property
     def generation_config(self) -> Any:
@@ -30,9 +31,6 @@ class GenerateOnBase:
     def generation_config(self: Any, value: Any) -> None:
         if "base" in self._modules:  # transformers sets a default one before there is a base
             self.base.generation_config = value
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base.prepare_inputs_for_generation(*args, **kwargs)
 
 
 class UsesOtherMethods:
@@ -45,13 +43,6 @@ class UsesOtherMethods:
             if name.startswith("_") or "base" not in self.__dict__.get("_modules", ()):
                 raise
             return getattr(self._modules["base"], name)
-
-
-class DoraModel(UsesOtherMethods, AdaptedModel):
-    """A base without its language-model head, with a DoRA adapter (arXiv 2402.09353) in it."""
-
-    config_class = DoraConfig
-    auto_class = AutoModel
 
 
 class DoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
@@ -113,5 +104,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-for _model_class in (DoraModel, DoraForCausalLM, MixLoraModel, MixLoraForCausalLM):
+DoraModel = adapted_class("Dora", "AutoModel")
+for _model_class in (DoraForCausalLM, MixLoraModel, MixLoraForCausalLM):
     list_for_trainers(_model_class)

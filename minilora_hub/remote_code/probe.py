@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .base_structure import ExpertsSite, LinearSite, Site, matches_target, plan_sites
-from .fused_experts import experts_in, projections
+from .base_structure import ExpertsSite, LinearSite, Site, matches_target, plan_sites, refuse_adapted
+from .fused_experts import experts_in
 from .layer_stacks import find_layer_stacks, is_dual_encoder
 from .linear_layers import linear_shape
 from .trial_inputs import TOKENS, input_device, trial_inputs
@@ -52,6 +52,7 @@ def settle_targets(base: Any, config: Any, refused: Mapping[str, str] | None = N
     """
     if not can_run(base):
         return
+    refuse_adapted(base)
     asked = config.target_modules
     if type(config).model_type == "mixlora":
         every_expert(base, config)
@@ -128,7 +129,7 @@ def every_expert(base: Any, config: Any) -> list[str]:
     for stack, layers in find_layer_stacks(base, config.towers).values():
         for index, layer in enumerate(layers):
             known = {} if mixture else experts_in(layer)
-            names.update(f"{path}.{name}" for path, experts in known.items() for name in projections(experts))
+            names.update(f"{path}.{name}" for path, parameters in known.items() for name in parameters)
             for path, module in layer.named_modules():
                 if path in known or linear_shape(module) or isinstance(module, nn.modules.conv._ConvNd):
                     continue
