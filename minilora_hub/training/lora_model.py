@@ -23,6 +23,7 @@ from minilora_hub.remote_code.adapter_files import ADAPTER_FILE, write_adapter
 from minilora_hub.remote_code.base_structure import ExpertsSite, LinearSite
 from minilora_hub.remote_code.configuration_minilora import AdapterConfig
 from minilora_hub.remote_code.layer_stacks import find_decoder_layers
+from minilora_hub.remote_code.linear_layers import linear_shape
 from minilora_hub.remote_code.modeling_minilora import GenerateOnBase
 from minilora_hub.remote_code.trainer_support import takes_base_arguments
 
@@ -55,7 +56,7 @@ class LoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
         """Return the linears that PEFT does not support, since PEFT must be able to load the saved adapter."""
         from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 
-        refused: dict[str, str] = {}
+        refused = _taken_for_experts(base)
         for path, _ in base.named_modules():
             try:
                 _check_lora_target_modules_mamba(PeftLoraConfig(), base, path.rpartition(".")[2])
@@ -129,3 +130,24 @@ class LoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
 
     def _base_layer(self, path: str) -> Any:
         return self.base.get_submodule(path).base_layer
+
+
+def _taken_for_experts(base: Any) -> dict[str, str]:
+    """Return the linears whose names PEFT takes for experts of a checkpoint of transformers 4, and rewrites.
+
+    On DeepSeek-V3, it reads ``gate_proj`` as the stacked experts, although the dense layers have a linear of this name.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    paths = [path for path, module in base.named_modules() if linear_shape(module)]
+    taken = set()
+    for leaf in {path.rpartition(".")[2] for path in paths}:
+        config = PeftLoraConfig(target_modules=[leaf])
+        try:
+            convert_peft_config_for_transformers(config, base, None)
+        except ValueError:  # it is one of several that are stacked in one parameter
+            taken.add(leaf)
+        if leaf not in (config.target_modules or ()):
+            taken.add(leaf)
+    reason = "a LoRA is saved in PEFT's format, and PEFT takes this name for that of the stacked experts"
+    return {path: reason for path in paths if path.rpartition(".")[2] in taken}

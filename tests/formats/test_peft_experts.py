@@ -20,6 +20,7 @@ from minilora_hub.formats.combine import Combination, combine
 from minilora_hub.formats.dense import export_dense
 from minilora_hub.formats.exporting import export_adapter
 from minilora_hub.formats.importing import import_adapter, import_as_experts
+from minilora_hub.remote_code.probe import TargetsWarning
 from minilora_hub.training import lora_model
 
 EXPERTS = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
@@ -111,6 +112,18 @@ def test_a_lora_of_ours_is_pefts(bases, family, tmp_path):
     torch.testing.assert_close(logits(theirs), expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(logits(load(tmp_path)), expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(in_a_bank(bases(family), tmp_path), expected, rtol=0, atol=1e-4)
+
+
+def test_linears_that_peft_takes_for_experts_are_left_out(bases, tmp_path):
+    """PEFT reads `gate_proj` on DeepSeek-V3 as its experts, which it was in transformers 4."""
+    with pytest.warns(TargetsWarning, match=r"left out is .*mlp\.down_proj.*PEFT takes this name"):
+        model = lora_model.LoraForCausalLM.from_base(str(bases("deepseek_v3")), lora_model.LoraConfig(r=4))
+    assert model.config.target_parameters == EXPERTS
+    assert not {"gate_proj", "up_proj", "down_proj"} & {*model.config.target_modules}
+    fill_adapter(model)
+    model.eval().save_pretrained(tmp_path)
+    theirs = PeftModel.from_pretrained(load(bases("deepseek_v3")), tmp_path).eval()
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=0, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
