@@ -103,7 +103,7 @@ class AdaptedExperts(nn.Module):
         out = layer.of_slots(x, slots)
         if name in self.updates:
             update: Any = self.updates[name]
-            low = slots.project_down(update.dropout(x).to(product_dtype(out, update.lora_A)), update)
+            low = slots.project_down(update.dropout(x).to(product_dtype(out, x, update.lora_A)), update)
             out = slots.add_projected_up(out, low, update)
             if update.magnitude is not None:
                 out = out * update.scale(layer)[slots.expert].to(out.dtype)
