@@ -22,6 +22,8 @@ EXPERTS = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
 def adapted(family="mixtral", method="dora", base=None, **changes):
     """A filled adapter of this method on a tiny base, in eval mode."""
     base = tiny_architecture(family) if base is None else base
+    if family == "deepseek_v3" and method != "dora":  # where PEFT's format has no place for the other linears
+        changes = {"target_modules": ["o_proj", "kv_b_proj"], "target_parameters": EXPERTS}
     if method == "dora":
         model = DoraForCausalLM.from_base(base, DoraConfig(r=4, **changes))
     else:
