@@ -18,6 +18,7 @@ from minilora_hub.compare.engine import Column, Sampling
 from minilora_hub.demo.adapters.catalogue import MOST_ADAPTERS
 from minilora_hub.demo.adapters.columns import SoloExperts, describe_columns
 from minilora_hub.demo.runs.comparison import Comparison
+from minilora_hub.demo.runs.examples import Example, expected_answers
 from minilora_hub.demo.runs.history import History, KeptComparison
 from minilora_hub.demo.runs.runner import Runner, waiting_words
 from minilora_hub.demo.ui.page_state import Frame, RunningComparison
@@ -81,7 +82,7 @@ class Visitor:
             columns = self.columns()
         except AdapterError:
             columns = self._runner.engine.columns
-        return describe_columns(self._runner.engine, columns)
+        return describe_columns(self._runner.catalogue, columns)
 
     def adapters(self) -> list[str]:
         """Return the names of the adapters that the page shows."""
@@ -142,7 +143,8 @@ class Visitor:
     async def run(self, prompt: str, sampling: Sampling) -> AsyncGenerator[Frame]:
         """Run the comparison that `begin` prepared. Closing or cancelling the iterator ends it within one step."""
         number, stop = self._number, self._stop
-        running = RunningComparison(number, self.about(), prompt, sampling, self._runner.engine.token_text)
+        expected = self._visitors.expected.get(prompt.strip())
+        running = RunningComparison(number, self.about(), prompt, sampling, self._runner.engine.token_text, expected)
         try:
             moments = self._runner.answer(prompt, sampling, self.columns(), stop)
         except (ValueError, AdapterError) as error:
@@ -225,13 +227,18 @@ class Visitors:
         runner: runs the comparisons.
         votes: stores votes.
         shared: stores shared comparisons.
+        examples: prompts of which the right answer may be known.
 
     Attributes:
         numbers: counter that numbers the runs.
+        expected: {prompt: right answer}.
     """
 
-    def __init__(self, runner: Runner, votes: VoteStore, shared: SharedComparisons) -> None:
-        self.runner, self.votes, self.shared = runner, votes, shared
+    def __init__(
+        self, runner: Runner, votes: VoteStore, shared: SharedComparisons, examples: Sequence[Example] = ()
+    ) -> None:
+        self.runner, self.votes, self.shared, self.examples = runner, votes, shared, tuple(examples)
+        self.expected = expected_answers(self.examples)
         self.numbers = count(1)
         self._visitors: OrderedDict[str, Visitor] = OrderedDict()  # least recently active first
 

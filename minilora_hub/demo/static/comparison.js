@@ -28,6 +28,11 @@ class Stage {
     );
     this.inspector = new Inspector(this.box.querySelector(".ml-inspector"));
     this.box.querySelector(".ml-picture").addEventListener("click", () => this.share());
+    this.box.querySelector(".ml-tall").addEventListener("click", ({ currentTarget: button }) => {
+      const tall = button.getAttribute("aria-pressed") !== "true";
+      button.setAttribute("aria-pressed", String(tall));
+      this.box.dataset.tall = tall ? "yes" : "no";
+    });
     minilora.marks.listen(() => this.refresh());
     this.keys();
   }
@@ -41,6 +46,7 @@ class Stage {
     const fresh = now.run !== this.run || described !== this.described;
     if (fresh) this.start(now, described);
     const before = this.columns.map((column) => column.answer.tokens.length);
+    this.paintAsked(now);
     now.columns.forEach((column, index) => this.columns[index].paint(column));
     this.compare(before);
     this.box.dataset.blind = now.blind ? "yes" : "no";
@@ -64,10 +70,17 @@ class Stage {
     this.tabs.build(now.columns.map((column) => column.about), this.columns.map((column) => column.card));
     const mixtures = this.mixtures();
     if (!mixtures.some(([index]) => index === this.mixture)) this.mixture = mixtures.length ? mixtures[0][0] : null;
-    const replay = this.box.querySelector(".ml-replay");
-    replay.hidden = !now.replay;
-    replay.querySelector(".ml-replay-prompt").textContent = now.prompt;
-    replay.querySelector(".ml-replay-words").textContent = now.replay || "";
+  }
+
+  // The line above the columns: the prompt, the expected answer, and whether this is a replay.
+  paintAsked({ prompt, expected, replay }) {
+    const find = (name) => this.box.querySelector(name);
+    find(".ml-replay-mark").hidden = !replay;
+    find(".ml-asked-prompt").textContent = find(".ml-asked-prompt").title = prompt;
+    find(".ml-asked-prompt").hidden = !prompt;
+    find(".ml-expected").hidden = !expected;
+    find(".ml-expected code").textContent = find(".ml-expected").title = expected || "";
+    find(".ml-replay-words").textContent = replay || "";
   }
 
   // Which tokens each answer shares with the base's; only new tokens are compared.
