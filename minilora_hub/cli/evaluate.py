@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from minilora_hub.adapter_folder.writing import require_writable
 from minilora_hub.cli.options import AsJson, Debug, given, print_json, say
 from minilora_hub.progress_display import ProgressDisplay
 
@@ -79,6 +80,8 @@ def eval_(
     """Measure adapters and their base on the tasks; write the numbers into each adapter's results.json."""
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ValueError(f"--out {str(out)!r}: must be a file in a folder that exists")
+    for folder in [out.parent] if out is not None else [Path(name) for name in adapters if Path(name).is_dir()]:
+        require_writable(folder, "--out" if out is not None else "adapter")
     common = {"base": base, "count": count, "dtype": dtype, "batch_size": batch_size}
     if lm_eval:
         ours = [name for name in given(context) if name in OURS]

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from minilora_hub.adapter_folder.folders import AdapterFolder
+from minilora_hub.adapter_folder.folders import AdapterFolder, naming
 from minilora_hub.adapter_folder.names import PEFT_CONFIG, PEFT_PREFIX, join_peft, split_peft
 from minilora_hub.adapter_folder.reading import read_tensors
 from minilora_hub.bases.skeleton import BaseSource
@@ -80,6 +80,11 @@ def read_peft(source: AdapterFolder, base: BaseSource) -> PeftAdapter:
     Raises:
         AdapterError: a setting is not supported, or a tensor is missing, surplus or misshapen.
     """
+    with naming(source.name, base.name):
+        return _read_peft(source, base)
+
+
+def _read_peft(source: AdapterFolder, base: BaseSource) -> PeftAdapter:
     config = read_lora_settings(source)
     modules = dict(base.skeleton.named_modules())
     tensors_of_file = read_tensors(source.folder)

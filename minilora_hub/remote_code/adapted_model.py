@@ -70,6 +70,7 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
         seed: int = 0,
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
+        self._require_own_config(config)
         if base is None:
             if config.text_config is None:
                 raise ValueError(f"{type(self).__name__}: a base, or a configuration with text_config, is required")
@@ -105,6 +106,13 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
                 setattr(self, name, getattr(base, name))
         self.post_init()
         self.train(base.training)
+
+    @classmethod
+    def _require_own_config(cls, config: Any) -> None:
+        """Raise if a configuration is of another method. The same class may be imported from elsewhere."""
+        if getattr(type(config), "model_type", None) != cls.config_class.model_type:
+            need = cls.config_class.__name__
+            raise ValueError(f"config={type(config).__name__}(…): {cls.__name__} requires a {need}")
 
     def init_weights(self) -> None:
         """Do nothing: the base is initialised, and so are the adapter's modules."""
@@ -158,6 +166,7 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
             ValueError: the base is adapted already, is not understood, or has none of the targets; its checkpoint
                 lacks a tensor; or a model that is passed has other weights than the files it names.
         """
+        cls._require_own_config(config)
         config = copy.deepcopy(config)
         config.text_config, config.name_or_path = None, ""  # a model's configuration has those of another base
         cache_dir = base_arguments.get("cache_dir")
@@ -251,7 +260,11 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
         quantised = base is not base_model and getattr(base, "hf_quantizer", None) is not None
         saved = saved_parameters(base, config.modules_to_save)
         digests = tensor_digests(base, saved=saved) if quantised else None
-        model = cls(config, base=base, adapter_file=file, adapter_dtype=dtype)
+        try:
+            model = cls(config, base=base, adapter_file=file, adapter_dtype=dtype)
+        except ValueError as error:
+            named = (base.config.name_or_path if base is base_model else config.base_model_name_or_path) or "a model"
+            raise ValueError(f"adapter {str(pretrained_model_name_or_path)!r} on base {named!r}: {error}") from error
         model._remember_base(digests, shared.get("cache_dir"))
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         model._load_generation_config(pretrained_model_name_or_path, where)

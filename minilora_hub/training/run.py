@@ -13,13 +13,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from minilora_hub.adapter_folder.writing import require_writable
 from minilora_hub.bases.end_tokens import end_token_ids
 from minilora_hub.bases.resolving import resolve_base
 from minilora_hub.errors import MiniLoraError, TrainingError, TrainingInterrupted
 from minilora_hub.quiet import quiet_libraries
 from minilora_hub.training.plan import Plan, Shape, make_plan
 from minilora_hub.training.requirements import check_requirements
-from minilora_hub.training.run_folder import RunState, folder_lock, is_empty, read_state
+from minilora_hub.training.run_folder import (
+    RunState,
+    folder_lock,
+    how_to_resume,
+    is_empty,
+    read_state,
+    reason_of,
+)
 from minilora_hub.training.settings import SETTINGS_FILE, TrainingSettings, make_settings, read_yaml
 
 
@@ -61,7 +69,7 @@ def train(
     config: str | Path | None = None,
     resume: bool = False,
     dry_run: bool = False,
-    progress: bool = False,
+    progress: bool = True,
     on_plan: Callable[[Plan, TrainingSettings], None] | None = None,
     record: bool = True,
     **overrides: Any,
@@ -103,6 +111,8 @@ def train(
         place = _process()
         # Only one process writes.
         writes = place.is_main_process and not dry_run
+        if dry_run and place.is_main_process:  # a dry run says whether a run would work
+            require_writable(out)
         with folder_lock(out) if writes else nullcontext():
             if writes and not resume and not is_empty(out):
                 hint = "it must be empty or new"
@@ -162,6 +172,8 @@ def _execute(
     on_plan: Callable[[Plan, TrainingSettings], None] | None,
 ) -> TrainResult:
     """Train and save; `folder` holds files that are needed until the run ends."""
+    from safetensors import SafetensorError
+
     from minilora_hub.training.dataset import prepare_data
     from minilora_hub.training.loop import build_trainer
     from minilora_hub.training.models import (
@@ -173,7 +185,7 @@ def _execute(
     )
     from minilora_hub.training.outputs import note_on_ends, write_result
     from minilora_hub.training.parent_adapter import hashes_of_inputs
-    from minilora_hub.training.trainer import CHECKPOINTS
+    from minilora_hub.training.trainer import CHECKPOINTS, last_checkpoint
 
     main = place.is_main_process
     before = read_state(out) if resume else None
@@ -212,8 +224,15 @@ def _execute(
     seconds = round(state.seconds + _train(trainer, out, shape, state, resume, progress), 2)
     history = trainer.state.log_history
     if main:
-        write_result(out, settings, base, trainee, data, tokenizer, ends, history, seconds)
-        replace(state, seconds=seconds, finished=True).save(out)
+        try:
+            write_result(out, settings, base, trainee, data, tokenizer, ends, history, seconds)
+            replace(state, seconds=seconds, finished=True).save(out)
+        except (OSError, SafetensorError) as error:
+            saved = last_checkpoint(out)
+            raise TrainingError(
+                f"out={str(out)!r}: the result could not be written ({reason_of(error)}); "
+                f"{how_to_resume(out, saved.name if saved else None)}"
+            ) from error
         notes += note_on_ends(settings, generation, ends, tokenizer)
     trainer.accelerator.wait_for_everyone()
     losses = [entry["loss"] for entry in history if "loss" in entry]

@@ -92,6 +92,18 @@ class RunState:
         write_whole(out / STATE_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
 
+def reason_of(error: Exception) -> str:
+    """Return why a file could not be written, of an OSError or of safetensors' error."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+
+
+def how_to_resume(out: Path, saved: str | None) -> str:
+    """Say what of a run in `out` is saved (the name of its last complete checkpoint), and how it continues."""
+    if saved is None:
+        return "no checkpoint was saved before"
+    return f"{saved} is complete: free disk space, then minilora train --resume --out {out} goes on from it"
+
+
 def read_state(out: Path) -> RunState | None:
     """Return the state of the run in a folder, or None if there is none.
 

@@ -175,3 +175,19 @@ def test_spaces_and_joiners_are_text_and_control_characters_are_not():
         == "«\u00a0oui\u202f», 日\u3000本, 👩\u200d👧\n\tok"
     )
     assert _printable("\x1b[31ma\rb\u202ec\x9b") == "[31mabc"
+
+
+def test_a_terminal_that_knows_ascii_only(saved):
+    """Boxes and answers are shown with numbers for other characters, and JSON stays JSON."""
+    base, adapters = saved
+    command = [sys.executable, "-m", "minilora_hub.cli", "compare", adapters[0], "--base", base, "-p", "Où ?"]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "80"}
+    for flags in ([], ["--json"]):
+        done = subprocess.run(
+            [*map(str, command), "--max-new-tokens", "3", *flags], capture_output=True, env=ascii_only, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        if flags:
+            assert json.loads(done.stdout.decode("ascii"))["prompt"] == "Où ?"
+        else:
+            assert "3 tokens" in done.stdout.decode("ascii")

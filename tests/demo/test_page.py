@@ -214,12 +214,56 @@ def test_an_error_of_all_columns_is_shown_as_text(page):
 
 
 def test_an_empty_prompt_is_told_in_the_status_line(page):
-    """A sentence, and nothing breaks."""
-    page.fill("#ml-prompt textarea", "")
-    begun(page, lambda: page.click("#ml-run"))
-    page.wait_for_selector(".ml-status[data-phase=error]")
-    assert "must not be empty" in page.locator(".ml-words").inner_text()
-    assert page.locator("#ml-stop").is_disabled()
+    """A sentence, and what is shown stays; the next prompt is answered."""
+    ask(page, "Hello")
+    wait_for_states(page, "length", "eos", "eos")
+    before = texts(page)
+    for empty in ("", " \n"):
+        page.evaluate("window.earlier = document.querySelector('.ml-card')")
+        page.fill("#ml-prompt textarea", empty)
+        page.click("#ml-run")
+        page.wait_for_selector(".ml-status[data-phase=error]")
+        assert page.locator(".ml-words").inner_text() == "Enter a prompt first."
+        assert page.locator("#ml-stop").is_disabled()
+        assert texts(page) == before
+        assert page.evaluate("window.earlier === document.querySelector('.ml-card')")
+        ask(page, "Hello")
+        wait_for_states(page, "length", "eos", "eos")
+
+
+def test_a_field_that_is_left_empty_keeps_its_number(visit):
+    page = visit()
+    open_panel(page, "Settings")
+    set_number(page, "Max new tokens", "7")
+    page.get_by_label("number input for Max new tokens").fill("")
+    page.keyboard.press("Tab")
+    page.wait_for_timeout(300)
+    assert page.get_by_label("number input for Max new tokens").input_value() == "7"
+    ask(page, "Hello, hello, hello")
+    wait_for_states(page, "length", "length", "length")
+    assert page.locator(".ml-tokens").all_inner_texts() == ["7", "7", "7"]
+
+
+def test_a_saved_picture_keeps_indentation(page):
+    """The second line of the answer stands further right than the first, and below it."""
+    page.evaluate("""() => {
+        window.drawn = [];
+        const draw = CanvasRenderingContext2D.prototype.fillText;
+        CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
+            window.drawn.push([text, x, y, this.measureText(" ").width]);
+            draw.call(this, text, x, y);
+        };
+    }""")
+    ask(page, "@:  \n    \t#")
+    wait_for_states(page, "length", "eos", "eos")
+    with page.expect_download():
+        page.get_by_role("button", name="Save picture").click()
+    # The last two of each are those of the answers that repeat the prompt.
+    first, second = ([one for one in page.evaluate("window.drawn") if one[0] == text][-2:] for text in ("@", "#"))
+    assert len(first) == 2
+    for (_, x, y, space), (_, indented, below, _) in zip(first, second, strict=True):
+        assert indented == pytest.approx(x + 8 * space)
+        assert below > y
 
 
 def test_examples_run_and_settings_apply(visit):

@@ -258,6 +258,22 @@ def test_the_keyboard_goes_from_token_to_token(looked_at):
         assert looked_at.locator(".ml-inspected-words").inner_text().startswith(f"token {at} of dora")
 
 
+OVERLAP = """card => {
+    const box = (token, pseudo) => {
+        const style = getComputedStyle(token, pseudo);
+        const { left, top } = token.getClientRects()[0];
+        const x = left + parseFloat(style.left), y = top + parseFloat(style.top);
+        return { x, y, right: x + parseFloat(style.width), bottom: y + parseFloat(style.height) };
+    };
+    const mark = box(card.querySelector(".ml-token[data-fork]"), "::after");
+    return [...card.querySelectorAll(".ml-token[data-letter]")].some((token) => {
+        const letter = box(token, "::before");
+        return mark.x < letter.right && letter.x < mark.right && mark.y < letter.bottom && letter.y < mark.bottom;
+    });
+}"""
+"""Whether the mark of the fork covers the letter of an expert."""
+
+
 @pytest.mark.parametrize("column", [LORA, DORA, MIX])
 def test_the_first_fork_shows_both_sides(looked_at, expected, column):
     """A marker at the token, a button in the card, a tick on the timeline; behind them the top five of each side."""
@@ -272,6 +288,7 @@ def test_the_first_fork_shows_both_sides(looked_at, expected, column):
         )
     )
     assert marked == [at]
+    assert not card(looked_at, column).evaluate(OVERLAP)
     looked_at.keyboard.press("Escape")
     if column == LORA:
         button.click()

@@ -39,7 +39,7 @@ def check_name(name: str) -> None:
         AdapterError: it is not an id.
     """
     if not REPO_ID.fullmatch(name) or ".." in name or "--" in name or name.endswith((".git", ".", "-")):
-        raise AdapterError(f"?adapter={name[:60]!r} is not an id on the Hub: must be owner/name")
+        raise AdapterError(f"{name[:60]!r} is not an id on the Hub: must be owner/name")
 
 
 def check_settings(config: dict[str, Any], *, peft: bool) -> None:

@@ -141,8 +141,11 @@ class Visitor:
         self._stop.set()
 
     async def run(self, prompt: str, sampling: Sampling) -> AsyncGenerator[Frame]:
-        """Run the comparison that `begin` prepared. Closing or cancelling the iterator ends it within one step."""
-        number, stop = self._number, self._stop
+        """Run the comparison that `begin` prepared. Closing or cancelling the iterator ends it within one step.
+
+        It also ends, without a last frame, when the visitor chooses other adapters, whose columns are then shown.
+        """
+        number, stop, chosen = self._number, self._stop, self._adapters
         expected = self._visitors.expected.get(prompt.strip())
         running = RunningComparison(number, self.about(), prompt, sampling, self._runner.engine.token_text, expected)
         try:
@@ -152,6 +155,8 @@ class Visitor:
             return
         async with aclosing(moments):
             async for moment in moments:
+                if self._adapters is not chosen:
+                    return
                 if moment.waiting is not None:
                     yield running.waiting(waiting_words(moment.waiting))
                     continue

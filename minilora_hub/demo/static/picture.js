@@ -62,7 +62,7 @@ class Picture {
       y += size * 1.75;
     };
     tokens.forEach((token, index) => {
-      for (const part of token.t.split(/(\n|\s+)/)) {
+      for (const part of token.t.replace(/\t/g, "    ").split(/(\n|[^\S\n]+)/)) {
         if (part === "\n") feed();
         else {
           for (let rest = part; rest; ) {

@@ -14,9 +14,11 @@ from minilora_hub.demo.runs.visitor import Visitors
 from minilora_hub.demo.ui.blind_bar import bar_value
 from minilora_hub.demo.ui.components import QUIET, sent
 from minilora_hub.demo.ui.layout import Parts
-from minilora_hub.demo.ui.page_state import Frame, RunningComparison
+from minilora_hub.demo.ui.page_state import Frame, RunningComparison, status
 from minilora_hub.demo.ui.settings import next_seed, sampling_from
 from minilora_hub.errors import AdapterError
+
+NO_PROMPT = "Enter a prompt first."
 
 
 class Start(Protocol):
@@ -39,13 +41,19 @@ def connect_run(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> Start:
         # Return the complete stage each time: Gradio sends only the difference from the previous one.
         return [gr.Button(interactive=not frame.finished), frame.status, frame.stage]
 
-    async def begin(request: gr.Request, *seed_settings) -> list:
+    async def begin(request: gr.Request, text, *seed_settings) -> list:
         visitor = visitors.of(request.session_hash)
+        if not (text or "").strip():  # what is shown stays
+            kept = [gr.skip(), status("error", NO_PROMPT), *[gr.skip()] * 3]
+            return [*kept, *[gr.skip()] * bool(seed_settings)]
         seed = [next_seed(*seed_settings)] if seed_settings else []
         return [*show(visitor.begin()), None, bar_value(visitor, running=True), *seed]
 
     async def answer(request: gr.Request, text, *values) -> AsyncIterator[list]:
         text, visitor = well_formed(text), visitors.of(request.session_hash)
+        if not text.strip():
+            yield [gr.skip()] * len(outputs)
+            return
         try:
             sampling = sampling_from(*values)
         except ValueError as error:
@@ -74,7 +82,7 @@ def connect_run(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> Start:
 
     def start(event: Callable[..., Dependency], same_seed: bool = False) -> Dependency:
         inputs = [] if same_seed else [settings.greedy, settings.keep_seed, settings.seed]
-        begun = event(begin, inputs or None, [*outputs, parts.blind, *inputs[2:]], queue=False, **QUIET)
+        begun = event(begin, [parts.prompt, *inputs], [*outputs, parts.blind, *inputs[2:]], queue=False, **QUIET)
         return begun.then(
             answer,
             [parts.prompt, *settings.inputs],

@@ -83,7 +83,7 @@ def render_card(
     link = results.license_link if (results.license_link or "").startswith(("https://", "http://")) else None
     auto_class = CAUSAL_LM if stock else auto_class_of(config)
     text = _template().render(
-        front_matter=front_matter(results, title, stock, PIPELINES[auto_class]),
+        front_matter=front_matter(results, title, stock, PIPELINES[auto_class], bool(config.get("use_dora"))),
         auto_class=auto_class,
         generates=auto_class == CAUSAL_LM,
         settings=_settings(repo_id, revision, space, hub),
