@@ -332,7 +332,7 @@ def test_on_a_phone_the_prompt_stays_at_hand(visit):
         bars = [page.locator(name).bounding_box() for name in ("#ml-prompt textarea", "#ml-run")]
         assert all(bar["y"] > 400 and bar["y"] + bar["height"] <= 844 for bar in bars)
         assert all(bar["x"] >= 0 and bar["x"] + bar["width"] <= 390 for bar in bars)
-    last = page.locator(".ml-panels").bounding_box()
+    last = page.locator(".ml-heat").bounding_box()
     assert last["y"] + last["height"] <= page.locator("#ml-ask").bounding_box()["y"]
 
 

@@ -36,6 +36,8 @@ class AdapterCard:
         purpose: what it was trained on, in one sentence; None where that is not known.
         score: the measured score over the most items, with its metric and the base's; None if there is none.
         scores: at most `SCORES` measured numbers: ``{"task", "metric", "value", "base", "n"}``.
+        routing: of a mixture, the layer in which the tasks differ most, and the share of each expert there by task:
+            ``{"layer", "tasks": [{"task", "load"}]}``; None if it was not measured.
         trouble: why its results.json is not shown; None if it is valid.
     """
 
@@ -49,6 +51,7 @@ class AdapterCard:
     trouble: str | None = None
     purpose: str | None = None
     score: str | None = None
+    routing: dict[str, Any] | None = None
 
 
 def read_card(name: str, folder: Path, repo: str | None = None, revision: str | None = None) -> AdapterCard:
@@ -90,6 +93,7 @@ def read_card(name: str, folder: Path, repo: str | None = None, revision: str | 
         trouble,
         _purpose(results) if results else None,
         _score(results) if results else None,
+        _routing(results) if results else None,
     )
 
 
@@ -101,6 +105,21 @@ def _purpose(results: Results) -> str | None:
         return f"Trained on {re.split(r'[.;] ', described)[0].rstrip('.')}."
     names = [source.name for source in sources] or results.datasets
     return f"Trained on {', '.join(names)}." if names else None
+
+
+def _routing(results: Results) -> dict[str, Any] | None:
+    names = [one.task for one in results.router]
+    # A task in formats that are not in training has the name of the task, and more.
+    tasks = [one for one in results.router if not any(one.task != name and one.task.startswith(name) for name in names)]
+    layers = min((len(one.load) for one in tasks), default=0)
+    if len(tasks) < 2 or not layers:
+        return None
+
+    def spread(layer: int) -> float:
+        return max(max(shares) - min(shares) for shares in zip(*(one.load[layer] for one in tasks), strict=True))
+
+    layer = max(range(layers), key=spread)
+    return {"layer": layer + 1, "tasks": [{"task": one.task, "load": list(one.load[layer])} for one in tasks]}
 
 
 def _score(results: Results) -> str | None:

@@ -97,6 +97,7 @@ def describe_columns(catalogue: Catalogue, columns: Sequence[Column]) -> list[di
                 "solo": column.solo_expert,
                 "purpose": card and card.purpose,
                 "score": card and card.score,
+                "routing": card and card.routing,
             }
         )
     return described
