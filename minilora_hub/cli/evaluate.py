@@ -54,7 +54,7 @@ def eval_(
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The text for the perplexity. Default: Python's manual.")
     ] = None,
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="float32, or bfloat16, which is faster.")] = "float32",
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="float32, bfloat16 or int8.")] = "float32",
     batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Maximum rows per batch.")] = 64,
     lm_eval: Annotated[
         list[str] | None,

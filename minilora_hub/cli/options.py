@@ -21,6 +21,23 @@ Base = Annotated[
 ]
 
 
+def _known_dtype(dtype: str | None) -> str | None:
+    """Check it before anything is read or said."""
+    from minilora_hub.bases.loading import require_dtype
+
+    require_dtype(dtype)
+    return dtype
+
+
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DTYPE",
+        callback=_known_dtype,
+        help="float32, bfloat16 or int8 (half the memory of bfloat16; CPU). Default: float32 on a CPU, else the "
+        "checkpoint's own.",
+    ),
+]
 Adapter = Annotated[str, typer.Argument(metavar="REPO_OR_DIR", help="An id on the Hub, or a folder.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")]
 Public = Annotated[bool, typer.Option("--public", help="Make it public. Default: private.")]

@@ -260,9 +260,7 @@ class AdapterBank:
             return
         with naming(name):
             config, tensors, sites = read_adapter(read_source(entry.folder), BaseSource.of_model(self._plain))
-        # An adapter stored in bf16 is computed in the base's dtype: quicker on a CPU than changing dtype per layer.
-        dtype = next((p.dtype for p in self._plain.parameters() if p.is_floating_point()), None)
-        modules = build_modules(self._plain, config, sites, tensors, dtype=dtype)
+        modules = build_modules(self._plain, config, sites, tensors, dtype=self._adapter_dtype())
         size = 0
         parts: dict[str, LinearUpdate | MixtureOfLoraExperts] = {}
         for site in sites:
@@ -292,6 +290,13 @@ class AdapterBank:
             name, entry.folder, adapter_facts(entry.folder), size
         )  # read again, as the folder may have changed
         self.make_room()
+
+    def _adapter_dtype(self) -> torch.dtype | None:
+        """Return the base's dtype, quicker than changing it per layer; float32 on a CPU: see `product_dtype`."""
+        first = next((p for p in self._plain.parameters() if p.is_floating_point()), None)
+        if first is None:
+            return None
+        return torch.float32 if first.is_cpu and first.dtype is torch.bfloat16 else first.dtype
 
     def _drop(self, name: str) -> None:
         for layer in self._loaded.pop(name, ()):

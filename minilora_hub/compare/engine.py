@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from minilora_hub.bases.loading import load_base, load_tokenizer
+from minilora_hub.bases.loading import load_base, load_tokenizer, require_dtype
 from minilora_hub.bases.resolving import resolve_base
 from minilora_hub.compare.adapter_bank import AdapterBank, BankMemory
 from minilora_hub.compare.answer import Answer, Column, Row, Update
@@ -39,7 +39,7 @@ class CompareEngine:
         adapters: folders or Hub ids of adapters. The last part of each is the name of its column.
         tokenizer: the base's; required if `base` is a model.
         device: where to load a named base. Default: a GPU if there is one.
-        dtype: its dtype. Default: fp32 on a CPU, otherwise that of the checkpoint.
+        dtype: its dtype, or ``"int8"``; see `load_base`. Default: fp32 on a CPU, otherwise that of the checkpoint.
         memory_limit: maximum bytes of adapter tensors in memory; see `AdapterBank`.
         progress: called with a message at each step of loading.
 
@@ -60,12 +60,14 @@ class CompareEngine:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         memory_limit: int | None = None,
         progress: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Load everything; see the class for the arguments."""
         # Before loading the base, so that a misspelt name fails early.
+        if isinstance(dtype, str):
+            require_dtype(dtype)
         found = find_adapters(adapters)
         if isinstance(base, nn.Module):
             if tokenizer is None:
