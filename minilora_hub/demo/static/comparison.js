@@ -23,6 +23,7 @@ class Stage {
     );
     this.experts = new Experts(this.box.querySelector(".ml-heat"), (column, expert) => this.solo(column, expert));
     this.inspector = new Inspector(this.box.querySelector(".ml-inspector"), () => this.unchoose());
+    this.box.querySelector(".ml-add").addEventListener("click", () => minilora.adapter("add"));
     this.box.querySelector(".ml-picture").addEventListener("click", () => this.share());
     this.box.querySelector(".ml-tall").addEventListener("click", ({ currentTarget: button }) => {
       const tall = button.getAttribute("aria-pressed") !== "true";
@@ -239,6 +240,8 @@ const minilora = {
     },
   },
   stage: (element, trigger) => new Stage(element, trigger),
+  // Ask the adapter picker to "use", "remove" or "add" an adapter.
+  adapter: (act, adapter = null) => document.dispatchEvent(new CustomEvent("ml:adapter", { detail: { act, adapter } })),
   // Save a Blob as a download.
   save(name, blob) {
     const link = document.createElement("a");
