@@ -96,9 +96,8 @@ class Differences:
         head = "".join(f"<th>{html.escape(name)}</th>" for name in ("task", "prompt", "right answer", *names))
         rows = []
         for item in (*self.only(self.first), *self.only(self.second)):
-            answers = [
-                f"{'✓' if item.right[name] else '✗'} {item.answers[name]}" for name in names if name in item.right
-            ]
+            known = [name for name in names if name in item.right]
+            answers = [f"{'✓' if item.right[name] else '✗'} {item.answers[name]}" for name in known]
             cells = (item.task, item.prompt, item.reference, *answers)
             rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
         return f"<p>{html.escape(self.summary())}</p><table><tr>{head}</tr>{''.join(rows)}</table>"
@@ -147,6 +146,8 @@ def compare_measured(
     for argument, name in (("first", first), ("second", second)):
         if name not in models:
             raise ValueError(f"{argument}={name!r}: must be one of {', '.join(models)}")
+    assert first is not None  # as it is in `models`, and so is the second
+    assert second is not None
     if first == second:
         raise ValueError(f"second={second!r}: must be another model than the first")
     unknown = [task for task in tasks if task not in content["items"]]
@@ -175,7 +176,7 @@ def compare_measured(
         for name in names
         if (uses := models[name].get("router"))
     }
-    return Differences(str(first), str(second), tuple(found), routing)
+    return Differences(first, second, tuple(found), routing)
 
 
 def llm_comparator(differences: Differences) -> dict[str, Any]:

@@ -217,7 +217,7 @@ def wilson_interval(successes: int, n: int) -> Interval:
 
 
 def mcnemar_p(only_first: int, only_second: int) -> float:
-    """Return the two-sided p-value of McNemar's exact test, from the pairs of which one of two passes; 1 without any."""
+    """Return the two-sided p-value of McNemar's exact test, from the items that one of two passes; 1 without any."""
     if not only_first + only_second:
         return 1.0
     return float(_stats().binomtest(only_first, only_first + only_second, 0.5).pvalue)
