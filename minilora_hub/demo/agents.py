@@ -6,6 +6,8 @@ knows the page's models.
 
 from __future__ import annotations
 
+import json
+
 import gradio as gr
 from gradio.utils import get_function_description
 from starlette.requests import Request
@@ -29,11 +31,11 @@ PAGE = """# One prompt, answered by {base} and by adapters on it
 ## With curl
 
 ```bash
-curl -s {address}gradio_api/call/{name} -H 'Content-Type: application/json' -d '{{"data": ["Why is the sky blue?"]}}'
+curl -s {address}gradio_api/call/{name} -H 'Content-Type: application/json' -d '{data}'
 curl -sN {address}gradio_api/call/{name}/EVENT_ID    # the event_id that the first call printed: a stream of events
 ```
 
-`data` holds the arguments in this order; those at the end may be left out:
+`data` holds all arguments, in this order:
 
 {arguments}
 
@@ -64,6 +66,8 @@ def agents_route(demo: gr.Blocks, engine: CompareEngine, mcp: bool) -> Route:
         engine: its models.
         mcp: whether the endpoint is served as a tool for MCP clients, too.
     """
+    taken = demo.get_api_info()["named_endpoints"][f"/{NAME}"]["parameters"]
+    values = ["Why is the sky blue?", *(one["parameter_default"] for one in taken[1:])]
     described = [get_function_description(one.fn) for one in demo.fns.values() if one.fn and one.api_name == NAME]
     ((description, arguments, returns),) = described
 
@@ -76,6 +80,7 @@ def agents_route(demo: gr.Blocks, engine: CompareEngine, mcp: bool) -> Route:
             models="\n".join(map(_model, engine.columns)),
             address=address,
             name=NAME,
+            data=json.dumps({"data": values}),
             arguments="\n".join(f"{at}. `{name}`: {text}" for at, (name, text) in enumerate(_public(arguments), 1)),
             returns="; ".join(returns),
             mcp=served,

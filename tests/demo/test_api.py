@@ -224,7 +224,10 @@ def test_agents_md_describes_the_endpoint_and_what_it_says_works(server):
         assert words in page.text, words
     assert "`request`" not in page.text
     call = f"{server.address}gradio_api/call/compare"
-    event = httpx.post(call, json={"data": ["Hello", [], 3]}, timeout=60).json()["event_id"]
+    (data,) = re.findall(r"-d '(.*)'\n", page.text)
+    values = json.loads(data)["data"]
+    assert values[:3] == ["Why is the sky blue?", None, 96]
+    event = httpx.post(call, json={"data": [values[0], [], 3, *values[3:]]}, timeout=60).json()["event_id"]
     told = httpx.get(f"{call}/{event}", timeout=60).text
     assert told.rstrip().rpartition("event: ")[2].startswith("complete")
     assert '"state": "done"' in told

@@ -116,6 +116,14 @@ function showUsage(about) {
   dialog.showModal();
 }
 
+const fold = element.querySelector(".ml-fold");
+function unfold(open) {
+  form.hidden = !open;
+  fold.classList.toggle("open", open);
+  fold.setAttribute("aria-expanded", String(open));
+}
+fold.addEventListener("click", () => unfold(form.hidden));
+
 // Buttons of the columns: see column.js.
 document.addEventListener("ml:adapter", ({ detail: { act, adapter } }) => {
   const now = props.value;
@@ -123,10 +131,9 @@ document.addEventListener("ml:adapter", ({ detail: { act, adapter } }) => {
   if (act === "use" && about) showUsage(about);
   if (act === "remove") trigger("submit", { names: now.chosen.filter((name) => name !== adapter) });
   if (act === "add") {
-    const box = document.querySelector("#ml-picker-box");
-    if (!form.checkVisibility()) box.querySelector("button").click();
-    box.scrollIntoView({ block: "start" });
-    find(".ml-search").focus({ preventScroll: true });
+    unfold(true);
+    fold.scrollIntoView({ block: "start" });
+    find(now.fetches ? "[name=hub]" : "[name=adapter]")?.focus({ preventScroll: true });
   }
 });
 

@@ -8,7 +8,7 @@ function paint() {
 }
 
 element.querySelector(".ml-cards-link").addEventListener("click", () => {
-  const button = document.querySelector("#ml-picker-box > button");
+  const button = document.querySelector("#ml-picker .ml-fold");
   if (button && !button.classList.contains("open")) button.click();
 });
 watch("value", paint);

@@ -58,9 +58,10 @@ def picker_value(
 def build_adapter_picker(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> None:
     """Build the picker, collapsed, and connect it: the chosen adapters replace those on the page."""
     runner = visitors.runner
-    with gr.Accordion("Adapters", open=False, elem_id="ml-picker-box"):
-        own = [column.name for column in runner.engine.columns[1:]]
-        picker = component("adapter_picker", value=picker_value(runner, own), elem_id="ml-picker")
+    own = [column.name for column in runner.engine.columns[1:]]
+    # It folds itself: Gradio's Accordion takes its content out of the page while it is closed, and the buttons of the
+    # columns need it there.
+    picker = component("adapter_picker", value=picker_value(runner, own), elem_id="ml-picker")
 
     async def value(visitor: Visitor, phase: str, words: str) -> dict:
         # In a thread, because reading a card for the first time hashes the weights.
