@@ -189,6 +189,7 @@ def _hyperparameters(settings: TrainingSettings) -> dict[str, Any]:
     recipe = settings.recipe
     rows: dict[str, Any] = {
         "method": settings.method,
+        "ranks": f"by EVA within {recipe.budget:,} parameters" if recipe.budget else None,
         "optimizer": recipe.optimizer,
         "learning rate": recipe.learning_rate,
         "schedule": recipe.schedule,
