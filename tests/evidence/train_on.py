@@ -10,7 +10,8 @@
     anchor      the LoRA of `distill` trained on the labels, without and with the anchor; perplexity on general text
 
 Every step's result is a small file in tests/evidence/results/train_on, named after the step and its sizes; adapters go
-into --work. A step whose file is there is not made again. The most informative steps come first.
+into --work. A step whose file is there is not measured again; an adapter that another step starts from is made again
+where the folder lacks it. The most informative steps come first.
 """
 
 from __future__ import annotations
@@ -68,11 +69,14 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Evidence:
-    """A step: its part and name, what makes its adapter in a folder, and whether perplexity is measured."""
+    """A step: its part and name, what makes its adapter in a folder, the steps whose adapters that takes, and whether
+    perplexity is measured.
+    """
 
     part: str
     name: str
     make: Callable[[Path], Any]
+    needs: tuple[str, ...] = ()
     perplexity: bool = False
 
 
@@ -117,7 +121,8 @@ class Runs:
 
     def _router(self) -> tuple[list[Evidence], list[Evidence]]:
         one = self.sizes.steps
-        singles = [self.adapter(f"single-{task}") for task in TASKS]
+        names = tuple(f"single-{task}" for task in TASKS)
+        singles = [self.adapter(name) for name in names]
 
         def combined(method: str) -> Callable[[Path], None]:
             how = Combination(method, (1 / len(TASKS),) * len(TASKS))
@@ -133,12 +138,16 @@ class Runs:
 
         first = [
             *(Evidence("router", f"single-{task}", self._trained(task, one, **ON_BLOCKS)) for task in TASKS),
-            Evidence("router", "mean", combined("cat")),
-            Evidence("router", "mixture", mixture("fresh")),
-            Evidence("router", "arrow", mixture("arrow")),
-            Evidence("router", "routed-all", routed(len(TASKS))),
+            Evidence("router", "mean", combined("cat"), names),
+            Evidence("router", "mixture", mixture("fresh"), names),
+            Evidence("router", "arrow", mixture("arrow"), names),
+            Evidence("router", "routed-all", routed(len(TASKS)), ("mixture",)),
         ]
-        return first, [Evidence("router", "routed-2", routed(2)), Evidence("router", "ties", combined("ties_svd"))]
+        rest = [
+            Evidence("router", "routed-2", routed(2), ("mixture",)),
+            Evidence("router", "ties", combined("ties_svd"), names),
+        ]
+        return first, rest
 
     def _distill(self) -> list[Evidence]:
         steps, teacher = self.sizes.steps * len(TASKS), f"distill:teacher={self.teacher},labels=0"
@@ -150,16 +159,16 @@ class Runs:
 
     def _sequence(self, kind: str) -> list[Evidence]:
         """The tasks after the first, whose adapter is `single-…`."""
-        found, before = [], self.adapter(f"single-{TASKS[0]}")
+        found, before = [], f"single-{TASKS[0]}"
         for number, task in enumerate(TASKS[1:], 2):
             name = f"sequence-{kind}-{number}-{task}"
             if kind == "continued":
-                settings = {"learning_rate": LORA["learning_rate"], "from_adapter": str(before)}
+                settings = {"learning_rate": LORA["learning_rate"], "from_adapter": str(self.adapter(before))}
             else:
                 term = {"objective": ["orthogonal:weight=0.5"]} if kind == "orthogonal" else {}
-                settings = ON_BLOCKS | {"keep": [str(before)]} | term
-            found.append(Evidence("sequence", name, self._trained(task, self.sizes.steps, **settings)))
-            before = self.adapter(name)
+                settings = ON_BLOCKS | {"keep": [str(self.adapter(before))]} | term
+            found.append(Evidence("sequence", name, self._trained(task, self.sizes.steps, **settings), (before,)))
+            before = name
         return found
 
     def _anchor(self) -> list[Evidence]:
@@ -167,10 +176,18 @@ class Runs:
         make = self._trained(MIX, self.sizes.steps * len(TASKS), **ON_ALL, **said)
         return [Evidence("anchor", "anchored", make, perplexity=True)]
 
+    def make(self, step: Evidence) -> Path:
+        """Make a step's adapter, and those that it starts from, where they are not there; gives its folder."""
+        for other in self.steps():
+            if other.name in step.needs:
+                self.make(other)
+        step.make(self.adapter(step.name))
+        return self.adapter(step.name)
+
     def measure(self, step: Evidence) -> dict[str, Any]:
         """Make a step's adapter and measure it: exact match item by item, and perplexity where it is asked for."""
-        started, out = time.process_time(), self.adapter(step.name)
-        step.make(out)
+        started = time.process_time()
+        out = self.make(step)
         report = evaluate(
             [out],
             base=self.base,
