@@ -8,6 +8,7 @@
     sequence    the tasks one after the other: one LoRA continued, and a new one beside those that are kept, with and
                 without the orthogonal term
     anchor      the LoRA of `distill` trained on the labels, without and with the anchor; perplexity on general text
+    rank        the LoRA of `distill` trained on the labels, its parameters distributed over the linears by EVA
 
 Every step's result is a small file in tests/evidence/results/train_on, named after the step and its sizes; adapters go
 into --work. A step whose file is there is not measured again; an adapter that another step starts from is made again
@@ -49,6 +50,7 @@ FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
 LORA: dict[str, Any] = {"method": "lora", "learning_rate": 1.5e-3}
 ON_BLOCKS = LORA | {"r": 8, "target_modules": FEED_FORWARD}
 ON_ALL = LORA | {"r": 12}
+BY_EVA = LORA | {"r": "auto", "budget": 3_663_360}  # the parameters of `ON_ALL`
 ROUTER: dict[str, Any] = {"learn": "router", "learning_rate": 1e-2, "router_aux_loss_coef": 0.0}
 SEQUENCES = ("continued", "kept", "orthogonal")
 SHIPPED = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-mixlora"
@@ -101,7 +103,7 @@ class Runs:
         """Every step; one that needs another's adapter comes after it."""
         routed, rest = self._router()
         continued, kept, orthogonal = (self._sequence(kind) for kind in SEQUENCES)
-        return [*routed, *self._distill(), *continued, *orthogonal, *self._anchor(), *kept, *rest]
+        return [*routed, *self._distill(), *continued, *orthogonal, *self._anchor(), *kept, *rest, *self._rank()]
 
     def _train(self, out: Path, data: str, steps: int, **settings: Any) -> None:
         state = json.loads((out / STATE_FILE).read_text()) if (out / STATE_FILE).is_file() else None
@@ -175,6 +177,9 @@ class Runs:
         said = {"objective": [f"anchor:data={self.work / 'general.txt'},weight=1"]}
         make = self._trained(MIX, self.sizes.steps * len(TASKS), **ON_ALL, **said)
         return [Evidence("anchor", "anchored", make, perplexity=True)]
+
+    def _rank(self) -> list[Evidence]:
+        return [Evidence("rank", "rank-auto", self._trained(MIX, self.sizes.steps * len(TASKS), **BY_EVA))]
 
     def make(self, step: Evidence) -> Path:
         """Make a step's adapter, and those that it starts from, where they are not there; gives its folder."""
@@ -252,7 +257,7 @@ def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("--part", action="append", choices=("router", "distill", "sequence", "anchor"))
+    parser.add_argument("--part", action="append", choices=("router", "distill", "sequence", "anchor", "rank"))
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps for one task")
     parser.add_argument("--items", type=int, default=100, help="test items of each task")
     parser.add_argument("--work", type=Path, default=Path("evidence-work"), help="folder for adapters and answers")
