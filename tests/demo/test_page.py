@@ -47,7 +47,7 @@ def test_columns_fill_and_tell_their_numbers(server, page):
     facts = page.locator(".ml-facts").all_inner_texts()
     assert facts[1] == "DoRA · +224 parameters (50.0%) · r 2"
     assert facts[2] == "MixLoRA · +336 parameters (75.0%) · r 2, 2 experts, 2 active"
-    assert page.locator(".ml-badge").all_inner_texts() == ["B", "D", "M"]
+    assert page.locator(".ml-badge").all_inner_texts() == ["base", "DoRA", "MixLoRA"]
     before = server.forwards()
     ask(page, "Hi 👩‍👩‍👧 naïve 🇩🇪")
     wait_for_states(page, "length", "eos", "eos")
@@ -61,7 +61,15 @@ def test_columns_fill_and_tell_their_numbers(server, page):
     assert page.locator(".ml-words").inner_text().startswith(f"Done. {written} tokens in ")
     badge = page.locator(".ml-count").inner_text()
     # One after the other: each column's tokens, since a short prompt is read by the forward of the first.
-    assert re.fullmatch(rf"1 pass · {done} forwards, not {written} · first token \d+\.\d s", badge)
+    assert re.fullmatch(rf"{done} steps for all 3 columns · \d+ ms a step · first token \d+\.\d s", badge)
+    page.hover(".ml-count")
+    hint = page.locator(".ml-hint").inner_text()
+    assert f"One column after the other would take {written} steps." in hint
+    # The parrots end first: until then all columns have the same steps, and so the same rate.
+    shortest = min(map(int, page.locator(".ml-tokens").all_inner_texts()))
+    assert hint.endswith(f"Tokens/s are those of the first {shortest} tokens, while all columns wrote.")
+    rates = [float(rate) for rate in page.locator(".ml-rate").all_inner_texts()]
+    assert max(rates) < 1.1 * min(rates)
     assert page.locator("#ml-stop").is_disabled()
 
 
@@ -324,7 +332,7 @@ def test_on_a_phone_the_prompt_stays_at_hand(visit):
         bars = [page.locator(name).bounding_box() for name in ("#ml-prompt textarea", "#ml-run")]
         assert all(bar["y"] > 400 and bar["y"] + bar["height"] <= 844 for bar in bars)
         assert all(bar["x"] >= 0 and bar["x"] + bar["width"] <= 390 for bar in bars)
-    last = page.locator(".ml-panels").bounding_box()
+    last = page.locator(".ml-heat").bounding_box()
     assert last["y"] + last["height"] <= page.locator("#ml-ask").bounding_box()["y"]
 
 
@@ -335,6 +343,25 @@ def test_on_a_desktop_columns_stand_side_by_side(page):
     boxes = page.locator(".ml-card").evaluate_all("cards => cards.map(c => c.getBoundingClientRect().toJSON())")
     assert len({round(box["top"]) for box in boxes}) == len({round(box["width"]) for box in boxes}) == 1
     assert len({round(box["height"]) for box in boxes}) == 1
+
+
+SHIFTS = """() => { window.shift = 0; new PerformanceObserver(list => {
+    for (const entry of list.getEntries()) window.shift += entry.value;
+}).observe({type: "layout-shift"}); }"""
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+def test_run_does_not_move_the_page(visit, width, height):
+    """The cumulative layout shift of a run is below 0.1, and on a desktop all columns stay in view."""
+    page = visit("", width, height)
+    page.wait_for_timeout(500)  # fonts and late parts
+    page.evaluate(SHIFTS)
+    ask(page, "a long text, " * 4)
+    wait_for_states(page, "length", "eos", "eos")
+    page.wait_for_timeout(300)
+    assert page.evaluate("window.shift") < 0.1
+    bottoms = page.locator(".ml-card").evaluate_all("cards => cards.map(c => c.getBoundingClientRect().bottom)")
+    assert width < 500 or max(bottoms) <= height
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from minilora_hub.demo.ui.page_state import text_of
+from minilora_hub.demo.ui.page_state import ENDED, text_of
 from minilora_hub.documents import Scalar, strict_json
 from minilora_hub.errors import PageError
 from minilora_hub.formatting import block, inline
@@ -74,7 +74,7 @@ class Comparison:
     @property
     def complete(self) -> bool:
         """Whether every answer ended by itself, without an error and without being stopped."""
-        return all(column["state"] in ("eos", "length", "stop") for column in self.columns)
+        return all(column["state"] in ENDED for column in self.columns)
 
     @property
     def memory(self) -> int:
@@ -122,6 +122,7 @@ def exported_json(comparison: Comparison) -> str:
             "weights": weights.hash,
             "revision": weights.revision,
             "answer": text_of(column),
+            "right": column.get("right"),
             "ended": column["state"],
             "error": column["error"],
             "tokens": column["tokens"],
@@ -133,6 +134,7 @@ def exported_json(comparison: Comparison) -> str:
     ]
     content = {
         "prompt": comparison.prompt,
+        "expected": comparison.stage.get("expected"),
         "sampling": comparison.sampling,
         "base": comparison.base,
         "time": comparison.time,

@@ -18,6 +18,7 @@ from minilora_hub.compare.engine import Column, Sampling
 from minilora_hub.demo.adapters.catalogue import MOST_ADAPTERS
 from minilora_hub.demo.adapters.columns import SoloExperts, describe_columns
 from minilora_hub.demo.runs.comparison import Comparison
+from minilora_hub.demo.runs.examples import Example, expected_answers
 from minilora_hub.demo.runs.history import History, KeptComparison
 from minilora_hub.demo.runs.runner import Runner, waiting_words
 from minilora_hub.demo.ui.page_state import Frame, RunningComparison
@@ -81,7 +82,7 @@ class Visitor:
             columns = self.columns()
         except AdapterError:
             columns = self._runner.engine.columns
-        return describe_columns(self._runner.engine, columns)
+        return describe_columns(self._runner.catalogue, columns)
 
     def adapters(self) -> list[str]:
         """Return the names of the adapters that the page shows."""
@@ -145,7 +146,8 @@ class Visitor:
         It also ends, without a last frame, when the visitor chooses other adapters, whose columns are then shown.
         """
         number, stop, chosen = self._number, self._stop, self._adapters
-        running = RunningComparison(number, self.about(), prompt, sampling, self._runner.engine.token_text)
+        expected = self._visitors.expected.get(prompt.strip())
+        running = RunningComparison(number, self.about(), prompt, sampling, self._runner.engine.token_text, expected)
         try:
             moments = self._runner.answer(prompt, sampling, self.columns(), stop)
         except (ValueError, AdapterError) as error:
@@ -230,13 +232,18 @@ class Visitors:
         runner: runs the comparisons.
         votes: stores votes.
         shared: stores shared comparisons.
+        examples: prompts of which the right answer may be known.
 
     Attributes:
         numbers: counter that numbers the runs.
+        expected: {prompt: right answer}.
     """
 
-    def __init__(self, runner: Runner, votes: VoteStore, shared: SharedComparisons) -> None:
-        self.runner, self.votes, self.shared = runner, votes, shared
+    def __init__(
+        self, runner: Runner, votes: VoteStore, shared: SharedComparisons, examples: Sequence[Example] = ()
+    ) -> None:
+        self.runner, self.votes, self.shared, self.examples = runner, votes, shared, tuple(examples)
+        self.expected = expected_answers(self.examples)
         self.numbers = count(1)
         self._visitors: OrderedDict[str, Visitor] = OrderedDict()  # least recently active first
 

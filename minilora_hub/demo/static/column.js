@@ -4,12 +4,13 @@ const CARD = `
   <div class="ml-band" aria-hidden="true"></div>
   <header>
     <span class="ml-badge" aria-hidden="true"></span>
-    <h2 class="ml-name"></h2>
     <span class="ml-state"></span>
+    <span class="ml-verdict" hidden></span>
   </header>
+  <h2 class="ml-name"></h2>
   <p class="ml-facts"></p>
-  <div class="ml-answer" dir="auto" tabindex="0" role="group"><span class="ml-text"></span><span class="ml-caret" aria-hidden="true"></span></div>
-  <p class="ml-error" hidden></p>
+  <div class="ml-purpose"><p></p><p></p></div>
+  <div class="ml-answer" dir="auto" tabindex="0" role="group"><span class="ml-text"></span><span class="ml-caret" aria-hidden="true"></span><p class="ml-error" hidden></p></div>
   <button type="button" class="ml-fork" hidden></button>
   <dl class="ml-numbers">
     <div><dt>tokens/s</dt><dd class="ml-rate">–</dd></div>
@@ -32,6 +33,8 @@ class Column {
     this.find("badge").textContent = about.letter ? `${about.letter} ${about.badge}` : about.badge;
     this.find("name").textContent = about.name;
     this.find("facts").textContent = about.facts;
+    const lines = [about.purpose || (about.kind === "base" ? "The model itself, without an adapter." : ""), about.score || ""];
+    this.card.querySelectorAll(".ml-purpose p").forEach((line, index) => Object.assign(line, { textContent: lines[index], title: lines[index] }));
     this.find("answer").setAttribute("aria-label", `Answer of ${about.name}. Use the arrow keys to move between tokens.`);
     this.spans = [];
     this.at = null;
@@ -72,6 +75,9 @@ class Column {
     if (now.state === "eos") this.spans.at(-1)?.classList.toggle("ml-end", !this.answer.tokens.at(-1).t);
     this.find("error").hidden = !now.error;
     this.find("error").textContent = now.error || "";
+    this.find("verdict").hidden = typeof now.right !== "boolean";
+    this.find("verdict").textContent = now.right ? "✓ right" : "✗ wrong";
+    this.find("verdict").dataset.right = now.right ? "yes" : "no";
     this.find("rate").textContent = digits(now.rate, now.rate >= 100 ? 0 : 1);
     this.find("first").textContent = now.first === null ? "–" : digits(now.first, 2) + " s";
     this.find("tokens").textContent = now.tokens || "–";
@@ -111,8 +117,13 @@ class Column {
     const whole = count >= this.spans.length;
     this.card.dataset.state = whole || this.now.state === "error" ? this.now.state : "replaying";
     this.find("state").textContent = whole ? STATES[this.now.state] || this.now.state : "";
+    this.find("verdict").classList.toggle("ml-unseen", !whole);
+    // A running answer is followed to its end, unless the visitor has scrolled up.
+    const box = this.find("answer");
+    if (this.follows === undefined || box.scrollTop >= this.follows - 40) box.scrollTop = box.scrollHeight;
+    this.follows = box.scrollHeight - box.clientHeight;
     const button = this.find("fork");
     button.hidden = fork === null || fork >= count;
-    if (!button.hidden) button.textContent = `differs from the base from token ${fork + 1}`;
+    if (!button.hidden) button.textContent = `differs from token ${fork + 1}`;
   }
 }

@@ -10,24 +10,25 @@ class Stage {
     this.run = null;
     this.step = null; // null: follow the latest step
     this.chosen = null; // {column, at}
-    this.mixture = null;
+    this.open = null; // the column that a phone shows
     this.row = this.box.querySelector(".ml-columns");
-    this.tabs = new Tabs(this.box.querySelector(".ml-tabs"), this.row);
+    this.tabs = new Tabs(this.box.querySelector(".ml-tabs"), this.row, (index) => {
+      this.open = index;
+      if (this.columns[0].now) this.refresh(); // not while they are being built
+    });
     this.timeline = new Timeline(
       this.box.querySelector(".ml-timeline"),
       (step) => this.go(step),
       (column) => this.chooseFork(column),
     );
-    this.heatmap = new Heatmap(
-      this.box.querySelector(".ml-heat"),
-      (column) => {
-        this.mixture = column;
-        this.refresh();
-      },
-      (column, expert) => this.solo(column, expert),
-    );
-    this.inspector = new Inspector(this.box.querySelector(".ml-inspector"));
+    this.experts = new Experts(this.box.querySelector(".ml-heat"), (column, expert) => this.solo(column, expert));
+    this.inspector = new Inspector(this.box.querySelector(".ml-inspector"), () => this.unchoose());
     this.box.querySelector(".ml-picture").addEventListener("click", () => this.share());
+    this.box.querySelector(".ml-tall").addEventListener("click", ({ currentTarget: button }) => {
+      const tall = button.getAttribute("aria-pressed") !== "true";
+      button.setAttribute("aria-pressed", String(tall));
+      this.box.dataset.tall = tall ? "yes" : "no";
+    });
     minilora.marks.listen(() => this.refresh());
     this.keys();
   }
@@ -41,6 +42,7 @@ class Stage {
     const fresh = now.run !== this.run || described !== this.described;
     if (fresh) this.start(now, described);
     const before = this.columns.map((column) => column.answer.tokens.length);
+    this.paintAsked(now);
     now.columns.forEach((column, index) => this.columns[index].paint(column));
     this.compare(before);
     this.box.dataset.blind = now.blind ? "yes" : "no";
@@ -62,12 +64,17 @@ class Stage {
     this.box.style.setProperty("--columns", this.columns.length);
     this.box.dataset.count = this.columns.length;
     this.tabs.build(now.columns.map((column) => column.about), this.columns.map((column) => column.card));
-    const mixtures = this.mixtures();
-    if (!mixtures.some(([index]) => index === this.mixture)) this.mixture = mixtures.length ? mixtures[0][0] : null;
-    const replay = this.box.querySelector(".ml-replay");
-    replay.hidden = !now.replay;
-    replay.querySelector(".ml-replay-prompt").textContent = now.prompt;
-    replay.querySelector(".ml-replay-words").textContent = now.replay || "";
+  }
+
+  // The line above the columns: the prompt, the expected answer, and whether this is a replay.
+  paintAsked({ prompt, expected, replay }) {
+    const find = (name) => this.box.querySelector(name);
+    find(".ml-replay-mark").hidden = !replay;
+    find(".ml-asked-prompt").textContent = find(".ml-asked-prompt").title = prompt;
+    find(".ml-asked-prompt").hidden = !prompt;
+    find(".ml-expected").hidden = !expected;
+    find(".ml-expected code").textContent = find(".ml-expected").title = expected || "";
+    find(".ml-replay-words").textContent = replay || "";
   }
 
   // Which tokens each answer shares with the base's; only new tokens are compared.
@@ -131,24 +138,19 @@ class Stage {
     return { inA: new Set([...inA].map((i) => ofBase[i])), inB: new Set([...silent, ...[...inB].map((j) => ours[j])]) };
   }
 
-  mixtures() {
-    return this.columns.flatMap(({ answer: { about } }, index) =>
-      about.experts && (about.solo === null || about.solo === undefined) ? [[index, about.name]] : [],
+  paintExperts(shown) {
+    const mixtures = this.columns.flatMap(({ answer }, column) =>
+      answer.about.experts && !Number.isInteger(answer.about.solo) ? [{ column, answer, solos: this.solos(answer.about) }] : [],
     );
+    const open = mixtures.some(({ column }) => column === this.open) ? this.open : null;
+    this.experts.paint(this.now.blind ? [] : mixtures, shown, open);
   }
 
-  paintExperts(shown) {
-    const mixtures = this.now.blind ? [] : this.mixtures();
-    if (!mixtures.length || this.mixture === null) {
-      this.heatmap.paint([], null, "", [], [], 0);
-      return;
-    }
-    const { about, tokens } = this.columns[this.mixture].answer;
-    const solos = this.columns.flatMap(({ answer: { about: other } }) =>
-      other.adapter === about.adapter && Number.isInteger(other.solo) ? [other.solo] : [],
+  // The experts of an adapter that have a column of their own.
+  solos({ adapter }) {
+    return this.columns.flatMap(({ answer: { about } }) =>
+      about.adapter === adapter && Number.isInteger(about.solo) ? [about.solo] : [],
     );
-    const use = expertUse(tokens, about.experts, shown);
-    this.heatmap.paint(mixtures, this.mixture, about.name, use, solos, Math.min(shown, tokens.length));
   }
 
   paintInspector(shown) {
@@ -160,7 +162,7 @@ class Stage {
     const base = this.columns[0].answer;
     const fork = answer.fork(base);
     const same = !this.now.blind && this.chosen.at < base.tokens.length && (fork === null || this.chosen.at <= fork);
-    this.inspector.paint(answer, base, this.chosen.at, same);
+    this.inspector.paint(answer, base, this.chosen.at, same, this.columns[this.chosen.column].spans[this.chosen.at]);
   }
 
   // ---- what a visitor does ----
@@ -168,9 +170,6 @@ class Stage {
   choose(column, at) {
     this.columns.forEach((one, index) => one.mark(index === column ? at : null));
     this.chosen = { column, at };
-    if (this.columns[column].answer.about.experts && this.mixtures().some(([index]) => index === column)) {
-      this.mixture = column;
-    }
     this.refresh();
   }
 
@@ -186,12 +185,10 @@ class Stage {
   }
 
   solo(column, expert) {
-    const { adapter } = this.columns[column].answer.about;
-    const current = this.columns.flatMap(({ answer: { about } }) =>
-      about.adapter === adapter && Number.isInteger(about.solo) ? [about.solo] : [],
-    );
+    const { about } = this.columns[column].answer;
+    const current = this.solos(about);
     const experts = current.includes(expert) ? current.filter((one) => one !== expert) : [...current, expert];
-    this.trigger("solo", { adapter, experts, prompt: this.now.prompt });
+    this.trigger("solo", { adapter: about.adapter, experts, prompt: this.now.prompt });
   }
 
   share() {

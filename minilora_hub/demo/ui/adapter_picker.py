@@ -58,7 +58,7 @@ def build_adapter_picker(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> N
 
     def shown(visitor: Visitor) -> dict[Any, Any]:
         return {
-            parts.headline: headline(runner.engine, visitor.columns()),
+            parts.headline: headline(runner.catalogue, visitor.columns()),
             parts.stage: idle_stage(visitor.about()),
             parts.status: status("idle", "Ready."),
             parts.stop: gr.Button(interactive=False),

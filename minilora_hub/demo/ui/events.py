@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Protocol
@@ -63,6 +62,9 @@ def connect_run(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> Start:
         async for frame in visitor.run_and_keep(text, sampling):
             yield [*show(frame), frame.stage if frame.finished else None]
 
+    async def fill_in(event: gr.EventData) -> str:
+        return visitors.examples[int(sent(event)["index"])].prompt
+
     async def ask_solo(event: gr.EventData, request: gr.Request) -> str:
         try:
             visitors.of(request.session_hash).ask_solo(SoloExperts.read(sent(event)))
@@ -92,9 +94,7 @@ def connect_run(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> Start:
         )
 
     start(partial(gr.on, [parts.run.click, parts.prompt.submit]))
-    for example in parts.examples:
-        fill = example.click(None, None, parts.prompt, js=f"() => {json.dumps(example.value)}", **QUIET)
-        start(fill.then)
+    start(parts.examples.select(fill_in, None, parts.prompt, queue=False, **QUIET).success)
     # A separate event, because it uses the prompt of the shown comparison, not the text in the input field.
     asked = parts.stage.solo(ask_solo, None, parts.prompt, queue=False, **QUIET)
     start(asked.success, same_seed=True)

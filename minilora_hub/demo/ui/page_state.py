@@ -6,15 +6,17 @@ A *stage* is the state of all columns. The page renders it; the history, share l
      "prompt": "…",
      "sampling": {…},         the settings, see `Sampling`
      "replay": None,          or the label of a replay, which the page then plays at reading pace
+     "expected": None,        or the right answer, if the prompt has one
      "columns": [{"about": {"name", "kind", "badge", "facts", "experts", …},   from `columns.describe_columns`
                   "state": "idle" | "waiting" | "writing" | the reason why the answer ended,
                   "log": '{"t": "Hi", …}\n…',     one line of JSON a token, see `_token_line`
-                  "tokens": 3, "first": seconds, "rate": tokens/s, "step": ms, "error": None}]}
+                  "tokens": 3, "first": seconds, "rate": tokens/s, "step": ms, "error": None,
+                  "right": None | whether the finished answer is the expected one}]}
 
 The log is an append-only string, because Gradio then sends only the appended part: each token crosses the network once,
 however long the answers are. A *status* is the content of the line above the columns::
 
-    {"phase": "idle" | "busy" | "done" | "stopped" | "error", "words": "…", "badge": "…"}
+    {"phase": "idle" | "busy" | "done" | "stopped" | "error", "words": "…", "badge": "…", "hint": "explains the badge"}
 """
 
 from __future__ import annotations
@@ -28,6 +30,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from minilora_hub.compare.engine import Sampling, Update
+from minilora_hub.demo.runs.examples import is_right
+from minilora_hub.demo.runs.rates import CommonRates
+from minilora_hub.formatting import counted
+
+ENDED = ("eos", "length", "stop")
+"""States of an answer that ended by itself."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class RunningComparison:
         prompt: the prompt.
         sampling: the settings.
         token_text: returns the text of a single token, for an adapter; see `CompareEngine.token_text`.
+        expected: the right answer, if the prompt has one.
 
     Attributes:
         forwards: forward passes of the base for this comparison, counted by the caller.
@@ -60,13 +69,15 @@ class RunningComparison:
         prompt: str = "",
         sampling: Sampling | None = None,
         token_text: Callable[[int, str | None], str] = lambda token, adapter: str(token),
+        expected: str | None = None,
     ) -> None:
         self.forwards = 0
+        self._rates, self._expected = CommonRates(), expected
         self._started = time.perf_counter()
         self._number, self._prompt, self._sampling = number, prompt, sampling
         self._token_text = token_text
         self._alone = [0] * len(about)  # forward passes that each column would have needed alone
-        blank = {"log": "", "tokens": 0, "first": None, "rate": None, "step": None, "error": None}
+        blank = {"log": "", "tokens": 0, "first": None, "rate": None, "step": None, "error": None, "right": None}
         self._columns: list[dict[str, Any]] = [{"about": one, "state": "waiting", **blank} for one in about]
 
     def add(self, update: Update) -> None:
@@ -79,9 +90,11 @@ class RunningComparison:
         column["state"] = update.reason or "writing"
         column["tokens"] = update.tokens
         column["first"] = _rounded(update.seconds_to_first_token)
-        column["rate"] = _rounded(update.tokens_per_second)
+        column["rate"] = _rounded(self._rates.add(update))
         column["step"] = _rounded(update.milliseconds_per_step)
         column["error"] = update.error
+        if self._expected is not None and update.reason in ENDED:
+            column["right"] = is_right(text_of(column), self._expected)
 
     def waiting(self, words: str) -> Frame:
         """Return the frame of a waiting comparison, with a message."""
@@ -102,29 +115,38 @@ class RunningComparison:
             "prompt": self._prompt,
             "sampling": None if self._sampling is None else dataclasses.asdict(self._sampling),
             "replay": None,
+            "expected": self._expected,
             "columns": [{**column, **fields} for column in self._columns],
         }
 
     def _status(self, finished: bool, stopped: bool) -> dict:
         if not finished:
             writing = any(column["state"] != "waiting" for column in self._columns)
-            return status("busy", "Writing…" if writing else "Reading the prompt…", self._badge())
+            return self._counted("busy", "Writing…" if writing else "Reading the prompt…")
         tokens = sum(column["tokens"] for column in self._columns)
-        facts = f"{tokens} tokens in {time.perf_counter() - self._started:.1f} s."
+        facts = f"{counted(tokens, 'token')} in {time.perf_counter() - self._started:.1f} s."
         failed = sum(column["state"] == "error" for column in self._columns)
         if failed:
-            return status("error", f"{failed} of {len(self._columns)} columns failed. {facts}", self._badge())
-        if stopped:
-            return status("stopped", f"Stopped. {facts}", self._badge())
-        return status("done", f"Done. {facts}", self._badge())
+            return self._counted("error", f"{failed} of {len(self._columns)} columns failed. {facts}")
+        return self._counted("stopped", f"Stopped. {facts}") if stopped else self._counted("done", f"Done. {facts}")
 
-    def _badge(self) -> str:
-        """Return the counted forward passes, and how many the columns would need one by one."""
+    def _counted(self, phase: str, words: str) -> dict:
+        """Return a status with the counted steps, and what they mean."""
         if not self.forwards:
-            return ""
+            return status(phase, words)
+        steps, columns = counted(self.forwards, "step"), counted(len(self._columns), "column")
+        longest = max(self._columns, key=lambda column: column["tokens"])
+        parts = [f"{steps} for {'all ' if len(self._columns) > 1 else ''}{columns}"]
+        parts += [f"{longest['step']:.0f} ms a step"] if longest["step"] else []
         first = [column["first"] for column in self._columns if column["first"] is not None]
-        parts = ["1 pass", f"{self.forwards} forwards, not {sum(self._alone)}"]
-        return " · ".join([*parts, f"first token {max(first):.1f} s"] if first else parts)
+        parts += [f"first token {max(first):.1f} s"] if first else []
+        hint = (
+            "One pass: each step runs the base once for all columns together, so they share the time of a step. "
+            f"One column after the other would take {counted(sum(self._alone), 'step')}."
+        )
+        if self._rates.steps:
+            hint += f" Tokens/s are those of the first {counted(self._rates.steps, 'token')}, while all columns wrote."
+        return status(phase, words, " · ".join(parts), hint)
 
 
 def idle_stage(about: Sequence[dict]) -> dict:
@@ -132,9 +154,9 @@ def idle_stage(about: Sequence[dict]) -> dict:
     return RunningComparison(0, about).stage(state="idle")
 
 
-def status(phase: str, words: str, badge: str = "") -> dict:
+def status(phase: str, words: str, badge: str = "", hint: str = "") -> dict:
     """Return the content of the status line."""
-    return {"phase": phase, "words": words, "badge": badge}
+    return {"phase": phase, "words": words, "badge": badge, "hint": hint}
 
 
 def text_of(column: dict) -> str:

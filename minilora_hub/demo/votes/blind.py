@@ -52,10 +52,10 @@ class Blindfold:
                     "state": column["state"],
                     "log": self._texts(index, column["log"]),
                     "error": "This answer failed." if column["error"] else None,
-                    **{"tokens": 0, "first": None, "rate": None, "step": None},
+                    **{"tokens": 0, "first": None, "rate": None, "step": None, "right": None},
                 }
             )
-        shown = {"run": stage["run"], "prompt": stage["prompt"], "sampling": None, "replay": None}
+        shown = {"run": stage["run"], "prompt": stage["prompt"], "sampling": None, "replay": None, "expected": None}
         return {**shown, "blind": True, "columns": columns}
 
     def _texts(self, index: int, log: str) -> str:
