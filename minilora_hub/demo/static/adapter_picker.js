@@ -129,7 +129,7 @@ document.addEventListener("ml:adapter", ({ detail: { act, adapter } }) => {
   const now = props.value;
   const about = now.cards.find((one) => one.name === adapter);
   if (act === "use" && about) showUsage(about);
-  if (act === "remove") trigger("submit", { names: now.chosen.filter((name) => name !== adapter) });
+  if (act === "remove" && now.chosen.includes(adapter)) trigger("submit", { names: now.chosen.filter((name) => name !== adapter) });
   if (act === "add") {
     unfold(true);
     fold.scrollIntoView({ block: "start" });
