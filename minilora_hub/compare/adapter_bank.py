@@ -14,7 +14,7 @@ S-LoRA on a GPU (arXiv 2311.03285).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,6 +243,11 @@ class AdapterBank:
         if not 0 <= expert < experts:
             need = f"from 0 to {experts - 1}" if experts else "None: it has no experts"
             raise ValueError(f"solo_expert={expert!r}: for {name or 'the base'} it must be {need}")
+
+    def adapts_head(self, names: Iterable[str | None]) -> bool:
+        """Return whether one of these adapters changes the output embeddings of the model."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        return isinstance(head, BankedLinear) and any(name in head.updates for name in {*names} if name is not None)
 
     # ---- internals ----
 
