@@ -14,7 +14,7 @@ S-LoRA on a GPU (arXiv 2311.03285).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +44,14 @@ class BankEntry:
         folder: the folder of its files.
         facts: its kind and size, from its configuration.
         bytes: size of its tensors in memory; 0 while it is not loaded.
+        version: of the files that were last loaded; it is another one after they have changed. None before that.
     """
 
     name: str
     folder: Path
     facts: AdapterFacts
     bytes: int = 0
+    version: Hashable | None = None
 
     @property
     def loaded(self) -> bool:
@@ -263,6 +265,7 @@ class AdapterBank:
             self._loaded.move_to_end(name)
             self.make_room()  # adapters that were in use when the limit was last enforced may be idle now
             return
+        version = _version(entry.folder)  # before the files are read
         with naming(name):
             config, tensors, sites = read_adapter(read_source(entry.folder), BaseSource.of_model(self._plain))
         # An adapter stored in bf16 is computed in the base's dtype: quicker on a CPU than changing dtype per layer.
@@ -293,16 +296,15 @@ class AdapterBank:
                 layers.append(self._block(path, part))
                 self._block(path, part).mixtures[name] = part
         self._loaded[name] = layers
-        self._entries[name] = BankEntry(
-            name, entry.folder, adapter_facts(entry.folder), size
-        )  # read again, as the folder may have changed
+        facts = adapter_facts(entry.folder)  # read again, as the folder may have changed
+        self._entries[name] = BankEntry(name, entry.folder, facts, size, version)
         self.make_room()
 
     def _drop(self, name: str) -> None:
         for layer in self._loaded.pop(name, ()):
             (layer.updates if isinstance(layer, BankedLinear) else layer.mixtures).pop(name)
         entry = self._entries[name]
-        self._entries[name] = BankEntry(name, entry.folder, entry.facts)
+        self._entries[name] = BankEntry(name, entry.folder, entry.facts, version=entry.version)
 
     def _linear(self, path: str) -> BankedLinear:
         """Return the banked linear at `path` of the base, which replaces the plain one on the first call."""
@@ -321,6 +323,11 @@ class AdapterBank:
         parent, _, name = path.rpartition(".")
         setattr(self._modules[parent], name, wrapper)
         self._wrapped[path] = wrapper
+
+
+def _version(folder: Path) -> Hashable:
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    return str(folder), *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
 def _tensor_bytes(model: nn.Module) -> int:

@@ -35,11 +35,17 @@ class RowsByAdapter(FIFOScheduler):
 
     Attributes:
         removed: called with the id of a cancelled request when it is gone.
+        forget_prefixes: set it to forget, before the next step, the blocks that no running row uses.
     """
+
+    forget_prefixes = False
 
     removed: Callable[[str], None]
 
     def schedule_batch(self, *budgets: int) -> tuple[list[FutureRequestState] | None, bool, int, int]:
+        if self.forget_prefixes:
+            self.forget_prefixes = False
+            self.cache.evict_cached_blocks()
         rows, *rest = super().schedule_batch(*budgets)
         return sorted(rows, key=lambda row: row.state.request_id) if rows else rows, *rest  # type: ignore[return-value]
 
@@ -89,6 +95,7 @@ def build_manager(
     step: Callable[[list[FutureRequestState], dict[str, Any]], list[int]],
     removed: Callable[[str], None],
     failed: Callable[[str, str], None],
+    share_prefixes: bool,
 ) -> ContinuousBatchingManager:
     """Return a manager, with its cache, that is not started.
 
@@ -98,6 +105,7 @@ def build_manager(
         step: computes a batch of requests from the arguments of a forward; a token for each that needs one, or `END`.
         removed: called with the id of a cancelled request when it is gone.
         failed: called with the id and the message of a request that the manager ends.
+        share_prefixes: whether rows that begin with the same ids share keys and values, where the base allows it.
 
     Raises:
         ServingError: there is too little memory for a cache of `limits.cache_tokens`.
@@ -108,7 +116,7 @@ def build_manager(
         num_blocks=-(-limits.cache_tokens // PAGE),
         max_batch_tokens=max(STEP_TOKENS, limits.rows),
         max_requests_per_batch=limits.rows,
-        allow_block_sharing=False,
+        allow_block_sharing=share_prefixes,
         use_cuda_graph=False,
         use_async_batching=False,
         scheduler_type=RowsByAdapter.__name__,

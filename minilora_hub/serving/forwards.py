@@ -109,11 +109,11 @@ class SeparateForward:
         return [self._result(part) for part in parts]
 
     def _result(self, part: Part) -> Result:
-        if part.start == 0:
-            self._rows[part.key] = DecodingBatch(self._bank, [part.adapter])
-        batch = self._rows[part.key]
-        batch.append([part.ids])
         try:
+            if part.start == 0:
+                self._rows[part.key] = DecodingBatch(self._bank, [part.adapter])
+            batch = self._rows[part.key]
+            batch.append([part.ids])
             logits = batch.read(every=part.every)
         except Exception as error:
             return Result(error=error)

@@ -14,7 +14,8 @@ from minilora_hub.compare.engine import CompareEngine
 from minilora_hub.compare.found_adapters import find_adapter
 from minilora_hub.compare.prompt_index import AdapterIndex, Choice, choose_in
 from minilora_hub.errors import AdapterError, ServingError
-from minilora_hub.serving.scheduler import UNUSABLE, Scheduler
+from minilora_hub.serving.scheduler import Scheduler
+from minilora_hub.serving.steps import UNUSABLE
 
 AUTO: Final = "auto"
 """The model that stands for the adapter which an index chooses by the prompt."""

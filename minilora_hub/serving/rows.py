@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -22,6 +22,8 @@ class ServedRow:
         cancelled: whether its client has left.
         status: HTTP status of its error, if it ends with one.
         key: its name in the manager; rows are sorted by it.
+        space: whose its tokens are in the manager; see `TokenSpaces`.
+        version: of its adapter's files when it was submitted; None where it shares nothing.
         running: whether it has been part of a step.
         held: keeps its adapter in memory while it runs.
     """
@@ -33,6 +35,8 @@ class ServedRow:
     cancelled: bool = False
     status: int = 500
     key: str = ""
+    space: int = 0
+    version: Hashable | None = None
     running: bool = False
     held: ExitStack = field(default_factory=ExitStack)
 

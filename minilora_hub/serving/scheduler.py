@@ -12,16 +12,14 @@ is added at its public seams:
 - Attention on a CPU: see `packed_attention.py`. Bases whose layers can't tell packed rows apart, which are found by
   trying, run row by row in the same batches: see `forwards.py`.
 - Bounds of the queue, since its own blocks the caller where the queue is full.
-
-Blocks of the cache are not shared between rows with a common prefix: the manager's key for a block is its tokens, and
-two adapters have different keys and values for the same tokens.
+- Token ids of their own for each adapter, so that rows with a common prefix share its keys and values within an adapter
+  only: see `token_spaces.py`.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
-import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final
@@ -33,20 +31,19 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from minilora_hub.compare.adapter_bank import AdapterBank
-from minilora_hub.compare.answer import Update
 from minilora_hub.compare.engine import CompareEngine
-from minilora_hub.errors import AdapterError, ServingError
-from minilora_hub.serving.batching_manager import END, PAGE, build_manager
-from minilora_hub.serving.forwards import PackedForward, Part, Result, SeparateForward, differs, stand_in
+from minilora_hub.errors import ServingError
+from minilora_hub.serving.batching_manager import PAGE, build_manager
+from minilora_hub.serving.forwards import PackedForward, SeparateForward, differs, stand_in
 from minilora_hub.serving.rows import Load, ServedRow
 from minilora_hub.serving.settings import ServerLimits
+from minilora_hub.serving.steps import Steps
+from minilora_hub.serving.token_spaces import LARGEST, TokenSpaces
 
 PACKS: Final = Version("5.24")
 """The first transformers whose attention is handed the keys that the paged cache has, and not the cache."""
 
 SHUTTING_DOWN = "the server is shutting down"
-UNUSABLE = (AdapterError, ValueError, OSError)
-"""Exceptions that mean that an adapter is damaged or missing, or does not fit the base."""
 
 
 class Scheduler:
@@ -69,13 +66,16 @@ class Scheduler:
         self._rows: dict[str, ServedRow] = {}
         self._numbers = itertools.count()
         self._stopping = False
-        self._steps = self._rows_computed = 0
         self.row_by_row = self._try_packed(engine.bank)
-        self._forward = (PackedForward if self.row_by_row is None else SeparateForward)(engine.bank)
         if self.row_by_row is not None:
-            self._manager = self._build(stand_in())
+            self._manager = self._build(stand_in(), share=False)
         processor: Any = self._manager.batch_processor
-        self._cache = processor.cache
+        self._cache, self._order = processor.cache, processor.scheduler
+        model: Any = engine.bank.model
+        vocabulary = LARGEST if self.row_by_row is not None else model.get_input_embeddings().weight.shape[0]
+        self._spaces = TokenSpaces(vocabulary, self._spaces_in_use, self._forget_prefixes)
+        forward = (PackedForward if self.row_by_row is None else SeparateForward)(engine.bank)
+        self._steps = Steps(engine, forward, self._spaces, self._rows, self._let_go)
 
     def _try_packed(self, bank: AdapterBank) -> str | None:
         """Build the manager for the bank's model; return why its rows can't be packed, or None."""
@@ -84,13 +84,13 @@ class Scheduler:
         if not getattr(bank.model, "_supports_attention_backend", False):
             return f"{type(bank.model).__name__} has an attention of its own"
         try:
-            self._manager = self._build(bank.model)
+            self._manager = self._build(bank.model, share=True)
         except (ValueError, AttributeError) as error:  # the manager refuses some kinds of attention and of layers
             return str(error)
         return differs(bank, self._manager.batch_processor)
 
-    def _build(self, model: Any) -> ContinuousBatchingManager:
-        return build_manager(model, self.limits, self._step, self._removed, self._failed)
+    def _build(self, model: Any, share: bool) -> ContinuousBatchingManager:
+        return build_manager(model, self.limits, self._step, self._removed, self._failed, share)
 
     def start(self) -> None:
         """Start the thread."""
@@ -138,9 +138,12 @@ class Scheduler:
                 entry = None if row.adapter is None else self.engine.bank.find(row.adapter)
                 mixture = entry is not None and entry.facts.experts > 0
                 row.key = f"{int(mixture)} {row.adapter or ''} {next(self._numbers):012}"
+                if not row.answer.scoring:  # the tokens of a shared prefix are not computed, and have no scores
+                    row.version = "base" if row.adapter is None else entry and entry.version
+                row.space = self._spaces.of(row.version)
                 self._rows[row.key] = row
         for row in rows:
-            ids = row.answer.ids[0].tolist()
+            ids = [self._spaces.enter(token, row.space) for token in row.answer.ids[0].tolist()]
             if self._manager.add_request(ids, row.key, max_new_tokens=row.limit + 1) is None:
                 self._failed(row.key, "the server has failed")  # since the check above
 
@@ -181,81 +184,24 @@ class Scheduler:
         running = sum(row.running for row in rows)
         cache = self._cache
         used = cache.num_sectors * cache.bytes_per_sector - cache.compute_free_capacity(relative=False)
-        return Load(running, len(rows) - running, int(used), self._steps, self._rows_computed)
+        for allocator in cache.cache_allocators.values():  # kept for rows to come, and given up when there is need
+            used -= len(allocator.ledger.cached_blocks) * allocator.bytes_per_block
+        return Load(running, len(rows) - running, int(used), self._steps.count, self._steps.rows_computed)
 
     # ---- in the manager's thread ----
 
     def _step(self, requests: list[FutureRequestState], inputs: dict[str, Any]) -> list[int]:
-        """Compute a step, and return a token for each request that needs one."""
-        began = time.perf_counter()
-        updates: list[tuple[ServedRow, Update]] = []
         if self._stopping:
             self._end_all()
-        with self.engine.exclusive():
-            parts, at = [], 0
-            ids = inputs["input_ids"][0].tolist()
-            for request in requests:
-                piece = ids[at : at + request.query_length]
-                parts.append(self._part(request, piece, updates))
-                at += len(piece)
-            results = self._compute(parts, inputs)
-            seconds = time.perf_counter() - began
-            for part, result in zip(parts, results, strict=True):
-                row = self._rows.get(part.key)
-                if row is None or row.answer.finished:
-                    continue
-                if row.cancelled:
-                    self._let_go(row)
-                    continue
-                if result.error is not None:
-                    updates.append((row, row.answer.end("error", f"{type(result.error).__name__}: {result.error}")))
-                    continue
-                if part.every:
-                    seen = max(len(row.answer.prompt_scores) - 1 - part.start, 0)  # where the cache was full
-                    row.answer.score_prompt(part.start + seen, result.logits[seen:])
-                if part.last:
-                    updates.append((row, row.answer.take(result.logits[-1], seconds, **result.experts)))
-            for row, update in updates:
-                if update.finished:
-                    self._let_go(row)
-            self.engine.bank.make_room()
-        self._steps += 1
-        self._rows_computed += len(updates)
-        for row, update in updates:
-            row.deliver(update)
-        tokens = {row.key: update.token_id or 0 for row, update in updates if not update.finished}
-        ended = [part.key for part in parts if part.key not in self._rows and not part.last]
-        for key in ended:
-            self._manager.cancel_request(key)
-        return [tokens.get(part.key, END) for part in parts if part.last]
-
-    def _part(self, request: FutureRequestState, ids: list[int], updates: list[tuple[ServedRow, Update]]) -> Part:
-        """Describe the tokens of a request, and hold its adapter if this is its first step."""
-        key, start = request.state.request_id, request.state.position_offset - len(ids)
-        row = self._rows.get(key)
-        if row is None or row.cancelled:
-            return Part(key, None, ids, start, False, request.has_new_token)
-        if not row.running:
-            row.running = True
-            try:
-                row.held.enter_context(self.engine.bank.use([row.adapter]))
-            except Exception as error:  # a damaged or missing adapter ends only its own rows
-                row.status = 400 if isinstance(error, UNUSABLE) else 500
-                updates.append((row, row.answer.end("error", f"adapter {row.adapter!r} cannot be used: {error}")))
-                return Part(key, None, ids, start, False, request.has_new_token)
-        return Part(key, row.adapter, ids, start, row.answer.scoring, request.has_new_token)
-
-    def _compute(self, parts: list[Part], inputs: dict[str, Any]) -> list[Result]:
-        try:
-            return self._forward(parts, inputs)
-        except Exception as error:  # it cannot be attributed to one row; without this, every client would wait
-            return [Result(error=error)] * len(parts)
+        return self._steps.compute(requests, inputs)
 
     def _let_go(self, row: ServedRow) -> None:
+        """Let go of a row that has ended, or whose client has left."""
         row.held.close()
-        self._forward.forget(row.key)
+        self._steps.forward.forget(row.key)
         with self._lock:
             self._rows.pop(row.key, None)
+        self._manager.cancel_request(row.key)  # if it has not ended by a token
 
     def _removed(self, key: str) -> None:
         """Let go of a row that was cancelled and that the manager has removed."""
@@ -272,7 +218,12 @@ class Scheduler:
             message, row.status = (SHUTTING_DOWN, 503) if self._stopping else (message, 500)
             row.deliver(row.answer.end("error", message))
 
+    def _spaces_in_use(self) -> set[int]:
+        return {row.space for row in [*self._rows.values()]}
+
+    def _forget_prefixes(self) -> None:
+        self._order.forget_prefixes = True
+
     def _end_all(self) -> None:
         for key in [*self._rows]:
-            self._manager.cancel_request(key)
             self._failed(key, SHUTTING_DOWN)

@@ -33,9 +33,9 @@ def test_a_mixed_batch_gives_each_models_own_tokens(saved, running):
         (model, words, 5 + 7 * (index % 4), {"temperature": 0} if index % 3 else {"temperature": 0.8, "seed": index})
         for index, (model, words) in enumerate((m, w) for w in WORDS for m in ("base", "mix", "dora", "lora") * 2)
     ]
-    before = running[0].scheduler._steps
+    before = running[0].scheduler._steps.count
     found = gather(running[1], [chat(model, words, tokens, **more) for model, words, tokens, more in cases])
-    steps = running[0].scheduler._steps - before
+    steps = running[0].scheduler._steps.count - before
     for (model, words, tokens, more), (status, body) in zip(cases, found, strict=True):
         assert status == 200
         text = expected(engine, words, model, tokens, **more)
@@ -83,7 +83,7 @@ def test_200_clients_fit_a_longer_queue(saved):
         assert [status for status, _ in found] == [200] * 200
         for index, (_, body) in enumerate(found):
             assert body["choices"][0]["message"]["content"] == alone[names[index % 4]]
-        assert server.scheduler._rows_computed > 3 * server.scheduler._steps
+        assert server.scheduler._steps.rows_computed > 3 * server.scheduler._steps.count
 
 
 def test_more_answers_than_ever_fit(slow):
