@@ -73,6 +73,7 @@ class Scheduler:
         self._cache, self._order = processor.cache, processor.scheduler
         model: Any = engine.bank.model
         vocabulary = LARGEST if self.row_by_row is not None else model.get_input_embeddings().weight.shape[0]
+        # One space is enough where rows have caches of their own.
         self._spaces = TokenSpaces(vocabulary, self._spaces_in_use, self._forget_prefixes)
         forward = (PackedForward if self.row_by_row is None else SeparateForward)(engine.bank)
         self._steps = Steps(engine, forward, self._spaces, self._rows, self._let_go)
@@ -140,7 +141,8 @@ class Scheduler:
                 row.key = f"{int(mixture)} {row.adapter or ''} {next(self._numbers):012}"
                 if not row.answer.scoring:  # the tokens of a shared prefix are not computed, and have no scores
                     row.version = "base" if row.adapter is None else entry and entry.version
-                row.space = self._spaces.of(row.version)
+                if self.row_by_row is None:
+                    row.space = self._spaces.of(row.version)
                 self._rows[row.key] = row
         for row in rows:
             ids = [self._spaces.enter(token, row.space) for token in row.answer.ids[0].tolist()]
