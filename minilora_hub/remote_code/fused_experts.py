@@ -2,8 +2,8 @@
 
     y = c_e * (W_e x + s B_e A_e x) + b_e,   c_e = m_e / ||W_e + s B_e A_e||, the norm taken per expert and output row
 
-The base's router chooses the experts e. B_e A_e is never formed; the norm has the three terms of `adapted_linear.py`.
-Parameters are named as in PEFT's `target_parameters`, e.g. ``mlp.experts.down_proj``.
+The base's router chooses the experts e. B_e A_e is never formed: see `adapted_linear.py`. Names are as in PEFT's
+`target_parameters`, e.g. ``mlp.experts.down_proj``.
 """
 
 from collections.abc import Iterable, Iterator
@@ -56,10 +56,10 @@ def experts_in(layer: nn.Module) -> dict[str, dict[str, tuple[int, int, int]]]:
 
     They are computed as transformers' `use_experts_implementation` lays down, and their weights are plain.
     """
-    found = {path: module for path, module in layer.named_modules() if _is_known(module)}
     return {
         path: {name: cast(Any, ExpertsLinear(module, name).weight.shape) for name in projections(module)}
-        for path, module in found.items()
+        for path, module in layer.named_modules()
+        if _is_known(module)
     }
 
 
