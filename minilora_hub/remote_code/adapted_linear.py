@@ -290,8 +290,8 @@ class AdaptedLinear(nn.Module):
         weight = self.weight.mT if transposed else plain_weight(self.base_layer)
         if weight is None:
             raise ValueError(
-                f"cannot merge into a {type(self.base_layer).__name__} (quantised, offloaded, split over processes, or "
-                "not a plain linear): load the base without quantization_config and device_map offload, then merge"
+                f"cannot merge into a {type(self.base_layer).__name__} (quantised, offloaded or not a plain linear): "
+                "load the base without quantization_config and device_map offload, then merge"
             )
         update = self.update
         merged = weight.float() + update.scaling * (update.lora_B.float() @ update.lora_A.float())

@@ -20,8 +20,6 @@ from .expert_slots import Slots, SlotsByExpert, SlotsGathered
 class ExpertsLinear:
     """One stacked parameter as a layer of all experts, without its bias: (experts, …, in) -> (experts, …, out)."""
 
-    bias = None
-
     def __init__(self, experts: Any, name: str) -> None:
         self.experts, self.name = experts, name
 
@@ -52,10 +50,7 @@ def projections(experts: Any) -> tuple[str, str]:
 
 
 def experts_in(layer: nn.Module) -> dict[str, dict[str, tuple[int, int, int]]]:
-    """{path in the layer: {parameter: (experts, out, in)}} of the stacked experts in a layer that can be adapted.
-
-    They are computed as transformers' `use_experts_implementation` lays down, and their weights are plain.
-    """
+    """{path in the layer: {parameter: (experts, out, in)}} of the stacked experts in a layer that can be adapted."""
     return {
         path: {name: cast(Any, ExpertsLinear(module, name).weight.shape) for name in projections(module)}
         for path, module in layer.named_modules()
@@ -64,6 +59,7 @@ def experts_in(layer: nn.Module) -> dict[str, dict[str, tuple[int, int, int]]]:
 
 
 def _is_known(module: Any) -> bool:
+    # transformers' `use_experts_implementation` sets these, and lays down what such a module computes.
     decorated = all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias"))
     if not decorated or getattr(module, "_is_expert_parallel", False):
         return False

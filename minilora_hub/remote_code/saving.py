@@ -15,8 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
@@ -84,7 +83,8 @@ class SavedAdapter(PreTrainedModel):
                 tokens than the base, or `state_dict` lacks a tensor of the adapter. Nothing is written then.
         """
         split = state_dict is None and any(is_split(parameter) for parameter in self.adapter_parameters().values())
-        writes = kwargs.get("is_main_process", True) and not (split and torch.distributed.get_rank())
+        rank = distributed.get_rank() if distributed.is_initialized() else 0
+        writes = kwargs.get("is_main_process", True) and not (split and rank)
         if not (writes or split):
             return
         self._check_before_saving(state_dict, tokenizer)
