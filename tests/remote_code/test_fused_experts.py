@@ -1,8 +1,11 @@
 """LoRA, rsLoRA and DoRA on stacked experts compute what folding each expert's update into its weight gives."""
 
+import ast
 import copy
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,6 +211,19 @@ def test_what_is_asked_for_is_adapted(given, linears, parameters):
         assert stacked == {f"layers.{index}.mlp.experts.down_proj" for index in range(2)}
     else:
         assert not stacked
+
+
+def test_the_configurations_of_the_page():
+    text = (Path(__file__).parents[2] / "docs" / "train.md").read_text(encoding="utf-8")
+    section = text.split("## Bases that are mixtures of experts")[1]
+    code = ast.parse(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1])
+    sites = []
+    for line in code.body[1:]:
+        config = eval(ast.unparse(line), {"DoraConfig": DoraConfig})
+        model = DoraForCausalLM.from_base(tiny_architecture("mixtral"), config)
+        kinds = [type(site).__name__ for site in model.sites]
+        sites.append((kinds.count("LinearSite"), kinds.count("ExpertsSite")))
+    assert sites == [(8, 2), (4, 2), (8, 0)]
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["gate_proj", "up_proj", "down_proj"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from tiny import CAUSAL_LM, fill_adapter, logits, tiny_config, tiny_model, token
 from tiny_architectures import tiny_architecture
 from torch import distributed
 
+PAGE = Path(__file__).parents[2] / "docs" / "train.md"
 KINDS = [("llama", "dora"), ("llama", "mixlora"), ("mixtral", "dora"), ("gpt_oss", "dora")]
 
 
@@ -44,6 +46,12 @@ def curve(model, rank: int | None) -> list[float]:
     return losses
 
 
+def snippet() -> str:
+    """The code of docs/train.md that splits an adapted model."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    return next(block for block in blocks if "fully_shard" in block)
+
+
 def in_a_process(out: Path) -> None:
     """What each of the two processes does; the first one writes what it found."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -72,6 +80,7 @@ def in_a_process(out: Path) -> None:
         model.save_pretrained(out / f"{family}-{method}")
         if (family, method) == KINDS[0]:
             refusal("merge", model.merge)
+    exec(snippet().replace("org/base", str(out / "base")).replace('"adapter"', repr(str(out / "by the page"))), {})
     base = tiny_architecture("llama")
     split(base, base.model.layers)
     refusal("split base", lambda: CAUSAL_LM["dora"].from_base(base, tiny_config("dora")))
@@ -100,6 +109,7 @@ def test_two_processes_are_as_one(tmp_path):
             torch.testing.assert_close(tensor, parameters[name].detach(), rtol=0, atol=1e-5)
         loaded = CAUSAL_LM[method].from_pretrained(folder, base_model=tiny_architecture(family))
         torch.testing.assert_close(logits(loaded), logits(one.eval()), rtol=0, atol=1e-4)
+    assert (tmp_path / "by the page" / "adapter_model.safetensors").is_file()
     assert "split over processes" in said["merge"]
     for name in ("split base", "tp_plan"):
         assert "is split over processes: put the adapter on a whole base" in said[name]
