@@ -70,9 +70,11 @@ def build_history_panel(
 
     async def again(request: gr.Request) -> dict[Any, Any]:
         try:
-            comparison = visitors.of(request.session_hash).history.last().comparison
+            visitor = visitors.of(request.session_hash)
+            comparison = visitor.history.last().comparison
         except PageError:
             return gr.skip()
+        visitor.conversation.rewind(comparison.stage)
         return {parts.prompt: comparison.prompt, **parts.settings.restored(comparison.sampling)}
 
     async def follow_link(request: gr.Request) -> dict[Any, Any]:
@@ -91,7 +93,7 @@ def build_history_panel(
         shown = opened(visitors.of(request.session_hash), kept, f"Stored. {comparison.status['words']}")
         return {**shown, parts.notice: {"phase": "stored", "words": words}}
 
-    restored = [parts.prompt, *parts.settings.inputs]
+    restored = [parts.prompt, parts.settings.system, *parts.settings.inputs]
     outputs = [panel, *restored, parts.stage, parts.status, parts.blind]
     parts.finished.change(follow, None, panel, queue=False, **QUIET)
     names_shown.then(follow, None, panel, queue=False, **QUIET)

@@ -53,6 +53,7 @@ class Blindfold:
                     "log": self._texts(index, column["log"]),
                     "error": "This answer failed." if column["error"] else None,
                     **{"tokens": 0, "first": None, "rate": None, "step": None, "right": None},
+                    **{"html": column.get("html"), "before": []},
                 }
             )
         shown = {"run": stage["run"], "prompt": stage["prompt"], "sampling": None, "replay": None, "expected": None}
