@@ -278,7 +278,7 @@ def test_examples_run_and_settings_apply(visit):
 
 
 def test_talk_on_and_one_column_alone(visit):
-    """The next prompt continues each column's answer; one column is answered again, copied, stopped; Markdown is rendered."""
+    """The next prompt continues each answer; one column is answered again, copied, stopped; Markdown is rendered."""
     page = visit()
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     said = "**bold** and `code`"
