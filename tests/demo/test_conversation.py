@@ -153,6 +153,9 @@ def test_an_answer_of_other_columns_is_not_repeated(ana):
     run(ana, "Hello")
     with pytest.raises(PageError, match="column 3: must be from 0 to 2"):
         ana.ask_again(3)
+    ana.blind = True
+    with pytest.raises(PageError, match="blind"):
+        ana.ask_again(0)
 
 
 def test_one_column_is_stopped_alone(tmp_path):

@@ -64,8 +64,10 @@ class Visitor(ShownColumns):
         """Let the next run answer only one column of the shown comparison again, and return that comparison.
 
         Raises:
-            PageError: no comparison of the shown columns has ended, its names are hidden, or there is no such column.
+            PageError: no comparison of the shown columns has ended, the next one is blind, or there is no such column.
         """
+        if self.hides:
+            raise PageError("in blind mode all answers are new: switch it off to repeat one")
         comparison = self.history.shown().comparison
         if [column["about"] for column in comparison.columns] != self.about():
             raise PageError("this comparison is of other columns: run it again")

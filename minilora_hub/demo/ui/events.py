@@ -33,6 +33,12 @@ def well_formed(text: str | None) -> str:
     return (text or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def column_of(event: gr.EventData) -> int:
+    """Return the number of the column that an event names; -1 if it names none."""
+    column = sent(event).get("column")
+    return column if isinstance(column, int) else -1
+
+
 def connect_run(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> Start:
     """Connect the prompt, its buttons, the examples and single experts; Stop and a closed tab end a comparison."""
     settings = parts.settings
@@ -74,17 +80,17 @@ def connect_run(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> Start:
 
     async def ask_again(event: gr.EventData, request: gr.Request) -> dict[Any, Any]:
         try:
-            comparison = visitors.of(request.session_hash).ask_again(int(sent(event)["column"]))
+            comparison = visitors.of(request.session_hash).ask_again(column_of(event))
         except PageError as error:
             raise gr.Error(str(error), print_exception=False) from error
         return {parts.prompt: comparison.prompt}
 
     async def halt(event: gr.EventData, request: gr.Request) -> None:
-        visitors.of(request.session_hash).halt(int(sent(event)["column"]))
+        visitors.of(request.session_hash).halt(column_of(event))
 
     async def follow(event: gr.EventData, request: gr.Request) -> None:
         try:
-            visitors.of(request.session_hash).conversation.follow(str(sent(event)["continues"]))
+            visitors.of(request.session_hash).conversation.follow(str(sent(event).get("continues")))
         except PageError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
