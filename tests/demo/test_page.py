@@ -284,10 +284,10 @@ def test_talk_on_and_one_column_alone(visit):
     said = "**bold** and `code`"
     ask(page, said)
     wait_for_states(page, "length", "eos", "eos")
-    page.get_by_role("button", name="Markdown").last.click()
+    page.click(".ml-markdown")
     assert page.locator(".ml-rendered strong:visible").all_inner_texts() == ["bold", "bold"]
     assert not page.locator(".ml-text").nth(1).is_visible()
-    page.get_by_role("button", name="Markdown").last.click()
+    page.click(".ml-markdown")
     assert page.locator(".ml-text").nth(1).is_visible()
     page.get_by_role("button", name="Copy the answer of parrot-dora").click()
     page.wait_for_function("document.querySelectorAll('.ml-copy-answer')[1].textContent === '✓'")

@@ -79,7 +79,7 @@ class Comparison:
     @property
     def memory(self) -> int:
         """Bytes of memory that it takes."""
-        texts = [self.prompt, *(column.get(name) for column in self.columns for name in ("log", "error", "html"))]
+        texts = [self.prompt, *(column[name] for column in self.columns for name in ("log", "error"))]
         texts += [text for column in self.columns for _, text in column.get("before", ())]
         return COLUMN_BYTES * len(self.columns) + sum(sys.getsizeof(text) for text in texts)
 

@@ -117,7 +117,7 @@ class Runner:
             ValueError: the prompt is empty, something is above the limits, or the queue is full.
         """
         turns = before or [()] * len(columns)
-        for messages in set(turns):
+        for messages in set(turns) or {()}:
             self.limits.check("".join([*(text for _, text in messages), prompt]), sampling, len(columns))
         rows = [column.row(prompt, sampling, messages) for column, messages in zip(columns, turns, strict=True)]
         self.engine.stream_steps(rows)  # validates the prompt without computing anything

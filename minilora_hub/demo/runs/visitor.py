@@ -22,7 +22,7 @@ from minilora_hub.demo.runs.examples import Example, expected_answers
 from minilora_hub.demo.runs.history import History, KeptComparison
 from minilora_hub.demo.runs.runner import Runner, waiting_words
 from minilora_hub.demo.runs.shown_columns import ShownColumns
-from minilora_hub.demo.ui.page_state import Frame, RunningComparison
+from minilora_hub.demo.ui.page_state import Frame, RunningComparison, without_html
 from minilora_hub.demo.votes.blind import Blindfold, shuffled
 from minilora_hub.demo.votes.sharing import SharedComparisons
 from minilora_hub.demo.votes.votes import ALL_BAD, TIE, VoteStore, vote_on
@@ -163,8 +163,8 @@ class Visitor(ShownColumns):
             async for frame in frames:
                 if frame.finished and frame.stage["columns"][0]["state"] != "idle":
                     fields = sampling_fields(sampling) | ({"system_prompt": system} if system.strip() else {})
-                    weights = await hashing
-                    comparison = Comparison(prompt, fields, catalogue.base, frame.stage, frame.status, weights)
+                    weights, stage = await hashing, without_html(frame.stage)
+                    comparison = Comparison(prompt, fields, catalogue.base, stage, frame.status, weights)
                     if not self.hides:  # blind mode was switched off during the run
                         blindfold = None
                     kept = self.history.add(comparison, blindfold.order if blindfold else None)

@@ -17,7 +17,7 @@ from minilora_hub.demo.ui.blind_bar import bar_value
 from minilora_hub.demo.ui.components import QUIET, component, sent
 from minilora_hub.demo.ui.events import Start
 from minilora_hub.demo.ui.layout import Parts
-from minilora_hub.demo.ui.page_state import status
+from minilora_hub.demo.ui.page_state import status, with_html
 from minilora_hub.errors import PageError
 
 EXPORTS = {"json": ("application/json", exported_json), "md": ("text/markdown", exported_markdown)}
@@ -48,7 +48,7 @@ def build_history_panel(
             parts.prompt: comparison.prompt,
             **parts.settings.restored(comparison.sampling),
             # A run number that no run of this page has.
-            parts.stage: {**comparison.stage, "run": f"kept-{kept.id}"},
+            parts.stage: {**with_html(comparison.stage), "run": f"kept-{kept.id}"},
             parts.status: status("idle", words),
             parts.blind: bar_value(visitor),
         }

@@ -94,7 +94,8 @@ class RunningComparison:
 
     def only(self, index: int, columns: Sequence[dict[str, Any]]) -> None:
         """Keep these columns, and answer only that of `index` again; the updates have one row."""
-        self._columns = [self._columns[index] if at == index else column for at, column in enumerate(columns)]
+        kept = with_html({"columns": columns})["columns"]
+        self._columns = [self._columns[index] if at == index else column for at, column in enumerate(kept)]
         self._rows = [index]
 
     def add(self, update: Update) -> None:
@@ -198,6 +199,16 @@ def _markdown() -> MarkdownIt:
 def rendered(text: str) -> str:
     """Return Markdown as HTML that is safe to insert into a page."""
     return _markdown().render(text)
+
+
+def with_html(stage: dict) -> dict:
+    """Return a stage with the HTML of its answers, which is not stored."""
+    return {**stage, "columns": [{**column, "html": rendered(text_of(column))} for column in stage["columns"]]}
+
+
+def without_html(stage: dict) -> dict:
+    """Return a stage as it is stored."""
+    return {**stage, "columns": [{**column, "html": None} for column in stage["columns"]]}
 
 
 def texts_only(log: str) -> str:

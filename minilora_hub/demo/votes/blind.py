@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from minilora_hub.demo.ui.page_state import Frame, texts_only
+from minilora_hub.demo.ui.page_state import Frame, texts_only, with_html
 
 LETTERS = "ABCDEFGHI"
 
@@ -72,6 +72,6 @@ def revealed(stage: dict[str, Any], order: tuple[int, ...]) -> dict[str, Any]:
     letters = {index: letter for letter, index in zip(LETTERS, order, strict=False)}
     columns = [
         {**column, "about": {**column["about"], "letter": letters[index]}}
-        for index, column in enumerate(stage["columns"])
+        for index, column in enumerate(with_html(stage)["columns"])
     ]
     return {**stage, "columns": columns}
