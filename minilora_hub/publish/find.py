@@ -34,6 +34,7 @@ SHOWN_SETTINGS = (
     "r",
     "lora_alpha",
     "target_modules",
+    "target_parameters",
     "use_rslora",
     "use_dora",
     "num_experts",

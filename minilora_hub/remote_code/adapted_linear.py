@@ -280,8 +280,8 @@ class AdaptedLinear(nn.Module):
         return out
 
     @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """c * (W + s B A) in the base weight's dtype and layout: [out, in], or [in, out] where it is a Conv1D.
+    def merged_weights(self) -> dict[str, Tensor]:
+        """{"weight": c * (W + s B A)} in the base weight's dtype and layout, which is [in, out] in a Conv1D.
 
         Raises:
             ValueError: the base weight is quantised or offloaded.
@@ -297,4 +297,4 @@ class AdaptedLinear(nn.Module):
         merged = weight.float() + update.scaling * (update.lora_B.float() @ update.lora_A.float())
         if update.magnitude is not None:
             merged *= update.scale(self.base_layer)[:, None]
-        return (merged.mT if transposed else merged).to(weight.dtype)
+        return {"weight": (merged.mT if transposed else merged).to(weight.dtype)}

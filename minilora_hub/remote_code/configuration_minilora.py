@@ -160,6 +160,7 @@ class MixLoraConfig(AdapterConfig):
     def _check(self) -> None:
         super()._check()
         self._require(lambda n: is_int(n, 1), "must be an integer of at least 1", "num_experts")
+        self._require(lambda names: not names, "a MixLoRA does not go on experts of the base", "target_parameters")
         self._check_strategy()
         self._require(is_number, "must be a number of at least 0", "router_aux_loss_coef", "router_init_range")
         self._require(lambda p: is_number(p) and p < 1, "must be in [0, 1)", "router_jitter_noise", "expert_dropout")

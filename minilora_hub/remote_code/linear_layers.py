@@ -75,11 +75,11 @@ def apply_without_bias(layer: nn.Module, rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def row_norms_squared(layer: nn.Module, chunk: int = 512) -> Tensor:
-    """||W||^2 of each output row: [out], fp32. A weight that is not plain is read through chunks of the identity."""
-    weight = plain_weight(layer)
+def row_norms_squared(layer: Any, chunk: int = 512) -> Tensor:
+    """||W||^2 of each output row: […, out], fp32. A weight that is not plain is read through chunks of the identity."""
+    weight = plain_weight(layer) if isinstance(layer, nn.Module) else layer.weight  # of stacked experts
     if weight is not None:
-        return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+        return torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32).square()
     shape = linear_shape(layer)
     assert shape is not None
     out_features, in_features = shape

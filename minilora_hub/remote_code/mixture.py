@@ -143,14 +143,6 @@ class MixtureOfLoraExperts(nn.Module):
             out = out + (routed.routes.passed * routed.x).to(out.dtype)
         return out
 
-    @torch.no_grad()
-    def prepare(self) -> None:
-        """Compute DoRA's c, which inference keeps, ahead of the first token."""
-        for name in self.experts:
-            update = self._update_of(name)
-            if update is not None and update.magnitude is not None:
-                update.scale(self.base_block.get_submodule(name))
-
     def _arrange(self, routes: Routes) -> Slots:
         """Choose the arrangement of the slots; see `expert_slots.py`."""
         selected, num_experts, updates = routes.selected, self.router.shape[0], self._updates()

@@ -204,13 +204,21 @@ def _execute(
         raise TrainingError("--resume: the data has changed since the run began: restore it, or start a new run")
     if changed := sorted(name for name in inputs if state.inputs.get(name) != inputs[name]):
         raise TrainingError(f"--resume: {changed[0]!r} has changed since the run began: restore it, or start a new run")
+    distribution = None
+    if settings.recipe.budget is not None:
+        from minilora_hub.training.eva import distribute
+
+        distribution = distribute(settings, base, data.train, tokenizer.pad_token_id, progress)
     with collected_notes() as notes:
-        trainee, notes_on_parent = build_trainee(settings, base)
+        trainee, notes_on_parent = build_trainee(distribution.settings if distribution else settings, base)
+    if distribution:
+        distribution.start(trainee.model)
     notes += notes_on_parent
     check_embedding(trainee.model, tokenizer, max(data.largest_id, tokenizer.pad_token_id), base)
     scratch = folder / "plan"  # a trainer creates its folder at once, and a dry run must not leave one
     trainer, shape = build_trainer(settings, trainee, data, tokenizer, scratch, place.num_processes)
     plan = make_plan(settings, data, trainee, shape, tokenizer, ends, trainer)
+    plan = replace(plan, ranks=distribution.described if distribution else None)
     if on_plan is not None and main:
         on_plan(plan, settings)
     skipped = tuple(f"{row.place}: {row.reason}" for row in data.skipped)

@@ -328,8 +328,8 @@ def test_a_base_of_another_depth(adapter):
 
 
 def test_a_newer_format_version(adapter):
-    edit_config(adapter, format_version=3)
-    with pytest.raises(ValueError, match=r"format_version=3: .*1 to 2.*update"):
+    edit_config(adapter, format_version=4)
+    with pytest.raises(ValueError, match=r"format_version=4: .*1 to 3.*update"):
         DoraForCausalLM.from_pretrained(adapter, base_model=tiny_base())
 
 

@@ -48,6 +48,8 @@ def check_settings(config: dict[str, Any], *, peft: bool) -> None:
     Raises:
         AdapterError: a setting can.
     """
+    if config.get("target_parameters"):
+        raise AdapterError("target_parameters: a page does not load adapters on stacked experts")
     for field in ("rank_pattern", "alpha_pattern"):
         # Their keys are regular expressions, whose matching time is unbounded.
         patterns = config.get(field) or {}
