@@ -55,16 +55,16 @@ def record(page: Page) -> list[tuple[float, Image.Image]]:
         size = round(picture.width * SCALE), round(picture.height * SCALE)
         frames.append((now, picture.resize(size, Image.Resampling.LANCZOS)))
         if len(frames) == 4:
-            choose(page, "JSON")
-        if not chosen and page.evaluate(DONE) and now > SECONDS - 3:
+            choose(page, "Number")
+        if not chosen and page.evaluate(DONE) and now > SECONDS - 3.5:
             chosen = True
-            page.locator(".ml-card").nth(3).locator(".ml-token").nth(9).click()
+            page.locator(".ml-card").nth(3).locator(".ml-token").nth(3).click()
     return frames
 
 
 def save_clip(frames: list[tuple[float, Image.Image]], file: Path) -> None:
     """Write an animated WebP that plays as long as it was recorded, and is small enough for a README."""
-    times = [now for now, _ in frames] + [SECONDS + 1]
+    times = [now for now, _ in frames] + [SECONDS]
     durations = [round(1000 * (after - before)) for before, after in pairwise(times)]
     first, *rest = (picture for _, picture in frames)
     for quality in (80, 65, 50, 35):
@@ -84,14 +84,16 @@ def main() -> None:
         choose(page, "Number")  # the first run is slower
         page.wait_for_function(DONE)
         page.mouse.move(0, 0)
+        page.wait_for_timeout(500)  # the colours of buttons change slowly
         page.screenshot(path=OUT / "page.png")
         save_clip(record(page), OUT / "run.webp")
         page = opened(browser, address, 1280, 800, "dark")
         choose(page, "JSON")
         page.wait_for_function(DONE)
         page.get_by_role("button", name="by task").click()
-        page.locator(".ml-heat").scroll_into_view_if_needed()
-        page.locator(".ml-card").nth(3).locator(".ml-token").nth(9).click()
+        page.locator(".ml-kept").scroll_into_view_if_needed()
+        page.mouse.move(0, 0)
+        page.wait_for_timeout(500)
         page.screenshot(path=OUT / "experts.png")
         page = opened(browser, address, 390, 844, "light")
         page.locator(".ml-tab").nth(3).click()

@@ -83,7 +83,7 @@ class Visitor(ShownColumns):
         """Whether names are hidden: in blind mode, unless experts answer alone, since the visitor chose them."""
         return self.blind and self._solo is None
 
-    def begin(self) -> Frame:
+    def begin(self, prompt: str = "") -> Frame:
         """Stop a running comparison, prepare the next one, and return its first frame."""
         self.stop()
         self._only, self._next_only = self._next_only, None
@@ -92,7 +92,8 @@ class Visitor(ShownColumns):
         self._halted = set()
         self._number, self._stop = next(self._visitors.numbers), threading.Event()
         words = "Waiting in the queue…" if self._runner.queue.full else "Reading the prompt…"
-        running = RunningComparison(self._number, self.about())
+        expected = self._visitors.expected.get(prompt.strip())
+        running = RunningComparison(self._number, self.about(), prompt, expected=expected)
         if self._only is not None:
             running.only(self._only, self.history.shown().comparison.columns)
         frame = running.waiting(words)

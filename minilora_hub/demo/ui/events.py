@@ -53,7 +53,7 @@ def connect_run(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> Start:
             kept = [gr.skip(), status("error", NO_PROMPT), *[gr.skip()] * 3]
             return [*kept, *[gr.skip()] * bool(seed_settings)]
         seed = [next_seed(*seed_settings)] if seed_settings else []
-        return [*show(visitor.begin()), None, bar_value(visitor, running=True), *seed]
+        return [*show(visitor.begin(well_formed(text))), None, bar_value(visitor, running=True), *seed]
 
     async def answer(request: gr.Request, text, system, *values) -> AsyncIterator[list]:
         text, system, visitor = well_formed(text), well_formed(system), visitors.of(request.session_hash)
