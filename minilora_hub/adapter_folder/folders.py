@@ -208,6 +208,10 @@ def adapter_facts(folder: Path) -> AdapterFacts:
     source = read_source(folder)
     settings = source.config
     detail = f"r {settings.get('r')}"
+    patterns = settings.get("rank_pattern")
+    ranks = [rank for rank in patterns.values() if isinstance(rank, int)] if isinstance(patterns, dict) else []
+    if ranks:
+        detail += f" ({min(ranks)} to {max(ranks)} where it differs)"
     kind: Kind = "DoRA" if source.method == "dora" else "LoRA"
     experts = 0
     if source.method == "mixlora":

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -27,8 +26,9 @@ from minilora_hub.training.run_folder import (
     is_empty,
     read_state,
     reason_of,
+    resumed_settings,
 )
-from minilora_hub.training.settings import SETTINGS_FILE, TrainingSettings, make_settings, read_yaml
+from minilora_hub.training.settings import SETTINGS_FILE, TrainingSettings, read_yaml
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def train(
     """
     out = Path(out)
     given = overrides | {"method": method, "base": base, "data": data}
-    settings = _resumed_settings(out, given, config) if resume else None
+    settings = resumed_settings(out, given, config) if resume else None
     if settings is None:
         from minilora_hub.training.parent_adapter import complete_settings
 
@@ -125,23 +125,6 @@ def train(
             if record and writes:  # the trained model was freed, so there is memory for the base
                 result = replace(result, notes=(*result.notes, *_record(out, settings)))
             return result
-
-
-def _resumed_settings(out: Path, given: dict[str, Any], config: str | Path | None) -> TrainingSettings | None:
-    """Return the settings that a run began with, or None if it never began; given settings must be equal to them."""
-    if not (out / SETTINGS_FILE).is_file():
-        if given.get("method"):
-            return None
-        raise TrainingError(f"--resume: {str(out)!r} holds no {SETTINGS_FILE}, so no run to resume")
-    before = read_yaml(out / SETTINGS_FILE)
-    settings = make_settings(before)
-    asked = make_settings(before, read_yaml(Path(config)) if config else {}, given).to_dict()
-    for name, value in settings.to_dict().items():
-        if asked[name] != value:
-            raise TrainingError(
-                f"--resume: the run began with {name}={value!r}, now it is {asked[name]!r}: leave it out"
-            )
-    return settings
 
 
 def _process() -> Any:
@@ -175,7 +158,7 @@ def _execute(
     from safetensors import SafetensorError
 
     from minilora_hub.training.dataset import prepare_data
-    from minilora_hub.training.loop import build_trainer
+    from minilora_hub.training.loop import build_trainer, collected_notes
     from minilora_hub.training.models import (
         base_context,
         base_generation_config,
@@ -306,19 +289,3 @@ def _record(out: Path, settings: TrainingSettings) -> tuple[str, ...]:
         reason = " ".join(str(error).split()) or type(error).__name__
         return (f"the reference logits could not be recorded, so a push will record them: {reason}",)
     return ()
-
-
-@contextmanager
-def collected_notes() -> Iterator[list[str]]:
-    """Collect warnings about skipped targets, instead of printing them."""
-    from minilora_hub.remote_code.probe import TargetsWarning
-
-    notes: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", TargetsWarning)
-        yield notes
-    for warning in caught:
-        if issubclass(warning.category, TargetsWarning):
-            notes.append(str(warning.message))
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

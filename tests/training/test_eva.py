@@ -17,6 +17,7 @@ from tiny_training import SHORT
 from transformers import AutoModelForCausalLM
 
 from minilora_hub import DoraForCausalLM
+from minilora_hub.adapter_folder.folders import adapter_facts
 from minilora_hub.bases.resolving import resolve_base
 from minilora_hub.errors import TrainingError
 from minilora_hub.training.dataset import prepare_data
@@ -91,6 +92,7 @@ def test_what_is_saved_has_these_ranks(method, base, rows, tmp_path):
     config = json.loads((out / ("adapter_config.json" if method == "lora" else "config.json")).read_text())
     assert config["lora_alpha"] == 2 * config["r"]
     assert config["alpha_pattern"] == {name: 2 * rank for name, rank in config["rank_pattern"].items()}
+    assert f"({min(config['rank_pattern'].values())} to {max(ranks.values())} where" in adapter_facts(out).detail
     ids = torch.arange(9)[None] + 40
     plain = AutoModelForCausalLM.from_pretrained(base).eval()
     if method == "dora":
