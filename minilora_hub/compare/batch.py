@@ -70,6 +70,13 @@ class Batch:
         """Remove rows whose answers nobody waits for."""
         self._keep([answer not in answers for answer in self._live])
 
+    def halt(self, rows: Collection[int]) -> list[Update]:
+        """End the rows of these indices that have not ended."""
+        halted = [answer for answer in self._live if answer.index in rows]
+        if halted:
+            self.drop(halted)
+        return [answer.end("stopped") for answer in halted]
+
     def _keep(self, keep: Sequence[bool]) -> None:
         kept = [row for row, wanted in enumerate(keep) if wanted]
         if len(kept) < len(self._live):
