@@ -4,7 +4,10 @@ import ast
 import copy
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,6 +160,24 @@ def test_saved_and_loaded(tmp_path):
     assert (config["format_version"], config["target_parameters"]) == (3, EXPERTS)
     with pytest.raises(ValueError, match=r"format_version=3: this code reads"):
         EarlierConfig.from_dict(config)
+
+
+@pytest.mark.slow
+def test_a_clean_process_loads_them_with_the_repos_code(tmp_path):
+    tiny_architecture("gpt_oss").save_pretrained(tmp_path / "base")
+    model = adapted(base=str(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "adapter")
+    torch.save((token_ids(), logits(model)), tmp_path / "expected.pt")
+    script = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as Auto; sys.modules['minilora_hub'] = None\n"
+        "model = Auto.from_pretrained('adapter', trust_remote_code=True); ids, expected = torch.load('expected.pt')\n"
+        "with torch.no_grad(): print(torch.equal(model(ids).logits, expected), type(model).__module__[:20])"
+    )
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env=os.environ | home, check=False
+    )
+    assert done.stdout.strip() == "True transformers_modules", done.stderr[-3000:]
 
 
 def test_others_keep_their_format_version():
