@@ -1,6 +1,6 @@
 """The Space: the comparison page over the shipped adapters, or over others.
 
-MINILORA_BASE       the base model: "embedded" (the default), a folder, or an id on the Hub
+MINILORA_BASE       the base model: "embedded", a folder, or an id on the Hub; default: the one that the adapters name
 MINILORA_ADAPTERS   adapter folders or ids on the Hub, separated by commas; default: those under model_cards/
 MINILORA_MCP        1: the comparison is also a tool for MCP clients; default: 0
 MINILORA_OPENAI     1: the models also answer OpenAI's clients at /v1, as with `minilora serve`; default: 0
@@ -43,17 +43,17 @@ def main() -> None:
     from minilora_hub.demo.runs import zero_gpu  # first: on ZeroGPU it must come before torch touches CUDA
     from minilora_hub.bases import resolve_base  # isort: skip
     from minilora_hub.compare.engine import CompareEngine
-    from minilora_hub.compare.found_adapters import shipped_adapters
+    from minilora_hub.compare.found_adapters import base_for, shipped_adapters
     from minilora_hub.demo.adapters.from_hub import LinkedAdapters
     from minilora_hub.demo.openai_api import openai_from_environment
     from minilora_hub.demo.runs.limits import PageLimits, flag
     from minilora_hub.demo.ui.app import build_demo, launch
 
-    base = os.environ.get("MINILORA_BASE") or "embedded"
     named = [name.strip() for name in os.environ.get("MINILORA_ADAPTERS", "").split(",") if name.strip()]
     limits, mcp = PageLimits.from_environment(), flag("MINILORA_MCP")
     adapters = named or shipped_adapters()
     limits.check_columns(1 + len(adapters))
+    base = base_for(os.environ.get("MINILORA_BASE") or None, adapters, print)
     # On ZeroGPU the models are moved to "cuda" before a GPU is present; each comparison gets one later.
     engine = CompareEngine(base, adapters, device="cuda" if zero_gpu.is_zero_gpu() else None, progress=print)
     links = LinkedAdapters(engine, resolve_base(base), limits)

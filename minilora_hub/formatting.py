@@ -95,6 +95,11 @@ def duration(seconds: float | None) -> str:
     return " ".join(f"{value} {unit}" for value, unit in parts if value) or "0 s"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun: 1 step, 2 steps."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def size(count: float) -> str:
     """Format a number of bytes in decimal units, as the Hub does."""
     for unit in ("B", "kB", "MB"):

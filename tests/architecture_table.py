@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 import sys
 import tempfile
 import warnings
@@ -18,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import fill_adapter, tiny_config, token_ids
 from tiny_architectures import ARCHITECTURES, tiny_architecture, tiny_encoder_decoder, tiny_vision_language
 from tiny_heads import CASES, MORE, inputs_of, labels_of, tiny_head, values_of
 
+from minilora_hub.remote_code.base_structure import ExpertsSite
 from minilora_hub.remote_code.modeling_minilora import adapted_class
+from minilora_hub.training.lora_model import LoraConfig as OurLoraConfig
+from minilora_hub.training.lora_model import LoraForCausalLM as OurLora
 
 PAGE = Path(__file__).parents[1] / "docs" / "load.md"
 BEGIN, END = "<!-- architectures: begin -->\n", "<!-- architectures: end -->\n"
@@ -66,19 +68,22 @@ def base_of(name: str, auto_name: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _dora(name: str, auto_name: str) -> tuple[str, str]:
-    said, targets = "yes", "all-linear"
+    said, parameters = "yes", None
     base, _ = base_of(name, auto_name)
     try:
-        _adapted(base, auto_name, "dora", targets)
+        _adapted(base, auto_name, "dora")
     except ValueError as error:
-        said = _refusal(error)
-        targets = re.findall(r"'(\w+)'", str(error).rpartition("target_modules=")[2])
-        if "stacked" not in said or not targets:
+        said, parameters = _refusal(error), []
+        if "stacked" not in said:
             return said, "not run"
         said = "beside the stacked experts"
     base, inputs = base_of(name, auto_name)
-    model = _check(base, inputs, name, auto_name, "dora", targets)
-    peft = _in_peft(model, base_of(name, auto_name)[0], inputs)
+    model = _check(base, inputs, name, auto_name, "dora", parameters)
+    if any(isinstance(site, ExpertsSite) for site in model.sites):
+        said = "yes, stacked experts too"
+        peft = _lora_in_peft(name, auto_name)
+    else:
+        peft = _in_peft(model, base_of(name, auto_name)[0], inputs)
     with torch.no_grad():
         trained = values_of(model(**inputs))
         _require(_gap(values_of(model.merge()(**inputs)), trained) <= 1e-4, "merge")
@@ -88,25 +93,25 @@ def _dora(name: str, auto_name: str) -> tuple[str, str]:
 def _mixlora(name: str, auto_name: str) -> str:
     base, inputs = base_of(name, auto_name)
     try:
-        _adapted(copy.deepcopy(base), auto_name, "mixlora", "all-linear")
+        _adapted(copy.deepcopy(base), auto_name, "mixlora")
     except ValueError as error:
         return _refusal(error)
-    _check(base, inputs, name, auto_name, "mixlora", "all-linear")
+    _check(base, inputs, name, auto_name, "mixlora")
     return "yes"
 
 
-def _adapted(base: Any, auto_name: str, method: str, targets: Any) -> Any:
+def _adapted(base: Any, auto_name: str, method: str, parameters: Any = None) -> Any:
     towers = "all" if hasattr(base, "get_text_features") else None
     model_class = adapted_class("Dora" if method == "dora" else "MixLora", auto_name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what has no effect is left out with a warning; `_check` sees the rest
-        return model_class.from_base(base, tiny_config(method, towers=towers, target_modules=targets)).eval()
+        return model_class.from_base(base, tiny_config(method, towers=towers, target_parameters=parameters)).eval()
 
 
-def _check(base: Any, inputs: dict[str, Any], name: str, auto_name: str, method: str, targets: Any) -> Any:
+def _check(base: Any, inputs: dict[str, Any], name: str, auto_name: str, method: str, parameters: Any = None) -> Any:
     """Adapt, train, save and load; return the trained model."""
     plain = copy.deepcopy(base)
-    model = _adapted(base, auto_name, method, targets)
+    model = _adapted(base, auto_name, method, parameters)
     with torch.no_grad():
         before = values_of(plain(**inputs))
         _require(_gap(values_of(model(**inputs)), before) <= 1e-5 * max(1, float(before.abs().max())), "fresh output")
@@ -154,6 +159,23 @@ def _in_peft(model: Any, base: Any, inputs: dict[str, Any]) -> str:
                 parameters[f"base_model.model.{module}.modules_to_save.default.{leaf}"].copy_(value)
         mine, other = values_of(model(**inputs)), values_of(theirs(**inputs))
     return "yes" if _gap(mine, other) <= 1e-4 * max(1.0, float(mine.abs().max())) else "no"
+
+
+def _lora_in_peft(name: str, auto_name: str) -> str:
+    """Whether PEFT's LoRA with the same tensors computes the same: it has no DoRA on parameters."""
+    base, inputs = base_of(name, auto_name)
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore")
+        model = OurLora.from_base(base, OurLoraConfig(r=4)).eval()
+        fill_adapter(model)
+        model.save_pretrained(folder)
+        try:
+            theirs = PeftModel.from_pretrained(base_of(name, auto_name)[0], folder).eval()
+        except (ValueError, NotImplementedError):
+            return "PEFT refuses"
+    with torch.no_grad():
+        mine, other = values_of(model(**inputs)), values_of(theirs(**inputs))
+    return "LoRA: yes" if _gap(mine, other) <= 1e-4 * max(1.0, float(mine.abs().max())) else "LoRA: no"
 
 
 def _gap(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -43,6 +43,13 @@ class AdapterFolder:
     config: dict[str, Any]
 
     @property
+    def name(self) -> str:
+        """The folder's name, or the repo's id where it is a snapshot in the Hub's cache."""
+        repo, between = self.folder.parent.parent.name, self.folder.parent.name
+        cached = between == "snapshots" and repo.startswith("models--")
+        return repo.removeprefix("models--").replace("--", "/") if cached else self.folder.name
+
+    @property
     def base(self) -> str | None:
         """The base it names."""
         return self._text("base_model_name_or_path")
@@ -201,6 +208,10 @@ def adapter_facts(folder: Path) -> AdapterFacts:
     source = read_source(folder)
     settings = source.config
     detail = f"r {settings.get('r')}"
+    patterns = settings.get("rank_pattern")
+    ranks = [rank for rank in patterns.values() if isinstance(rank, int)] if isinstance(patterns, dict) else []
+    if ranks:
+        detail += f" ({min(ranks)} to {max(ranks)} where it differs)"
     kind: Kind = "DoRA" if source.method == "dora" else "LoRA"
     experts = 0
     if source.method == "mixlora":
@@ -263,11 +274,11 @@ def refuse_lfs_pointer(path: Path) -> None:
 
 
 @contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Prefix an adapter's name to AdapterErrors without it, where one of several adapters may be the cause."""
+def naming(name: str, base: str | None = None) -> Iterator[None]:
+    """Add an adapter's name, and that of the base it was to fit, to AdapterErrors that lack them."""
     try:
         yield
     except AdapterError as error:
-        if name in str(error):
-            raise
-        raise AdapterError(f"adapter {name!r}: {error}") from error
+        start = "" if name in str(error) else f"adapter {name!r}: "
+        end = "" if base is None or base in str(error) else f" (base {base!r})"
+        raise AdapterError(f"{start}{error}{end}") from error

@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minilora_hub.adapter_folder.folders import AdapterFolder, read_json, refuse_lfs_pointer
+from minilora_hub.adapter_folder.folders import AdapterFolder, naming, read_json, refuse_lfs_pointer
 from minilora_hub.adapter_folder.names import PICKLE, WEIGHTS, WEIGHTS_INDEX
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
@@ -35,9 +35,10 @@ def read_ours(source: AdapterFolder, base: BaseSource) -> tuple[Any, dict[str, t
     Raises:
         AdapterError: the configuration or a tensor is wrong.
     """
-    config = our_config(source)
-    tensors = read_tensors(source.folder)
-    return config, tensors, check_against_base(config, tensors, base)
+    with naming(source.name, base.name):
+        config = our_config(source)
+        tensors = read_tensors(source.folder)
+        return config, tensors, check_against_base(config, tensors, base)
 
 
 def our_config(source: AdapterFolder) -> Any:
@@ -71,9 +72,6 @@ def check_against_base(
     try:
         sites: list[Any] = plan_sites(base.skeleton, config)
         expected = expected_tensors(config, sites)
-    except ValueError as error:
-        raise AdapterError(str(error)) from error
-    try:
         check_tensors(file, tensors, expected)
     except ValueError as error:
         raise AdapterError(f"{error} (base {base.name!r})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -97,6 +98,9 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: the command-line arguments. Default: those of the process.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # one that cannot encode a character, as ASCII, gets its number
+            stream.reconfigure(errors="backslashreplace")
     try:
         with quiet_process(), _signals_unwind():
             code = app(args=arguments, prog_name="minilora", standalone_mode=False)

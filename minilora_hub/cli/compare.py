@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minilora_hub.cli.options import AsJson, Debug, print_json, say
+from minilora_hub.cli.options import AsJson, Debug, Dtype, print_json, say
+from minilora_hub.formatting import counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,7 +33,7 @@ def compare(
     base: Annotated[
         str | None,
         typer.Option(
-            help='The base: "embedded", a folder, or an id on the Hub. Default: embedded; with --route the index\'s.'
+            help='"embedded", a folder or a Hub id. Default: the base the adapters name; with --route the index\'s.'
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.")] = 128,
@@ -50,6 +51,7 @@ def compare(
             metavar="INDEX", help="Answer with the adapter that this index chooses: see `minilora route build`."
         ),
     ] = None,
+    dtype: Dtype = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -60,15 +62,17 @@ def compare(
         prompt = sys.stdin.read()
 
     from minilora_hub.compare.engine import CompareEngine, Sampling
-    from minilora_hub.compare.found_adapters import shipped_adapters
+    from minilora_hub.compare.found_adapters import base_for, shipped_adapters
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, tuple(stop or ()))
     if not prompt.strip():
         raise ValueError("--prompt '': must not be empty")
     if route is None:
-        engine, choice = CompareEngine(base or "embedded", adapters or shipped_adapters(), progress=say), None
+        named = adapters or shipped_adapters()
+        engine = CompareEngine(base_for(base, named, say), named, dtype=dtype, progress=say)
+        choice = None
     else:
-        engine, choice = _chosen(route, base, adapters, prompt)
+        engine, choice = _chosen(route, base, adapters, prompt, dtype)
     answers = [_Answer(column) for column in engine.columns]
     if as_json:
         _run(engine, prompt, sampling, answers)
@@ -80,7 +84,9 @@ def compare(
         raise typer.Exit(1)
 
 
-def _chosen(file: Path, base: str | None, adapters: list[str] | None, prompt: str) -> tuple[CompareEngine, Choice]:
+def _chosen(
+    file: Path, base: str | None, adapters: list[str] | None, prompt: str, dtype: str | None
+) -> tuple[CompareEngine, Choice]:
     """Return an engine with the adapter that an index chooses for the prompt, and the choice."""
     from minilora_hub.bases.resolving import resolve_base
     from minilora_hub.compare.engine import CompareEngine
@@ -93,7 +99,7 @@ def _chosen(file: Path, base: str | None, adapters: list[str] | None, prompt: st
     index = AdapterIndex.load(file)
     base = base or index.base
     index.require_base(base_fingerprint(str(resolve_base(base).path)))
-    engine = CompareEngine(base, progress=say)
+    engine = CompareEngine(base, dtype=dtype, progress=say)
     choice = choose_in(engine, index, prompt)
     column = engine.load(choice.adapter, find_adapter(choice.source).folder)
     engine.columns = (*engine.columns, column)
@@ -177,7 +183,7 @@ def _figures(answer: _Answer) -> str:
     last = answer.last
     if last is None:
         return "…"
-    parts = [f"{last.tokens} tokens"]
+    parts = [counted(last.tokens, "token")]
     if last.tokens_per_second is not None:
         parts.append(f"{last.tokens_per_second:.1f}/s")
     if last.finished:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from minilora_hub.cli.options import Debug, say
+from minilora_hub.cli.options import Debug, Dtype, say
 from minilora_hub.errors import MiniLoraError, MissingExtraError
 
 FIRST_PORT, LAST_PORT = 7860, 7959
@@ -23,7 +23,9 @@ def demo(
         list[str] | None,
         typer.Argument(metavar="ADAPTER", help="Folders, or ids on the Hub. Default: the adapters shipped here."),
     ] = None,
-    base: Annotated[str, typer.Option(help='The base: "embedded", a folder, or an id on the Hub.')] = "embedded",
+    base: Annotated[
+        str | None, typer.Option(help='"embedded", a folder or a Hub id. Default: the base the adapters name.')
+    ] = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help=f"The port. Default: the first free one from {FIRST_PORT} on.")
@@ -40,6 +42,7 @@ def demo(
             metavar="DIR", help="A folder of adapter folders that visitors may choose from, by name. Repeatable."
         ),
     ] = None,
+    dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
     """Serve a page that compares the base and adapters side by side.
@@ -52,7 +55,7 @@ def demo(
 
     from minilora_hub.bases.resolving import resolve_base
     from minilora_hub.compare.engine import CompareEngine
-    from minilora_hub.compare.found_adapters import shipped_adapters
+    from minilora_hub.compare.found_adapters import base_for, shipped_adapters
     from minilora_hub.demo.adapters.from_hub import LinkedAdapters
     from minilora_hub.demo.openai_api import openai_from_environment
     from minilora_hub.demo.runs.limits import PageLimits
@@ -63,7 +66,8 @@ def demo(
     limits = PageLimits.from_environment()
     named = adapters or shipped_adapters()
     limits.check_columns(1 + len(named))
-    engine = CompareEngine(base, named, progress=say)
+    base = base_for(base, named, say)
+    engine = CompareEngine(base, named, dtype=dtype, progress=say)
     openai = openai_from_environment(engine, limits)
     shown = "localhost" if host in ("0.0.0.0", "::") else host  # noqa: S104
     typer.echo(f"Open http://{shown}:{port} (press Ctrl-C to stop)")

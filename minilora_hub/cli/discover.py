@@ -12,7 +12,7 @@ from minilora_hub.cli.options import Adapter, AsJson, Debug, Revision, print_jso
 from minilora_hub.formatting import UNKNOWN, duration, size
 
 Sort = Literal["downloads", "likes", "last_modified", "created_at", "trending_score"]
-Method = Literal["mixlora", "dora", "lora"]
+Method = Literal["mixlora", "mixdora", "dora", "lora"]
 
 
 LAYOUTS = {

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from minilora_hub.adapter_folder.writing import require_writable
 from minilora_hub.cli.options import AsJson, Debug, given, print_json, say
 from minilora_hub.progress_display import ProgressDisplay
 
@@ -53,7 +54,7 @@ def eval_(
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The text for the perplexity. Default: Python's manual.")
     ] = None,
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="float32, or bfloat16, which is faster.")] = "float32",
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="float32, bfloat16 or int8.")] = "float32",
     batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Maximum rows per batch.")] = 64,
     lm_eval: Annotated[
         list[str] | None,
@@ -79,6 +80,8 @@ def eval_(
     """Measure adapters and their base on the tasks; write the numbers into each adapter's results.json."""
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ValueError(f"--out {str(out)!r}: must be a file in a folder that exists")
+    for folder in [out.parent] if out is not None else [Path(name) for name in adapters if Path(name).is_dir()]:
+        require_writable(folder, "--out" if out is not None else "adapter")
     common = {"base": base, "count": count, "dtype": dtype, "batch_size": batch_size}
     if lm_eval:
         ours = [name for name in given(context) if name in OURS]

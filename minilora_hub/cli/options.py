@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,23 @@ Base = Annotated[
 ]
 
 
+def _known_dtype(dtype: str | None) -> str | None:
+    """Check it before anything is read or said."""
+    from minilora_hub.bases.loading import require_dtype
+
+    require_dtype(dtype)
+    return dtype
+
+
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DTYPE",
+        callback=_known_dtype,
+        help="float32, bfloat16 or int8 (half the memory of bfloat16; CPU). Default: float32 on a CPU, else the "
+        "checkpoint's own.",
+    ),
+]
 Adapter = Annotated[str, typer.Argument(metavar="REPO_OR_DIR", help="An id on the Hub, or a folder.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")]
 Public = Annotated[bool, typer.Option("--public", help="Make it public. Default: private.")]
@@ -39,7 +57,8 @@ def say(line: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print a value as JSON on stdout."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    utf8 = "utf" in (sys.stdout.encoding or "").lower()
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=not utf8))
 
 
 def print_notes(notes: Sequence[str]) -> None:

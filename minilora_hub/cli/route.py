@@ -35,7 +35,7 @@ def build(
     debug: Debug = False,
 ) -> None:
     """Embed prompts that each adapter is for, with the base itself, and write them as an index."""
-    from minilora_hub.compare.found_adapters import find_adapters
+    from minilora_hub.compare.found_adapters import common_base, find_adapters
     from minilora_hub.training.prompts import read_prompts, trained_on
 
     found = find_adapters(adapters)
@@ -49,9 +49,8 @@ def build(
 
     from minilora_hub.bases.loading import load_base, load_tokenizer
     from minilora_hub.compare.prompt_index import AdapterIndex
-    from minilora_hub.evaluation import settings
 
-    resolved, fingerprint = settings.common_base(base, settings.find_adapters(adapters))
+    resolved, fingerprint = common_base(base, found)
     model = load_base(resolved, dtype="float32", progress=say).eval()
     index = AdapterIndex.build(model, load_tokenizer(resolved), resolved.name, fingerprint, texts)
     index.save(out)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from minilora_hub.cli.demo import free_port
-from minilora_hub.cli.options import Debug, say
+from minilora_hub.cli.options import Debug, Dtype, say
 from minilora_hub.errors import MissingExtraError
 
 
@@ -21,7 +21,10 @@ def serve(
             help="Folders, or ids on the Hub. Default: the adapters shipped here, on the embedded base; else none.",
         ),
     ] = None,
-    base: Annotated[str, typer.Option(help='The base: "embedded", a folder, or an id on the Hub.')] = "embedded",
+    base: Annotated[
+        str | None,
+        typer.Option(help='"embedded", a folder or a Hub id. Default: the base the adapters name, else embedded.'),
+    ] = None,
     adapter_dir: Annotated[
         list[Path] | None,
         typer.Option(metavar="DIR", help="A folder of adapter folders, each read when asked for. Repeatable."),
@@ -66,6 +69,7 @@ def serve(
     max_tokens: Annotated[
         int, typer.Option(min=1, help="The most tokens of a chat answer where the request doesn't say.")
     ] = 512,
+    dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
     """Serve the base and adapters of any kind to OpenAI's clients, in one batch behind one address."""
@@ -77,19 +81,21 @@ def serve(
     port = free_port(host, port)
     say("Starting: the first time takes a while …")
 
-    from minilora_hub.compare.found_adapters import shipped_adapters
+    from minilora_hub.bases.resolving import EMBEDDED
+    from minilora_hub.compare.found_adapters import base_for, shipped_adapters
     from minilora_hub.serving.run import build_server, run
     from minilora_hub.serving.settings import ServerLimits
 
-    shipped = base == "embedded" and not adapter_dir
+    shipped = base in (None, EMBEDDED) and not adapter_dir
     server = build_server(
-        base,
+        base_for(base, adapters, say) if adapters else base or EMBEDDED,
         adapters or (shipped_adapters() if shipped else []),
         adapter_folders=adapter_dir or (),
         adapter_bytes=None if adapter_memory is None else adapter_memory * 2**20,
         limits=ServerLimits(max_rows, max_waiting, max_cache_tokens, max_tokens),
         allow_loading=allow_loading,
         route=route,
+        dtype=dtype,
         progress=say,
     )
     shown = "localhost" if host in ("0.0.0.0", "::") else host  # noqa: S104

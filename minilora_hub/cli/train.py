@@ -59,7 +59,14 @@ def train(
     set_: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in DIR.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, and train nothing.")] = False,
-    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Rank of the low-rank updates.")] = None,
+    rank: Annotated[
+        str | None,
+        typer.Option("--rank", "-r", metavar="R", help="Rank of the low-rank updates, or auto with --budget."),
+    ] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(metavar="PARAMETERS", help="With --rank auto: EVA distributes them over the linears by the data."),
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Peak learning rate.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
@@ -145,6 +152,11 @@ def _settings(context: typer.Context, assignments: list[str] | None) -> dict[str
 
     flags = {name: value for name, value in given(context).items() if name not in NOT_SETTINGS}
     settings = {"r" if name == "rank" else name: value for name, value in flags.items()}
+    if "r" in settings and settings["r"] != "auto":
+        try:
+            settings["r"] = int(settings["r"])
+        except ValueError:
+            raise TrainingError(f"--rank {settings['r']!r}: must be a whole number, or auto") from None
     for text in assignments or []:
         name, value = parse_assignment(text)
         if name in settings:

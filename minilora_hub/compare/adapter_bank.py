@@ -25,12 +25,14 @@ from torch import nn
 
 from minilora_hub.adapter_folder.folders import AdapterFacts, adapter_facts, naming, read_source
 from minilora_hub.bases.skeleton import BaseSource
-from minilora_hub.compare.banked_layers import BankedBlock, BankedLinear, BatchRows, LinearUpdate
+from minilora_hub.compare.banked_layers import BankedBlock, BankedExperts, BankedLinear, BatchRows, LinearUpdate
 from minilora_hub.compare.found_adapters import shared_copy
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.reading import read_adapter
+from minilora_hub.remote_code.adapted_linear import LowRankUpdate
 from minilora_hub.remote_code.attach import build_modules
 from minilora_hub.remote_code.few_rows import remember_weights
+from minilora_hub.remote_code.fused_experts import AdaptedExperts
 from minilora_hub.remote_code.linear_layers import keep_4bit_weights_exact, linear_shape, plain_weight
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
 
@@ -68,6 +70,9 @@ class BankMemory:
     limit: int | None
 
 
+BankedLayer = BankedLinear | BankedBlock | BankedExperts
+
+
 class AdapterBank:
     """Adapters on one base, chosen per row.
 
@@ -94,10 +99,10 @@ class AdapterBank:
         self._limit = limit
         self._entries: dict[str, BankEntry] = {}
         # The least recently used first.
-        self._loaded: OrderedDict[str, list[BankedLinear | BankedBlock]] = OrderedDict()
+        self._loaded: OrderedDict[str, list[BankedLayer]] = OrderedDict()
         self._in_use: list[str] = []  # one entry per use; removal from a list is atomic, so any thread may do it
         self._base_bytes = _tensor_bytes(self.model)
-        self._wrapped: dict[str, BankedLinear | BankedBlock] = {}
+        self._wrapped: dict[str, BankedLayer] = {}
         for path, module in self._modules.items():
             if plain_weight(module) is not None:  # this also makes rows of the bare base faster
                 self._linear(path)
@@ -268,30 +273,34 @@ class AdapterBank:
         version = _version(entry.folder)  # before the files are read
         with naming(name):
             config, tensors, sites = read_adapter(read_source(entry.folder), BaseSource.of_model(self._plain))
-        # An adapter stored in bf16 is computed in the base's dtype: quicker on a CPU than changing dtype per layer.
-        dtype = next((p.dtype for p in self._plain.parameters() if p.is_floating_point()), None)
-        modules = build_modules(self._plain, config, sites, tensors, dtype=dtype)
+        modules = build_modules(self._plain, config, sites, tensors, dtype=self._adapter_dtype())
         size = 0
-        parts: dict[str, LinearUpdate | MixtureOfLoraExperts] = {}
+        parts: dict[str, LinearUpdate | MixtureOfLoraExperts | AdaptedExperts] = {}
         for site in sites:
             module = modules.pop(site.path)
             if isinstance(module, MixtureOfLoraExperts):
-                module.eval().prepare()
+                _compute_scales(module.eval())
                 parts[site.path] = module
                 own: list[Any] = [
                     module.router,
                     *module.experts.parameters(),
                 ]  # without the base's parameters, which are shared
+            elif isinstance(module, AdaptedExperts):
+                parts[site.path] = module.eval()
+                own = [*module.updates.parameters()]
             else:
                 parts[site.path] = update = LinearUpdate.of(module)
                 own = [tensor for tensor in update if isinstance(tensor, torch.Tensor)]
             size += sum(tensor.numel() * tensor.element_size() for tensor in own)
         # Nothing fails from here on, so no adapter is loaded in part.
-        layers: list[BankedLinear | BankedBlock] = []
+        layers: list[BankedLayer] = []
         for path, part in parts.items():
             if isinstance(part, LinearUpdate):
                 layers.append(self._linear(path))
                 self._linear(path).updates[name] = part
+            elif isinstance(part, AdaptedExperts):
+                layers.append(self._experts(path))
+                self._experts(path).adapted[name] = part
             else:
                 layers.append(self._block(path, part))
                 self._block(path, part).mixtures[name] = part
@@ -300,9 +309,17 @@ class AdapterBank:
         self._entries[name] = BankEntry(name, entry.folder, facts, size, version)
         self.make_room()
 
+    def _adapter_dtype(self) -> torch.dtype | None:
+        """Return the base's dtype, quicker than changing it per layer; float32 on a CPU: see `product_dtype`."""
+        first = next((p for p in self._plain.parameters() if p.is_floating_point()), None)
+        if first is None:
+            return None
+        return torch.float32 if first.is_cpu and first.dtype is torch.bfloat16 else first.dtype
+
     def _drop(self, name: str) -> None:
         for layer in self._loaded.pop(name, ()):
-            (layer.updates if isinstance(layer, BankedLinear) else layer.mixtures).pop(name)
+            held = {BankedLinear: "updates", BankedExperts: "adapted", BankedBlock: "mixtures"}[type(layer)]
+            getattr(layer, held).pop(name)
         entry = self._entries[name]
         self._entries[name] = BankEntry(name, entry.folder, entry.facts, version=entry.version)
 
@@ -319,7 +336,12 @@ class AdapterBank:
             self._wrap(path, BankedBlock(self._modules[path], mixture.structure, self._rows))
         return self._wrapped[path]  # type: ignore[return-value]
 
-    def _wrap(self, path: str, wrapper: BankedLinear | BankedBlock) -> None:
+    def _experts(self, path: str) -> BankedExperts:
+        if path not in self._wrapped:
+            self._wrap(path, BankedExperts(self._modules[path], self._rows))
+        return self._wrapped[path]  # type: ignore[return-value]
+
+    def _wrap(self, path: str, wrapper: BankedLayer) -> None:
         parent, _, name = path.rpartition(".")
         setattr(self._modules[parent], name, wrapper)
         self._wrapped[path] = wrapper
@@ -328,6 +350,14 @@ class AdapterBank:
 def _version(folder: Path) -> Hashable:
     files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
     return str(folder), *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+
+
+@torch.no_grad()
+def _compute_scales(mixture: MixtureOfLoraExperts) -> None:
+    """Compute DoRA's c of every expert, which inference keeps, ahead of the first token."""
+    for name, update in mixture.experts.items():
+        if isinstance(update, LowRankUpdate) and update.magnitude is not None:
+            update.scale(mixture.base_block.get_submodule(name))
 
 
 def _tensor_bytes(model: nn.Module) -> int:

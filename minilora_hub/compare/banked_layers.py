@@ -18,6 +18,7 @@ from torch import nn
 
 from minilora_hub.remote_code.adapted_linear import AdaptedLinear, add_low_rank_, apply_dora_scale_
 from minilora_hub.remote_code.base_structure import FeedForwardStructure
+from minilora_hub.remote_code.fused_experts import AdaptedExperts
 from minilora_hub.remote_code.linear_layers import is_only_its_product, only_product_of
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
 from minilora_hub.remote_code.routing_record import Routes
@@ -244,3 +245,39 @@ class BankedBlock(nn.Module):
         if at < self.rows.count:
             runs.append(_Run(at, self.rows.count, tuple(g for g in self.rows.groups if g.start >= at)))
         return runs
+
+
+class BankedExperts(nn.Module):
+    """Stacked experts of a base, and the adapters on them that are loaded: as the base's module.
+
+    Each run of rows is computed by itself, so the experts' weights are read once for each adapter in a batch.
+
+    Args:
+        base_experts: the base's module.
+        rows: the model's `BatchRows`.
+
+    Attributes:
+        adapted: adapter -> its `AdaptedExperts` here. Not registered as modules.
+    """
+
+    def __init__(self, base_experts: nn.Module, rows: BatchRows) -> None:
+        super().__init__()
+        self.base_experts = base_experts
+        self.rows = rows
+        self.adapted: dict[str, AdaptedExperts] = {}
+
+    def forward(self, hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+        """Run the experts of each run of rows on its tokens, (tokens, d); `routing` is theirs, each (tokens, K)."""
+        groups = [group for group in self.rows.groups if group.key in self.adapted]
+        if not groups:
+            return self.base_experts(hidden_states, *routing)
+        per_row = hidden_states.shape[0] // self.rows.count
+        starts = sorted({0, *(group.start for group in groups), *(group.stop for group in groups)})
+        own = {group.start: self.adapted[group.key] for group in groups}
+        out = torch.empty_like(hidden_states)
+        for start, stop in zip(starts, [*starts[1:], self.rows.count], strict=True):
+            if start < stop:
+                tokens = slice(start * per_row, stop * per_row)
+                experts = own.get(start, self.base_experts)
+                out[tokens] = experts(hidden_states[tokens], *(each[tokens] for each in routing))
+        return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,13 @@ class Batch:
     def finished(self) -> bool:
         """Whether no row is left."""
         return not self._live
+
+    def halt(self, rows: Collection[int]) -> list[Update]:
+        """End the rows of these indices that have not ended."""
+        halted = [answer for answer in self._live if answer.index in rows]
+        if halted:
+            self._keep([answer not in halted for answer in self._live])
+        return [answer.end("stopped") for answer in halted]
 
     def _keep(self, keep: Sequence[bool]) -> None:
         kept = [row for row, wanted in enumerate(keep) if wanted]

@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 
 from minilora_hub.compare.engine import Column, Sampling, Update
+from minilora_hub.demo.runs.rates import CommonRates
 from minilora_hub.demo.runs.runner import Moment, Runner, waiting_words
 from minilora_hub.errors import MiniLoraError
 
@@ -116,7 +117,7 @@ class Report:
     """
 
     def __init__(self, columns: Sequence[Column], experts: bool) -> None:
-        self._began, self._forwards = time.perf_counter(), 0
+        self._began, self._forwards, self._rates = time.perf_counter(), 0, CommonRates()
         self._experts: list[list[tuple]] | None = [[] for _ in columns] if experts else None
         self._rows: list[dict[str, Any]] = [
             {
@@ -156,7 +157,7 @@ class Report:
         row["text"] += update.text
         row["tokens"] = update.tokens
         row["seconds_to_first_token"] = update.seconds_to_first_token
-        row["tokens_per_second"] = update.tokens_per_second
+        row["tokens_per_second"] = self._rates.add(update)
         row["end"], row["error"] = update.reason, update.error
         if self._experts is not None and update.experts is not None:
             self._experts[update.row].append(update.experts)

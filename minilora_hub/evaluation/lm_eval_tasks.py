@@ -18,11 +18,12 @@ from minilora_hub.adapter_folder.results import Evaluation
 from minilora_hub.bases.loading import load_base, load_tokenizer
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.engine import context_length
+from minilora_hub.compare.found_adapters import common_base
 from minilora_hub.compare.prompting import Prompting, Promptings
 from minilora_hub.errors import MissingExtraError
 from minilora_hub.evaluation.metrics import DIGITS
 from minilora_hub.evaluation.report import command_line
-from minilora_hub.evaluation.settings import Adapter, Settings, common_base, find_adapters
+from minilora_hub.evaluation.settings import Adapter, Settings, find_adapters
 from minilora_hub.remote_code.few_rows import plain_products
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def measure(
         tasks: names of lm-eval's tasks.
         base: that base. Default: the one the adapters name.
         count: the first items of each task only.
-        dtype: ``"float32"`` or ``"bfloat16"``.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
         batch_size: rows of a batch.
         include_path: a folder with custom tasks in lm-eval's format.
         progress: called with a line at each step of loading.

@@ -20,6 +20,7 @@ import torch
 from minilora_hub.bases.loading import load_base, load_tokenizer
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.engine import context_length
+from minilora_hub.compare.found_adapters import common_base
 from minilora_hub.compare.prompting import Prompting, Promptings
 from minilora_hub.evaluation.answer_cache import AnswerCache, default_folder
 from minilora_hub.evaluation.generation import RoutingSums, generate, total
@@ -30,7 +31,6 @@ from minilora_hub.evaluation.prompts import Prompts
 from minilora_hub.evaluation.settings import (
     Adapter,
     Settings,
-    common_base,
     find_adapters,
     find_items,
     find_tasks,

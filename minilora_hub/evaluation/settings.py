@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minilora_hub.errors import AdapterError
+from minilora_hub.bases.loading import DTYPES
 from minilora_hub.evaluation.answer_cache import adapter_digest
 from minilora_hub.evaluation.tasks.items import SPLITS
 
 if TYPE_CHECKING:
-    from minilora_hub.bases.resolving import ResolvedBase
     from minilora_hub.evaluation.tasks.items import Item, Task
 
-DTYPES = ("float32", "bfloat16")
 HELD_OUT = "held_out"
 FEW_SHOT = 4
 BATCH_SIZE = 64
@@ -34,7 +31,7 @@ class Settings:
         few_shot: number of examples in a second measurement of the base; 0 for none.
         perplexity: whether perplexity on general text is measured.
         text: the text for it; None for the default.
-        dtype: ``"float32"``, or ``"bfloat16"``, which is quicker on most machines and may change some answers.
+        dtype: ``"float32"``, or ``"bfloat16"`` or ``"int8"``, which may change some answers; see `load_base`.
         batch_size: the most rows of a batch.
 
     Raises:
@@ -101,64 +98,15 @@ def find_adapters(names: Sequence[str | Path]) -> tuple[Adapter, ...]:
         AdapterError: one does not exist, or is of no known kind.
         ValueError: one is named twice.
     """
-    from minilora_hub.adapter_folder.folders import read_source
-    from minilora_hub.adapter_folder.results import RESULTS_FILE, Results
     from minilora_hub.compare.found_adapters import find_adapter
 
     found = []
     for name in names:
-        folder = find_adapter(name).folder
-        source = read_source(folder)
-        fingerprint = source.base_fingerprint
-        if fingerprint == "unknown" and (folder / RESULTS_FILE).is_file():  # PEFT's format has no place for one
-            fingerprint = Results.load(folder).base.fingerprint or fingerprint
-        found.append(Adapter(str(name), folder, Path(name).is_dir(), source.method, source.base, fingerprint))
+        one = find_adapter(name)
+        found.append(Adapter(str(name), one.folder, Path(name).is_dir(), one.method, one.base, one.fingerprint))
     twice = sorted({adapter.name for adapter in found if sum(adapter.name == other.name for other in found) > 1})
     _require(not twice, "adapters", twice, "named once each")
     return tuple(found)
-
-
-def common_base(base: str | Path | None, adapters: Sequence[Adapter]) -> tuple[ResolvedBase, str]:
-    """Find the base of all adapters; it is not loaded.
-
-    Args:
-        base: what the user names. None: the base that the adapters name.
-        adapters: what it must fit.
-
-    Returns:
-        The base and the fingerprint of its weights.
-
-    Raises:
-        AdapterError: the adapters name different bases or none, or were trained on another one.
-        BaseModelError: it cannot be found.
-        ValueError: there is neither a base nor an adapter.
-    """
-    from minilora_hub.bases.embedded import HUB_ID, WEIGHTS_SHA256
-    from minilora_hub.bases.resolving import EMBEDDED, resolve_base
-    from minilora_hub.remote_code.adapter_files import UNKNOWN, base_fingerprint
-
-    if base is None:
-        named = sorted({adapter.base or "" for adapter in adapters})
-        if not named:
-            raise ValueError("base=None: must be given where no adapter names one")
-        if len(named) > 1 or not named[0]:
-            shown = ", ".join(f"{adapter.name}: {adapter.base!r}" for adapter in adapters)
-            raise AdapterError(f"the adapters do not name one base ({shown}): pass base= (--base)")
-        base = named[0]
-        # The embedded base goes by the name of the model it is a rounding of; its fingerprint tells it apart.
-        embedded = "sha256:" + hashlib.sha256(f"model.safetensors:{WEIGHTS_SHA256}\n".encode()).hexdigest()
-        if base == HUB_ID and all(adapter.fingerprint == embedded for adapter in adapters):
-            base = EMBEDDED
-    resolved = resolve_base(base)
-    fingerprint = base_fingerprint(str(resolved.path))
-    for adapter in adapters:
-        if UNKNOWN not in (fingerprint, adapter.fingerprint) and fingerprint != adapter.fingerprint:
-            raise AdapterError(
-                f"adapter {adapter.name!r} was trained on another base: on {adapter.base!r} with fingerprint "
-                f"{adapter.fingerprint[:19]}…, and base {resolved.name!r} has {fingerprint[:19]}…: pass its own, "
-                "base= (--base)"
-            )
-    return resolved, fingerprint
 
 
 def find_tasks(settings: Settings) -> dict[str, Task]:

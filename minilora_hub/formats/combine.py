@@ -28,6 +28,7 @@ from minilora_hub.adapter_folder.writing import whole_folder
 from minilora_hub.bases.skeleton import BaseSource, find_base
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.peft_conversion import write_normalised
+from minilora_hub.formats.peft_experts import refuse_experts
 from minilora_hub.formats.peft_reading import PeftAdapter, Update, read_peft
 
 ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -113,6 +114,7 @@ def read_loras(sources: Sequence[str | Path], base: str | None, base_revision: s
     for adapter in found:
         with naming(adapter.folder.name):
             adapters.append(read_peft(adapter, shared))
+            refuse_experts(adapters[-1].experts, "combining")
     return adapters
 
 

@@ -129,17 +129,19 @@ def _merge(model: Any, config: Any, tensors: dict[str, Any], sites: list[Any]) -
     for path, adapted in build_modules(model, config, sites, tensors).items():
         layer = adapted.base_layer
         try:
-            merged = adapted.merged_weight()
+            weights = adapted.merged_weights()
         except ValueError as error:
             raise AdapterError(f"{path}: {error}") from error
-        if others := [other for other in holders[id(layer.weight)] if not _is_same_place(model, other, path)]:
-            _untie_head(model, path, layer, others)
-            notes.append(
-                f"{path} is stored separately from {', '.join(others)}, to which the base ties it: the adapter changes "
-                f"only {path} (tie_word_embeddings is false, {merged.numel():,} more parameters)"
-            )
-        with torch.no_grad():
-            layer.weight.copy_(merged)
+        for name, merged in weights.items():
+            held_by = holders[id(getattr(layer, name))]
+            if others := [other for other in held_by if not _is_same_place(model, other, path)]:
+                _untie_head(model, path, layer, others)
+                notes.append(
+                    f"{path} is stored separately from {', '.join(others)}, to which the base ties it: the adapter "
+                    f"changes only {path} (tie_word_embeddings is false, {merged.numel():,} more parameters)"
+                )
+            with torch.no_grad():
+                getattr(layer, name).copy_(merged)
     return notes
 
 

@@ -242,5 +242,6 @@ def _compare(before: list[torch.Tensor], after: list[torch.Tensor]) -> tuple[flo
     old, new = torch.cat(before), torch.cat(after)  # (tokens, vocabulary)
     log_old, log_new = functional.log_softmax(old, dim=-1), functional.log_softmax(new, dim=-1)
     divergence = functional.kl_div(log_new, log_old, log_target=True, reduction="none").sum(dim=-1)
+    divergence = divergence.clamp(min=0)  # rounding makes it negative where both are nearly equal
     same = (old.argmax(dim=-1) == new.argmax(dim=-1)).float().mean()
     return divergence.mean().item(), (old - new).abs().max().item(), same.item()

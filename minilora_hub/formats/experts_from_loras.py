@@ -22,9 +22,10 @@ from torch.nn import functional
 
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.combine import Combination, combined_update
+from minilora_hub.formats.peft_experts import refuse_experts
 from minilora_hub.formats.peft_reading import PeftAdapter, Update
 from minilora_hub.formats.targets import layer_targets
-from minilora_hub.remote_code.base_structure import LinearSite, plan_sites
+from minilora_hub.remote_code.base_structure import LinearSite, MixtureSite, plan_sites
 from minilora_hub.remote_code.configuration_minilora import MixLoraConfig
 
 OnAttention = Literal["same", "mean", "svd", "drop"]
@@ -66,10 +67,12 @@ def experts_from_loras(
         raise AdapterError(f"attention={attention!r}: must be one of {', '.join(ON_ATTENTION)}")
     if router not in ROUTERS:
         raise AdapterError(f"router={router!r}: must be one of {', '.join(ROUTERS)}")
+    for adapter in adapters:
+        refuse_experts(adapter.experts, "a MixLoRA")
     base = adapters[0].base
     every = plan_sites(base.skeleton, MixLoraConfig(num_experts=len(adapters)))
     linears = {site.path: site for site in every if isinstance(site, LinearSite)}
-    blocks = [site for site in every if not isinstance(site, LinearSite)]
+    blocks = [site for site in every if isinstance(site, MixtureSite)]
     known = set(linears) | {f"{site.path}.{target[0]}" for site in blocks for target in site.targets}
     for number, adapter in enumerate(adapters):
         outside = sorted(set(adapter.updates) - known)

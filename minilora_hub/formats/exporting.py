@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from minilora_hub.adapter_folder.companions import write_companions
-from minilora_hub.adapter_folder.folders import read_folder
+from minilora_hub.adapter_folder.folders import AdapterFolder, read_folder
 from minilora_hub.adapter_folder.reading import read_ours
 from minilora_hub.adapter_folder.writing import require_free, whole_folder
 from minilora_hub.bases.skeleton import find_base
@@ -69,19 +69,10 @@ def export_adapter(
     if to == "dense":
         return Exported(Path(out), to, tuple(export_dense(source, out, base=base, dtype=dtype, dequantize=dequantize)))
     found = read_folder(source)
-    if found.dialect != "minilora":
-        what = {"peft": "in PEFT's format", "reference": "in the reference format", "checkpoint": "a whole model"}
-        raise AdapterError(
-            f"{found.folder.name!r} is {what.get(found.dialect, found.dialect)}: --to {to} takes an adapter in our "
-            "format, which `minilora import` makes"
-        )
+    if refusal := _refusal(found, to):
+        raise AdapterError(f"{found.name!r} is {refusal}")
     located = find_base(*found.named_base(base))
     config, tensors, sites = read_ours(found, located)
-    if to != "peft" and found.method != "mixlora":
-        raise AdapterError(
-            f"adapter {found.folder.name!r} is a {found.method}: --to {to} takes a MixLoRA only; --to dense merges a "
-            "LoRA or DoRA into its base"
-        )
     if to in ("mixtral", "moe"):
         model = MixLoraForCausalLM.from_pretrained(str(found.folder), base_model=base, dtype=dtype)
         only = "MixtralForCausalLM" if to == "mixtral" else None
@@ -99,3 +90,16 @@ def export_adapter(
             notes = []
         notes += write_companions(folder, found.folder, located)
     return Exported(Path(out), to, tuple(notes))
+
+
+def _refusal(found: AdapterFolder, to: Target) -> str | None:
+    """Return what an adapter is, and why it cannot be exported `to` a format other than ``"dense"``; None if it can."""
+    if found.dialect == "checkpoint":
+        return "a whole model, not an adapter: there is nothing to export"
+    if to == "peft" and found.dialect == "peft":
+        return "in PEFT's format already"
+    if to != "peft" and found.method != "mixlora":
+        return f"a {found.method}: --to {to} takes a MixLoRA only; --to dense merges a LoRA or DoRA into its base"
+    if found.dialect != "minilora":
+        return f"a MixLoRA in the format {found.dialect!r}: convert it with `minilora import` first"
+    return None

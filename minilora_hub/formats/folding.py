@@ -20,7 +20,7 @@ from minilora_hub.formats.moe_architectures import GRANITE_MOE, QWEN2_MOE, Archi
 from minilora_hub.remote_code.adapted_linear import TINY_NORM
 from minilora_hub.remote_code.adapter_files import first_names
 from minilora_hub.remote_code.attach import PlannedUpdate, updates_at
-from minilora_hub.remote_code.base_structure import LinearSite, Site
+from minilora_hub.remote_code.base_structure import ExpertsSite, LinearSite, MixtureSite, Site
 
 Weights = Iterable[tuple[str, Tensor]]
 
@@ -46,7 +46,9 @@ class Folding:
     ) -> None:
         self.config, self.tensors, self.dtype = config, tensors, dtype
         self.architecture: Any = architecture
-        self.mixtures: list[Any] = [site for site in sites if not isinstance(site, LinearSite)]
+        if stacked := [site.path for site in sites if isinstance(site, ExpertsSite)]:
+            raise AdapterError(f"{stacked[0]}: an adapter on a base's stacked experts cannot be folded while loading")
+        self.mixtures: list[Any] = [site for site in sites if isinstance(site, MixtureSite)]
         self._linears = {
             f"{site.path}.weight": next(updates_at(site, config)) for site in sites if isinstance(site, LinearSite)
         }

@@ -233,7 +233,7 @@ def _layer_tensors(layer: Any, prefix: str, architecture: Architecture, dtype: A
                 continue
             if isinstance(module, AdaptedLinear):
                 done.append(path)
-                tensors[f"{path}.weight"] = module.merged_weight()
+                tensors[f"{path}.weight"] = module.merged_weights()["weight"]
                 if module.base_layer.bias is not None:
                     tensors[f"{path}.bias"] = module.base_layer.bias  # type: ignore[assignment]
             elif isinstance(module, MixtureOfLoraExperts):

@@ -10,6 +10,7 @@ from typing import Any
 
 from minilora_hub.adapter_folder.folders import refuse_lfs_pointer, write_json
 from minilora_hub.adapter_folder.names import PEFT_CONFIG, WEIGHTS, as_stock_transformers_reads, is_update, to_peft
+from minilora_hub.errors import AdapterError
 from minilora_hub.formats.targets import peft_target_names
 from minilora_hub.hub.plain_files import read_header
 
@@ -73,8 +74,17 @@ def write_peft_folder(
         targets: the linears it adapts.
         base_id: the base's id on the Hub.
         base_revision: its commit.
+
+    Raises:
+        AdapterError: it adapts stacked experts of the base.
     """
     from minilora_hub.remote_code.adapter_files import write_adapter
+
+    if config.target_parameters:
+        raise AdapterError(
+            f"target_parameters={config.target_parameters}: PEFT has no DoRA on the parameters of stacked experts; "
+            "--to dense merges it into its base"
+        )
 
     folder.mkdir(exist_ok=True)
     fields = lora_settings(

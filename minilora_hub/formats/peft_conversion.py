@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from minilora_hub.formats.peft import lora_settings, write_peft_config
 from minilora_hub.formats.peft_reading import PeftAdapter, read_peft
 from minilora_hub.formats.targets import layer_targets, shortest_names
 from minilora_hub.remote_code.adapter_files import write_adapter
-from minilora_hub.remote_code.base_structure import LinearSite
+from minilora_hub.remote_code.base_structure import LinearSite, Site
 from minilora_hub.remote_code.configuration_minilora import DoraConfig
 from minilora_hub.remote_code.linear_layers import linear_shape
 
@@ -61,16 +62,21 @@ def as_ours(adapter: PeftAdapter, config_class: Any) -> tuple[Any, dict[str, tor
             not support.
     """
     layers_path = adapter.base.layers_path
+    on_linears = replace(adapter, experts={}, expert_sites=()).tensors()
     try:
-        tensors = {from_peft(name, layers_path): tensor for name, tensor in adapter.tensors().items()}
+        tensors = {from_peft(name, layers_path): tensor for name, tensor in on_linears.items()}
     except ValueError as error:
         raise AdapterError(f"{error}: an update outside the decoder layers is not supported") from error
     ranks = {
-        f"layers.{path.removeprefix(f'{layers_path}.')}": (update.lora_a.shape[0], update.scaling)
-        for path, update in adapter.updates.items()
+        f"layers.{path.removeprefix(f'{layers_path}.')}": (update.lora_a.shape[-2], update.scaling)
+        for path, update in (adapter.updates | adapter.experts).items()
     }
     settings = {name: adapter.config[name] for name in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
-    settings["target_modules"] = layer_targets(tensors, adapter.base)
+    settings["target_modules"] = layer_targets(tensors, adapter.base) if tensors else []
+    settings["target_parameters"] = adapter.config.get("target_parameters")
+    for path, update in adapter.experts.items():
+        name = f"layers.{path.removeprefix(f'{layers_path}.')}"
+        tensors |= {f"{name}.lora_A": update.lora_a, f"{name}.lora_B": update.lora_b}
     patterns = {name: adapter.config[name] for name in ("rank_pattern", "alpha_pattern")}
     try:
         config = config_class(**settings, **patterns)
@@ -109,11 +115,11 @@ class PeftLoraConfig(DoraConfig):
         return self.of_linears[path]
 
 
-def read_peft_lora(source: AdapterFolder, base: BaseSource) -> tuple[PeftLoraConfig, dict[str, Any], list[LinearSite]]:
-    """Read a LoRA or DoRA for `base`, which is not changed. It may adapt any linear, including the head.
+def read_peft_lora(source: AdapterFolder, base: BaseSource) -> tuple[PeftLoraConfig, dict[str, Any], list[Site]]:
+    """Read a LoRA or DoRA for `base`, which is not changed. It may adapt any linear, including the head, and experts.
 
     Returns:
-        The configuration, {name of the linear and the leaf: tensor}, and the adapted linears; names are the base's
+        The configuration, {name of the linear and the leaf: tensor}, and the sites; names are the base's
         own paths.
 
     Raises:
@@ -121,7 +127,8 @@ def read_peft_lora(source: AdapterFolder, base: BaseSource) -> tuple[PeftLoraCon
             message names it.
     """
     adapter = read_peft(source, base)
-    sites, of_linears = [], {}
+    sites: list[Site] = []
+    of_linears = {}
     tensors: dict[str, Any] = {}
     for path, update in adapter.updates.items():
         shape: Any = linear_shape(base.skeleton.get_submodule(path))
@@ -131,5 +138,9 @@ def read_peft_lora(source: AdapterFolder, base: BaseSource) -> tuple[PeftLoraCon
         tensors |= {f"{path}.lora_A": update.lora_a, f"{path}.lora_B": update.lora_b}
         if update.magnitude is not None:
             tensors[f"{path}.magnitude"] = update.magnitude
+    for path, update in adapter.experts.items():
+        of_linears[path] = (update.lora_a.shape[1], update.scaling)
+        tensors |= {f"{path}.lora_A": update.lora_a, f"{path}.lora_B": update.lora_b}
+    sites += adapter.expert_sites
     settings = {name: adapter.config[name] for name in ("r", "lora_alpha", "use_rslora", "use_dora")}
     return PeftLoraConfig(**settings, of_linears=of_linears), tensors, sites

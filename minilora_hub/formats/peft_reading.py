@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from minilora_hub.adapter_folder.folders import AdapterFolder
+from minilora_hub.adapter_folder.folders import AdapterFolder, naming
 from minilora_hub.adapter_folder.names import PEFT_CONFIG, PEFT_PREFIX, join_peft, split_peft
 from minilora_hub.adapter_folder.reading import read_tensors
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
+from minilora_hub.formats.peft_experts import pack, peft_modules, sites_of, unpack
 from minilora_hub.formats.settings import read_lora_settings
+from minilora_hub.remote_code.base_structure import ExpertsSite
 from minilora_hub.remote_code.linear_layers import linear_shape
 
 WRAPPERS = {
@@ -37,8 +40,8 @@ class Update:
     """One low-rank update: y = W x + s B A x.
 
     Attributes:
-        lora_a: A, [r, in].
-        lora_b: B, [out, r].
+        lora_a: A, [r, in]; of stacked experts [experts, r, in].
+        lora_b: B, [out, r]; of stacked experts [experts, out, r].
         scaling: s.
         magnitude: DoRA's m, [out]; None for LoRA.
     """
@@ -57,11 +60,15 @@ class PeftAdapter:
         config: arguments for PEFT's LoraConfig, without defaults and bookkeeping fields.
         updates: {path of the linear in the base: update}.
         base: the base.
+        experts: {path of a parameter of stacked experts: update}.
+        expert_sites: the modules that hold those parameters.
     """
 
     config: dict[str, Any]
     updates: dict[str, Update]
     base: BaseSource
+    experts: dict[str, Update] = field(default_factory=dict)
+    expert_sites: tuple[ExpertsSite, ...] = ()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors under PEFT's names."""
@@ -71,6 +78,10 @@ class PeftAdapter:
             found[join_peft(path, "lora_B")] = update.lora_b
             if update.magnitude is not None:
                 found[join_peft(path, "magnitude")] = update.magnitude
+        stacked = {f"{path}.lora_A": update.lora_a for path, update in self.experts.items()}
+        stacked |= {f"{path}.lora_B": update.lora_b for path, update in self.experts.items()}
+        for site in self.expert_sites:
+            found |= pack(site, self.base.skeleton.get_submodule(site.path), stacked)
         return found
 
 
@@ -80,29 +91,58 @@ def read_peft(source: AdapterFolder, base: BaseSource) -> PeftAdapter:
     Raises:
         AdapterError: a setting is not supported, or a tensor is missing, surplus or misshapen.
     """
+    with naming(source.name, base.name):
+        return _read_peft(source, base)
+
+
+def _read_peft(source: AdapterFolder, base: BaseSource) -> PeftAdapter:
     config = read_lora_settings(source)
     modules = dict(base.skeleton.named_modules())
     tensors_of_file = read_tensors(source.folder)
     _drop_base_copies(tensors_of_file, base)
     parts = split_tensors(tensors_of_file, config["use_dora"])
+    sites = sites_of(base.skeleton, config.get("target_parameters", ()))
+    experts = {path: update for site in sites for path, update in _take_experts(site, parts, config, base)}
     for path in sorted(parts):
         if path not in modules or linear_shape(modules[path]) is None:
             raise AdapterError(f"{path}: {_why_no_linear(path, base)}")
     _check_targets(source, base.skeleton, set(parts))
-    _check_layout(config["fan_in_fan_out"], {path: modules[path] for path in sorted(parts)})
+    if parts:
+        _check_layout(config["fan_in_fan_out"], {path: modules[path] for path in sorted(parts)})
     updates = {}
     for path, tensors in sorted(parts.items()):
         shape: Any = linear_shape(modules[path])
         r, scaling = _rank_and_scaling(config, path)
         expected = {"lora_A": (r, shape[1]), "lora_B": (shape[0], r), "magnitude": (shape[0],)}
-        for leaf, tensor in tensors.items():
-            if tuple(tensor.shape) != expected[leaf]:
-                raise AdapterError(
-                    f"{path}.{leaf} has shape {tuple(tensor.shape)}, rank {r} on the base {base.name!r} needs "
-                    f"{expected[leaf]}"
-                )
+        _check_shapes(path, tensors, expected, r, base)
         updates[path] = Update(tensors["lora_A"], tensors["lora_B"], scaling, tensors.get("magnitude"))
-    return PeftAdapter(config, updates, base)
+    return PeftAdapter(config, updates, base, experts, tuple(sites))
+
+
+def _take_experts(
+    site: ExpertsSite, parts: dict[str, Any], config: dict[str, Any], base: BaseSource
+) -> Iterator[tuple[str, Update]]:
+    """Take the tensors of stacked experts out of `parts`; yield (path of a parameter, update)."""
+    shapes = {name: (out_features, in_features) for name, out_features, in_features in site.targets}
+    for name, module in peft_modules(site, base.skeleton.get_submodule(site.path)):
+        path = f"{site.path}.{name}"
+        if module not in parts:
+            raise AdapterError(f"{path}: target_parameters names it, but there are no tensors for it ({module})")
+        tensors = parts.pop(module)
+        r, scaling = _rank_and_scaling(config, path)
+        width = site.num_experts * r
+        expected = {"lora_A": (width, shapes[name][1]), "lora_B": (shapes[name][0], width)}
+        _check_shapes(module, tensors, expected, r, base)
+        yield path, Update(*unpack(tensors["lora_A"], tensors["lora_B"], site.num_experts), scaling)
+
+
+def _check_shapes(path: str, tensors: dict[str, Any], expected: dict[str, Any], r: int, base: BaseSource) -> None:
+    for leaf, tensor in tensors.items():
+        if tuple(tensor.shape) != expected[leaf]:
+            raise AdapterError(
+                f"{path}.{leaf} has shape {tuple(tensor.shape)}, rank {r} on the base {base.name!r} needs "
+                f"{expected[leaf]}"
+            )
 
 
 def split_tensors(tensors: dict[str, torch.Tensor], use_dora: bool) -> dict[str, dict[str, torch.Tensor]]:
@@ -202,7 +242,7 @@ def _linears(model: Any) -> set[str]:
 
 def _check_targets(source: AdapterFolder, model: Any, adapted: set[str]) -> None:
     """Raise AdapterError unless the linears that the settings name are exactly those that have tensors."""
-    targets = source.config["target_modules"]
+    targets = source.config.get("target_modules") or []
     names = ("exclude_modules", "layers_to_transform", "layers_pattern")
     chosen: dict[str, Any] = {name: source.config.get(name) for name in names}
     linears = _linears(model)

@@ -22,7 +22,6 @@ REFUSED = {
     "megatron_config": "Megatron's parallel linears",
     "modules_to_save": "whole modules trained beside the adapter",
     "monteclora_config": "MonteCLoRA",
-    "target_parameters": "updates of bare parameters",
     "trainable_token_indices": "trained token embeddings",
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QA-LoRA, which pools its input",
@@ -128,7 +127,16 @@ def read_lora_settings(source: AdapterFolder) -> dict[str, Any]:
         for key, value in config[name].items():
             if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 1e9 or not _is_pattern(key):
                 raise settings.error(name, f"{key!r} must be a path or a regular expression with a number above 0")
-    settings.require("target_modules", (str, list))
+    parameters = settings.get("target_parameters", list, [])
+    if not all(isinstance(name, str) and name for name in parameters):
+        raise settings.error("target_parameters", "must be a list of names of parameters")
+    if parameters:
+        if config["use_dora"]:
+            raise settings.error("target_parameters", "PEFT has no DoRA on parameters, so this cannot be its adapter")
+        config["target_parameters"] = sorted(set(parameters))
+        settings.get("target_modules", (str, list))
+    else:
+        settings.require("target_modules", (str, list))
     known = settings.asked | PASSED_OVER
     for name, value in source.config.items():
         if name not in known and _is_set(value):

@@ -13,11 +13,13 @@ def peft_target_names(sites: list[Any], base: Any) -> list[str]:
     """Return the shortest names that PEFT matches to exactly the linears at these sites.
 
     Args:
-        sites: LinearSites and MixtureSites; see `remote_code.base_structure`.
+        sites: see `remote_code.base_structure`; stacked experts of the base are left out.
         base: the base or its skeleton.
     """
-    paths = [site.path for site in sites if not hasattr(site, "targets")]
-    paths += [f"{site.path}.{name}" for site in sites for name, *_ in getattr(site, "targets", ())]
+    from minilora_hub.remote_code.base_structure import LinearSite, MixtureSite
+
+    paths = [site.path for site in sites if isinstance(site, LinearSite)]
+    paths += [f"{site.path}.{name}" for site in sites if isinstance(site, MixtureSite) for name, *_ in site.targets]
     return shortest_names(paths, base)
 
 

@@ -24,6 +24,8 @@ from minilora_hub.formats.settings import check_settings
 from minilora_hub.hub.client import fetch
 from minilora_hub.hub.errors import FAILURES, explain, patiently
 
+METHOD_TAGS = {"mixdora": "MixDoRA"} | METHODS
+"""Tag of a repo on the Hub -> method. A MixDoRA has the tag of a MixLoRA, too, so it comes first."""
 SORTS = ("downloads", "likes", "last_modified", "created_at", "trending_score")
 LISTED = ["author", "cardData", "createdAt", "downloads", "lastModified", "likes", "private", "tags", "trendingScore"]
 LOOKED_AT = 1000
@@ -32,6 +34,7 @@ SHOWN_SETTINGS = (
     "r",
     "lora_alpha",
     "target_modules",
+    "target_parameters",
     "use_rslora",
     "use_dora",
     "num_experts",
@@ -196,7 +199,8 @@ def list_adapters(
 
     Args:
         base: the base's id, or ``"embedded"``. Default: any base.
-        method: ``"mixlora"``, ``"dora"`` or ``"lora"``. Default: any, or without a base: MixLoRA and DoRA.
+        method: ``"mixlora"`` (which includes those with DoRA), ``"mixdora"``, ``"dora"`` or ``"lora"``. Default: any,
+            or without a base: MixLoRA and DoRA.
         sort: the order, the largest or newest first: ``"downloads"``, ``"likes"``, ``"last_modified"``,
             ``"created_at"`` or ``"trending_score"``. Default: downloads.
         limit: how many at most.
@@ -206,8 +210,8 @@ def list_adapters(
         PublishError: the Hub cannot be asked, or it does not search by tag and has too many models to look at each.
         ValueError: `method` or `sort` is unknown.
     """
-    if method is not None and method not in METHODS:
-        raise ValueError(f"method={method!r}: must be one of {tuple(METHODS)}")
+    if method is not None and method not in METHOD_TAGS:
+        raise ValueError(f"method={method!r}: must be one of {tuple(METHOD_TAGS)}")
     if sort is not None and sort not in SORTS:
         raise ValueError(f"sort={sort!r}: must be one of {SORTS}")
     base = HUB_ID if base == EMBEDDED else base
@@ -255,7 +259,7 @@ def _listed(model: Any) -> ListedAdapter:
     card = model.card_data.to_dict() if model.card_data else {}
     return ListedAdapter(
         id=model.id,
-        method=next((name for tag, name in METHODS.items() if tag in tags), None),
+        method=next((name for tag, name in METHOD_TAGS.items() if tag in tags), None),
         bases=tuple(tag.removeprefix(prefix) for tag in tags if tag.startswith(prefix)),
         downloads=model.downloads or 0,
         likes=model.likes or 0,

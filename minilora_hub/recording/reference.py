@@ -227,11 +227,11 @@ def _difference_in_peft(
 ) -> str | None:
     """Return why PEFT computes other logits from a folder in its format than our code does; None if it does not."""
     with tempfile.TemporaryDirectory(prefix="minilora-peft-") as scratch:
-        write_dora_for_peft(source, Path(scratch), targets, str(source.base), None)
         try:
+            write_dora_for_peft(source, Path(scratch), targets, str(source.base), None)
             model = with_peft(base, Path(scratch))
             gap = difference(ours.top_logits, *logits_of(model, ours.prompts, ours.top_tokens))
-        except (ValueError, KeyError, RuntimeError, TypeError) as error:
+        except (AdapterError, ValueError, KeyError, RuntimeError, TypeError) as error:
             return f"PEFT cannot read this adapter ({type(error).__name__}: {error})"
     return None if gap <= tolerance else f"PEFT computes other logits from this adapter (by {gap:.2g})"
 

@@ -31,6 +31,7 @@ def build_server(
     limits: ServerLimits | None = None,
     allow_loading: bool = False,
     route: Path | None = None,
+    dtype: str | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Server:
     """Load a base and its adapters.
@@ -43,6 +44,7 @@ def build_server(
         limits: bounds of the server.
         allow_loading: whether clients may load and unload adapters.
         route: file of an index that chooses the adapter where a client asks for the model ``"auto"``.
+        dtype: of the base, or ``"int8"``; see `load_base`.
         progress: called with a line of text at each step.
 
     Raises:
@@ -52,7 +54,7 @@ def build_server(
     index = None if route is None else AdapterIndex.load(route)
     for folder in adapter_folders:  # before the base is loaded
         require_folder(folder)
-    engine = CompareEngine(base, adapters, memory_limit=adapter_bytes, progress=progress)
+    engine = CompareEngine(base, adapters, dtype=dtype, memory_limit=adapter_bytes, progress=progress)
     scheduler = Scheduler(engine, limits or ServerLimits())
     if scheduler.row_by_row is not None:
         progress(f"  ! rows of this base are computed one after the other: {scheduler.row_by_row}")

@@ -16,7 +16,9 @@ from minilora_hub.progress_display import ProgressDisplay
 
 
 class ProgressShown(TrainerCallback):
-    """Shows steps, loss and tokens per second.
+    """Shows steps, loss and tokens per second of the steps alone: validation and checkpoints are not counted.
+
+    A step that is validated is shown once its validation loss is known.
 
     Args:
         shown: whether this process shows anything.
@@ -25,21 +27,31 @@ class ProgressShown(TrainerCallback):
     def __init__(self, shown: bool) -> None:
         self._shown = shown
         self._display: ProgressDisplay | None = None
-        self._validated = ""
+        self._facts = self._validated = ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._started, self._tokens = time.perf_counter(), state.num_input_tokens_seen
+        self._seconds, self._tokens = 0.0, state.num_input_tokens_seen
         steps = {"total": state.max_steps, "done": state.global_step}
         self._display = ProgressDisplay("Training", "step", shown=self._shown, **steps)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
-        if "eval_loss" in logs:
+        if "loss" in logs:  # reading it has waited for the device, so the step is over
+            self._seconds += time.perf_counter() - self._began
+            rate = (state.num_input_tokens_seen - self._tokens) / max(self._seconds, 1e-9)
+            self._facts = f"loss {logs['loss']:.4f}{{}}  {rate:,.0f} tokens/s"
+            if not control.should_evaluate:
+                self._show(state)
+        elif "eval_loss" in logs:
             self._validated = f"  validation {logs['eval_loss']:.4f}"
-        if "loss" in logs and self._display:
-            rate = (state.num_input_tokens_seen - self._tokens) / max(time.perf_counter() - self._started, 1e-9)
-            facts = f"loss {logs['loss']:.4f}{self._validated}  {rate:,.0f} tokens/s"
-            self._display.update(state.global_step, facts)
+            self._show(state)
+
+    def _show(self, state: Any) -> None:
+        if self._display and self._facts:
+            self._display.update(state.global_step, self._facts.format(self._validated))
 
     def close(self) -> None:
         """Remove the bar from the terminal."""

@@ -56,6 +56,8 @@ class KeptAdapters:
         with bare_base(model) as bare:
             for found in adapters:
                 for path, module in frozen_modules(bare, found.source, base).items():
+                    if not hasattr(module, "update"):
+                        raise TrainingError(f"keep={found.name!r}: {path} are stacked experts, which cannot be kept")
                     self._plain.setdefault(path, module.base_layer)
                     self.factors.append((path, module.update.lora_A.detach()))
                     replace_module(bare, path, module)

@@ -169,3 +169,19 @@ def _require_independent_rows(model: Any, examples: ExampleRows) -> None:
             f"batching='packed': on this base packed rows attend to each other (logits differ by {gap:.2g}): "
             "pass --batching length-grouped"
         )
+
+
+@contextmanager
+def collected_notes() -> Iterator[list[str]]:
+    """Collect warnings about skipped targets, instead of printing them."""
+    from minilora_hub.remote_code.probe import TargetsWarning
+
+    notes: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", TargetsWarning)
+        yield notes
+    for warning in caught:
+        if issubclass(warning.category, TargetsWarning):
+            notes.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

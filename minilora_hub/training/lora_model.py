@@ -17,12 +17,17 @@ from transformers import AutoModelForCausalLM
 from transformers.generation import GenerationMixin
 
 from minilora_hub.adapter_folder.names import PEFT_CONFIG, to_peft
+from minilora_hub.formats.peft_experts import pack
 from minilora_hub.remote_code.adapted_model import AdaptedModel
 from minilora_hub.remote_code.adapter_files import ADAPTER_FILE, write_adapter
+from minilora_hub.remote_code.base_structure import ExpertsSite, LinearSite
 from minilora_hub.remote_code.configuration_minilora import AdapterConfig
 from minilora_hub.remote_code.layer_stacks import find_decoder_layers
+from minilora_hub.remote_code.linear_layers import linear_shape, whole_tensor
 from minilora_hub.remote_code.modeling_minilora import GenerateOnBase
 from minilora_hub.remote_code.trainer_support import takes_base_arguments
+
+LEAVES = ("lora_A", "lora_B")
 
 
 class LoraConfig(AdapterConfig):
@@ -51,7 +56,7 @@ class LoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
         """Return the linears that PEFT does not support, since PEFT must be able to load the saved adapter."""
         from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 
-        refused: dict[str, str] = {}
+        refused = _taken_for_experts(base)
         for path, _ in base.named_modules():
             try:
                 _check_lora_target_modules_mamba(PeftLoraConfig(), base, path.rpartition(".")[2])
@@ -84,7 +89,14 @@ class LoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         layers_path, _ = find_decoder_layers(self.base)
-        tensors = {to_peft(name, layers_path): value.cpu() for name, value in self.adapter_parameters().items()}
+        values: dict[str, Any] = {}
+        for name, value in self.adapter_parameters().items():
+            values[name] = whole_tensor(value).detach().cpu()
+        stacked = [site for site in self.sites if isinstance(site, ExpertsSite)]
+        of_experts = {f"{site.name}.{name}.{leaf}" for site in stacked for name, *_ in site.targets for leaf in LEAVES}
+        tensors = {to_peft(name, layers_path): value for name, value in values.items() if name not in of_experts}
+        for site in stacked:
+            tensors |= pack(site, self._base_layer(site.path), values)
         write_adapter(folder / ADAPTER_FILE, tensors)
         (folder / PEFT_CONFIG).write_text(self._peft_config(), encoding="utf-8")
         self.generation_config.save_pretrained(folder)
@@ -93,7 +105,7 @@ class LoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
 
     def _peft_config(self) -> str:
         ours = self.config
-        paths = [site.path for site in self.sites]
+        paths = [site.path for site in self.sites if isinstance(site, LinearSite)]
         names = sorted({path.rpartition(".")[2] for path in paths})
         # Last parts of the paths, unless a linear elsewhere has the same.
         others = {path for path, _ in self.base.named_modules() if path.rpartition(".")[2] in names}
@@ -102,7 +114,9 @@ class LoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
             task_type=TaskType.CAUSAL_LM,
             r=ours.r,
             lora_alpha=ours.lora_alpha,
-            lora_dropout=ours.lora_dropout,
+            # PEFT refuses one on parameters, also where it has no effect, as in evaluation.
+            lora_dropout=0.0 if ours.target_parameters else ours.lora_dropout,
+            target_parameters=ours.target_parameters or None,
             use_rslora=ours.use_rslora,
             target_modules=names if plain else sorted(paths),
             rank_pattern=ours.rank_pattern,
@@ -118,3 +132,24 @@ class LoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
 
     def _base_layer(self, path: str) -> Any:
         return self.base.get_submodule(path).base_layer
+
+
+def _taken_for_experts(base: Any) -> dict[str, str]:
+    """Return the linears whose names PEFT takes for experts of a checkpoint of transformers 4, and rewrites.
+
+    On DeepSeek-V3, it reads ``gate_proj`` as the stacked experts, although the dense layers have a linear of this name.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    paths = [path for path, module in base.named_modules() if linear_shape(module)]
+    taken = set()
+    for leaf in {path.rpartition(".")[2] for path in paths}:
+        config = PeftLoraConfig(target_modules=[leaf])
+        try:
+            convert_peft_config_for_transformers(config, base, None)
+        except ValueError:  # it is one of several that are stacked in one parameter
+            taken.add(leaf)
+        if leaf not in (config.target_modules or ()):
+            taken.add(leaf)
+    reason = "a LoRA is saved in PEFT's format, and PEFT takes this name for that of the stacked experts"
+    return {path: reason for path in paths if path.rpartition(".")[2] in taken}

@@ -103,8 +103,7 @@ class Distill:
             teacher = self._log_probabilities(base, hidden, chosen)
         student = self._log_probabilities(base, step.hidden, chosen)
         labels = chosen.sum()
-        total = F.kl_div(student, teacher, log_target=True, reduction="sum") * self.temperature**2
-        return Term(total / labels.clamp(min=1), labels)
+        return Term(divergence(student, teacher) * self.temperature**2 / labels.clamp(min=1), labels)
 
     def _log_probabilities(self, base: Any, hidden: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         logits = base.get_output_embeddings()(hidden[:, :-1][chosen])  # (labels, vocabulary)
@@ -165,7 +164,15 @@ class Anchor:
         with record_routing(mask):  # so that switch routing knows that there is no padding
             logits = step.model.base(ids, attention_mask=mask, use_cache=False).logits
         found = F.log_softmax(logits.float(), dim=-1)
-        return Term(F.kl_div(found, expected, log_target=True, reduction="sum") / ids.numel())
+        return Term(divergence(found, expected) / ids.numel())
+
+
+def divergence(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Return KL(expected || found), summed over positions, of log-probabilities (…, vocabulary).
+
+    It is never negative; the rounding of nearly equal ones would make it so.
+    """
+    return F.kl_div(found, expected, log_target=True, reduction="none").sum(dim=-1).clamp(min=0).sum()
 
 
 def build_objectives(

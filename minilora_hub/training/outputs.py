@@ -18,7 +18,7 @@ from minilora_hub.bases.end_tokens import end_token_ids
 from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.documents import write_whole
 from minilora_hub.training.dataset import TrainingData
-from minilora_hub.training.models import Trainee, adapter_size
+from minilora_hub.training.models import Trainee
 from minilora_hub.training.objective_specs import parse_objectives
 from minilora_hub.training.recipes import OURS
 from minilora_hub.training.settings import TrainingSettings
@@ -27,7 +27,7 @@ LOSS_FILE = "loss.csv"
 POINTS = 200
 """Maximum number of points of the loss curve in results.json; loss.csv has all of them."""
 
-METHODS = {"mixdora": "mixlora", "mixlora": "mixlora", "dora": "dora", "lora": "lora"}
+METHODS = {"mixdora": "mixlora", "mixlora": "mixlora", "dora": "dora", "lora": "lora", "adalora": "lora"}
 LIBRARIES = ("torch", "transformers", "peft", "minilora_hub")
 EMBEDDED_NOTE = (
     'trained on a Q4_1 rounding of these weights, expanded to float32 (what minilora_hub calls the base "embedded")'
@@ -77,7 +77,7 @@ def write_result(
     settings.save(out)
     method = published_method(settings)
     if method is not None:
-        _results(method, settings, resolved, trainee, data, history, seconds).save(out)
+        _results(out, method, settings, resolved, trainee, data, history, seconds).save(out)
 
 
 def note_on_ends(
@@ -122,6 +122,7 @@ def published_method(settings: TrainingSettings) -> str | None:
 
 
 def _results(
+    out: Path,
     method: str,
     settings: TrainingSettings,
     resolved: ResolvedBase,
@@ -130,10 +131,7 @@ def _results(
     history: list[dict[str, float]],
     seconds: float,
 ) -> Results:
-    trained = adapter_size(trainee.model)
-    if trainee.kept:
-        trained += sum(count_values(found.source.folder / WEIGHTS) for found in trainee.kept.adapters)
-    parameters = 2 * trained if settings.method == "pissa" else trained  # PiSSA is saved at twice its rank
+    parameters = count_values(out / WEIGHTS)
     files = [Path(source).name for source in settings.data]
     from_hub = not any(Path(source).suffix or Path(source).exists() for source in settings.data)
     tokens, items = data.tokens, len(data.train)
@@ -189,6 +187,7 @@ def _hyperparameters(settings: TrainingSettings) -> dict[str, Any]:
     recipe = settings.recipe
     rows: dict[str, Any] = {
         "method": settings.method,
+        "ranks": f"by EVA within {recipe.budget:,} parameters" if recipe.budget else None,
         "optimizer": recipe.optimizer,
         "learning rate": recipe.learning_rate,
         "schedule": recipe.schedule,

@@ -4,7 +4,8 @@ Some methods need more than PEFT provides:
 
     PiSSA     changes the base's weights, so the difference from the initial state is saved: a LoRA of twice the rank
     LoftQ     is computed on any device and for any alpha (PEFT 0.21 requires CUDA and alpha = r)
-    AdaLoRA   needs the number of steps, and each step's gradients; its importance scores are checkpointed
+    AdaLoRA   needs the number of steps, and each step's gradients; its importance scores are checkpointed, and the
+              result is saved as the LoRA that it is: with the ranks that are left
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import TaskType, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, TaskType, get_peft_model, get_peft_model_state_dict
+from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import Linear4bit
 from safetensors.torch import save_file
 from transformers import TrainerCallback, set_seed
@@ -24,6 +26,7 @@ from minilora_hub.adapter_folder.names import PEFT_CONFIG, WEIGHTS
 from minilora_hub.bases.loading import load_base
 from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.errors import TrainingError
+from minilora_hub.remote_code.layer_stacks import find_decoder_layers
 from minilora_hub.remote_code.linear_layers import keep_4bit_weights_exact
 from minilora_hub.training.recipes import peft_config_class
 from minilora_hub.training.settings import TrainingSettings
@@ -92,6 +95,12 @@ def compensate_rounding(model: Any, resolved: ResolvedBase) -> None:
 def save_peft_adapter(model: Any, out: Path, settings: TrainingSettings, resolved: ResolvedBase) -> None:
     """Write the adapter in PEFT's format, naming the base by its name and commit."""
     out.mkdir(parents=True, exist_ok=True)
+    if settings.method == "adalora":
+        config, tensors = adalora_as_lora(model, settings, resolved)
+        config.save_pretrained(str(out))
+        save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
+        model.get_base_model().generation_config.save_pretrained(out)
+        return
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = settings.base, resolved.revision
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
@@ -107,6 +116,53 @@ def save_peft_adapter(model: Any, out: Path, settings: TrainingSettings, resolve
         for name in (PEFT_CONFIG, WEIGHTS):
             (saved / name).replace(out / name)  # not the card that PEFT writes: a push writes its own
     model.get_base_model().generation_config.save_pretrained(out)
+
+
+@torch.no_grad()
+def adalora_as_lora(
+    model: Any, settings: TrainingSettings, resolved: ResolvedBase
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """Return an AdaLoRA as a LoRA: PEFT's configuration and tensors.
+
+    Its update is P diag(e) Q * alpha / r (arXiv 2303.10512, eq. 3), where a pruned rank has e = 0. So B = P and
+    A = diag(e) Q * alpha / r of the ranks that are left, with a scaling of 1.
+
+    Raises:
+        TrainingError: no rank is left.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    layers_path, _ = find_decoder_layers(model.get_base_model())
+    for path, module in model.get_base_model().named_modules():
+        if isinstance(module, AdaLoraLayer):
+            layer: Any = module
+            (adapter,) = layer.lora_E.keys()
+            e = layer.lora_E[adapter]  # (r, 1)
+            left = e.flatten() != 0
+            if left.any():
+                scaling = layer.scaling[adapter] / (layer.ranknum[adapter] + 1e-5)  # as PEFT's forward has it
+                key = f"base_model.model.{path}"
+                tensors[f"{key}.lora_A.weight"] = (layer.lora_A[adapter] * e * scaling)[left].cpu().contiguous()
+                tensors[f"{key}.lora_B.weight"] = layer.lora_B[adapter][:, left].cpu().contiguous()
+                # Patterns of ranks name a linear by its place in the layers.
+                ranks[f"{layers_path.rpartition('.')[2]}{path.removeprefix(layers_path)}"] = int(left.sum())
+    if not ranks:
+        raise TrainingError("AdaLoRA has pruned every rank: raise target_r")
+    most = max(ranks.values())
+    patterns = {name: rank for name, rank in ranks.items() if rank != most}
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=most,
+        lora_alpha=most,
+        rank_pattern=patterns,
+        alpha_pattern=dict(patterns),
+        target_modules=sorted(ranks),
+        fan_in_fan_out=model.peft_config["default"].fan_in_fan_out,
+        base_model_name_or_path=settings.base,
+        revision=resolved.revision,
+        inference_mode=True,
+    )
+    return config, tensors
 
 
 def method_callbacks(model: Any, steps: int) -> list[Any]:

@@ -57,6 +57,7 @@ class Plan:
         start: the adapter it continues from, and the part of it that is trained; None for a fresh adapter.
         objectives: terms added to the loss.
         kept: adapters that stay active under the new one.
+        ranks: how the ranks were distributed over the linears; None where the settings give them.
     """
 
     trainable: int
@@ -78,6 +79,7 @@ class Plan:
     start: str | None = None
     objectives: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    ranks: str | None = None
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the plan for the terminal, as pairs of label and value."""
@@ -89,6 +91,7 @@ class Plan:
         seconds = max(self.seconds, 1) if self.seconds < 90 else 60 * round(self.seconds / 60)
         begin = [("from", self.start)] if self.start else []
         begin += [("objective", text) for text in self.objectives] + [("kept", name) for name in self.kept]
+        begin += [("ranks", self.ranks)] if self.ranks else []
         return [
             *begin,
             ("trainable", f"{self.trainable:,} parameters, {self.share:.2%} of the base"),

@@ -72,6 +72,7 @@ class Recipe:
 
     Attributes:
         adapter: fields of the method's own configuration.
+        budget: the most parameters of an adapter whose ranks EVA distributes over the linears (``r="auto"``).
         learning_rate: the peak learning rate.
         schedule: transformers' name of the schedule after the warm-up: ``"cosine"``, ``"linear"``, ``"constant"``, ….
         warmup: share of the steps over which the learning rate rises from 0.
@@ -108,6 +109,7 @@ class Recipe:
     """
 
     adapter: Mapping[str, Any] = field(default_factory=dict)
+    budget: Count | None = None
     learning_rate: Annotated[Real, Field(gt=0)] = 2e-4
     schedule: Text = "cosine"
     warmup: Annotated[Real, _share("steps")] = 0.05

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import gc
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from minilora_hub.adapter_folder.writing import require_writable
 from minilora_hub.bases.end_tokens import end_token_ids
 from minilora_hub.bases.resolving import resolve_base
 from minilora_hub.errors import MiniLoraError, TrainingError, TrainingInterrupted
 from minilora_hub.quiet import quiet_libraries
 from minilora_hub.training.plan import Plan, Shape, make_plan
 from minilora_hub.training.requirements import check_requirements
-from minilora_hub.training.run_folder import RunState, folder_lock, is_empty, read_state
-from minilora_hub.training.settings import SETTINGS_FILE, TrainingSettings, make_settings, read_yaml
+from minilora_hub.training.run_folder import (
+    RunState,
+    folder_lock,
+    how_to_resume,
+    is_empty,
+    read_state,
+    reason_of,
+    resumed_settings,
+)
+from minilora_hub.training.settings import SETTINGS_FILE, TrainingSettings, read_yaml
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ def train(
     config: str | Path | None = None,
     resume: bool = False,
     dry_run: bool = False,
-    progress: bool = False,
+    progress: bool = True,
     on_plan: Callable[[Plan, TrainingSettings], None] | None = None,
     record: bool = True,
     **overrides: Any,
@@ -88,7 +96,7 @@ def train(
     """
     out = Path(out)
     given = overrides | {"method": method, "base": base, "data": data}
-    settings = _resumed_settings(out, given, config) if resume else None
+    settings = resumed_settings(out, given, config) if resume else None
     if settings is None:
         from minilora_hub.training.parent_adapter import complete_settings
 
@@ -103,6 +111,8 @@ def train(
         place = _process()
         # Only one process writes.
         writes = place.is_main_process and not dry_run
+        if dry_run and place.is_main_process:  # a dry run says whether a run would work
+            require_writable(out)
         with folder_lock(out) if writes else nullcontext():
             if writes and not resume and not is_empty(out):
                 hint = "it must be empty or new"
@@ -115,23 +125,6 @@ def train(
             if record and writes:  # the trained model was freed, so there is memory for the base
                 result = replace(result, notes=(*result.notes, *_record(out, settings)))
             return result
-
-
-def _resumed_settings(out: Path, given: dict[str, Any], config: str | Path | None) -> TrainingSettings | None:
-    """Return the settings that a run began with, or None if it never began; given settings must be equal to them."""
-    if not (out / SETTINGS_FILE).is_file():
-        if given.get("method"):
-            return None
-        raise TrainingError(f"--resume: {str(out)!r} holds no {SETTINGS_FILE}, so no run to resume")
-    before = read_yaml(out / SETTINGS_FILE)
-    settings = make_settings(before)
-    asked = make_settings(before, read_yaml(Path(config)) if config else {}, given).to_dict()
-    for name, value in settings.to_dict().items():
-        if asked[name] != value:
-            raise TrainingError(
-                f"--resume: the run began with {name}={value!r}, now it is {asked[name]!r}: leave it out"
-            )
-    return settings
 
 
 def _process() -> Any:
@@ -162,8 +155,10 @@ def _execute(
     on_plan: Callable[[Plan, TrainingSettings], None] | None,
 ) -> TrainResult:
     """Train and save; `folder` holds files that are needed until the run ends."""
+    from safetensors import SafetensorError
+
     from minilora_hub.training.dataset import prepare_data
-    from minilora_hub.training.loop import build_trainer
+    from minilora_hub.training.loop import build_trainer, collected_notes
     from minilora_hub.training.models import (
         base_context,
         base_generation_config,
@@ -173,7 +168,7 @@ def _execute(
     )
     from minilora_hub.training.outputs import note_on_ends, write_result
     from minilora_hub.training.parent_adapter import hashes_of_inputs
-    from minilora_hub.training.trainer import CHECKPOINTS
+    from minilora_hub.training.trainer import CHECKPOINTS, last_checkpoint
 
     main = place.is_main_process
     before = read_state(out) if resume else None
@@ -192,13 +187,21 @@ def _execute(
         raise TrainingError("--resume: the data has changed since the run began: restore it, or start a new run")
     if changed := sorted(name for name in inputs if state.inputs.get(name) != inputs[name]):
         raise TrainingError(f"--resume: {changed[0]!r} has changed since the run began: restore it, or start a new run")
+    distribution = None
+    if settings.recipe.budget is not None:
+        from minilora_hub.training.eva import distribute
+
+        distribution = distribute(settings, base, data.train, tokenizer.pad_token_id, progress)
     with collected_notes() as notes:
-        trainee, notes_on_parent = build_trainee(settings, base)
+        trainee, notes_on_parent = build_trainee(distribution.settings if distribution else settings, base)
+    if distribution:
+        distribution.start(trainee.model)
     notes += notes_on_parent
     check_embedding(trainee.model, tokenizer, max(data.largest_id, tokenizer.pad_token_id), base)
     scratch = folder / "plan"  # a trainer creates its folder at once, and a dry run must not leave one
     trainer, shape = build_trainer(settings, trainee, data, tokenizer, scratch, place.num_processes)
     plan = make_plan(settings, data, trainee, shape, tokenizer, ends, trainer)
+    plan = replace(plan, ranks=distribution.described if distribution else None)
     if on_plan is not None and main:
         on_plan(plan, settings)
     skipped = tuple(f"{row.place}: {row.reason}" for row in data.skipped)
@@ -212,8 +215,15 @@ def _execute(
     seconds = round(state.seconds + _train(trainer, out, shape, state, resume, progress), 2)
     history = trainer.state.log_history
     if main:
-        write_result(out, settings, base, trainee, data, tokenizer, ends, history, seconds)
-        replace(state, seconds=seconds, finished=True).save(out)
+        try:
+            write_result(out, settings, base, trainee, data, tokenizer, ends, history, seconds)
+            replace(state, seconds=seconds, finished=True).save(out)
+        except (OSError, SafetensorError) as error:
+            saved = last_checkpoint(out)
+            raise TrainingError(
+                f"out={str(out)!r}: the result could not be written ({reason_of(error)}); "
+                f"{how_to_resume(out, saved.name if saved else None)}"
+            ) from error
         notes += note_on_ends(settings, generation, ends, tokenizer)
     trainer.accelerator.wait_for_everyone()
     losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -279,19 +289,3 @@ def _record(out: Path, settings: TrainingSettings) -> tuple[str, ...]:
         reason = " ".join(str(error).split()) or type(error).__name__
         return (f"the reference logits could not be recorded, so a push will record them: {reason}",)
     return ()
-
-
-@contextmanager
-def collected_notes() -> Iterator[list[str]]:
-    """Collect warnings about skipped targets, instead of printing them."""
-    from minilora_hub.remote_code.probe import TargetsWarning
-
-    notes: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", TargetsWarning)
-        yield notes
-    for warning in caught:
-        if issubclass(warning.category, TargetsWarning):
-            notes.append(str(warning.message))
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

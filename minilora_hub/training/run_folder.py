@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from minilora_hub.documents import write_whole
 from minilora_hub.errors import TrainingError
+from minilora_hub.training.settings import SETTINGS_FILE, TrainingSettings, make_settings, read_yaml
 
 LOCK_FILE, STATE_FILE = ".lock", "run.json"
 
@@ -92,6 +94,18 @@ class RunState:
         write_whole(out / STATE_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
 
+def reason_of(error: Exception) -> str:
+    """Return why a file could not be written, of an OSError or of safetensors' error."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+
+
+def how_to_resume(out: Path, saved: str | None) -> str:
+    """Say what of a run in `out` is saved (the name of its last complete checkpoint), and how it continues."""
+    if saved is None:
+        return "no checkpoint was saved before"
+    return f"{saved} is complete: free disk space, then minilora train --resume --out {out} goes on from it"
+
+
 def read_state(out: Path) -> RunState | None:
     """Return the state of the run in a folder, or None if there is none.
 
@@ -105,3 +119,20 @@ def read_state(out: Path) -> RunState | None:
         return RunState(**json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, OSError) as error:
         raise TrainingError(f"{STATE_FILE} in {out.name!r} cannot be read ({error}): use another --out") from error
+
+
+def resumed_settings(out: Path, given: dict[str, Any], config: str | Path | None) -> TrainingSettings | None:
+    """Return the settings that a run began with, or None if it never began; given settings must be equal to them."""
+    if not (out / SETTINGS_FILE).is_file():
+        if given.get("method"):
+            return None
+        raise TrainingError(f"--resume: {str(out)!r} holds no {SETTINGS_FILE}, so no run to resume")
+    before = read_yaml(out / SETTINGS_FILE)
+    settings = make_settings(before)
+    asked = make_settings(before, read_yaml(Path(config)) if config else {}, given).to_dict()
+    for name, value in settings.to_dict().items():
+        if asked[name] != value:
+            raise TrainingError(
+                f"--resume: the run began with {name}={value!r}, now it is {asked[name]!r}: leave it out"
+            )
+    return settings

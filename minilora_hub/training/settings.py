@@ -124,6 +124,8 @@ def make_settings(*sources: Mapping[str, Any]) -> TrainingSettings:
     chosen = defaults["adapter"] | {name: plain_value(value) for name, value in adapter.items()}
     if method in OURS and "lora_alpha" not in adapter and isinstance(chosen.get("r"), int):
         chosen["lora_alpha"] = 2 * chosen["r"]
+    if chosen.get("r") == "auto" and "lora_alpha" not in adapter:
+        del chosen["lora_alpha"]  # follows from the ranks
     _check_adapter_fields(method, chosen)
     recipe = defaults | {name: value for name, value in given.items() if name in RECIPE_FIELDS} | {"adapter": chosen}
     own = {name: value for name, value in given.items() if name in OWN_FIELDS}
@@ -205,6 +207,16 @@ def _check_combinations(settings: TrainingSettings) -> None:
     require_of_run(mixture or settings.learn not in ("router", "experts"), "learn", "needs a mixture")
     require_of_run(not settings.keep or settings.method == "lora", "keep", "needs --method lora")
     require_of_run("orthogonal" not in objectives or bool(settings.keep), "objective", "orthogonal needs --keep")
+    automatic = recipe.adapter.get("r") == "auto"
+    if automatic and recipe.budget is None:
+        raise TrainingError("r='auto': needs --budget PARAMETERS")
+    require(automatic or recipe.budget is None, "budget", "needs --rank auto")
+    if automatic:
+        plain = settings.method in ("lora", "dora") and not (settings.from_adapter or settings.keep)
+        require(plain, "budget", "needs --method lora or dora, without --from and --keep")
+        for name in ("lora_alpha", "rank_pattern", "alpha_pattern"):
+            if name in recipe.adapter:
+                raise TrainingError(f"{name}={recipe.adapter[name]!r}: follows from --rank auto; leave it out")
     alone = not settings.keep or (objectives <= {"orthogonal"} and not settings.from_adapter)
     require_of_run(alone, "keep", "goes with no objective but orthogonal, and not with --from")
     micro = recipe.micro_batch_size

@@ -60,10 +60,8 @@ def frozen_modules(base: Any, source: AdapterFolder, known: BaseSource) -> dict[
     config, tensors, sites = read_adapter(source, known)
     modules = build_modules(base, config, sites, tensors)
     for module in modules.values():
-        updates = module.experts.values() if hasattr(module, "experts") else [module.update]
-        for parameter in (p for update in updates for p in update.parameters()):
-            parameter.requires_grad_(False)
-        if hasattr(module, "router"):
-            module.router.requires_grad_(False)
+        own = ("update", "updates", "experts", "router")  # of a linear, of a base's experts, of a mixture
+        for part in (getattr(module, name) for name in own if hasattr(module, name)):
+            part.requires_grad_(False)
         module.eval()
     return modules

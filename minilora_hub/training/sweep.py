@@ -66,7 +66,7 @@ def sweep(
     search: Search = "grid",
     trials: int | None = None,
     minutes: float | None = None,
-    progress: bool = False,
+    progress: bool = True,
     on_trial: Callable[[int, Trial], None] | None = None,
     **given: Any,
 ) -> SweepResult:

@@ -38,6 +38,7 @@ from minilora_hub.training.models import trainable_parameters
 from minilora_hub.training.objectives import Objective, Step, label_weight, last_hidden_states
 from minilora_hub.training.passthrough import allocation_state, restore_allocation_state
 from minilora_hub.training.recipes import Recipe
+from minilora_hub.training.run_folder import how_to_resume, reason_of
 
 CHECKPOINTS = "checkpoints"
 WEIGHTS, SCORES = "trainable.safetensors", "scores.safetensors"
@@ -233,9 +234,10 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(run / SAVING, ignore_errors=True)
             saved = last_checkpoint(run.parent)
-            kept = f"{saved.name} is complete: free disk space, then --resume" if saved else "none was saved before"
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-            raise TrainingError(f"the checkpoint of step {step} could not be written ({reason}); {kept}") from error
+            raise TrainingError(
+                f"the checkpoint of step {step} could not be written to {str(run)!r} ({reason_of(error)}); "
+                f"{how_to_resume(run.parent, saved.name if saved else None)}"
+            ) from error
         finally:
             self._saving = False
         self.accelerator.wait_for_everyone()

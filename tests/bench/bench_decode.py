@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench_bank import Rows, save_adapters
 from bench_methods import lora_of
 from tiny import fill_adapter
-from transformers import AutoModelForCausalLM
 
 from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraConfig, MixLoraForCausalLM
 from minilora_hub.bases import resolve_base
+from minilora_hub.bases.loading import DTYPES, load_base
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.found_adapters import shared_copy
 from minilora_hub.remote_code import few_rows
@@ -40,7 +40,8 @@ class Reading:
     """Read as many bytes as the weights of a model have."""
 
     def __init__(self, model):
-        self.weights = torch.ones(sum(parameter.nbytes for parameter in model.parameters()) // 4)
+        tensors = [*model.parameters(), *model.buffers()]
+        self.weights = torch.ones(sum(tensor.nbytes for tensor in tensors) // 4)
 
     def step(self) -> float:
         started = time.perf_counter()
@@ -48,22 +49,25 @@ class Reading:
         return time.perf_counter() - started
 
 
-def variants(base, rank: int, folder: Path) -> dict[str, Rows | Reading]:
-    """Everything that is measured, all over one set of base weights."""
+def variants(base, rank: int, folder: Path, plain=None) -> dict[str, Rows | Reading]:
+    """Everything that is measured, all over one set of base weights; adapters are made on `plain`, or on `base`."""
     bank = AdapterBank(base)
-    for name, path in save_adapters(base, folder, rank).items():
+    plain = plain or base
+    for name, path in save_adapters(plain, folder, rank).items():
         bank.load(name, path)
-    mixdora = MixLoraForCausalLM.from_base(shared_copy(base), MixLoraConfig(r=rank, use_dora=True))
+    mixdora = MixLoraForCausalLM.from_base(shared_copy(plain), MixLoraConfig(r=rank, use_dora=True))
     fill_adapter(mixdora, scale=0.01)
     mixdora.save_pretrained(folder / "MixDoRA")
     bank.load("MixDoRA", folder / "MixDoRA")
-    models = {
-        "LoRA": lora_of(base, rank),
-        "DoRA": DoraForCausalLM.from_base(shared_copy(base), DoraConfig(r=rank)),
-        "MixLoRA": MixLoraForCausalLM.from_base(shared_copy(base), MixLoraConfig(r=rank)),
-    }
-    for name in ("DoRA", "MixLoRA"):
-        fill_adapter(models[name], scale=0.01)
+    models = {}
+    if plain is base:  # models of their own take a base as it is in its files
+        models = {
+            "LoRA": lora_of(base, rank),
+            "DoRA": DoraForCausalLM.from_base(shared_copy(base), DoraConfig(r=rank)),
+            "MixLoRA": MixLoraForCausalLM.from_base(shared_copy(base), MixLoraConfig(r=rank)),
+        }
+        for name in ("DoRA", "MixLoRA"):
+            fill_adapter(models[name], scale=0.01)
     rows = {
         "transformers, base": Rows(shared_copy(base), [None]),
         "engine, base": Rows(bank.model, [None], bank),
@@ -72,6 +76,7 @@ def variants(base, rank: int, folder: Path) -> dict[str, Rows | Reading]:
         "engine, base and 4 kinds": Rows(bank.model, KINDS, bank),
         "transformers, 16 rows": Rows(shared_copy(base), [None] * 16),
         "engine, 16 rows": Rows(bank.model, [None] * 16, bank),
+        "engine, 16 rows of 4 kinds": Rows(bank.model, [kind for kind in KINDS[1:] for _ in range(4)], bank),
     }
     return {"reading": Reading(base), **rows}
 
@@ -80,19 +85,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--threads", type=int, help="default: as torch chooses")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    dtype = getattr(torch, arguments.dtype)
-    base = AutoModelForCausalLM.from_pretrained(resolve_base("embedded").path, dtype=dtype).eval()
+    resolved = resolve_base("embedded")
+    base = load_base(resolved, dtype=arguments.dtype).eval()
+    plain = load_base(resolved, dtype="bfloat16") if arguments.dtype == "int8" else None
     wall: dict[str, list[float]] = {}
     cpu: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        measured = variants(base, arguments.rank, Path(folder))
+        measured = variants(base, arguments.rank, Path(folder), plain)
     for index in range(arguments.rounds + 1):
         for name, work in measured.items():
             began = time.process_time()

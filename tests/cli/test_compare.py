@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,6 +52,42 @@ def test_json_has_every_token(saved, capsys):
     assert tiny.byte_tokenizer().decode(ids).startswith(report["columns"][0]["text"])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_base_of_low_precision(saved, capsys, dtype):
+    """Every column answers, with log-probabilities near those in float32 and not equal to them."""
+    base, adapters = saved
+    first = {}
+    for chosen in ("float32", dtype):
+        arguments = ("--base", base, "-p", "Hello", "--max-new-tokens", 1, "--dtype", chosen, "--json")
+        code, out = main(capsys, "compare", *adapters, *arguments)
+        assert code == 0
+        first[chosen] = [column["tokens"][0]["logprob"] for column in json.loads(out.out)["columns"]]
+    assert first[dtype] == pytest.approx(first["float32"], abs=0.3)
+    assert all(one != other for one, other in zip(*first.values(), strict=True))
+
+
+def test_the_base_is_the_one_that_the_adapters_name(saved, capsys, tmp_path):
+    """A given one that they do not name is used, and said; adapters that name several are refused."""
+    base, (mix, dora, lora) = saved
+    run = ("--prompt", "Hello", "--max-new-tokens", 3, "--json")
+    code, out = main(capsys, "compare", mix, dora, *run)
+    assert code == 0
+    _, named = main(capsys, "compare", mix, dora, "--base", base, *run)
+    without_times = [
+        [(token["id"], token["logprob"]) for column in json.loads(text.out)["columns"] for token in column["tokens"]]
+        for text in (out, named)
+    ]
+    assert without_times[0] == without_times[1]
+    assert "note:" not in named.err
+    copied = shutil.copytree(base, tmp_path / "copy")
+    code, out = main(capsys, "compare", mix, "--base", copied, *run)
+    assert code == 0
+    assert f"note: mix names the base '{base}', and runs on '{copied}' here" in out.err
+    code, out = main(capsys, "compare", mix, lora, *run)
+    assert code == 1
+    assert "the adapters do not name one base (mix: " in out.err
+
+
 def test_a_pipe_gets_the_end_result(saved, capsys):
     """No cursor movements, every column with its figures."""
     base, adapters = saved
@@ -79,6 +116,7 @@ def test_the_prompt_from_standard_input(saved, capsys, monkeypatch, tmp_path):
         (["--prompt", " "], "--prompt '': must not be empty"),
         (["--prompt", "x", "--temperature", "-1"], "temperature=-1.0: must be"),
         (["--prompt", "x", "--top-p", "2"], "top_p=2.0: must be"),
+        (["--prompt", "x", "--dtype", "fp8"], "dtype='fp8': must be one of float32, bfloat16, int8"),
         (["--prompt", "x", "no-such-folder"], "'no-such-folder': no such folder"),
     ],
 )
@@ -175,3 +213,19 @@ def test_spaces_and_joiners_are_text_and_control_characters_are_not():
         == "«\u00a0oui\u202f», 日\u3000本, 👩\u200d👧\n\tok"
     )
     assert _printable("\x1b[31ma\rb\u202ec\x9b") == "[31mabc"
+
+
+def test_a_terminal_that_knows_ascii_only(saved):
+    """Boxes and answers are shown with numbers for other characters, and JSON stays JSON."""
+    base, adapters = saved
+    command = [sys.executable, "-m", "minilora_hub.cli", "compare", adapters[0], "--base", base, "-p", "Où ?"]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "80"}
+    for flags in ([], ["--json"]):
+        done = subprocess.run(
+            [*map(str, command), "--max-new-tokens", "3", *flags], capture_output=True, env=ascii_only, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        if flags:
+            assert json.loads(done.stdout.decode("ascii"))["prompt"] == "Où ?"
+        else:
+            assert "3 tokens" in done.stdout.decode("ascii")

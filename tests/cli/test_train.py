@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -45,7 +46,11 @@ def test_it_tells_the_plan_then_progress_then_what_comes_next(base, rows, tmp_pa
     assert plan == ["method", "trainable", "data", "tokens", "end", "steps", "memory", "time"]
     assert "an answer ends with <|end|>\n" in printed.err
     assert "18 rows, 6 held out" in printed.err
-    assert "step 5/5" in printed.err
+    shown = dict(re.findall(r"^step (\d)/5 .*validation (\S+)", printed.err, re.MULTILINE))
+    with open(out / "loss.csv") as file:
+        measured = {row["step"]: f"{float(row['validation_loss']):.4f}" for row in csv.DictReader(file)}
+    assert shown == measured
+    assert len(set(shown.values())) == 5
     assert f"{out}: 5 steps in" in printed.out
     assert "validation loss" in printed.out
     assert "next: minilora push" in printed.out
@@ -83,6 +88,8 @@ def test_a_dry_run_writes_nothing(base, rows, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "Nothing was trained." in printed.out
     assert "24 rows" in printed.err
+    assert run("--method", "lora", "--base", base, "--data", rows, "--out", "/proc/minilora", "--dry-run") == 1
+    assert "out='/proc/minilora': cannot be written" in one_line(capsys)
 
 
 def test_a_yaml_file_is_overridden_by_flags_and_saved_complete(base, rows, tmp_path, capsys):

@@ -91,7 +91,7 @@ def test_a_row_does_not_depend_on_its_neighbours(bank):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_bases(models, folders, dtype):
-    """As the adapter alone on a base of that dtype, beyond rounding."""
+    """As the adapter alone in float32, up to rounding, which may also give a token near a tie another expert."""
     bank = AdapterBank(tiny.tiny_base().to(dtype))
     names = ["mix", "dora", "lora", None]
     for name in names[:-1]:
@@ -100,7 +100,7 @@ def test_half_precision_bases(models, folders, dtype):
     together = run(bank, names, ids).float()
     for row, name in enumerate(names):
         exact = tiny.logits(models[name], ids[row : row + 1])[0]
-        assert (together[row] - exact).abs().max() < 0.05 * exact.abs().max()
+        assert (together[row] - exact).norm() < 0.035 * exact.norm()
 
 
 def test_a_quantised_base(folders, tmp_path):

@@ -47,7 +47,7 @@ def test_columns_fill_and_tell_their_numbers(server, page):
     facts = page.locator(".ml-facts").all_inner_texts()
     assert facts[1] == "DoRA · +224 parameters (50.0%) · r 2"
     assert facts[2] == "MixLoRA · +336 parameters (75.0%) · r 2, 2 experts, 2 active"
-    assert page.locator(".ml-badge").all_inner_texts() == ["B", "D", "M"]
+    assert page.locator(".ml-badge").all_inner_texts() == ["base", "DoRA", "MixLoRA"]
     before = server.forwards()
     ask(page, "Hi 👩‍👩‍👧 naïve 🇩🇪")
     wait_for_states(page, "length", "eos", "eos")
@@ -61,7 +61,15 @@ def test_columns_fill_and_tell_their_numbers(server, page):
     assert page.locator(".ml-words").inner_text().startswith(f"Done. {written} tokens in ")
     badge = page.locator(".ml-count").inner_text()
     # One after the other: each column's tokens, since a short prompt is read by the forward of the first.
-    assert re.fullmatch(rf"1 pass · {done} forwards, not {written} · first token \d+\.\d s", badge)
+    assert re.fullmatch(rf"{done} steps for all 3 columns · \d+ ms a step · first token \d+\.\d s", badge)
+    page.hover(".ml-count")
+    hint = page.locator(".ml-hint").inner_text()
+    assert f"One column after the other would take {written} steps." in hint
+    # The parrots end first: until then all columns have the same steps, and so the same rate.
+    shortest = min(map(int, page.locator(".ml-tokens").all_inner_texts()))
+    assert hint.endswith(f"Tokens/s are those of the first {shortest} tokens, while all columns wrote.")
+    rates = [float(rate) for rate in page.locator(".ml-rate").all_inner_texts()]
+    assert max(rates) < 1.1 * min(rates)
     assert page.locator("#ml-stop").is_disabled()
 
 
@@ -206,12 +214,56 @@ def test_an_error_of_all_columns_is_shown_as_text(page):
 
 
 def test_an_empty_prompt_is_told_in_the_status_line(page):
-    """A sentence, and nothing breaks."""
-    page.fill("#ml-prompt textarea", "")
-    begun(page, lambda: page.click("#ml-run"))
-    page.wait_for_selector(".ml-status[data-phase=error]")
-    assert "must not be empty" in page.locator(".ml-words").inner_text()
-    assert page.locator("#ml-stop").is_disabled()
+    """A sentence, and what is shown stays; the next prompt is answered."""
+    ask(page, "Hello")
+    wait_for_states(page, "length", "eos", "eos")
+    before = texts(page)
+    for empty in ("", " \n"):
+        page.evaluate("window.earlier = document.querySelector('.ml-card')")
+        page.fill("#ml-prompt textarea", empty)
+        page.click("#ml-run")
+        page.wait_for_selector(".ml-status[data-phase=error]")
+        assert page.locator(".ml-words").inner_text() == "Enter a prompt first."
+        assert page.locator("#ml-stop").is_disabled()
+        assert texts(page) == before
+        assert page.evaluate("window.earlier === document.querySelector('.ml-card')")
+        ask(page, "Hello")
+        wait_for_states(page, "length", "eos", "eos")
+
+
+def test_a_field_that_is_left_empty_keeps_its_number(visit):
+    page = visit()
+    open_panel(page, "Settings")
+    set_number(page, "Max new tokens", "7")
+    page.get_by_label("number input for Max new tokens").fill("")
+    page.keyboard.press("Tab")
+    page.wait_for_timeout(300)
+    assert page.get_by_label("number input for Max new tokens").input_value() == "7"
+    ask(page, "Hello, hello, hello")
+    wait_for_states(page, "length", "length", "length")
+    assert page.locator(".ml-tokens").all_inner_texts() == ["7", "7", "7"]
+
+
+def test_a_saved_picture_keeps_indentation(page):
+    """The second line of the answer stands further right than the first, and below it."""
+    page.evaluate("""() => {
+        window.drawn = [];
+        const draw = CanvasRenderingContext2D.prototype.fillText;
+        CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
+            window.drawn.push([text, x, y, this.measureText(" ").width]);
+            draw.call(this, text, x, y);
+        };
+    }""")
+    ask(page, "@:  \n    \t#")
+    wait_for_states(page, "length", "eos", "eos")
+    with page.expect_download():
+        page.get_by_role("button", name="Save picture").click()
+    # The last two of each are those of the answers that repeat the prompt.
+    first, second = ([one for one in page.evaluate("window.drawn") if one[0] == text][-2:] for text in ("@", "#"))
+    assert len(first) == 2
+    for (_, x, y, space), (_, indented, below, _) in zip(first, second, strict=True):
+        assert indented == pytest.approx(x + 8 * space)
+        assert below > y
 
 
 def test_examples_run_and_settings_apply(visit):
@@ -223,6 +275,38 @@ def test_examples_run_and_settings_apply(visit):
     wait_for_states(page, "length", "length", "length")
     assert page.input_value("#ml-prompt textarea") == "Ünïcödé"
     assert page.locator(".ml-tokens").all_inner_texts() == ["7", "7", "7"]
+
+
+def test_talk_on_and_one_column_alone(visit):
+    """The next prompt continues each answer; one column is answered again, copied, stopped; Markdown is rendered."""
+    page = visit()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    said = "**bold** and `code`"
+    ask(page, said)
+    wait_for_states(page, "length", "eos", "eos")
+    page.click(".ml-markdown")
+    assert page.locator(".ml-rendered strong:visible").all_inner_texts() == ["bold", "bold"]
+    assert not page.locator(".ml-text").nth(1).is_visible()
+    page.click(".ml-markdown")
+    assert page.locator(".ml-text").nth(1).is_visible()
+    page.get_by_role("button", name="Copy the answer of parrot-dora").click()
+    page.wait_for_function("document.querySelectorAll('.ml-copy-answer')[1].textContent === '✓'")
+    assert page.evaluate("navigator.clipboard.readText()") == said
+    page.locator(".ml-talk select").select_option("own")
+    ask(page, "next")
+    wait_for_states(page, "length", "eos", "eos")
+    assert page.locator(".ml-before").nth(1).locator("p").all_inner_texts() == [said, said]
+    begun(page, lambda: page.get_by_role("button", name="Answer again: parrot-dora").click())
+    wait_for_states(page, "length", "eos", "eos")
+    page.wait_for_function("document.querySelector('.ml-count').textContent.includes('steps for 1 column')")
+    assert page.locator(".ml-before").nth(1).locator("p").count() == 2
+    page.locator(".ml-talk select").select_option("new")
+    ask(page, "a long text, " * 7)
+    wait_until_writing(page)
+    page.get_by_role("button", name="Stop base").click()
+    wait_for_states(page, "stopped", "eos", "eos")
+    assert texts(page)[1] == "a long text, " * 7
+    assert page.locator(".ml-before p").count() == 0
 
 
 def test_shift_enter_makes_a_new_line(page):
@@ -280,7 +364,7 @@ def test_on_a_phone_the_prompt_stays_at_hand(visit):
         bars = [page.locator(name).bounding_box() for name in ("#ml-prompt textarea", "#ml-run")]
         assert all(bar["y"] > 400 and bar["y"] + bar["height"] <= 844 for bar in bars)
         assert all(bar["x"] >= 0 and bar["x"] + bar["width"] <= 390 for bar in bars)
-    last = page.locator(".ml-panels").bounding_box()
+    last = page.locator(".ml-heat").bounding_box()
     assert last["y"] + last["height"] <= page.locator("#ml-ask").bounding_box()["y"]
 
 
@@ -291,6 +375,25 @@ def test_on_a_desktop_columns_stand_side_by_side(page):
     boxes = page.locator(".ml-card").evaluate_all("cards => cards.map(c => c.getBoundingClientRect().toJSON())")
     assert len({round(box["top"]) for box in boxes}) == len({round(box["width"]) for box in boxes}) == 1
     assert len({round(box["height"]) for box in boxes}) == 1
+
+
+SHIFTS = """() => { window.shift = 0; new PerformanceObserver(list => {
+    for (const entry of list.getEntries()) window.shift += entry.value;
+}).observe({type: "layout-shift"}); }"""
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+def test_run_does_not_move_the_page(visit, width, height):
+    """The cumulative layout shift of a run is below 0.1, and on a desktop all columns stay in view."""
+    page = visit("", width, height)
+    page.wait_for_timeout(500)  # fonts and late parts
+    page.evaluate(SHIFTS)
+    ask(page, "a long text, " * 4)
+    wait_for_states(page, "length", "eos", "eos")
+    page.wait_for_timeout(300)
+    assert page.evaluate("window.shift") < 0.1
+    bottoms = page.locator(".ml-card").evaluate_all("cards => cards.map(c => c.getBoundingClientRect().bottom)")
+    assert width < 500 or max(bottoms) <= height
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

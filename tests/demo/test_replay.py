@@ -70,7 +70,7 @@ def test_the_replay_is_of_the_shipped_adapters(replay, stage):
 def test_the_page_opens_with_it_and_plays_it(visit, stage, replay):
     """At reading pace, labelled, without computing anything; at the end all of it is there."""
     page = visit()
-    label = page.locator(".ml-replay").inner_text()
+    label = page.locator(".ml-asked").inner_text()
     assert label.startswith("replay")
     assert stage["prompt"] in label
     assert replay["machine"] in label
@@ -99,7 +99,7 @@ def test_a_prompt_ends_it(visit, server):
     page.wait_for_selector(".ml-token")
     before = server.forwards()
     ask(page, "Write this in digits: seven thousand, eight hundred and ten")
-    page.wait_for_selector(".ml-replay", state="hidden")
+    page.wait_for_selector(".ml-replay-mark", state="hidden")
     # The replay may have ended as well: its columns are finished before the new ones begin.
     page.wait_for_function("document.querySelector('.ml-words').textContent.startsWith('Done.')")
     wait_for_states(page, *["eos"] * page.locator(".ml-card").count())
@@ -142,7 +142,8 @@ def test_a_replay_is_made_by_computing(tmp_path):
     before = engine.forwards
     made = make_replay(engine, "Hello", 7)
     assert engine.forwards - before == 4 + 7  # a short warm-up, then one forward a token
-    assert made["status"]["badge"].startswith("1 pass · 7 forwards, not 28 · first token ")
+    assert made["status"]["badge"].startswith("7 steps for all 4 columns · ")
+    assert "would take 28 steps" in made["status"]["hint"]
     assert made["date"] == time.strftime("%Y-%m-%d", time.gmtime())
     assert [column["tokens"] for column in made["stage"]["columns"]] == [7] * 4
     assert made["machine"] in made["stage"]["replay"]

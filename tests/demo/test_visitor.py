@@ -283,6 +283,24 @@ def test_the_longest_absent_visitor_is_forgotten(visitors, monkeypatch):
 # ---- adapters ----
 
 
+def test_a_choice_during_a_run_ends_it_without_another_frame(visitors, ana):
+    """Its columns must not come back under the new ones."""
+
+    async def choose_after_two():
+        frames = [ana.begin()]
+        async for frame in ana.run_and_keep("Hello", Sampling(200)):
+            frames.append(frame)
+            if len(frames) == 3:
+                await ana.choose(["parrot-mix"])
+        return frames
+
+    frames = run_async(choose_after_two())
+    assert len(frames) == 3
+    assert not frames[-1].finished
+    assert [about["name"] for about in ana.about()] == ["base", "parrot-mix"]
+    assert [column["about"]["name"] for column in run(ana)[-1].stage["columns"]] == ["base", "parrot-mix"]
+
+
 def test_visitors_choose_among_the_adapters_of_the_page(visitors, ana):
     run_async(ana.choose(["parrot-mix", "parrot-mix"]))
     assert ana.adapters() == ["parrot-mix"]

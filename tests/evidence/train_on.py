@@ -8,9 +8,11 @@
     sequence    the tasks one after the other: one LoRA continued, and a new one beside those that are kept, with and
                 without the orthogonal term
     anchor      the LoRA of `distill` trained on the labels, without and with the anchor; perplexity on general text
+    rank        the LoRA of `distill` trained on the labels, its parameters distributed over the linears by EVA
 
 Every step's result is a small file in tests/evidence/results/train_on, named after the step and its sizes; adapters go
-into --work. A step whose file is there is not made again. The most informative steps come first.
+into --work. A step whose file is there is not measured again; an adapter that another step starts from is made again
+where the folder lacks it. The most informative steps come first.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
 LORA: dict[str, Any] = {"method": "lora", "learning_rate": 1.5e-3}
 ON_BLOCKS = LORA | {"r": 8, "target_modules": FEED_FORWARD}
 ON_ALL = LORA | {"r": 12}
+BY_EVA = LORA | {"r": "auto", "budget": 3_663_360}  # the parameters of `ON_ALL`
 ROUTER: dict[str, Any] = {"learn": "router", "learning_rate": 1e-2, "router_aux_loss_coef": 0.0}
 SEQUENCES = ("continued", "kept", "orthogonal")
 SHIPPED = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-mixlora"
@@ -68,11 +71,14 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Evidence:
-    """A step: its part and name, what makes its adapter in a folder, and whether perplexity is measured."""
+    """A step: its part and name, what makes its adapter in a folder, the steps whose adapters that takes, and whether
+    perplexity is measured.
+    """
 
     part: str
     name: str
     make: Callable[[Path], Any]
+    needs: tuple[str, ...] = ()
     perplexity: bool = False
 
 
@@ -97,7 +103,7 @@ class Runs:
         """Every step; one that needs another's adapter comes after it."""
         routed, rest = self._router()
         continued, kept, orthogonal = (self._sequence(kind) for kind in SEQUENCES)
-        return [*routed, *self._distill(), *continued, *orthogonal, *self._anchor(), *kept, *rest]
+        return [*routed, *self._distill(), *continued, *orthogonal, *self._anchor(), *kept, *rest, *self._rank()]
 
     def _train(self, out: Path, data: str, steps: int, **settings: Any) -> None:
         state = json.loads((out / STATE_FILE).read_text()) if (out / STATE_FILE).is_file() else None
@@ -117,7 +123,8 @@ class Runs:
 
     def _router(self) -> tuple[list[Evidence], list[Evidence]]:
         one = self.sizes.steps
-        singles = [self.adapter(f"single-{task}") for task in TASKS]
+        names = tuple(f"single-{task}" for task in TASKS)
+        singles = [self.adapter(name) for name in names]
 
         def combined(method: str) -> Callable[[Path], None]:
             how = Combination(method, (1 / len(TASKS),) * len(TASKS))
@@ -133,12 +140,16 @@ class Runs:
 
         first = [
             *(Evidence("router", f"single-{task}", self._trained(task, one, **ON_BLOCKS)) for task in TASKS),
-            Evidence("router", "mean", combined("cat")),
-            Evidence("router", "mixture", mixture("fresh")),
-            Evidence("router", "arrow", mixture("arrow")),
-            Evidence("router", "routed-all", routed(len(TASKS))),
+            Evidence("router", "mean", combined("cat"), names),
+            Evidence("router", "mixture", mixture("fresh"), names),
+            Evidence("router", "arrow", mixture("arrow"), names),
+            Evidence("router", "routed-all", routed(len(TASKS)), ("mixture",)),
         ]
-        return first, [Evidence("router", "routed-2", routed(2)), Evidence("router", "ties", combined("ties_svd"))]
+        rest = [
+            Evidence("router", "routed-2", routed(2), ("mixture",)),
+            Evidence("router", "ties", combined("ties_svd"), names),
+        ]
+        return first, rest
 
     def _distill(self) -> list[Evidence]:
         steps, teacher = self.sizes.steps * len(TASKS), f"distill:teacher={self.teacher},labels=0"
@@ -150,16 +161,16 @@ class Runs:
 
     def _sequence(self, kind: str) -> list[Evidence]:
         """The tasks after the first, whose adapter is `single-…`."""
-        found, before = [], self.adapter(f"single-{TASKS[0]}")
+        found, before = [], f"single-{TASKS[0]}"
         for number, task in enumerate(TASKS[1:], 2):
             name = f"sequence-{kind}-{number}-{task}"
             if kind == "continued":
-                settings = {"learning_rate": LORA["learning_rate"], "from_adapter": str(before)}
+                settings = {"learning_rate": LORA["learning_rate"], "from_adapter": str(self.adapter(before))}
             else:
                 term = {"objective": ["orthogonal:weight=0.5"]} if kind == "orthogonal" else {}
-                settings = ON_BLOCKS | {"keep": [str(before)]} | term
-            found.append(Evidence("sequence", name, self._trained(task, self.sizes.steps, **settings)))
-            before = self.adapter(name)
+                settings = ON_BLOCKS | {"keep": [str(self.adapter(before))]} | term
+            found.append(Evidence("sequence", name, self._trained(task, self.sizes.steps, **settings), (before,)))
+            before = name
         return found
 
     def _anchor(self) -> list[Evidence]:
@@ -167,10 +178,21 @@ class Runs:
         make = self._trained(MIX, self.sizes.steps * len(TASKS), **ON_ALL, **said)
         return [Evidence("anchor", "anchored", make, perplexity=True)]
 
+    def _rank(self) -> list[Evidence]:
+        return [Evidence("rank", "rank-auto", self._trained(MIX, self.sizes.steps * len(TASKS), **BY_EVA))]
+
+    def make(self, step: Evidence) -> Path:
+        """Make a step's adapter, and those that it starts from, where they are not there; gives its folder."""
+        for other in self.steps():
+            if other.name in step.needs:
+                self.make(other)
+        step.make(self.adapter(step.name))
+        return self.adapter(step.name)
+
     def measure(self, step: Evidence) -> dict[str, Any]:
         """Make a step's adapter and measure it: exact match item by item, and perplexity where it is asked for."""
-        started, out = time.process_time(), self.adapter(step.name)
-        step.make(out)
+        started = time.process_time()
+        out = self.make(step)
         report = evaluate(
             [out],
             base=self.base,
@@ -235,7 +257,7 @@ def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("--part", action="append", choices=("router", "distill", "sequence", "anchor"))
+    parser.add_argument("--part", action="append", choices=("router", "distill", "sequence", "anchor", "rank"))
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps for one task")
     parser.add_argument("--items", type=int, default=100, help="test items of each task")
     parser.add_argument("--work", type=Path, default=Path("evidence-work"), help="folder for adapters and answers")

@@ -1,6 +1,8 @@
 """An adapter written for other engines computes there what it computes here; `minilora` does it from the shell."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -117,8 +119,9 @@ def test_a_quantised_base_is_opened_on_request_only(bases, tmp_path):
         ("dense", "mixlora", "is a MixLoRA: its active experts vary by token"),
         ("mixtral", "dora", "is a dora: --to mixtral takes a MixLoRA only; --to dense merges"),
         ("mixlora", "dora", "--to mixlora takes a MixLoRA only"),
-        ("peft", "peft", "in PEFT's format: --to peft takes an adapter in our format"),
-        ("moe", "reference", "in the reference format"),
+        ("peft", "peft", "'source' is in PEFT's format already"),
+        ("mixtral", "peft", "'source' is a lora: --to mixtral takes a MixLoRA only; --to dense merges"),
+        ("moe", "reference", "a MixLoRA in the format 'reference': convert it with `minilora import` first"),
         ("mixlora", "mixdora", "does not store magnitudes"),
         ("mixlora", "qwen3", "the reference runs on llama"),
         ("mixlora", "patterns", "one rank and alpha for all"),
@@ -139,6 +142,34 @@ def test_what_has_no_place_there_is_refused(to, make, message, bases, tmp_path):
     before = listing(tmp_path)
     with pytest.raises(AdapterError, match=message):
         export_adapter(source, tmp_path / "out", to)
+    assert listing(tmp_path) == before
+
+
+def test_an_adapter_of_another_base_and_both_names(bases, tmp_path):
+    """Of two shapes, and of layers with other names, whichever format it is in."""
+    dora(bases(), tmp_path / "ours")
+    peft_folder(tmp_path / "theirs", tiny_base(), name=str(bases()))
+    other = bases("llama", intermediate_size=64)
+    for name, needed in (("ours", r"\(64, 4\)"), ("theirs", r"\(4, 64\)")):
+        with pytest.raises(AdapterError, match=rf"adapter '{name}': .*{needed}") as raised:
+            export_adapter(tmp_path / name, tmp_path / "out", "dense", base=str(other))
+        assert other.name in str(raised.value)
+    with pytest.raises(AdapterError, match=rf"adapter 'ours': .*missing layers\.0\.attn\.c_attn.*{bases('gpt2').name}"):
+        export_adapter(tmp_path / "ours", tmp_path / "out", "peft", base=str(bases("gpt2")))
+
+
+def test_a_place_that_cannot_be_written_is_known_first(bases, tmp_path, monkeypatch):
+    dora(bases(), tmp_path / "ours")
+    before = listing(tmp_path)
+    with pytest.raises(AdapterError, match=r"out='/proc/minilora': cannot be written"):
+        export_adapter(tmp_path / "ours", "/proc/minilora", "peft")
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("minilora_hub.formats.exporting.write_peft_folder", full)
+    with pytest.raises(AdapterError, match=rf"out='{tmp_path / 'out'}': cannot be written \(No space left on device\)"):
+        export_adapter(tmp_path / "ours", tmp_path / "out", "peft")
     assert listing(tmp_path) == before
 
 

@@ -121,7 +121,7 @@ def test_what_ours_cannot_say_is_named(base_folder, tmp_path):
         get_peft_model(base, MixLoraPeftConfig(r=4, num_experts=4, **arguments)).save_pretrained(tmp_path / name)
         with pytest.raises(AdapterError, match=message):
             import_adapter(tmp_path / name, tmp_path / "out")
-    with pytest.raises(AdapterError, match="--to peft takes an adapter in our format"):
+    with pytest.raises(AdapterError, match="convert it with `minilora import` first"):
         export_adapter(tmp_path / "saved", tmp_path / "out", "peft")
     with pytest.raises(AdapterError, match="a whole model"):
         import_adapter(base_folder, tmp_path / "out")

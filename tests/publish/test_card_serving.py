@@ -67,6 +67,8 @@ def test_the_servers_arguments_are_those_of_the_command(tmp_path, monkeypatch):
         raise StopHereError
 
     monkeypatch.setattr(run, "build_server", build_server)
+    # Which looks the adapter up on the Hub, to read the base that it names.
+    monkeypatch.setattr("minilora_hub.compare.found_adapters.base_for", lambda base, adapters, progress: base)
     text = section(tmp_path)
     inside = command(text, "hf", "jobs")[-1]
     assert inside.startswith("pip install 'minilora_hub[serve]' && ")

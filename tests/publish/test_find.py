@@ -75,13 +75,16 @@ def published(hub, trained, monkeypatch):
     return hub
 
 
-def test_listing(published, monkeypatch):
+def test_listing(published, hub, monkeypatch):
     assert [row.id for row in list_adapters("org/base")][:1] == ["ana/lora"]
     assert {row.id for row in list_adapters("org/base")} == {"ana/lora", "ana/mixlora", "ana/dora"}
     assert list_adapters("org/base", sort="likes")[0].id == "ana/dora"
     (mix,) = list_adapters("org/base", method="mixlora")
     assert (mix.method, mix.bases, mix.private, mix.license) == ("MixLoRA", ("org/base",), True, "apache-2.0")
     assert {row.id for row in list_adapters()} == {"ana/dora", "ana/mixlora", "ben/unrelated"}
+    hub.add_repo("ben/both", files={"README.md": b"---\ntags: [mixlora, mixdora]\nbase_model: org/other\n---\n"})
+    assert [(row.id, row.method) for row in list_adapters(method="mixdora")] == [("ben/both", "MixDoRA")]
+    assert {row.id for row in list_adapters(method="mixlora")} == {"ana/mixlora", "ben/both"}
     assert list_adapters("org/base", limit=1)[0].id == "ana/lora"
     assert list_adapters("embedded") == []
     monkeypatch.setenv("HF_TOKEN", "")

@@ -61,7 +61,7 @@ def test_built_checked_and_verified(process, base_folder, tmp_path, method, auto
     report = verify(made.folder, base_model=str(base_folder), process=process, progress=False)
     assert report.ok, report.problem
     assert report.difference < 1e-4
-    assert {"strict: a missing tensor", "strict: a NaN"} <= {step.name for step in report.steps}
+    assert {"copy with a missing tensor", "copy with a NaN"} <= {step.name for step in report.steps}
 
 
 def test_a_damaged_head_is_found(base_folder, tmp_path):

@@ -58,10 +58,10 @@ def test_a_good_folder(process, good, base_folder, method):
     assert report.ok, report.problem
     expected = {"hashes", "code", "loading", "logits"}
     if method != "lora":
-        expected |= {"strict: a missing tensor", "strict: a NaN"}
+        expected |= {"copy with a missing tensor", "copy with a NaN"}
         assert steps(report)["loading"].detail.startswith("transformers_modules.")
-        assert ".lora_" in steps(report)["strict: a missing tensor"].detail  # one of them, under its own name
-        assert "values that are not finite" in steps(report)["strict: a NaN"].detail
+        assert ".lora_" in steps(report)["copy with a missing tensor"].detail  # one of them, under its own name
+        assert "values that are not finite" in steps(report)["copy with a NaN"].detail
     assert set(steps(report)) == expected | ({"peft/"} if method == "dora" else set())
     assert report.difference < 1e-4
     assert json.loads(json.dumps(report.to_dict()))["ok"]
@@ -270,6 +270,13 @@ def test_what_is_no_adapter(tmp_path, hub):
     assert "neither config.json nor adapter_config.json" in verify(tmp_path / "empty", progress=False).problem
     with pytest.raises(AdapterError, match="neither a folder nor an id"):
         verify("a/b/c", progress=False)
+
+
+def test_a_folder_that_was_never_pushed(trained):
+    report = verify(trained["dora"], progress=False)
+    assert not report.ok
+    assert "no verification.json" in report.problem
+    assert "`minilora push` writes" in report.problem
 
 
 def test_the_registry_of_released_code(tmp_path):

@@ -307,13 +307,29 @@ def test_a_base_of_the_wrong_shape(adapter):
     )
 
 
+def test_an_error_names_adapter_and_base(adapter, base_folder, tmp_path):
+    other = tmp_path / "other-base"
+    tiny_base(num_hidden_layers=3).save_pretrained(other)
+    with pytest.raises(ValueError, match=rf"adapter '{adapter}' on base '{other}': .*missing layers\.2"):
+        DoraForCausalLM.from_pretrained(adapter, base_model=str(other))
+
+
+@pytest.mark.parametrize(("method", "other"), [("dora", "mixlora"), ("mixlora", "dora")])
+def test_a_configuration_of_the_other_method_is_refused(method, other):
+    base = tiny_base()
+    need = type(tiny_config(method)).__name__
+    with pytest.raises(ValueError, match=rf"config={type(tiny_config(other)).__name__}.*requires a {need}"):
+        CAUSAL_LM[method].from_base(base, tiny_config(other))
+    assert torch.equal(logits(base), logits(tiny_base()))
+
+
 def test_a_base_of_another_depth(adapter):
     assert_refused(adapter, r"missing layers\.2", tiny_base(num_hidden_layers=3))
 
 
 def test_a_newer_format_version(adapter):
-    edit_config(adapter, format_version=3)
-    with pytest.raises(ValueError, match=r"format_version=3: .*1 to 2.*update"):
+    edit_config(adapter, format_version=4)
+    with pytest.raises(ValueError, match=r"format_version=4: .*1 to 3.*update"):
         DoraForCausalLM.from_pretrained(adapter, base_model=tiny_base())
 
 

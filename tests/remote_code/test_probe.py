@@ -1,6 +1,5 @@
 """Where fresh adapters go: only where a trial run of the base shows that they have an effect, in many architectures."""
 
-import ast
 import copy
 import re
 import warnings
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import minilora_hub
 from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraForCausalLM, MixLoraPeftConfig
 from minilora_hub.remote_code import probe
-from minilora_hub.remote_code.base_structure import plan_sites
+from minilora_hub.remote_code.base_structure import ExpertsSite, plan_sites
 from minilora_hub.remote_code.layer_stacks import find_decoder_layers, linears_in
 from minilora_hub.remote_code.probe import TargetsWarning, find_without_effect
 
@@ -30,13 +29,11 @@ LEFT_OUT = {  # the others are adapted on every linear of their layers
     "phimoe": {"mlp.router": "it returns a tuple"},
     "gemma3n_text": {"altup.correction_coefs": NOT_CALLED},  # in training only
 }
-FUSED = {
-    "jamba": "feed_forward.experts.gate_up_proj",
-    "llama4_text": "feed_forward.experts.gate_up_proj",
-    "granitemoe": "block_sparse_moe.experts.gate_up_proj",
-} | dict.fromkeys(
-    ("mixtral", "phimoe", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3"), "mlp.experts.gate_up_proj"
+FUSED = {"jamba": "feed_forward.experts", "granitemoe": "block_sparse_moe.experts"} | dict.fromkeys(
+    ("mixtral", "phimoe", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3"), "mlp.experts"
 )
+"""Stacked experts, which are adapted with the linears."""
+UNKNOWN_EXPERTS = {"llama4_text": "feed_forward.experts.gate_up_proj"}
 
 
 def adapted(base, **config):
@@ -56,19 +53,25 @@ def test_every_adapter_learns_and_merges_whatever_the_architecture(name, tmp_pat
     plain, before = copy.deepcopy(base), logits(base)
     prefix, layers = find_decoder_layers(base)
     every = {f"{prefix}.{index}.{path}" for index, layer in enumerate(layers) for path in linears_in(layer)}
-    targets = "all-linear"
-    if name in FUSED:
-        with pytest.raises(ValueError, match=rf"stacked parameters.* {re.escape(FUSED[name])}") as refused:
+    parameters = None
+    if name in UNKNOWN_EXPERTS:
+        with pytest.raises(ValueError, match=rf"stacked parameters.* {re.escape(UNKNOWN_EXPERTS[name])}") as refused:
             adapted(base)
-        targets = ast.literal_eval(str(refused.value).rpartition("target_modules=")[2])
-    model, said = adapted(base, target_modules=targets)
+        assert "target_parameters=[]" in str(refused.value)
+        parameters = []
+    model, said = adapted(base, target_parameters=parameters)
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
 
     kinds = LEFT_OUT.get(name, {})
     left_out = {path for path in every if any(path.endswith(f".{kind}") for kind in kinds)}
-    assert {site.path for site in model.sites} == every - left_out
-    assert (model.config.target_modules == "all-linear") == (not left_out and name not in FUSED)
-    for kind, reason in kinds.items() if name not in FUSED else ():
+    stacked = [site for site in model.sites if isinstance(site, ExpertsSite)]
+    assert {site.path for site in model.sites} - {site.path for site in stacked} == every - left_out
+    assert {site.path.partition(".layers.")[2].partition(".")[2] for site in stacked} == {
+        FUSED[n] for n in (name,) if n in FUSED
+    }
+    assert all(len(site.targets) == 2 for site in stacked)
+    assert (model.config.target_modules == "all-linear") == (not left_out)
+    for kind, reason in kinds.items():
         assert re.search(rf"left out is \S+\.{re.escape(kind)}[,:].*{reason}", said.pop(0))
     assert not said
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -228,12 +230,27 @@ def test_a_full_disk_leaves_the_checkpoint_before(base, data, whole, tmp_path, m
     monkeypatch.setattr(trainer_module.AdapterTrainer, "_save_checkpoint", limited)
     out = tmp_path / "run"
     try:
-        with pytest.raises(TrainingError, match=r"checkpoint of step 6 .*checkpoint-3 is complete"):
+        advice = rf"checkpoint-3 is complete: .* minilora train --resume --out {out} goes on"
+        with pytest.raises(TrainingError, match=rf"checkpoint of step 6 could not be written to '{out}.*{advice}"):
             train(out, base=base, data=data, **RUN)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     monkeypatch.undo()
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["checkpoint-3"]
+    train(out, resume=True)
+    assert digest(out) == whole
+
+
+def test_a_disk_that_is_full_at_the_end(base, data, whole, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("minilora_hub.training.outputs.write_result", full)
+        with pytest.raises(TrainingError, match=rf"out='{out}': .*No space left.*checkpoint-9 .*--out {out} goes on"):
+            train(out, base=base, data=data, **RUN)
     train(out, resume=True)
     assert digest(out) == whole
 

@@ -26,9 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
     pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast"),
     pytest.mark.filterwarnings("ignore:PiSSA changes the base weights"),
-    # PEFT reads AdaLoRA's ranks as LoRA's patterns, and misses
-    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:Adapter 'default'. 4 LoRA tensor"),
 ]
 PRESETS = {
     "rslora": {},
@@ -136,7 +133,7 @@ def test_presets_load_in_stock_peft(method, base, rows, trained, tmp_path):
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == base
     assert not (out / "README.md").exists()
     results = results_of(out)
-    assert (results is not None) == (method in ("rslora", "pissa", "loftq"))
+    assert (results is not None) == (method in ("rslora", "pissa", "loftq", "adalora"))
     if results:
         assert results.method == "lora"
         assert results.parameters == sum(t.numel() for t in load_file(out / "adapter_model.safetensors").values())
@@ -182,6 +179,17 @@ def test_adalora_reduces_its_ranks_to_the_target(base, rows, trained, tmp_path):
     kept = list(trained[0].peft_config["default"].rank_pattern.values())
     assert sum(map(sum, kept)) == 3 * 14
     assert sum(map(len, kept)) == 6 * 14
+    # The saved LoRA: only the ranks that are left, and elementwise the update of every linear.
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert sum(len(tensor) for name, tensor in saved.items() if "lora_A" in name) == 3 * 14
+    for path, layer in trained[0].get_base_model().named_modules():
+        if hasattr(layer, "lora_E"):
+            key = f"base_model.model.{path}.lora_"
+            a, b = (saved.get(f"{key}{part}.weight", torch.zeros(0)) for part in "AB")
+            update = b @ a if len(a) else torch.zeros_like(layer.base_layer.weight)
+            torch.testing.assert_close(update, layer.get_delta_weight("default"), rtol=1e-4, atol=1e-7)
     said = SHORT | PRESETS["adalora"] | {"max_steps": 4, "tinit": 3, "tfinal": 3}
     with pytest.raises(TrainingError, match=r"leave none of the 4 steps for reducing ranks"):
         train(tmp_path / "short", method="adalora", base=base, data=rows, **said)

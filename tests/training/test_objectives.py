@@ -23,6 +23,7 @@ from minilora_hub.training.kept_adapters import KeptAdapters
 from minilora_hub.training.lora_model import LoraConfig, LoraForCausalLM
 from minilora_hub.training.objective_specs import parse_objectives
 from minilora_hub.training.objectives import Step, build_objectives
+from minilora_hub.training.objectives import divergence as kl_divergence
 from minilora_hub.training.parent_adapter import find_adapter
 from minilora_hub.training.run import train
 
@@ -88,6 +89,13 @@ def divergence(teacher: torch.Tensor, student: torch.Tensor, temperature: float 
 
 def logits_of(model) -> torch.Tensor:
     return model(IDS, use_cache=False).logits[:, :-1][LABELS[:, 1:] != -100]
+
+
+def test_the_divergence_of_nearly_equal_distributions_is_not_negative():
+    logits = torch.randn(50, 1000, generator=torch.Generator().manual_seed(0))
+    near = (logits + 1e-7 * torch.randn(50, 1000, generator=torch.Generator().manual_seed(1))).log_softmax(-1)
+    assert F.kl_div(near, logits.log_softmax(-1), log_target=True, reduction="none").sum(-1).min() < 0
+    assert 0 <= kl_divergence(near, logits.log_softmax(-1)) < 1e-4
 
 
 @pytest.mark.parametrize("student", ["lora", "dora", "mixlora"])

@@ -33,7 +33,11 @@ class AdapterCard:
         weights: the hash of its weights file, and its commit on the Hub.
         repo: its id on the Hub, None where it comes from a folder.
         loss: training losses in order, at most `LOSS_POINTS`.
+        purpose: what it was trained on, in one sentence; None where that is not known.
+        score: the measured score over the most items, with its metric and the base's; None if there is none.
         scores: at most `SCORES` measured numbers: ``{"task", "metric", "value", "base", "n"}``.
+        routing: of a mixture, the layer in which the tasks differ most, and the share of each expert there by task:
+            ``{"layer", "tasks": [{"task", "load"}]}``; None if it was not measured.
         trouble: why its results.json is not shown; None if it is valid.
     """
 
@@ -45,6 +49,9 @@ class AdapterCard:
     loss: list[float] = field(default_factory=list)
     scores: list[dict[str, Any]] = field(default_factory=list)
     trouble: str | None = None
+    purpose: str | None = None
+    score: str | None = None
+    routing: dict[str, Any] | None = None
 
 
 def read_card(name: str, folder: Path, repo: str | None = None, revision: str | None = None) -> AdapterCard:
@@ -84,7 +91,44 @@ def read_card(name: str, folder: Path, repo: str | None = None, revision: str | 
         _thinned(losses),
         [{"task": e.task, "metric": e.metric, "value": e.value, "base": e.base_value, "n": e.n} for e in scores],
         trouble,
+        _purpose(results) if results else None,
+        _score(results) if results else None,
+        _routing(results) if results else None,
     )
+
+
+def _purpose(results: Results) -> str | None:
+    """Return the first sentence of the description of the training data, or the names of the data."""
+    sources = results.training.data if results.training else ()
+    described = next((source.description for source in sources if source.description), None)
+    if described:
+        return f"Trained on {re.split(r'[.;] ', described)[0].rstrip('.')}."
+    names = [source.name for source in sources] or results.datasets
+    return f"Trained on {', '.join(names)}." if names else None
+
+
+def _routing(results: Results) -> dict[str, Any] | None:
+    names = [one.task for one in results.router]
+    # A task in formats that are not in training has the name of the task, and more.
+    tasks = [one for one in results.router if not any(one.task != name and one.task.startswith(name) for name in names)]
+    layers = min((len(one.load) for one in tasks), default=0)
+    if len(tasks) < 2 or not layers:
+        return None
+
+    def spread(layer: int) -> float:
+        return max(max(shares) - min(shares) for shares in zip(*(one.load[layer] for one in tasks), strict=True))
+
+    layer = max(range(layers), key=spread)
+    return {"layer": layer + 1, "tasks": [{"task": one.task, "load": list(one.load[layer])} for one in tasks]}
+
+
+def _score(results: Results) -> str | None:
+    shares = [one for one in results.evaluation if one.n and not one.lower_is_better and 0 <= one.value <= 1]
+    if not shares:
+        return None
+    most = max(shares, key=lambda one: one.n or 0)  # the first of several
+    base = "" if most.base_value is None else f" (base {most.base_value:.0%})"
+    return f"{most.metric} {most.value:.0%}{base}, {most.n:,} test items"
 
 
 def _thinned(values: list[float]) -> list[float]:

@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minilora_hub.compare.engine import Column, CompareEngine
-from minilora_hub.errors import AdapterError
+from huggingface_hub import constants
+
+from minilora_hub.compare.engine import Column
+from minilora_hub.demo.adapters.cards import AdapterCard
+from minilora_hub.demo.adapters.catalogue import Catalogue
+from minilora_hub.errors import AdapterError, MiniLoraError
 
 NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
 MOST_SOLO_EXPERTS = 4
@@ -61,9 +65,9 @@ class SoloExperts:
         return (columns[0], mixture, *(mixture.alone(expert) for expert in self.experts))
 
 
-def describe_columns(engine: CompareEngine, columns: Sequence[Column]) -> list[dict]:
-    """Return the ``about`` of each column of a stage: its name, method, letter, and a summary line."""
-    base_size = sum(parameter.numel() for parameter in engine.bank.model.parameters())
+def describe_columns(catalogue: Catalogue, columns: Sequence[Column]) -> list[dict]:
+    """Return the ``about`` of each column of a stage: name, method, badge, a summary line, training data and score."""
+    base_size = sum(parameter.numel() for parameter in catalogue.engine.bank.model.parameters())
     seen: Counter[str] = Counter()
     described = []
     for column in columns:
@@ -75,24 +79,37 @@ def describe_columns(engine: CompareEngine, columns: Sequence[Column]) -> list[d
         if column.detail:
             facts.append(column.detail)
         if column.solo_expert is None:
-            initial = column.kind[0].upper()  # two adapters of a kind, or a MixLoRA and a MixDoRA, are M and M2
-            seen[initial] += 1
-            badge = initial + (str(seen[initial]) if seen[initial] > 1 else "")
+            seen[column.kind] += 1
+            badge = column.kind + (f" {seen[column.kind]}" if seen[column.kind] > 1 else "")
         else:
-            badge = expert_letter(column.solo_expert)
-            facts = [f"{column.name} with expert {badge} alone, ignoring the router"]
+            letter = expert_letter(column.solo_expert)
+            badge = f"expert {letter}"
+            facts = [f"{column.name} with expert {letter} alone, ignoring the router"]
+        card = _card(catalogue, column)
         described.append(
             {
-                "name": column.name if column.solo_expert is None else f"{column.name}, {badge} alone",
+                "name": column.name if column.solo_expert is None else f"{column.name}, {letter} alone",
                 "adapter": column.adapter,
                 "kind": column.kind,
                 "badge": badge,
                 "facts": " · ".join(facts),
                 "experts": column.experts,
                 "solo": column.solo_expert,
+                "purpose": card and card.purpose,
+                "score": card and card.score,
+                "routing": card and card.routing,
             }
         )
     return described
+
+
+def _card(catalogue: Catalogue, column: Column) -> AdapterCard | None:
+    if column.adapter is None or column.solo_expert is not None:
+        return None
+    try:
+        return catalogue.card(column.adapter)
+    except MiniLoraError:  # its folder was removed or changed while it stayed in memory
+        return None
 
 
 def expert_letter(expert: int) -> str:
@@ -100,14 +117,16 @@ def expert_letter(expert: int) -> str:
     return chr(65 + expert % 26) + (str(expert // 26) if expert >= 26 else "")
 
 
-def headline(engine: CompareEngine, columns: Sequence[Column], title: str | None = None) -> dict:
-    """Return the headline: how many answers there are, and how much memory the models take."""
+def headline(catalogue: Catalogue, columns: Sequence[Column], title: str | None = None) -> dict:
+    """Return the headline: how many answers there are, the base, and how much memory the models take."""
     answers = NUMBERS[len(columns)] if len(columns) < len(NUMBERS) else len(columns)
-    memory = engine.memory()
+    memory = catalogue.engine.memory()
     adapters = f"; its adapters add {_bytes(memory.adapters)}" if memory.adapters else ""
     return {
-        "title": title or f"Same prompt. {answers} answers. One forward pass.",
-        "facts": f"{engine.columns[0].name} is in memory once: {_bytes(memory.base)}{adapters}.",
+        "title": title or f"Same prompt. {answers} answers.",
+        "base": catalogue.engine.columns[0].name,
+        "link": f"{constants.ENDPOINT}/{catalogue.base}" if "/" in catalogue.base else None,
+        "facts": f"The base is in memory once: {_bytes(memory.base)}{adapters}.",
     }
 
 

@@ -39,7 +39,7 @@ def check_name(name: str) -> None:
         AdapterError: it is not an id.
     """
     if not REPO_ID.fullmatch(name) or ".." in name or "--" in name or name.endswith((".git", ".", "-")):
-        raise AdapterError(f"?adapter={name[:60]!r} is not an id on the Hub: must be owner/name")
+        raise AdapterError(f"{name[:60]!r} is not an id on the Hub: must be owner/name")
 
 
 def check_settings(config: dict[str, Any], *, peft: bool) -> None:
@@ -48,6 +48,8 @@ def check_settings(config: dict[str, Any], *, peft: bool) -> None:
     Raises:
         AdapterError: a setting can.
     """
+    if config.get("target_parameters"):
+        raise AdapterError("target_parameters: a page does not load adapters on stacked experts")
     for field in ("rank_pattern", "alpha_pattern"):
         # Their keys are regular expressions, whose matching time is unbounded.
         patterns = config.get(field) or {}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from minilora_hub.demo.ui.page_state import text_of
+from minilora_hub.demo.ui.page_state import ENDED, text_of
 from minilora_hub.documents import Scalar, strict_json
 from minilora_hub.errors import PageError
 from minilora_hub.formatting import block, inline
@@ -74,12 +74,13 @@ class Comparison:
     @property
     def complete(self) -> bool:
         """Whether every answer ended by itself, without an error and without being stopped."""
-        return all(column["state"] in ("eos", "length", "stop") for column in self.columns)
+        return all(column["state"] in ENDED for column in self.columns)
 
     @property
     def memory(self) -> int:
         """Bytes of memory that it takes."""
         texts = [self.prompt, *(column[name] for column in self.columns for name in ("log", "error"))]
+        texts += [text for column in self.columns for _, text in column.get("before", ())]
         return COLUMN_BYTES * len(self.columns) + sum(sys.getsizeof(text) for text in texts)
 
     def to_json(self) -> str:
@@ -121,7 +122,9 @@ def exported_json(comparison: Comparison) -> str:
             "kind": column["about"]["kind"],
             "weights": weights.hash,
             "revision": weights.revision,
+            "before": column.get("before", []),
             "answer": text_of(column),
+            "right": column.get("right"),
             "ended": column["state"],
             "error": column["error"],
             "tokens": column["tokens"],
@@ -133,6 +136,7 @@ def exported_json(comparison: Comparison) -> str:
     ]
     content = {
         "prompt": comparison.prompt,
+        "expected": comparison.stage.get("expected"),
         "sampling": comparison.sampling,
         "base": comparison.base,
         "time": comparison.time,
@@ -152,7 +156,8 @@ def exported_markdown(comparison: Comparison) -> str:
         rate = "" if column["rate"] is None else f"{column['rate']:.1f}"
         first = "" if column["first"] is None else f"{column['first']:.2f} s"
         rows.append(f"| {name} | {inline(column['about']['facts'])} | {column['tokens']} | {rate} | {first} |")
-        answers.append(f"## {name}\n\n{block(text) if text else 'No text.'}")
+        earlier = "".join(f"{inline(role)}, earlier:\n\n{block(said)}\n\n" for role, said in column.get("before", ()))
+        answers.append(f"## {name}\n\n{earlier}{block(text) if text else 'No text.'}")
         if column["error"]:
             answers.append(f"Failed: {inline(column['error'])}")
     summary = f"{inline(comparison.status['words'])} {comparison.time}. Base: {inline(comparison.base)}."

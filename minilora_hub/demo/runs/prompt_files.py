@@ -120,7 +120,9 @@ class PromptTable:
         return f"Prompt {len(self.rows) + 1} of {self.total}…{troubles}"
 
 
-async def run_prompts(visitor: Visitor, prompts: Sequence[str], sampling: Sampling) -> AsyncGenerator[PromptTable]:
+async def run_prompts(
+    visitor: Visitor, prompts: Sequence[str], sampling: Sampling, system: str = ""
+) -> AsyncGenerator[PromptTable]:
     """Answer prompts for a visitor, one after the other; yield the same table after each.
 
     Names are shown even in blind mode, and nothing is added to the history. A rejected prompt or a failed column is an
@@ -131,7 +133,7 @@ async def run_prompts(visitor: Visitor, prompts: Sequence[str], sampling: Sampli
     yield table
     for prompt in prompts:
         visitor.begin()
-        async with aclosing(visitor.run(prompt, sampling)) as frames:
+        async with aclosing(visitor.run(prompt, sampling, system)) as frames:
             async for frame in frames:
                 last = frame
         columns = last.stage["columns"]

@@ -24,15 +24,13 @@ import torch
 from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.adapter_folder.names import WEIGHTS
 from minilora_hub.compare.engine import CompareEngine, Sampling
+from minilora_hub.demo.adapters.catalogue import Catalogue
 from minilora_hub.demo.adapters.columns import describe_columns
+from minilora_hub.demo.runs.examples import EXAMPLES, expected_answers
 from minilora_hub.demo.ui.page_state import RunningComparison
 from minilora_hub.errors import MiniLoraError
 
 SHIPPED = Path(__file__).parent / "replay.json"
-PROMPT = (
-    "JSON with name, age, city of the dietitian: Joyce Henson of Ebersberg is an ergonomist, while Sara Carey of "
-    "Potsdam is a dietitian and 18."
-)
 COMMAND = "python -m minilora_hub.demo.runs.replay"
 
 
@@ -54,7 +52,7 @@ def find_replay(engine: CompareEngine) -> dict[str, Any] | None:
 
 def difference(replay: dict[str, Any], engine: CompareEngine) -> str | None:
     """Return how a replay differs from an engine's columns and weights; None if it does not."""
-    about = json.loads(json.dumps(describe_columns(engine, engine.columns)))
+    about = json.loads(json.dumps(describe_columns(Catalogue(engine), engine.columns)))
     replayed = [column["about"] for column in replay["stage"]["columns"]]
     if about != replayed:
         names = [[one["name"] for one in each] for each in (replayed, about)]
@@ -65,7 +63,9 @@ def difference(replay: dict[str, Any], engine: CompareEngine) -> str | None:
     return None
 
 
-def make_replay(engine: CompareEngine, prompt: str = PROMPT, max_new_tokens: int = 96) -> dict[str, Any]:
+def make_replay(
+    engine: CompareEngine, prompt: str = EXAMPLES[0].prompt, max_new_tokens: int = 96, expected: str | None = None
+) -> dict[str, Any]:
     """Answer a prompt greedily with every column, and return the content of a replay file.
 
     Raises:
@@ -75,7 +75,8 @@ def make_replay(engine: CompareEngine, prompt: str = PROMPT, max_new_tokens: int
     sampling = Sampling(max_new_tokens)
     for _ in engine.stream(prompt, Sampling(4)):
         pass  # warm up, so that one-time costs are not part of the recorded times
-    running = RunningComparison(0, describe_columns(engine, engine.columns), prompt, sampling, engine.token_text)
+    about = describe_columns(Catalogue(engine), engine.columns)
+    running = RunningComparison(0, about, prompt, sampling, engine.token_text, expected)
     before = engine.forwards
     for update in engine.stream(prompt, sampling):
         if update.error:
@@ -130,12 +131,14 @@ def main() -> None:
     parser.add_argument(
         "--adapter", action="append", help="folder or id; may be repeated; default: the shipped adapters"
     )
-    parser.add_argument("--prompt", default=PROMPT, help="the prompt")
+    parser.add_argument("--prompt", default=EXAMPLES[0].prompt, help="the prompt")
+    parser.add_argument("--expected", help="the right answer; default: that of the prompt, if it is an example")
     parser.add_argument("--tokens", type=int, default=96, help="maximum tokens of an answer; default: 96")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="output file; default: the shipped replay")
     arguments = parser.parse_args()
     engine = CompareEngine(arguments.base, arguments.adapter or shipped_adapters(), progress=print)
-    replay = make_replay(engine, arguments.prompt, arguments.tokens)
+    expected = arguments.expected or expected_answers(EXAMPLES).get(arguments.prompt)
+    replay = make_replay(engine, arguments.prompt, arguments.tokens, expected)
     arguments.out.write_text(json.dumps(replay, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     print(f"{replay['status']['badge']}; written to {arguments.out}")
 

@@ -36,6 +36,7 @@ function card(about, chosen) {
   check.checked = chosen;
   label.append(check, make("span", "ml-adapter-name", about.name), make("span", "ml-adapter-kind", about.kind));
   box.append(label, make("p", "ml-adapter-facts", about.facts.join(" · ")));
+  if (about.purpose) box.append(make("p", "ml-adapter-facts", about.purpose));
   if (about.loss.length > 1) {
     const row = make("div", "ml-losses");
     row.append(sparkline(about.loss), make("span", "", `training loss ${shown(about.loss[0])} → ${shown(about.loss.at(-1))}`));

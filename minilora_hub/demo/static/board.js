@@ -40,6 +40,19 @@ function shareCells(rate, chance) {
   return [make("td", "ml-share", percent(rate.value)), make("td", "ml-wide", bar(rate, chance), words)];
 }
 
+function score(one) {
+  const cell = make("td", "ml-score");
+  if (!one) cell.append("–");
+  else {
+    const shown = (value) => (value > 0 ? "+" : value < -0.5 ? "−" : "") + Math.abs(Math.round(value));
+    cell.append(shown(one.value), make("span", "ml-rate-words", `${shown(one.low)} to ${shown(one.high)}`));
+  }
+  return cell;
+}
+
+const select = find(".ml-board-group select");
+select.addEventListener("change", () => paintGroup(props.value.groups[select.selectedIndex]));
+
 function paint() {
   const now = props.value;
   if (!now || !now.phase) return;
@@ -48,9 +61,16 @@ function paint() {
   find(".ml-board-empty").hidden = now.phase !== "empty";
   find(".ml-board-votes").hidden = now.phase !== "votes";
   if (now.phase !== "votes") return;
+  find(".ml-board-needed").textContent = now.needed;
+  select.replaceChildren(...now.groups.map((one) => make("option", "", `${one.title} (${one.votes})`)));
+  select.closest("label").hidden = now.groups.length < 2;
+  paintGroup(now.groups[0]);
+}
+
+function paintGroup(now) {
   find(".ml-board-rows").replaceChildren(...now.models.map((one) => {
     const counts = [one.wins, one.losses, one.ties, one.all_bad, one.shown].map((count) => make("td", "ml-count-cell", String(count)));
-    const line = make("tr", "", model(one.name, one.kind, one.weights.replace("sha256:", "").slice(0, 8)), ...shareCells(one.share, one.chance), ...counts);
+    const line = make("tr", "", model(one.name, one.kind, one.weights.replace("sha256:", "").slice(0, 8)), score(one.score), ...shareCells(one.share, one.chance), ...counts);
     line.dataset.kind = one.kind;
     return line;
   }));

@@ -4,13 +4,19 @@ const CARD = `
   <div class="ml-band" aria-hidden="true"></div>
   <header>
     <span class="ml-badge" aria-hidden="true"></span>
-    <h2 class="ml-name"></h2>
     <span class="ml-state"></span>
+    <span class="ml-verdict" hidden></span>
   </header>
+  <h2 class="ml-name"></h2>
   <p class="ml-facts"></p>
-  <div class="ml-answer" dir="auto" tabindex="0" role="group"><span class="ml-text"></span><span class="ml-caret" aria-hidden="true"></span></div>
-  <p class="ml-error" hidden></p>
-  <button type="button" class="ml-fork" hidden></button>
+  <div class="ml-purpose"><p></p><p></p></div>
+  <div class="ml-answer" dir="auto" tabindex="0" role="group"><div class="ml-before"></div><div class="ml-rendered"></div><span class="ml-text"></span><span class="ml-caret" aria-hidden="true"></span><p class="ml-error" hidden></p></div>
+  <div class="ml-foot">
+    <button type="button" class="ml-fork" hidden></button>
+    <button type="button" class="ml-act ml-halt" title="Stop this answer">■</button>
+    <button type="button" class="ml-act ml-again" title="Answer again, this column only">⟳</button>
+    <button type="button" class="ml-act ml-copy-answer" title="Copy this answer"></button>
+  </div>
   <dl class="ml-numbers">
     <div><dt>tokens/s</dt><dd class="ml-rate">–</dd></div>
     <div><dt>first token</dt><dd class="ml-first">–</dd></div>
@@ -22,8 +28,8 @@ const STATES = {
 };
 
 class Column {
-  // choose(token index) is called when a visitor picks a token.
-  constructor(about, choose) {
+  // choose(token index) is called when a visitor picks a token, act(name) when they stop or repeat this column alone.
+  constructor(about, choose, act) {
     this.answer = new Answer(about);
     this.card = make("article", "ml-card");
     this.card.innerHTML = CARD;
@@ -32,7 +38,17 @@ class Column {
     this.find("badge").textContent = about.letter ? `${about.letter} ${about.badge}` : about.badge;
     this.find("name").textContent = about.name;
     this.find("facts").textContent = about.facts;
+    const lines = [about.purpose || (about.kind === "base" ? "The model itself, without an adapter." : ""), about.score || ""];
+    this.card.querySelectorAll(".ml-purpose p").forEach((line, index) => Object.assign(line, { textContent: lines[index], title: lines[index] }));
     this.find("answer").setAttribute("aria-label", `Answer of ${about.name}. Use the arrow keys to move between tokens.`);
+    for (const [name, words, run] of [
+      ["halt", "Stop", () => act("halt")],
+      ["again", "Answer again:", () => act("again")],
+      ["copy-answer", "Copy the answer of", () => this.copy()],
+    ]) {
+      this.find(name).setAttribute("aria-label", `${words} ${about.name}`);
+      this.find(name).addEventListener("click", run);
+    }
     this.spans = [];
     this.at = null;
     this.choose = choose;
@@ -46,6 +62,22 @@ class Column {
 
   find(name) {
     return this.card.querySelector(".ml-" + name);
+  }
+
+  async copy() {
+    await minilora.copy(this.answer.tokens.map((token) => token.t).join(""));
+    this.find("copy-answer").textContent = "✓";
+    setTimeout(() => { this.find("copy-answer").textContent = ""; }, 1500);
+  }
+
+  // The earlier turns, and the finished answer as HTML, which the server has rendered from Markdown and sanitised.
+  paintTexts({ before, html }) {
+    const turns = before || [];
+    if (this.find("before").children.length !== turns.length) {
+      this.find("before").replaceChildren(...turns.map(([role, text]) => make("p", "ml-turn-" + role, text)));
+    }
+    if (html && this.html !== html) this.find("rendered").innerHTML = this.html = html;
+    this.card.dataset.html = html ? "yes" : "no";
   }
 
   walk(event) {
@@ -69,9 +101,13 @@ class Column {
   paint(now) {
     if (this.answer.take(now.log)) this.grow();
     this.now = now;
+    this.paintTexts(now);
     if (now.state === "eos") this.spans.at(-1)?.classList.toggle("ml-end", !this.answer.tokens.at(-1).t);
     this.find("error").hidden = !now.error;
     this.find("error").textContent = now.error || "";
+    this.find("verdict").hidden = typeof now.right !== "boolean";
+    this.find("verdict").textContent = now.right ? "✓ right" : "✗ wrong";
+    this.find("verdict").dataset.right = now.right ? "yes" : "no";
     this.find("rate").textContent = digits(now.rate, now.rate >= 100 ? 0 : 1);
     this.find("first").textContent = now.first === null ? "–" : digits(now.first, 2) + " s";
     this.find("tokens").textContent = now.tokens || "–";
@@ -111,8 +147,13 @@ class Column {
     const whole = count >= this.spans.length;
     this.card.dataset.state = whole || this.now.state === "error" ? this.now.state : "replaying";
     this.find("state").textContent = whole ? STATES[this.now.state] || this.now.state : "";
+    this.find("verdict").classList.toggle("ml-unseen", !whole);
+    // A running answer is followed to its end, unless the visitor has scrolled up.
+    const box = this.find("answer");
+    if (this.follows === undefined || box.scrollTop >= this.follows - 40) box.scrollTop = box.scrollHeight;
+    this.follows = box.scrollHeight - box.clientHeight;
     const button = this.find("fork");
     button.hidden = fork === null || fork >= count;
-    if (!button.hidden) button.textContent = `differs from the base from token ${fork + 1}`;
+    if (!button.hidden) button.textContent = `differs from token ${fork + 1}`;
   }
 }

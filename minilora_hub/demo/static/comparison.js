@@ -10,24 +10,29 @@ class Stage {
     this.run = null;
     this.step = null; // null: follow the latest step
     this.chosen = null; // {column, at}
-    this.mixture = null;
+    this.open = null; // the column that a phone shows
+    this.talk = this.box.querySelector(".ml-talk select");
+    this.talk.addEventListener("change", () => this.trigger("follow", { continues: this.talk.value }));
     this.row = this.box.querySelector(".ml-columns");
-    this.tabs = new Tabs(this.box.querySelector(".ml-tabs"), this.row);
+    this.tabs = new Tabs(this.box.querySelector(".ml-tabs"), this.row, (index) => {
+      this.open = index;
+      if (this.columns[0].now) this.refresh(); // not while they are being built
+    });
     this.timeline = new Timeline(
       this.box.querySelector(".ml-timeline"),
       (step) => this.go(step),
       (column) => this.chooseFork(column),
     );
-    this.heatmap = new Heatmap(
-      this.box.querySelector(".ml-heat"),
-      (column) => {
-        this.mixture = column;
-        this.refresh();
-      },
-      (column, expert) => this.solo(column, expert),
-    );
-    this.inspector = new Inspector(this.box.querySelector(".ml-inspector"));
+    this.experts = new Experts(this.box.querySelector(".ml-heat"), (column, expert) => this.solo(column, expert));
+    this.inspector = new Inspector(this.box.querySelector(".ml-inspector"), () => this.unchoose());
     this.box.querySelector(".ml-picture").addEventListener("click", () => this.share());
+    for (const name of ["tall", "markdown"]) {
+      this.box.querySelector(".ml-" + name).addEventListener("click", ({ currentTarget: button }) => {
+        const pressed = button.getAttribute("aria-pressed") !== "true";
+        button.setAttribute("aria-pressed", String(pressed));
+        this.box.dataset[name] = pressed ? "yes" : "no";
+      });
+    }
     minilora.marks.listen(() => this.refresh());
     this.keys();
   }
@@ -39,8 +44,10 @@ class Stage {
     this.now = now;
     const described = JSON.stringify(now.columns.map((column) => column.about));
     const fresh = now.run !== this.run || described !== this.described;
+    if (described !== this.described) this.offerTalk(now.columns);
     if (fresh) this.start(now, described);
     const before = this.columns.map((column) => column.answer.tokens.length);
+    this.paintAsked(now);
     now.columns.forEach((column, index) => this.columns[index].paint(column));
     this.compare(before);
     this.box.dataset.blind = now.blind ? "yes" : "no";
@@ -56,18 +63,32 @@ class Stage {
     this.chosen = null;
     this.inspector.clear();
     this.columns = now.columns.map(
-      (column, index) => new Column(column.about, (at) => this.choose(index, at)),
+      (column, index) => new Column(column.about, (at) => this.choose(index, at), (name) => this.trigger(name, { column: index })),
     );
     this.row.replaceChildren(...this.columns.map((column) => column.card));
     this.box.style.setProperty("--columns", this.columns.length);
     this.box.dataset.count = this.columns.length;
     this.tabs.build(now.columns.map((column) => column.about), this.columns.map((column) => column.card));
-    const mixtures = this.mixtures();
-    if (!mixtures.some(([index]) => index === this.mixture)) this.mixture = mixtures.length ? mixtures[0][0] : null;
-    const replay = this.box.querySelector(".ml-replay");
-    replay.hidden = !now.replay;
-    replay.querySelector(".ml-replay-prompt").textContent = now.prompt;
-    replay.querySelector(".ml-replay-words").textContent = now.replay || "";
+  }
+
+  // The line above the columns: the prompt, the expected answer, and whether this is a replay.
+  paintAsked({ prompt, expected, replay }) {
+    const find = (name) => this.box.querySelector(name);
+    find(".ml-replay-mark").hidden = !replay;
+    find(".ml-asked-prompt").textContent = find(".ml-asked-prompt").title = prompt;
+    find(".ml-asked-prompt").hidden = !prompt;
+    find(".ml-expected").hidden = !expected;
+    find(".ml-expected code").textContent = find(".ml-expected").title = expected || "";
+    find(".ml-replay-words").textContent = replay || "";
+    this.box.dataset.replay = replay ? "yes" : "no";
+  }
+
+  // What the next prompt continues: nothing, each column's own answers, or those of one column for all.
+  offerTalk(columns) {
+    const option = (text, value) => Object.assign(make("option", "", text), { value });
+    if (this.talk.value && this.talk.value !== "new") this.trigger("follow", { continues: "new" });
+    const all = columns.map(({ about }, index) => option(`continues for all from ${about.name}`, index));
+    this.talk.replaceChildren(option("begins anew", "new"), option("continues, each from its own answer", "own"), ...all);
   }
 
   // Which tokens each answer shares with the base's; only new tokens are compared.
@@ -114,6 +135,8 @@ class Stage {
     });
     const steps = this.steps;
     const some = steps > 0;
+    const running = this.columns.some(({ now }) => ["idle", "waiting", "writing"].includes(now.state));
+    this.talk.parentElement.hidden = running || !some || this.now.blind || Boolean(this.now.replay);
     this.box.dataset.some = some ? "yes" : "no";
     const kept = keepers.slice(0, Math.min(shown, base.tokens.length));
     this.timeline.paint(steps, Math.min(shown, steps), kept, this.now.blind ? 0 : this.columns.length - 1, forks);
@@ -131,24 +154,19 @@ class Stage {
     return { inA: new Set([...inA].map((i) => ofBase[i])), inB: new Set([...silent, ...[...inB].map((j) => ours[j])]) };
   }
 
-  mixtures() {
-    return this.columns.flatMap(({ answer: { about } }, index) =>
-      about.experts && (about.solo === null || about.solo === undefined) ? [[index, about.name]] : [],
+  paintExperts(shown) {
+    const mixtures = this.columns.flatMap(({ answer }, column) =>
+      answer.about.experts && !Number.isInteger(answer.about.solo) ? [{ column, answer, solos: this.solos(answer.about) }] : [],
     );
+    const open = mixtures.some(({ column }) => column === this.open) ? this.open : null;
+    this.experts.paint(this.now.blind ? [] : mixtures, shown, open);
   }
 
-  paintExperts(shown) {
-    const mixtures = this.now.blind ? [] : this.mixtures();
-    if (!mixtures.length || this.mixture === null) {
-      this.heatmap.paint([], null, "", [], [], 0);
-      return;
-    }
-    const { about, tokens } = this.columns[this.mixture].answer;
-    const solos = this.columns.flatMap(({ answer: { about: other } }) =>
-      other.adapter === about.adapter && Number.isInteger(other.solo) ? [other.solo] : [],
+  // The experts of an adapter that have a column of their own.
+  solos({ adapter }) {
+    return this.columns.flatMap(({ answer: { about } }) =>
+      about.adapter === adapter && Number.isInteger(about.solo) ? [about.solo] : [],
     );
-    const use = expertUse(tokens, about.experts, shown);
-    this.heatmap.paint(mixtures, this.mixture, about.name, use, solos, Math.min(shown, tokens.length));
   }
 
   paintInspector(shown) {
@@ -160,7 +178,7 @@ class Stage {
     const base = this.columns[0].answer;
     const fork = answer.fork(base);
     const same = !this.now.blind && this.chosen.at < base.tokens.length && (fork === null || this.chosen.at <= fork);
-    this.inspector.paint(answer, base, this.chosen.at, same);
+    this.inspector.paint(answer, base, this.chosen.at, same, this.columns[this.chosen.column].spans[this.chosen.at]);
   }
 
   // ---- what a visitor does ----
@@ -168,9 +186,6 @@ class Stage {
   choose(column, at) {
     this.columns.forEach((one, index) => one.mark(index === column ? at : null));
     this.chosen = { column, at };
-    if (this.columns[column].answer.about.experts && this.mixtures().some(([index]) => index === column)) {
-      this.mixture = column;
-    }
     this.refresh();
   }
 
@@ -186,12 +201,10 @@ class Stage {
   }
 
   solo(column, expert) {
-    const { adapter } = this.columns[column].answer.about;
-    const current = this.columns.flatMap(({ answer: { about } }) =>
-      about.adapter === adapter && Number.isInteger(about.solo) ? [about.solo] : [],
-    );
+    const { about } = this.columns[column].answer;
+    const current = this.solos(about);
     const experts = current.includes(expert) ? current.filter((one) => one !== expert) : [...current, expert];
-    this.trigger("solo", { adapter, experts, prompt: this.now.prompt });
+    this.trigger("solo", { adapter: about.adapter, experts, prompt: this.now.prompt });
   }
 
   share() {
@@ -242,6 +255,17 @@ const minilora = {
     },
   },
   stage: (element, trigger) => new Stage(element, trigger),
+  async copy(text) {
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch {
+      // The browser denies access to the clipboard: copy what is selected.
+      const field = document.body.appendChild(Object.assign(document.createElement("textarea"), { value: text }));
+      field.select();
+      document.execCommand("copy");
+      field.remove();
+    }
+  },
   // Save a Blob as a download.
   save(name, blob) {
     const link = document.createElement("a");

@@ -104,6 +104,42 @@ function expertUse(tokens, experts, count) {
   return use;
 }
 
+// What kind of text a token is; `before` is the text before it.
+function tokenType(text, before) {
+  if (!text) return "end";
+  if (!text.trim()) return "space";
+  if (/\d/.test(text)) return "digit";
+  if (!/\p{L}/u.test(text)) return "punctuation";
+  return /^\p{L}/u.test(text) && /\p{L}$/u.test(before) ? "rest of a word" : "start of a word";
+}
+
+// For each type of token in an answer, how many there are, and the share of each expert among their main experts.
+function typeShares(tokens, experts) {
+  const counts = new Map();
+  let before = "";
+  for (const token of tokens) {
+    if (token.expert !== null) {
+      const type = tokenType(token.t, before);
+      if (!counts.has(type)) counts.set(type, new Array(experts).fill(0));
+      counts.get(type)[token.expert]++;
+    }
+    before += token.t;
+  }
+  return [...counts].map(([type, of]) => {
+    const total = of.reduce((sum, count) => sum + count, 0);
+    return { title: `${type} (${total})`, total, shares: of.map((count) => count / total) };
+  }).sort((one, other) => other.total - one.total);
+}
+
+// Share of each expert among the chosen slots of one layer.
+function slotShares(tokens, experts, layer) {
+  const shares = new Array(experts).fill(0);
+  for (const { r } of tokens) {
+    for (let i = 0; i < r[layer].length; i += 2) shares[r[layer][i]] += 2 / r[layer].length / tokens.length;
+  }
+  return shares;
+}
+
 const letterOf = (expert) => String.fromCharCode(65 + (expert % 26)) + (expert >= 26 ? Math.floor(expert / 26) : "");
 const hueOf = (expert) => `var(--ml-e${expert % 8})`;
 

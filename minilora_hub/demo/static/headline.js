@@ -1,7 +1,16 @@
+// What the page is, with links. Names are untrusted, so they are inserted as text only.
 function paint() {
-  element.querySelector("h1").textContent = props.value.title;
-  element.querySelector("p").textContent = props.value.facts;
+  const { title, base, link, facts } = props.value;
+  element.querySelector("h1").textContent = title;
+  element.querySelector(".ml-base-link").textContent = base;
+  if (link) element.querySelector(".ml-base-link").href = link;
+  element.querySelector(".ml-memory").textContent = facts;
 }
 
+element.querySelector(".ml-cards-link").addEventListener("click", () => {
+  const button = document.querySelector("#ml-picker-box > button");
+  if (button && !button.classList.contains("open")) button.click();
+  setTimeout(() => button?.scrollIntoView({ block: "start" }), 300); // once it is open
+});
 watch("value", paint);
 paint();

@@ -1,25 +1,26 @@
-// One token: its probability, the alternatives, and the experts layer by layer.
+// One token: its probability, the alternatives, and the experts layer by layer, in a box beside the token.
 
 class Inspector {
-  constructor(box) {
+  constructor(box, close) {
     this.box = box;
     this.shown = "";
+    box.querySelector(".ml-close").addEventListener("click", close);
   }
 
   clear() {
     this.shown = "";
-    this.box.dataset.empty = "yes";
+    this.box.hidden = true;
     this.box.querySelector(".ml-inspected").replaceChildren();
   }
 
-  // answer and base: `Answer`s; at: index of the token; same: whether all tokens before it are equal.
-  paint(answer, base, at, same) {
+  // answer and base: `Answer`s; at: index of the token; same: whether all tokens before it are equal; anchor: its element.
+  paint(answer, base, at, same, anchor) {
     const token = answer.tokens[at];
     const other = answer !== base && same ? base.tokens[at] : null;
     const signature = `${answer.about.name} ${at} ${other ? other.i : ""}`;
     if (signature === this.shown) return;
     this.shown = signature;
-    this.box.dataset.empty = "no";
+    this.box.hidden = false;
     const title = make("p", "ml-inspected-title");
     title.append(make("code", "ml-piece", visible(token.t || token.p || "")), this.words(answer, token, at));
     const parts = [title];
@@ -31,6 +32,25 @@ class Inspector {
     }
     if (token.r) parts.push(this.routing(token.r));
     this.box.querySelector(".ml-inspected").replaceChildren(...parts);
+    this.place(anchor);
+  }
+
+  // Below the token, or above it, or else beside it, wherever all of the box is in view. (A phone has a sheet instead.)
+  place(anchor) {
+    const token = anchor.getBoundingClientRect();
+    const stage = this.box.parentElement.getBoundingClientRect();
+    const { offsetWidth: width, offsetHeight: height } = this.box;
+    let left = Math.min(token.left - 20, stage.right - width);
+    let top = token.bottom + 10;
+    if (top + height > innerHeight) {
+      top = token.top - 14 - height;
+      if (top < 0) {
+        top = Math.max(0, innerHeight - height - 8);
+        left = token.right + 16 + width <= stage.right ? token.right + 16 : token.left - 16 - width;
+      }
+    }
+    this.box.style.left = Math.max(0, left - stage.left) + "px";
+    this.box.style.top = top - stage.top + "px";
   }
 
   words(answer, token, at) {

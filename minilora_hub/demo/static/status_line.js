@@ -10,6 +10,8 @@ function paint() {
   // Only a change of the message is announced, not the changing counts.
   if (words.textContent !== now.words) words.textContent = now.words;
   line.querySelector(".ml-count").textContent = now.badge;
+  line.querySelector(".ml-count").hidden = !now.badge;
+  line.querySelector(".ml-hint").textContent = now.hint || "";
 }
 
 for (const button of line.querySelectorAll(".ml-toggle")) {

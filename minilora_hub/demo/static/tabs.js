@@ -1,8 +1,10 @@
 // On a phone one column fills the screen; tabs and swipes switch between columns.
 
 class Tabs {
-  constructor(box, row) {
+  // Calls shown(index) when another column fills the screen.
+  constructor(box, row, shown) {
     this.box = box;
+    this.shown = shown;
     this.row = row;
     row.addEventListener("scroll", () => this.follow(), { passive: true });
   }
@@ -30,6 +32,8 @@ class Tabs {
     const left = this.row.scrollLeft + this.row.clientWidth / 2;
     const start = this.cards[0]?.offsetLeft || 0;
     const open = this.cards.findIndex((card) => left < card.offsetLeft - start + card.offsetWidth);
+    if (this.tabs[open]?.getAttribute("aria-current") === "true") return;
     this.tabs.forEach((tab, index) => tab.setAttribute("aria-current", String(index === open)));
+    this.shown(open);
   }
 }

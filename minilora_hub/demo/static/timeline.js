@@ -91,14 +91,14 @@ class Timeline {
     const signature = JSON.stringify([steps, forks]);
     if (signature === this.forks) return;
     this.forks = signature;
+    let left = "-9999px"; // of the tick before: each has its place, or the next free one
     row.replaceChildren(
-      ...forks.map(({ badge, kind, name, at, column }) => {
+      ...forks.toSorted((one, other) => one.at - other.at).map(({ badge, kind, name, at, column }) => {
         const tick = make("button", "ml-tick", badge);
         tick.type = "button";
         tick.dataset.kind = kind;
-        tick.style.setProperty("--at", (at + 0.5) / Math.max(steps, 1));
-        // Forks at the same token are placed side by side.
-        tick.style.setProperty("--over", forks.filter((other) => other.at === at && other.column < column).length);
+        left = `max(${(100 * at) / Math.max(steps, 1)}%, ${left} + var(--tick))`;
+        tick.style.left = left;
         tick.setAttribute("aria-label", `${name} differs from the base from token ${at + 1}`);
         tick.addEventListener("click", () => this.pick(column));
         return tick;

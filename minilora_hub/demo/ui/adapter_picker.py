@@ -56,11 +56,12 @@ def build_adapter_picker(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> N
         # In a thread, because reading a card for the first time hashes the weights.
         return await asyncio.to_thread(picker_value, runner, visitor.adapters(), phase, words)
 
-    def shown(visitor: Visitor) -> dict[Any, dict]:
+    def shown(visitor: Visitor) -> dict[Any, Any]:
         return {
-            parts.headline: headline(runner.engine, visitor.columns()),
+            parts.headline: headline(runner.catalogue, visitor.columns()),
             parts.stage: idle_stage(visitor.about()),
             parts.status: status("idle", "Ready."),
+            parts.stop: gr.Button(interactive=False),
         }
 
     async def choose(event: gr.EventData, request: gr.Request) -> AsyncIterator[dict]:
@@ -91,6 +92,6 @@ def build_adapter_picker(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> N
         notice = {"phase": "shown", "words": f"This link compares {name} with its base."}
         yield {parts.notice: notice, picker: await value(visitor, "idle", ""), **shown(visitor)}
 
-    outputs = [picker, parts.headline, parts.stage, parts.notice, parts.blind, parts.status]
+    outputs = [picker, parts.headline, parts.stage, parts.notice, parts.blind, parts.status, parts.stop]
     picker.submit(choose, None, outputs, concurrency_id="link", **QUIET)
     demo.load(follow_link, None, outputs, concurrency_id="link", **QUIET)

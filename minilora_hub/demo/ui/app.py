@@ -28,6 +28,7 @@ from minilora_hub.demo.adapters.catalogue import Catalogue
 from minilora_hub.demo.adapters.columns import describe_columns, headline
 from minilora_hub.demo.adapters.from_hub import LinkedAdapters
 from minilora_hub.demo.api import add_api
+from minilora_hub.demo.runs.examples import EXAMPLES, Example
 from minilora_hub.demo.runs.limits import PageLimits
 from minilora_hub.demo.runs.replay import find_replay
 from minilora_hub.demo.runs.runner import Runner
@@ -43,16 +44,6 @@ from minilora_hub.demo.ui.prompt_file_panel import build_prompt_file_panel
 from minilora_hub.demo.votes.hub_dataset import open_votes
 from minilora_hub.demo.votes.sharing import SharedComparisons
 
-EXAMPLES = (
-    # Tasks that the shipped adapters were trained on: items of the test split, the first one answered differently …
-    "JSON with name, age, city of the dietitian: Joyce Henson of Ebersberg is an ergonomist, while Sara Carey of "
-    "Potsdam is a dietitian and 18.",
-    "Write as YYYY-MM-DD: the last day of March 1949",
-    "Write this in digits: four thousand, nine hundred and seventeen point six three",
-    "Write the past participle of: outdo",
-    # … and one that they were not trained on.
-    "Why is the sky blue?",
-)
 SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 SYSTEM_MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
@@ -62,7 +53,7 @@ def build_demo(
     *,
     links: LinkedAdapters | None = None,
     title: str | None = None,
-    examples: Sequence[str] = EXAMPLES,
+    examples: Sequence[Example | str] = EXAMPLES,
     max_new_tokens: int = 96,
     limits: PageLimits | None = None,
     data: Path | None = None,
@@ -75,7 +66,7 @@ def build_demo(
         links: downloads adapters requested by ``?adapter=owner/name`` in the page's URL or by the picker. None: the
             page shows only the engine's own.
         title: the headline. Default: the number of answers.
-        examples: example prompts; choosing one runs it.
+        examples: example prompts, with the right answers where they have one; choosing one runs it.
         max_new_tokens: initial value of the length setting.
         limits: limits on visitors' requests. Default: from the environment.
         data: folder for votes and shared comparisons. Default: ``$MINILORA_DATA``, or the user's folder for data.
@@ -85,26 +76,28 @@ def build_demo(
         The page, for `launch`.
     """
     limits = limits or PageLimits.from_environment()
+    offered = [Example(one) if isinstance(one, str) else one for one in examples]
     folder = data or _data_folder()
     votes, dataset = open_votes(folder / "votes")
     if dataset:
         dataset.start()
-    runner = Runner(engine, Catalogue(engine, links, allowed), limits)
-    visitors = Visitors(runner, votes, SharedComparisons(folder / "shared", limits))
+    catalogue = Catalogue(engine, links, allowed)
+    runner = Runner(engine, catalogue, limits)
+    visitors = Visitors(runner, votes, SharedComparisons(folder / "shared", limits), offered)
     with gr.Blocks(title="minilora · compare", analytics_enabled=False, fill_width=True) as demo:
         opening = find_replay(engine) or {
-            "stage": idle_stage(describe_columns(engine, engine.columns)),
+            "stage": idle_stage(describe_columns(catalogue, engine.columns)),
             "status": status("idle", "Ready."),
         }
-        head = headline(engine, engine.columns, title)
-        parts = build_parts(head, opening, examples, max_new_tokens, limits.tokens)
+        head = headline(catalogue, engine.columns, title)
+        parts = build_parts(head, opening, offered, max_new_tokens, limits.tokens)
         start = connect_run(demo, visitors, parts)
         names_shown = connect_blind_bar(visitors, parts.blind, parts.stage, parts.finished)
         build_history_panel(demo, visitors, parts, start, names_shown)
         build_adapter_picker(demo, visitors, parts)
         build_prompt_file_panel(visitors, parts)
         add_api(runner)
-    build_board(demo, votes)
+    build_board(demo, votes, offered)
     return demo
 
 

@@ -6,17 +6,21 @@ The value of the bar is ``{"phase", "letters", "words"}``: the phase is off, rea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import gradio as gr
 from gradio.events import Dependency
 
+from minilora_hub.demo.runs.examples import Example
 from minilora_hub.demo.runs.history import KeptComparison
 from minilora_hub.demo.runs.visitor import Visitor, Visitors
 from minilora_hub.demo.ui.components import QUIET, component, sent
 from minilora_hub.demo.ui.page_state import idle_stage
 from minilora_hub.demo.votes.blind import LETTERS, Blindfold, revealed
-from minilora_hub.demo.votes.ranking import rank
+from minilora_hub.demo.votes.ranking import rankings, votes_needed
 from minilora_hub.demo.votes.votes import ALL_BAD, TIE, VoteStore
 from minilora_hub.errors import PageError
+from minilora_hub.formatting import counted
 
 BLIND_OFF = {"phase": "off", "letters": "", "words": ""}
 READY = {"phase": "ready", "letters": "", "words": "Answers come in a random order, without names."}
@@ -92,18 +96,27 @@ def connect_blind_bar(visitors: Visitors, bar: gr.HTML, stage: gr.HTML, finished
     return bar.select(act, None, [bar, stage], queue=False, **QUIET)
 
 
-def build_board(demo: gr.Blocks, store: VoteStore) -> None:
-    """Add the Board page. Must be called outside the `gr.Blocks` context, as Gradio requires."""
+def build_board(demo: gr.Blocks, store: VoteStore, examples: Sequence[Example]) -> None:
+    """Add the Board page, with a ranking for each example.
+
+    Must be called outside the `gr.Blocks` context, as Gradio requires.
+    """
 
     def view() -> dict:
         try:
             found = store.read()
         except PageError as error:
             return {"phase": "error", "words": f"{error}"}
-        count = "1 vote" if len(found.votes) == 1 else f"{len(found.votes)} votes"
+        count = counted(len(found.votes), "vote")
         skipped = f" {found.skipped} more could not be read." if found.skipped else ""
         words = f"{count} on blind comparisons.{skipped}"
-        return {"phase": "votes" if found.votes else "empty", "words": words, **rank(found.votes)}
+        needed = (
+            "How many votes are enough? To tell a preference of 60 to 40 from chance takes about "
+            f"{votes_needed(0.6)} votes between the two models, one of 75 to 25 about {votes_needed(0.75)} "
+            "(80% power at the 5% level). With fewer, read the intervals, not the order."
+        )
+        phase = "votes" if found.votes else "empty"
+        return {"phase": phase, "words": words, "needed": needed, "groups": rankings(found.votes, examples)}
 
     with demo.route("Board", "/board", show_in_navbar=False):
         page = component("board", value={"phase": "loading"}, elem_id="ml-board")

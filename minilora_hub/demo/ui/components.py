@@ -12,7 +12,17 @@ import gradio as gr
 
 STATIC = Path(__file__).resolve().parents[1] / "static"
 STYLES = ("page", "columns", "analysis", "panels")
-SCRIPTS = ("comparison_model", "column", "tabs", "timeline", "heatmap", "inspector", "picture", "comparison")
+SCRIPTS = (
+    "comparison_model",
+    "column",
+    "tabs",
+    "timeline",
+    "heatmap",
+    "inspector",
+    "picture",
+    "comparison",
+    "number_fields",
+)
 """The scripts that render a comparison; each uses only those before it."""
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -37,7 +47,7 @@ def page_head() -> str:
     The style sheets are not passed as `launch(css=)`, which rewrites selectors so that they override media queries.
     """
     styles = "\n".join(read(f"{name}.css") for name in STYLES)
-    scripts = "\n".join(read(f"{name}.js") for name in SCRIPTS)
+    scripts = "\n".join(read(f"{name}.js") for name in (*SCRIPTS, "number_fields"))
     return f"<style>{styles}</style><script>(() => {{\n{scripts}\n}})();\n</script>"
 
 

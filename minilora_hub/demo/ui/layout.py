@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import gradio as gr
 
+from minilora_hub.demo.runs.examples import Example
 from minilora_hub.demo.ui.blind_bar import BLIND_OFF
 from minilora_hub.demo.ui.components import component
 from minilora_hub.demo.ui.settings import Settings, build_settings
@@ -23,7 +24,7 @@ class Parts:
     prompt: gr.Textbox
     run: gr.Button
     stop: gr.Button
-    examples: list[gr.Button]  # prompts to start from
+    examples: gr.HTML  # prompts to start from
     settings: Settings
     status: gr.HTML  # the line above the columns
     blind: gr.HTML  # the bar for blind votes
@@ -31,7 +32,9 @@ class Parts:
     finished: gr.State  # stage of the visitor's last finished comparison; fires `change`
 
 
-def build_parts(headline: dict, opening: dict, examples: Sequence[str], max_new_tokens: int, most_tokens: int) -> Parts:
+def build_parts(
+    headline: dict, opening: dict, examples: Sequence[Example], max_new_tokens: int, most_tokens: int
+) -> Parts:
     """Build the parts inside the open `gr.Blocks`.
 
     Args:
@@ -58,8 +61,7 @@ def build_parts(headline: dict, opening: dict, examples: Sequence[str], max_new_
         with gr.Row(elem_id="ml-buttons", scale=1):
             run = gr.Button("Run", variant="primary", elem_id="ml-run", min_width=110)
             stop = gr.Button("Stop", interactive=False, elem_id="ml-stop", min_width=110)
-    with gr.Row(elem_id="ml-examples"):
-        chips = [gr.Button(example, size="sm", min_width=0, elem_classes="ml-chip") for example in examples]
+    chips = component("examples", value=[{"label": one.label, "prompt": one.prompt} for one in examples])
     settings = build_settings(max_new_tokens, most_tokens)
     with gr.Row(elem_id="ml-line"):
         status = component("status_line", value=opening["status"], elem_id="ml-status")

@@ -6,15 +6,19 @@ A *stage* is the state of all columns. The page renders it; the history, share l
      "prompt": "…",
      "sampling": {…},         the settings, see `Sampling`
      "replay": None,          or the label of a replay, which the page then plays at reading pace
+     "expected": None,        or the right answer, if the prompt has one
      "columns": [{"about": {"name", "kind", "badge", "facts", "experts", …},   from `columns.describe_columns`
                   "state": "idle" | "waiting" | "writing" | the reason why the answer ended,
                   "log": '{"t": "Hi", …}\n…',     one line of JSON a token, see `_token_line`
-                  "tokens": 3, "first": seconds, "rate": tokens/s, "step": ms, "error": None}]}
+                  "tokens": 3, "first": seconds, "rate": tokens/s, "step": ms, "error": None,
+                  "right": None | whether the finished answer is the expected one,
+                  "html": None | the finished answer, rendered from Markdown and sanitised,
+                  "before": [[role, text], …] of the earlier turns}]}
 
 The log is an append-only string, because Gradio then sends only the appended part: each token crosses the network once,
 however long the answers are. A *status* is the content of the line above the columns::
 
-    {"phase": "idle" | "busy" | "done" | "stopped" | "error", "words": "…", "badge": "…"}
+    {"phase": "idle" | "busy" | "done" | "stopped" | "error", "words": "…", "badge": "…", "hint": "explains the badge"}
 """
 
 from __future__ import annotations
@@ -25,9 +29,19 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+from markdown_it import MarkdownIt
+
+from minilora_hub.compare.answer import Turns
 from minilora_hub.compare.engine import Sampling, Update
+from minilora_hub.demo.runs.examples import is_right
+from minilora_hub.demo.runs.rates import CommonRates
+from minilora_hub.formatting import counted
+
+ENDED = ("eos", "length", "stop")
+"""States of an answer that ended by itself."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,8 @@ class RunningComparison:
         prompt: the prompt.
         sampling: the settings.
         token_text: returns the text of a single token, for an adapter; see `CompareEngine.token_text`.
+        expected: the right answer, if the prompt has one.
+        before: the earlier turns of each column's conversation.
 
     Attributes:
         forwards: forward passes of the base for this comparison, counted by the caller.
@@ -60,18 +76,31 @@ class RunningComparison:
         prompt: str = "",
         sampling: Sampling | None = None,
         token_text: Callable[[int, str | None], str] = lambda token, adapter: str(token),
+        expected: str | None = None,
+        before: Sequence[Turns] | None = None,
     ) -> None:
         self.forwards = 0
+        self._rates, self._expected = CommonRates(), expected
         self._started = time.perf_counter()
         self._number, self._prompt, self._sampling = number, prompt, sampling
         self._token_text = token_text
         self._alone = [0] * len(about)  # forward passes that each column would have needed alone
-        blank = {"log": "", "tokens": 0, "first": None, "rate": None, "step": None, "error": None}
-        self._columns: list[dict[str, Any]] = [{"about": one, "state": "waiting", **blank} for one in about]
+        blank = {"log": "", "tokens": 0, "first": None, "rate": None, "step": None, "error": None, "right": None}
+        self._columns: list[dict[str, Any]] = [
+            {"about": one, "state": "waiting", **blank, "html": None, "before": [list(turn) for turn in turns]}
+            for one, turns in zip(about, before or [()] * len(about), strict=True)
+        ]
+        self._rows = [*range(len(about))]  # the column of each row of the updates
+
+    def only(self, index: int, columns: Sequence[dict[str, Any]]) -> None:
+        """Keep these columns, and answer only that of `index` again; the updates have one row."""
+        kept = with_html({"columns": columns})["columns"]
+        self._columns = [self._columns[index] if at == index else column for at, column in enumerate(kept)]
+        self._rows = [index]
 
     def add(self, update: Update) -> None:
         """Add one step's update of one column."""
-        column = self._columns[update.row]
+        column = self._columns[self._rows[update.row]]
         if update.token_id is not None or update.text:
             adapter = column["about"].get("adapter")
             column["log"] += _token_line(update, lambda token: self._token_text(token, adapter)) + "\n"
@@ -79,9 +108,13 @@ class RunningComparison:
         column["state"] = update.reason or "writing"
         column["tokens"] = update.tokens
         column["first"] = _rounded(update.seconds_to_first_token)
-        column["rate"] = _rounded(update.tokens_per_second)
+        column["rate"] = _rounded(self._rates.add(update))
         column["step"] = _rounded(update.milliseconds_per_step)
         column["error"] = update.error
+        if self._expected is not None and update.reason in ENDED:
+            column["right"] = is_right(text_of(column), self._expected)
+        if update.finished:
+            column["html"] = rendered(text_of(column))
 
     def waiting(self, words: str) -> Frame:
         """Return the frame of a waiting comparison, with a message."""
@@ -102,29 +135,43 @@ class RunningComparison:
             "prompt": self._prompt,
             "sampling": None if self._sampling is None else dataclasses.asdict(self._sampling),
             "replay": None,
+            "expected": self._expected,
             "columns": [{**column, **fields} for column in self._columns],
         }
 
     def _status(self, finished: bool, stopped: bool) -> dict:
         if not finished:
-            writing = any(column["state"] != "waiting" for column in self._columns)
-            return status("busy", "Writing…" if writing else "Reading the prompt…", self._badge())
-        tokens = sum(column["tokens"] for column in self._columns)
-        facts = f"{tokens} tokens in {time.perf_counter() - self._started:.1f} s."
-        failed = sum(column["state"] == "error" for column in self._columns)
+            writing = any(column["state"] != "waiting" for column in self._answered)
+            return self._counted("busy", "Writing…" if writing else "Reading the prompt…")
+        tokens = sum(column["tokens"] for column in self._answered)
+        facts = f"{counted(tokens, 'token')} in {time.perf_counter() - self._started:.1f} s."
+        failed = sum(column["state"] == "error" for column in self._answered)
         if failed:
-            return status("error", f"{failed} of {len(self._columns)} columns failed. {facts}", self._badge())
-        if stopped:
-            return status("stopped", f"Stopped. {facts}", self._badge())
-        return status("done", f"Done. {facts}", self._badge())
+            return self._counted("error", f"{failed} of {len(self._answered)} columns failed. {facts}")
+        return self._counted("stopped", f"Stopped. {facts}") if stopped else self._counted("done", f"Done. {facts}")
 
-    def _badge(self) -> str:
-        """Return the counted forward passes, and how many the columns would need one by one."""
+    @property
+    def _answered(self) -> list[dict[str, Any]]:
+        """The columns of this run: all, unless one is answered again."""
+        return [self._columns[index] for index in self._rows]
+
+    def _counted(self, phase: str, words: str) -> dict:
+        """Return a status with the counted steps, and what they mean."""
         if not self.forwards:
-            return ""
-        first = [column["first"] for column in self._columns if column["first"] is not None]
-        parts = ["1 pass", f"{self.forwards} forwards, not {sum(self._alone)}"]
-        return " · ".join([*parts, f"first token {max(first):.1f} s"] if first else parts)
+            return status(phase, words)
+        steps, columns = counted(self.forwards, "step"), counted(len(self._rows), "column")
+        longest = max(self._answered, key=lambda column: column["tokens"])
+        parts = [f"{steps} for {'all ' if len(self._rows) > 1 else ''}{columns}"]
+        parts += [f"{longest['step']:.0f} ms a step"] if longest["step"] else []
+        first = [column["first"] for column in self._answered if column["first"] is not None]
+        parts += [f"first token {max(first):.1f} s"] if first else []
+        hint = (
+            "One pass: each step runs the base once for all columns together, so they share the time of a step. "
+            f"One column after the other would take {counted(sum(self._alone), 'step')}."
+        )
+        if self._rates.steps:
+            hint += f" Tokens/s are those of the first {counted(self._rates.steps, 'token')}, while all columns wrote."
+        return status(phase, words, " · ".join(parts), hint)
 
 
 def idle_stage(about: Sequence[dict]) -> dict:
@@ -132,15 +179,36 @@ def idle_stage(about: Sequence[dict]) -> dict:
     return RunningComparison(0, about).stage(state="idle")
 
 
-def status(phase: str, words: str, badge: str = "") -> dict:
+def status(phase: str, words: str, badge: str = "", hint: str = "") -> dict:
     """Return the content of the status line."""
-    return {"phase": phase, "words": words, "badge": badge}
+    return {"phase": phase, "words": words, "badge": badge, "hint": hint}
 
 
 def text_of(column: dict) -> str:
     """Return the text of a column of a stage."""
     # Not splitlines(), because a token may contain a Unicode line separator.
     return "".join(json.loads(line)["t"] for line in column["log"].split("\n")[:-1])
+
+
+@cache
+def _markdown() -> MarkdownIt:
+    """Return a renderer that escapes HTML, and links only to the web and to mail; pictures would be fetched."""
+    return MarkdownIt("js-default").disable("image")
+
+
+def rendered(text: str) -> str:
+    """Return Markdown as HTML that is safe to insert into a page."""
+    return _markdown().render(text)
+
+
+def with_html(stage: dict) -> dict:
+    """Return a stage with the HTML of its answers, which is not stored."""
+    return {**stage, "columns": [{**column, "html": rendered(text_of(column))} for column in stage["columns"]]}
+
+
+def without_html(stage: dict) -> dict:
+    """Return a stage as it is stored."""
+    return {**stage, "columns": [{**column, "html": None} for column in stage["columns"]]}
 
 
 def texts_only(log: str) -> str:

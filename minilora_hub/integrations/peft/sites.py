@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from minilora_hub.integrations.trl import ATTRIBUTE
 from minilora_hub.remote_code.base_structure import LinearSite, MixtureSite, plan_sites
 from minilora_hub.remote_code.layer_stacks import find_layer_stacks, linears_in
-from minilora_hub.remote_code.probe import can_run, find_without_effect, refuse_fused_experts, warn_of_left_out
+from minilora_hub.remote_code.probe import can_run, every_expert, find_without_effect, warn_of_left_out
 
 OWN_NAMES = {
     "base_layer",
@@ -137,7 +137,7 @@ def plan_adapter(model: Any, config: Any, adapter_name: str, matches: Callable[[
             warn_of_left_out("all-linear", useless)
         linears -= useless.keys()
         if ours.model_type == "mixlora":
-            refuse_fused_experts(model, _resolved("all-linear", model, linears, layers))
+            every_expert(model, ours)  # refuses them
     blocks = _blocks(sites, layers)
     asked = copy.copy(config)
     asked.target_modules = _resolved(config.target_modules, model, linears, layers)

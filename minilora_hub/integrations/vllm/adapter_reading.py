@@ -78,6 +78,11 @@ def read_own_adapter(source: AdapterFolder, base: BaseSource) -> ReadAdapter:
             f"adapter {source.folder.name!r}: use_dora=True in a MixLoRA cannot be served beside other adapters: serve "
             f"it as a model of its own, `vllm serve {source.folder.name}`"
         )
+    if config.target_parameters:
+        raise AdapterError(
+            f"adapter {source.folder.name!r}: target_parameters={config.target_parameters}: an adapter on a base's "
+            "stacked experts cannot be served at run time; `minilora export --to dense` merges it into its base"
+        )
     found = ReadAdapter()
     for site in sites:
         if not isinstance(site, LinearSite):

@@ -70,6 +70,11 @@ class MixLoraForCausalLM(Mixtral):
 
 
 def _base_of(ours: Any) -> BaseSource:
+    if ours.target_parameters:
+        raise ValueError(
+            f"target_parameters={ours.target_parameters}: an adapter on a base's stacked experts cannot be served as a "
+            "model; `minilora export --to dense` merges it into its base"
+        )
     base = find_base(ours.base_model_name_or_path, ours.base_model_revision)
     if getattr(base.config, "quantization_config", None) is not None:
         raise ValueError(

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub.utils import validate_repo_id
@@ -78,12 +80,11 @@ def render_card(
     title = (repo_id or folder.resolve().name).rpartition("/")[2]
     prompt = results.samples[0].prompt if results.samples else "Hello!"
     digest = code_hash(code)
-    targets = config.get("target_modules")
     libraries = results.training.libraries if results.training else {}
     link = results.license_link if (results.license_link or "").startswith(("https://", "http://")) else None
     auto_class = CAUSAL_LM if stock else auto_class_of(config)
     text = _template().render(
-        front_matter=front_matter(results, title, stock, PIPELINES[auto_class]),
+        front_matter=front_matter(results, title, stock, PIPELINES[auto_class], bool(config.get("use_dora"))),
         auto_class=auto_class,
         generates=auto_class == CAUSAL_LM,
         settings=_settings(repo_id, revision, space, hub),
@@ -107,7 +108,7 @@ def render_card(
         notes=list(dict.fromkeys(row.note for row in results.evaluation if row.note)),
         few_shot=sorted({row.few_shot for row in results.evaluation if row.few_shot_value is not None}),
         parts=[(row, part) for row in results.evaluation for part in row.parts],
-        modules=", ".join(map(str, targets)) if isinstance(targets, list) else targets,
+        modules=_modules(config),
         as_mixtral=config.get("routing_strategy") == "top_k",
         libraries=", ".join(f"{name} {version}" for name, version in libraries.items()) or None,
         load_picture=EXPERT_LOAD if EXPERT_LOAD in wanted else None,
@@ -125,6 +126,13 @@ def render_card(
         other_sections=[(key, value) for key, value in kept.items() if key not in SECTIONS],
     )
     return free_text.squeeze(text)
+
+
+def _modules(config: Mapping[str, Any]) -> str | None:
+    """Return what is adapted: the names of modules, and of parameters where there are any."""
+    targets, parameters = config.get("target_modules"), config.get("target_parameters") or []
+    named = targets if isinstance(targets, list) else [targets]
+    return targets if targets is None else ", ".join(map(str, [*named, *parameters]))
 
 
 def write_card(

@@ -55,10 +55,11 @@ def serving(method: str, config: dict[str, Any], base: str, name: str, repo_id: 
         quoted = shlex.quote(inner) if set(inner) & set('"$`\\!') else f'"{inner}"'
         options = "--flavor l4x1 --timeout 1h --expose 8000 --secrets HF_TOKEN"
         job = f"hf jobs run {options} \\\n  python:3.12 bash -c {quoted}"
-    routed = method == "mixlora"
+    routed, on_experts = method == "mixlora", bool(config.get("target_parameters"))
     as_moe = routed and config.get("routing_strategy") == "top_k" and family in (None, *ARCHITECTURES)
-    alone = not stock and (method == "dora" or as_moe) and bool(REPO_ID.fullmatch(base))
+    alone = not stock and (method == "dora" or as_moe) and bool(REPO_ID.fullmatch(base)) and not on_experts
     beside = not routed or (not config.get("use_dora") and family in (None, *RUNTIME_MIXTURES))
+    beside = beside and not on_experts
     needed = "pip install vllm" if method == "lora" else f"pip install vllm=={TESTED_VERSIONS[-1]} minilora_hub"
     vllm = None
     if beside:

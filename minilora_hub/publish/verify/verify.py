@@ -137,6 +137,11 @@ def _check_files(folder: Path, report: VerifyReport, trust: bool) -> tuple[Sourc
     try:
         require_plain_files(folder)
         source = inspect_source(folder)
+        if not (folder / VERIFICATION_FILE).is_file():
+            raise AdapterError(
+                f"no {VERIFICATION_FILE}, the record to compare with, which `minilora push` writes into the repo: "
+                "push the folder, then verify the repo; `minilora push DIR REPO --dry-run` checks the folder before"
+            )
         verification = Verification.load(folder)
     except AdapterError as error:
         report.add("files", False, str(error))
@@ -286,7 +291,8 @@ def _check_behaviour(
     hint = "" if base else "; if it was trained on other weights than the base's repo holds, pass base_model= (--base)"
     report.difference = _compare("logits", answer["logits"], verification, report, hint)
     for name, message in answer.get("refusals", {}).items():
-        report.add(f"strict: {name}", message is not None, message or "a damaged copy was loaded without an error")
+        refused = f"refused ({message})" if message is not None else "loaded without an error"
+        report.add(f"copy with {name}", message is not None, refused)
     if "peft" in answer:
         _compare("peft/", answer["peft"], verification, report)
 
