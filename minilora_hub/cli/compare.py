@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minilora_hub.cli.options import AsJson, Debug, Dtype, print_json, say
+from minilora_hub.formatting import counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -182,7 +183,7 @@ def _figures(answer: _Answer) -> str:
     last = answer.last
     if last is None:
         return "…"
-    parts = [f"{last.tokens} tokens"]
+    parts = [counted(last.tokens, "token")]
     if last.tokens_per_second is not None:
         parts.append(f"{last.tokens_per_second:.1f}/s")
     if last.finished:

@@ -16,6 +16,9 @@ from minilora_hub.compare.text_stream import TextStream
 
 Reason = Literal["eos", "length", "stop", "stopped", "error"]
 
+Turns = tuple[tuple[str, str], ...]
+"""Messages of a conversation: (role, text) each."""
+
 ALTERNATIVES = 5
 """Number of most probable tokens in an update, in addition to the chosen one."""
 
@@ -37,12 +40,14 @@ class Row:
         adapter: name of an adapter, None for the bare base.
         sampling: how its tokens are chosen.
         solo_expert: for a MixLoRA, the only expert that serves this row, with weight 1. None: the router chooses.
+        before: the conversation before the prompt: (role, text) of each message, the system's first if there is one.
     """
 
     prompt: str
     adapter: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
     solo_expert: int | None = None
+    before: Turns = ()
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,9 @@ class Column:
         """The `adapter` of its rows."""
         return None if self.kind == "base" else self.name
 
-    def row(self, prompt: str, sampling: Sampling) -> Row:
+    def row(self, prompt: str, sampling: Sampling, before: Turns = ()) -> Row:
         """Return a row for this column."""
-        return Row(prompt, self.adapter, sampling, self.solo_expert)
+        return Row(prompt, self.adapter, sampling, self.solo_expert, before)
 
     def alone(self, expert: int) -> Column:
         """Return a column in which one expert of this adapter serves all tokens."""
@@ -196,11 +201,10 @@ class Answer:
         """Score tokens of the prompt.
 
         Args:
-            first: position in the prompt of the token after which `logits` begin; negative positions are padding.
+            first: position in the prompt of the token after which `logits` begin.
             logits: (tokens, vocabulary).
         """
-        start, logits = max(first, 0), logits[max(-first, 0) :]
-        targets = self.ids[0, start + 1 : min(start + 1 + len(logits), self.prompt_tokens)].tolist()
+        targets = self.ids[0, first + 1 : min(first + 1 + len(logits), self.prompt_tokens)].tolist()
         self.prompt_scores += _scores(logits[: len(targets)], targets, self._alternatives)
 
     def _tick(self, seconds: float) -> None:

@@ -8,7 +8,7 @@ torch threads compete for the cores, and were measured to be ten times slower.)
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from minilora_hub.bases.loading import load_base, load_tokenizer, require_dtype
 from minilora_hub.bases.resolving import resolve_base
 from minilora_hub.compare.adapter_bank import AdapterBank, BankMemory
-from minilora_hub.compare.answer import Answer, Column, Row, Update
+from minilora_hub.compare.answer import Answer, Column, Row, Turns, Update
 from minilora_hub.compare.base_proof import BareLogits, BaseProof
 from minilora_hub.compare.batch import Batch
 from minilora_hub.compare.fair_lock import FairLock
@@ -192,12 +192,14 @@ class CompareEngine:
             self._token_texts[key] = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
         return self._token_texts[key]
 
-    def prompt_ids(self, prompt: str, adapter: str | None = None) -> list[int]:
-        """Return the token ids of a prompt, as a chat with one user turn if the tokenizer has a chat template.
+    def prompt_ids(self, prompt: str, adapter: str | None = None, before: Turns = ()) -> list[int]:
+        """Return the token ids of a prompt, as the last user turn of a chat if the tokenizer has a chat template.
 
         Args:
             prompt: the user's text.
             adapter: the adapter of the rows; its own tokenizer and chat template are used if it has any.
+            before: the messages before the prompt; without a chat template, their texts stand before it, with blank
+                lines between.
 
         Raises:
             AdapterError: see `prompting`; or the chat template rejects the prompt.
@@ -206,8 +208,9 @@ class CompareEngine:
         if not prompt.strip():
             raise ValueError("prompt='': must not be empty")
         prompting = self.prompting(adapter)
-        ids = prompting.chat_ids([{"role": "user", "content": prompt}])
-        ids = prompting.text_ids(prompt) if ids is None else ids
+        turns = [*before, ("user", prompt)]
+        ids = prompting.chat_ids([{"role": role, "content": text} for role, text in turns])
+        ids = prompting.text_ids("\n\n".join(text for _, text in turns)) if ids is None else ids
         if len(ids) >= self._context:
             raise ValueError(
                 f"prompt of {len(ids)} tokens: must be shorter than the base's context of {self._context} tokens"
@@ -250,10 +253,13 @@ class CompareEngine:
         """
         return _one_by_one(self.stream_steps(rows, stop))
 
-    def stream_steps(self, rows: Sequence[Row], stop: threading.Event | None = None) -> Generator[list[Update]]:
+    def stream_steps(
+        self, rows: Sequence[Row], stop: threading.Event | None = None, halted: Collection[int] = ()
+    ) -> Generator[list[Update]]:
         """Answer like `stream_rows`, but yield the updates of each step as a list, so that streams can alternate.
 
-        While the prompts are being read, the lists are empty.
+        While the prompts are being read, the lists are empty. Rows whose index is added to `halted`, from any thread,
+        end within one step.
         """
         if not rows:
             raise ValueError("rows=[]: must hold at least one row")
@@ -264,17 +270,21 @@ class CompareEngine:
             prompting, ids = self._promptings.base, list[int]()
             try:
                 prompting = self.prompting(row.adapter)
-                ids = self.prompt_ids(row.prompt, row.adapter)
+                ids = self.prompt_ids(row.prompt, row.adapter, row.before)
             except AdapterError as error:  # a damaged tokenizer or template ends its own rows only
                 unprompted[index] = error
             except ValueError as error:
                 raise ValueError(f"{error} (row {index})" if len({row.prompt for row in rows}) > 1 else error) from None
             limit = min(row.sampling.max_new_tokens, self._context - len(ids))
             answers.append(Answer(index, row, ids, limit, prompting.tokenizer, prompting.ends))
-        return self._stream(answers, stop or threading.Event(), unprompted)
+        return self._stream(answers, stop or threading.Event(), unprompted, halted)
 
     def _stream(
-        self, answers: list[Answer], stop: threading.Event, unprompted: dict[int, AdapterError]
+        self,
+        answers: list[Answer],
+        stop: threading.Event,
+        unprompted: dict[int, AdapterError],
+        halted: Collection[int],
     ) -> Generator[list[Update]]:
         with ExitStack() as held:
             ready = []
@@ -299,7 +309,9 @@ class CompareEngine:
             while not batch.finished:
                 with self._lock:
                     # Check under the lock, because this stream may have waited for another stream's step.
-                    updates = batch.end("stopped") if stop.is_set() else batch.step()
+                    updates = batch.end("stopped") if stop.is_set() else batch.halt(halted)
+                    if not batch.finished:
+                        updates += batch.step()
                 yield updates
 
 

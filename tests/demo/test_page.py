@@ -277,6 +277,38 @@ def test_examples_run_and_settings_apply(visit):
     assert page.locator(".ml-tokens").all_inner_texts() == ["7", "7", "7"]
 
 
+def test_talk_on_and_one_column_alone(visit):
+    """The next prompt continues each answer; one column is answered again, copied, stopped; Markdown is rendered."""
+    page = visit()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    said = "**bold** and `code`"
+    ask(page, said)
+    wait_for_states(page, "length", "eos", "eos")
+    page.click(".ml-markdown")
+    assert page.locator(".ml-rendered strong:visible").all_inner_texts() == ["bold", "bold"]
+    assert not page.locator(".ml-text").nth(1).is_visible()
+    page.click(".ml-markdown")
+    assert page.locator(".ml-text").nth(1).is_visible()
+    page.get_by_role("button", name="Copy the answer of parrot-dora").click()
+    page.wait_for_function("document.querySelectorAll('.ml-copy-answer')[1].textContent === '✓'")
+    assert page.evaluate("navigator.clipboard.readText()") == said
+    page.locator(".ml-talk select").select_option("own")
+    ask(page, "next")
+    wait_for_states(page, "length", "eos", "eos")
+    assert page.locator(".ml-before").nth(1).locator("p").all_inner_texts() == [said, said]
+    begun(page, lambda: page.get_by_role("button", name="Answer again: parrot-dora").click())
+    wait_for_states(page, "length", "eos", "eos")
+    page.wait_for_function("document.querySelector('.ml-count').textContent.includes('steps for 1 column')")
+    assert page.locator(".ml-before").nth(1).locator("p").count() == 2
+    page.locator(".ml-talk select").select_option("new")
+    ask(page, "a long text, " * 7)
+    wait_until_writing(page)
+    page.get_by_role("button", name="Stop base").click()
+    wait_for_states(page, "stopped", "eos", "eos")
+    assert texts(page)[1] == "a long text, " * 7
+    assert page.locator(".ml-before p").count() == 0
+
+
 def test_shift_enter_makes_a_new_line(page):
     """Only a plain Enter runs."""
     page.fill("#ml-prompt textarea", "one")

@@ -80,6 +80,7 @@ class Comparison:
     def memory(self) -> int:
         """Bytes of memory that it takes."""
         texts = [self.prompt, *(column[name] for column in self.columns for name in ("log", "error"))]
+        texts += [text for column in self.columns for _, text in column.get("before", ())]
         return COLUMN_BYTES * len(self.columns) + sum(sys.getsizeof(text) for text in texts)
 
     def to_json(self) -> str:
@@ -121,6 +122,7 @@ def exported_json(comparison: Comparison) -> str:
             "kind": column["about"]["kind"],
             "weights": weights.hash,
             "revision": weights.revision,
+            "before": column.get("before", []),
             "answer": text_of(column),
             "right": column.get("right"),
             "ended": column["state"],
@@ -154,7 +156,8 @@ def exported_markdown(comparison: Comparison) -> str:
         rate = "" if column["rate"] is None else f"{column['rate']:.1f}"
         first = "" if column["first"] is None else f"{column['first']:.2f} s"
         rows.append(f"| {name} | {inline(column['about']['facts'])} | {column['tokens']} | {rate} | {first} |")
-        answers.append(f"## {name}\n\n{block(text) if text else 'No text.'}")
+        earlier = "".join(f"{inline(role)}, earlier:\n\n{block(said)}\n\n" for role, said in column.get("before", ()))
+        answers.append(f"## {name}\n\n{earlier}{block(text) if text else 'No text.'}")
         if column["error"]:
             answers.append(f"Failed: {inline(column['error'])}")
     summary = f"{inline(comparison.status['words'])} {comparison.time}. Base: {inline(comparison.base)}."

@@ -157,7 +157,7 @@ class PromptTable:
 
 
 async def run_prompts(
-    visitor: Visitor, prompts: Sequence[FilePrompt], sampling: Sampling
+    visitor: Visitor, prompts: Sequence[FilePrompt], sampling: Sampling, system: str = ""
 ) -> AsyncGenerator[PromptTable]:
     """Answer prompts for a visitor, one after the other; yield the same table after each.
 
@@ -169,7 +169,7 @@ async def run_prompts(
     yield table
     for prompt in prompts:
         visitor.begin()
-        async with aclosing(visitor.run(prompt.text, sampling)) as frames:
+        async with aclosing(visitor.run(prompt.text, sampling, system)) as frames:
             async for frame in frames:
                 last = frame
         columns = last.stage["columns"]

@@ -11,11 +11,12 @@ import contextvars
 import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Collection, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from minilora_hub.compare.answer import Turns
 from minilora_hub.compare.engine import Column, CompareEngine, Row, Sampling, Update
 from minilora_hub.demo.adapters.catalogue import Catalogue
 from minilora_hub.demo.runs import zero_gpu
@@ -92,7 +93,13 @@ class Runner:
                 return await loop.run_in_executor(self._thread, links.load, name, Path(temporary), repo)
 
     def answer(
-        self, prompt: str, sampling: Sampling, columns: Sequence[Column], stop: threading.Event | None = None
+        self,
+        prompt: str,
+        sampling: Sampling,
+        columns: Sequence[Column],
+        stop: threading.Event | None = None,
+        before: Sequence[Turns] | None = None,
+        halted: Collection[int] = (),
     ) -> AsyncGenerator[Moment]:
         """Answer a prompt with these columns, after waiting in the queue.
 
@@ -103,16 +110,22 @@ class Runner:
             sampling: the settings, for every column.
             columns: row i of the updates is column i.
             stop: ends the answers within one step when it is set; the last event holds them as they are.
+            before: the messages before the prompt, for each column.
+            halted: rows that end within one step; the caller may add to it.
 
         Raises:
             ValueError: the prompt is empty, something is above the limits, or the queue is full.
         """
-        self.limits.check(prompt, sampling, len(columns))
-        rows = [column.row(prompt, sampling) for column in columns]
+        turns = before or [()] * len(columns)
+        for messages in set(turns) or {()}:
+            self.limits.check("".join([*(text for _, text in messages), prompt]), sampling, len(columns))
+        rows = [column.row(prompt, sampling, messages) for column, messages in zip(columns, turns, strict=True)]
         self.engine.stream_steps(rows)  # validates the prompt without computing anything
-        return self._moments(rows, self.queue.join(sampling.max_new_tokens), stop or threading.Event())
+        return self._moments(rows, self.queue.join(sampling.max_new_tokens), stop or threading.Event(), halted)
 
-    async def _moments(self, rows: list[Row], ticket: Ticket, stop: threading.Event) -> AsyncGenerator[Moment]:
+    async def _moments(
+        self, rows: list[Row], ticket: Ticket, stop: threading.Event, halted: Collection[int]
+    ) -> AsyncGenerator[Moment]:
         steps: Generator[zero_gpu.Step] | None = None
         finished = False
         try:
@@ -122,7 +135,10 @@ class Runner:
                     reported = time.monotonic()
                     yield Moment(waiting=self.queue.waiting(ticket))
                 await ticket.wait(STOP_SECONDS)
-            steps = self._remote_steps(rows, stop) if self._remote else self._local_steps(rows, stop)
+            if self._remote:
+                steps = self._remote_steps(rows, stop, halted)
+            else:
+                steps = zero_gpu.counted(self.engine, self.engine.stream_steps(rows, stop, halted))
             loop, context = (
                 asyncio.get_running_loop(),
                 contextvars.copy_context(),
@@ -140,26 +156,36 @@ class Runner:
             if steps is not None:
                 self._thread.submit(steps.close)
 
-    def _local_steps(self, rows: list[Row], stop: threading.Event) -> Generator[zero_gpu.Step]:
-        return zero_gpu.counted(self.engine, self.engine.stream_steps(rows, stop))
+    def _remote_steps(
+        self, rows: list[Row], stop: threading.Event, halted: Collection[int]
+    ) -> Generator[zero_gpu.Step]:
+        """Compute in another process, which sees neither `stop` nor `halted`.
 
-    def _remote_steps(self, rows: list[Row], stop: threading.Event) -> Generator[zero_gpu.Step]:
-        """Compute in another process, which cannot see `stop`: on a stop, close the call and end its rows here."""
+        On a stop, close the call and end its rows here; what halted rows still compute is dropped.
+        """
         assert self._remote is not None
         last = [Update(index) for index in range(len(rows))]
+
+        def ended(wanted: Collection[int]) -> list[Update]:
+            open_rows = [one for one in last if one.row in wanted and not one.finished]
+            ends = [replace(one, text="", token_id=None, finished=True, reason="stopped") for one in open_rows]
+            for update in ends:
+                last[update.row] = update
+            return ends
+
         steps = self._remote(rows)
         try:
             for forwards, updates in steps:
+                updates = [update for update in updates if not last[update.row].finished]
                 for update in updates:
                     last[update.row] = update
-                yield forwards, updates
-                if stop.is_set():
+                yield forwards, updates + ended(halted)
+                if stop.is_set() or all(update.finished for update in last):
                     break
         finally:
             steps.close()
-        open_rows = [update for update in last if not update.finished]
-        if open_rows:
-            yield 0, [replace(one, text="", token_id=None, finished=True, reason="stopped") for one in open_rows]
+        if rest := ended(range(len(rows))):
+            yield 0, rest
 
 
 def waiting_words(waiting: Waiting) -> str:

@@ -14,14 +14,15 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from itertools import count
 
-from minilora_hub.compare.engine import Column, Sampling
-from minilora_hub.demo.adapters.catalogue import MOST_ADAPTERS
-from minilora_hub.demo.adapters.columns import SoloExperts, describe_columns
+from minilora_hub.compare.answer import Turns
+from minilora_hub.compare.engine import Sampling
 from minilora_hub.demo.runs.comparison import Comparison
+from minilora_hub.demo.runs.conversation import Conversation, turns_before
 from minilora_hub.demo.runs.examples import Example, expected_answers
 from minilora_hub.demo.runs.history import History, KeptComparison
 from minilora_hub.demo.runs.runner import Runner, waiting_words
-from minilora_hub.demo.ui.page_state import Frame, RunningComparison
+from minilora_hub.demo.runs.shown_columns import ShownColumns
+from minilora_hub.demo.ui.page_state import Frame, RunningComparison, without_html
 from minilora_hub.demo.votes.blind import Blindfold, shuffled
 from minilora_hub.demo.votes.sharing import SharedComparisons
 from minilora_hub.demo.votes.votes import ALL_BAD, TIE, VoteStore, vote_on
@@ -31,7 +32,7 @@ from minilora_hub.errors import AdapterError, PageError
 MOST_VISITORS = 1000
 
 
-class Visitor:
+class Visitor(ShownColumns):
     """One open page.
 
     Args:
@@ -43,82 +44,37 @@ class Visitor:
     """
 
     def __init__(self, visitors: Visitors) -> None:
-        self._visitors, self._runner = visitors, visitors.runner
+        super().__init__(visitors.runner)
+        self._visitors = visitors
         self.blind = False
         self.history = History()
-        self._adapters: tuple[str, ...] | None = None  # None: the page's own adapters
-        self._solo: SoloExperts | None = None
-        self._next_solo: SoloExperts | None = None
         self._number, self._stop = 0, threading.Event()
-
-    # ---- which columns ----
-
-    def columns(self) -> tuple[Column, ...]:
-        """Return the columns that the page shows.
-
-        Raises:
-            AdapterError: an adapter is no longer in memory.
-        """
-        columns = self._columns_without_solo()
-        return self._solo.columns(columns) if self._solo else columns
-
-    def _columns_without_solo(self) -> tuple[Column, ...]:
-        own = self._runner.engine.columns
-        if self._adapters is None:
-            return own
-        columns = [own[0]]
-        for name in self._adapters:
-            column = self._runner.catalogue.column(name)
-            if column is None:
-                raise AdapterError(
-                    f"{name} is no longer in memory, because other visitors opened other adapters: choose it again"
-                )
-            columns.append(column)
-        return tuple(columns)
-
-    def about(self) -> list[dict]:
-        """Describe the shown columns, or the page's default columns if one of them is no longer in memory."""
-        try:
-            columns = self.columns()
-        except AdapterError:
-            columns = self._runner.engine.columns
-        return describe_columns(self._runner.catalogue, columns)
-
-    def adapters(self) -> list[str]:
-        """Return the names of the adapters that the page shows."""
-        try:
-            return [column.name for column in self._columns_without_solo()[1:]]
-        except AdapterError:
-            return []
+        self.conversation = Conversation()
+        self._next_only: int | None = None  # the column that the next run answers again
+        self._only: int | None = None
+        self._halted: set[int] = set()  # rows of the running comparison that are stopped
 
     async def choose(self, names: Sequence[str]) -> None:
-        """Show these adapters beside the base, in this order; load those that are not in memory.
-
-        Raises:
-            PageError: there are none, or too many.
-            AdapterError: one of them cannot be shown. The shown columns are not changed then.
-        """
-        names = list(dict.fromkeys(names))
-        if not 1 <= len(names) <= MOST_ADAPTERS:
-            raise PageError(f"{len(names)} adapters are chosen: choose 1 to {MOST_ADAPTERS}")
-        own = {column.name for column in self._runner.engine.columns[1:]}
-        for name in names:
-            if name not in own:
-                await self._runner.fetch(name)
-        if not all(self._runner.catalogue.column(name) for name in names):
-            most = self._runner.limits.link_adapters
-            raise AdapterError(f"this page keeps {most} adapters beside its own: choose fewer")
+        """Show these adapters, as `ShownColumns.choose` does, and end the comparison and the conversation."""
+        await super().choose(names)
         self.stop()
-        self._adapters = tuple(names)
+        self.conversation.clear()
 
-    def ask_solo(self, solo: SoloExperts) -> None:
-        """Let experts of an adapter answer alone in the next comparison, each in a separate column.
+    def ask_again(self, index: int) -> Comparison:
+        """Let the next run answer only one column of the shown comparison again, and return that comparison.
 
         Raises:
-            AdapterError: the page does not show this adapter, or it has no such expert.
+            PageError: no comparison of the shown columns has ended, the next one is blind, or there is no such column.
         """
-        solo.columns(self._columns_without_solo())
-        self._next_solo = solo
+        if self.hides:
+            raise PageError("in blind mode all answers are new: switch it off to repeat one")
+        comparison = self.history.shown().comparison
+        if [column["about"] for column in comparison.columns] != self.about():
+            raise PageError("this comparison is of other columns: run it again")
+        if not 0 <= index < len(comparison.columns):
+            raise PageError(f"column {index}: must be from 0 to {len(comparison.columns) - 1}")
+        self._next_only = index
+        return comparison
 
     # ---- running ----
 
@@ -127,29 +83,58 @@ class Visitor:
         """Whether names are hidden: in blind mode, unless experts answer alone, since the visitor chose them."""
         return self.blind and self._solo is None
 
-    def begin(self) -> Frame:
+    def begin(self, prompt: str = "") -> Frame:
         """Stop a running comparison, prepare the next one, and return its first frame."""
         self.stop()
-        self._solo, self._next_solo = self._next_solo, None
+        self._only, self._next_only = self._next_only, None
+        if self._only is None:
+            self._solo, self._next_solo = self._next_solo, None
+        self._halted = set()
         self._number, self._stop = next(self._visitors.numbers), threading.Event()
         words = "Waiting in the queue…" if self._runner.queue.full else "Reading the prompt…"
-        frame = RunningComparison(self._number, self.about()).waiting(words)
+        expected = self._visitors.expected.get(prompt.strip())
+        running = RunningComparison(self._number, self.about(), prompt, expected=expected)
+        if self._only is not None:
+            running.only(self._only, self.history.shown().comparison.columns)
+        frame = running.waiting(words)
         return Blindfold(range(len(frame.stage["columns"]))).frame(frame) if self.hides else frame
 
     def stop(self) -> None:
         """End the running or waiting comparison, if any, within one step."""
         self._stop.set()
 
-    async def run(self, prompt: str, sampling: Sampling) -> AsyncGenerator[Frame]:
+    def halt(self, index: int) -> None:
+        """End the answer of one column of the running comparison within one step."""
+        if not self.hides:
+            self._halted.add(index if self._only is None else 0)
+
+    async def run(
+        self, prompt: str, sampling: Sampling, system: str = "", before: Sequence[Turns] | None = None
+    ) -> AsyncGenerator[Frame]:
         """Run the comparison that `begin` prepared. Closing or cancelling the iterator ends it within one step.
 
         It also ends, without a last frame, when the visitor chooses other adapters, whose columns are then shown.
+
+        Args:
+            prompt: the prompt.
+            sampling: the settings.
+            system: the system prompt, empty for the chat template's own.
+            before: the earlier turns of each column; default: none.
         """
-        number, stop, chosen = self._number, self._stop, self._adapters
-        expected = self._visitors.expected.get(prompt.strip())
-        running = RunningComparison(number, self.about(), prompt, sampling, self._runner.engine.token_text, expected)
+        number, stop, chosen, only = self._number, self._stop, self._adapters, self._only
+        about, expected = self.about(), self._visitors.expected.get(prompt.strip())
+        shown = self.history.shown().comparison.columns if only is not None else []
+        turns = [turns_before(column) for column in shown] or list(before or [()] * len(about))
+        token_text = self._runner.engine.token_text
+        running = RunningComparison(number, about, prompt, sampling, token_text, expected, turns)
+        asked = slice(None)
+        if only is not None:
+            running.only(only, shown)
+            asked = slice(only, only + 1)
+        told = (("system", system.strip()),) if system.strip() else ()
+        messages = [(*told, *one) for one in turns[asked]]
         try:
-            moments = self._runner.answer(prompt, sampling, self.columns(), stop)
+            moments = self._runner.answer(prompt, sampling, self.columns()[asked], stop, messages, self._halted)
         except (ValueError, AdapterError) as error:
             yield running.refused(f"{error}")
             return
@@ -165,21 +150,26 @@ class Visitor:
                 running.forwards += moment.forwards
                 yield running.frame(finished=moment.finished, stopped=stop.is_set())
 
-    async def run_and_keep(self, prompt: str, sampling: Sampling) -> AsyncGenerator[Frame]:
-        """Run like `run`, and add the comparison to the history; frames of a blind comparison do not reveal names."""
+    async def run_and_keep(self, prompt: str, sampling: Sampling, system: str = "") -> AsyncGenerator[Frame]:
+        """Run like `run`, and add the comparison to the history; frames of a blind comparison do not reveal names.
+
+        It continues the conversation as `conversation` says; a blind one begins anew, since earlier answers have names.
+        """
         catalogue, about = self._runner.catalogue, self.about()
         # Drawn here and not in `begin`, so that a run that `begin` stopped does not share the order.
         blindfold = Blindfold(shuffled(len(about))) if self.hides else None
         hashing = asyncio.create_task(asyncio.to_thread(catalogue.weights, [one["adapter"] for one in about[1:]]))
-        async with aclosing(self.run(prompt, sampling)) as frames:
+        before = None if self.hides else self.conversation.before(about)
+        async with aclosing(self.run(prompt, sampling, system, before)) as frames:
             async for frame in frames:
                 if frame.finished and frame.stage["columns"][0]["state"] != "idle":
-                    fields = sampling_fields(sampling)
-                    weights = await hashing
-                    comparison = Comparison(prompt, fields, catalogue.base, frame.stage, frame.status, weights)
+                    fields = sampling_fields(sampling) | ({"system_prompt": system} if system.strip() else {})
+                    weights, stage = await hashing, without_html(frame.stage)
+                    comparison = Comparison(prompt, fields, catalogue.base, stage, frame.status, weights)
                     if not self.hides:  # blind mode was switched off during the run
                         blindfold = None
                     kept = self.history.add(comparison, blindfold.order if blindfold else None)
+                    self.conversation.keep(frame.stage)
                     self._visitors.make_room(self)
                     if kept.closed:
                         blindfold = None
@@ -190,6 +180,7 @@ class Visitor:
     def show(self, kept: KeptComparison) -> None:
         """Set the shown comparison: one from the history or from a share link."""
         self.history.show(kept)
+        self.conversation.keep(kept.comparison.stage)
         self._visitors.make_room(self)
 
     async def vote(self, choice: str) -> KeptComparison:

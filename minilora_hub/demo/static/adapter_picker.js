@@ -36,6 +36,7 @@ function card(about, chosen) {
   check.checked = chosen;
   label.append(check, make("span", "ml-adapter-name", about.name), make("span", "ml-adapter-kind", about.kind));
   box.append(label, make("p", "ml-adapter-facts", about.facts.join(" · ")));
+  if (about.purpose) box.append(make("p", "ml-adapter-facts", about.purpose));
   if (about.loss.length > 1) {
     const row = make("div", "ml-losses");
     row.append(sparkline(about.loss), make("span", "", `training loss ${shown(about.loss[0])} → ${shown(about.loss.at(-1))}`));
@@ -100,7 +101,7 @@ function showUsage(about) {
     const copy = make("button", "ml-tool", "Copy");
     copy.type = "button";
     copy.setAttribute("aria-label", `Copy: ${label}`);
-    copy.addEventListener("click", () => navigator.clipboard.writeText(text).then(() => (copy.textContent = "Copied")));
+    copy.addEventListener("click", () => window.minilora.copy(text).then(() => (copy.textContent = "Copied")));
     const code = make("pre", "", text);
     code.tabIndex = 0;
     way.append(make("h3", "", label), copy, code);

@@ -9,13 +9,18 @@ const CARD = `
   </header>
   <div class="ml-title">
     <h2 class="ml-name"></h2>
-    <button type="button" class="ml-act ml-use">Use</button>
-    <button type="button" class="ml-act ml-remove">×</button>
+    <button type="button" class="ml-do ml-use">Use</button>
+    <button type="button" class="ml-do ml-remove">×</button>
   </div>
   <p class="ml-facts"></p>
   <div class="ml-purpose"><p></p><p></p></div>
-  <div class="ml-answer" dir="auto" tabindex="0" role="group"><span class="ml-text"></span><span class="ml-caret" aria-hidden="true"></span><p class="ml-error" hidden></p></div>
-  <button type="button" class="ml-fork" hidden></button>
+  <div class="ml-answer" dir="auto" tabindex="0" role="group"><div class="ml-before"></div><div class="ml-rendered"></div><span class="ml-text"></span><span class="ml-caret" aria-hidden="true"></span><p class="ml-error" hidden></p></div>
+  <div class="ml-foot">
+    <button type="button" class="ml-fork" hidden></button>
+    <button type="button" class="ml-act ml-halt" title="Stop this answer">■</button>
+    <button type="button" class="ml-act ml-again" title="Answer again, this column only">⟳</button>
+    <button type="button" class="ml-act ml-copy-answer" title="Copy this answer"></button>
+  </div>
   <dl class="ml-numbers">
     <div><dt>tokens/s</dt><dd class="ml-rate">–</dd></div>
     <div><dt>first token</dt><dd class="ml-first">–</dd></div>
@@ -27,8 +32,8 @@ const STATES = {
 };
 
 class Column {
-  // choose(token index) is called when a visitor picks a token.
-  constructor(about, choose) {
+  // choose(token index) is called when a visitor picks a token, act(name) when they stop or repeat this column alone.
+  constructor(about, choose, act) {
     this.answer = new Answer(about);
     this.card = make("article", "ml-card");
     this.card.innerHTML = CARD;
@@ -46,6 +51,14 @@ class Column {
       button.setAttribute("aria-label", `${words} ${about.name}`);
       button.addEventListener("click", () => minilora.adapter(act, about.adapter));
     }
+    for (const [name, words, run] of [
+      ["halt", "Stop", () => act("halt")],
+      ["again", "Answer again:", () => act("again")],
+      ["copy-answer", "Copy the answer of", () => this.copy()],
+    ]) {
+      this.find(name).setAttribute("aria-label", `${words} ${about.name}`);
+      this.find(name).addEventListener("click", run);
+    }
     this.spans = [];
     this.at = null;
     this.choose = choose;
@@ -59,6 +72,22 @@ class Column {
 
   find(name) {
     return this.card.querySelector(".ml-" + name);
+  }
+
+  async copy() {
+    await minilora.copy(this.answer.tokens.map((token) => token.t).join(""));
+    this.find("copy-answer").textContent = "✓";
+    setTimeout(() => { this.find("copy-answer").textContent = ""; }, 1500);
+  }
+
+  // The earlier turns, and the finished answer as HTML, which the server has rendered from Markdown and sanitised.
+  paintTexts({ before, html }) {
+    const turns = before || [];
+    if (this.find("before").children.length !== turns.length) {
+      this.find("before").replaceChildren(...turns.map(([role, text]) => make("p", "ml-turn-" + role, text)));
+    }
+    if (html && this.html !== html) this.find("rendered").innerHTML = this.html = html;
+    this.card.dataset.html = html ? "yes" : "no";
   }
 
   walk(event) {
@@ -82,6 +111,7 @@ class Column {
   paint(now) {
     if (this.answer.take(now.log)) this.grow();
     this.now = now;
+    this.paintTexts(now);
     if (now.state === "eos") this.spans.at(-1)?.classList.toggle("ml-end", !this.answer.tokens.at(-1).t);
     this.find("error").hidden = !now.error;
     this.find("error").textContent = now.error || "";

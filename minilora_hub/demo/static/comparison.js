@@ -11,6 +11,8 @@ class Stage {
     this.step = null; // null: follow the latest step
     this.chosen = null; // {column, at}
     this.open = null; // the column that a phone shows
+    this.talk = this.box.querySelector(".ml-talk select");
+    this.talk.addEventListener("change", () => this.trigger("follow", { continues: this.talk.value }));
     this.row = this.box.querySelector(".ml-columns");
     this.tabs = new Tabs(this.box.querySelector(".ml-tabs"), this.row, (index) => {
       this.open = index;
@@ -25,11 +27,13 @@ class Stage {
     this.inspector = new Inspector(this.box.querySelector(".ml-inspector"), () => this.unchoose());
     this.box.querySelector(".ml-add").addEventListener("click", () => minilora.adapter("add"));
     this.box.querySelector(".ml-picture").addEventListener("click", () => this.share());
-    this.box.querySelector(".ml-tall").addEventListener("click", ({ currentTarget: button }) => {
-      const tall = button.getAttribute("aria-pressed") !== "true";
-      button.setAttribute("aria-pressed", String(tall));
-      this.box.dataset.tall = tall ? "yes" : "no";
-    });
+    for (const name of ["tall", "markdown"]) {
+      this.box.querySelector(".ml-" + name).addEventListener("click", ({ currentTarget: button }) => {
+        const pressed = button.getAttribute("aria-pressed") !== "true";
+        button.setAttribute("aria-pressed", String(pressed));
+        this.box.dataset[name] = pressed ? "yes" : "no";
+      });
+    }
     minilora.marks.listen(() => this.refresh());
     this.keys();
   }
@@ -41,6 +45,7 @@ class Stage {
     this.now = now;
     const described = JSON.stringify(now.columns.map((column) => column.about));
     const fresh = now.run !== this.run || described !== this.described;
+    if (described !== this.described) this.offerTalk(now.columns);
     if (fresh) this.start(now, described);
     const before = this.columns.map((column) => column.answer.tokens.length);
     this.paintAsked(now);
@@ -59,7 +64,7 @@ class Stage {
     this.chosen = null;
     this.inspector.clear();
     this.columns = now.columns.map(
-      (column, index) => new Column(column.about, (at) => this.choose(index, at)),
+      (column, index) => new Column(column.about, (at) => this.choose(index, at), (name) => this.trigger(name, { column: index })),
     );
     this.row.replaceChildren(...this.columns.map((column) => column.card));
     this.box.style.setProperty("--columns", this.columns.length);
@@ -76,6 +81,15 @@ class Stage {
     find(".ml-expected").hidden = !expected;
     find(".ml-expected code").textContent = find(".ml-expected").title = expected || "";
     find(".ml-replay-words").textContent = replay || "";
+    this.box.dataset.replay = replay ? "yes" : "no";
+  }
+
+  // What the next prompt continues: nothing, each column's own answers, or those of one column for all.
+  offerTalk(columns) {
+    const option = (text, value) => Object.assign(make("option", "", text), { value });
+    if (this.talk.value && this.talk.value !== "new") this.trigger("follow", { continues: "new" });
+    const all = columns.map(({ about }, index) => option(`continues for all from ${about.name}`, index));
+    this.talk.replaceChildren(option("begins anew", "new"), option("continues, each from its own answer", "own"), ...all);
   }
 
   // Which tokens each answer shares with the base's; only new tokens are compared.
@@ -122,6 +136,8 @@ class Stage {
     });
     const steps = this.steps;
     const some = steps > 0;
+    const running = this.columns.some(({ now }) => ["idle", "waiting", "writing"].includes(now.state));
+    this.talk.parentElement.hidden = running || !some || this.now.blind || Boolean(this.now.replay);
     this.box.dataset.some = some ? "yes" : "no";
     const kept = keepers.slice(0, Math.min(shown, base.tokens.length));
     this.timeline.paint(steps, Math.min(shown, steps), kept, this.now.blind ? 0 : this.columns.length - 1, forks);
@@ -242,6 +258,17 @@ const minilora = {
   stage: (element, trigger) => new Stage(element, trigger),
   // Ask the adapter picker to "use", "remove" or "add" an adapter.
   adapter: (act, adapter = null) => document.dispatchEvent(new CustomEvent("ml:adapter", { detail: { act, adapter } })),
+  async copy(text) {
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch {
+      // The browser denies access to the clipboard: copy what is selected.
+      const field = document.body.appendChild(Object.assign(document.createElement("textarea"), { value: text }));
+      field.select();
+      document.execCommand("copy");
+      field.remove();
+    }
+  },
   // Save a Blob as a download.
   save(name, blob) {
     const link = document.createElement("a");

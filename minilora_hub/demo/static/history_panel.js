@@ -56,12 +56,7 @@ box.addEventListener("click", (event) => {
   else if (action) trigger("select", { action: "export", kind: action });
 });
 copy.addEventListener("click", async () => {
-  try {
-    await navigator.clipboard.writeText(link.value);
-  } catch {
-    link.select(); // fallback if the browser denies access to the clipboard
-    document.execCommand("copy");
-  }
+  await window.minilora.copy(link.value);
   copy.textContent = "Copied";
 });
 watch("value", paint);

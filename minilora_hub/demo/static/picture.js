@@ -122,7 +122,7 @@ class Picture {
         this.pen.fillRect(at[0], at[1] + 6, wide, 2);
       }
     }
-    const facts = now.error ? now.error.slice(0, 60) : `${now.tokens} tokens · ${digits(now.rate, 1)} tokens/s`;
+    const facts = now.error ? now.error.slice(0, 60) : `${now.tokens} token${now.tokens === 1 ? "" : "s"} · ${digits(now.rate, 1)} tokens/s`;
     this.write(facts, x + 24, y + height - 24, 17, now.error ? "bad" : "soft");
   }
 

@@ -20,6 +20,7 @@ from minilora_hub.demo.votes.blind import LETTERS, Blindfold, revealed
 from minilora_hub.demo.votes.ranking import rankings, votes_needed
 from minilora_hub.demo.votes.votes import ALL_BAD, TIE, VoteStore
 from minilora_hub.errors import PageError
+from minilora_hub.formatting import counted
 
 BLIND_OFF = {"phase": "off", "letters": "", "words": ""}
 READY = {"phase": "ready", "letters": "", "words": "Answers come in a random order, without names."}
@@ -106,7 +107,7 @@ def build_board(demo: gr.Blocks, store: VoteStore, examples: Sequence[Example]) 
             found = store.read()
         except PageError as error:
             return {"phase": "error", "words": f"{error}"}
-        count = "1 vote" if len(found.votes) == 1 else f"{len(found.votes)} votes"
+        count = counted(len(found.votes), "vote")
         skipped = f" {found.skipped} more could not be read." if found.skipped else ""
         words = f"{count} on blind comparisons.{skipped}"
         needed = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import gradio as gr
 from gradio.events import Dependency
@@ -16,7 +16,7 @@ from minilora_hub.demo.ui.components import QUIET, sent
 from minilora_hub.demo.ui.layout import Parts
 from minilora_hub.demo.ui.page_state import Frame, RunningComparison, status
 from minilora_hub.demo.ui.settings import next_seed, sampling_from
-from minilora_hub.errors import AdapterError
+from minilora_hub.errors import AdapterError, PageError
 
 NO_PROMPT = "Enter a prompt first."
 
@@ -33,6 +33,12 @@ def well_formed(text: str | None) -> str:
     return (text or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def column_of(event: gr.EventData) -> int:
+    """Return the number of the column that an event names; -1 if it names none."""
+    column = sent(event).get("column")
+    return column if isinstance(column, int) else -1
+
+
 def connect_run(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> Start:
     """Connect the prompt, its buttons, the examples and single experts; Stop and a closed tab end a comparison."""
     settings = parts.settings
@@ -47,10 +53,10 @@ def connect_run(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> Start:
             kept = [gr.skip(), status("error", NO_PROMPT), *[gr.skip()] * 3]
             return [*kept, *[gr.skip()] * bool(seed_settings)]
         seed = [next_seed(*seed_settings)] if seed_settings else []
-        return [*show(visitor.begin()), None, bar_value(visitor, running=True), *seed]
+        return [*show(visitor.begin(well_formed(text))), None, bar_value(visitor, running=True), *seed]
 
-    async def answer(request: gr.Request, text, *values) -> AsyncIterator[list]:
-        text, visitor = well_formed(text), visitors.of(request.session_hash)
+    async def answer(request: gr.Request, text, system, *values) -> AsyncIterator[list]:
+        text, system, visitor = well_formed(text), well_formed(system), visitors.of(request.session_hash)
         if not text.strip():
             yield [gr.skip()] * len(outputs)
             return
@@ -59,7 +65,7 @@ def connect_run(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> Start:
         except ValueError as error:
             yield [*show(RunningComparison(0, visitor.about(), text).refused(str(error))), None]
             return
-        async for frame in visitor.run_and_keep(text, sampling):
+        async for frame in visitor.run_and_keep(text, sampling, system):
             yield [*show(frame), frame.stage if frame.finished else None]
 
     async def fill_in(event: gr.EventData) -> str:
@@ -71,6 +77,22 @@ def connect_run(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> Start:
         except AdapterError as error:
             raise gr.Error(str(error), print_exception=False) from error
         return well_formed(str(sent(event).get("prompt") or ""))
+
+    async def ask_again(event: gr.EventData, request: gr.Request) -> dict[Any, Any]:
+        try:
+            comparison = visitors.of(request.session_hash).ask_again(column_of(event))
+        except PageError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        return {parts.prompt: comparison.prompt}
+
+    async def halt(event: gr.EventData, request: gr.Request) -> None:
+        visitors.of(request.session_hash).halt(column_of(event))
+
+    async def follow(event: gr.EventData, request: gr.Request) -> None:
+        try:
+            visitors.of(request.session_hash).conversation.follow(str(sent(event).get("continues")))
+        except PageError as error:
+            raise gr.Error(str(error), print_exception=False) from error
 
     async def stop(request: gr.Request) -> None:
         visitors.of(request.session_hash).stop()
@@ -85,7 +107,7 @@ def connect_run(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> Start:
         begun = event(begin, [parts.prompt, *inputs], [*outputs, parts.blind, *inputs[2:]], queue=False, **QUIET)
         return begun.then(
             answer,
-            [parts.prompt, *settings.inputs],
+            [parts.prompt, settings.system, *settings.inputs],
             outputs,
             concurrency_id="compute",
             concurrency_limit=None,  # bounded by `waiting_queue.py`, which also reports the position in the queue
@@ -98,6 +120,9 @@ def connect_run(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> Start:
     # A separate event, because it uses the prompt of the shown comparison, not the text in the input field.
     asked = parts.stage.solo(ask_solo, None, parts.prompt, queue=False, **QUIET)
     start(asked.success, same_seed=True)
+    start(parts.stage.again(ask_again, None, [parts.prompt], queue=False, **QUIET).success)
+    parts.stage.halt(halt, None, None, queue=False, **QUIET)
+    parts.stage.follow(follow, None, None, queue=False, **QUIET)
     parts.stop.click(stop, queue=False, **QUIET)
     demo.unload(leave)
     return start

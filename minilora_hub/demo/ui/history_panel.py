@@ -17,7 +17,7 @@ from minilora_hub.demo.ui.blind_bar import bar_value
 from minilora_hub.demo.ui.components import QUIET, component, sent
 from minilora_hub.demo.ui.events import Start
 from minilora_hub.demo.ui.layout import Parts
-from minilora_hub.demo.ui.page_state import status
+from minilora_hub.demo.ui.page_state import status, with_html
 from minilora_hub.errors import PageError
 
 EXPORTS = {"json": ("application/json", exported_json), "md": ("text/markdown", exported_markdown)}
@@ -48,7 +48,7 @@ def build_history_panel(
             parts.prompt: comparison.prompt,
             **parts.settings.restored(comparison.sampling),
             # A run number that no run of this page has.
-            parts.stage: {**comparison.stage, "run": f"kept-{kept.id}"},
+            parts.stage: {**with_html(comparison.stage), "run": f"kept-{kept.id}"},
             parts.status: status("idle", words),
             parts.blind: bar_value(visitor),
         }
@@ -70,9 +70,11 @@ def build_history_panel(
 
     async def again(request: gr.Request) -> dict[Any, Any]:
         try:
-            comparison = visitors.of(request.session_hash).history.last().comparison
+            visitor = visitors.of(request.session_hash)
+            comparison = visitor.history.last().comparison
         except PageError:
             return gr.skip()
+        visitor.conversation.rewind(comparison.stage)
         return {parts.prompt: comparison.prompt, **parts.settings.restored(comparison.sampling)}
 
     async def follow_link(request: gr.Request) -> dict[Any, Any]:
@@ -91,7 +93,7 @@ def build_history_panel(
         shown = opened(visitors.of(request.session_hash), kept, f"Stored. {comparison.status['words']}")
         return {**shown, parts.notice: {"phase": "stored", "words": words}}
 
-    restored = [parts.prompt, *parts.settings.inputs]
+    restored = [parts.prompt, parts.settings.system, *parts.settings.inputs]
     outputs = [panel, *restored, parts.stage, parts.status, parts.blind]
     parts.finished.change(follow, None, panel, queue=False, **QUIET)
     names_shown.then(follow, None, panel, queue=False, **QUIET)

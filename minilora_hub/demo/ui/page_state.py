@@ -11,7 +11,9 @@ A *stage* is the state of all columns. The page renders it; the history, share l
                   "state": "idle" | "waiting" | "writing" | the reason why the answer ended,
                   "log": '{"t": "Hi", …}\n…',     one line of JSON a token, see `_token_line`
                   "tokens": 3, "first": seconds, "rate": tokens/s, "step": ms, "error": None,
-                  "right": None | whether the finished answer is the expected one}]}
+                  "right": None | whether the finished answer is the expected one,
+                  "html": None | the finished answer, rendered from Markdown and sanitised,
+                  "before": [[role, text], …] of the earlier turns}]}
 
 The log is an append-only string, because Gradio then sends only the appended part: each token crosses the network once,
 however long the answers are. A *status* is the content of the line above the columns::
@@ -27,8 +29,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+from markdown_it import MarkdownIt
+
+from minilora_hub.compare.answer import Turns
 from minilora_hub.compare.engine import Sampling, Update
 from minilora_hub.demo.runs.examples import is_right
 from minilora_hub.demo.runs.rates import CommonRates
@@ -57,6 +63,7 @@ class RunningComparison:
         sampling: the settings.
         token_text: returns the text of a single token, for an adapter; see `CompareEngine.token_text`.
         expected: the right answer, if the prompt has one.
+        before: the earlier turns of each column's conversation.
 
     Attributes:
         forwards: forward passes of the base for this comparison, counted by the caller.
@@ -70,6 +77,7 @@ class RunningComparison:
         sampling: Sampling | None = None,
         token_text: Callable[[int, str | None], str] = lambda token, adapter: str(token),
         expected: str | None = None,
+        before: Sequence[Turns] | None = None,
     ) -> None:
         self.forwards = 0
         self._rates, self._expected = CommonRates(), expected
@@ -78,11 +86,21 @@ class RunningComparison:
         self._token_text = token_text
         self._alone = [0] * len(about)  # forward passes that each column would have needed alone
         blank = {"log": "", "tokens": 0, "first": None, "rate": None, "step": None, "error": None, "right": None}
-        self._columns: list[dict[str, Any]] = [{"about": one, "state": "waiting", **blank} for one in about]
+        self._columns: list[dict[str, Any]] = [
+            {"about": one, "state": "waiting", **blank, "html": None, "before": [list(turn) for turn in turns]}
+            for one, turns in zip(about, before or [()] * len(about), strict=True)
+        ]
+        self._rows = [*range(len(about))]  # the column of each row of the updates
+
+    def only(self, index: int, columns: Sequence[dict[str, Any]]) -> None:
+        """Keep these columns, and answer only that of `index` again; the updates have one row."""
+        kept = with_html({"columns": columns})["columns"]
+        self._columns = [self._columns[index] if at == index else column for at, column in enumerate(kept)]
+        self._rows = [index]
 
     def add(self, update: Update) -> None:
         """Add one step's update of one column."""
-        column = self._columns[update.row]
+        column = self._columns[self._rows[update.row]]
         if update.token_id is not None or update.text:
             adapter = column["about"].get("adapter")
             column["log"] += _token_line(update, lambda token: self._token_text(token, adapter)) + "\n"
@@ -95,6 +113,8 @@ class RunningComparison:
         column["error"] = update.error
         if self._expected is not None and update.reason in ENDED:
             column["right"] = is_right(text_of(column), self._expected)
+        if update.finished:
+            column["html"] = rendered(text_of(column))
 
     def waiting(self, words: str) -> Frame:
         """Return the frame of a waiting comparison, with a message."""
@@ -121,24 +141,29 @@ class RunningComparison:
 
     def _status(self, finished: bool, stopped: bool) -> dict:
         if not finished:
-            writing = any(column["state"] != "waiting" for column in self._columns)
+            writing = any(column["state"] != "waiting" for column in self._answered)
             return self._counted("busy", "Writing…" if writing else "Reading the prompt…")
-        tokens = sum(column["tokens"] for column in self._columns)
+        tokens = sum(column["tokens"] for column in self._answered)
         facts = f"{counted(tokens, 'token')} in {time.perf_counter() - self._started:.1f} s."
-        failed = sum(column["state"] == "error" for column in self._columns)
+        failed = sum(column["state"] == "error" for column in self._answered)
         if failed:
-            return self._counted("error", f"{failed} of {len(self._columns)} columns failed. {facts}")
+            return self._counted("error", f"{failed} of {len(self._answered)} columns failed. {facts}")
         return self._counted("stopped", f"Stopped. {facts}") if stopped else self._counted("done", f"Done. {facts}")
+
+    @property
+    def _answered(self) -> list[dict[str, Any]]:
+        """The columns of this run: all, unless one is answered again."""
+        return [self._columns[index] for index in self._rows]
 
     def _counted(self, phase: str, words: str) -> dict:
         """Return a status with the counted steps, and what they mean."""
         if not self.forwards:
             return status(phase, words)
-        steps, columns = counted(self.forwards, "step"), counted(len(self._columns), "column")
-        longest = max(self._columns, key=lambda column: column["tokens"])
-        parts = [f"{steps} for {'all ' if len(self._columns) > 1 else ''}{columns}"]
+        steps, columns = counted(self.forwards, "step"), counted(len(self._rows), "column")
+        longest = max(self._answered, key=lambda column: column["tokens"])
+        parts = [f"{steps} for {'all ' if len(self._rows) > 1 else ''}{columns}"]
         parts += [f"{longest['step']:.0f} ms a step"] if longest["step"] else []
-        first = [column["first"] for column in self._columns if column["first"] is not None]
+        first = [column["first"] for column in self._answered if column["first"] is not None]
         parts += [f"first token {max(first):.1f} s"] if first else []
         hint = (
             "One pass: each step runs the base once for all columns together, so they share the time of a step. "
@@ -163,6 +188,27 @@ def text_of(column: dict) -> str:
     """Return the text of a column of a stage."""
     # Not splitlines(), because a token may contain a Unicode line separator.
     return "".join(json.loads(line)["t"] for line in column["log"].split("\n")[:-1])
+
+
+@cache
+def _markdown() -> MarkdownIt:
+    """Return a renderer that escapes HTML, and links only to the web and to mail; pictures would be fetched."""
+    return MarkdownIt("js-default").disable("image")
+
+
+def rendered(text: str) -> str:
+    """Return Markdown as HTML that is safe to insert into a page."""
+    return _markdown().render(text)
+
+
+def with_html(stage: dict) -> dict:
+    """Return a stage with the HTML of its answers, which is not stored."""
+    return {**stage, "columns": [{**column, "html": rendered(text_of(column))} for column in stage["columns"]]}
+
+
+def without_html(stage: dict) -> dict:
+    """Return a stage as it is stored."""
+    return {**stage, "columns": [{**column, "html": None} for column in stage["columns"]]}
 
 
 def texts_only(log: str) -> str:

@@ -31,20 +31,27 @@ def build_prompt_file_panel(visitors: Visitors, parts: Parts) -> None:
         )
         panel = component("prompt_file_panel", value=panel_value(None, "none"), elem_id="ml-batch")
 
-    async def run(request: gr.Request, path, *values) -> AsyncIterator[dict]:
+    async def run(request: gr.Request, path, system, *values) -> AsyncIterator[dict]:
         try:
             prompts = read_prompts(Path(path), limits)
             sampling = sampling_from(*values)
         except (MiniLoraError, ValueError) as error:
             yield panel_value(None, "error", f"Not run: {error}.")
             return
-        async for table in run_prompts(visitors.of(request.session_hash), prompts, sampling):
+        async for table in run_prompts(visitors.of(request.session_hash), prompts, sampling, system or ""):
             yield panel_value(table, "done" if table.finished else "busy", table.words)
 
     async def stop(request: gr.Request) -> None:
         visitors.of(request.session_hash).stop()
 
-    upload.upload(run, [upload, *parts.settings.inputs], panel, concurrency_id="batch", concurrency_limit=1, **QUIET)
+    upload.upload(
+        run,
+        [upload, parts.settings.system, *parts.settings.inputs],
+        panel,
+        concurrency_id="batch",
+        concurrency_limit=1,
+        **QUIET,
+    )
     panel.submit(stop, None, None, queue=False, **QUIET)
 
 

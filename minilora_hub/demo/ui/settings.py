@@ -13,6 +13,7 @@ from minilora_hub.compare.engine import Sampling
 from minilora_hub.demo.ui.components import QUIET
 
 LARGEST_SEED = 2**31 - 1
+LONGEST_SYSTEM = 4000
 INPUTS = ("max_new_tokens", "greedy", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
 
 
@@ -28,6 +29,7 @@ class Settings:
     repetition_penalty: gr.Slider
     seed: gr.Number  # seed of the last or the next run
     keep_seed: gr.Checkbox  # if off, each run draws a seed and shows it
+    system: gr.Textbox  # system prompt, before the conversation
 
     @property
     def inputs(self) -> list:
@@ -40,6 +42,7 @@ class Settings:
         if "temperature" in sampling:
             values[self.greedy] = sampling["temperature"] == 0
             values[self.temperature] = sampling["temperature"] or gr.skip()
+            values[self.system] = sampling.get("system_prompt", "")
         return values
 
 
@@ -50,6 +53,14 @@ def build_settings(max_new_tokens: int, most_tokens: int) -> Settings:
         return gr.Slider(least, most, value, step=step, label=label, min_width=200, **fields)
 
     with gr.Accordion("Settings", open=False, elem_id="ml-settings"):
+        system = gr.Textbox(
+            "",
+            label="System prompt",
+            placeholder="Empty: that of the model's chat template",
+            lines=1,
+            max_lines=6,
+            max_length=LONGEST_SYSTEM,
+        )
         with gr.Row():
             tokens = slider(1, most_tokens, min(max_new_tokens, most_tokens), 1, "Max new tokens")
             penalty = slider(1, 2, 1, 0.05, "Repetition penalty (1 is none)")
@@ -69,7 +80,7 @@ def build_settings(max_new_tokens: int, most_tokens: int) -> Settings:
     greedy.change(
         lambda locked: [gr.update(interactive=not locked)] * len(sampled), greedy, sampled, queue=False, **QUIET
     )
-    return Settings(tokens, greedy, temperature, top_p, top_k, penalty, seed, keep_seed)
+    return Settings(tokens, greedy, temperature, top_p, top_k, penalty, seed, keep_seed, system)
 
 
 def sampling_from(

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from minilora_hub.demo.ui.page_state import Frame, texts_only
+from minilora_hub.demo.ui.page_state import Frame, texts_only, with_html
 
 LETTERS = "ABCDEFGHI"
 
@@ -53,6 +53,7 @@ class Blindfold:
                     "log": self._texts(index, column["log"]),
                     "error": "This answer failed." if column["error"] else None,
                     **{"tokens": 0, "first": None, "rate": None, "step": None, "right": None},
+                    **{"html": column.get("html"), "before": []},
                 }
             )
         shown = {"run": stage["run"], "prompt": stage["prompt"], "sampling": None, "replay": None, "expected": None}
@@ -71,6 +72,6 @@ def revealed(stage: dict[str, Any], order: tuple[int, ...]) -> dict[str, Any]:
     letters = {index: letter for letter, index in zip(LETTERS, order, strict=False)}
     columns = [
         {**column, "about": {**column["about"], "letter": letters[index]}}
-        for index, column in enumerate(stage["columns"])
+        for index, column in enumerate(with_html(stage)["columns"])
     ]
     return {**stage, "columns": columns}
