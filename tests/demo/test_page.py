@@ -412,9 +412,3 @@ def test_reduced_motion_is_respected(visit):
     page.wait_for_selector(".ml-status[data-phase=busy]")
     assert page.evaluate("getComputedStyle(document.querySelector('.ml-dot')).animationName") == "none"
     page.keyboard.press("Escape")
-
-
-@pytest.mark.slow
-def test_the_api_is_described_at_its_address(visit):
-    page = visit("?view=api")
-    page.wait_for_function("document.body.innerText.includes('max_new_tokens')")
