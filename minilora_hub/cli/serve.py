@@ -64,8 +64,8 @@ def serve(
         int, typer.Option(min=1, help="The most answers that wait; a request beyond them gets status 429.")
     ] = 256,
     max_cache_tokens: Annotated[
-        int, typer.Option(min=1, help="The most tokens in the key/value cache, padding included.")
-    ] = 65536,
+        int, typer.Option(min=1, help="Tokens of all answers for which the key/value cache has room.")
+    ] = 16384,
     max_tokens: Annotated[
         int, typer.Option(min=1, help="The most tokens of a chat answer where the request doesn't say.")
     ] = 512,

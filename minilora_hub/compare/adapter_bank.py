@@ -14,7 +14,7 @@ S-LoRA on a GPU (arXiv 2311.03285).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +46,14 @@ class BankEntry:
         folder: the folder of its files.
         facts: its kind and size, from its configuration.
         bytes: size of its tensors in memory; 0 while it is not loaded.
+        version: of the files that were last loaded; it is another one after they have changed. None before that.
     """
 
     name: str
     folder: Path
     facts: AdapterFacts
     bytes: int = 0
+    version: Hashable | None = None
 
     @property
     def loaded(self) -> bool:
@@ -249,6 +251,11 @@ class AdapterBank:
             need = f"from 0 to {experts - 1}" if experts else "None: it has no experts"
             raise ValueError(f"solo_expert={expert!r}: for {name or 'the base'} it must be {need}")
 
+    def adapts_head(self, names: Iterable[str | None]) -> bool:
+        """Return whether one of these adapters changes the output embeddings of the model."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        return isinstance(head, BankedLinear) and any(name in head.updates for name in {*names} if name is not None)
+
     # ---- internals ----
 
     def _entry(self, name: str) -> BankEntry:
@@ -263,6 +270,7 @@ class AdapterBank:
             self._loaded.move_to_end(name)
             self.make_room()  # adapters that were in use when the limit was last enforced may be idle now
             return
+        version = _version(entry.folder)  # before the files are read
         with naming(name):
             config, tensors, sites = read_adapter(read_source(entry.folder), BaseSource.of_model(self._plain))
         modules = build_modules(self._plain, config, sites, tensors, dtype=self._adapter_dtype())
@@ -297,9 +305,8 @@ class AdapterBank:
                 layers.append(self._block(path, part))
                 self._block(path, part).mixtures[name] = part
         self._loaded[name] = layers
-        self._entries[name] = BankEntry(
-            name, entry.folder, adapter_facts(entry.folder), size
-        )  # read again, as the folder may have changed
+        facts = adapter_facts(entry.folder)  # read again, as the folder may have changed
+        self._entries[name] = BankEntry(name, entry.folder, facts, size, version)
         self.make_room()
 
     def _adapter_dtype(self) -> torch.dtype | None:
@@ -314,7 +321,7 @@ class AdapterBank:
             held = {BankedLinear: "updates", BankedExperts: "adapted", BankedBlock: "mixtures"}[type(layer)]
             getattr(layer, held).pop(name)
         entry = self._entries[name]
-        self._entries[name] = BankEntry(name, entry.folder, entry.facts)
+        self._entries[name] = BankEntry(name, entry.folder, entry.facts, version=entry.version)
 
     def _linear(self, path: str) -> BankedLinear:
         """Return the banked linear at `path` of the base, which replaces the plain one on the first call."""
@@ -338,6 +345,11 @@ class AdapterBank:
         parent, _, name = path.rpartition(".")
         setattr(self._modules[parent], name, wrapper)
         self._wrapped[path] = wrapper
+
+
+def _version(folder: Path) -> Hashable:
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    return str(folder), *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
 @torch.no_grad()

@@ -201,11 +201,10 @@ class Answer:
         """Score tokens of the prompt.
 
         Args:
-            first: position in the prompt of the token after which `logits` begin; negative positions are padding.
+            first: position in the prompt of the token after which `logits` begin.
             logits: (tokens, vocabulary).
         """
-        start, logits = max(first, 0), logits[max(-first, 0) :]
-        targets = self.ids[0, start + 1 : min(start + 1 + len(logits), self.prompt_tokens)].tolist()
+        targets = self.ids[0, first + 1 : min(first + 1 + len(logits), self.prompt_tokens)].tolist()
         self.prompt_scores += _scores(logits[: len(targets)], targets, self._alternatives)
 
     def _tick(self, seconds: float) -> None:

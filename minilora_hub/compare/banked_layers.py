@@ -128,9 +128,8 @@ class BankedLinear(nn.Module):
         out = self.call_base(x, *args, **kwargs)
         groups = self.rows.groups
         if groups and self.updates:
-            per_row = x.shape[0] // self.rows.count  # 1, or the positions of a row where a model flattens them
-            per_row *= x.numel() // (x.shape[0] * x.shape[-1])
-            self.add_updates(out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]), groups, per_row)
+            tokens = x.reshape(-1, x.shape[-1])
+            self.add_updates(out.view(-1, out.shape[-1]), tokens, groups, tokens.shape[0] // self.rows.count)
         return out
 
     def call_base(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:

@@ -42,39 +42,11 @@ class Batch:
         """Whether no row is left."""
         return not self._live
 
-    @property
-    def answers(self) -> list[Answer]:
-        """The answers that have not ended."""
-        return [*self._live]
-
-    @property
-    def cache_bytes(self) -> int:
-        """Size of the key/value cache."""
-        return self._decoding.cache_bytes
-
-    @property
-    def joinable(self) -> bool:
-        """Whether `join` can add rows to this batch or add it to another, now that its prompts are read."""
-        return self._decoding.joinable
-
-    def join(self, other: Batch) -> None:
-        """Move the rows of another batch into this one. Both are `joinable` and have read their prompts."""
-        self._decoding.join(other._decoding)
-        joined = [*self._live, *other._live]
-        order = sorted(range(len(joined)), key=lambda row: _order(self._bank, joined[row]))
-        if order != [*range(len(joined))]:
-            self._decoding.keep_rows(order)
-        self._live, other._live = [joined[row] for row in order], []
-
-    def drop(self, answers: Collection[Answer]) -> None:
-        """Remove rows whose answers nobody waits for."""
-        self._keep([answer not in answers for answer in self._live])
-
     def halt(self, rows: Collection[int]) -> list[Update]:
         """End the rows of these indices that have not ended."""
         halted = [answer for answer in self._live if answer.index in rows]
         if halted:
-            self.drop(halted)
+            self._keep([answer not in halted for answer in self._live])
         return [answer.end("stopped") for answer in halted]
 
     def _keep(self, keep: Sequence[bool]) -> None:
@@ -96,17 +68,16 @@ class Batch:
         """Run one forward of all rows and return the updates; none while the prompts are prefilled."""
         began = time.perf_counter()
         try:
-            scored = [row for row, answer in enumerate(self._live) if answer.scoring]
-            logits = self._decoding.read(max(PREFILL_LEAST, PREFILL_TOKENS // len(self._live)), every=bool(scored))
-            if scored:
-                read = self._decoding.mask.shape[1] - self._decoding.unread
-                for row in scored:
-                    padding = self._decoding.mask.shape[1] - self._live[row].prompt_tokens
-                    self._live[row].score_prompt(read - logits.shape[1] - padding, logits[row])
-                logits = logits[:, -1]
+            unread = self._decoding.unread
+            logits = self._decoding.read(max(PREFILL_LEAST, PREFILL_TOKENS // len(self._live)))
             if self._decoding.unread:
                 return []
-            experts = _experts_of_last_position(self._decoding.routing)
+            # The groups of the routing are of rows, which have as many tokens each in a forward.
+            routing = {
+                group._replace(start=group.start * unread, stop=group.stop * unread): layers
+                for group, layers in self._decoding.routing.items()
+            }
+            experts = experts_at(routing, [(row + 1) * unread - 1 for row in range(len(self._live))])
             logits = logits.to("cpu")  # (rows, vocabulary)
         except Exception as error:  # it cannot be attributed to one row
             return self.end("error", f"{type(error).__name__}: {error}")
@@ -133,22 +104,30 @@ def _forwards_alone(answer: Answer) -> int:
     return -(-answer.prompt_tokens // PREFILL_TOKENS) + answer.ids.shape[1] - answer.prompt_tokens
 
 
-def _experts_of_last_position(routing: Mapping[Group, Sequence[Routes]]) -> dict[int, dict[str, Any]]:
-    """Return {row of the batch: fields of its update} for the rows of MixLoRA adapters."""
+def experts_at(routing: Mapping[Group, Sequence[Routes]], places: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """Return {index in `places`: fields of an update} for the tokens of MixLoRA adapters.
+
+    Args:
+        routing: of a forward, with groups of tokens.
+        places: positions of tokens in it.
+    """
     fields: dict[int, dict[str, Any]] = {}
     for group, layers in routing.items():
-        count = group.stop - group.start
-        # Each (rows * seq, K) -> the last position of each row, (rows, K); all layers in one transfer.
+        mine = [index for index, place in enumerate(places) if group.start <= place < group.stop]
+        if not mine:
+            continue
+        at = torch.tensor([places[index] - group.start for index in mine], device=layers[0].selected.device)
+        # Each (tokens of the group, K) -> those at `places`; all layers in one transfer.
         selected, weights = (
-            torch.stack([part.view(count, -1, part.shape[-1])[:, -1] for part in parts], dim=1).tolist()
+            torch.stack([part[at] for part in parts], dim=1).tolist()
             for parts in ([layer.selected for layer in layers], [layer.weights for layer in layers])
-        )  # each (rows, layers, K)
-        for row, (experts, shares) in enumerate(zip(selected, weights, strict=True), start=group.start):
+        )  # each (places, layers, K)
+        for index, experts, shares in zip(mine, selected, weights, strict=True):
             served = [
                 [(expert, share) for expert, share in zip(*layer, strict=True) if share > 0]  # 0: an unused slot
                 for layer in zip(experts, shares, strict=True)
             ]
-            fields[row] = {
+            fields[index] = {
                 "experts": tuple(tuple(expert for expert, _ in layer) for layer in served),
                 "expert_weights": tuple(tuple(share for _, share in layer) for layer in served),
             }

@@ -1,8 +1,6 @@
-"""Key/value caches of batches: append without copying, join rows of different lengths, remove columns of padding.
+"""Key/value caches of batches: append without copying, and remove columns that are padding in every row.
 
-Rows are aligned at their last token, so a shorter row is padded on the left; the attention mask hides the padding. Keys
-and values of whole or sliding attention can be joined this way. The states of other layers (convolutions, recurrences)
-can't be padded, so a batch of such a model takes no rows after it has begun.
+Rows are aligned at their last token, so a shorter row is padded on the left; the attention mask hides the padding.
 
 transformers' own layer copies all keys and values for every token. With 16 rows of 512 tokens on SmolLM2-135M these are
 377 MB, as much as the model's layers have weights; `GrowingLayer` writes the new ones into memory that it has reserved.
@@ -13,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers import cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -77,43 +74,22 @@ def reserve_room(cache: Any) -> None:
 
 
 # Layers that attend to the keys of another layer hold nothing; newer versions of transformers have a class for them.
-JOINABLE = (GrowingLayer, DynamicLayer, DynamicSlidingWindowLayer) + (
+PLAIN_LAYERS = (GrowingLayer, DynamicLayer, DynamicSlidingWindowLayer) + (
     (cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()
 )
 
 
-def can_join(cache: Any) -> bool:
+def is_plain(cache: Any) -> bool:
     """Return whether every layer of a cache holds plain keys and values of whole or sliding attention, or nothing."""
     layers = getattr(cache, "layers", None) or ()
-    return bool(layers) and all(type(layer) in JOINABLE for layer in layers)
-
-
-def join_caches(first: Any, second: Any) -> None:
-    """Add the rows of the cache `second` to `first`; the shorter one is padded on the left.
-
-    Args:
-        first: a cache for which `can_join` holds; changed in place.
-        second: a cache of the same model.
-    """
-    for ours, theirs in zip(first.layers, second.layers, strict=True):
-        if ours.keys is None:
-            continue
-        length = max(ours.get_seq_length(), theirs.get_seq_length())
-        kept = _kept(ours, length)
-        for name in ("keys", "values"):
-            parts = [getattr(layer, name) for layer in (ours, theirs)]  # each (rows, heads, tokens, head size)
-            padded = [F.pad(part, (0, 0, kept - part.shape[-2], 0)) for part in parts]
-            setattr(ours, name, torch.cat(padded))
-        _free_room(ours)
-        if isinstance(ours, DynamicSlidingWindowLayer):
-            ours.cumulative_length = length
+    return bool(layers) and all(type(layer) in PLAIN_LAYERS for layer in layers)
 
 
 def remove_left(cache: Any, columns: int) -> None:
     """Remove the oldest `columns` of every row, which must be padding in every row.
 
     Args:
-        cache: a cache for which `can_join` holds; changed in place.
+        cache: a cache for which `is_plain` holds; changed in place.
         columns: how many.
     """
     for layer in cache.layers:

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.banked_layers import Group
-from minilora_hub.compare.cache_rows import can_join, join_caches, remove_left, reserve_room
+from minilora_hub.compare.cache_rows import is_plain, remove_left, reserve_room
 from minilora_hub.remote_code.routing_record import Routes
 
 
@@ -133,31 +132,10 @@ class DecodingBatch:
         if self._forward.cache is not None:
             self._forward.cache.batch_select_indices(kept.to(self._forward.device))
 
-    @property
-    def cache_bytes(self) -> int:
-        """Size of the keys and values in the cache, with the memory that is reserved for the next ones."""
-        layers = getattr(self._forward.cache, "layers", ())
-        parts = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
-        return sum(part.untyped_storage().nbytes() for part in parts if isinstance(part, torch.Tensor))
-
-    @property
-    def joinable(self) -> bool:
-        """Whether `join` can add rows; known after the first forward."""
-        return can_join(self._forward.cache)
-
-    @torch.inference_mode()
-    def join(self, other: DecodingBatch) -> None:
-        """Add the rows of another batch after these; both must be `joinable`, with as many unread tokens a row."""
-        length = max(self.mask.shape[1], other.mask.shape[1])
-        padded = [F.pad(batch.mask, (length - batch.mask.shape[1], 0)) for batch in (self, other)]
-        join_caches(self._forward.cache, other._forward.cache)
-        self._rows += other._rows
-        self.mask, self._unread = torch.cat(padded), torch.cat([self._unread, other._unread])
-
     @torch.inference_mode()
     def remove_padding(self) -> None:
         """Remove the columns that are padding in every row, which rows that left may have needed."""
         columns = int(self.mask.any(dim=0).int().argmax()) if self.mask.numel() else 0
-        if 0 < columns < self.mask.shape[1] - self.unread and self.joinable:
+        if 0 < columns < self.mask.shape[1] - self.unread and is_plain(self._forward.cache):
             remove_left(self._forward.cache, columns)
             self.mask = self.mask[:, columns:]

@@ -56,6 +56,7 @@ def openai_arguments(engine: CompareEngine, limits: PageLimits, api_key: str | N
     bounds = ServerLimits(
         rows=limits.at_once,
         waiting=max(1, limits.waiting),
+        cache_tokens=max(512 * limits.at_once, limits.prompt + limits.tokens),
         default_tokens=limits.tokens,
         answer_tokens=limits.tokens,
         prompt_characters=limits.prompt,

@@ -30,7 +30,7 @@ from packaging.version import Version
 
 from minilora_hub.remote_code.mixlora_model import INTEGRATIONS, MixLoraCausalLMOutput, share_of_items
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
-from minilora_hub.remote_code.routing import is_being_trained, router_loss_weights, router_losses
+from minilora_hub.remote_code.routing import router_loss_weights, router_losses
 from minilora_hub.remote_code.routing_record import (
     _COMPILED_RECORD,
     checkpoint_contexts,
@@ -178,7 +178,7 @@ class RouterLoss:
     def _complete(self, call: OpenCall, kwargs: dict[str, Any], outputs: Any) -> Any:
         losses, penalty = {}, None
         if call.mixture is not None:
-            trained = is_being_trained(call.model, call.mixture.router)
+            trained = call.model.training and torch.is_grad_enabled() and call.mixture.router.requires_grad
             losses = router_losses(call.record, call.mixture.routing, trained)
             if weights := self._weights(call.mixture):
                 penalty = sum(weight * losses[name] for name, weight in weights.items())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .adapted_linear import AdaptedLinear, LowRankUpdate
 from .base_structure import ExpertsSite, LinearSite, MixtureSite, Site
 from .fused_experts import AdaptedExperts, ExpertsLinear
-from .linear_layers import layer_device, restore_linears, row_norms_squared, speed_up_linears
+from .linear_layers import is_split, layer_device, restore_linears, row_norms_squared, speed_up_linears
 from .mixture import MixtureOfLoraExperts
 from .routing import routing_of
 
@@ -163,8 +163,12 @@ def merge_into_base(base: nn.Module, sites: Sequence[Site]) -> None:
     """Write the merged weights of linears and stacked experts into the base's layers; the adapter's modules stay.
 
     Raises:
-        ValueError: a base weight is quantised, offloaded or shared with another module. Nothing is changed then.
+        ValueError: a base weight is quantised, offloaded, split or shared with another module. Nothing is changed then.
     """
+    if any(is_split(parameter) for parameter in base.parameters()):
+        raise ValueError(
+            "cannot merge into a base that is split over processes: merge the saved adapter into a whole one"
+        )
     layers: list[Any] = [base.get_submodule(site.path) for site in sites]
     merged = [layer.merged_weights() for layer in layers]
     holders = weight_holders(base)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .fused_experts import experts_in
 from .layer_stacks import Shapes, find_layer_stacks, linears_in
-from .linear_layers import compute_dtype, keep_4bit_weights_exact, layer_device, linear_shape
+from .linear_layers import compute_dtype, is_split, keep_4bit_weights_exact, layer_device, linear_shape
 
 ADAPTED_CLASSES = ("AdaptedLinear", "AdaptedExperts", "MixtureOfLoraExperts")
 Form = tuple[tuple[str, ...], str, bool | None]
@@ -97,7 +97,12 @@ def matches_target(path: str, targets: Sequence[str] | Literal["all-linear"]) ->
 
 
 def refuse_adapted(base: nn.Module) -> None:
-    """Raise if `base` already carries an adapter, of ours or of PEFT."""
+    """Raise if `base` already carries an adapter, of ours or of PEFT, or is split over processes."""
+    if parts := [name for name, parameter in base.named_parameters() if is_split(parameter)]:
+        raise ValueError(
+            f"base {type(base).__name__}: {parts[0]} is split over processes: put the adapter on a whole base, and "
+            "split both with FSDP2's fully_shard; tp_plan= and DeepSpeed's ZeRO-3 are not supported"
+        )
     for path, module in base.named_modules():
         peft_layer = hasattr(module, "base_layer") and hasattr(module, "active_adapters")
         if type(module).__name__ in ADAPTED_CLASSES or peft_layer or hasattr(module, "peft_config"):

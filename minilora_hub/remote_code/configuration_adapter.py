@@ -20,8 +20,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 FORMAT_VERSION = 3
 """Newest version of the published layout (tensor names and configuration fields). A newer one is refused by name.
 
-1: an adapter in one list of layers. 2: also in several (`towers`, encoder-decoders), and with `modules_to_save`.
-3: also on stacked experts (`target_parameters`).
+1: an adapter in one list of layers. 2: also in several, and with `modules_to_save`. 3: also on stacked experts.
 """
 ONLY_WHERE_SET = ("modules_to_save", "target_parameters", "towers")
 """Fields that earlier versions do not know: config.json has them only where they are set."""

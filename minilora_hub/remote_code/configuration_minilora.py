@@ -22,33 +22,22 @@ STRATEGY_DEFAULTS: dict[str, dict[str, Any]] = {
     "top_k": {"num_experts_per_tok": 2, "router_init_range": 0.02, "router_jitter_noise": 0.0},
     "top_p": {"router_top_p": 0.8, "router_temperature": 0.0, "router_init_range": 0.02, "router_jitter_noise": 0.0},
     "switch": {
-        "num_experts_per_tok": 1,
-        "expert_capacity": 32,
-        "router_z_loss_coef": 0.001,
-        "router_sparse_step": 1,
-        "router_init_range": 1.0,
-        "router_jitter_noise": 0.01,
+        "num_experts_per_tok": 1, "expert_capacity": 32, "router_z_loss_coef": 0.001, "router_sparse_step": 1,
+        "router_init_range": 1.0, "router_jitter_noise": 0.01,
     },
     "arrow": {
-        "num_experts_per_tok": 2,
-        "router_temperature": 1.0,
-        "router_init_range": 0.02,
-        "router_jitter_noise": 0.0,
+        "num_experts_per_tok": 2, "router_temperature": 1.0, "router_init_range": 0.02, "router_jitter_noise": 0.0,
     },
-}
+}  # fmt: skip
 """Routing strategy -> the fields it has, with its defaults: those of the reference (`moe_peft` 2.0.2), which has no
 arrow."""
 
 STRATEGY_FIELDS = tuple(dict.fromkeys(name for fields in STRATEGY_DEFAULTS.values() for name in fields))
 
 REFERENCE_NAMES = {
-    "top_k": "num_experts_per_tok",
-    "top_p": "router_top_p",
-    "temperature": "router_temperature",
-    "jitter_noise": "router_jitter_noise",
-    "sparse_step": "router_sparse_step",
-    "ffn_dropout": "expert_dropout",
-}
+    "top_k": "num_experts_per_tok", "top_p": "router_top_p", "temperature": "router_temperature",
+    "jitter_noise": "router_jitter_noise", "sparse_step": "router_sparse_step", "ffn_dropout": "expert_dropout",
+}  # fmt: skip
 """The reference's names for our fields. transformers would store them as attributes, unread, and copy the first three
 into the generation settings."""
 

@@ -2,8 +2,8 @@
 
     y = c_e * (W_e x + s B_e A_e x) + b_e,   c_e = m_e / ||W_e + s B_e A_e||, the norm taken per expert and output row
 
-The base's router chooses the experts e. B_e A_e is never formed; the norm has the three terms of `adapted_linear.py`.
-Parameters are named as in PEFT's `target_parameters`, e.g. ``mlp.experts.down_proj``.
+The base's router chooses the experts e. B_e A_e is never formed: see `adapted_linear.py`. Names are as in PEFT's
+`target_parameters`, e.g. ``mlp.experts.down_proj``.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,8 +19,6 @@ from .expert_slots import Slots, SlotsByExpert, SlotsGathered
 
 class ExpertsLinear:
     """One stacked parameter as a layer of all experts, without its bias: (experts, …, in) -> (experts, …, out)."""
-
-    bias = None
 
     def __init__(self, experts: Any, name: str) -> None:
         self.experts, self.name = experts, name
@@ -52,18 +50,16 @@ def projections(experts: Any) -> tuple[str, str]:
 
 
 def experts_in(layer: nn.Module) -> dict[str, dict[str, tuple[int, int, int]]]:
-    """{path in the layer: {parameter: (experts, out, in)}} of the stacked experts in a layer that can be adapted.
-
-    They are computed as transformers' `use_experts_implementation` lays down, and their weights are plain.
-    """
-    found = {path: module for path, module in layer.named_modules() if _is_known(module)}
+    """{path in the layer: {parameter: (experts, out, in)}} of the stacked experts in a layer that can be adapted."""
     return {
         path: {name: cast(Any, ExpertsLinear(module, name).weight.shape) for name in projections(module)}
-        for path, module in found.items()
+        for path, module in layer.named_modules()
+        if _is_known(module)
     }
 
 
 def _is_known(module: Any) -> bool:
+    # transformers' `use_experts_implementation` sets these, and lays down what such a module computes.
     decorated = all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias"))
     if not decorated or getattr(module, "_is_expert_parallel", False):
         return False

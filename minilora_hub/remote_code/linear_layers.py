@@ -35,6 +35,18 @@ def plain_weight(layer: nn.Module) -> Tensor | None:
     return weight
 
 
+def is_split(tensor: Any) -> bool:
+    """Whether a tensor is a part of a larger one over several processes: by FSDP2, a tensor-parallel plan or ZeRO-3."""
+    return hasattr(tensor, "device_mesh") or hasattr(tensor, "ds_id")
+
+
+def whole_tensor(tensor: Any) -> Tensor:
+    """Return a tensor that FSDP2 may have split, whole: every process must ask for it."""
+    if hasattr(tensor, "ds_id"):
+        raise ValueError("the adapter is split by DeepSpeed's ZeRO-3: pass state_dict= with whole tensors")
+    return tensor.full_tensor() if is_split(tensor) else tensor
+
+
 def layer_device(layer: Any) -> torch.device:
     """The device on which `layer` computes, also where its weights are offloaded."""
     device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)

@@ -12,20 +12,19 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 
 from .adapted_model import AdaptedModel
 from .heads import CAUSAL
-from .routing import is_being_trained, router_loss_weights, router_losses, routing_of
+from .routing import router_loss_weights, router_losses, routing_of
 from .routing_record import RoutingRecord, checkpoint_contexts, record_routing
 from .trainer_support import takes_base_arguments
 
 ROUTING_FIELDS = ("aux_loss", "router_logits", "selected_experts", "routing_weights", "z_loss")
 """Fields of a MixLoRA's outputs, None where they were not asked for.
 
-aux_loss: the load-balance loss, not yet multiplied by its coefficient.
+aux_loss, z_loss: the load-balance loss and, under ``"switch"``, the router's z-loss, without their coefficients.
 router_logits: per mixture, (batch, seq, experts), fp32.
 selected_experts: per mixture, (batch, seq, K), the most probable first. K is `num_experts_per_tok`, and the number of
     experts under ``routing_strategy="top_p"``, with -1 in the slots a token does not need. Under ``"switch"`` -1 is a
     token over its expert's capacity (in training only).
 routing_weights: per mixture, (batch, seq, K), fp32; 0 where the index is -1.
-z_loss: the router's z-loss, not yet multiplied by its coefficient; under ``"switch"`` only.
 """
 _WITH_ROUTING: dict[Any, Any] = {}  # no functools.cache, past which torch.compile looks
 
@@ -149,4 +148,5 @@ class MixLoraBase(AdaptedModel):
 
     def _router_losses(self, record: RoutingRecord) -> dict[str, Any]:
         router = next(p for name, p in self.adapter_parameters().items() if name.endswith(".router"))
-        return router_losses(record, routing_of(self.config), is_being_trained(self, router))
+        trained = self.training and torch.is_grad_enabled() and router.requires_grad
+        return router_losses(record, routing_of(self.config), trained)

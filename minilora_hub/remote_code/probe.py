@@ -138,11 +138,11 @@ def every_expert(base: Any, config: Any) -> list[str]:
                     if is_stack or ("experts" in path.split(".") and parameter.dim() > 1):
                         refused.setdefault(f"{path}.{name}", []).append(f"{stack}.{index}")
     if refused:
-        where = sorted({layer for found in refused.values() for layer in found})
+        first = min(layer for found in refused.values() for layer in found)
         raise ValueError(
             f"target_modules={config.target_modules!r}: the experts of this base are stacked parameters, not linears, "
-            f"and {'a MixLoRA' if mixture else 'an adapter'} cannot be put on them: {', '.join(refused)} in "
-            f"{len(where)} layers ({where[0]}…); a LoRA or DoRA with target_parameters=[] leaves them out"
+            f"and {'a MixLoRA' if mixture else 'an adapter'} cannot be put on them: {', '.join(refused)} in {first} "
+            "and others; a LoRA or DoRA with target_parameters=[] leaves them out"
         )
     return sorted(names)
 

@@ -20,7 +20,8 @@ from minilora_hub.serving.metrics import Metrics
 from minilora_hub.serving.models import Models
 from minilora_hub.serving.requests import ChatRequest, CompletionRequest
 from minilora_hub.serving.responses import Shape, error_body, usage
-from minilora_hub.serving.scheduler import Scheduler, ServedRow
+from minilora_hub.serving.rows import ServedRow
+from minilora_hub.serving.scheduler import Scheduler
 
 COMPLETION_TOKENS = 16
 """The most tokens of a completion where the request doesn't say, as in OpenAI's API."""
@@ -163,7 +164,7 @@ class Answering:
 
     def __init__(self, engine: CompareEngine, scheduler: Scheduler, models: Models, metrics: Metrics) -> None:
         self._engine, self.scheduler, self.models, self.metrics = engine, scheduler, models, metrics
-        self._context = context_length(engine.bank.model)
+        self._context = min(context_length(engine.bank.model), scheduler.most_tokens)
         self._indices = itertools.count()
 
     async def chat(self, body: ChatRequest) -> Work:
@@ -248,8 +249,8 @@ class Answering:
         if room < (1 if asked is None else asked):
             raise ServingError(
                 400,
-                f"{param}: {len(ids)} tokens and an answer of at most {asked or 1} do not fit the context of "
-                f"{self._context} tokens",
+                f"{param}: {len(ids)} tokens and an answer of at most {asked or 1} do not fit {self._context} tokens, "
+                "the base's context or, if it is smaller, the server's cache",
                 param,
                 "context_length_exceeded",
             )

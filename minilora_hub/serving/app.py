@@ -187,8 +187,7 @@ def _add_state(app: FastAPI, server: Server) -> None:
 
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
-        load = await asyncio.wrap_future(server.scheduler.call(server.scheduler.load))
-        text = server.metrics.render(load, server.engine.bank)
+        text = server.metrics.render(server.scheduler.load(), server.engine.bank)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

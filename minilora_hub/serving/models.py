@@ -14,7 +14,8 @@ from minilora_hub.compare.engine import CompareEngine
 from minilora_hub.compare.found_adapters import find_adapter
 from minilora_hub.compare.prompt_index import AdapterIndex, Choice, choose_in
 from minilora_hub.errors import AdapterError, ServingError
-from minilora_hub.serving.scheduler import UNUSABLE, Scheduler
+from minilora_hub.serving.scheduler import Scheduler
+from minilora_hub.serving.steps import UNUSABLE
 
 AUTO: Final = "auto"
 """The model that stands for the adapter which an index chooses by the prompt."""
@@ -89,8 +90,7 @@ class Models:
         assert self._index is not None
         served = [entry.name for entry in self._engine.bank.list()]
         try:
-            future = self._scheduler.call(choose_in, self._engine, self._index, text, served)
-            return await asyncio.wrap_future(future)
+            return await asyncio.to_thread(choose_in, self._engine, self._index, text, served)
         except UNUSABLE as error:
             raise ServingError(400, f"model={AUTO!r}: {error}", "model") from None
 
@@ -165,7 +165,7 @@ class Models:
         try:
             await asyncio.to_thread(self._engine.prompting, adapter)
             if not entry.loaded:
-                await asyncio.wrap_future(self._scheduler.call(self._read, entry.name))
+                await asyncio.to_thread(self._read, entry.name)
         except UNUSABLE as error:
             raise unusable(adapter, error) from None
 
@@ -185,7 +185,7 @@ class Models:
             self._require_new(name, status=True)
             try:
                 found = await asyncio.to_thread(find_adapter, source)
-                await asyncio.wrap_future(self._scheduler.call(self._engine.load, name, found.folder))
+                await asyncio.to_thread(self._engine.load, name, found.folder)
             except UNUSABLE as error:
                 raise unusable(name, error) from None
             self._add_aliases(name, source)
@@ -204,7 +204,7 @@ class Models:
             try:
                 if rows:
                     raise ValueError(f"{rows} answers are using it")
-                await asyncio.wrap_future(self._scheduler.call(self._engine.unload, adapter))
+                await asyncio.to_thread(self._engine.unload, adapter)
             except ValueError as error:
                 raise ServingError(409, f"lora_name={name!r}: {error}", "lora_name", "in_use") from None
             self._aliases = {alias: target for alias, target in self._aliases.items() if target != adapter}

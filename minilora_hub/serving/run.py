@@ -56,6 +56,8 @@ def build_server(
         require_folder(folder)
     engine = CompareEngine(base, adapters, dtype=dtype, memory_limit=adapter_bytes, progress=progress)
     scheduler = Scheduler(engine, limits or ServerLimits())
+    if scheduler.row_by_row is not None:
+        progress(f"  ! rows of this base are computed one after the other: {scheduler.row_by_row}")
     resolved = resolve_base(base)
     names = {base, *([resolved.hub_id] if resolved.hub_id else [])}
     models = Models(engine, scheduler, adapters, names)

@@ -1,93 +1,49 @@
 """Continuous batching over the bank: rows of any adapters join and leave the running batch at every step.
 
-One thread computes. In each round it reads a piece of the prompts that joined last, and then runs one decode step of
-all running rows, so that a long prompt delays the others by one piece at most. Rows whose prompts are read move into
-the running batch.
+transformers' `ContinuousBatchingManager` does the work: its thread, its queues, its paged cache, the choice of the
+tokens of a step with long prompts in pieces, cancellation, and waiting where the cache is full. What it has no room for
+is added at its public seams:
 
-transformers' own continuous batching was the alternative. It packs the tokens of all rows into one sequence, which
-needs other adapter layers than the rest of this package and an attention with a paged cache; choosing the adapter and
-the token of each row overrides private methods of transformers; and it returns no logits of a prompt. This scheduler
-runs the forward of `CompareEngine`, for every family that has one, so its tokens are those of `CompareEngine`. Where
-the cache of a model cannot be joined (see `cache_rows.py`), requests run as batches of their own, which take turns
-step by step.
+- A `ModelRunner` of ours, since its own knows one model and one way to choose tokens. Ours says which adapter each
+  packed token has, and lets each row's `Answer` choose: seeds and penalties per row, logprobs, logits of a prompt, stop
+  strings, routed experts, and errors that end one row.
+- A scheduler of ours, in its table of schedulers, sorts the rows of a step by adapter, so that each adapter's tokens
+  are adjacent, and says when a cancelled row is gone. Its order of service is that of transformers' `FIFOScheduler`.
+- Attention on a CPU: see `packed_attention.py`. Bases whose layers can't tell packed rows apart, which are found by
+  trying, run row by row in the same batches: see `forwards.py`.
+- Bounds of the queue, since its own blocks the caller where the queue is full.
+- Token ids of their own for each adapter, so that rows with a common prefix share its keys and values within an adapter
+  only: see `token_spaces.py`.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Final
 
-from minilora_hub.compare.answer import Answer, Update
-from minilora_hub.compare.batch import Batch
+import torch
+import transformers
+from packaging.version import Version
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers.generation.continuous_batching.requests import FutureRequestState
+
+from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.engine import CompareEngine
-from minilora_hub.errors import AdapterError, ServingError
+from minilora_hub.errors import ServingError
+from minilora_hub.serving.batching_manager import PAGE, build_manager
+from minilora_hub.serving.forwards import PackedForward, SeparateForward, differs, stand_in
+from minilora_hub.serving.rows import Load, ServedRow
 from minilora_hub.serving.settings import ServerLimits
+from minilora_hub.serving.steps import Steps
+from minilora_hub.serving.token_spaces import LARGEST, TokenSpaces
 
-T = TypeVar("T")
+PACKS: Final = Version("5.24")
+"""The first transformers whose attention is handed the keys that the paged cache has, and not the cache."""
+
 SHUTTING_DOWN = "the server is shutting down"
-UNUSABLE = (AdapterError, ValueError, OSError)
-"""Exceptions that mean that an adapter is damaged or missing, or does not fit the base."""
-
-PADDING_ALLOWANCE = 512
-"""Padding tokens that prompts of different lengths may always cost when they are read together."""
-
-
-@dataclass(eq=False)
-class ServedRow:
-    """A row that a request waits for.
-
-    Attributes:
-        answer: its state.
-        limit: the most tokens it generates.
-        deliver: called with each update, in the thread that computes; must return at once.
-        started: when it was submitted, by `time.perf_counter`.
-        cancelled: whether its client has left.
-        status: HTTP status of its error, if it ends with one.
-        held: keeps its adapter in memory while it runs.
-    """
-
-    answer: Answer
-    limit: int
-    deliver: Callable[[Update], None]
-    started: float = field(default_factory=time.perf_counter)
-    cancelled: bool = False
-    status: int = 500
-    held: ExitStack = field(default_factory=ExitStack)
-
-    @property
-    def adapter(self) -> str | None:
-        """The adapter's name in the bank; None for the base."""
-        return self.answer.row.adapter
-
-    @property
-    def most_tokens(self) -> int:
-        """Number of tokens it may have in the cache."""
-        return self.answer.prompt_tokens + self.limit
-
-
-@dataclass(frozen=True)
-class Load:
-    """What a scheduler has to do.
-
-    Attributes:
-        running: rows in a batch.
-        waiting: rows that wait.
-        cache_bytes: size of the key/value caches.
-        steps: forwards since the start.
-        rows_computed: rows of all decode steps, so that the mean batch is ``rows_computed / steps``.
-    """
-
-    running: int
-    waiting: int
-    cache_bytes: int
-    steps: int
-    rows_computed: int
 
 
 class Scheduler:
@@ -96,40 +52,79 @@ class Scheduler:
     Args:
         engine: the models; others may compute with them between two steps, as `CompareEngine.exclusive` lets them.
         limits: the bounds.
+
+    Attributes:
+        row_by_row: why rows are computed one after the other; None where they are packed.
+
+    Raises:
+        ServingError: there is too little memory for a cache of `limits.cache_tokens`.
     """
 
     def __init__(self, engine: CompareEngine, limits: ServerLimits) -> None:
         self.engine, self.limits = engine, limits
-        self._changed = threading.Condition()  # around a lock that one thread may take again
-        self._waiting: deque[ServedRow] = deque()
-        self._calls: deque[Callable[[], None]] = deque()
+        self._lock = threading.Lock()  # around changes of the dictionary; never held while something computes
+        self._rows: dict[str, ServedRow] = {}
+        self._numbers = itertools.count()
         self._stopping = False
-        self._rows: dict[Answer, ServedRow] = {}  # in a batch
-        self._reading: Batch | None = None  # its prompts are not read yet
-        self._decoding: list[Batch] = []  # one, or several where batches cannot be joined
-        self._steps = self._rows_computed = 0
-        self._thread = threading.Thread(target=self._run, name="minilora-serve", daemon=True)
+        self.row_by_row = self._try_packed(engine.bank)
+        if self.row_by_row is not None:
+            self._manager = self._build(stand_in(), share=False)
+        processor: Any = self._manager.batch_processor
+        self._cache, self._order = processor.cache, processor.scheduler
+        model: Any = engine.bank.model
+        vocabulary = LARGEST if self.row_by_row is not None else model.get_input_embeddings().weight.shape[0]
+        # One space is enough where rows have caches of their own.
+        self._spaces = TokenSpaces(vocabulary, self._spaces_in_use, self._forget_prefixes)
+        forward = (PackedForward if self.row_by_row is None else SeparateForward)(engine.bank)
+        self._steps = Steps(engine, forward, self._spaces, self._rows, self._let_go)
+
+    def _try_packed(self, bank: AdapterBank) -> str | None:
+        """Build the manager for the bank's model; return why its rows can't be packed, or None."""
+        if Version(transformers.__version__) < PACKS:
+            return f"transformers is {transformers.__version__}, and packs the rows of adapters from {PACKS} on"
+        if not getattr(bank.model, "_supports_attention_backend", False):
+            return f"{type(bank.model).__name__} has an attention of its own"
+        try:
+            self._manager = self._build(bank.model, share=True)
+        except (ValueError, AttributeError) as error:  # the manager refuses some kinds of attention and of layers
+            return str(error)
+        return differs(bank, self._manager.batch_processor)
+
+    def _build(self, model: Any, share: bool) -> ContinuousBatchingManager:
+        return build_manager(model, self.limits, self._step, self._removed, self._failed, share)
 
     def start(self) -> None:
         """Start the thread."""
-        self._thread.start()
+
+        def begin() -> None:
+            with torch.inference_mode():
+                self._manager.start()
+
+        # The manager's thread inherits the inference mode and being a daemon, which does not keep a process alive.
+        starter = threading.Thread(target=begin, daemon=True)
+        starter.start()
+        starter.join()
 
     def stop_soon(self) -> None:
-        """End every row with an error after the present step. A signal handler may call it: it takes no lock."""
+        """End every row with an error before the next step. A signal handler may call it: it takes no lock."""
         self._stopping = True
 
     def stop(self) -> None:
         """End every row with an error, and the thread after its present step."""
         self.stop_soon()
-        with self._changed:
-            self._changed.notify()
-        if self._thread.is_alive():
-            self._thread.join()
+        if self._manager.is_running():
+            self._manager.stop(hard_stop=True)
+        self._end_all()
 
     @property
     def running(self) -> bool:
         """Whether the thread is alive and takes rows."""
-        return self._thread.is_alive() and not self._stopping
+        return self._manager.is_running() and not self._stopping
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens that one row may have in the cache."""
+        return -(-self.limits.cache_tokens // PAGE) * PAGE
 
     def submit(self, rows: Sequence[ServedRow]) -> None:
         """Queue the rows of a request, all or none.
@@ -138,10 +133,21 @@ class Scheduler:
             ServingError: the queue is full (429), the request has more rows than ever fit (400), or the server is
                 shutting down (503).
         """
-        with self._changed:
+        with self._lock:
             self.require_room(len(rows))
-            self._waiting.extend(rows)
-            self._changed.notify()
+            for row in rows:
+                entry = None if row.adapter is None else self.engine.bank.find(row.adapter)
+                mixture = entry is not None and entry.facts.experts > 0
+                row.key = f"{int(mixture)} {row.adapter or ''} {next(self._numbers):012}"
+                if not row.answer.scoring:  # the tokens of a shared prefix are not computed, and have no scores
+                    row.version = "base" if row.adapter is None else entry and entry.version
+                if self.row_by_row is None:
+                    row.space = self._spaces.of(row.version)
+                self._rows[row.key] = row
+        for row in rows:
+            ids = [self._spaces.enter(token, row.space) for token in row.answer.ids[0].tolist()]
+            if self._manager.add_request(ids, row.key, max_new_tokens=row.limit + 1) is None:
+                self._failed(row.key, "the server has failed")  # since the check above
 
     def require_room(self, rows: int) -> None:
         """Check that this many rows can be queued now.
@@ -155,7 +161,7 @@ class Scheduler:
             raise ServingError(400, f"the request asks for {rows} answers: must be at most {allowed}", "n")
         if not self.running:
             raise ServingError(503, SHUTTING_DOWN, code="shutting_down")
-        busy = len(self._rows) + len(self._waiting)
+        busy = len(self._rows)
         if busy + rows > most:
             raise ServingError(
                 429,
@@ -166,161 +172,60 @@ class Scheduler:
 
     def cancel(self, rows: Sequence[ServedRow]) -> None:
         """Remove rows before the next step. Thread-safe; rows that have ended are left alone."""
-        with self._changed:
-            for row in rows:
-                row.cancelled = True
-            self._changed.notify()
-
-    def call(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
-        """Run a function between two steps in the thread that computes."""
-        future: Future[T] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(function(*arguments))
-            except BaseException as error:
-                future.set_exception(error)
-
-        with self._changed:
-            if not self.running:
-                raise ServingError(503, SHUTTING_DOWN, code="shutting_down")
-            self._calls.append(run)
-            self._changed.notify()
-        return future
+        for row in rows:
+            row.cancelled = True
+            self._manager.cancel_request(row.key)
 
     def in_use(self) -> Counter[str]:
         """Count the rows of each adapter that run or wait."""
-        with self._changed:
-            return Counter(row.adapter for row in (*self._rows.values(), *self._waiting) if row.adapter is not None)
+        return Counter(row.adapter for row in [*self._rows.values()] if row.adapter is not None)
 
     def load(self) -> Load:
-        """Return what there is to do. Call it through `call`, because it looks at the caches."""
-        batches = [*self._decoding, *([self._reading] if self._reading else [])]
-        cache_bytes = sum(batch.cache_bytes for batch in batches)
-        return Load(len(self._rows), len(self._waiting), cache_bytes, self._steps, self._rows_computed)
+        """Return what there is to do."""
+        rows = [*self._rows.values()]
+        running = sum(row.running for row in rows)
+        cache = self._cache
+        used = cache.num_sectors * cache.bytes_per_sector - cache.compute_free_capacity(relative=False)
+        for allocator in cache.cache_allocators.values():  # kept for rows to come, and given up when there is need
+            used -= len(allocator.ledger.cached_blocks) * allocator.bytes_per_block
+        return Load(running, len(rows) - running, int(used), self._steps.count, self._steps.rows_computed)
 
-    # ---- in the thread ----
+    # ---- in the manager's thread ----
 
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._stopping or self._waiting or self._calls or self._rows):
-                    self._changed.wait()
-                calls, self._calls = [*self._calls], deque()
-            for call in calls:
-                call()
-            self._drop_cancelled()
-            if self._stopping:
-                self._end_all(SHUTTING_DOWN)
-                return
-            try:
-                if self._reading is None:
-                    self._admit()
-                self._step()
-            except Exception as error:  # it cannot be attributed to one row; without this, every client would wait
-                self._reading, self._decoding = None, []
-                for row in [*self._rows.values()]:
-                    self._deliver(row, row.answer.end("error", f"{type(error).__name__}: {error}"))
+    def _step(self, requests: list[FutureRequestState], inputs: dict[str, Any]) -> list[int]:
+        if self._stopping:
+            self._end_all()
+        return self._steps.compute(requests, inputs)
 
-    def _drop_cancelled(self) -> None:
-        with self._changed:
-            if any(row.cancelled for row in self._waiting):
-                self._waiting = deque(row for row in self._waiting if not row.cancelled)
-            gone = [row for row in self._rows.values() if row.cancelled]
-        if not gone:
-            return
-        answers = {row.answer for row in gone}
-        for batch in self._batches():
-            batch.drop(answers)
-        for row in gone:
-            self._release(row)
-        self._forget_empty()
-
-    def _admit(self) -> None:
-        """Make a batch of the rows that wait and fit, in the order in which they came."""
-        admitted: list[ServedRow] = []
-        while True:
-            with self._changed:
-                row = self._waiting[0] if self._waiting else None
-                if row is None or not self._fits(row, admitted):
-                    break
-                self._waiting.popleft()
-                self._rows[row.answer] = row
-            try:
-                with self.engine.exclusive():
-                    row.held.enter_context(self.engine.bank.use([row.adapter]))
-            except Exception as error:  # a damaged or missing adapter ends only its own rows
-                row.status = 400 if isinstance(error, UNUSABLE) else 500
-                self._deliver(row, row.answer.end("error", f"adapter {row.adapter!r} cannot be used: {error}"))
-            else:
-                admitted.append(row)
-        if admitted:
-            self._reading = Batch(self.engine.bank, [row.answer for row in admitted])
-
-    def _fits(self, row: ServedRow, admitted: Sequence[ServedRow]) -> bool:
-        count = len(self._rows) + 1
-        if count == 1:
-            return True  # alone it may be larger than the cache's bound
-        longest = max(other.most_tokens for other in (row, *self._rows.values()))
-        if count > self.limits.rows or count * longest > self.limits.cache_tokens:
-            return False
-        prompts = [other.answer.prompt_tokens for other in (*admitted, row)]
-        padding = len(prompts) * max(prompts) - sum(prompts)
-        return padding <= sum(prompts) + PADDING_ALLOWANCE
-
-    def _step(self) -> None:
-        for batch in self._batches():
-            count = len(batch.answers)
-            with self.engine.exclusive():
-                updates = batch.step()
-            self._steps += 1
-            if updates:
-                self._rows_computed += count
-            if updates and batch is self._reading:
-                self._reading = None
-                self._decoding.append(batch)
-            rows = {row.answer.index: row for row in self._rows.values()}
-            for update in updates:
-                self._deliver(rows[update.row], update)
-            self._forget_empty()
-        if len(self._decoding) > 1:
-            first, *others = self._decoding
-            for other in others:
-                if first.joinable and other.joinable:
-                    with self.engine.exclusive():
-                        first.join(other)
-            self._forget_empty()
-
-    def _batches(self) -> list[Batch]:
-        return [*([self._reading] if self._reading else []), *self._decoding]
-
-    def _forget_empty(self) -> None:
-        if self._reading is not None and self._reading.finished:
-            self._reading = None
-        self._decoding = [batch for batch in self._decoding if not batch.finished]
-
-    def _deliver(self, row: ServedRow, update: Update) -> None:
-        if update.finished:
-            self._release(row)
-        row.deliver(update)
-
-    def _release(self, row: ServedRow) -> None:
+    def _let_go(self, row: ServedRow) -> None:
+        """Let go of a row that has ended, or whose client has left."""
         row.held.close()
-        with self.engine.exclusive():
-            self.engine.bank.make_room()
-        with self._changed:
-            self._rows.pop(row.answer, None)
+        self._steps.forward.forget(row.key)
+        with self._lock:
+            self._rows.pop(row.key, None)
+        self._manager.cancel_request(row.key)  # if it has not ended by a token
 
-    def _end_all(self, message: str) -> None:
-        with self._changed:
-            rows = [*self._rows.values(), *self._waiting]
-            self._waiting.clear()
-            calls, self._calls = [*self._calls], deque()
-        for call in calls:
-            call()
-        self._reading, self._decoding = None, []
-        for row in rows:
-            row.status = 503
-            self._deliver(row, row.answer.end("error", message))
+    def _removed(self, key: str) -> None:
+        """Let go of a row that was cancelled and that the manager has removed."""
+        row = self._rows.get(key)
+        if row is not None:
+            self._let_go(row)
+            with self.engine.exclusive():
+                self.engine.bank.make_room()
+
+    def _failed(self, key: str, message: str) -> None:
+        row = self._rows.get(key)
+        if row is not None:
+            self._let_go(row)
+            message, row.status = (SHUTTING_DOWN, 503) if self._stopping else (message, 500)
+            row.deliver(row.answer.end("error", message))
+
+    def _spaces_in_use(self) -> set[int]:
+        return {row.space for row in [*self._rows.values()]}
+
+    def _forget_prefixes(self) -> None:
+        self._order.forget_prefixes = True
+
+    def _end_all(self) -> None:
+        for key in [*self._rows]:
+            self._failed(key, SHUTTING_DOWN)

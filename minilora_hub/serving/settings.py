@@ -15,7 +15,8 @@ class ServerLimits:
     Args:
         rows: the most rows in one batch.
         waiting: the most rows that wait for a place in it; a request beyond that is told to come back later (429).
-        cache_tokens: the most tokens in the key/value cache, padding included. A row that would not fit waits.
+        cache_tokens: tokens for which the key/value cache has room, which is allocated at the start. Where it is full,
+            rows wait, and the newest may be put back and read again later. It bounds the length of a row, too.
         default_tokens: the most tokens of a chat answer where the request doesn't say; also limited by the context.
         answer_tokens: the most tokens that a request may ask for in an answer; None: what the context holds.
         prompt_characters: the most characters of a prompt; None: what the context holds.
@@ -27,7 +28,7 @@ class ServerLimits:
 
     rows: int = 32
     waiting: int = 256
-    cache_tokens: int = 65536
+    cache_tokens: int = 16384
     default_tokens: int = 512
     answer_tokens: int | None = None
     prompt_characters: int | None = None

@@ -23,7 +23,7 @@ from minilora_hub.remote_code.adapter_files import ADAPTER_FILE, write_adapter
 from minilora_hub.remote_code.base_structure import ExpertsSite, LinearSite
 from minilora_hub.remote_code.configuration_minilora import AdapterConfig
 from minilora_hub.remote_code.layer_stacks import find_decoder_layers
-from minilora_hub.remote_code.linear_layers import linear_shape
+from minilora_hub.remote_code.linear_layers import linear_shape, whole_tensor
 from minilora_hub.remote_code.modeling_minilora import GenerateOnBase
 from minilora_hub.remote_code.trainer_support import takes_base_arguments
 
@@ -89,7 +89,9 @@ class LoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         layers_path, _ = find_decoder_layers(self.base)
-        values: dict[str, Any] = {name: value.detach().cpu() for name, value in self.adapter_parameters().items()}
+        values: dict[str, Any] = {}
+        for name, value in self.adapter_parameters().items():
+            values[name] = whole_tensor(value).detach().cpu()
         stacked = [site for site in self.sites if isinstance(site, ExpertsSite)]
         of_experts = {f"{site.name}.{name}.{leaf}" for site in stacked for name, *_ in site.targets for leaf in LEAVES}
         tensors = {to_peft(name, layers_path): value for name, value in values.items() if name not in of_experts}

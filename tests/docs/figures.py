@@ -187,8 +187,8 @@ def serving() -> str:
     ]
     before = paragraph(
         "Tokens per second of CPU time on the embedded base in float32, one thread, by the number of requests at once "
-        "(`python tests/bench/bench_serving.py`; medians of interleaved rounds, one round with 64; ranges and wall "
-        "times in tests/bench/serving.json):"
+        "(`python tests/bench/bench_serving.py --vllm FOLDER`, with the environment of `.ci/vllm FOLDER`; medians of "
+        "interleaved rounds, one round with 64; ranges and wall times in tests/bench/serving.json):"
     )
     return before + "\n\n" + table(["", *clients], rows)
 

@@ -1,8 +1,14 @@
 """LoRA, rsLoRA and DoRA on stacked experts compute what folding each expert's update into its weight gives."""
 
+import ast
 import copy
 import json
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,6 +162,24 @@ def test_saved_and_loaded(tmp_path):
         EarlierConfig.from_dict(config)
 
 
+@pytest.mark.slow
+def test_a_clean_process_loads_them_with_the_repos_code(tmp_path):
+    tiny_architecture("gpt_oss").save_pretrained(tmp_path / "base")
+    model = adapted(base=str(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "adapter")
+    torch.save((token_ids(), logits(model)), tmp_path / "expected.pt")
+    script = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as Auto; sys.modules['minilora_hub'] = None\n"
+        "model = Auto.from_pretrained('adapter', trust_remote_code=True); ids, expected = torch.load('expected.pt')\n"
+        "with torch.no_grad(): print(torch.equal(model(ids).logits, expected), type(model).__module__[:20])"
+    )
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env=os.environ | home, check=False
+    )
+    assert done.stdout.strip() == "True transformers_modules", done.stderr[-3000:]
+
+
 def test_others_keep_their_format_version():
     model = DoraForCausalLM.from_base(tiny_architecture("llama"), tiny_config("dora"))
     assert (model.config.format_version, model.config.target_parameters) == (1, None)
@@ -208,6 +232,19 @@ def test_what_is_asked_for_is_adapted(given, linears, parameters):
         assert stacked == {f"layers.{index}.mlp.experts.down_proj" for index in range(2)}
     else:
         assert not stacked
+
+
+def test_the_configurations_of_the_page():
+    text = (Path(__file__).parents[2] / "docs" / "train.md").read_text(encoding="utf-8")
+    section = text.split("## Bases that are mixtures of experts")[1]
+    code = ast.parse(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1])
+    sites = []
+    for line in code.body[1:]:
+        config = eval(ast.unparse(line), {"DoraConfig": DoraConfig})
+        model = DoraForCausalLM.from_base(tiny_architecture("mixtral"), config)
+        kinds = [type(site).__name__ for site in model.sites]
+        sites.append((kinds.count("LinearSite"), kinds.count("ExpertsSite")))
+    assert sites == [(8, 2), (4, 2), (8, 0)]
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["gate_proj", "up_proj", "down_proj"]])

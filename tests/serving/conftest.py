@@ -100,4 +100,4 @@ def chat(model, words, tokens, **fields):
 
 def rows(server):
     """Rows that run or wait."""
-    return len(server.scheduler._rows) + len(server.scheduler._waiting)
+    return len(server.scheduler._rows)

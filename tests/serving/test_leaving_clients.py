@@ -16,7 +16,7 @@ from serving.conftest import chat, gather, rows, run_async
 
 from minilora_hub.compare.answer import Answer, Row
 from minilora_hub.compare.sampling import Sampling
-from minilora_hub.serving.scheduler import ServedRow
+from minilora_hub.serving.rows import ServedRow
 
 
 def test_a_cancelled_row_computes_at_most_the_step_that_runs(slow):
@@ -47,8 +47,9 @@ def test_a_cancelled_row_computes_at_most_the_step_that_runs(slow):
     assert [row.answer.ids.shape[1] for row in served[:2]] == after[:2]
     server.scheduler.cancel(served)
     wait_until(lambda: rows(server) == 0)
-    load = server.scheduler.call(server.scheduler.load).result(10)
-    assert (load.running, load.waiting, load.cache_bytes) == (0, 0, 0)
+    wait_until(lambda: server.scheduler.load().cache_bytes == 0)
+    load = server.scheduler.load()
+    assert (load.running, load.waiting) == (0, 0)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -68,10 +69,10 @@ def test_a_closed_connection_frees_its_rows(slow, stream):
     )
     other.start()
     wait_until(lambda: len(server.scheduler._rows) == 4 or done)
-    steps = server.scheduler._steps
+    steps = server.scheduler._steps.count
     raw.close()
     wait_until(lambda: rows(server) <= 1)
-    assert server.scheduler._steps - steps < 20  # it would have been 400
+    assert server.scheduler._steps.count - steps < 20  # it would have been 400
     other.join()
     assert done[0][1]["choices"][0]["message"]["content"] == "still here"
     # The request's own coroutine counts them, after the scheduler has let go of them.
@@ -98,7 +99,7 @@ def test_a_killed_client_frees_its_rows(slow):
         other.join(20)
         assert [body["choices"][0]["message"]["content"] for _, body in done] == ["whole"] * 2
         wait_until(lambda: rows(server) == 0)
-        assert server.scheduler._steps < 200  # 6 rows of 400 tokens, 4 at a time, would have been 800
+        assert server.scheduler._steps.count < 200  # 6 rows of 400 tokens, 4 at a time, would have been 800
     finally:
         for client in clients:
             client.kill()

@@ -13,6 +13,8 @@ from processes import wait_until
 from serving.conftest import chat, gather, rows, served
 
 from minilora_hub.compare.engine import CompareEngine, Sampling
+from minilora_hub.errors import ServingError
+from minilora_hub.serving.scheduler import Scheduler
 from minilora_hub.serving.settings import ServerLimits
 
 WORDS = ("Hi.", "Why is the sky blue?", "A much longer prompt than the others, with many more words. " * 4)
@@ -31,9 +33,9 @@ def test_a_mixed_batch_gives_each_models_own_tokens(saved, running):
         (model, words, 5 + 7 * (index % 4), {"temperature": 0} if index % 3 else {"temperature": 0.8, "seed": index})
         for index, (model, words) in enumerate((m, w) for w in WORDS for m in ("base", "mix", "dora", "lora") * 2)
     ]
-    before = running[0].scheduler._steps
+    before = running[0].scheduler._steps.count
     found = gather(running[1], [chat(model, words, tokens, **more) for model, words, tokens, more in cases])
-    steps = running[0].scheduler._steps - before
+    steps = running[0].scheduler._steps.count - before
     for (model, words, tokens, more), (status, body) in zip(cases, found, strict=True):
         assert status == 200
         text = expected(engine, words, model, tokens, **more)
@@ -81,7 +83,7 @@ def test_200_clients_fit_a_longer_queue(saved):
         assert [status for status, _ in found] == [200] * 200
         for index, (_, body) in enumerate(found):
             assert body["choices"][0]["message"]["content"] == alone[names[index % 4]]
-        assert server.scheduler._rows_computed > 3 * server.scheduler._steps
+        assert server.scheduler._steps.rows_computed > 3 * server.scheduler._steps.count
 
 
 def test_more_answers_than_ever_fit(slow):
@@ -198,3 +200,31 @@ def test_shutting_down_ends_open_answers(tmp_path):
     asked.join()
     assert done[0][0] == 503
     assert done[0][1]["error"]["message"] == "the server is shutting down"
+
+
+def test_a_manager_that_fails_ends_every_answer(slow, monkeypatch):
+    """Outside a forward it cannot go on: nobody waits for ever, and the server says that it is down."""
+    server, address = slow
+
+    def fail(*budgets):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(server.scheduler._manager.batch_processor.scheduler, "schedule_batch", fail)
+    found = gather(address, [chat("dora", "hi", 60)] * 3)
+    assert {status for status, _ in found} <= {500, 503}
+    assert any("out of luck" in body["error"]["message"] for _, body in found)
+    wait_until(lambda: httpx.get(address + "/health").status_code == 503)
+    assert gather(address, [chat("dora", "hi", 60)])[0][0] == 503
+
+
+def test_a_row_longer_than_the_cache_is_refused(saved):
+    engine = CompareEngine(saved[0], device="cpu")
+    with served(engine, limits=ServerLimits(cache_tokens=64)) as (_, address):
+        assert gather(address, [chat("base", "x" * 30, 20)])[0][0] == 200
+        status, body = gather(address, [chat("base", "x" * 30, 40)])[0]
+        assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_a_cache_larger_than_the_memory_is_refused(saved):
+    with pytest.raises(ServingError, match="max_cache_tokens=1000000000000: a cache of this size"):
+        Scheduler(CompareEngine(saved[0], device="cpu"), ServerLimits(cache_tokens=10**12))

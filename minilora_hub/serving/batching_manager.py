@@ -1,0 +1,146 @@
+"""transformers' continuous batching with our parts: what computes a step, the order of its rows, what hears of ends.
+
+All parts stand at public seams of `ContinuousBatchingManager`: its table of schedulers, its processor's `model_runner`,
+and its `output_router`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
+from transformers.generation.continuous_batching.model_runner import ModelRunner
+from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput, RequestState
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
+
+from minilora_hub.errors import ServingError
+from minilora_hub.serving.packed_attention import use_packed_attention
+from minilora_hub.serving.settings import ServerLimits
+
+STEP_TOKENS = 512
+"""The most tokens of all rows in a step: a long prompt delays the others by one such step at most."""
+
+END = 2**31 - 1
+"""The end token of every request in the manager: no vocabulary's, it stands for a row that has ended in any way."""
+
+PAGE = 32
+"""Tokens for which a row reserves cache at a time."""
+
+
+class RowsByAdapter(FIFOScheduler):
+    """First come, first served, with the rows of a step sorted by their ids, which begin with the adapter.
+
+    Attributes:
+        removed: called with the id of a cancelled request when it is gone.
+        forget_prefixes: set it to forget, before the next step, the blocks that no running row uses.
+    """
+
+    forget_prefixes = False
+
+    removed: Callable[[str], None]
+
+    def schedule_batch(self, *budgets: int) -> tuple[list[FutureRequestState] | None, bool, int, int]:
+        if self.forget_prefixes:
+            self.forget_prefixes = False
+            self.cache.evict_cached_blocks()
+        rows, *rest = super().schedule_batch(*budgets)
+        return sorted(rows, key=lambda row: row.state.request_id) if rows else rows, *rest  # type: ignore[return-value]
+
+    def clear_cancelled_requests(self) -> list[RequestState]:
+        cancelled = super().clear_cancelled_requests()
+        if cancelled:  # the manager admits nothing after it was short of cache until a request has finished
+            self.block_new_requests = False
+        for state in cancelled:
+            self.removed(state.request_id)
+        return cancelled
+
+
+SCHEDULER_MAPPING[RowsByAdapter.__name__] = RowsByAdapter
+
+
+class Runner(ModelRunner):
+    """Lets `step` compute the tokens of a batch."""
+
+    step: Callable[[list[FutureRequestState], dict[str, Any]], list[int]]
+
+    def compute_batch(self, model: Any, batch_data: dict[str, Any]) -> None:
+        batch: Any = self.inputs_and_outputs
+        tokens = self.step(batch.requests_in_batch, batch_data)
+        batch.output_ids[0, : len(tokens)] = torch.tensor(tokens)
+
+
+class Failures(OutputRouter):
+    """Passes on which requests the manager could not compute; it keeps no outputs."""
+
+    def __init__(self, failed: Callable[[str, str], None]) -> None:
+        super().__init__()
+        self._failed = failed
+
+    def deliver(self, output: GenerationOutput) -> None:
+        if output.error is None:
+            return
+        self._failed(output.request_id, output.error)
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        for output in outputs:
+            self.deliver(output)
+
+
+def build_manager(
+    model: Any,
+    limits: ServerLimits,
+    step: Callable[[list[FutureRequestState], dict[str, Any]], list[int]],
+    removed: Callable[[str], None],
+    failed: Callable[[str, str], None],
+    share_prefixes: bool,
+) -> ContinuousBatchingManager:
+    """Return a manager, with its cache, that is not started.
+
+    Args:
+        model: a model that transformers' continuous batching knows.
+        limits: of the server.
+        step: computes a batch of requests from the arguments of a forward; a token for each that needs one, or `END`.
+        removed: called with the id of a cancelled request when it is gone.
+        failed: called with the id and the message of a request that the manager ends.
+        share_prefixes: whether rows that begin with the same ids share keys and values, where the base allows it.
+
+    Raises:
+        ServingError: there is too little memory for a cache of `limits.cache_tokens`.
+        ValueError: the manager does not know this kind of attention or of layers.
+    """
+    config = ContinuousBatchingConfig(
+        page_size=PAGE,
+        num_blocks=-(-limits.cache_tokens // PAGE),
+        max_batch_tokens=max(STEP_TOKENS, limits.rows),
+        max_requests_per_batch=limits.rows,
+        allow_block_sharing=share_prefixes,
+        use_cuda_graph=False,
+        use_async_batching=False,
+        scheduler_type=RowsByAdapter.__name__,
+    )
+    greedy = GenerationConfig(do_sample=False, eos_token_id=END, pad_token_id=0)
+    attention = model.config._attn_implementation
+    manager = ContinuousBatchingManager(model, greedy, config)  # accepts only the kinds of attention that it knows
+    manager.output_router = Failures(failed)
+    use_packed_attention(model, attention)
+    try:
+        manager.warmup()  # makes the processor; without graphs there is nothing to warm up
+    except MemoryError as error:
+        message = f"max_cache_tokens={limits.cache_tokens}: a cache of this size does not fit into memory: {error}"
+        raise ServingError(400, message) from None
+    processor: Any = manager.batch_processor
+    processor.scheduler.removed = removed
+    runner = Runner(
+        processor.logit_processor,
+        processor.cb_config,
+        processor.inputs_and_outputs,
+        processor.cache,
+        do_sample=False,
+        return_logprobs=False,
+    )
+    runner.step = step
+    processor.model_runner = runner
+    return manager

@@ -1,0 +1,108 @@
+"""Attention over packed rows on a CPU, which transformers' continuous batching computes with one dense mask.
+
+Its manager hands the queries of all rows and the keys of all rows to one call, and a mask hides those of other rows:
+the work grows with the square of the number of rows. Kernels that know where a row begins exist for GPUs only. Here
+each row's queries meet its own keys, by the same functions of transformers, and forwards that are not packed go to them
+as before.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+PREFIX = "minilora_packed_"
+"""Begins the names of the attentions here; transformers' name follows."""
+KEPT = ("scaling", "s_aux", "softcap")
+"""Arguments of an attention that do not depend on the rows."""
+
+
+def packed_sdpa(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute the attention of each packed row with `sdpa`; transformers' attention interface.
+
+    Args:
+        module: the attention layer.
+        query: (1, heads, queries of all rows, head size).
+        key: (1, key heads, keys of all rows, head size); the last keys of a row are those of its queries.
+        value: as `key`.
+        attention_mask: None where rows are packed.
+        **kwargs: with `cu_seq_lens_q` and `cu_seq_lens_k`, (rows + 1), where rows are packed.
+
+    Returns:
+        (1, queries of all rows, heads, head size), and None.
+    """
+    if kwargs.get("cu_seq_lens_q") is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return _each_row(sdpa_attention_forward, module, query, key, value, kwargs), None
+
+
+def packed_eager(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute the attention of each packed row with the model's own eager function; as `packed_sdpa`."""
+    own = sys.modules[type(module).__module__].eager_attention_forward
+    if kwargs.get("cu_seq_lens_q") is None:
+        return own(module, query, key, value, attention_mask, **kwargs)
+    return _each_row(own, module, query, key, value, kwargs), None
+
+
+def _each_row(
+    attention: Callable[..., tuple[torch.Tensor, Any]],
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    options = {name: kwargs[name] for name in KEPT if name in kwargs}
+    places, key_places = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
+    parts = []
+    for (start, stop), (first, last) in zip(pairwise(places), pairwise(key_places), strict=True):
+        queries, keys = stop - start, last - first
+        mask, window = None, min(kwargs.get("sliding_window") or keys, keys)
+        if window < keys or (queries > 1 and (queries < keys or attention is not sdpa_attention_forward)):
+            mask = _mask(queries, keys, window, query)  # otherwise all may be looked at, or `sdpa` is causal by itself
+        whole = query[:, :, start:stop], key[:, :, first:last], value[:, :, first:last]
+        parts.append(attention(module, *whole, mask, **options)[0])
+    return torch.cat(parts, dim=1)
+
+
+def _mask(queries: int, keys: int, window: int, like: torch.Tensor) -> torch.Tensor:
+    """Return (1, 1, queries, keys), which is added to the scores; the last query is that of the last key."""
+    distance = torch.arange(keys - queries, keys, device=like.device)[:, None] - torch.arange(keys, device=like.device)
+    hidden = (distance < 0) | (distance >= window)
+    return torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, torch.finfo(like.dtype).min)[None, None]
+
+
+def use_packed_attention(model: Any, name: str) -> None:
+    """Let a model on a CPU compute its attention packed.
+
+    Args:
+        model: any.
+        name: of its attention before; one that is neither ``"sdpa"`` nor ``"eager"`` is left as it is.
+    """
+    if model.device.type != "cpu" or name not in ("sdpa", "eager"):
+        return
+    AttentionInterface.register(PREFIX + name, packed_sdpa if name == "sdpa" else packed_eager)
+    AttentionMaskInterface.register(PREFIX + name, sdpa_mask if name == "sdpa" else eager_mask)
+    model.set_attn_implementation(PREFIX + name)

@@ -1,0 +1,65 @@
+"""Rows that a scheduler runs, and its report of what there is to do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from minilora_hub.compare.answer import Answer, Update
+
+
+@dataclass(eq=False)
+class ServedRow:
+    """A row that a request waits for.
+
+    Attributes:
+        answer: its state.
+        limit: the most tokens it generates.
+        deliver: called with each update, in the thread that computes; must return at once.
+        started: when it was submitted, by `time.perf_counter`.
+        cancelled: whether its client has left.
+        status: HTTP status of its error, if it ends with one.
+        key: its name in the manager; rows are sorted by it.
+        space: whose its tokens are in the manager; see `TokenSpaces`.
+        version: of its adapter's files when it was submitted; None where it shares nothing.
+        running: whether it has been part of a step.
+        held: keeps its adapter in memory while it runs.
+    """
+
+    answer: Answer
+    limit: int
+    deliver: Callable[[Update], None]
+    started: float = field(default_factory=time.perf_counter)
+    cancelled: bool = False
+    status: int = 500
+    key: str = ""
+    space: int = 0
+    version: Hashable | None = None
+    running: bool = False
+    held: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter's name in the bank; None for the base."""
+        return self.answer.row.adapter
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a scheduler has to do.
+
+    Attributes:
+        running: rows in a batch.
+        waiting: rows that wait.
+        cache_bytes: size of the keys and values of all rows.
+        steps: forwards since the start.
+        rows_computed: rows of all steps that gave tokens, so that the mean batch is ``rows_computed / steps``.
+    """
+
+    running: int
+    waiting: int
+    cache_bytes: int
+    steps: int
+    rows_computed: int
