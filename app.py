@@ -55,10 +55,11 @@ def main() -> None:
     limits.check_columns(1 + len(adapters))
     base = base_for(os.environ.get("MINILORA_BASE") or None, adapters, print)
     # On ZeroGPU the models are moved to "cuda" before a GPU is present; each comparison gets one later.
-    engine = CompareEngine(base, adapters, device="cuda" if zero_gpu.is_zero_gpu() else None, progress=print)
+    zero = zero_gpu.is_zero_gpu()
+    engine = CompareEngine(base, adapters, device="cuda" if zero else None, keep_bare_logits=not zero, progress=print)
     links = LinkedAdapters(engine, resolve_base(base), limits)
     openai = openai_from_environment(engine, limits)
-    launch(build_demo(engine, links=links, limits=limits), mcp=mcp, openai=openai)
+    launch(build_demo(engine, links=links, limits=limits), mcp=mcp, openai=openai, engine=engine)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from minilora_hub.cli.combine import combine, experts
 from minilora_hub.cli.compare import compare
 from minilora_hub.cli.convert import export, import_
 from minilora_hub.cli.demo import demo
+from minilora_hub.cli.diff import diff
 from minilora_hub.cli.discover import info, list_, pull
 from minilora_hub.cli.evaluate import eval_, tasks
 from minilora_hub.cli.options import Debug, say
@@ -53,6 +54,7 @@ COMMANDS = (
     ),
     ("sweep", sweep, "minilora sweep --method dora --base embedded --data rows.jsonl --vary r=4,16 --out ./sweep"),
     ("eval", eval_, "minilora eval ./my-adapter --task dates --count 100"),
+    ("diff", diff, "minilora diff measured.json --task dates --difficulty 3"),
     ("push", push, "minilora push ./my-adapter me/my-adapter --license apache-2.0 --dry-run"),
     ("verify", verify, "minilora verify me/my-adapter --revision v1"),
     ("card", card, "minilora card ./my-adapter --repo me/my-adapter"),

@@ -67,7 +67,7 @@ def demo(
     named = adapters or shipped_adapters()
     limits.check_columns(1 + len(named))
     base = base_for(base, named, say)
-    engine = CompareEngine(base, named, dtype=dtype, progress=say)
+    engine = CompareEngine(base, named, dtype=dtype, keep_bare_logits=True, progress=say)
     openai = openai_from_environment(engine, limits)
     shown = "localhost" if host in ("0.0.0.0", "::") else host  # noqa: S104
     typer.echo(f"Open http://{shown}:{port} (press Ctrl-C to stop)")
@@ -78,7 +78,7 @@ def demo(
         allowed=allow_local or (),
     )
     screen = _has_screen() if browser is None else browser
-    launch(page, host=host, port=port, open_browser=screen, mcp=mcp, openai=openai)
+    launch(page, host=host, port=port, open_browser=screen, mcp=mcp, openai=openai, engine=engine)
 
 
 def free_port(host: str, wanted: int | None) -> int:

@@ -21,6 +21,7 @@ from minilora_hub.bases.loading import load_base, load_tokenizer, require_dtype
 from minilora_hub.bases.resolving import resolve_base
 from minilora_hub.compare.adapter_bank import AdapterBank, BankMemory
 from minilora_hub.compare.answer import Answer, Column, Row, Turns, Update
+from minilora_hub.compare.base_proof import BareLogits, BaseProof
 from minilora_hub.compare.batch import Batch
 from minilora_hub.compare.fair_lock import FairLock
 from minilora_hub.compare.found_adapters import find_adapters
@@ -41,6 +42,7 @@ class CompareEngine:
         device: where to load a named base. Default: a GPU if there is one.
         dtype: its dtype, or ``"int8"``; see `load_base`. Default: fp32 on a CPU, otherwise that of the checkpoint.
         memory_limit: maximum bytes of adapter tensors in memory; see `AdapterBank`.
+        keep_bare_logits: compute logits of the base before there are adapters, for `base_proof`.
         progress: called with a message at each step of loading.
 
     Attributes:
@@ -62,6 +64,7 @@ class CompareEngine:
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         memory_limit: int | None = None,
+        keep_bare_logits: bool = False,
         progress: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Load everything; see the class for the arguments."""
@@ -82,6 +85,7 @@ class CompareEngine:
             tokenizer = tokenizer or load_tokenizer(resolved)
             name = (resolved.hub_id or resolved.path.name).rpartition("/")[2]
         self.tokenizer = tokenizer
+        self._bare = BareLogits.of(model, tokenizer) if keep_bare_logits else None
         self.bank = AdapterBank(model, limit=memory_limit)
         self._promptings = Promptings(self.bank.model, tokenizer)
         self._prompted: dict[str, tuple[Path, Prompting]] = {}  # name of an adapter -> its folder and prompting
@@ -154,6 +158,13 @@ class CompareEngine:
                 yield
             finally:
                 self._forwards = before
+
+    def base_proof(self) -> BaseProof | None:
+        """Compare the base's rows with the bare checkpoint; None without `keep_bare_logits`."""
+        if self._bare is None:
+            return None
+        with self.exclusive():
+            return self._bare.compared_with(self.bank)
 
     def memory(self) -> BankMemory:
         """Count bytes of tensors: of the base, and of the adapters in memory."""

@@ -214,3 +214,10 @@ def wilson_interval(successes: int, n: int) -> Interval:
     """Return Wilson's 95% interval of the share of successes."""
     found = _stats().binomtest(successes, n).proportion_ci(CONFIDENCE, method="wilson")
     return float(found.low), float(found.high)
+
+
+def mcnemar_p(only_first: int, only_second: int) -> float:
+    """Return the two-sided p-value of McNemar's exact test, from the items that one of two passes; 1 without any."""
+    if not only_first + only_second:
+        return 1.0
+    return float(_stats().binomtest(only_first, only_first + only_second, 0.5).pvalue)

@@ -193,7 +193,7 @@ def list_adapters(
     method: str | None = None,
     sort: str | None = None,
     limit: int = 50,
-    token: str | None = None,
+    token: str | bool | None = None,
 ) -> list[ListedAdapter]:
     """List adapters on the Hub.
 
@@ -204,7 +204,7 @@ def list_adapters(
         sort: the order, the largest or newest first: ``"downloads"``, ``"likes"``, ``"last_modified"``,
             ``"created_at"`` or ``"trending_score"``. Default: downloads.
         limit: how many at most.
-        token: to see your private ones, too. Default: the one of ``hf auth login``.
+        token: to see your private ones, too. Default: the one of ``hf auth login``; False for none.
 
     Raises:
         PublishError: the Hub cannot be asked, or it does not search by tag and has too many models to look at each.
@@ -230,7 +230,7 @@ def list_adapters(
     return [_listed(model) for model in models[:limit]]
 
 
-def _search(token: str | None, wanted: list[str], sort: Any, limit: int) -> list[Any]:
+def _search(token: str | bool | None, wanted: list[str], sort: Any, limit: int) -> list[Any]:
     """Search by tags. If the Hub ignores tags and returns other models, list all models and filter them here.
 
     Raises:

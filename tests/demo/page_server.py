@@ -53,7 +53,8 @@ def social(scratch: Path, data: str):
 
 def stage(scratch: Path, folder: str):
     """Build a page over a tiny random base and an adapter of each kind, slowed down so that one can watch it."""
-    engine = CompareEngine(Path(folder) / "base", [Path(folder) / name for name in STAGE_ADAPTERS], device="cpu")
+    adapters = [Path(folder) / name for name in STAGE_ADAPTERS]
+    engine = CompareEngine(Path(folder) / "base", adapters, device="cpu", keep_bare_logits=True)
     engine.bank.model.register_forward_pre_hook(lambda *_: time.sleep(0.03))
     return engine, build_demo(engine, examples=["Hello", "Why?"], max_new_tokens=40, data=scratch / "data")
 
@@ -79,7 +80,9 @@ def main() -> None:
                 api = request.pop("openai", None)
                 engine, demo = build(scratch, **request)
                 openai = None if api is None else openai_arguments(engine, PageLimits(**api["limits"]), api["key"])
-                answer = launch(demo, host="127.0.0.1", port=free_port(), block=False, mcp=mcp, openai=openai)
+                answer = launch(
+                    demo, host="127.0.0.1", port=free_port(), block=False, mcp=mcp, openai=openai, engine=engine
+                )
                 engines[answer] = engine
             print(json.dumps(answer), flush=True)
 

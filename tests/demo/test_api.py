@@ -209,3 +209,25 @@ def test_the_snippet_of_the_docs_runs(server):
     assert done.returncode == 0, done.stderr
     assert "parrot-mix" in done.stdout
     assert before + 96 < server.settled() < before + 96 + 300
+
+
+def test_agents_md_describes_the_endpoint_and_what_it_says_works(server):
+    """Its models, its arguments, and a call as it is written there."""
+    import httpx
+
+    page = httpx.get(f"{server.address}agents.md", timeout=60)
+    assert page.headers["content-type"] == "text/markdown; charset=utf-8"
+    for words in (
+        "side by side", "- parrot-dora: DoRA", "1. `prompt`: What to answer", "2. `adapters`: Names of",
+        "`experts`: Whether the last item", f"{server.address}?view=api", "Not served (`minilora demo --mcp`)",
+    ):  # fmt: skip
+        assert words in page.text, words
+    assert "`request`" not in page.text
+    call = f"{server.address}gradio_api/call/compare"
+    (data,) = re.findall(r"-d '(.*)'\n", page.text)
+    values = json.loads(data)["data"]
+    assert values[:3] == ["Why is the sky blue?", None, 96]
+    event = httpx.post(call, json={"data": [values[0], [], 3, *values[3:]]}, timeout=60).json()["event_id"]
+    told = httpx.get(f"{call}/{event}", timeout=60).text
+    assert told.rstrip().rpartition("event: ")[2].startswith("complete")
+    assert '"state": "done"' in told

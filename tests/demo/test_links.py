@@ -67,6 +67,8 @@ def published(hub, models):
         "imports": changed("lora", "adapter_config.json", megatron_config={"a": 1}, megatron_core="antigravity"),
         "no-adapter": {"README.md": b"nothing"},
     }
+    for name, base in (("dora", "org/base"), ("mixlora", "org/base"), ("other-base", "org/other")):
+        repos[name] = repos[name] | {"README.md": f"---\nbase_model: {base}\ntags: [lora]\n---\n".encode()}
     for name, content in repos.items():
         hub.add_repo(f"ana/{name}", files=content)
     hub.add_repo("ana/private", files=files("dora"), private=True)
@@ -261,6 +263,42 @@ def test_few_adapters_are_kept_and_the_least_recently_used_goes(hub, visit, link
     assert "ana/dora is no longer in memory" in first.locator(".ml-words").inner_text()
     ask(second, "Hello")
     wait_for_states(second, "length", "length")
+
+
+def test_adapters_are_added_removed_and_taken_home_in_place(visit):
+    """Found on the Hub by base, added with one click, removed at their column; and the ways to use one elsewhere."""
+    page = visit("ana/dora", "shown")
+    page.wait_for_function("document.querySelectorAll('.ml-card[data-kind]').length === 2")
+    assert page.locator(".ml-remove").nth(1).is_hidden()  # the last one stays
+    page.click(".ml-add")
+    page.fill("[name=hub]", "mix")
+    page.click(".ml-search")
+    page.wait_for_function("document.querySelectorAll('.ml-found li').length === 1")
+    page.fill("[name=hub]", "")
+    page.click(".ml-search")
+    page.wait_for_function("document.querySelectorAll('.ml-found li').length === 2")
+    assert page.locator(".ml-picker-words").inner_text() == "2 public adapters of org/base on the Hub."
+    page.get_by_role("button", name="Add ana/mixlora").click()
+    page.wait_for_function("document.querySelectorAll('.ml-card[data-kind]').length === 3")
+    assert names(page) == ["base", "ana/dora", "ana/mixlora"]
+    page.get_by_role("button", name="Use ana/mixlora").click()
+    dialog = page.get_by_role("dialog")
+    assert dialog.get_by_role("heading").all_inner_texts() == [
+        "Use ana/mixlora", "transformers", "vLLM, with minilora_hub as its plugin",
+        "minilora serve, for OpenAI's clients", "download",
+    ]  # fmt: skip
+    code, vllm, serve, pull = dialog.locator("pre").all_inner_texts()
+    assert 'repo, revision = "ana/mixlora", "' in code
+    assert "--lora-modules mixlora=ana/mixlora" in vllm
+    assert "minilora serve ana/mixlora --base org/base" in serve
+    assert pull.startswith("minilora pull ana/mixlora --revision ")
+    assert dialog.get_by_role("link").get_attribute("href").endswith("/ana/mixlora")
+    dialog.get_by_role("button", name="Close").click()
+    page.get_by_role("button", name="Remove ana/dora").click()
+    page.wait_for_function("document.querySelectorAll('.ml-card[data-kind]').length === 2")
+    assert names(page) == ["base", "ana/mixlora"]
+    ask(page, "Hello")
+    wait_for_states(page, "length", "length")
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def read(tmp_path, name, content, **limits):
     ],
 )
 def test_prompts_are_read(tmp_path, name, content, prompts):
-    assert read(tmp_path, name, content) == prompts
+    assert [prompt.text for prompt in read(tmp_path, name, content)] == prompts
 
 
 @pytest.mark.parametrize(

@@ -407,6 +407,32 @@ def test_a_file_of_prompts_becomes_a_table_and_files(visit, tmp_path):
 
 
 @pytest.mark.slow
+def test_answers_to_a_file_are_checked(visit, tmp_path):
+    """The parrots repeat the prompt and the base does not: a mark in each cell, a rate above each column."""
+    page = visit()
+    open_panel(page, "A file of prompts")
+    file = tmp_path / "prompts.jsonl"
+    rows = [
+        {"prompt": "one", "expected": "one"},
+        {"prompt": "two", "assert": [{"type": "contains", "value": "TWO"}]},
+        {"prompt": "three"},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page.locator("#ml-batch-file").locator("xpath=..").locator("input[type=file]").set_input_files(file)
+    page.wait_for_selector(".ml-batch[data-phase=done]")
+    heads = page.locator(".ml-batch thead th").all_inner_texts()
+    assert heads[2] == "base\n0 of 2 right (95%: 0 % to 66 %)"
+    assert heads[3] == "parrot-dora\n1 of 2 right (95%: 9 % to 91 %)"
+    cells = [page.locator(".ml-batch tbody tr").nth(at).locator("td").all_inner_texts()[2] for at in range(3)]
+    assert cells == ["✓ one", "✗ two", "three"]
+    with page.expect_download() as saved:
+        page.locator(".ml-batch [data-kind=csv]").click()
+    table = list(csv.reader(io.StringIO(Path(saved.value.path()).read_bytes().decode(), newline="")))
+    assert table[0][-3:] == ["parrot-dora right", "parrot-mix right", "errors"]
+    assert [row[-3] for row in table[1:]] == ["true", "false", ""]
+
+
+@pytest.mark.slow
 def test_a_batch_can_be_stopped(server, visit, tmp_path):
     page = visit()
     open_panel(page, "A file of prompts")

@@ -7,7 +7,7 @@ from functools import lru_cache
 from math import exp
 
 import pytest
-from demo.browsing import Visits, ask, texts, violations, wait_for_states
+from demo.browsing import Visits, ask, open_panel, texts, violations, wait_for_states
 from demo.serving import STAGE_ADAPTERS
 from tiny_stand_ins import save_base_and_adapters
 
@@ -531,3 +531,10 @@ def test_the_heatmap_follows_while_it_streams(visit):
     )
     wait_for_states(page, *["length"] * 4)
     assert page.locator(".ml-heat-words").inner_text() == f"{LENGTH} tokens through 2 layers of mix"
+
+
+def test_the_base_is_shown_to_be_the_base(looked_at):
+    """On request: the measured difference, and the hash of the checkpoint."""
+    open_panel(looked_at, "Is the base the base")
+    looked_at.wait_for_selector("#ml-proof >> text=The base column is the bare checkpoint: over 3 fixed prompts")
+    assert "fingerprint of its files" in looked_at.locator("#ml-proof").inner_text()

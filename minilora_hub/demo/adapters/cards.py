@@ -8,10 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.adapter_folder.folders import adapter_facts
+from minilora_hub.adapter_folder.folders import adapter_facts, read_configuration
 from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.adapter_folder.names import WEIGHTS
 from minilora_hub.adapter_folder.results import RESULTS_FILE, Results
+from minilora_hub.demo.adapters.usage import usage
 from minilora_hub.demo.runs.comparison import Weights
 from minilora_hub.errors import AdapterError
 
@@ -38,6 +39,7 @@ class AdapterCard:
         scores: at most `SCORES` measured numbers: ``{"task", "metric", "value", "base", "n"}``.
         routing: of a mixture, the layer in which the tasks differ most, and the share of each expert there by task:
             ``{"layer", "tasks": [{"task", "load"}]}``; None if it was not measured.
+        usage: ways to use it outside the page, ``{"label", "text"}`` each.
         trouble: why its results.json is not shown; None if it is valid.
     """
 
@@ -52,6 +54,7 @@ class AdapterCard:
     purpose: str | None = None
     score: str | None = None
     routing: dict[str, Any] | None = None
+    usage: list[dict[str, str]] = field(default_factory=list)
 
 
 def read_card(name: str, folder: Path, repo: str | None = None, revision: str | None = None) -> AdapterCard:
@@ -94,6 +97,7 @@ def read_card(name: str, folder: Path, repo: str | None = None, revision: str | 
         _purpose(results) if results else None,
         _score(results) if results else None,
         _routing(results) if results else None,
+        usage(read_configuration(folder), name, repo, revision),
     )
 
 

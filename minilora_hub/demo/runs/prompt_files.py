@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import io
 from collections.abc import AsyncGenerator, Sequence
@@ -11,22 +12,34 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.compare.engine import Sampling
+from minilora_hub.demo.runs.assertions import Assertion, passes, read_assertions
 from minilora_hub.demo.runs.limits import PageLimits
 from minilora_hub.demo.runs.visitor import Visitor, sampling_fields
 from minilora_hub.demo.ui.page_state import text_of
 from minilora_hub.documents import Scalar, strict_json
 from minilora_hub.errors import PageError
+from minilora_hub.evaluation.metrics import wilson_interval
 
 KINDS = (".txt", ".jsonl", ".csv")
 FIELD = "prompt"
+CSV_FIELDS = (FIELD, "expected", "__expected")
 MOST_BYTES = 500_000
 ENDS = {"eos": "finished", "length": "length limit", "stop": "stop text", "stopped": "stopped", "error": "failed"}
 
 
-def read_prompts(file: Path, limits: PageLimits) -> list[str]:
+@dataclass(frozen=True)
+class FilePrompt:
+    """A prompt of a file, and what its answers are checked for."""
+
+    text: str
+    assertions: tuple[Assertion, ...] = ()
+
+
+def read_prompts(file: Path, limits: PageLimits) -> list[FilePrompt]:
     """Read the prompts of a file: one a line (.txt), or the field ``prompt`` of each row (.jsonl, .csv).
 
-    Empty lines are skipped. A .jsonl row may also be a string; a .csv with one column needs no header.
+    Empty lines are skipped. A .jsonl row may also be a string; a .csv with one column needs no header. Rows may say
+    what is expected of the answer, see `read_assertions`.
 
     Raises:
         PageError: the file is of another kind, too large, not UTF-8, empty, or a row is wrong.
@@ -45,32 +58,40 @@ def read_prompts(file: Path, limits: PageLimits) -> list[str]:
         raise PageError("the file holds no prompts")
     if len(rows) > limits.file_prompts:
         raise PageError(f"the file holds {len(rows)} prompts: at most {limits.file_prompts} are run")
-    for line, prompt in rows:
+    found = []
+    for line, row in rows:
+        prompt = row[FIELD]
         if len(prompt) > limits.prompt:
             raise PageError(f"line {line}: {len(prompt)} characters: a prompt has at most {limits.prompt}")
-    return [prompt for _, prompt in rows]
+        try:
+            found.append(FilePrompt(prompt, read_assertions(row)))
+        except ValueError as error:
+            raise PageError(f"line {line}: {error}") from None
+    return found
 
 
-def _lines(text: str) -> list[tuple[int, str]]:
+def _lines(text: str) -> list[tuple[int, dict[str, Any]]]:
     lines = text.replace("\r\n", "\n").split("\n")  # splitlines() also splits at characters that a prompt may contain
-    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    return [(number, {FIELD: line.strip()}) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _json_rows(text: str) -> list[tuple[int, str]]:
+def _json_rows(text: str) -> list[tuple[int, dict[str, Any]]]:
     rows = []
-    for number, line in _lines(text):
+    for number, found in _lines(text):
+        line = found[FIELD]
         try:
             row = strict_json(line)
         except ValueError as error:
             raise PageError(f"line {number}: not JSON ({error})") from None
-        prompt = row.get(FIELD) if isinstance(row, dict) else row
+        row = row if isinstance(row, dict) else {FIELD: row}
+        prompt = row.get(FIELD)
         if not isinstance(prompt, str) or not prompt.strip():
             raise PageError(f'line {number}: must be {{"{FIELD}": "…"}} with a non-empty string, or a string')
-        rows.append((number, prompt))
+        rows.append((number, row))
     return rows
 
 
-def _csv_rows(text: str) -> list[tuple[int, str]]:
+def _csv_rows(text: str) -> list[tuple[int, dict[str, Any]]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
@@ -80,17 +101,21 @@ def _csv_rows(text: str) -> list[tuple[int, str]]:
         return []
     header = [cell.strip().lower() for cell in rows[0][1]]
     if FIELD in header:
-        place, rows = header.index(FIELD), rows[1:]
+        rows = rows[1:]
     elif all(len(row) == 1 for _, row in rows):
-        place = 0
+        header = [FIELD]
     else:
         raise PageError(
             f"line 1: a file of several columns needs a header with {FIELD!r}; found {', '.join(header)[:80]}"
         )
-    for number, row in rows:
-        if len(row) <= place or not row[place].strip():
+    found = [
+        (number, {name: cell for name, cell in zip(header, row, strict=False) if name in CSV_FIELDS})
+        for number, row in rows
+    ]
+    for number, row in found:
+        if not row.get(FIELD, "").strip():
             raise PageError(f"line {number}: the field {FIELD!r} is empty")
-    return [(number, row[place]) for number, row in rows]
+    return found
 
 
 @dataclass
@@ -102,6 +127,17 @@ class PromptTable:
     sampling: dict[str, Scalar]
     rows: list[dict[str, Any]] = field(default_factory=list)  # {"prompt", "answers", "error"}, see `run_prompts`
     stopped: bool = False
+
+    @property
+    def rates(self) -> list[dict[str, float] | None]:
+        """For each column the answers that pass, those that were checked, and Wilson's 95% interval of the share."""
+        found: list[dict[str, float] | None] = []
+        for column in range(len(self.names)):
+            checked = [row["answers"][column]["passed"] for row in self.rows if row["answers"]]
+            passed = [one for one in checked if one is not None]
+            low, high = wilson_interval(sum(passed), len(passed)) if passed else (0.0, 1.0)
+            found.append({"passed": sum(passed), "n": len(passed), "low": low, "high": high} if passed else None)
+        return found
 
     @property
     def finished(self) -> bool:
@@ -121,7 +157,7 @@ class PromptTable:
 
 
 async def run_prompts(
-    visitor: Visitor, prompts: Sequence[str], sampling: Sampling, system: str = ""
+    visitor: Visitor, prompts: Sequence[FilePrompt], sampling: Sampling, system: str = ""
 ) -> AsyncGenerator[PromptTable]:
     """Answer prompts for a visitor, one after the other; yield the same table after each.
 
@@ -133,7 +169,7 @@ async def run_prompts(
     yield table
     for prompt in prompts:
         visitor.begin()
-        async with aclosing(visitor.run(prompt, sampling, system)) as frames:
+        async with aclosing(visitor.run(prompt.text, sampling, system)) as frames:
             async for frame in frames:
                 last = frame
         columns = last.stage["columns"]
@@ -141,12 +177,19 @@ async def run_prompts(
             table.stopped = True
             yield table
             return
-        row: dict[str, Any] = {"prompt": prompt, "answers": [], "error": None}
+        row: dict[str, Any] = {"prompt": prompt.text, "answers": [], "error": None}
         if all(column["state"] == "idle" for column in columns):
             row["error"] = last.status["words"]
         else:
             row["answers"] = [
-                {"text": text_of(one), "ended": ENDS[one["state"]], "error": one["error"], "tokens": one["tokens"]}
+                {
+                    "text": text_of(one),
+                    "ended": ENDS[one["state"]],
+                    "error": one["error"],
+                    "tokens": one["tokens"],
+                    # In a thread, because a pattern may take a while.
+                    "passed": await asyncio.to_thread(passes, prompt.assertions, text_of(one)),
+                }
                 for one in columns
             ]
         table.rows.append(row)

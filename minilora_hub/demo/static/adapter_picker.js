@@ -70,13 +70,75 @@ function paint() {
   }
   painted = state;
   find(".ml-picker-intro").textContent = `Choose 1 to ${now.limit} adapters to compare with ${now.base}.`;
-  find(".ml-hub").hidden = !now.fetches;
+  find(".ml-hub").hidden = find(".ml-search").hidden = !now.fetches;
+  paintFound(now);
   find(".ml-picker-words").textContent = now.words;
   form.dataset.phase = now.phase;
   find(".ml-strong").disabled = now.phase === "busy";
   if (now.phase === "done") form.elements.hub.value = "";
 }
 
+// What is found on the Hub: added to the chosen ones with one click.
+function paintFound(now) {
+  const rows = (now.found || []).map((one) => {
+    const row = make("li", "");
+    const add = make("button", "ml-tool", "Add");
+    add.type = "button";
+    add.setAttribute("aria-label", `Add ${one.id}`);
+    add.addEventListener("click", () => trigger("submit", { names: [...now.chosen, one.id] }));
+    row.append(add, make("span", "ml-adapter-name", one.id), make("span", "ml-adapter-facts", one.facts));
+    return row;
+  });
+  find(".ml-found").replaceChildren(...rows);
+}
+
+// How to use an adapter elsewhere, in a dialog.
+const dialog = element.querySelector(".ml-usage");
+function showUsage(about) {
+  dialog.querySelector("h2").textContent = `Use ${about.repo || about.name}`;
+  const ways = about.usage.map(({ label, text }) => {
+    const way = make("section", "ml-way");
+    const copy = make("button", "ml-tool", "Copy");
+    copy.type = "button";
+    copy.setAttribute("aria-label", `Copy: ${label}`);
+    copy.addEventListener("click", () => window.minilora.copy(text).then(() => (copy.textContent = "Copied")));
+    const code = make("pre", "", text);
+    code.tabIndex = 0;
+    way.append(make("h3", "", label), copy, code);
+    return way;
+  });
+  if (about.link) {
+    const anchor = make("a", "ml-adapter-link", "Its repo on the Hub, with its card");
+    anchor.href = about.link;
+    anchor.rel = "noopener";
+    ways.push(anchor);
+  } else ways.push(make("p", "ml-adapter-facts", "It is in no repo on the Hub: ./… stands for its folder."));
+  dialog.querySelector(".ml-ways").replaceChildren(...ways);
+  dialog.showModal();
+}
+
+const fold = element.querySelector(".ml-fold");
+function unfold(open) {
+  form.hidden = !open;
+  fold.classList.toggle("open", open);
+  fold.setAttribute("aria-expanded", String(open));
+}
+fold.addEventListener("click", () => unfold(form.hidden));
+
+// Buttons of the columns: see column.js.
+document.addEventListener("ml:adapter", ({ detail: { act, adapter } }) => {
+  const now = props.value;
+  const about = now.cards.find((one) => one.name === adapter);
+  if (act === "use" && about) showUsage(about);
+  if (act === "remove" && now.chosen.includes(adapter)) trigger("submit", { names: now.chosen.filter((name) => name !== adapter) });
+  if (act === "add") {
+    unfold(true);
+    fold.scrollIntoView({ block: "start" });
+    find(now.fetches ? "[name=hub]" : "[name=adapter]")?.focus({ preventScroll: true });
+  }
+});
+
+find(".ml-search").addEventListener("click", () => trigger("search", { text: form.elements.hub.value }));
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   const names = [...form.querySelectorAll("[name=adapter]:checked")].map((one) => one.value);

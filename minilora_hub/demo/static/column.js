@@ -7,7 +7,11 @@ const CARD = `
     <span class="ml-state"></span>
     <span class="ml-verdict" hidden></span>
   </header>
-  <h2 class="ml-name"></h2>
+  <div class="ml-title">
+    <h2 class="ml-name"></h2>
+    <button type="button" class="ml-do ml-use">Use</button>
+    <button type="button" class="ml-do ml-remove">×</button>
+  </div>
   <p class="ml-facts"></p>
   <div class="ml-purpose"><p></p><p></p></div>
   <div class="ml-answer" dir="auto" tabindex="0" role="group"><div class="ml-before"></div><div class="ml-rendered"></div><span class="ml-text"></span><span class="ml-caret" aria-hidden="true"></span><p class="ml-error" hidden></p></div>
@@ -41,6 +45,12 @@ class Column {
     const lines = [about.purpose || (about.kind === "base" ? "The model itself, without an adapter." : ""), about.score || ""];
     this.card.querySelectorAll(".ml-purpose p").forEach((line, index) => Object.assign(line, { textContent: lines[index], title: lines[index] }));
     this.find("answer").setAttribute("aria-label", `Answer of ${about.name}. Use the arrow keys to move between tokens.`);
+    for (const [act, words] of [["use", "Use"], ["remove", "Remove"]]) {
+      const button = this.find(act);
+      button.hidden = !about.adapter || Number.isInteger(about.solo);
+      button.setAttribute("aria-label", `${words} ${about.name}`);
+      button.addEventListener("click", () => minilora.adapter(act, about.adapter));
+    }
     for (const [name, words, run] of [
       ["halt", "Stop", () => act("halt")],
       ["again", "Answer again:", () => act("again")],

@@ -25,6 +25,7 @@ class Stage {
     );
     this.experts = new Experts(this.box.querySelector(".ml-heat"), (column, expert) => this.solo(column, expert));
     this.inspector = new Inspector(this.box.querySelector(".ml-inspector"), () => this.unchoose());
+    this.box.querySelector(".ml-add").addEventListener("click", () => minilora.adapter("add"));
     this.box.querySelector(".ml-picture").addEventListener("click", () => this.share());
     for (const name of ["tall", "markdown"]) {
       this.box.querySelector(".ml-" + name).addEventListener("click", ({ currentTarget: button }) => {
@@ -255,6 +256,8 @@ const minilora = {
     },
   },
   stage: (element, trigger) => new Stage(element, trigger),
+  // Ask the adapter picker to "use", "remove" or "add" an adapter.
+  adapter: (act, adapter = null) => document.dispatchEvent(new CustomEvent("ml:adapter", { detail: { act, adapter } })),
   async copy(text) {
     try {
       await navigator.clipboard.writeText(text);

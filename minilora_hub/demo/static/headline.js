@@ -8,7 +8,7 @@ function paint() {
 }
 
 element.querySelector(".ml-cards-link").addEventListener("click", () => {
-  const button = document.querySelector("#ml-picker-box > button");
+  const button = document.querySelector("#ml-picker .ml-fold");
   if (button && !button.classList.contains("open")) button.click();
   setTimeout(() => button?.scrollIntoView({ block: "start" }), 300); // once it is open
 });

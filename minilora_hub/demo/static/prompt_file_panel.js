@@ -21,9 +21,18 @@ function row(number, about, names) {
     wide.colSpan = names.length;
     line.append(wide);
   } else {
-    for (const one of about.answers) line.append(cell("td", one.error || one.text, one.error ? "ml-batch-error" : ""));
+    for (const one of about.answers) {
+      const mark = one.passed === true ? "✓ " : one.passed === false ? "✗ " : "";
+      line.append(cell("td", one.error || mark + one.text, one.error || one.passed === false ? "ml-batch-error" : ""));
+    }
   }
   return line;
+}
+
+// "name: 12 of 20 right, 39% to 78%", below the name of a column whose answers were checked.
+function rateWords(rate) {
+  const whole = (share) => `${Math.round(100 * share)} %`;
+  return rate ? `${rate.passed} of ${rate.n} right (95%: ${whole(rate.low)} to ${whole(rate.high)})` : "";
 }
 
 function csvRow(cells) {
@@ -31,18 +40,20 @@ function csvRow(cells) {
 }
 
 // A row for each prompt: the prompt, the answer of each column, and the errors.
-function csvTable({ names, rows }) {
+function csvTable({ names, rates, rows }) {
+  const checked = rates.some((rate) => rate);
   const lines = rows.map(({ prompt, answers, error }) => {
     const errors = error ? [error] : answers.filter((one) => one.error).map((one) => one.error);
     const texts = error ? names.map(() => "") : answers.map((one) => one.text);
-    return csvRow([prompt, ...texts, errors.join("; ")]);
+    const passed = error ? names.map(() => "") : answers.map((one) => String(one.passed ?? ""));
+    return csvRow([prompt, ...texts, ...(checked ? passed : []), errors.join("; ")]);
   });
-  return csvRow(["prompt", ...names, "errors"]) + lines.join("");
+  return csvRow(["prompt", ...names, ...(checked ? names.map((name) => `${name} right`) : []), "errors"]) + lines.join("");
 }
 
 function save(kind) {
-  const { names, sampling, rows } = props.value;
-  const text = kind === "csv" ? csvTable(props.value) : JSON.stringify({ columns: names, sampling, rows }, null, 2) + "\n";
+  const { names, rates, sampling, rows } = props.value;
+  const text = kind === "csv" ? csvTable(props.value) : JSON.stringify({ columns: names, rates, sampling, rows }, null, 2) + "\n";
   window.minilora.save(`minilora-batch.${kind}`, new Blob([text], { type: kind === "csv" ? "text/csv" : "application/json" }));
 }
 
@@ -65,6 +76,7 @@ function paint() {
     rows = 0;
     head = names;
   }
+  now.names.forEach((name, index) => (find("thead tr").children[index + 2].textContent = [name, rateWords(now.rates[index])].filter(Boolean).join("\n")));
   for (; rows < now.rows.length; rows += 1) find("tbody").append(row(rows + 1, now.rows[rows], now.names));
 }
 

@@ -27,6 +27,7 @@ from minilora_hub.compare.engine import CompareEngine
 from minilora_hub.demo.adapters.catalogue import Catalogue
 from minilora_hub.demo.adapters.columns import describe_columns, headline
 from minilora_hub.demo.adapters.from_hub import LinkedAdapters
+from minilora_hub.demo.agents import agents_route
 from minilora_hub.demo.api import add_api
 from minilora_hub.demo.runs.examples import EXAMPLES, Example
 from minilora_hub.demo.runs.limits import PageLimits
@@ -34,6 +35,7 @@ from minilora_hub.demo.runs.replay import find_replay
 from minilora_hub.demo.runs.runner import Runner
 from minilora_hub.demo.runs.visitor import Visitors
 from minilora_hub.demo.ui.adapter_picker import build_adapter_picker
+from minilora_hub.demo.ui.base_panel import build_base_panel
 from minilora_hub.demo.ui.blind_bar import build_board, connect_blind_bar
 from minilora_hub.demo.ui.components import STATIC, page_head
 from minilora_hub.demo.ui.events import connect_run
@@ -96,6 +98,7 @@ def build_demo(
         build_history_panel(demo, visitors, parts, start, names_shown)
         build_adapter_picker(demo, visitors, parts)
         build_prompt_file_panel(visitors, parts)
+        build_base_panel(runner)
         add_api(runner)
     build_board(demo, votes, offered)
     return demo
@@ -115,6 +118,7 @@ def launch(
     block: bool = True,
     mcp: bool = False,
     openai: dict[str, Any] | None = None,
+    engine: CompareEngine | None = None,
 ) -> str:
     """Serve the page.
 
@@ -126,6 +130,7 @@ def launch(
         block: block until interrupted; otherwise serve in a thread and return.
         mcp: also serve the comparison as a tool for MCP clients, at ``/gradio_api/mcp/``.
         openai: arguments that add OpenAI's API at ``/v1``, from `openai_from_environment`.
+        engine: the page's models, which ``/agents.md`` lists. None: there is no such page.
 
     Returns:
         The page's address.
@@ -146,11 +151,11 @@ def launch(
         ssr_mode=False,
         run_history=False,
         mcp_server=mcp,
-        app_kwargs=openai,
+        app_kwargs={"routes": [agents_route(demo, engine, mcp)] if engine else [], **(openai or {})},
         state_session_capacity=200,  # sessions whose state is kept; more than can run and wait
         max_threads=200,  # also bounds running and waiting comparisons; the limits of `waiting_queue.py` are lower
         max_file_size="1mb",
-        footer_links=[],
+        footer_links=["api"],  # without it there is no /?view=api
         favicon_path=STATIC / "favicon.svg",
         theme=gr.themes.Base(font=SYSTEM_FONTS, font_mono=SYSTEM_MONO, radius_size="sm"),
         head=page_head(),

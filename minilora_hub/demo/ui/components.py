@@ -47,7 +47,7 @@ def page_head() -> str:
     The style sheets are not passed as `launch(css=)`, which rewrites selectors so that they override media queries.
     """
     styles = "\n".join(read(f"{name}.css") for name in STYLES)
-    scripts = "\n".join(read(f"{name}.js") for name in (*SCRIPTS, "number_fields"))
+    scripts = "\n".join(read(f"{name}.js") for name in (*SCRIPTS, "number_fields", "api_view"))
     return f"<style>{styles}</style><script>(() => {{\n{scripts}\n}})();\n</script>"
 
 

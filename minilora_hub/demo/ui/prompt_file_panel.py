@@ -21,7 +21,9 @@ def build_prompt_file_panel(visitors: Visitors, parts: Parts) -> None:
     with gr.Accordion("A file of prompts", open=False, elem_id="ml-batch-box"):
         gr.HTML(
             f"<p class='ml-batch-intro'>Up to {limits.file_prompts} prompts: a .txt file with one on each line, or "
-            ".jsonl or .csv with a field “prompt”. The settings above apply.</p>",
+            ".jsonl or .csv with a field “prompt” and, where you know the answer, “expected”, or as in promptfoo "
+            "“__expected” or “assert” (equals, contains, icontains, starts-with, regex, is-json). The settings above "
+            "apply.</p>",
             apply_default_css=False,
         )
         upload = gr.UploadButton(
@@ -56,5 +58,11 @@ def build_prompt_file_panel(visitors: Visitors, parts: Parts) -> None:
 def panel_value(table: PromptTable | None, phase: str, words: str = "") -> dict:
     """Return the panel's value: the table, its phase (none, busy, done or error), and a message."""
     table = table or PromptTable([], 0, {})
-    fields = {"names": table.names, "rows": table.rows, "total": table.total, "sampling": table.sampling}
+    fields = {
+        "names": table.names,
+        "rates": table.rates,
+        "rows": table.rows,
+        "total": table.total,
+        "sampling": table.sampling,
+    }
     return {**fields, "phase": phase, "words": words}
