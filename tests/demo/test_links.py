@@ -68,7 +68,8 @@ def published(hub, models):
         "no-adapter": {"README.md": b"nothing"},
     }
     for name, base in (("dora", "org/base"), ("mixlora", "org/base"), ("other-base", "org/other")):
-        repos[name] = repos[name] | {"README.md": f"---\nbase_model: {base}\nbase_model_relation: adapter\n---\n".encode()}
+        card = f"---\nbase_model: {base}\nbase_model_relation: adapter\n---\n"
+        repos[name] = repos[name] | {"README.md": card.encode()}
     for name, content in repos.items():
         hub.add_repo(f"ana/{name}", files=content)
     hub.add_repo("ana/private", files=files("dora"), private=True)
