@@ -32,7 +32,7 @@ def measure(dtype: str, items: int) -> dict[str, Any]:
     models = {}
     for model in report.models:
         right = [int(score) for scores in model.scores.values() for score in scores.exact]
-        models[model.name] = {"right": right, "perplexity": perplexity(model.nll, report.text[1])}
+        models[Path(model.name).name] = {"right": right, "perplexity": perplexity(model.nll, report.text[1])}
     return {"megabytes": sum(tensors.values()) / 2**20, "models": models}
 
 

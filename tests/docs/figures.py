@@ -213,6 +213,26 @@ def continued() -> str:
     return train_on.report()
 
 
+def precision() -> str:
+    """What the dtype of the base changes in answers."""
+    held = results("precision")
+    items = 4 * held["items"]
+    before = paragraph(
+        f"The shipped adapters on {items} test items, each of which can change between right and wrong, and the "
+        "perplexity of general text (`python tests/bench/bench_precision.py`):"
+    )
+    adapters = [name for name in held["dtypes"]["float32"]["models"] if name != "base"]
+    rows = []
+    for dtype, measured in held["dtypes"].items():
+        models = measured["models"]
+        cells = [f"{models[name]['exact_match']:.1f} ({models[name]['changed']})" for name in adapters]
+        lengths = [f"{models[name]['perplexity']:.2f}" for name in ("base", adapters[-1])]
+        rows.append([dtype, f"{measured['megabytes']:.0f}", *cells, *lengths])
+    names = [name.removeprefix("smollm2-135m-") for name in adapters]
+    head = ["base in", "MB", *(f"{name}, % right (changed)" for name in names)]
+    return before + "\n\n" + table([*head, "perplexity of the base", f"of {names[-1]}"], rows)
+
+
 def paragraph(text: str) -> str:
     """Wrap a paragraph."""
     return "\n".join(textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False))
@@ -225,6 +245,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "costs": costs,
     "evidence": evidence,
     "page": page,
+    "precision": precision,
     "push": push,
     "serving": serving,
     "summary": summary,
