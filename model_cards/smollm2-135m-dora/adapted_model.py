@@ -19,8 +19,7 @@ from .adapter_files import ADAPTER_FILE, UNKNOWN, cached_commit, read_adapter
 from .attach import adapter_parameters, attach, detach, expected_tensors, merge_into_base
 from .base_delegation import DelegatesToBase
 from .base_loading import load_base, tensor_digests
-from .base_structure import LinearSite, plan_sites, refuse_adapted
-from .configuration_adapter import FORMAT_VERSION
+from .base_structure import MixtureSite, plan_sites, refuse_adapted
 from .heads import CLASSIFYING, DESCRIBED_LABELS, fresh_modules, saved_parameters
 from .probe import settle_targets
 from .saving import HOLDS_AN_ADAPTER, SavedAdapter, fingerprint_of
@@ -32,15 +31,9 @@ logger = logging.get_logger(__name__)
 ADAPTER_ONLY_ARGUMENTS = ("revision", "code_revision", "subfolder", "trust_remote_code", "adapter_kwargs", "_from_auto")
 SHARED_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
 KNOWN_OF_THE_BASE = (
-    "hf_device_map",
-    "hf_quantizer",
-    "quantization_method",
-    "is_loaded_in_4bit",
-    "is_loaded_in_8bit",
-    "loss_type",
-    "main_input_name",
-    "input_modalities",
-)
+    "hf_device_map", "hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "loss_type",
+    "main_input_name", "input_modalities",
+)  # fmt: skip
 
 
 class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forward, with the base's arguments
@@ -48,7 +41,7 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
 
     Attributes:
         base: the base model with the adapter in it, in place.
-        sites: where the adapter sits (`LinearSite` and `MixtureSite`).
+        sites: where the adapter sits (`LinearSite`, `ExpertsSite` and `MixtureSite`).
     """
 
     base_model_prefix = "base"
@@ -70,6 +63,7 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
         seed: int = 0,
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
+        self._require_own_config(config)
         if base is None:
             if config.text_config is None:
                 raise ValueError(f"{type(self).__name__}: a base, or a configuration with text_config, is required")
@@ -79,8 +73,8 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
         saved = saved_parameters(base, config.modules_to_save, [site.path for site in sites])
         shapes = expected_tensors(config, sites) | {name: tuple(p.shape) for name, p in saved.items()}
         tensors = None if adapter_file is None else read_adapter(adapter_file, shapes)
-        if saved or any(not site.name.startswith("layers.") for site in sites):
-            config.format_version = FORMAT_VERSION
+        needs_2 = saved or any(not site.name.startswith("layers.") for site in sites)
+        config.format_version = max(config.format_version, 3 if config.target_parameters else 2 if needs_2 else 1)
         config.dtype = base.dtype
         config._attn_implementation = base.config._attn_implementation  # first: it is also set on the old text_config
         config.text_config = base.config
@@ -105,6 +99,13 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
                 setattr(self, name, getattr(base, name))
         self.post_init()
         self.train(base.training)
+
+    @classmethod
+    def _require_own_config(cls, config: Any) -> None:
+        """Raise if a configuration is of another method. The same class may be imported from elsewhere."""
+        if getattr(type(config), "model_type", None) != cls.config_class.model_type:
+            need = cls.config_class.__name__
+            raise ValueError(f"config={type(config).__name__}(…): {cls.__name__} requires a {need}")
 
     def init_weights(self) -> None:
         """Do nothing: the base is initialised, and so are the adapter's modules."""
@@ -158,6 +159,7 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
             ValueError: the base is adapted already, is not understood, or has none of the targets; its checkpoint
                 lacks a tensor; or a model that is passed has other weights than the files it names.
         """
+        cls._require_own_config(config)
         config = copy.deepcopy(config)
         config.text_config, config.name_or_path = None, ""  # a model's configuration has those of another base
         cache_dir = base_arguments.get("cache_dir")
@@ -251,7 +253,11 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
         quantised = base is not base_model and getattr(base, "hf_quantizer", None) is not None
         saved = saved_parameters(base, config.modules_to_save)
         digests = tensor_digests(base, saved=saved) if quantised else None
-        model = cls(config, base=base, adapter_file=file, adapter_dtype=dtype)
+        try:
+            model = cls(config, base=base, adapter_file=file, adapter_dtype=dtype)
+        except ValueError as error:
+            named = (base.config.name_or_path if base is base_model else config.base_model_name_or_path) or "a model"
+            raise ValueError(f"adapter {str(pretrained_model_name_or_path)!r} on base {named!r}: {error}") from error
         model._remember_base(digests, shared.get("cache_dir"))
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         model._load_generation_config(pretrained_model_name_or_path, where)
@@ -336,7 +342,7 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
             ValueError: this is a mixture, or a base weight is quantised, offloaded or shared with another module.
                 Nothing is changed then.
         """
-        if not all(isinstance(site, LinearSite) for site in self.sites):
+        if any(isinstance(site, MixtureSite) for site in self.sites):
             top_k = self.config.routing_strategy == "top_k"
             raise ValueError(
                 "a MixLoRA cannot be merged: every token takes its own experts."

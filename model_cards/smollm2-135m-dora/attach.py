@@ -3,7 +3,7 @@
 Canonical names start at the decoder layers, whatever the base calls them and whether it has a head:
 ``layers.<i>.<path of a linear>.lora_A``, ``.lora_B``, ``.magnitude`` for LoRA and DoRA, and for a mixture
 ``layers.<i>.<path of the block>.router`` and ``layers.<i>.<path of the block>.experts.<projection>.lora_A`` and so on,
-stacked over the experts.
+stacked over the experts. On stacked experts of the base: ``layers.<i>.<path of the experts>.<parameter>.lora_A``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapted_linear import AdaptedLinear, LowRankUpdate
-from .base_structure import LinearSite, Site
-from .linear_layers import layer_device, restore_linears, row_norms_squared, speed_up_linears
+from .base_structure import ExpertsSite, LinearSite, MixtureSite, Site
+from .fused_experts import AdaptedExperts, ExpertsLinear
+from .linear_layers import is_split, layer_device, restore_linears, row_norms_squared, speed_up_linears
 from .mixture import MixtureOfLoraExperts
 from .routing import routing_of
 
@@ -39,6 +40,13 @@ def updates_at(site: Site, config: Any) -> Iterator[PlannedUpdate]:
         r, scaling = config.rank_and_scaling(site.name, config.r, config.lora_alpha)
         yield PlannedUpdate(site.name, None, r, scaling, (r, site.in_features), (site.out_features, r))
         return
+    if isinstance(site, ExpertsSite):
+        experts = site.num_experts
+        for parameter, out_features, in_features in site.targets:
+            name = f"{site.name}.{parameter}"
+            r, scaling = config.rank_and_scaling(name, config.r, config.lora_alpha)
+            yield PlannedUpdate(name, parameter, r, scaling, (experts, r, in_features), (experts, out_features, r))
+        return
     experts = config.num_experts
     for projection, out_features, in_features in site.targets:
         r, scaling = config.expert_rank_and_scaling(f"{site.name}.{projection}")
@@ -50,7 +58,7 @@ def expected_tensors(config: Any, sites: Sequence[Site]) -> dict[str, tuple[int,
     """{canonical name: shape} of an adapter with this configuration on these sites."""
     shapes: dict[str, tuple[int, ...]] = {}
     for site in sites:
-        if not isinstance(site, LinearSite):
+        if isinstance(site, MixtureSite):
             shapes[f"{site.name}.router"] = (config.num_experts, site.hidden_size)
         for update in updates_at(site, config):
             shapes[f"{update.name}.lora_A"], shapes[f"{update.name}.lora_B"] = update.shape_a, update.shape_b
@@ -101,19 +109,16 @@ def build_modules(
     modules: dict[str, Any] = {}
     for site in sites:
         module = base.get_submodule(site.path)
-        updates = {
-            update.projection: _update(
-                module if update.projection is None else module.get_submodule(update.projection),
-                update,
-                config,
-                tensors,
-                generator,
-                dtype,
-            )
-            for update in updates_at(site, config)
-        }
+        updates: dict[Any, LowRankUpdate] = {}
+        for update in updates_at(site, config):
+            of_experts = isinstance(site, ExpertsSite) and ExpertsLinear(module, str(update.projection))
+            layer = of_experts or module.get_submodule(update.projection or "")
+            updates[update.projection] = _update(layer, update, config, tensors, generator, dtype)
         if isinstance(site, LinearSite):
             modules[site.path] = AdaptedLinear(module, updates[None])
+            continue
+        if isinstance(site, ExpertsSite):
+            modules[site.path] = AdaptedExperts(module, updates)
             continue
         if tensors is None:
             router = torch.empty(config.num_experts, site.hidden_size, device="cpu", dtype=torch.float32)
@@ -122,10 +127,9 @@ def build_modules(
             router = tensors[f"{site.name}.router"]
         device = layer_device(module.get_submodule(site.structure.inputs[0]))
         router = router.to(device=device, dtype=dtype or router.dtype)
-        experts = {projection: update for projection, update in updates.items() if projection is not None}
         noise, dropout = config.router_jitter_noise, config.expert_dropout
         modules[site.path] = MixtureOfLoraExperts(
-            module, site.structure, router, experts, routing_of(config), noise, dropout
+            module, site.structure, router, updates, routing_of(config), noise, dropout
         )
     return modules
 
@@ -134,7 +138,7 @@ def detach(base: nn.Module, sites: Sequence[Site]) -> None:
     """Take the adapter out of `base` again, which is then as it was."""
     for site in sites:
         module: Any = base.get_submodule(site.path)
-        replace_module(base, site.path, module.base_layer if isinstance(site, LinearSite) else module.base_block)
+        replace_module(base, site.path, module.base_block if isinstance(site, MixtureSite) else module.base_layer)
     restore_linears(base)
 
 
@@ -145,6 +149,8 @@ def adapter_parameters(base: nn.Module, sites: Sequence[Site]) -> dict[str, nn.P
         module: Any = base.get_submodule(site.path)
         if isinstance(site, LinearSite):
             updates = {site.name: module.update}
+        elif isinstance(site, ExpertsSite):
+            updates = {f"{site.name}.{name}": update for name, update in module.updates.items()}
         else:
             parameters[f"{site.name}.router"] = module.router
             updates = {f"{site.name}.{STACKED}.{name}": update for name, update in module.experts.items()}
@@ -154,23 +160,28 @@ def adapter_parameters(base: nn.Module, sites: Sequence[Site]) -> dict[str, nn.P
 
 
 def merge_into_base(base: nn.Module, sites: Sequence[Site]) -> None:
-    """Write the merged weights of linear sites into the base's layers; the adapter's modules stay.
+    """Write the merged weights of linears and stacked experts into the base's layers; the adapter's modules stay.
 
     Raises:
-        ValueError: a base weight is quantised, offloaded or shared with another module. Nothing is changed then.
+        ValueError: a base weight is quantised, offloaded, split or shared with another module. Nothing is changed then.
     """
+    if any(is_split(parameter) for parameter in base.parameters()):
+        raise ValueError(
+            "cannot merge into a base that is split over processes: merge the saved adapter into a whole one"
+        )
     layers: list[Any] = [base.get_submodule(site.path) for site in sites]
-    merged = [layer.merged_weight() for layer in layers]
+    merged = [layer.merged_weights() for layer in layers]
     holders = weight_holders(base)
-    for site, layer in zip(sites, layers, strict=True):
-        held_by = holders[id(layer.base_layer.weight)]
+    for site, layer, weights in zip(sites, layers, merged, strict=True):
+        held_by = [path for name in weights for path in holders[id(getattr(layer.base_layer, name))]]
         if others := [path for path in held_by if base.get_submodule(path) is not layer]:
             raise ValueError(
                 f"cannot merge into {site.path}: {', '.join(others)} shares its weight, and would change with it"
             )
     with torch.no_grad():
-        for layer, weight in zip(layers, merged, strict=True):
-            layer.base_layer.weight.copy_(weight)
+        for layer, weights in zip(layers, merged, strict=True):
+            for name, weight in weights.items():
+                getattr(layer.base_layer, name).copy_(weight)
 
 
 def weight_holders(base: nn.Module) -> dict[int, list[str]]:
@@ -189,7 +200,7 @@ def replace_module(base: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _update(
-    layer: nn.Module,
+    layer: Any,
     update: PlannedUpdate,
     config: Any,
     tensors: Tensors | None,

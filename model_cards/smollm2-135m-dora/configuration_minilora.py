@@ -22,33 +22,22 @@ STRATEGY_DEFAULTS: dict[str, dict[str, Any]] = {
     "top_k": {"num_experts_per_tok": 2, "router_init_range": 0.02, "router_jitter_noise": 0.0},
     "top_p": {"router_top_p": 0.8, "router_temperature": 0.0, "router_init_range": 0.02, "router_jitter_noise": 0.0},
     "switch": {
-        "num_experts_per_tok": 1,
-        "expert_capacity": 32,
-        "router_z_loss_coef": 0.001,
-        "router_sparse_step": 1,
-        "router_init_range": 1.0,
-        "router_jitter_noise": 0.01,
+        "num_experts_per_tok": 1, "expert_capacity": 32, "router_z_loss_coef": 0.001, "router_sparse_step": 1,
+        "router_init_range": 1.0, "router_jitter_noise": 0.01,
     },
     "arrow": {
-        "num_experts_per_tok": 2,
-        "router_temperature": 1.0,
-        "router_init_range": 0.02,
-        "router_jitter_noise": 0.0,
+        "num_experts_per_tok": 2, "router_temperature": 1.0, "router_init_range": 0.02, "router_jitter_noise": 0.0,
     },
-}
+}  # fmt: skip
 """Routing strategy -> the fields it has, with its defaults: those of the reference (`moe_peft` 2.0.2), which has no
 arrow."""
 
 STRATEGY_FIELDS = tuple(dict.fromkeys(name for fields in STRATEGY_DEFAULTS.values() for name in fields))
 
 REFERENCE_NAMES = {
-    "top_k": "num_experts_per_tok",
-    "top_p": "router_top_p",
-    "temperature": "router_temperature",
-    "jitter_noise": "router_jitter_noise",
-    "sparse_step": "router_sparse_step",
-    "ffn_dropout": "expert_dropout",
-}
+    "top_k": "num_experts_per_tok", "top_p": "router_top_p", "temperature": "router_temperature",
+    "jitter_noise": "router_jitter_noise", "sparse_step": "router_sparse_step", "ffn_dropout": "expert_dropout",
+}  # fmt: skip
 """The reference's names for our fields. transformers would store them as attributes, unread, and copy the first three
 into the generation settings."""
 
@@ -160,6 +149,7 @@ class MixLoraConfig(AdapterConfig):
     def _check(self) -> None:
         super()._check()
         self._require(lambda n: is_int(n, 1), "must be an integer of at least 1", "num_experts")
+        self._require(lambda names: not names, "a MixLoRA does not go on experts of the base", "target_parameters")
         self._check_strategy()
         self._require(is_number, "must be a number of at least 0", "router_aux_loss_coef", "router_init_range")
         self._require(lambda p: is_number(p) and p < 1, "must be in [0, 1)", "router_jitter_noise", "expert_dropout")

@@ -18,9 +18,7 @@ LARGE = 2**22
 """Bytes from which a hash is kept; smaller files are hashed faster than the cache is read."""
 
 SETTLED = 2 * 10**9
-"""Nanoseconds since the last change before a hash is kept: clocks of file systems are too coarse to tell changes apart
-that follow each other more closely.
-"""
+"""Nanoseconds since the last change before a hash is kept: clocks of file systems do not tell closer changes apart."""
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -50,13 +48,9 @@ def _hash(path: str) -> str:
 def _state(path: str) -> dict[str, Any]:
     stat = os.stat(path)
     return {
-        "path": path,
-        "size": stat.st_size,
-        "device": stat.st_dev,
-        "inode": stat.st_ino,
-        "written": stat.st_mtime_ns,
-        "changed": stat.st_ctime_ns,
-    }
+        "path": path, "size": stat.st_size, "device": stat.st_dev, "inode": stat.st_ino,
+        "written": stat.st_mtime_ns, "changed": stat.st_ctime_ns,
+    }  # fmt: skip
 
 
 def _kept_file(path: str) -> Path | None:

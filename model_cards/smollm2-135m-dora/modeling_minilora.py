@@ -4,15 +4,15 @@ import inspect
 from typing import Any
 
 import transformers
-from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.generation import GenerationMixin
 
 from .adapted_model import AdaptedModel
+from .base_delegation import done_by_base
 from .configuration_minilora import DoraConfig, MixLoraConfig
 from .heads import GENERATING, HEADS, class_name, label_names, list_for_trainers
 from .mixlora_model import MixLoraBase, MixLoraCausalLMOutput, MixLoraModelOutput
-from .trainer_support import shown_with, takes_base_arguments
+from .trainer_support import shown_with
 
 
 class GenerateOnBase:
@@ -20,8 +20,8 @@ class GenerateOnBase:
 
     base: Any
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base.generate(*args, **kwargs)
+    generate = done_by_base("generate")
+    prepare_inputs_for_generation = done_by_base("prepare_inputs_for_generation")
 
     @property
     def generation_config(self) -> Any:
@@ -31,9 +31,6 @@ class GenerateOnBase:
     def generation_config(self: Any, value: Any) -> None:
         if "base" in self._modules:  # transformers sets a default one before there is a base
             self.base.generation_config = value
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base.prepare_inputs_for_generation(*args, **kwargs)
 
 
 class UsesOtherMethods:
@@ -48,24 +45,12 @@ class UsesOtherMethods:
             return getattr(self._modules["base"], name)
 
 
-class DoraModel(UsesOtherMethods, AdaptedModel):
-    """A base without its language-model head, with a DoRA adapter (arXiv 2402.09353) in it."""
-
-    config_class = DoraConfig
-    auto_class = AutoModel
-
-
 class DoraForCausalLM(GenerateOnBase, AdaptedModel, GenerationMixin):
     """A causal language model with a DoRA adapter (arXiv 2402.09353) in it."""
 
     config_class = DoraConfig
     auto_class = AutoModelForCausalLM
-
-    @takes_base_arguments
-    def forward(self, input_ids: Tensor | None = None, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        """The base's forward, with the adapter in it: same arguments, same outputs."""
-        kwargs = kwargs if labels is None else {**kwargs, "labels": labels}
-        return self.base(**self._base_arguments(input_ids, args, kwargs))
+    forward = shown_with(inspect.getattr_static(AdaptedModel, "forward"), ("labels",))  # type: ignore[assignment]
 
 
 class MixLoraModel(UsesOtherMethods, MixLoraBase):
@@ -73,19 +58,7 @@ class MixLoraModel(UsesOtherMethods, MixLoraBase):
 
     config_class = MixLoraConfig
     auto_class = AutoModel
-
-    @takes_base_arguments
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        *args: Any,
-        output_router_logits: bool | None = None,
-        output_routing: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """The base's forward plus routing outputs: see `MixLoraForCausalLM.forward`."""
-        arguments = self._base_arguments(input_ids, args, kwargs)
-        return self._forward(MixLoraModelOutput, output_router_logits, output_routing, arguments)
+    output_class = MixLoraModelOutput
 
 
 class MixLoraForCausalLM(GenerateOnBase, MixLoraBase, GenerationMixin):
@@ -93,58 +66,14 @@ class MixLoraForCausalLM(GenerateOnBase, MixLoraBase, GenerationMixin):
 
     config_class = MixLoraConfig
     auto_class = AutoModelForCausalLM
-
-    @takes_base_arguments
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        *args: Any,
-        labels: Tensor | None = None,
-        output_router_logits: bool | None = None,
-        output_routing: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """The base's forward plus routing outputs.
-
-        Args:
-            input_ids: (batch, seq).
-            *args: the base's other arguments, in its order.
-            labels: (batch, seq), -100 where there is no loss. In training the balance loss times its coefficient is
-                added.
-            output_router_logits: also return `router_logits` and `aux_loss`. Default: the configuration's.
-            output_routing: also return `selected_experts` and `routing_weights`.
-            **kwargs: the base's other arguments, among them `attention_mask`, (batch, seq), 0 on padding, which does
-                not count in the balance loss, and `return_dict`, False for a tuple.
-
-        Returns:
-            MixLoraCausalLMOutput.
-        """
-        kwargs = kwargs if labels is None else {**kwargs, "labels": labels}
-        arguments = self._base_arguments(input_ids, args, kwargs)
-        return self._forward(MixLoraCausalLMOutput, output_router_logits, output_routing, arguments)
+    output_class = MixLoraCausalLMOutput
+    forward = shown_with(inspect.getattr_static(MixLoraBase, "forward"), ("labels",))  # type: ignore[assignment]
 
 
 # ---- the classes of bases with other heads ----
 
 
-class MixLoraOnAnyBase(MixLoraBase):
-    """A MixLoRA whose outputs are the base's own, with `ROUTING_FIELDS`."""
-
-    @takes_base_arguments
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        *args: Any,
-        output_router_logits: bool | None = None,
-        output_routing: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """The base's forward plus routing outputs: see `MixLoraForCausalLM.forward`."""
-        arguments = self._base_arguments(input_ids, args, kwargs)
-        return self._forward(None, output_router_logits, output_routing, arguments)
-
-
-KINDS: dict[str, tuple[Any, Any]] = {"Dora": (DoraConfig, AdaptedModel), "MixLora": (MixLoraConfig, MixLoraOnAnyBase)}
+KINDS: dict[str, tuple[Any, Any]] = {"Dora": (DoraConfig, AdaptedModel), "MixLora": (MixLoraConfig, MixLoraBase)}
 
 
 def adapted_class(prefix: str, auto_name: str) -> Any:
@@ -175,5 +104,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-for _model_class in (DoraModel, DoraForCausalLM, MixLoraModel, MixLoraForCausalLM):
+DoraModel = adapted_class("Dora", "AutoModel")
+for _model_class in (DoraForCausalLM, MixLoraModel, MixLoraForCausalLM):
     list_for_trainers(_model_class)

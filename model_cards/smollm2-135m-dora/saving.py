@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, distributed
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
@@ -32,7 +32,7 @@ from .adapter_files import (
 from .attach import detach, replace_module
 from .base_loading import Digests, differing_tensors, refuse_unknown_tokens, same_digests, tensor_digests
 from .heads import auto_map, auto_names, class_name, fresh_modules, saved_parameters
-from .linear_layers import speed_up_linears
+from .linear_layers import is_split, speed_up_linears, whole_tensor
 from .trainer_support import find_in_state_dict, write_checkpoint
 
 logger = logging.get_logger(__name__)
@@ -66,7 +66,8 @@ class SavedAdapter(PreTrainedModel):
     ) -> None:
         """Write config.json, the adapter's tensors, the code to load them, tokenizer and generation settings.
 
-        Never the base's weights, and never an adapter_config.json, which would make AutoModel ignore config.json.
+        Never the base's weights, and never an adapter_config.json, which would make AutoModel ignore config.json. Where
+        FSDP2 has split the adapter, every process must call this, and the first one writes.
 
         Args:
             save_directory: folder, made if missing.
@@ -81,15 +82,20 @@ class SavedAdapter(PreTrainedModel):
             ValueError: the base has other weights than the files of the one that is named, the tokenizer has more
                 tokens than the base, or `state_dict` lacks a tensor of the adapter. Nothing is written then.
         """
-        if not kwargs.get("is_main_process", True):
+        split = state_dict is None and any(is_split(parameter) for parameter in self.adapter_parameters().values())
+        rank = distributed.get_rank() if distributed.is_initialized() else 0
+        writes = kwargs.get("is_main_process", True) and not (split and rank)
+        if not (writes or split):
             return
         self._check_before_saving(state_dict, tokenizer)
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
         names = self._adapter_names()
         state = dict(self.named_parameters()) if state_dict is None else state_dict
         held = find_in_state_dict(names, state)
-        tensors = {held[name]: state[held[name]].detach().cpu() for name in names}
+        tensors = {held[name]: whole_tensor(state[held[name]]).detach().cpu() for name in names}
+        if not writes:
+            return
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
         write_adapter(folder / ADAPTER_FILE, {canonical: tensors[held[name]] for name, canonical in names.items()})
         write_checkpoint(folder, tensors)
         config = copy.deepcopy(self.config)

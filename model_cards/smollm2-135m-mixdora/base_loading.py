@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .adapter_files import base_source, first_names
 from .heads import DESCRIBED_LABELS, FRESH, fresh_modules, saved_parameters
+from .linear_layers import is_split
 
 DIGEST_WIDTH = 2**14
 ROUNDED_TO = (torch.bfloat16, torch.float16)
@@ -196,7 +197,7 @@ def _is_same(tensor: Tensor, value: Tensor) -> bool:
 
 def _is_whole(tensor: Tensor) -> bool:
     """Whether all values of a tensor are in this process: not offloaded, and not a shard of a larger one."""
-    return not (tensor.is_meta or hasattr(tensor, "device_mesh") or hasattr(tensor, "ds_id"))
+    return not (tensor.is_meta or is_split(tensor))
 
 
 @torch.no_grad()

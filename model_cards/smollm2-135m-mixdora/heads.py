@@ -33,13 +33,9 @@ CAUSAL = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
 """Those whose labels are shifted."""
 GENERATING = (*CAUSAL, "AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq")
 CLASSIFYING = (
-    "AutoModelForSequenceClassification",
-    "AutoModelForTokenClassification",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForCTC",
-    "AutoModelForAudioClassification",
-    "AutoModelForImageClassification",
-)
+    "AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering",
+    "AutoModelForCTC", "AutoModelForAudioClassification", "AutoModelForImageClassification",
+)  # fmt: skip
 """Those whose head may be fresh. A language model's is never: it would be random."""
 FRESH = ("AutoModel", *CLASSIFYING)
 """Those whose checkpoint may lack a module: a head, or the pooler of an encoder."""

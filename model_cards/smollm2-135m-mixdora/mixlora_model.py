@@ -1,64 +1,47 @@
 """MixLoRA in a model: its outputs of the routers, and the balance loss."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import field, make_dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
 from .adapted_model import AdaptedModel
 from .heads import CAUSAL
-from .routing import is_being_trained, router_loss_weights, router_losses, routing_of
+from .routing import router_loss_weights, router_losses, routing_of
 from .routing_record import RoutingRecord, checkpoint_contexts, record_routing
-
-
-@dataclass
-class MixLoraModelOutput(MoeModelOutputWithPast):
-    """`MoeModelOutputWithPast` with the balance loss and, with `output_routing=True`, the routing of each token.
-
-    Attributes:
-        aux_loss: the load-balance loss, not yet multiplied by its coefficient.
-        router_logits: per mixture, (batch, seq, experts), fp32.
-        selected_experts: per mixture, (batch, seq, K), the most probable first. K is `num_experts_per_tok`, and the
-            number of experts under ``routing_strategy="top_p"``, with -1 in the slots a token does not need. Under
-            ``"switch"`` -1 is a token over its expert's capacity (in training only).
-        routing_weights: per mixture, (batch, seq, K), fp32; 0 where the index is -1.
-        z_loss: the router's z-loss, not yet multiplied by its coefficient; under ``"switch"`` only.
-    """
-
-    aux_loss: torch.FloatTensor | None = None
-    selected_experts: tuple | None = None
-    routing_weights: tuple | None = None
-    z_loss: torch.FloatTensor | None = None
-
-
-@dataclass
-class MixLoraCausalLMOutput(MoeCausalLMOutputWithPast):
-    """`MoeCausalLMOutputWithPast` with the z-loss and, with `output_routing=True`, the routing of each token.
-
-    Attributes: see `MixLoraModelOutput`.
-    """
-
-    selected_experts: tuple | None = None
-    routing_weights: tuple | None = None
-    z_loss: torch.FloatTensor | None = None
-
+from .trainer_support import takes_base_arguments
 
 ROUTING_FIELDS = ("aux_loss", "router_logits", "selected_experts", "routing_weights", "z_loss")
+"""Fields of a MixLoRA's outputs, None where they were not asked for.
+
+aux_loss, z_loss: the load-balance loss and, under ``"switch"``, the router's z-loss, without their coefficients.
+router_logits: per mixture, (batch, seq, experts), fp32.
+selected_experts: per mixture, (batch, seq, K), the most probable first. K is `num_experts_per_tok`, and the number of
+    experts under ``routing_strategy="top_p"``, with -1 in the slots a token does not need. Under ``"switch"`` -1 is a
+    token over its expert's capacity (in training only).
+routing_weights: per mixture, (batch, seq, K), fp32; 0 where the index is -1.
+"""
 _WITH_ROUTING: dict[Any, Any] = {}  # no functools.cache, past which torch.compile looks
 
 
-def with_routing(output_class: Any) -> Any:
-    """Return a base's class of outputs with `ROUTING_FIELDS` beside its own; they are those of `MixLoraModelOutput`."""
+def with_routing(output_class: Any, name: str | None = None) -> Any:
+    """Return a base's class of outputs with `ROUTING_FIELDS` beside its own, called `name` where it is kept here."""
     if output_class not in _WITH_ROUTING:
         have = output_class.__dataclass_fields__
-        added = [(name, object, field(default=None)) for name in ROUTING_FIELDS if name not in have]
-        made = make_dataclass(f"MixLora{output_class.__name__}", added, bases=(output_class,))
+        added = [(field_name, object, field(default=None)) for field_name in ROUTING_FIELDS if field_name not in have]
+        made = make_dataclass(name or f"MixLora{output_class.__name__}", added, bases=(output_class,))
+        made.__module__ = __name__
         _WITH_ROUTING[output_class] = made
     return _WITH_ROUTING[output_class]
+
+
+MixLoraModelOutput = with_routing(MoeModelOutputWithPast, "MixLoraModelOutput")
+MixLoraCausalLMOutput = with_routing(MoeCausalLMOutputWithPast, "MixLoraCausalLMOutput")
 
 
 def share_of_items(labels: Any, num_items_in_batch: Any, shifted: bool = True) -> Any:
@@ -77,6 +60,8 @@ minilora_hub adds one for trainers that do not take the loss from the model's ou
 
 class MixLoraBase(AdaptedModel):
     """What MixLoRA adds to an adapted model: routing outputs and the balance loss."""
+
+    output_class: Any = None
 
     def __init__(self, config: Any, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
@@ -98,10 +83,30 @@ class MixLoraBase(AdaptedModel):
         finally:
             self._enter_integrations()
 
-    def _forward(
-        self, output_class: Any, output_router_logits: bool | None, output_routing: bool, arguments: dict[str, Any]
+    @takes_base_arguments
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        *args: Any,
+        output_router_logits: bool | None = None,
+        output_routing: bool = False,
+        **kwargs: Any,
     ) -> Any:
-        """Run the base with `arguments`, all by name, and add the outputs of the routers that were asked for."""
+        """The base's forward plus routing outputs.
+
+        Args:
+            input_ids: (batch, seq).
+            *args: the base's other arguments, in its order.
+            output_router_logits: also return `router_logits` and `aux_loss`. Default: the configuration's.
+            output_routing: also return `selected_experts` and `routing_weights`.
+            **kwargs: the base's other arguments, among them `labels`, with which the balance loss times its coefficient
+                is added in training; `attention_mask`, (batch, seq), 0 on padding, which does not count in the balance
+                loss; and `return_dict`, False for a tuple.
+
+        Returns:
+            `output_class`, or the base's own outputs with `ROUTING_FIELDS`.
+        """
+        arguments = self._base_arguments(input_ids, args, kwargs)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         return_dict, arguments["return_dict"] = arguments.get("return_dict"), True
@@ -128,9 +133,8 @@ class MixLoraBase(AdaptedModel):
             share = share_of_items(labels, arguments.get("num_items_in_batch"), shifted)
             penalty = sum(weight * routing[name] for name, weight in weights.items()) * share
             fields["loss"] = fields["loss"] + penalty.to(fields["loss"].device)
-        if output_class is None or not fields.keys() <= output_class.__dataclass_fields__.keys():
-            output_class = with_routing(type(outputs))
-        result = output_class(**fields)
+        fits = self.output_class and fields.keys() <= self.output_class.__dataclass_fields__.keys()
+        result = (self.output_class if fits else with_routing(type(outputs)))(**fields)
         return result if return_dict is not False else result.to_tuple()
 
     def _set_gradient_checkpointing(
@@ -144,4 +148,5 @@ class MixLoraBase(AdaptedModel):
 
     def _router_losses(self, record: RoutingRecord) -> dict[str, Any]:
         router = next(p for name, p in self.adapter_parameters().items() if name.endswith(".router"))
-        return router_losses(record, routing_of(self.config), is_being_trained(self, router))
+        trained = self.training and torch.is_grad_enabled() and router.requires_grad
+        return router_losses(record, routing_of(self.config), trained)

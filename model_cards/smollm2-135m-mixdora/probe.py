@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .base_structure import LinearSite, Site, matches_target, plan_sites
+from .base_structure import ExpertsSite, LinearSite, Site, matches_target, plan_sites, refuse_adapted
+from .fused_experts import experts_in
 from .layer_stacks import find_layer_stacks, is_dual_encoder
 from .linear_layers import linear_shape
 from .trial_inputs import TOKENS, input_device, trial_inputs
@@ -36,8 +37,9 @@ KEPT_BUFFER = 2**20
 def settle_targets(base: Any, config: Any, refused: Mapping[str, str] | None = None) -> None:
     """Reduce `target_modules` of a fresh adapter's configuration to modules on which an adapter has an effect.
 
-    The others are left out of "all-linear", which then becomes a list of names, with a warning that names them. A base
-    on the meta device cannot be run: nothing is changed.
+    The others are left out of "all-linear", which then becomes a list of names, with a warning that names them. It also
+    stands for stacked experts, whose names go into `target_parameters`. A base on the meta device cannot be run:
+    nothing is changed.
 
     Args:
         base: the plain base. It stays as it is.
@@ -45,18 +47,22 @@ def settle_targets(base: Any, config: Any, refused: Mapping[str, str] | None = N
         refused: {path: reason} of modules that may not be adapted for another reason.
 
     Raises:
-        ValueError: a name in `target_modules` stands for such modules only, "all-linear" was asked of a base whose
-            experts are no linears, or the base cannot be run.
+        ValueError: a name in `target_modules` stands for such modules only, "all-linear" was asked of a base with
+            experts that cannot be adapted, a MixLoRA of any with stacked experts, or the base cannot be run.
     """
     if not can_run(base):
         return
-    sites, asked = plan_sites(base, config), config.target_modules
+    refuse_adapted(base)
+    asked = config.target_modules
+    if type(config).model_type == "mixlora":
+        every_expert(base, config)
+    elif asked == "all-linear" and config.target_parameters is None:
+        config.target_parameters = every_expert(base, config) or None
+    sites = plan_sites(base, config)
     reasons = {**find_without_effect(base, sites), **(refused or {})}
     useless = [site for site in sites if site.path in reasons]
-    kept = {name for site in sites if site.path not in reasons for name in _names(site)}
-    targets = _shortest(kept, {name for site in useless for name in _names(site)})
-    if asked == "all-linear":
-        refuse_fused_experts(base, targets, config.towers)
+    linears = [site for site in sites if site.path not in reasons and not isinstance(site, ExpertsSite)]
+    kept = {name for site in linears for name in _names(site)}
     if useless:
         left_out = {site.path: reasons[site.path] for site in useless}
         named = [] if asked == "all-linear" else asked
@@ -66,7 +72,7 @@ def settle_targets(base: Any, config: Any, refused: Mapping[str, str] | None = N
                 f"target_modules={lost or asked!r}: an adapter would have no effect on {_listed(left_out)}"
             )
         warn_of_left_out(asked, left_out)
-        config.target_modules = targets
+        config.target_modules = _shortest(kept, {name for site in useless for name in _names(site)})
 
 
 def can_run(base: Any) -> bool:
@@ -110,36 +116,35 @@ def _path_in_layer(name: str) -> str:
     return re.sub(r"^.*?layers\.\d+\.", "", name)
 
 
-def refuse_fused_experts(base: Any, others: Sequence[str], towers: Any = None) -> None:
-    """Refuse "all-linear" where the experts of a sparse mixture are parameters instead of linears.
-
-    Args:
-        base: the plain base.
-        others: targets that name the linears without them.
-        towers: which lists of layers are adapted; see `AdapterConfig`.
+def every_expert(base: Any, config: Any) -> list[str]:
+    """Return the names of all stacked experts of a base, as `target_parameters` has them.
 
     Raises:
-        ValueError: there are such experts; the message names them and the targets that leave them out.
+        ValueError: some cannot be adapted: none can by a MixLoRA. The message names them.
     """
-    fields = vars(base.config.get_text_config(decoder=True)).items()
+    fields, mixture = vars(base.config.get_text_config(decoder=True)).items(), type(config).model_type == "mixlora"
     counts = {value for name, value in fields if "experts" in name and isinstance(value, int)}
-    fused: dict[str, list[str]] = {}
-    for stack, layers in find_layer_stacks(base, towers).values():
+    names: set[str] = set()
+    refused: dict[str, list[str]] = {}
+    for stack, layers in find_layer_stacks(base, config.towers).values():
         for index, layer in enumerate(layers):
+            known = {} if mixture else experts_in(layer)
+            names.update(f"{path}.{name}" for path, parameters in known.items() for name in parameters)
             for path, module in layer.named_modules():
-                if linear_shape(module) or isinstance(module, nn.modules.conv._ConvNd):
+                if path in known or linear_shape(module) or isinstance(module, nn.modules.conv._ConvNd):
                     continue
                 for name, parameter in module.named_parameters(recurse=False):
                     is_stack = parameter.dim() == 3 and parameter.shape[0] in counts
                     if is_stack or ("experts" in path.split(".") and parameter.dim() > 1):
-                        fused.setdefault(f"{path}.{name}", []).append(f"{stack}.{index}")
-    if fused:
-        where = sorted({layer for found in fused.values() for layer in found})
+                        refused.setdefault(f"{path}.{name}", []).append(f"{stack}.{index}")
+    if refused:
+        first = min(layer for found in refused.values() for layer in found)
         raise ValueError(
-            f"target_modules='all-linear': the experts of this base are stacked parameters, not linears, and cannot be "
-            f"adapted: {', '.join(fused)} in {len(where)} layers ({where[0]}…); to adapt the linears alone, pass "
-            f"target_modules={list(others)}"
+            f"target_modules={config.target_modules!r}: the experts of this base are stacked parameters, not linears, "
+            f"and {'a MixLoRA' if mixture else 'an adapter'} cannot be put on them: {', '.join(refused)} in {first} "
+            "and others; a LoRA or DoRA with target_parameters=[] leaves them out"
         )
+    return sorted(names)
 
 
 # ---- running the base ----

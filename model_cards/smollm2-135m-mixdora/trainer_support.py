@@ -50,23 +50,24 @@ def _described(function: Any, base_class: Any) -> Any:
     theirs = list(inspect.signature(base_class.forward).parameters.values())[1:]
     names = {parameter.name for parameter in theirs}
     added = [p for p in ours if p.kind is p.KEYWORD_ONLY and p.name not in names]
+    copied = _copied(function)
+    copied.__signature__ = inspect.Signature([model, *sorted((*theirs, *added), key=lambda p: p.kind)])
+    return copied
+
+
+def _copied(function: Any) -> Any:
     copied: Any = types.FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
     functools.update_wrapper(copied, function)
     copied.__kwdefaults__ = function.__kwdefaults__
-    copied.__signature__ = inspect.Signature([model, *sorted((*theirs, *added), key=lambda p: p.kind)])
     return copied
 
 
 def shown_with(method: takes_base_arguments, names: Iterable[str]) -> takes_base_arguments:
     """Return a `forward` whose class shows these arguments as well: Trainer finds the labels by them."""
     function = method.function
-    shown: Any = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
-    functools.update_wrapper(shown, function)
-    shown.__kwdefaults__ = function.__kwdefaults__
+    shown = _copied(function)
     *parameters, rest = inspect.signature(function).parameters.values()
     added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
     shown.__signature__ = inspect.Signature([*parameters, *added, rest])

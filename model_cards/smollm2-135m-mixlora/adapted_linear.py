@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Conv1D
 
+from .few_rows import MOST_ROWS
 from .linear_layers import (
     apply_without_bias,
     is_only_its_product,
@@ -67,19 +68,28 @@ def dora_norms(
         return adapted_row_norms(weight_norms_squared, weight_a, lora_a, lora_b, scaling)
 
 
-def product_dtype(out: Tensor, lora_a: Tensor) -> torch.dtype:
+def product_dtype(out: Tensor, x: Tensor, lora_a: Tensor) -> torch.dtype:
     """The dtype of the products with A and B, which add to `out`: bfloat16 where the base computes in it, else A's own.
 
     So float32 adapters on a bfloat16 base are rounded where they are used, as under autocast, and learn in float32;
     casting the activations to float32 instead would cost more than the products. (Not in float16, whose small range
-    needs a scaled loss.)
+    needs a scaled loss.) With few rows on a CPU it is the other way round: starting a bfloat16 product takes several
+    times as long as the whole float32 one.
+
+    Args:
+        out: output of the base, (..., out).
+        x: input, (..., in).
+        lora_a: A.
     """
-    return torch.bfloat16 if out.dtype == torch.bfloat16 else lora_a.dtype
+    if out.dtype != torch.bfloat16:
+        return lora_a.dtype
+    few = x.is_cpu and x.numel() <= MOST_ROWS * x.shape[-1] and not torch.is_grad_enabled()
+    return lora_a.dtype if few and not torch.compiler.is_compiling() else torch.bfloat16
 
 
 def add_low_rank(out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """out + s B A x, in the dtype of `out`, which is (..., out); `x` is (..., in)."""
-    dtype = product_dtype(out, lora_a)
+    dtype = product_dtype(out, x, lora_a)
     x, lora_a, lora_b = x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
     hidden = F.linear(x, lora_a)  # (..., r)
     if not out.dtype == hidden.dtype == lora_b.dtype:
@@ -90,7 +100,7 @@ def add_low_rank(out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling
 def add_low_rank_(out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> None:
     """`add_low_rank` in place: `out` is (rows, out) and `x` (rows, in)."""
     if not out.dtype == x.dtype == lora_a.dtype == lora_b.dtype:
-        dtype = product_dtype(out, lora_a)
+        dtype = product_dtype(out, x, lora_a)
         x, lora_a, lora_b = x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
     hidden = F.linear(x, lora_a)  # (rows, r)
     if out.dtype == hidden.dtype == lora_b.dtype:
@@ -270,8 +280,8 @@ class AdaptedLinear(nn.Module):
         return out
 
     @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """c * (W + s B A) in the base weight's dtype and layout: [out, in], or [in, out] where it is a Conv1D.
+    def merged_weights(self) -> dict[str, Tensor]:
+        """{"weight": c * (W + s B A)} in the base weight's dtype and layout, which is [in, out] in a Conv1D.
 
         Raises:
             ValueError: the base weight is quantised or offloaded.
@@ -287,4 +297,4 @@ class AdaptedLinear(nn.Module):
         merged = weight.float() + update.scaling * (update.lora_B.float() @ update.lora_A.float())
         if update.magnitude is not None:
             merged *= update.scale(self.base_layer)[:, None]
-        return (merged.mT if transposed else merged).to(weight.dtype)
+        return {"weight": (merged.mT if transposed else merged).to(weight.dtype)}

@@ -9,6 +9,11 @@ from .layer_stacks import find_decoder_layers
 from .trainer_support import by_name, takes_base_arguments
 
 
+def done_by_base(name: str) -> Any:
+    """Return a method that calls the base's method of this name."""
+    return lambda model, *args, **kwargs: getattr(model.base, name)(*args, **kwargs)
+
+
 class DelegatesToBase:
     """The part of an adapted model that its base, `self.base`, does for it."""
 
@@ -22,20 +27,11 @@ class DelegatesToBase:
             decoder = self.base.get_submodule(find_decoder_layers(self.base)[0].rpartition(".")[0])
         return decoder
 
-    def get_input_embeddings(self) -> Any:
-        return self.base.get_input_embeddings()
-
-    def set_input_embeddings(self, value: Any) -> None:
-        self.base.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> Any:
-        return self.base.get_output_embeddings()
-
-    def set_output_embeddings(self, value: Any) -> None:
-        self.base.set_output_embeddings(value)
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base.resize_token_embeddings(*args, **kwargs)  # its attributes hold the size, too
+    get_input_embeddings = done_by_base("get_input_embeddings")
+    set_input_embeddings = done_by_base("set_input_embeddings")
+    get_output_embeddings = done_by_base("get_output_embeddings")
+    set_output_embeddings = done_by_base("set_output_embeddings")
+    resize_token_embeddings = done_by_base("resize_token_embeddings")  # the base's attributes hold the size, too
 
     @property
     def accepts_loss_kwargs(self) -> bool:

@@ -15,10 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .fused_experts import experts_in
 from .layer_stacks import Shapes, find_layer_stacks, linears_in
-from .linear_layers import compute_dtype, keep_4bit_weights_exact, layer_device, linear_shape
+from .linear_layers import compute_dtype, is_split, keep_4bit_weights_exact, layer_device, linear_shape
 
-ADAPTED_CLASSES = ("AdaptedLinear", "MixtureOfLoraExperts")
+ADAPTED_CLASSES = ("AdaptedLinear", "AdaptedExperts", "MixtureOfLoraExperts")
 Form = tuple[tuple[str, ...], str, bool | None]
 """A reading of a block's linears: inputs, output and gate_first of a `FeedForwardStructure`."""
 
@@ -77,7 +78,17 @@ class MixtureSite:
     targets: tuple[tuple[str, int, int], ...]  # projection, out_features, in_features
 
 
-Site = LinearSite | MixtureSite
+@dataclass(frozen=True)
+class ExpertsSite:
+    """Stacked experts of the base that get LoRA or DoRA on the parameters in `targets`."""
+
+    name: str
+    path: str
+    num_experts: int
+    targets: tuple[tuple[str, int, int], ...]  # parameter, out_features, in_features
+
+
+Site = LinearSite | MixtureSite | ExpertsSite
 
 
 def matches_target(path: str, targets: Sequence[str] | Literal["all-linear"]) -> bool:
@@ -86,7 +97,12 @@ def matches_target(path: str, targets: Sequence[str] | Literal["all-linear"]) ->
 
 
 def refuse_adapted(base: nn.Module) -> None:
-    """Raise if `base` already carries an adapter, of ours or of PEFT."""
+    """Raise if `base` already carries an adapter, of ours or of PEFT, or is split over processes."""
+    if parts := [name for name, parameter in base.named_parameters() if is_split(parameter)]:
+        raise ValueError(
+            f"base {type(base).__name__}: {parts[0]} is split over processes: put the adapter on a whole base, and "
+            "split both with FSDP2's fully_shard; tp_plan= and DeepSpeed's ZeRO-3 are not supported"
+        )
     for path, module in base.named_modules():
         peft_layer = hasattr(module, "base_layer") and hasattr(module, "active_adapters")
         if type(module).__name__ in ADAPTED_CLASSES or peft_layer or hasattr(module, "peft_config"):
@@ -128,6 +144,11 @@ def plan_sites(base: nn.Module, config: Any) -> list[Site]:
             in_block = block is not None and path.startswith(block[0] + ".")
             if not in_block and matches_target(f"{name}.{path}", config.target_modules):
                 sites.append(LinearSite(f"{name}.{path}", f"{where}.{path}", *shape))
+        for path, shapes_of in experts_in(layer).items() if config.target_parameters else ():
+            chosen = [p for p in shapes_of if matches_target(f"{name}.{path}.{p}", config.target_parameters)]
+            sizes = tuple((each, *shapes_of[each][1:]) for each in chosen)
+            if sizes:
+                sites.append(ExpertsSite(f"{name}.{path}", f"{where}.{path}", shapes_of[chosen[0]][0], sizes))
         if block is not None:
             block_path, structure = block
             paths = {projection: f"{block_path}.{projection}" for projection in (*structure.inputs, structure.output)}
@@ -150,6 +171,14 @@ def _check_targets(config: Any, layers: Mapping[str, nn.Module], sites: Sequence
         unknown = [t for t in config.target_modules if not any(matches_target(name, [t]) for name in names)]
         if unknown:
             raise ValueError(f"target_modules={unknown}: the base has no such linear in its layers; it has {available}")
+    adapted = [f"{site.name}.{each}" for site in sites if isinstance(site, ExpertsSite) for each, *_ in site.targets]
+    unknown = [t for t in config.target_parameters or () if not any(matches_target(name, [t]) for name in adapted)]
+    if unknown:
+        every = {f"{path}.{p}" for layer in layers.values() for path, found in experts_in(layer).items() for p in found}
+        raise ValueError(
+            f"target_parameters={unknown}: the base has no such parameters of experts; it has {sorted(every)}"
+        )
+    names += adapted
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field):
             if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names):

@@ -17,12 +17,12 @@ from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Newest version of the published layout (tensor names and configuration fields). A newer one is refused by name.
 
-1: an adapter in one list of layers. 2: also in several (`towers`, encoder-decoders), and with `modules_to_save`.
+1: an adapter in one list of layers. 2: also in several, and with `modules_to_save`. 3: also on stacked experts.
 """
-ONLY_WHERE_SET = ("modules_to_save", "towers")
+ONLY_WHERE_SET = ("modules_to_save", "target_parameters", "towers")
 """Fields that earlier versions do not know: config.json has them only where they are set."""
 
 
@@ -69,6 +69,9 @@ class AdapterConfig(PreTrainedConfig):
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
         target_modules: ``"all-linear"`` (every linear in the decoder layers that an adapter has an effect on), or a
             list of module names or path endings such as ``["q_proj", "mlp.down_proj", "layers.3.mlp.up_proj"]``.
+        target_parameters: stacked experts of the base that are adapted: endings of parameter names such as
+            ``["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]``. Default: all of them if a fresh adapter has
+            ``target_modules="all-linear"``, else none. `target_modules` may then be an empty list.
         rank_pattern: ranks that differ from `r`: path ending or regular expression -> rank.
         alpha_pattern: the same for `lora_alpha`.
         modules_to_save: names of modules of the base, such as a head, that are trained and saved whole. Default: those
@@ -97,6 +100,7 @@ class AdapterConfig(PreTrainedConfig):
         use_rslora: bool = False,
         use_dora: bool = False,
         target_modules: Any = "all-linear",
+        target_parameters: Any = None,
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
         modules_to_save: Any = None,
@@ -125,7 +129,8 @@ class AdapterConfig(PreTrainedConfig):
             require_pattern(pattern or {}, name)
         self.rank_pattern = dict(rank_pattern or {})
         self.alpha_pattern = dict(alpha_pattern or {})
-        for name, value in (("modules_to_save", modules_to_save), ("towers", towers)):
+        given = {"modules_to_save": modules_to_save, "target_parameters": target_parameters, "towers": towers}
+        for name, value in given.items():
             setattr(self, name, sorted(value) if isinstance(value, (set, tuple)) else value)
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
@@ -251,9 +256,11 @@ class AdapterConfig(PreTrainedConfig):
         self._require(lambda alpha: is_number(alpha) and alpha > 0, "must be a number above 0", "lora_alpha")
         self._require(lambda p: is_number(p) and p < 1, "must be a probability in [0, 1)", "lora_dropout")
         self._require(lambda flag: isinstance(flag, bool), "must be True or False", "use_rslora", "use_dora")
-        self._require(_are_targets, 'must be "all-linear" or a non-empty list of module names', "target_modules")
-        need = "must be None or a list of names of modules"
-        self._require(lambda names: names is None or names == [] or _is_list_of_names(names), need, "modules_to_save")
+        need = 'must be "all-linear" or a non-empty list of module names'
+        self._require(lambda t: _are_targets(t) or (t == [] and self.target_parameters), need, "target_modules")
+        for name, of in (("modules_to_save", "modules"), ("target_parameters", "parameters")):
+            need = f"must be None or a list of names of {of}"
+            self._require(lambda names: names is None or names == [] or _is_list_of_names(names), need, name)
         need = 'must be None, "all" or a non-empty list of beginnings of paths'
         self._require(lambda towers: towers in (None, "all") or _is_list_of_names(towers), need, "towers")
         for key, rank in self.rank_pattern.items():

@@ -35,6 +35,18 @@ def plain_weight(layer: nn.Module) -> Tensor | None:
     return weight
 
 
+def is_split(tensor: Any) -> bool:
+    """Whether a tensor is a part of a larger one over several processes: by FSDP2, a tensor-parallel plan or ZeRO-3."""
+    return hasattr(tensor, "device_mesh") or hasattr(tensor, "ds_id")
+
+
+def whole_tensor(tensor: Any) -> Tensor:
+    """Return a tensor that FSDP2 may have split, whole: every process must ask for it."""
+    if hasattr(tensor, "ds_id"):
+        raise ValueError("the adapter is split by DeepSpeed's ZeRO-3: pass state_dict= with whole tensors")
+    return tensor.full_tensor() if is_split(tensor) else tensor
+
+
 def layer_device(layer: Any) -> torch.device:
     """The device on which `layer` computes, also where its weights are offloaded."""
     device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
@@ -75,11 +87,11 @@ def apply_without_bias(layer: nn.Module, rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def row_norms_squared(layer: nn.Module, chunk: int = 512) -> Tensor:
-    """||W||^2 of each output row: [out], fp32. A weight that is not plain is read through chunks of the identity."""
-    weight = plain_weight(layer)
+def row_norms_squared(layer: Any, chunk: int = 512) -> Tensor:
+    """||W||^2 of each output row: […, out], fp32. A weight that is not plain is read through chunks of the identity."""
+    weight = plain_weight(layer) if isinstance(layer, nn.Module) else layer.weight  # of stacked experts
     if weight is not None:
-        return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+        return torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32).square()
     shape = linear_shape(layer)
     assert shape is not None
     out_features, in_features = shape

@@ -143,14 +143,6 @@ class MixtureOfLoraExperts(nn.Module):
             out = out + (routed.routes.passed * routed.x).to(out.dtype)
         return out
 
-    @torch.no_grad()
-    def prepare(self) -> None:
-        """Compute DoRA's c, which inference keeps, ahead of the first token."""
-        for name in self.experts:
-            update = self._update_of(name)
-            if update is not None and update.magnitude is not None:
-                update.scale(self.base_block.get_submodule(name))
-
     def _arrange(self, routes: Routes) -> Slots:
         """Choose the arrangement of the slots; see `expert_slots.py`."""
         selected, num_experts, updates = routes.selected, self.router.shape[0], self._updates()
@@ -219,10 +211,10 @@ class MixtureOfLoraExperts(nn.Module):
         hidden: dict[str, Any] = {}
         if self.training and any(update.dropout.p > 0 for update in given.values()):  # each drops its own input
             x = slots.of_tokens(x)
-            x = x.to(product_dtype(shared[0], x))
+            x = x.to(product_dtype(shared[0], x, x))
             hidden = {name: self._project_down(update, x, slots) for name, update in given.items()}
         elif given:
-            x = x.to(product_dtype(shared[0], next(iter(given.values())).lora_A))
+            x = x.to(product_dtype(shared[0], x, next(iter(given.values())).lora_A))
             hidden = dict(zip(given, slots.project_tokens_down(x, list(given.values())), strict=True))
         projected = []
         for (name, update), out in zip(updates.items(), shared, strict=True):
@@ -234,7 +226,7 @@ class MixtureOfLoraExperts(nn.Module):
 
     def _project_down(self, update: LowRankUpdate, x: Tensor, slots: Slots) -> Any:
         x = update.dropout(x) if self.training else x
-        return slots.project_down(x.to(product_dtype(x, update.lora_A)), update)
+        return slots.project_down(x.to(product_dtype(x, x, update.lora_A)), update)
 
     def _update_of(self, name: str) -> LowRankUpdate | None:
         experts: Any = self._modules["experts"]

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .routing_record import Routes, RoutingRecord
@@ -307,8 +307,3 @@ def router_losses(record: RoutingRecord, routing: Routing, trained: bool) -> dic
     if mask is not None:
         mask = mask[:, -record.logits[0].shape[1] :]  # with a cache the mask also covers the past
     return routing.losses(record.logits, mask)
-
-
-def is_being_trained(module: nn.Module, router: Tensor) -> bool:
-    """Whether a forward of `module` that runs now trains this router weight."""
-    return module.training and torch.is_grad_enabled() and router.requires_grad
