@@ -213,6 +213,22 @@ def continued() -> str:
     return train_on.report()
 
 
+def decode() -> str:
+    """Milliseconds of one decode step, by the dtype of the base."""
+    held = results("decode")
+    before = paragraph(
+        "One decode step in ms, two threads, medians of nine interleaved rounds for each dtype, and in brackets the "
+        "ratio to one row of the bare base in the same dtype (`python tests/bench/bench_decode.py --threads 2 --rounds 9 "
+        "--dtype DTYPE`). Reading is the sum of as many bytes as the base has: no step can take less."
+    )
+    rows = [
+        [name, *(f"{each[name]['milliseconds']:.0f} ({each[name]['ratio']:.2f})" if name in each else ""
+                 for each in held.values())]
+        for name in held["float32"]
+    ]  # fmt: skip
+    return before + "\n\n" + table(["", *held], rows)
+
+
 def precision() -> str:
     """What the dtype of the base changes in answers."""
     held = results("precision")
@@ -243,6 +259,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "chosen-answers": chosen_answers,
     "continued": continued,
     "costs": costs,
+    "decode": decode,
     "evidence": evidence,
     "page": page,
     "precision": precision,
