@@ -218,8 +218,8 @@ def decode() -> str:
     held = results("decode")
     before = paragraph(
         "One decode step in ms, two threads, medians of nine interleaved rounds for each dtype, and in brackets the "
-        "ratio to one row of the bare base in the same dtype (`python tests/bench/bench_decode.py --threads 2 --rounds 9 "
-        "--dtype DTYPE`). Reading is the sum of as many bytes as the base has: no step can take less."
+        "ratio to one row of the bare base in the same dtype (`python tests/bench/bench_decode.py --threads 2 "
+        "--rounds 9 --dtype DTYPE`). Reading is the sum of as many bytes as the base has: no step can take less."
     )
     rows = [
         [name, *(f"{each[name]['milliseconds']:.0f} ({each[name]['ratio']:.2f})" if name in each else ""
