@@ -150,12 +150,14 @@ def test_without_trust_nothing_of_the_repo_is_run(published):
     assert not list((folder / "wary").rglob("modeling_minilora.py"))
 
 
+@pytest.mark.slow
 def test_a_private_adapter_is_not_found_without_a_token(published):
     code, _, err = load(published, "dora", token=False, folder_name="anonymous")
     assert code == 1
     assert "author/dora" in err
 
 
+@pytest.mark.slow
 def test_registered_classes_win_over_the_code_in_the_repo(published):
     hub, token, folder, _ = published
     script = """
@@ -193,6 +195,7 @@ def test_base_and_adapter_revisions_are_pinned_apart(published, tmp_path):
     assert "UserWarning: this adapter was trained on a base with fingerprint" in err
 
 
+@pytest.mark.slow
 def test_the_page_takes_adapters_by_their_id(published, tmp_path):
     """They are fetched and loaded with our own classes: the code in their repos is not run."""
     hub, token, folder, _ = published

@@ -25,7 +25,8 @@ def hub():
         yield server
 
 
-@pytest.mark.parametrize("page", ["docs/publish.md", pytest.param("README.md", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["docs/publish.md", "README.md"])
 def test_rows_become_a_verified_repo(page, hub, run_on_hub, tmp_path):  # noqa: F811
     (tmp_path / "data.jsonl").write_text(blocks("docs/publish.md", "jsonl")[0], encoding="utf-8")
     token = hub.add_user("me")

@@ -201,7 +201,8 @@ def _execute(
     scratch = folder / "plan"  # a trainer creates its folder at once, and a dry run must not leave one
     trainer, shape = build_trainer(settings, trainee, data, tokenizer, scratch, place.num_processes)
     plan = make_plan(settings, data, trainee, shape, tokenizer, ends, trainer)
-    plan = replace(plan, ranks=distribution.described if distribution else None)
+    if distribution:
+        plan = replace(plan, ranks=distribution.described)
     if on_plan is not None and main:
         on_plan(plan, settings)
     skipped = tuple(f"{row.place}: {row.reason}" for row in data.skipped)

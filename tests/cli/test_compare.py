@@ -215,6 +215,7 @@ def test_spaces_and_joiners_are_text_and_control_characters_are_not():
     assert _printable("\x1b[31ma\rb\u202ec\x9b") == "[31mabc"
 
 
+@pytest.mark.slow
 def test_a_terminal_that_knows_ascii_only(saved):
     """Boxes and answers are shown with numbers for other characters, and JSON stays JSON."""
     base, adapters = saved

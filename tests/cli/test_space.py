@@ -35,6 +35,7 @@ def shell(hub, run_on_hub):
     return run
 
 
+@pytest.mark.slow
 def test_push_prints_the_address_and_json(shell, hub):
     """First for people, with the steps on stderr, then for a script."""
     done = shell("ana/compare", "ana/dora", "--variable", "MINILORA_MAX_TOKENS=64", "--secret", "MINE", MINE="s3cret")

@@ -138,7 +138,9 @@ def visit(link_server, browser):
     visits.close()
 
 
-@pytest.mark.parametrize(("name", "kind"), [("dora", "DoRA"), ("mixlora", "MixLoRA"), ("lora", "LoRA")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("dora", "DoRA"), ("mixlora", "MixLoRA"), pytest.param("lora", "LoRA", marks=pytest.mark.slow)]
+)
 def test_a_link_shows_that_adapter_beside_the_base(visit, models, name, kind):
     """In place of the page's own adapters, answering as it does elsewhere, and not as the base."""
     page = visit(f"ana/{name}", "shown")
@@ -231,6 +233,7 @@ def test_code_of_an_adapter_never_runs(visit, link_server):
     assert link_server.ask("modules") == []
 
 
+@pytest.mark.slow
 def test_code_is_not_fetched(hub, visit):
     """Only what is read crosses the network, and no token goes along."""
     start = len(hub.requests)
@@ -282,10 +285,10 @@ def test_adapters_are_added_removed_and_taken_home_in_place(visit):
     page.get_by_role("button", name="Add ana/mixlora").click()
     page.wait_for_function("document.querySelectorAll('.ml-card[data-kind]').length === 3")
     assert names(page) == ["base", "ana/dora", "ana/mixlora"]
-    page.get_by_role("button", name="Use ana/mixlora").click()
+    page.get_by_role("button", name="Get ana/mixlora").click()
     dialog = page.get_by_role("dialog")
     assert dialog.get_by_role("heading").all_inner_texts() == [
-        "Use ana/mixlora", "transformers", "vLLM, with minilora_hub as its plugin",
+        "Get ana/mixlora", "transformers", "vLLM, with minilora_hub as its plugin",
         "minilora serve, for OpenAI's clients", "download",
     ]  # fmt: skip
     code, vllm, serve, pull = dialog.locator("pre").all_inner_texts()

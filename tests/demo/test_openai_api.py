@@ -77,6 +77,7 @@ def test_the_pages_limits_and_the_key_hold(server, client):
     assert "minilora" in httpx.get(f"{server.address}metrics", headers=headers).text
 
 
+@pytest.mark.slow
 def test_more_than_the_queue_holds_is_told_to_wait(client):
     def status(_):
         try:

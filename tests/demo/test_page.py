@@ -89,7 +89,7 @@ def test_text_only_ever_appends(page):
     assert spans == [int(count) for count in page.locator(".ml-tokens").all_inner_texts()]
 
 
-@pytest.mark.parametrize("way", ["button", "escape"])
+@pytest.mark.parametrize("way", ["button", pytest.param("escape", marks=pytest.mark.slow)])
 def test_stop_stops_the_computation(server, page, way):
     """The text no longer grows, and neither does the engine's counter."""
     ask(page, "a long text, " * 20)
@@ -213,6 +213,7 @@ def test_an_error_of_all_columns_is_shown_as_text(page):
     wait_for_states(page, "length", "eos", "eos")
 
 
+@pytest.mark.slow
 def test_an_empty_prompt_is_told_in_the_status_line(page):
     """A sentence, and what is shown stays; the next prompt is answered."""
     ask(page, "Hello")
@@ -277,6 +278,7 @@ def test_examples_run_and_settings_apply(visit):
     assert page.locator(".ml-tokens").all_inner_texts() == ["7", "7", "7"]
 
 
+@pytest.mark.slow
 def test_talk_on_and_one_column_alone(visit):
     """The next prompt continues each answer; one column is answered again, copied, stopped; Markdown is rendered."""
     page = visit()
@@ -382,7 +384,7 @@ SHIFTS = """() => { window.shift = 0; new PerformanceObserver(list => {
 }).observe({type: "layout-shift"}); }"""
 
 
-@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), pytest.param(390, 844, marks=pytest.mark.slow)])
 def test_run_does_not_move_the_page(visit, width, height):
     """The cumulative layout shift of a run is below 0.1, and on a desktop all columns stay in view."""
     page = visit("", width, height)

@@ -85,7 +85,7 @@ def test_it_runs_and_answers(staged):
     ("variables", "message"),
     [
         ({"MINILORA_MAX_TOKENS": "lots"}, "app.py: MINILORA_MAX_TOKENS='lots': must be a whole number of at least 1"),
-        ({"MINILORA_ADAPTERS": "./gone"}, "app.py: adapter 'gone': no such folder"),
+        pytest.param({"MINILORA_ADAPTERS": "./gone"}, "app.py: adapter 'gone': no such folder", marks=pytest.mark.slow),
     ],
 )
 def test_a_wrong_variable_stops_it_with_one_line(staged, variables, message):

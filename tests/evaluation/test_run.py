@@ -171,6 +171,7 @@ def test_batch_sizes_make_no_difference_here(saved):
         assert {k: v.chosen for k, v in one.routing.items()} == {k: v.chosen for k, v in other.routing.items()}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_where_it_was(saved, tmp_path, monkeypatch):
     """Stopped in the middle of a batch, and its last line torn: the numbers are those of a run without a stop."""
     whole = measure(saved, "mix", "lora", perplexity=True)

@@ -153,7 +153,8 @@ def test_mixtures_add_their_outputs_to_the_bases_own(name, auto_name, tmp_path):
         assert torch.equal(values_of(loaded(**inputs)), trained)
 
 
-@pytest.mark.parametrize("cases", [CASES[:2], pytest.param(CASES[2:], marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", [CASES[:2], CASES[2:]], ids=["some", "all"])
 def test_a_clean_process_loads_them_with_the_repos_code(cases, tmp_path):
     jobs = []
     for at, (name, auto_name) in enumerate(cases):

@@ -79,7 +79,7 @@ def test_directions_are_the_principal_components_of_the_inputs(found, base):
     assert last > 0.7 * max(left)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_what_is_saved_has_these_ranks(method, base, rows, tmp_path):
     """Within the budget, the same scaling everywhere, and the logits of W + s B A with the saved tensors."""
     out = tmp_path / "run"

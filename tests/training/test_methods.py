@@ -226,6 +226,7 @@ def dtypes_in(state) -> set[torch.dtype]:
     return {state.dtype} if torch.is_tensor(state) else set()
 
 
+@pytest.mark.slow
 def test_an_8bit_optimizer_learns_and_resumes_on_a_cpu(base, rows, tmp_path, monkeypatch):
     """Its states are 8-bit for tensors of 4096 values or more: rank 32 here."""
     said = SHORT | {"method": "dora", "base": base, "data": rows, "optimizer": "adamw_8bit", "r": 32, "max_steps": 6}

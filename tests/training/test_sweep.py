@@ -22,6 +22,7 @@ from minilora_hub.training.sweep_trials import Range, parse_values
 FIXED = {name: value for name, value in SHORT.items() if name not in ("r", "learning_rate")} | {"validation": 0.25}
 
 
+@pytest.mark.slow
 def test_a_grid_on_the_command_line(base, rows, tmp_path, capsys):
     out = tmp_path / "sweep"
     sets = [part for name, value in FIXED.items() for part in ("--set", f"{name}={value}")]

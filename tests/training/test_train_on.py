@@ -49,6 +49,7 @@ def results(run_command, tmp_path, monkeypatch):  # noqa: F811
     return printed
 
 
+@pytest.mark.slow
 def test_every_command_of_the_page_gives_an_adapter_that_can_be_pushed(results, tmp_path):
     assert len(results) == len(commands())
     for out in results:

@@ -102,11 +102,11 @@ def read_card(name: str, folder: Path, repo: str | None = None, revision: str | 
 
 
 def _purpose(results: Results) -> str | None:
-    """Return the first sentence of the description of the training data, or the names of the data."""
+    """Return the description of the training data, to its first full stop or bracket, or the names of the data."""
     sources = results.training.data if results.training else ()
     described = next((source.description for source in sources if source.description), None)
     if described:
-        return f"Trained on {re.split(r'[.;] ', described)[0].rstrip('.')}."
+        return f"Trained on {re.split(r'[.;] |(?<=[)]), ', described)[0].rstrip('.')}."
     names = [source.name for source in sources] or results.datasets
     return f"Trained on {', '.join(names)}." if names else None
 
@@ -131,8 +131,8 @@ def _score(results: Results) -> str | None:
     if not shares:
         return None
     most = max(shares, key=lambda one: one.n or 0)  # the first of several
-    base = "" if most.base_value is None else f" (base {most.base_value:.0%})"
-    return f"{most.metric} {most.value:.0%}{base}, {most.n:,} test items"
+    base = "" if most.base_value is None else f", base {most.base_value:.0%}"
+    return f"{most.metric} {most.value:.0%}{base} ({most.n:,} test items)"
 
 
 def _thinned(values: list[float]) -> list[float]:

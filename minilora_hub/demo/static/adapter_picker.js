@@ -95,7 +95,7 @@ function paintFound(now) {
 // How to use an adapter elsewhere, in a dialog.
 const dialog = element.querySelector(".ml-usage");
 function showUsage(about) {
-  dialog.querySelector("h2").textContent = `Use ${about.repo || about.name}`;
+  dialog.querySelector("h2").textContent = `Get ${about.repo || about.name}`;
   const ways = about.usage.map(({ label, text }) => {
     const way = make("section", "ml-way");
     const copy = make("button", "ml-tool", "Copy");

@@ -9,14 +9,14 @@ const CARD = `
   </header>
   <div class="ml-title">
     <h2 class="ml-name"></h2>
-    <button type="button" class="ml-do ml-use">Use</button>
+    <button type="button" class="ml-do ml-use">Get</button>
     <button type="button" class="ml-do ml-remove">×</button>
   </div>
   <p class="ml-facts"></p>
   <div class="ml-purpose"><p></p><p></p></div>
   <div class="ml-answer" dir="auto" tabindex="0" role="group"><div class="ml-before"></div><div class="ml-rendered"></div><span class="ml-text"></span><span class="ml-caret" aria-hidden="true"></span><p class="ml-error" hidden></p></div>
   <div class="ml-foot">
-    <button type="button" class="ml-fork" hidden></button>
+    <button type="button" class="ml-fork" title="The first token that differs from the base's answer" hidden></button>
     <button type="button" class="ml-act ml-halt" title="Stop this answer">■</button>
     <button type="button" class="ml-act ml-again" title="Answer again, this column only">⟳</button>
     <button type="button" class="ml-act ml-copy-answer" title="Copy this answer"></button>
@@ -45,7 +45,7 @@ class Column {
     const lines = [about.purpose || (about.kind === "base" ? "The model itself, without an adapter." : ""), about.score || ""];
     this.card.querySelectorAll(".ml-purpose p").forEach((line, index) => Object.assign(line, { textContent: lines[index], title: lines[index] }));
     this.find("answer").setAttribute("aria-label", `Answer of ${about.name}. Use the arrow keys to move between tokens.`);
-    for (const [act, words] of [["use", "Use"], ["remove", "Remove"]]) {
+    for (const [act, words] of [["use", "Get"], ["remove", "Remove"]]) {
       const button = this.find(act);
       button.hidden = !about.adapter || Number.isInteger(about.solo);
       button.setAttribute("aria-label", `${words} ${about.name}`);
@@ -164,6 +164,6 @@ class Column {
     this.follows = box.scrollHeight - box.clientHeight;
     const button = this.find("fork");
     button.hidden = fork === null || fork >= count;
-    if (!button.hidden) button.textContent = `differs from token ${fork + 1}`;
+    if (!button.hidden) button.textContent = `≠ base from token ${fork + 1}`;
   }
 }
