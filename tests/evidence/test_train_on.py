@@ -31,7 +31,7 @@ def test_every_step_is_made_and_measured(tmp_path):
     MixLoraForCausalLM.from_base(base, config).save_pretrained(tmp_path / "teacher")
     write(tmp_path / "data", (), ("train",), 16)
     train_on.write_general_text(tmp_path / "general.txt")
-    runs = train_on.Runs(tmp_path, train_on.Sizes(steps=1, items=1), base, tmp_path / "teacher")
+    runs = train_on.Runs(tmp_path, train_on.Sizes(steps=1, items=1), base, tmp_path / "teacher", budget=6500)
     steps = runs.steps()
     assert len({step.name for step in steps}) == len(steps)
     for step in steps:

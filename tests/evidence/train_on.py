@@ -50,7 +50,8 @@ FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
 LORA: dict[str, Any] = {"method": "lora", "learning_rate": 1.5e-3}
 ON_BLOCKS = LORA | {"r": 8, "target_modules": FEED_FORWARD}
 ON_ALL = LORA | {"r": 12}
-BY_EVA = LORA | {"r": "auto", "budget": 3_663_360}  # the parameters of `ON_ALL`
+BUDGET = 3_663_360
+"""The parameters of `ON_ALL` on the embedded base."""
 ROUTER: dict[str, Any] = {"learn": "router", "learning_rate": 1e-2, "router_aux_loss_coef": 0.0}
 SEQUENCES = ("continued", "kept", "orthogonal")
 SHIPPED = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-mixlora"
@@ -90,10 +91,13 @@ class Runs:
         sizes: of the runs.
         base: the base of all adapters.
         teacher: the MixLoRA that is distilled.
+        budget: the parameters that EVA distributes.
     """
 
-    def __init__(self, work: Path, sizes: Sizes, base: str = "embedded", teacher: Path = SHIPPED) -> None:
-        self.work, self.sizes, self.base, self.teacher = work, sizes, base, teacher
+    def __init__(
+        self, work: Path, sizes: Sizes, base: str = "embedded", teacher: Path = SHIPPED, budget: int = BUDGET
+    ) -> None:
+        self.work, self.sizes, self.base, self.teacher, self.budget = work, sizes, base, teacher, budget
 
     def adapter(self, name: str) -> Path:
         """The folder of a step's adapter."""
@@ -179,7 +183,8 @@ class Runs:
         return [Evidence("anchor", "anchored", make, perplexity=True)]
 
     def _rank(self) -> list[Evidence]:
-        return [Evidence("rank", "rank-auto", self._trained(MIX, self.sizes.steps * len(TASKS), **BY_EVA))]
+        by_eva = LORA | {"r": "auto", "budget": self.budget}
+        return [Evidence("rank", "rank-auto", self._trained(MIX, self.sizes.steps * len(TASKS), **by_eva))]
 
     def make(self, step: Evidence) -> Path:
         """Make a step's adapter, and those that it starts from, where they are not there; gives its folder."""
