@@ -142,6 +142,7 @@ def rows_of(prompts, answer) -> list[dict]:
     return [{"prompt": text, "completion": f"{answer} {number}"} for number, text in enumerate(prompts)]
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page(run_command, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     base = write_base(tmp_path / "base")

@@ -246,6 +246,7 @@ def test_history_restores_prompt_settings_and_answers_and_ends_with_the_visit(vi
     assert page.locator(".ml-past").count() == 0
 
 
+@pytest.mark.slow
 def test_a_share_link_restores_everything_in_another_browser(server, data, visit):
     """Nothing is stored before the click; the link says that what it shows is stored; nothing is computed for it."""
     page = visit()

@@ -326,7 +326,7 @@ def test_the_first_fork_shows_both_sides(looked_at, expected, column):
     """A marker at the token, a button in the card, a tick on the timeline; behind them the top five of each side."""
     at = expected.fork(column)
     button = card(looked_at, column).locator(".ml-fork")
-    assert button.inner_text() == f"≠ base from token {at + 1}"
+    assert button.inner_text() == f"≠ base at token {at + 1}"
     marked = (
         card(looked_at, column)
         .locator(".ml-token")

@@ -152,7 +152,8 @@ def test_a_base_that_lacks_a_tensor_is_refused(built, base_folder, tmp_path):
     assert "its checkpoint lacks model.layers.1.mlp.up_proj.weight" in done.stderr
 
 
-@pytest.mark.parametrize("method", ["dora", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dora", "lora"])
 def test_the_handler_is_published_code(built, base_folder, method, process):
     folder = built(method)
     assert release_of(code_hash(code_files(folder))) == "this version"

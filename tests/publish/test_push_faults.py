@@ -96,7 +96,7 @@ def zip_files(hub, repo):
 
 
 @pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.slow)], ids=["some requests", "every request"])
-@pytest.mark.parametrize("new", [True, False], ids=["new repo", "old repo"])
+@pytest.mark.parametrize("new", [pytest.param(True, marks=pytest.mark.slow), False], ids=["new repo", "old repo"])
 def test_every_fault_at_every_request(ready, new, every, capsys):
     """Each fault strikes at other requests, where not at every one."""
     hub, token, built = ready

@@ -247,6 +247,7 @@ def test_a_process_that_dies_is_an_answer(process, copied, base_folder):
     assert verify(folder, base_model=str(base_folder), process=process).problem  # and the next one starts afresh
 
 
+@pytest.mark.slow
 def test_a_published_repo_with_its_revision(hub, trained, monkeypatch):
     """From the Hub, with the base that it names, at a tag and at main, by a user and by nobody."""
     token = hub.add_user("ana")

@@ -43,7 +43,7 @@ def test_a_mixed_batch_gives_each_models_own_tokens(saved, running):
     assert steps < sum(tokens for _, _, tokens, _ in cases) / 3  # rows shared steps
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_200_clients_are_answered_or_told_to_wait(slow, stream):
     """No stream is broken: each ends with [DONE]."""
     server, address = slow
@@ -73,6 +73,7 @@ def text_of_stream(response):
     return "".join(choice["delta"]["content"] for choice in choices)
 
 
+@pytest.mark.slow
 def test_200_clients_fit_a_longer_queue(saved):
     """All are answered where the queue is long enough, each by its own adapter."""
     engine = CompareEngine(saved[0], saved[1], device="cpu")

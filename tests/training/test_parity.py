@@ -198,6 +198,7 @@ def test_the_head_scores_labels_only_and_the_loss_is_that_of_all_positions(metho
         assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_another_attention_of_the_base_learns_the_same(base, rows, tmp_path):
     said = SHORT | {"method": "lora", "base": base, "data": rows}
     train(tmp_path / "sdpa", **said)

@@ -164,6 +164,6 @@ class Column {
     this.follows = box.scrollHeight - box.clientHeight;
     const button = this.find("fork");
     button.hidden = fork === null || fork >= count;
-    if (!button.hidden) button.textContent = `≠ base from token ${fork + 1}`;
+    if (!button.hidden) button.textContent = `≠ base at token ${fork + 1}`;
   }
 }
