@@ -71,7 +71,8 @@ def store_in_int8(model: nn.Module) -> None:
     Embeddings, norms and convolutions stay as they are.
 
     Raises:
-        ValueError: the model has no linear of bfloat16 weights on a CPU.
+        ValueError: most weights of its layers are not in linears of bfloat16 on a CPU, as those of GPT-2's Conv1D or
+            of stacked experts; the message names the largest that is not. Nothing is changed then.
     """
     found = [
         (parent, name, child)
@@ -79,10 +80,23 @@ def store_in_int8(model: nn.Module) -> None:
         for name, child in parent.named_children()
         if type(child) is nn.Linear and child.weight.is_cpu and child.weight.dtype is torch.bfloat16
     ]
-    if not found:
-        raise ValueError("dtype='int8': needs a base of plain linears in bfloat16 on a CPU, and it has none")
+    _require_mostly(model, {id(child.weight) for _, _, child in found})
     stored: dict[nn.Module, Any] = {}  # a linear may be in several places
     for parent, name, child in found:
         if child not in stored:
             stored[child] = Int8Linear(child)
         setattr(parent, name, stored[child])
+
+
+def _require_mostly(model: nn.Module, linears: set[int]) -> None:
+    """Check that linears hold most of the weights that are multiplied with; their ids are given."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    weights = {name: weight for name, weight in model.named_parameters() if weight.dim() > 1}
+    others = {name: w for name, w in weights.items() if id(w) not in linears and id(w) not in embeddings}
+    stored = sum(weight.numel() for weight in weights.values() if id(weight) in linears)
+    if stored <= sum(weight.numel() for weight in others.values()) or not stored:
+        largest = max(others, key=lambda name: others[name].numel(), default="none of its weights")
+        raise ValueError(
+            f"dtype='int8': is for bases whose weights are linears in bfloat16 on a CPU; {largest} is not one: use "
+            "bfloat16"
+        )

@@ -14,17 +14,17 @@ S-LoRA on a GPU (arXiv 2311.03285).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from minilora_hub.adapter_folder.folders import AdapterFacts, adapter_facts, naming, read_source
+from minilora_hub.adapter_folder.folders import adapter_facts, naming, read_source
 from minilora_hub.bases.skeleton import BaseSource
+from minilora_hub.compare.bank_entries import BankEntry, BankMemory, tensor_bytes, version_of
 from minilora_hub.compare.banked_layers import BankedBlock, BankedExperts, BankedLinear, BatchRows, LinearUpdate
 from minilora_hub.compare.found_adapters import shared_copy
 from minilora_hub.errors import AdapterError
@@ -35,40 +35,6 @@ from minilora_hub.remote_code.few_rows import remember_weights
 from minilora_hub.remote_code.fused_experts import AdaptedExperts
 from minilora_hub.remote_code.linear_layers import keep_4bit_weights_exact, linear_shape, plain_weight
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
-
-
-@dataclass(frozen=True)
-class BankEntry:
-    """One registered adapter.
-
-    Attributes:
-        name: its name in rows.
-        folder: the folder of its files.
-        facts: its kind and size, from its configuration.
-        bytes: size of its tensors in memory; 0 while it is not loaded.
-        version: of the files that were last loaded; it is another one after they have changed. None before that.
-    """
-
-    name: str
-    folder: Path
-    facts: AdapterFacts
-    bytes: int = 0
-    version: Hashable | None = None
-
-    @property
-    def loaded(self) -> bool:
-        """Whether its tensors are in memory."""
-        return self.bytes > 0
-
-
-@dataclass(frozen=True)
-class BankMemory:
-    """Bytes of the tensors of the base and of all loaded adapters, and the pool's limit (None: unlimited)."""
-
-    base: int
-    adapters: int
-    limit: int | None
-
 
 BankedLayer = BankedLinear | BankedBlock | BankedExperts
 
@@ -101,7 +67,7 @@ class AdapterBank:
         # The least recently used first.
         self._loaded: OrderedDict[str, list[BankedLayer]] = OrderedDict()
         self._in_use: list[str] = []  # one entry per use; removal from a list is atomic, so any thread may do it
-        self._base_bytes = _tensor_bytes(self.model)
+        self._base_bytes = tensor_bytes(self.model)
         self._wrapped: dict[str, BankedLayer] = {}
         for path, module in self._modules.items():
             if plain_weight(module) is not None:  # this also makes rows of the bare base faster
@@ -270,7 +236,7 @@ class AdapterBank:
             self._loaded.move_to_end(name)
             self.make_room()  # adapters that were in use when the limit was last enforced may be idle now
             return
-        version = _version(entry.folder)  # before the files are read
+        version = version_of(entry.folder)  # before the files are read
         with naming(name):
             config, tensors, sites = read_adapter(read_source(entry.folder), BaseSource.of_model(self._plain))
         modules = build_modules(self._plain, config, sites, tensors, dtype=self._adapter_dtype())
@@ -347,22 +313,9 @@ class AdapterBank:
         self._wrapped[path] = wrapper
 
 
-def _version(folder: Path) -> Hashable:
-    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-    return str(folder), *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-
-
 @torch.no_grad()
 def _compute_scales(mixture: MixtureOfLoraExperts) -> None:
     """Compute DoRA's c of every expert, which inference keeps, ahead of the first token."""
     for name, update in mixture.experts.items():
         if isinstance(update, LowRankUpdate) and update.magnitude is not None:
             update.scale(mixture.base_block.get_submodule(name))
-
-
-def _tensor_bytes(model: nn.Module) -> int:
-    storages = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())

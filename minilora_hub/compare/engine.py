@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from minilora_hub.bases.loading import load_base, load_tokenizer, require_dtype
 from minilora_hub.bases.resolving import resolve_base
-from minilora_hub.compare.adapter_bank import AdapterBank, BankMemory
+from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.answer import Answer, Column, Row, Turns, Update
+from minilora_hub.compare.bank_entries import BankMemory
 from minilora_hub.compare.base_proof import BareLogits, BaseProof
 from minilora_hub.compare.batch import Batch
 from minilora_hub.compare.fair_lock import FairLock

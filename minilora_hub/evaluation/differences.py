@@ -111,8 +111,10 @@ def read_measured(file: Path) -> dict[str, Any]:
     """
     try:
         content = strict_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{str(file)!r} cannot be read: {error}") from error
+    except OSError as error:
+        raise AdapterError(f"{str(file)!r} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise AdapterError(f"{str(file)!r} is not JSON: {error}") from error
     models = content.get("models") if isinstance(content, dict) else None
     answered = isinstance(models, list) and all(isinstance(one, dict) and "answers" in one for one in models)
     if not answered or not isinstance(content.get("items"), dict):

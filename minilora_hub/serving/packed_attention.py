@@ -25,49 +25,55 @@ KEPT = ("scaling", "s_aux", "softcap")
 """Arguments of an attention that do not depend on the rows."""
 
 
-def packed_sdpa(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute the attention of each packed row with `sdpa`; transformers' attention interface.
+Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+def packed(find: Callable[[nn.Module], Attention]) -> Attention:
+    """Return an attention, of transformers' interface, that computes each packed row with another one.
 
     Args:
-        module: the attention layer.
-        query: (1, heads, queries of all rows, head size).
-        key: (1, key heads, keys of all rows, head size); the last keys of a row are those of its queries.
-        value: as `key`.
-        attention_mask: None where rows are packed.
-        **kwargs: with `cu_seq_lens_q` and `cu_seq_lens_k`, (rows + 1), where rows are packed.
-
-    Returns:
-        (1, queries of all rows, heads, head size), and None.
+        find: returns the other one for an attention layer.
     """
-    if kwargs.get("cu_seq_lens_q") is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return _each_row(sdpa_attention_forward, module, query, key, value, kwargs), None
+
+    def attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute the attention of each packed row, or of rows that are not packed as the other one does.
+
+        Args:
+            module: the attention layer.
+            query: (1, heads, queries of all rows, head size).
+            key: (1, key heads, keys of all rows, head size); the last keys of a row are those of its queries.
+            value: as `key`.
+            attention_mask: None where rows are packed.
+            **kwargs: with `cu_seq_lens_q` and `cu_seq_lens_k`, (rows + 1), where rows are packed.
+
+        Returns:
+            (1, queries of all rows, heads, head size), and None.
+        """
+        own = find(module)
+        if kwargs.get("cu_seq_lens_q") is None:
+            return own(module, query, key, value, attention_mask, **kwargs)
+        return _each_row(own, module, query, key, value, kwargs), None
+
+    return attention
 
 
-def packed_eager(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute the attention of each packed row with the model's own eager function; as `packed_sdpa`."""
-    own = sys.modules[type(module).__module__].eager_attention_forward
-    if kwargs.get("cu_seq_lens_q") is None:
-        return own(module, query, key, value, attention_mask, **kwargs)
-    return _each_row(own, module, query, key, value, kwargs), None
+ATTENTIONS: dict[str, tuple[Attention, Callable[..., Any]]] = {
+    "sdpa": (packed(lambda module: sdpa_attention_forward), sdpa_mask),
+    # The one of the model's own file, which differs from others'.
+    "eager": (packed(lambda module: sys.modules[type(module).__module__].eager_attention_forward), eager_mask),
+}
+"""By transformers' names: an attention for packed rows, and what makes the mask of rows that are not packed."""
 
 
 def _each_row(
-    attention: Callable[..., tuple[torch.Tensor, Any]],
+    attention: Attention,
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -99,10 +105,11 @@ def use_packed_attention(model: Any, name: str) -> None:
 
     Args:
         model: any.
-        name: of its attention before; one that is neither ``"sdpa"`` nor ``"eager"`` is left as it is.
+        name: of its attention before; one that is not in `ATTENTIONS` is left as it is.
     """
-    if model.device.type != "cpu" or name not in ("sdpa", "eager"):
+    if model.device.type != "cpu" or name not in ATTENTIONS:
         return
-    AttentionInterface.register(PREFIX + name, packed_sdpa if name == "sdpa" else packed_eager)
-    AttentionMaskInterface.register(PREFIX + name, sdpa_mask if name == "sdpa" else eager_mask)
+    attention, mask = ATTENTIONS[name]
+    AttentionInterface.register(PREFIX + name, attention)
+    AttentionMaskInterface.register(PREFIX + name, mask)
     model.set_attn_implementation(PREFIX + name)

@@ -192,13 +192,6 @@ def _ours(settings: TrainingSettings, resolved: ResolvedBase, arguments: dict[st
         raise BaseModelError(" ".join(str(error).split())) from error
 
 
-def adapter_size(model: Any) -> int:
-    """Return the number of values in the adapter, whether they learn or not."""
-    if hasattr(model, "num_adapter_parameters"):
-        return int(model.num_adapter_parameters())
-    return sum(parameter.numel() for parameter in trainable_parameters(model).values())
-
-
 def trainable_parameters(model: Any) -> dict[str, Any]:
     """Return ``{name: parameter}`` of the trainable parameters.
 

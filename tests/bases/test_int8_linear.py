@@ -4,6 +4,7 @@ import pytest
 import tiny_stand_ins
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from minilora_hub.bases.int8_linear import PACKED_ROWS, Int8Linear, store_in_int8
 from minilora_hub.bases.loading import load_base
@@ -60,8 +61,15 @@ def test_every_linear_of_a_base_is_stored(tmp_path):
 
 
 def test_what_cannot_be_stored_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="dtype='int8': needs a base of plain linears in bfloat16 on a CPU"):
+    """Nothing is changed then."""
+    with pytest.raises(ValueError, match="dtype='int8': is for bases whose weights are linears in bfloat16 on a CPU"):
         store_in_int8(tiny_stand_ins.tiny_llama())  # float32
+    sizes = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 64}
+    gpt2 = GPT2LMHeadModel(GPT2Config(**sizes)).to(torch.bfloat16)
+    before = [type(module) for module in gpt2.modules()]
+    with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_fc\.weight is not one"):
+        store_in_int8(gpt2)
+    assert [type(module) for module in gpt2.modules()] == before
     folder, _ = tiny_stand_ins.save_base_and_adapters(tmp_path)
     with pytest.raises(ValueError, match="dtype='int8' on cuda: is for CPUs"):
         load_base(resolve_base(folder), dtype="int8", device="cuda")
