@@ -196,6 +196,7 @@ def _hyperparameters(settings: TrainingSettings) -> dict[str, Any]:
         "batch size": recipe.batch_size,
         "batches": recipe.batching,
         "LoRA+ ratio": recipe.loraplus_ratio,
+        "learning rate of the routers / of the experts": recipe.router_lr_ratio,
         "weight decay": recipe.weight_decay,
         "gradient norm at most": recipe.max_grad_norm or None,
         "seed": recipe.seed,

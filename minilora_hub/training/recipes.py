@@ -85,6 +85,7 @@ class Recipe:
             ``"packed"`` concatenates rows into sequences of `max_length` tokens; each row attends only to itself.
         optimizer: transformers' name, e.g. ``"adamw_torch"``, ``"paged_adamw_8bit"``.
         loraplus_ratio: LoRA+ (arXiv 2402.12354): the learning rate of B divided by that of A.
+        router_lr_ratio: the learning rate of a mixture's routers divided by that of its experts.
         weight_decay: decoupled, on matrices.
         max_grad_norm: gradients are clipped to this norm; 0 turns clipping off.
         max_length: maximum tokens in a row; default: the base's context.
@@ -120,6 +121,7 @@ class Recipe:
     batching: Literal["shuffled", "length-grouped", "packed"] = "shuffled"
     optimizer: Text = "adamw_torch"
     loraplus_ratio: Annotated[Real, Field(ge=1)] | None = None
+    router_lr_ratio: Annotated[Real, Field(gt=0)] | None = None
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[Real, Field(ge=0)] = 1.0
     max_length: Count | None = None

@@ -205,6 +205,7 @@ def _check_combinations(settings: TrainingSettings) -> None:
     objectives = {spec.name for spec in parse_objectives(settings.objective)}
     mixture = settings.method in ("mixlora", "mixdora")
     require_of_run(mixture or settings.learn not in ("router", "experts"), "learn", "needs a mixture")
+    require(mixture or recipe.router_lr_ratio is None, "router_lr_ratio", "needs a mixture")
     require_of_run(not settings.keep or settings.method == "lora", "keep", "needs --method lora")
     require_of_run("orthogonal" not in objectives or bool(settings.keep), "objective", "orthogonal needs --keep")
     automatic = recipe.adapter.get("r") == "auto"

@@ -198,8 +198,9 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         return LengthGrouped(lengths, self.recipe.batch_size, self.args.seed)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Create the recipe's optimizer; with `loraplus_ratio`, use PEFT's parameter groups for A and B."""
-        if self.optimizer is None and self.recipe.loraplus_ratio:
+        """Create the recipe's optimizer: with `loraplus_ratio` by PEFT; `router_lr_ratio` gives routers own groups."""
+        created = self.optimizer is None
+        if created and self.recipe.loraplus_ratio:
             from peft.optimizers import create_loraplus_optimizer
 
             target: Any = model if model is not None else self.model
@@ -213,7 +214,24 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
                 loraplus_weight_decay=self.recipe.weight_decay,
                 **arguments,
             )
-        return super().create_optimizer(model)
+        super().create_optimizer(model)
+        if created and self.recipe.router_lr_ratio is not None:
+            self._split_off_routers(self.recipe.router_lr_ratio)
+        return self.optimizer
+
+    def _split_off_routers(self, ratio: float) -> None:
+        """Move the routers into parameter groups with `ratio` times the learning rate."""
+        named = trainable_parameters(self.accelerator.unwrap_model(self.model))
+        routers = {id(parameter) for name, parameter in named.items() if name.endswith(".router")}
+        optimizer: Any = self.optimizer
+        before = len(optimizer.param_groups)
+        for group in list(optimizer.param_groups):
+            own = [parameter for parameter in group["params"] if id(parameter) in routers]
+            if own:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in routers]
+                optimizer.add_param_group(group | {"params": own, "lr": group["lr"] * ratio})
+        if len(optimizer.param_groups) == before:
+            raise TrainingError(f"router_lr_ratio={ratio:g}: no router is trained in this run")
 
     # ---- checkpoints ----
 

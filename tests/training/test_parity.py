@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from minilora_hub.adapter_folder.names import to_peft
 from minilora_hub.bases import resolve_base
+from minilora_hub.errors import TrainingError
 from minilora_hub.training.dataset import prepare_data
 from minilora_hub.training.loop import build_trainer, known_warnings_ignored
 from minilora_hub.training.models import build_trainee, load_tokenizer
@@ -143,6 +144,34 @@ def test_loraplus_lets_b_learn_faster(base, rows, tmp_path):
     assert len(rates) == len(trainer.model.adapter_parameters())
     assert {rate for name, rate in rates.items() if name.endswith("lora_B")} == {16e-2}
     assert {rate for name, rate in rates.items() if name.endswith("lora_A")} == {1e-2}
+
+
+@pytest.mark.parametrize("loraplus", [None, 16.0])
+def test_routers_learn_at_their_own_rate(loraplus, base, rows, tmp_path):
+    """Every tensor has one rate, and a step of the schedule keeps the ratio."""
+    said = SHORT | {"method": "mixlora", "base": base, "data": rows, "max_steps": 4, "warmup": 0.5}
+    trainer, _ = parts(tmp_path / "run", **said, router_lr_ratio=0.25, loraplus_ratio=loraplus)
+    trainer.create_optimizer_and_scheduler(4)
+    trainer.optimizer.step()
+    trainer.lr_scheduler.step()  # the first of two steps of warm-up: half the rates
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    rates = [(names[id(p)], group["lr"]) for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert sorted(name for name, _ in rates) == sorted(
+        name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad
+    )
+    found = {name.rpartition(".")[2]: rate for name, rate in rates}
+    assert found == {"router": 0.125e-2, "lora_A": 0.5e-2, "lora_B": 0.5e-2 * (loraplus or 1)}
+
+
+def test_a_rate_for_routers_needs_routers_that_are_trained(base, rows, tmp_path):
+    said = SHORT | {"method": "dora", "base": base, "data": rows}
+    with pytest.raises(TrainingError, match=r"router_lr_ratio=2.0: needs a mixture"):
+        parts(tmp_path / "run", **said, router_lr_ratio=2)
+    train(tmp_path / "parent", **said | {"method": "mixlora", "max_steps": 1})
+    said |= {"method": "mixlora", "from_adapter": str(tmp_path / "parent"), "learn": "experts"}
+    trainer, _ = parts(tmp_path / "run", **said, router_lr_ratio=2)
+    with pytest.raises(TrainingError, match=r"router_lr_ratio=2: no router is trained"):
+        trainer.create_optimizer()
 
 
 @pytest.mark.slow
