@@ -71,7 +71,7 @@ def list_(
     debug: Debug = False,
 ) -> None:
     """List adapters on the Hub."""
-    from minilora_hub.publish.find import list_adapters
+    from minilora_hub.publish.listing import list_adapters
 
     found = list_adapters(base, method=method, sort=sort, limit=limit)
     if as_json:

@@ -14,7 +14,7 @@ from minilora_hub.formatting import size
 
 if TYPE_CHECKING:
     from minilora_hub.publish.push.push import PushPlan
-    from minilora_hub.publish.verify.verify import VerifyReport
+    from minilora_hub.publish.verify.report import VerifyReport
 
 MARKS = {"add": "+", "change": "~", "keep": " ", "delete": "-"}
 

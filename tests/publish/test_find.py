@@ -12,7 +12,8 @@ from tiny_stand_ins import tiny_llama
 
 from minilora_hub import push
 from minilora_hub.errors import AdapterError, PublishError
-from minilora_hub.publish.find import SORTS, info, list_adapters, pull
+from minilora_hub.publish.find import info, pull
+from minilora_hub.publish.listing import SORTS, list_adapters
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
@@ -124,7 +125,7 @@ def test_a_hub_that_does_not_search_by_tag(published, monkeypatch):
     for base, found in right.items():
         assert list_adapters(base) == found
         assert list_adapters(base, limit=1) == found[:1]
-    monkeypatch.setattr("minilora_hub.publish.find.LOOKED_AT", 3)
+    monkeypatch.setattr("minilora_hub.publish.listing.LOOKED_AT", 3)
     with pytest.raises(PublishError, match="does not search by tag, and has more than 3 models"):
         list_adapters("org/base")
 

@@ -20,7 +20,7 @@ from minilora_hub.demo.ui.components import QUIET, component, sent
 from minilora_hub.demo.ui.layout import NO_NOTICE, Parts
 from minilora_hub.demo.ui.page_state import idle_stage, status
 from minilora_hub.errors import MiniLoraError
-from minilora_hub.publish.find import ListedAdapter, list_adapters
+from minilora_hub.publish.listing import ListedAdapter, list_adapters
 
 FOUND = 20
 """The most results of a search that are shown."""

@@ -33,7 +33,7 @@ from minilora_hub.publish.push.commit import send, set_tag
 from minilora_hub.publish.push.plan import PushPlan, plan_push, pushed_by_us
 from minilora_hub.publish.push.progress import Stages
 from minilora_hub.publish.push.target import find_target, require_free_tag
-from minilora_hub.publish.verify.verify import VerifyReport
+from minilora_hub.publish.verify.report import VerifyReport
 from minilora_hub.publish.verify.verify import verify as verify_repo
 from minilora_hub.quiet import quiet_libraries
 from minilora_hub.recording.document import configuration_file
