@@ -60,7 +60,6 @@ class AnswerCache:
         self._path = None if folder is None else folder / f"{digest_of(self._model)[:32]}.jsonl"
         self._known: dict[str, Any] = {}
         self._torn = False
-        self.hits = 0
         if self._path is None or not self._path.is_file():
             return
         text = self._path.read_text(encoding="utf-8", errors="replace")
@@ -78,9 +77,7 @@ class AnswerCache:
 
     def get(self, key: str) -> Any | None:
         """Return the value of a key; None if there is none."""
-        found = self._known.get(key)
-        self.hits += found is not None
-        return found
+        return self._known.get(key)
 
     def put(self, key: str, value: Any) -> None:
         """Add a JSON value, and write it to the disk."""

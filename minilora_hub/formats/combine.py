@@ -33,7 +33,6 @@ from minilora_hub.formats.peft_reading import PeftAdapter, Update, read_peft
 
 ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 METHODS = (*ON_FACTORS, "svd", *(f"{name}_svd" for name in ON_FACTORS[1:]), "cat")
-PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 
 
 @dataclass(frozen=True)
