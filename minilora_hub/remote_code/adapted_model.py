@@ -1,29 +1,21 @@
-"""What MixLoRA and DoRA models share: a base model of transformers with an adapter in it, loaded and saved as one.
-
-The base is loaded by transformers with the caller's arguments, and the adapter is attached to it in place. Saving is in
-`saving.py`.
-"""
+"""What MixLoRA and DoRA models share: a base model of transformers with an adapter in it. Saving is in `saving.py`."""
 
 import copy
 import os
-import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import cached_file, logging
 
 from .adapter_files import ADAPTER_FILE, UNKNOWN, cached_commit, read_adapter
-from .attach import adapter_parameters, attach, detach, expected_tensors, merge_into_base
+from .attach import attach, detach, expected_tensors, merge_into_base
 from .base_delegation import DelegatesToBase
-from .base_loading import load_base, tensor_digests
+from .base_loading import fingerprint_of, load_base, load_base_for_adapter, tensor_digests
 from .base_structure import MixtureSite, plan_sites, refuse_adapted
-from .heads import CLASSIFYING, DESCRIBED_LABELS, fresh_modules, saved_parameters
+from .heads import CLASSIFYING, fresh_modules, saved_parameters
 from .probe import settle_targets
-from .saving import HOLDS_AN_ADAPTER, SavedAdapter, fingerprint_of
-from .trainer_support import without_wrappers
+from .saving import HOLDS_AN_ADAPTER, SavedAdapter
 
 logger = logging.get_logger(__name__)
 
@@ -102,26 +94,13 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
 
     @classmethod
     def _require_own_config(cls, config: Any) -> None:
-        """Raise if a configuration is of another method. The same class may be imported from elsewhere."""
+        # By its model type: the same class may be imported from elsewhere.
         if getattr(type(config), "model_type", None) != cls.config_class.model_type:
             need = cls.config_class.__name__
             raise ValueError(f"config={type(config).__name__}(…): {cls.__name__} requires a {need}")
 
     def init_weights(self) -> None:
-        """Do nothing: the base is initialised, and so are the adapter's modules."""
-
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """{canonical name: parameter} of the adapter: ``layers.<i>.<path in the layer>.<lora_A, lora_B, …>``.
-
-        Those of the modules in `modules_to_save` have their path in the base.
-        """
-        saved = saved_parameters(self.base, self.config.modules_to_save)
-        return {**adapter_parameters(self.base, self.sites), **saved}
-
-    def _adapter_names(self) -> dict[str, str]:
-        """{name of a parameter of this model: its canonical name} of the adapter's parameters."""
-        canonical = {id(parameter): name for name, parameter in self.adapter_parameters().items()}
-        return {name: canonical[id(p)] for name, p in self.named_parameters() if id(p) in canonical}
+        """Do nothing: base and adapter have their weights."""
 
     def num_adapter_parameters(self) -> int:
         """Return the number of values the adapter adds to the base, those of `modules_to_save` included."""
@@ -144,11 +123,9 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
 
         (Not so under the routing strategies ``"top_p"`` and ``"switch"``, whose weights do not sum to one.)
 
-        A model that is passed is changed in place; `unload` restores it. One that names files on this machine is
-        compared with them.
-
         Args:
-            base: a model, a Hub id, a folder, or a registered alias such as ``"embedded"``.
+            base: a Hub id, a folder, a registered alias such as ``"embedded"``, or a model. The latter is changed in
+                place, which `unload` undoes; if it names files on this machine, it is compared with them.
             config: the adapter's configuration. It is copied.
             seed: seed of the initial weights; torch's global random state is left alone.
             adapter_dtype: dtype of the adapter's tensors. Default: float32. A DoRA magnitude is always float32.
@@ -156,8 +133,8 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
             **base_arguments: passed to the base's from_pretrained (`dtype`, `device_map`, `revision`, …).
 
         Raises:
-            ValueError: the base is adapted already, is not understood, or has none of the targets; its checkpoint
-                lacks a tensor; or a model that is passed has other weights than the files it names.
+            ValueError: the base is adapted already, is not understood, has none of the targets, or has other weights
+                than the files it names; or its checkpoint lacks a tensor.
         """
         cls._require_own_config(config)
         config = copy.deepcopy(config)
@@ -224,17 +201,15 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
             *model_args: refused; everything else is passed by name.
             config: its configuration; read from there by default.
             base_model: another base than the configuration names: a model, a Hub id, a folder or an alias.
-            base_revision: revision of the base. The adapter's `revision` never applies to the base.
+            base_revision: revision of the base, to which the adapter's `revision` never applies.
             base_trust_remote_code: whether the base's own code may run. Trusting the adapter's does not trust it.
-            output_loading_info: also return transformers' dict of missing and unexpected keys, which are none: a file
-                that does not fit is an error.
+            output_loading_info: also return transformers' dict of missing and unexpected keys, which are none.
             **kwargs: `revision`, `subfolder`, `token`, `cache_dir`, … find the adapter; everything else goes to the
                 base (`dtype`, `device_map`, `quantization_config`, `attn_implementation`, …). A given `dtype` also
                 applies to the adapter, whose tensors otherwise keep the dtype they were saved in.
 
         Raises:
-            ValueError: the file is damaged or does not fit the configuration and the base; the message names the
-                tensor.
+            ValueError: the file is damaged or does not fit configuration and base; the message names the tensor.
         """
         if model_args:
             raise ValueError(
@@ -248,7 +223,16 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
             config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **where)
         config = copy.deepcopy(config)
         file = cached_file(pretrained_model_name_or_path, ADAPTER_FILE, **where)
-        base, dtype = cls._base_for_adapter(config, base_model, base_revision, base_trust_remote_code, kwargs, shared)
+        dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+        dtype = dtype if isinstance(dtype, torch.dtype) else None
+        base = base_model
+        if not isinstance(base, torch.nn.Module):
+            if base_model is not None:
+                config.base_model_name_or_path, config.base_model_revision = str(base_model), None
+            if base_revision is not None:
+                config.base_model_revision = base_revision
+            base = load_base_for_adapter(cls.auto_class, config, base_trust_remote_code, dtype, shared, kwargs)
         # Of a quantised base only, which saving would otherwise have to load a second time.
         quantised = base is not base_model and getattr(base, "hf_quantizer", None) is not None
         saved = saved_parameters(base, config.modules_to_save)
@@ -262,8 +246,8 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         model._load_generation_config(pretrained_model_name_or_path, where)
         model.eval()
-        info: dict[str, list] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
-        return (model, info) if output_loading_info else model
+        info = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        return (model, {name: [] for name in info}) if output_loading_info else model
 
     def _load_generation_config(self, name_or_path: Any, where: dict[str, Any]) -> None:
         """Load the adapter's own generation settings, if its folder has any; otherwise the base's stay."""
@@ -272,57 +256,6 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
                 self.generation_config = GenerationConfig.from_pretrained(name_or_path, **where)
             except OSError:
                 logger.info("No generation_config.json with the adapter: the base's generation settings are used.")
-
-    @classmethod
-    def _base_for_adapter(
-        cls,
-        config: Any,
-        base_model: Any,
-        base_revision: str | None,
-        trust_remote_code: bool,
-        kwargs: dict[str, Any],
-        shared: dict[str, Any],
-    ) -> tuple[Any, torch.dtype | None]:
-        """Return the base and the dtype asked for, if any; `config` is changed to name this base."""
-        dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-        asked = dtype if isinstance(dtype, torch.dtype) else None
-        if isinstance(base_model, torch.nn.Module):
-            return base_model, asked
-        if base_model is not None:
-            config.base_model_name_or_path, config.base_model_revision = str(base_model), None
-        if base_revision is not None:
-            config.base_model_revision = base_revision
-        # AutoConfig has taken attn_implementation out of the arguments: without this the base would keep its default.
-        if config._attn_implementation is not None:
-            kwargs.setdefault("attn_implementation", config._attn_implementation)
-        # The same holds for everything that was set on the configuration for the base (as use_cache=False).
-        arguments = {"dtype": asked or config.dtype or "auto", **config.base_changes(), **shared, **kwargs}
-        if cls.auto_class.__name__ in CLASSIFYING:
-            labels = config.text_config.to_diff_dict()
-            arguments = {n: getattr(config.text_config, n) for n in DESCRIBED_LABELS if n in labels} | arguments
-        base = load_base(cls.auto_class, config, trust_remote_code, arguments)
-        trained_on = config.base_fingerprint
-        found = UNKNOWN if trained_on == UNKNOWN else fingerprint_of(config, shared.get("cache_dir"))
-        if found not in (UNKNOWN, trained_on):
-            warnings.warn(
-                f"this adapter was trained on a base with fingerprint {trained_on}, but "
-                f"{config.base_model_name_or_path!r} has {found}: its outputs may differ from those its author saw",
-                stacklevel=4,
-            )
-        return base, asked
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights as torch does; the adapter's alone, as in Trainer's checkpoints, need none of the base.
-
-        Args: see `torch.nn.Module.load_state_dict`.
-        """
-        names = {without_wrappers(name): name for name in self._adapter_names()}
-        given = {without_wrappers(name): tensor for name, tensor in state_dict.items()}
-        if given.keys() != names.keys():
-            return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        loaded = super().load_state_dict({names[n]: given[n] for n in given}, strict=False, assign=assign)
-        return type(loaded)([], loaded.unexpected_keys)  # the base's are not missing
 
     # ---- removing the adapter ----
 

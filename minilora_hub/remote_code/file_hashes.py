@@ -2,7 +2,7 @@
 
 An adapter names its base by a hash of the checkpoint files, and every load compares it. The hash of a large file is
 kept in the assets folder of the Hub's cache, with everything by which the file system shows a change: size, inode, and
-the times of the last write and of the last change of the inode in nanoseconds. No program can set the latter.
+the times of the last write and of the last change of the inode, which no program can set.
 """
 
 import hashlib

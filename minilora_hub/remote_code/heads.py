@@ -58,10 +58,7 @@ def label_names(auto_name: str) -> tuple[str, ...]:
 def auto_names(base: Any, auto_name: str, saved: Collection[str]) -> list[str]:
     """Return the Auto classes with which an adapter on this base loads.
 
-    Args:
-        base: the base.
-        auto_name: the one of the adapter's own class.
-        saved: names of the modules that are saved whole, which only the base's own class has.
+    `auto_name` is that of the adapter's own class. Only the base's own class has the modules in `saved`.
     """
     leading = [name for name in HEADS if type(base) in _classes(name, type(base.config))]
     text = {"AutoModel", "AutoModelForCausalLM"}
@@ -106,9 +103,6 @@ def saved_parameters(base: nn.Module, modules: Collection[str] | None, adapted: 
         base: the base.
         modules: their paths, or ends of paths.
         adapted: paths of the modules that are adapted, which none of them may hold.
-
-    Raises:
-        ValueError: a name stands for no module with parameters, or for one that is adapted.
     """
     found: dict[str, Any] = {}
     adapted = list(adapted)
@@ -127,10 +121,7 @@ def saved_parameters(base: nn.Module, modules: Collection[str] | None, adapted: 
 
 
 def fresh_modules(base: Any, missing: Iterable[str], auto_name: str) -> tuple[list[str], list[str]]:
-    """Split parameters that a checkpoint lacks: modules that can be trained and saved whole, and other parameters.
-
-    A module is a classifier's head, or a part of it, or a pooler, which many checkpoints lack.
-    """
+    """Split parameters that a checkpoint lacks: those of a classifier's head or a pooler, as modules, and others."""
     body = {base.base_model_prefix}
     if base.base_model is base:  # Whisper's classifier has its encoder without a name for the body
         body = {path.partition(".")[0] for path in outermost_lists(base)}

@@ -113,10 +113,7 @@ def may_overwrite_output(layer: nn.Module) -> bool:
 
 
 def is_only_its_product(layer: nn.Module) -> bool:
-    """Whether calling `layer` now is `F.linear` and nothing else: a plain linear at inference, without hooks.
-
-    Then `only_product_of` may take its place.
-    """
+    """Whether calling `layer` now is `F.linear` only, so that `only_product_of` may take its place."""
     plain = _is_plain(layer) and not torch.is_grad_enabled() and not _has_hooks(layer)
     return plain and not torch.compiler.is_compiling()
 

@@ -20,11 +20,8 @@ ROUTING_FIELDS = ("aux_loss", "router_logits", "selected_experts", "routing_weig
 """Fields of a MixLoRA's outputs, None where they were not asked for.
 
 aux_loss, z_loss: the load-balance loss and, under ``"switch"``, the router's z-loss, without their coefficients.
-router_logits: per mixture, (batch, seq, experts), fp32.
-selected_experts: per mixture, (batch, seq, K), the most probable first. K is `num_experts_per_tok`, and the number of
-    experts under ``routing_strategy="top_p"``, with -1 in the slots a token does not need. Under ``"switch"`` -1 is a
-    token over its expert's capacity (in training only).
-routing_weights: per mixture, (batch, seq, K), fp32; 0 where the index is -1.
+router_logits, selected_experts, routing_weights: a tensor per mixture, see `RoutingRecord`. K is `num_experts_per_tok`,
+    and the number of experts under ``routing_strategy="top_p"``.
 """
 _WITH_ROUTING: dict[Any, Any] = {}  # no functools.cache, past which torch.compile looks
 
@@ -100,11 +97,10 @@ class MixLoraBase(AdaptedModel):
             output_router_logits: also return `router_logits` and `aux_loss`. Default: the configuration's.
             output_routing: also return `selected_experts` and `routing_weights`.
             **kwargs: the base's other arguments, among them `labels`, with which the balance loss times its coefficient
-                is added in training; `attention_mask`, (batch, seq), 0 on padding, which does not count in the balance
-                loss; and `return_dict`, False for a tuple.
+                is added in training, and `attention_mask`, (batch, seq), 0 on padding, which does not count in it.
 
         Returns:
-            `output_class`, or the base's own outputs with `ROUTING_FIELDS`.
+            `output_class`, or the base's own outputs with `ROUTING_FIELDS`; a tuple with ``return_dict=False``.
         """
         arguments = self._base_arguments(input_ids, args, kwargs)
         if output_router_logits is None:
@@ -125,8 +121,7 @@ class MixLoraBase(AdaptedModel):
             if output_router_logits:
                 routing["router_logits"] = tuple(record.logits)
             if output_routing:
-                routing["selected_experts"] = tuple(record.selected)
-                routing["routing_weights"] = tuple(record.weights)
+                routing |= {"selected_experts": tuple(record.selected), "routing_weights": tuple(record.weights)}
         fields = {**outputs, **routing}
         if weights:
             shifted = self.auto_class.__name__ in CAUSAL

@@ -43,13 +43,12 @@ def adapted_row_norms(
 
     Args:
         weight_norms_squared: ||W||^2, [out], fp32.
-        weight_a: W A^T, [..., out, r], fp32.
-        lora_a: A, [..., r, in]. A leading axis may hold experts.
+        weight_a: W A^T, [..., out, r], fp32. A leading axis may hold experts.
+        lora_a: A, [..., r, in].
         lora_b: B, [..., out, r].
         scaling: s.
 
-    Returns:
-        [..., out], fp32, at least `TINY_NORM`.
+    Returns: [..., out], fp32, at least `TINY_NORM`.
     """
     a, b = lora_a.float(), lora_b.float()
     cross = (b * weight_a).sum(dim=-1)  # (..., out)
@@ -74,12 +73,7 @@ def product_dtype(out: Tensor, x: Tensor, lora_a: Tensor) -> torch.dtype:
     So float32 adapters on a bfloat16 base are rounded where they are used, as under autocast, and learn in float32;
     casting the activations to float32 instead would cost more than the products. (Not in float16, whose small range
     needs a scaled loss.) With few rows on a CPU it is the other way round: starting a bfloat16 product takes several
-    times as long as the whole float32 one.
-
-    Args:
-        out: output of the base, (..., out).
-        x: input, (..., in).
-        lora_a: A.
+    times as long as the whole float32 one. `out` is the output of the base, (..., out), and x its input, (..., in).
     """
     if out.dtype != torch.bfloat16:
         return lora_a.dtype
@@ -131,8 +125,7 @@ class LowRankUpdate(nn.Module):
         lora_B: [..., out, r].
         magnitude: [..., out], fp32, or None for plain LoRA.
         scaling: s.
-        weight_norms_squared: ||W||^2 of the base, [out], fp32; None for plain LoRA. Not saved: it follows from the
-            base.
+        weight_norms_squared: ||W||^2 of the base, [out], fp32; None for plain LoRA. Not saved.
     """
 
     magnitude: nn.Parameter | None

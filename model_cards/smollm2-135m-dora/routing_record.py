@@ -30,8 +30,6 @@ class Routes(NamedTuple):
 class RoutingRecord:
     """What the routers of one forward decided, one tensor for each mixture, in the order of the layers.
 
-    K is `num_experts_per_tok` for top_k, 1 for switch and the number of experts for top_p.
-
     Attributes:
         logits: router logits, (batch, seq, experts), fp32.
         selected: indices of the chosen experts, (batch, seq, K), the most probable first; -1 in the slots of top_p that
@@ -57,9 +55,6 @@ def record_routing(token_mask: Tensor | None = None) -> Iterator[RoutingRecord]:
 
     The record belongs to this thread's context, and is closed when the block ends, so a forward that gradient
     checkpointing repeats during backward adds nothing to it.
-
-    Args:
-        token_mask: (batch, seq), 0 on padding; see `RoutingRecord`.
     """
     record = RoutingRecord(token_mask=token_mask)
     if torch.compiler.is_compiling():

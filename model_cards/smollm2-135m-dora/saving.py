@@ -1,8 +1,7 @@
 """Save an adapter so that loading it gives the model that was saved.
 
 An adapter never names a base whose files hold other weights than its own base has. A model that is passed to
-`from_base` is compared with the files it names, and saving compares again if the base has changed since: an adapter may
-have been merged into it, its embeddings resized, some of its weights trained.
+`from_base` is compared with the files it names, and saving compares again if the base has changed since.
 """
 
 import copy
@@ -15,25 +14,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from .adapter_files import (
-    ADAPTER_FILE,
-    CODE_FILES,
-    UNKNOWN,
-    base_fingerprint,
-    base_source,
-    first_names,
-    local_folder,
-    write_adapter,
+from .adapter_files import ADAPTER_FILE, CODE_FILES, base_source, first_names, local_folder, write_adapter
+from .attach import adapter_parameters, detach, replace_module
+from .base_loading import (
+    Digests,
+    differing_tensors,
+    fingerprint_of,
+    refuse_unknown_tokens,
+    same_digests,
+    tensor_digests,
 )
-from .attach import detach, replace_module
-from .base_loading import Digests, differing_tensors, refuse_unknown_tokens, same_digests, tensor_digests
 from .heads import auto_map, auto_names, class_name, fresh_modules, saved_parameters
 from .linear_layers import is_split, speed_up_linears, whole_tensor
-from .trainer_support import find_in_state_dict, write_checkpoint
+from .trainer_support import find_in_state_dict, without_wrappers, write_checkpoint
 
 logger = logging.get_logger(__name__)
 
@@ -41,20 +38,36 @@ HOLDS_AN_ADAPTER = "holds_merged_adapter"  # attribute of a base into which an a
 PUSH_ARGUMENTS = tuple(inspect.signature(PreTrainedModel.push_to_hub).parameters)
 
 
-def fingerprint_of(config: Any, cache_dir: Any) -> str:
-    """Return the fingerprint of the base that an adapter's configuration names."""
-    name = config.base_model_name_or_path
-    return UNKNOWN if name is None else base_fingerprint(base_source(name), config.base_model_revision, cache_dir)
-
-
 class SavedAdapter(PreTrainedModel):
-    """The part of an adapted model that saves it."""
+    """The part of an adapted model that names its tensors and saves them."""
 
     base: Any
     sites: Any
     # The base as of the last time it was known to equal the files that are named: name, revision, tensor digests.
     _base_as_named: tuple[str, str | None, Digests] | None = None
     _base_cache_dir: Any = None
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """{canonical name: parameter} of the adapter: ``layers.<i>.<path in the layer>.<lora_A, lora_B, …>``.
+
+        Those of the modules in `modules_to_save` have their path in the base.
+        """
+        saved = saved_parameters(self.base, self.config.modules_to_save)
+        return {**adapter_parameters(self.base, self.sites), **saved}
+
+    def _adapter_names(self) -> dict[str, str]:
+        """{name of an adapter's parameter in this model: its canonical name}."""
+        canonical = {id(parameter): name for name, parameter in self.adapter_parameters().items()}
+        return {name: canonical[id(p)] for name, p in self.named_parameters() if id(p) in canonical}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights as torch does; the adapter's alone, as in Trainer's checkpoints, need none of the base."""
+        names = {without_wrappers(name): name for name in self._adapter_names()}
+        given = {without_wrappers(name): tensor for name, tensor in state_dict.items()}
+        if given.keys() != names.keys():
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        loaded = super().load_state_dict({names[n]: given[n] for n in given}, strict=False, assign=assign)
+        return type(loaded)([], loaded.unexpected_keys)  # the base's are not missing
 
     def save_pretrained(  # type: ignore[override]
         self: Any,
@@ -74,9 +87,8 @@ class SavedAdapter(PreTrainedModel):
             state_dict: weights to save instead of the current ones, under the parameter names of this model or of a
                 wrapper around it (as Trainer passes).
             push_to_hub: also upload the folder (see `push_to_hub`); `repo_id`, `token` and the like go into `kwargs`.
-            tokenizer: the tokenizer or processor to save. Default: the base's own, if it is on this machine.
-            **kwargs: the arguments of `push_to_hub`; others that transformers has (`safe_serialization`,
-                `max_shard_size`, …) have no effect.
+            tokenizer: tokenizer or processor to save. Default: the base's own, if it is on this machine.
+            **kwargs: the arguments of `push_to_hub`; transformers' others (`max_shard_size`, …) have no effect.
 
         Raises:
             ValueError: the base has other weights than the files of the one that is named, the tokenizer has more
@@ -170,11 +182,8 @@ class SavedAdapter(PreTrainedModel):
     def save_base(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write the base as it is now, without the adapter, to a folder, and name that folder as the adapter's base.
 
-        For a base that no files hold: an adapter was merged into it, or its embeddings were resized.
-
-        Args:
-            folder: folder, made if missing.
-            **kwargs: passed to the base's `save_pretrained` (`max_shard_size`, …).
+        For a base that no files hold: an adapter was merged into it, or its embeddings were resized. `kwargs` are those
+        of the base's `save_pretrained`.
 
         Raises:
             ValueError: the folder is the one that holds the base as it was, whose files may still be in use.

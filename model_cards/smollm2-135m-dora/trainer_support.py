@@ -75,11 +75,7 @@ def shown_with(method: takes_base_arguments, names: Iterable[str]) -> takes_base
 
 
 def by_name(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call of `forward`, a bound method, by name.
-
-    Raises:
-        TypeError: there are too many, or one is given twice.
-    """
+    """Return the arguments of a call of `forward`, a bound method, by name."""
     parameters = inspect.signature(forward).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(args) > len(names):
@@ -97,11 +93,7 @@ def without_wrappers(name: str) -> str:
 
 
 def find_in_state_dict(names: Iterable[str], state_dict: Iterable[str]) -> dict[str, str]:
-    """Return the names of parameters in a state dict: {parameter's name: name in the state dict}.
-
-    Args:
-        names: names of parameters, which wrappers may have changed in `state_dict`.
-        state_dict: of a model that may be wrapped.
+    """Return {parameter's name: its name in the state dict} of a model that may be wrapped.
 
     Raises:
         ValueError: one is missing.
@@ -121,11 +113,8 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """In a folder of Trainer's checkpoints, write the adapter's tensors where Trainer looks for a model's weights.
 
     Trainer resumes and loads the best model from that file only, through `load_state_dict`. In any other folder, a copy
-    of it that Trainer made is removed: the adapter's own file is what is published.
-
-    Args:
-        folder: the folder that is saved to.
-        tensors: {parameter's name, with the wrappers' prefixes: tensor}.
+    of it that Trainer made is removed: the adapter's own file is what is published. The names of `tensors` have the
+    wrappers' prefixes.
     """
     path = folder / CHECKPOINT_FILE
     if CHECKPOINT_FOLDER.fullmatch(folder.name):

@@ -23,14 +23,10 @@ CODE_FILES = (
     "mixture.py", "modeling_minilora.py", "probe.py", "routing.py", "routing_record.py", "saving.py",
     "trainer_support.py", "trial_inputs.py",
 )  # fmt: skip
-CHECKPOINT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+CHECKPOINT_FILES = tuple(
+    name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
 )
 UNKNOWN = "unknown"
-
 BASE_ALIASES: dict[str, Callable[[], str]] = {}
 """Base names that are neither folders nor Hub ids: alias -> function that returns a local folder. minilora_hub adds
 some.
@@ -54,19 +50,15 @@ def read_adapter(
 ) -> dict[str, Tensor]:
     """Read every tensor of a safetensors file into memory and check it.
 
-    Args:
-        path: the file.
-        expected: {name: shape} that the file must hold, no more and no less. None: any names and shapes.
+    `expected` is {name: shape} that the file must hold, no more and no less. None: any names and shapes.
 
     Raises:
         ValueError: the file is damaged, or a tensor is missing, surplus, misshapen or not finite; the message names it.
     """
-    tensors = {}
     try:
         with safe_open(path, framework="pt") as file:
             # Copied: a mapped tensor's alignment changes what the matrix library computes for one row.
-            for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                tensors[name] = file.get_tensor(name).clone()
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (no mapping)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error}); download or save it again") from error
     if expected is not None:
@@ -81,11 +73,8 @@ def read_adapter(
 
 def check_tensors(path: Any, tensors: Mapping[str, Any], expected: Mapping[str, Sequence[int]]) -> None:
     """Raise a ValueError that names a tensor that is missing, surplus, or of another shape than `expected`."""
-    missing = sorted(expected.keys() - tensors.keys())
-    surplus = sorted(tensors.keys() - expected.keys())
-    if missing or surplus:
-        both = (("missing", missing), ("surplus", surplus))
-        parts = [f"{what} {first_names(names)}" for what, names in both if names]
+    both = {"missing": expected.keys() - tensors.keys(), "surplus": tensors.keys() - expected.keys()}
+    if parts := [f"{what} {first_names(sorted(names))}" for what, names in both.items() if names]:
         raise ValueError(f"{path} does not fit this configuration and base: {'; '.join(parts)}")
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != tuple(shape):
@@ -107,12 +96,9 @@ def base_source(name: str) -> str:
 
 
 def base_fingerprint(name_or_path: str, revision: str | None = None, cache_dir: Any = None) -> str:
-    """Hash a base's checkpoint files, which do not depend on dtype and quantisation.
+    """Hash a base's checkpoint files, which do not depend on dtype and quantisation: ``"sha256:<hex>"``.
 
-    Nothing is downloaded: a Hub id is looked up in the local cache.
-
-    Returns:
-        ``"sha256:<hex>"``, or ``"unknown"`` where there are no checkpoint files.
+    Nothing is downloaded: a Hub id is looked up in the local cache. Without files it is ``"unknown"``.
     """
     for name in CHECKPOINT_FILES:
         first = _local_file(name_or_path, name, revision, cache_dir)
@@ -133,10 +119,8 @@ def base_fingerprint(name_or_path: str, revision: str | None = None, cache_dir: 
 
 def cached_commit(name_or_path: str, revision: str | None = None, cache_dir: Any = None) -> str | None:
     """Return the commit of a Hub id's `revision` in the local cache; None for a folder or an unknown id."""
-    if os.path.isdir(name_or_path):
-        return None
-    config = _local_file(name_or_path, "config.json", revision, cache_dir)
-    return None if config is None else os.path.basename(os.path.dirname(config))
+    folder = None if os.path.isdir(name_or_path) else local_folder(name_or_path, revision, cache_dir)
+    return None if folder is None else os.path.basename(folder)
 
 
 def local_folder(name_or_path: str, revision: str | None = None, cache_dir: Any = None) -> str | None:

@@ -134,8 +134,7 @@ def plan_sites(base: nn.Module, config: Any) -> list[Site]:
             f"base {type(base).__name__}: a MixLoRA goes into one list of layers, not {list(stacks)}; pass towers=[one]"
         )
     for index, layer, where, name in found_layers:
-        shapes = linears_in(layer)
-        block = None
+        shapes, block = linears_in(layer), None
         if type(config).model_type == "mixlora":
             # In every layer: a block is called once per kind, and a skeleton of a base has only its first one filled.
             found = _find_feed_forward(layer, where, known)
@@ -167,13 +166,11 @@ def plan_sites(base: nn.Module, config: Any) -> list[Site]:
 def _check_targets(config: Any, layers: Mapping[str, nn.Module], sites: Sequence[Site]) -> None:
     available = sorted({path for layer in layers.values() for path in linears_in(layer)})
     names = [f"{name}.{path}" for name, layer in layers.items() for path in linears_in(layer)]
-    if config.target_modules != "all-linear":
-        unknown = [t for t in config.target_modules if not any(matches_target(name, [t]) for name in names)]
-        if unknown:
-            raise ValueError(f"target_modules={unknown}: the base has no such linear in its layers; it has {available}")
+    targets = () if config.target_modules == "all-linear" else config.target_modules
+    if unknown := [t for t in targets if not any(matches_target(name, [t]) for name in names)]:
+        raise ValueError(f"target_modules={unknown}: the base has no such linear in its layers; it has {available}")
     adapted = [f"{site.name}.{each}" for site in sites if isinstance(site, ExpertsSite) for each, *_ in site.targets]
-    unknown = [t for t in config.target_parameters or () if not any(matches_target(name, [t]) for name in adapted)]
-    if unknown:
+    if unknown := [t for t in config.target_parameters or () if not any(matches_target(name, [t]) for name in adapted)]:
         every = {f"{path}.{p}" for layer in layers.values() for path, found in experts_in(layer).items() for p in found}
         raise ValueError(
             f"target_parameters={unknown}: the base has no such parameters of experts; it has {sorted(every)}"
@@ -217,8 +214,7 @@ def _find_feed_forward(layer: nn.Module, where: str, known: dict[Any, Form]) -> 
 
 
 def _direct_linears(module: nn.Module) -> Shapes:
-    shapes = ((name, linear_shape(child)) for name, child in module.named_children())
-    return {name: shape for name, shape in shapes if shape}
+    return {name: shape for name, child in module.named_children() if (shape := linear_shape(child))}
 
 
 def _takes_hidden_states_only(module: nn.Module) -> bool:
@@ -248,8 +244,7 @@ def _recognise(block: nn.Module, path: str, known: dict[Any, Form]) -> FeedForwa
         return None
     dropout = dropouts[0] if dropouts and dropouts[0].p > 0 else nn.Identity()
     signature = (type(block), tuple(linears.items()))
-    forms = [known[signature]] if signature in known else _possible_forms(linears)
-    for form in forms:
+    for form in [known[signature]] if signature in known else _possible_forms(linears):
         structure = FeedForwardStructure(form, activations[0], dropout)
         if signature in known or _computes_the_same(structure, block, path):
             known[signature] = form
@@ -274,11 +269,9 @@ def _possible_forms(linears: Shapes) -> list[Form]:
 
 def _mark(dropout: nn.Module, args: Any, out: Tensor) -> Tensor:
     """Change the output of a dropout, which in evaluation does nothing wherever it is."""
-    return (
-        out
-        if isinstance(dropout, nn.Identity)
-        else out * torch.linspace(0.5, 1.5, out.shape[-1], device=out.device, dtype=out.dtype)
-    )
+    if isinstance(dropout, nn.Identity):
+        return out
+    return out * torch.linspace(0.5, 1.5, out.shape[-1], device=out.device, dtype=out.dtype)
 
 
 @torch.no_grad()

@@ -24,11 +24,7 @@ FORMAT_VERSION = 3
 """
 ONLY_WHERE_SET = ("modules_to_save", "target_parameters", "towers")
 """Fields that earlier versions do not know: config.json has them only where they are set."""
-
-
-ABOUT_THE_REPO = frozenset(
-    ("architectures", "auto_map", "dtype", "name_or_path", "torch_dtype", "transformers_version")
-)
+ABOUT_THE_REPO = {"architectures", "auto_map", "dtype", "name_or_path", "torch_dtype", "transformers_version"}
 """Fields of any configuration that describe the repo: they are the adapter's here, and the base has its own."""
 
 
@@ -63,8 +59,7 @@ class AdapterConfig(PreTrainedConfig):
 
     Args:
         r: rank of the low-rank update, at least 1.
-        lora_alpha: the update is scaled by ``lora_alpha / r`` (``lora_alpha / sqrt(r)`` with `use_rslora`).
-            Default: ``2 * r``.
+        lora_alpha: the update is scaled by ``lora_alpha / r`` (``/ sqrt(r)`` with `use_rslora`). Default: ``2 * r``.
         lora_dropout: dropout probability on the input of the low-rank path, in training only.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
         target_modules: ``"all-linear"`` (every linear in the decoder layers that an adapter has an effect on), or a
@@ -79,7 +74,7 @@ class AdapterConfig(PreTrainedConfig):
         towers: which lists of layers are adapted: None for the language model's, or for both parts of an
             encoder-decoder; ``"all"``; or a list of beginnings of their paths, such as ``["vision_model"]``.
         base_model_name_or_path: Hub id, folder or registered alias of the base.
-        base_model_revision: revision of the base on the Hub. The adapter's own `revision=` never applies to the base.
+        base_model_revision: revision of the base on the Hub, to which the adapter's `revision=` never applies.
         base_fingerprint: hash of the base's checkpoint files the adapter was trained on, or ``"unknown"``.
         text_config: the base's configuration.
         format_version: version of the published layout.
@@ -124,13 +119,11 @@ class AdapterConfig(PreTrainedConfig):
         self.lora_dropout = lora_dropout
         self.use_rslora = use_rslora
         self.use_dora = use_dora
-        self.target_modules = sorted(target_modules) if isinstance(target_modules, (set, tuple)) else target_modules
         for name, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
             require_pattern(pattern or {}, name)
-        self.rank_pattern = dict(rank_pattern or {})
-        self.alpha_pattern = dict(alpha_pattern or {})
+            setattr(self, name, dict(pattern or {}))
         given = {"modules_to_save": modules_to_save, "target_parameters": target_parameters, "towers": towers}
-        for name, value in given.items():
+        for name, value in {"target_modules": target_modules, **given}.items():
             setattr(self, name, sorted(value) if isinstance(value, (set, tuple)) else value)
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
@@ -218,10 +211,8 @@ class AdapterConfig(PreTrainedConfig):
     # ---- files ----
 
     def to_dict(self) -> dict[str, Any]:
-        fields = super().to_dict()
-        for name in ("_set_on_base", "quantization_config"):  # the latter is the base's, under text_config
-            fields.pop(name, None)
-        return fields
+        private = ("_set_on_base", "quantization_config")  # the latter is the base's, under text_config
+        return {name: value for name, value in super().to_dict().items() if name not in private}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the content of config.json: every field of the adapter, also defaults, and nothing of this machine."""
@@ -240,11 +231,9 @@ class AdapterConfig(PreTrainedConfig):
     @classmethod
     def _own_fields(cls) -> set[str]:
         """Return the names of the constructor arguments that are the adapter's, not PreTrainedConfig's."""
-        own: set[str] = set()
-        for ancestor in cls.__mro__[: cls.__mro__.index(PreTrainedConfig)]:
-            if "__init__" in vars(ancestor):
-                own.update(inspect.signature(vars(ancestor)["__init__"]).parameters)
-        return own - {"self", "kwargs"}
+        ours = cls.__mro__[: cls.__mro__.index(PreTrainedConfig)]
+        made = [vars(ancestor)["__init__"] for ancestor in ours if "__init__" in vars(ancestor)]
+        return {name for init in made for name in inspect.signature(init).parameters} - {"self", "kwargs"}
 
     def _require(self, fits: Callable[[Any], Any], need: str, *names: str) -> None:
         """Raise a ValueError for the first of these fields whose value does not fit."""
@@ -300,9 +289,8 @@ def _base_config(fields: dict[str, Any]) -> Any:
     """Return the base's configuration; a plain one where transformers does not know its type (remote code)."""
     fields = dict(fields)
     model_type = fields.pop("model_type", None)
-    if model_type in CONFIG_MAPPING:
-        return CONFIG_MAPPING[model_type].from_dict(fields)
-    return PreTrainedConfig.from_dict(fields)
+    known = model_type in CONFIG_MAPPING
+    return CONFIG_MAPPING[model_type].from_dict(fields) if known else PreTrainedConfig.from_dict(fields)
 
 
 def _match_pattern(pattern: dict[str, Any], path: str, default: Any) -> Any:

@@ -50,16 +50,11 @@ class MixLoraConfig(AdapterConfig):
     Args:
         num_experts: LoRA experts per feed-forward block, at least 1.
         num_experts_per_tok: experts that serve each token, 1 to `num_experts`. Default: 2; 1 for ``"switch"``, which
-            allows nothing else. ``"top_p"`` does not have it: there the number differs from token to token. (The field
-            is not called ``top_k``, because transformers copies a field of that name into the generation settings,
-            where it changes sampling.)
+            allows nothing else. ``"top_p"`` does not have it: there the number differs from token to token. (A field
+            called ``top_k`` would be copied into the generation settings, where it changes sampling.)
         expert_r: rank of the experts. Default: `r`, which is then the rank on attention.
-        expert_alpha: alpha of the experts. Default: `lora_alpha` if `expert_r` is not given either, else ``2 *
-            expert_r``.
-        routing_strategy: ``"top_k"``: softmax, the k largest, divided by their sum. ``"top_p"``: the most probable
-            experts until their probabilities exceed `router_top_p`, not divided by their sum. ``"switch"``: the most
-            probable expert, weighted with its probability; in training each expert takes `expert_capacity` tokens of a
-            sequence. ``"arrow"``: as ``"top_k"``, by the absolute value of the router's products. See `routing.py`.
+        expert_alpha: alpha of the experts. Default: `lora_alpha`; ``2 * expert_r`` if only `expert_r` is given.
+        routing_strategy: ``"top_k"``, ``"top_p"``, ``"switch"`` or ``"arrow"``: see `routing.py`.
         router_top_p: ``"top_p"`` only: above 0, at most 1. Default: 0.8.
         router_temperature: ``"top_p"``: the probabilities are divided by it before they are compared with
             `router_top_p` and used as weights. 0, the default: they are not. ``"arrow"``: the products are divided by
@@ -72,8 +67,7 @@ class MixLoraConfig(AdapterConfig):
         router_init_range: standard deviation of a fresh router. Default: 0.02; 1.0 for ``"switch"``.
         router_jitter_noise: in training, the router's input is multiplied by U(1 - noise, 1 + noise). Default: 0; 0.01
             for ``"switch"``.
-        expert_dropout: dropout probability on the mixture's output, in training only. (`lora_dropout` applies inside
-            the experts, to the input of their low-rank path.)
+        expert_dropout: dropout probability on the mixture's output, in training only.
         output_router_logits: whether forward returns router logits and the balance loss by default.
         use_dora: DoRA on attention and experts alike ("MixDoRA"). Default: plain LoRA on both.
         **kwargs: see `AdapterConfig`.

@@ -60,7 +60,7 @@ class MixtureOfLoraExperts(nn.Module):
 
     Args:
         base_block: the base's feed-forward module; its linears are called, never unpacked.
-        structure: its `FeedForwardStructure`: which linears it has and what happens between them.
+        structure: its `FeedForwardStructure`.
         router: router weight, [experts, d].
         experts: projection name -> `LowRankUpdate` stacked over the experts. A projection may be left out.
         routing: which experts serve which token.
@@ -107,7 +107,7 @@ class MixtureOfLoraExperts(nn.Module):
         Args:
             x: the block's input, (tokens, d).
             shared: the outputs of the base's input projections, each (tokens, out).
-            leading_shape: the shape of the tokens in the call: (batch, seq), or any that ends with the sequence.
+            leading_shape: see `TopKRouting.route`.
         """
         routes = self.route(x, leading_shape)
         slots = self._arrange(routes)
@@ -145,7 +145,8 @@ class MixtureOfLoraExperts(nn.Module):
 
     def _arrange(self, routes: Routes) -> Slots:
         """Choose the arrangement of the slots; see `expert_slots.py`."""
-        selected, num_experts, updates = routes.selected, self.router.shape[0], self._updates()
+        experts: Any = self._modules["experts"]
+        selected, num_experts, updates = routes.selected, self.router.shape[0], experts._modules.values()
         many = selected.numel() > num_experts
         if selected.device.type == "cpu" and not torch.compiler.is_compiling():
             if selected.shape[0] == 1:
@@ -232,19 +233,13 @@ class MixtureOfLoraExperts(nn.Module):
         experts: Any = self._modules["experts"]
         return experts._modules.get(name)
 
-    def _updates(self) -> list[LowRankUpdate]:
-        experts: Any = self._modules["experts"]
-        return list(experts._modules.values())
-
     def _output_bias(self) -> Tensor | None:
         return getattr(self._layer(self.structure.output), "bias", None)
 
     def _weigh_bias(self, out: Tensor, weights: Tensor) -> Tensor:
         """Correct the output bias, which was added once, to sum_k g_k times; for weights that do not sum to one."""
         bias = self._output_bias()
-        if bias is None:
-            return out
-        return out + ((weights.sum(dim=-1, keepdim=True) - 1) * bias).to(out.dtype)
+        return out if bias is None else out + ((weights.sum(dim=-1, keepdim=True) - 1) * bias).to(out.dtype)
 
     def _scaled(self, name: str, out: Tensor, slots: Slots, with_bias: bool = True) -> Tensor:
         """Multiply each slot with its expert's c; the identity for plain LoRA."""

@@ -35,34 +35,23 @@ from .routing_record import Routes, RoutingRecord
 def route_top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Softmax over the experts, the k largest, divided by their sum: which is the softmax of the k largest logits.
 
-    Args:
-        logits: (tokens, experts), fp32.
-        k: experts per token.
-
-    Returns:
-        weights (tokens, k), fp32, and indices (tokens, k), the largest first.
+    Of logits (tokens, experts), fp32; returns weights, fp32, and indices, (tokens, k), the largest first.
     """
     largest, selected = torch.topk(logits, k, dim=-1)
     return F.softmax(largest, dim=-1), selected
 
 
 def route_top_p(logits: Tensor, top_p: float, temperature: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax over the experts, the largest until their sum exceeds top_p, as they are (`moe_peft`, mixlora-dynamic).
+    """Softmax over the experts, the largest until their sum exceeds top_p, as they are.
 
     With q_1 >= q_2 >= … the sorted p / temperature (p where that is 0), slot j is kept if q_1 + … + q_{j-1} <= top_p:
     always one, and the one with which the sum exceeds top_p. The weights are the q of the kept slots.
 
     As in the reference, the temperature divides the probabilities, not the logits: it is equal to a threshold of
-    ``top_p * temperature`` with weights divided by the temperature, and makes nothing softer or sharper. A temperature
-    of the softmax would only be another scale of the router's weights, which are trained anyway.
+    ``top_p * temperature`` with weights divided by the temperature, and makes nothing softer or sharper.
 
-    Args:
-        logits: (..., experts), fp32.
-        top_p: the threshold, above 0, at most 1.
-        temperature: see above; 0 means none.
-
-    Returns:
-        weights (..., experts), fp32, 0 where not kept; indices (..., experts), the largest first; kept (..., experts).
+    Of logits (..., experts), fp32; returns weights, fp32, 0 where not kept, indices, the largest first, and kept: all
+    (..., experts).
     """
     probabilities = F.softmax(logits, dim=-1)
     if temperature > 0:
@@ -76,15 +65,14 @@ def route_top_p(logits: Tensor, top_p: float, temperature: float = 0.0) -> tuple
 def route_switch(
     logits: Tensor, capacity: int | None = None, token_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The largest of the softmax over the experts, with its probability as weight (Switch Transformers, section 2.1).
+    """The largest of the softmax over the experts, with its probability as weight.
 
     Args:
         logits: (..., seq, experts), fp32.
         capacity: tokens of a sequence that one expert serves: the first that chose it. None: as many as there are.
         token_mask: (..., seq), 0 on padding, which takes no capacity and is never refused. None: no padding.
 
-    Returns:
-        probability (..., seq), fp32, index (..., seq), and kept (..., seq), bool; None without a capacity.
+    Returns: probability, fp32, index, and kept, None without a capacity: all (..., seq).
     """
     probability, selected = F.softmax(logits, dim=-1).max(dim=-1)
     if capacity is None:
@@ -126,11 +114,8 @@ def load_balancing_loss(layers: Sequence[Tensor], k: int, attention_mask: Tensor
 
     Args:
         layers: router logits, a tensor (batch, seq, experts) per layer.
-        k: experts per token.
+        k: experts per token. The result, a scalar in fp32, is k when the load is perfectly even.
         attention_mask: (batch, seq), 0 on padding, which does not count. None: every token counts.
-
-    Returns:
-        A scalar, fp32; k when the load is perfectly even.
     """
     logits, counts = _stacked(layers, attention_mask)
     probabilities = F.softmax(logits, dim=-1)
@@ -144,12 +129,8 @@ def top_p_balancing_loss(
 ) -> Tensor:
     """E * sum_i f_i P_i, where f_i is the share of tokens whose kept slots hold expert i (`moe_peft`'s form).
 
-    P_i is the mean of the probabilities, whatever the temperature. The reference lets padding count; here it does not.
-
-    Args: see `route_top_p` and `load_balancing_loss`.
-
-    Returns:
-        A scalar, fp32; the mean number of experts per token when the load is perfectly even.
+    P_i is the mean of the probabilities, whatever the temperature. When the load is perfectly even, the result is the
+    mean number of experts per token. Args: see `route_top_p` and `load_balancing_loss`.
     """
     logits, counts = _stacked(layers, attention_mask)
     _, selected, kept = route_top_p(logits, top_p, temperature)
@@ -161,10 +142,7 @@ def top_p_balancing_loss(
 def router_z_loss(layers: Sequence[Tensor], attention_mask: Tensor | None = None) -> Tensor:
     """Mean over the tokens of all layers of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5).
 
-    Args: see `load_balancing_loss`. (In the reference padding counts.)
-
-    Returns:
-        A scalar, fp32.
+    Args: see `load_balancing_loss`.
     """
     logits, counts = _stacked(layers, attention_mask)
     square = torch.logsumexp(logits, dim=-1, keepdim=True).square()  # (layers, batch, seq, 1)
@@ -191,13 +169,9 @@ class TopKRouting:
     def route(
         self, logits: Tensor, leading_shape: Sequence[int], training: bool, token_mask: Tensor | None = None
     ) -> Routes:
-        """`Routes` of the tokens with these logits, (tokens, experts), which lie in the call as `leading_shape`.
+        """Return `Routes` of the tokens with these logits, (tokens, experts), fp32. In `training` a capacity counts.
 
-        Args:
-            logits: (tokens, experts), fp32.
-            leading_shape: (batch, seq), or any shape that ends with the sequence.
-            training: whether a capacity counts.
-            token_mask: `leading_shape`, 0 on padding, or None.
+        In the call the tokens have the shape `leading_shape`, which ends with the sequence. `token_mask`: 0 on padding.
         """
         return Routes(*route_top_k(logits, self.k))
 
@@ -235,10 +209,7 @@ class TopPRouting:
 
 @dataclass(frozen=True)
 class SwitchRouting:
-    """``routing_strategy="switch"``: see `route_switch`, `load_balancing_loss` with k = 1 and `router_z_loss`.
-
-    Methods as in `TopKRouting`. The capacity counts in training only (see the head of this file).
-    """
+    """``routing_strategy="switch"``: see `route_switch`, `load_balancing_loss` and `router_z_loss`."""
 
     capacity: int
     weights_sum_to_one: ClassVar[bool] = False
@@ -284,15 +255,11 @@ def router_loss_weights(config: Any) -> dict[str, float]:
 
 
 def router_losses(record: RoutingRecord, routing: Routing, trained: bool) -> dict[str, Tensor]:
-    """The losses of a recorded forward, as in `TopKRouting.losses`; padding does not count.
-
-    Args:
-        record: of a forward that has ended.
-        routing: what `routing_of` returned.
-        trained: whether a router is being trained, so that the losses must have a gradient.
+    """The losses of a recorded forward that has ended, as in `TopKRouting.losses`; padding does not count.
 
     Raises:
-        ValueError: nothing was recorded, or the routers' logits have no gradient: checkpointing has hidden them.
+        ValueError: nothing was recorded, or the logits of routers that are `trained` have no gradient: checkpointing
+            has hidden them.
     """
     if not record.logits:
         raise ValueError(
@@ -304,6 +271,5 @@ def router_losses(record: RoutingRecord, routing: Routing, trained: bool) -> dic
             'pass gradient_checkpointing_kwargs={"use_reentrant": False}'
         )
     mask = record.token_mask
-    if mask is not None:
-        mask = mask[:, -record.logits[0].shape[1] :]  # with a cache the mask also covers the past
-    return routing.losses(record.logits, mask)
+    # With a cache the mask also covers the past.
+    return routing.losses(record.logits, None if mask is None else mask[:, -record.logits[0].shape[1] :])

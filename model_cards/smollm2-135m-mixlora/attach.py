@@ -40,17 +40,13 @@ def updates_at(site: Site, config: Any) -> Iterator[PlannedUpdate]:
         r, scaling = config.rank_and_scaling(site.name, config.r, config.lora_alpha)
         yield PlannedUpdate(site.name, None, r, scaling, (r, site.in_features), (site.out_features, r))
         return
-    if isinstance(site, ExpertsSite):
-        experts = site.num_experts
-        for parameter, out_features, in_features in site.targets:
-            name = f"{site.name}.{parameter}"
-            r, scaling = config.rank_and_scaling(name, config.r, config.lora_alpha)
-            yield PlannedUpdate(name, parameter, r, scaling, (experts, r, in_features), (experts, out_features, r))
-        return
-    experts = config.num_experts
     for projection, out_features, in_features in site.targets:
-        r, scaling = config.expert_rank_and_scaling(f"{site.name}.{projection}")
-        name = f"{site.name}.{STACKED}.{projection}"
+        name = f"{site.name}.{projection}"
+        if isinstance(site, ExpertsSite):
+            experts, (r, scaling) = site.num_experts, config.rank_and_scaling(name, config.r, config.lora_alpha)
+        else:
+            experts, (r, scaling) = config.num_experts, config.expert_rank_and_scaling(name)
+            name = f"{site.name}.{STACKED}.{projection}"
         yield PlannedUpdate(name, projection, r, scaling, (experts, r, in_features), (experts, out_features, r))
 
 
@@ -67,21 +63,14 @@ def expected_tensors(config: Any, sites: Sequence[Site]) -> dict[str, tuple[int,
     return shapes
 
 
-def attach(
-    base: nn.Module,
-    config: Any,
-    sites: Sequence[Site],
-    tensors: Tensors | None = None,
-    seed: int = 0,
-    dtype: torch.dtype | None = None,
-) -> None:
+def attach(base: nn.Module, config: Any, sites: Sequence[Site], *options: Any) -> None:
     """Put an adapter into `base`, in place. Everything is built first: a failure leaves the base as it was.
 
     The base's own linears multiply few rows faster from then on, those without an adapter and the head too.
 
-    Args: see `build_modules`.
+    Args: see `build_modules`, which gets the `options`.
     """
-    for path, module in build_modules(base, config, sites, tensors, seed, dtype).items():
+    for path, module in build_modules(base, config, sites, *options).items():
         replace_module(base, path, module)
     speed_up_linears(base)
 
@@ -116,21 +105,18 @@ def build_modules(
             updates[update.projection] = _update(layer, update, config, tensors, generator, dtype)
         if isinstance(site, LinearSite):
             modules[site.path] = AdaptedLinear(module, updates[None])
-            continue
-        if isinstance(site, ExpertsSite):
+        elif isinstance(site, ExpertsSite):
             modules[site.path] = AdaptedExperts(module, updates)
-            continue
-        if tensors is None:
-            router = torch.empty(config.num_experts, site.hidden_size, device="cpu", dtype=torch.float32)
-            router.normal_(0.0, config.router_init_range, generator=generator)
         else:
-            router = tensors[f"{site.name}.router"]
-        device = layer_device(module.get_submodule(site.structure.inputs[0]))
-        router = router.to(device=device, dtype=dtype or router.dtype)
-        noise, dropout = config.router_jitter_noise, config.expert_dropout
-        modules[site.path] = MixtureOfLoraExperts(
-            module, site.structure, router, updates, routing_of(config), noise, dropout
-        )
+            if tensors is None:
+                router = torch.empty(config.num_experts, site.hidden_size, device="cpu", dtype=torch.float32)
+                router.normal_(0.0, config.router_init_range, generator=generator)
+            else:
+                router = tensors[f"{site.name}.router"]
+            device = layer_device(module.get_submodule(site.structure.inputs[0]))
+            router = router.to(device=device, dtype=dtype or router.dtype)
+            rest = routing_of(config), config.router_jitter_noise, config.expert_dropout
+            modules[site.path] = MixtureOfLoraExperts(module, site.structure, router, updates, *rest)
     return modules
 
 
@@ -160,12 +146,8 @@ def adapter_parameters(base: nn.Module, sites: Sequence[Site]) -> dict[str, nn.P
 
 
 def merge_into_base(base: nn.Module, sites: Sequence[Site]) -> None:
-    """Write the merged weights of linears and stacked experts into the base's layers; the adapter's modules stay.
-
-    Raises:
-        ValueError: a base weight is quantised, offloaded, split or shared with another module. Nothing is changed then.
-    """
-    if any(is_split(parameter) for parameter in base.parameters()):
+    """Write the merged weights of linears and stacked experts into the base's layers; the adapter's modules stay."""
+    if any(map(is_split, base.parameters())):
         raise ValueError(
             "cannot merge into a base that is split over processes: merge the saved adapter into a whole one"
         )

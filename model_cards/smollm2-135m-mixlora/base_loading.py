@@ -1,10 +1,11 @@
 """Load a base completely, and compare a loaded one with its checkpoint files.
 
 transformers fills a tensor that a checkpoint lacks with random numbers. And a model in memory may have other weights
-than the files whose name it carries: an adapter was merged into it, its embeddings were resized or trained. Here both
-are errors, so that loading an adapter gives the base it was made for.
+than the files whose name it carries: an adapter was merged into it, its embeddings were resized or trained. Both are
+errors here.
 """
 
+import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -15,8 +16,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils import logging
 
-from .adapter_files import base_source, first_names
-from .heads import DESCRIBED_LABELS, FRESH, fresh_modules, saved_parameters
+from .adapter_files import UNKNOWN, base_fingerprint, base_source, first_names
+from .heads import CLASSIFYING, DESCRIBED_LABELS, FRESH, fresh_modules, saved_parameters
 from .linear_layers import is_split
 
 DIGEST_WIDTH = 2**14
@@ -33,7 +34,7 @@ def load_checked(loader: Any, name_or_path: Any, *, may_lack: MayLack | None = N
         name_or_path: Hub id or folder.
         may_lack: returns, of the model and the names of tensors that the checkpoint lacks or has in another shape,
             those that it must have. Default: all.
-        **arguments: passed to `from_pretrained`.
+        **arguments: of `from_pretrained`.
 
     Raises:
         ValueError: the checkpoint is damaged, lacks a tensor or has another shape for it; the message names it. A
@@ -49,11 +50,8 @@ def load_checked(loader: Any, name_or_path: Any, *, may_lack: MayLack | None = N
     if may_lack is not None and needed:
         needed = may_lack(model, needed)
     missing = [name for name in needed if name not in shapes]
-    problems = [
-        f"{name} has the shape {shapes[name][0]} there instead of {shapes[name][1]}"
-        for name in needed
-        if name in shapes
-    ]
+    misshapen = [(name, *shapes[name]) for name in needed if name in shapes]
+    problems = [f"{name} has the shape {found} there instead of {wanted}" for name, found, wanted in misshapen]
     if missing:
         problems.insert(0, f"missing {first_names(missing)}{_other_names(missing, report['unexpected_keys'])}")
     if problems:
@@ -71,7 +69,7 @@ def load_base(auto_class: Any, config: Any, trust_remote_code: bool, arguments: 
         auto_class: one of `heads.HEADS`.
         config: the adapter's configuration. If it is new, modules that the checkpoint lacks are added to it.
         trust_remote_code: whether the base's own code may run.
-        arguments: passed to `from_pretrained`.
+        arguments: of `from_pretrained`.
         seed: seed of what the checkpoint lacks.
 
     Raises:
@@ -99,6 +97,39 @@ def load_base(auto_class: Any, config: Any, trust_remote_code: bool, arguments: 
         raise kind(f"the base model {name!r} could not be loaded: {error}\nWhat to do: {hint}") from error
 
 
+def load_base_for_adapter(
+    auto_class: Any, config: Any, trust_remote_code: bool, dtype: Any, shared: dict[str, Any], others: dict[str, Any]
+) -> Any:
+    """Load the base of a saved adapter, and warn if it is another than the adapter was trained on.
+
+    Args: see `load_base`; `others` go to the base only, `shared` also found the adapter.
+    """
+    # AutoConfig has taken attn_implementation out of the arguments: without this the base would keep its default.
+    if config._attn_implementation is not None:
+        others.setdefault("attn_implementation", config._attn_implementation)
+    # The same holds for everything that was set on the configuration for the base (as use_cache=False).
+    arguments = {"dtype": dtype or config.dtype or "auto", **config.base_changes(), **shared, **others}
+    if auto_class.__name__ in CLASSIFYING:
+        labels = config.text_config.to_diff_dict()
+        arguments = {n: getattr(config.text_config, n) for n in DESCRIBED_LABELS if n in labels} | arguments
+    base = load_base(auto_class, config, trust_remote_code, arguments)
+    trained_on = config.base_fingerprint
+    found = UNKNOWN if trained_on == UNKNOWN else fingerprint_of(config, shared.get("cache_dir"))
+    if found not in (UNKNOWN, trained_on):
+        warnings.warn(
+            f"this adapter was trained on a base with fingerprint {trained_on}, but "
+            f"{config.base_model_name_or_path!r} has {found}: its outputs may differ from those its author saw",
+            stacklevel=4,
+        )
+    return base
+
+
+def fingerprint_of(config: Any, cache_dir: Any) -> str:
+    """Return the fingerprint of the base that an adapter's configuration names."""
+    name = config.base_model_name_or_path
+    return UNKNOWN if name is None else base_fingerprint(base_source(name), config.base_model_revision, cache_dir)
+
+
 def _must_have(auto_class: Any, config: Any, model: Any, lacking: list[str]) -> list[str]:
     """Return those of the tensors that a checkpoint lacks that are not saved with the adapter."""
     if config.modules_to_save is None and config.text_config is None and auto_class.__name__ in FRESH:
@@ -112,14 +143,9 @@ def _must_have(auto_class: Any, config: Any, model: Any, lacking: list[str]) -> 
 @contextmanager
 def _fresh_tensors(seed: int) -> Iterator[None]:
     """Draw them with a seed of their own, and without transformers' advice to train them."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
+    with _without_report(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def _other_names(missing: Iterable[str], unexpected: Iterable[str]) -> str:
@@ -157,8 +183,7 @@ def differing_tensors(
         given: {id of a parameter: the value to compare instead of it}.
         saved: names of the parameters that are saved with the adapter, and not compared.
 
-    Returns:
-        The differences, a clause for each tensor, which begins with its name.
+    Returns: the differences, a clause for each tensor, which begins with its name.
     """
     quantizer = getattr(base, "hf_quantizer", None)
     arguments: dict[str, Any] = {"dtype": "auto"}
@@ -167,7 +192,7 @@ def differing_tensors(
         if not quantizer.pre_quantized:
             arguments["quantization_config"] = base.config.quantization_config
     arguments |= {name: getattr(base.config, name) for name in DESCRIBED_LABELS[:2] if hasattr(base.config, name)}
-    with _quiet(), torch.random.fork_rng(devices=[]):  # missing tensors are drawn at random
+    with _without_report(bars=False), torch.random.fork_rng(devices=[]):  # missing tensors are drawn at random
         in_files, report = type(base).from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
@@ -230,14 +255,15 @@ def same_digests(first: Digests, second: Digests) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress progress bars and the loading report of transformers."""
-    bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
+def _without_report(bars: bool = True) -> Iterator[None]:
+    """Suppress the loading report of transformers, and its progress `bars` where they are not wanted."""
+    hide, verbosity = logging.is_progress_bar_enabled() and not bars, logging.get_verbosity()
+    if hide:
+        logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
-        if bar:
+        if hide:
             logging.enable_progress_bar()

@@ -53,14 +53,6 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
     Many rows, small weights, other devices than the CPU, autograd, autocast and torch.compile have `F.linear` itself.
 
-    Args:
-        x: (..., in).
-        weight: W, [out, in].
-        bias: [out].
-
-    Returns:
-        (..., out).
-
     Raises:
         ValueError: the environment variable has an unknown value.
     """

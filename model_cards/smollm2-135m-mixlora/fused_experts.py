@@ -70,12 +70,7 @@ def _is_known(module: Any) -> bool:
 
 
 class AdaptedExperts(nn.Module):
-    """Stacked experts of the base with LoRA or DoRA updates.
-
-    Args:
-        base_layer: the base's module.
-        updates: name of a parameter -> its `LowRankUpdate`, stacked over the experts. One may be left out.
-    """
+    """Stacked experts of the base with LoRA or DoRA updates: {name of a parameter: its stacked `LowRankUpdate`}."""
 
     def __init__(self, base_layer: Any, updates: dict[str, LowRankUpdate]) -> None:
         super().__init__()

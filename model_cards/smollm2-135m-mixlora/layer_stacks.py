@@ -16,8 +16,7 @@ Stacks = dict[str, tuple[str, nn.ModuleList]]
 
 def linears_in(layer: nn.Module) -> Shapes:
     """{path in the layer: (out_features, in_features)} of every linear of a decoder layer, in the layer's own order."""
-    shapes = ((path, linear_shape(module)) for path, module in layer.named_modules())
-    return {path: shape for path, shape in shapes if shape}
+    return {path: shape for path, module in layer.named_modules() if (shape := linear_shape(module))}
 
 
 def find_layer_stacks(base: Any, towers: Any = None) -> Stacks:
@@ -26,10 +25,6 @@ def find_layer_stacks(base: Any, towers: Any = None) -> Stacks:
     Without `towers`, a language model's are called ``layers``, whatever the base calls them, and those of an
     encoder-decoder ``encoder.layers`` and ``decoder.layers``. With `towers` they have their paths in the base without
     its head.
-
-    Args:
-        base: the base.
-        towers: see `AdapterConfig`.
 
     Raises:
         ValueError: there is none, or there are several and nothing says which; the message has their paths.
@@ -95,20 +90,11 @@ def outermost_lists(part: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def find_decoder_layers(base: Any) -> tuple[str, nn.ModuleList]:
-    """Find the decoder layers of `base`, or of its language model where it has other parts: (path, ModuleList).
-
-    Raises:
-        ValueError: there is none, or there are several and nothing says which; the message has their paths.
-    """
+    """Find the decoder layers of `base`, or of its language model where it has other parts: (path, ModuleList)."""
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
     count = base.config.get_text_config(decoder=True).num_hidden_layers
-    found = [
-        (path, module)
-        for path, module in base.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == count
-        and all(any(linear_shape(part) for part in layer.modules()) for layer in module)
-    ]
+    lists = [(path, module) for path, module in base.named_modules() if isinstance(module, nn.ModuleList)]
+    found = [(path, module) for path, module in lists if len(module) == count and all(linears_in(m) for m in module)]
     inside = {id(module) for module in decoder.modules()}
     found = [item for item in found if id(item[1]) in inside] or found
     if is_dual_encoder(base):

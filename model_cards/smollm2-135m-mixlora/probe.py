@@ -42,7 +42,7 @@ def settle_targets(base: Any, config: Any, refused: Mapping[str, str] | None = N
     nothing is changed.
 
     Args:
-        base: the plain base. It stays as it is.
+        base: the plain base.
         config: the adapter's configuration. It is changed.
         refused: {path: reason} of modules that may not be adapted for another reason.
 
@@ -76,7 +76,7 @@ def settle_targets(base: Any, config: Any, refused: Mapping[str, str] | None = N
 
 
 def can_run(base: Any) -> bool:
-    """Whether `base` has weights, in memory or offloaded; a skeleton on the meta device has none."""
+    """Whether `base` has weights, in memory or offloaded, and is no skeleton on the meta device."""
     return input_device(base).type != "meta"
 
 
@@ -86,7 +86,7 @@ def warn_of_left_out(asked: Any, reasons: Mapping[str, str]) -> None:
 
 
 def _names(site: Site) -> list[str]:
-    """Return the canonical names of the linears that a site adapts."""
+    """Canonical names of the linears that a site adapts."""
     if isinstance(site, LinearSite):
         return [site.name]
     return [f"{site.name}.{projection}" for projection, _, _ in site.targets]
@@ -156,9 +156,7 @@ def find_without_effect(base: Any, sites: Sequence[Site]) -> dict[str, str]:
     A few tokens do not reach the tower of images or sounds beside a language model: nothing is said of sites there.
     Of several experts that are modules, a few tokens need not call each: it is enough that they call one of its kind.
 
-    Args:
-        base: the plain base; weights may be quantised or offloaded. Weights, buffers, modes and random states are kept.
-        sites: from `plan_sites`.
+    Weights may be quantised or offloaded; weights, buffers, modes and random states are kept.
 
     Raises:
         ValueError: the base could not be run.
@@ -249,8 +247,6 @@ def _gradients(out: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor | 
 @contextmanager
 def _restored(base: Any) -> Iterator[None]:
     """Restore the base's modes and buffers, and the random states, after the `with` block."""
-    modes = [(module, module.training) for module in base.modules()]
-    checkpointing = [module for module in base.modules() if getattr(module, "gradient_checkpointing", False)]
     buffers = [(module, dict(module._buffers)) for module in base.modules()]
     copies = [
         (buffer, buffer.clone()) for buffer in base.buffers() if buffer.numel() <= KEPT_BUFFER and not buffer.is_meta
@@ -258,26 +254,23 @@ def _restored(base: Any) -> Iterator[None]:
     holders: dict[int, Any] = {
         id(each): each for module in base.modules() for each in (module, getattr(module, "config", None))
     }
-    skipping = [(each, each.layerdrop) for each in holders.values() if "layerdrop" in getattr(each, "__dict__", ())]
+    # Off meanwhile: checkpointing, and skipping layers at random in training (arXiv 1909.11556).
+    off = {"gradient_checkpointing": False, "layerdrop": 0.0}
+    attributes = [(each, *item) for each in holders.values() for item in getattr(each, "__dict__", {}).items()]
+    before = [(each, name, value) for each, name, value in attributes if name == "training" or name in off]
+    for each, name, value in before:
+        setattr(each, name, off.get(name, value))
     devices = sorted({parameter.device.index for parameter in base.parameters() if parameter.device.type == "cuda"})
-    for module in checkpointing:
-        module.gradient_checkpointing = False
-    for holder, _ in skipping:  # layers that are skipped at random in training (arXiv 1909.11556)
-        holder.layerdrop = 0.0
     try:
         with torch.random.fork_rng(devices), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are shown again when the user runs it
             yield
     finally:
-        for holder, rate in skipping:
-            holder.layerdrop = rate
-        for module, training in modes:
-            module.training = training
-        for module in checkpointing:
-            module.gradient_checkpointing = True
-        for module, before in buffers:
+        for each, name, value in before:
+            setattr(each, name, value)
+        for module, held in buffers:
             module._buffers.clear()
-            module._buffers.update(before)
+            module._buffers.update(held)
         with torch.no_grad():
             for buffer, copied in copies:
                 if not torch.equal(buffer, copied):

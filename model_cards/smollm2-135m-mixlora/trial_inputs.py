@@ -25,11 +25,7 @@ def input_device(base: Any) -> torch.device:
 
 
 def trial_inputs(base: Any) -> dict[str, Tensor]:
-    """Return a few tokens, none of which stands for an image or a sound, and an image or a sound where one is needed.
-
-    Raises:
-        ValueError: the base takes another kind of input.
-    """
+    """Return a few tokens, none of which stands for an image or a sound, and an image or sound where one is needed."""
     device, config = input_device(base), base.config
     parameters = inspect.signature(base.forward).parameters
     inputs: dict[str, Tensor] = {}
