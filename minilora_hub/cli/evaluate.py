@@ -52,7 +52,7 @@ def eval_(
     ] = 4,
     perplexity: Annotated[bool, typer.Option("--perplexity", help="Also measure perplexity on general text.")] = False,
     text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The text for the perplexity. Default: Python's manual.")
+        Path | None, typer.Option(metavar="FILE", help="The text for the perplexity. Default: Python 3.11's manual.")
     ] = None,
     dtype: Annotated[str, typer.Option(metavar="DTYPE", help="float32, bfloat16 or int8.")] = "float32",
     batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Maximum rows per batch.")] = 64,

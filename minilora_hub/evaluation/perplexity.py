@@ -1,8 +1,7 @@
 """Measure perplexity on general text that no adapter was trained on, to show how much an adapter forgets.
 
-The text is Python's own reference documentation (`pydoc_data.topics`): English prose with some code, half a million
-characters, the same on every machine with the same Python. It differs between versions of Python, so its hash goes into
-the results. Another text may be given (`--text`).
+The text is the reference manual of Python 3.11, which is part of this package: English prose with some code, half a
+million characters. Another text may be given (`--text`), so the text's name and hash go into the results.
 
 It is cut into windows of equal length without overlap. In each, every token but the first is predicted from the tokens
 before it.
@@ -10,6 +9,7 @@ before it.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ import torch
 
 from minilora_hub.compare.adapter_bank import AdapterBank
 
+MANUAL = Path(__file__).parent / "general_text" / "python-3.11-reference.txt.gz"
 WINDOW = 256
 WINDOWS = 64
 ROWS = 8
@@ -47,17 +48,13 @@ class GeneralText:
 
 
 def read_text(file: Path | None = None) -> GeneralText:
-    """Read the text: a file in UTF-8, or Python's own documentation.
+    """Read the text: a file in UTF-8, or the manual.
 
     Raises:
         ValueError: the file cannot be read, or is empty.
     """
     if file is None:
-        import platform
-        from pydoc_data.topics import topics
-
-        python = ".".join(platform.python_version_tuple()[:2])
-        return GeneralText(f"Python {python}'s reference documentation", "\n".join(topics[k] for k in sorted(topics)))
+        return GeneralText("Python 3.11's reference documentation", gzip.decompress(MANUAL.read_bytes()).decode())
     try:
         content = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

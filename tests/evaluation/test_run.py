@@ -7,6 +7,7 @@ import json
 import math
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,6 +140,23 @@ def test_perplexity_is_that_of_a_plain_loop(saved, tmp_path):
         assert row.interval[0] < row.value < row.interval[1]
         assert (row.n, row.lower_is_better) == (7, True)
         assert report.text[0].sha256[:16] in row.note
+
+
+def test_the_default_text_is_that_of_every_published_perplexity():
+    """It does not depend on the version of Python, and its licence lies beside it."""
+    root = Path(__file__).parents[2]
+    text = general_text.read_text()
+    notes = [
+        row["note"]
+        for file in root.glob("model_cards/*/results.json")
+        for row in json.loads(file.read_text(encoding="utf-8"))["evaluation"]
+        if row["metric"] == "perplexity"
+    ]
+    assert len(notes) == 4
+    assert {note == text.describe(general_text.WINDOWS) for note in notes} == {True}
+    licence = (general_text.MANUAL.parent / "LICENSE.txt").read_text(encoding="utf-8")
+    assert "Copyright (c) 2001" in licence
+    assert general_text.MANUAL.name in licence
 
 
 def test_a_long_text_is_sampled_evenly():
