@@ -1,27 +1,26 @@
 """From the results to docs/evidence.md: the table, what is larger than noise, and the pictures.
 
-A difference between two methods is called larger than noise only if both say so: the bootstrap over the items, of
-scores averaged over the seeds, and Welch's t-test over the seeds, each at 95%. The first asks whether other questions
-would turn it round, the second whether other seeds would.
+When a difference between two methods is called larger than noise: see `significance.py`.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from evidence.plan import LEARNING_RATES, METHODS, SEEDS, STEPS, SWEEP_STEPS, TASKS, TEST_ITEMS, TITLES
+from evidence.significance import CONFIDENCE, POWER, Groups, compare_all, smallest_effect
 from evidence.store import BASE, Store
 
-from minilora_hub.evaluation.metrics import Difference, paired_difference, perplexity
+from minilora_hub.evaluation.metrics import perplexity
 from minilora_hub.evaluation.settings import held_out_key
 
 ROOT = Path(__file__).parent.parent.parent
 HEADERS = {"dates": "dates", "numbers": "numbers", "inflection": "inflection", "records": "records"}
-CONFIDENCE = 0.95
 
 
 def scores(result: dict[str, Any], key: str, few_shot: bool = False) -> list[float]:
@@ -53,27 +52,6 @@ def spread(values: list[float], digits: int = 1) -> str:
     """Mean ± standard deviation; a single value alone."""
     middle = f"{statistics.fmean(values):.{digits}f}"
     return f"{middle} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else middle
-
-
-def compare(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> tuple[Difference, float | None]:
-    """How much better the first runs are than the second on all tasks, over the items; and Welch's p over the seeds."""
-    from scipy.stats import ttest_ind
-
-    def averaged(results: list[dict[str, Any]]) -> list[float]:
-        rows = [[score for task in TASKS for score in scores(result, task)] for result in results]
-        return [statistics.fmean(column) for column in zip(*rows, strict=True)]
-
-    p = None
-    if len(first) > 1 and len(second) > 1:
-        sides = [[together(result) for result in results] for results in (first, second)]
-        if any(len(set(side)) > 1 for side in sides):
-            p = float(ttest_ind(*sides, equal_var=False).pvalue)
-    return paired_difference(averaged(first), averaged(second)), p
-
-
-def larger_than_noise(difference: Difference, p: float | None) -> bool:
-    """Whether both tests say so."""
-    return difference.larger_than_noise and p is not None and p < 1 - CONFIDENCE
 
 
 def table(store: Store) -> list[str]:
@@ -183,20 +161,58 @@ def setting(store: Store) -> list[str]:
     return lines
 
 
+def exact_groups(runs: list[dict[str, Any]]) -> Groups:
+    """Exact match of a method's runs, by task."""
+    return [np.array([scores(run, task) for run in runs]) for task in TASKS]
+
+
+def text_groups(runs: list[dict[str, Any]]) -> Groups:
+    """The mean of -ln p in each window of general text, which are equally long: ln of the perplexity is their mean."""
+    texts = [run["general_text"] for run in runs]
+    return [np.array([np.divide(text["nll"], text["tokens"]) for text in texts])]
+
+
+def percent(difference: float) -> float:
+    """A difference of ln(perplexity) as a change of the perplexity in percent."""
+    return 100 * math.expm1(difference)
+
+
+OUTCOMES: tuple[tuple[str, Callable[[list[dict[str, Any]]], Groups], Callable[[float], float], str], ...] = (
+    ("exact match, points", exact_groups, lambda difference: 100 * difference, "points"),
+    ("perplexity on general text, percent", text_groups, percent, "percent"),
+)
+
+
 def differences(store: Store) -> list[str]:
-    """A line for each pair of methods that both have runs."""
+    """A table for each outcome, with a row for each pair of methods that both have runs; and what could be seen."""
     done = {method: store.done("seeds", method=method) for method in METHODS}
-    lines = []
-    for first, second in combinations([method for method in METHODS if done[method]], 2):
-        difference, p = compare(done[first], done[second])
-        low, high = (100 * bound for bound in difference.interval or (float("nan"),) * 2)
-        over_seeds = f"p = {p:.2f} over the seeds" if p is not None else "one seed only"
-        verdict = "larger than noise" if larger_than_noise(difference, p) else "not larger than noise"
-        lines.append(
-            f"- {TITLES[first]} less {TITLES[second]}: {100 * difference.value:+.1f} points "
-            f"({low:+.1f} to {high:+.1f} over the items, {over_seeds}): {verdict}"
-        )
-    return lines
+    done = {method: runs for method, runs in done.items() if runs}
+    lines: list[str] = []
+    for title, groups_of, shown, unit in OUTCOMES:
+        groups = {method: groups_of(runs) for method, runs in done.items()}
+        found = compare_all(groups)
+        if not found:
+            return []
+        lines += [
+            f"| {title} | difference | 95% over seeds and items | p over seeds | p, Holm | larger than noise |",
+            "| --- |" + " ---: |" * 5,
+        ]
+        for one in found:
+            low, high = (shown(end) for end in one.interval)
+            ps = [f"{p:.2g}" if p is not None else "" for p in (one.p, one.p_corrected)]
+            cells = [f"{shown(one.difference):+.1f}", f"{low:+.1f} to {high:+.1f}", *ps]
+            name = f"{TITLES[one.first]} less {TITLES[one.second]}"
+            lines.append(_row(name, [*cells, "yes" if one.larger_than_noise else "no"]))
+        alone, strictest = (smallest_effect(list(groups.values()), count) for count in (1, len(found)))
+        if alone is not None and strictest is not None:
+            lines += [
+                "",
+                f"A true difference of {shown(alone):.1f} {unit} would be found in {POWER:.0%} of such experiments if "
+                f"it were the only comparison, one of {shown(strictest):.1f} {unit} by the strictest step of Holm's "
+                f"correction for {len(found)}.",
+            ]
+        lines.append("")
+    return lines[:-1]
 
 
 def matrix(store: Store, method: str) -> dict[str, dict[str, float]]:
@@ -248,6 +264,9 @@ def section(store: Store) -> str:
             *table(store),
             "",
             *setting(store),
+            "",
+            f"Differences of the methods (how they are judged: `tests/evidence/significance.py`; "
+            f"{CONFIDENCE:.0%} throughout):",
             "",
             *differences(store),
             "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 
 import pytest
@@ -160,21 +161,39 @@ def test_a_run_at_full_length_is_the_first_seed_s():
 
 
 def test_verdicts_follow_from_items_and_seeds(store):
-    lines = {line.split(":")[0]: line for line in report.differences(store)}
-    assert lines["- LoRA less MixLoRA"].endswith("points (" + lines["- LoRA less MixLoRA"].split("points (")[1])
-    assert lines["- LoRA less MixLoRA"].endswith(": larger than noise")
-    assert lines["- LoRA less DoRA"].endswith("not larger than noise")
-    assert "MixDoRA" not in "".join(lines)
+    rows = {cells[0]: cells[1:] for cells in of_exact_match(store)}
+    assert [row[-1] for row in rows.values()] == ["no", "yes", "yes"]  # LoRA less DoRA; either less MixLoRA
+    right = {method: report.exact_groups(store.done("seeds", method=method)) for method in ("lora", "mixlora")}
+    means = [100 * sum(group.mean() for group in groups) / len(groups) for groups in right.values()]
+    assert rows["LoRA less MixLoRA"][0] == f"{means[0] - means[1]:+.1f}"
+    assert not any("MixDoRA" in name for name in rows)
+
+
+def of_exact_match(store):
+    return [cells for cells in cells_of(report.differences(store)) if " less " in cells[0]][:3]
+
+
+def cells_of(lines):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
 
 
 def test_one_seed_is_never_larger_than_noise(store):
-    for method in ("lora", "mixlora"):
-        for run in final_runs(store.rates()):
-            if run.part == "seeds" and run.method == method and run.seed:
-                store.path(run.name).unlink()
-    (line,) = [line for line in report.differences(store) if line.startswith("- LoRA less MixLoRA")]
-    assert "one seed only" in line
-    assert line.endswith("not larger than noise")
+    for run in final_runs(store.rates()):
+        if run.part == "seeds" and run.method in ("lora", "mixlora") and run.seed:
+            store.path(run.name).unlink()
+    (row,) = [cells for cells in of_exact_match(store) if cells[0] == "LoRA less MixLoRA"]
+    assert row[3:] == ["", "", "no"]
+
+
+def test_perplexity_is_compared_in_percent(store):
+    """A tenth more of -ln p in every window of one method: its perplexity is exp(0.1 * mean) times the other's."""
+    for run in store.done("seeds", method="dora"):
+        name = next(one.name for one in final_runs(store.rates()) if one.to_dict() == run["run"])
+        run["general_text"]["nll"] = [1100.0, 1100.0]
+        store.write(name, run)
+    rows = cells_of(report.differences(store))
+    (row,) = [row for row in rows[len(rows) // 2 :] if row[0] == "LoRA less DoRA"]
+    assert row[1] == f"{100 * (math.exp(-100 / 255) - 1):+.1f}"
 
 
 def test_the_table_holds_the_means_of_the_results(store):
