@@ -114,7 +114,9 @@ class MixLoraBase(AdaptedModel):
             outputs: Any = self.base(**arguments)
             routing: dict[str, Any] = {}
         else:
+            # A mask of sounds is one of samples, not of the tokens that come from them.
             is_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
+            is_mask = is_mask and self.base.main_input_name == "input_ids"
             with record_routing(attention_mask if is_mask else None) as record:
                 outputs = self.base(**arguments)
             routing = self._router_losses(record) if output_router_logits or weights else {}

@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,8 +21,8 @@ from .layer_stacks import Shapes, find_layer_stacks, linears_in
 from .linear_layers import compute_dtype, is_split, keep_4bit_weights_exact, layer_device, linear_shape
 
 ADAPTED_CLASSES = ("AdaptedLinear", "AdaptedExperts", "MixtureOfLoraExperts")
-Form = tuple[tuple[str, ...], str, bool | None]
-"""A reading of a block's linears: inputs, output and gate_first of a `FeedForwardStructure`."""
+Form = tuple[tuple[str, ...], str, bool | None, bool]
+"""A reading of a block: inputs, output and gate_first of a `FeedForwardStructure`, and whether its dropouts swap."""
 
 
 class FeedForwardStructure:
@@ -32,12 +33,15 @@ class FeedForwardStructure:
             ``(gate, up)``, ``(gate_up,)`` for a fused pair, or ``(up,)`` for a block without a gate.
         output: name of the projection back to the hidden size.
         gate_first: in a fused pair, whether the gate is its first half.
+        inner, dropout: what drops values before the output projection (None in most blocks), and after it.
     """
 
-    def __init__(self, form: Form, activation: Callable, dropout: nn.Module) -> None:
-        self.inputs, self.output, self.gate_first = form
+    def __init__(self, form: Form, activation: Callable, dropouts: Sequence[nn.Module] = ()) -> None:
+        self.inputs, self.output, self.gate_first, swapped = form
         # The block owns these modules; they are held here without registering them a second time.
-        self.activation, self.dropout = activation, dropout
+        self.activation = activation
+        inner, dropout = [*dropouts, None, None][:2][:: 1 if swapped else -1]
+        self.inner, self.dropout = inner, dropout or nn.Identity()
 
     def activate(self, *projected: Tensor) -> Tensor:
         """(…, out) per input projection -> (…, ff). Without gradients the arguments may be written to."""
@@ -45,11 +49,11 @@ class FeedForwardStructure:
             first, second = projected[0].chunk(2, dim=-1)
             projected = (first, second) if self.gate_first else (second, first)
         hidden = self.activation(projected[0])
-        if len(projected) == 1:
-            return hidden
-        up = projected[1]
-        # In place where possible: a fresh tensor of this size costs more than the product.
-        return hidden * up if torch.is_grad_enabled() else hidden.mul_(up)
+        if len(projected) > 1:
+            up = projected[1]
+            # In place where possible: a fresh tensor of this size costs more than the product.
+            hidden = hidden * up if torch.is_grad_enabled() else hidden.mul_(up)
+        return hidden if self.inner is None else self.inner(hidden)
 
     def __call__(self, block: nn.Module, x: Tensor) -> Tensor:
         """Compute the whole block from its parts."""
@@ -202,10 +206,8 @@ def _find_feed_forward(layer: nn.Module, where: str, known: dict[Any, Form]) -> 
                 candidates.append((path, structure))
     if len(candidates) == 1:
         return candidates[0]
-    if candidates:
-        raise ValueError(
-            f"{where} has {len(candidates)} feed-forward blocks ({[path for path, _ in candidates]}), not one"
-        )
+    if paths := [path for path, _ in candidates]:
+        raise ValueError(f"{where} has {len(paths)} feed-forward blocks ({paths}), not one")
     blocks = [f"{where}.{path} ({type(m).__name__})" for path, m in layer.named_children() if linears_in(m)]
     raise ValueError(
         f"{where} ({type(layer).__name__}): no feed-forward block of a known form (a gated one, a fused gated "
@@ -220,10 +222,8 @@ def _direct_linears(module: nn.Module) -> Shapes:
 def _takes_hidden_states_only(module: nn.Module) -> bool:
     """Whether forward has one required argument: attention needs positions or a mask, a feed-forward block does not."""
     parameters = inspect.signature(module.forward).parameters.values()
-    required = [
-        p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    return len(required) == 1
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.default is p.empty and p.kind in positional for p in parameters) == 1
 
 
 def _recognise(block: nn.Module, path: str, known: dict[Any, Form]) -> FeedForwardStructure | None:
@@ -233,28 +233,27 @@ def _recognise(block: nn.Module, path: str, known: dict[Any, Form]) -> FeedForwa
     """
     linears = _direct_linears(block)
     others = [(name, child) for name, child in block.named_children() if name not in linears]
-    dropouts = [child for _, child in others if isinstance(child, nn.Dropout)]
+    dropouts = [child for _, child in others if isinstance(child, nn.Dropout) and child.p > 0]
     activations: list[Callable] = [
         c for _, c in others if not isinstance(c, nn.Dropout) and not any(True for _ in c.parameters())
     ]
     if not activations:  # a plain function, kept as an attribute
         attributes = vars(block).items()
         activations = [value for name, value in attributes if not name.startswith("_") and callable(value)]
-    if len(activations) != 1 or len(dropouts) > 1:
+    if len(activations) != 1 or len(dropouts) > 2:
         return None
-    dropout = dropouts[0] if dropouts and dropouts[0].p > 0 else nn.Identity()
     signature = (type(block), tuple(linears.items()))
-    for form in [known[signature]] if signature in known else _possible_forms(linears):
-        structure = FeedForwardStructure(form, activations[0], dropout)
+    for form in [known[signature]] if signature in known else _possible_forms(linears, bool(dropouts)):
+        structure = FeedForwardStructure(form, activations[0], dropouts)
         if signature in known or _computes_the_same(structure, block, path):
             known[signature] = form
             return structure
     return None
 
 
-def _possible_forms(linears: Shapes) -> list[Form]:
+def _possible_forms(linears: Shapes, with_dropout: bool) -> list[Form]:
     """Every reading of the shapes as a known form."""
-    forms: list[Form] = []
+    forms: list[tuple[tuple[str, ...], str, bool | None]] = []
     for output, (hidden, inner) in linears.items():
         inputs = [name for name in linears if name != output]
         shapes = [linears[name] for name in inputs]
@@ -264,14 +263,12 @@ def _possible_forms(linears: Shapes) -> list[Form]:
             forms += [((inputs[0],), output, True), ((inputs[0],), output, False)]
         if len(inputs) == 1 and shapes == [(inner, hidden)]:
             forms.append(((inputs[0],), output, None))
-    return forms
+    return [(*form, swapped) for form in forms for swapped in (False, True)[: 1 + with_dropout]]
 
 
-def _mark(dropout: nn.Module, args: Any, out: Tensor) -> Tensor:
+def _mark(slope: float, dropout: nn.Module, args: Any, out: Tensor) -> Tensor:
     """Change the output of a dropout, which in evaluation does nothing wherever it is."""
-    if isinstance(dropout, nn.Identity):
-        return out
-    return out * torch.linspace(0.5, 1.5, out.shape[-1], device=out.device, dtype=out.dtype)
+    return out * torch.linspace(1 - slope, 1 + slope, out.shape[-1], device=out.device, dtype=out.dtype)
 
 
 @torch.no_grad()
@@ -286,13 +283,15 @@ def _computes_the_same(structure: FeedForwardStructure, block: nn.Module, path: 
     x = x.view(1, 4, hidden).to(compute_dtype(first))
     was_training = block.training
     block.eval()
-    marked = structure.dropout.register_forward_hook(_mark)
+    places = {0.5: structure.inner, -0.5: structure.dropout}
+    marks = [d.register_forward_hook(partial(_mark, s)) for s, d in places.items() if isinstance(d, nn.Dropout)]
     try:
         expected, got = block(x), structure(block, x)
     except (TypeError, RuntimeError):  # another signature or other shapes: not this form
         return False
     finally:
-        marked.remove()
+        for mark in marks:
+            mark.remove()
         block.train(was_training)
     if not isinstance(expected, torch.Tensor) or expected.shape != got.shape:
         return False

@@ -27,6 +27,7 @@ import minilora_hub
 from minilora_hub import DoraConfig, DoraForCausalLM
 from minilora_hub.remote_code.heads import HEADS, class_name
 from minilora_hub.remote_code.modeling_minilora import adapted_class
+from minilora_hub.remote_code.routing import load_balancing_loss
 
 CLEAN_PROCESS = """
 import sys
@@ -259,6 +260,18 @@ def test_layers_that_are_skipped_at_random_are_adapted(name):
     assert {getattr(base.config, rate) for rate in rates} == {0.999}
     layerdrop = {module.layerdrop for module in base.modules() if "layerdrop" in vars(module)}
     assert layerdrop == (set() if name == "wav2vec2" else {0.999})
+
+
+def test_the_padding_of_sounds_is_not_read_as_that_of_tokens():
+    """Its mask is one of samples, of which many make a token."""
+    inputs = inputs_of("wav2vec2", "AutoModelForCTC")
+    inputs["attention_mask"] = torch.ones(inputs["input_values"].shape, dtype=torch.long)
+    inputs["attention_mask"][1, 300:] = 0
+    base = tiny_heads.tiny_head("wav2vec2", "AutoModelForCTC")
+    model = adapted_class("MixLora", "AutoModelForCTC").from_base(base, tiny_config("mixlora")).train()
+    outputs = model(**inputs, labels=torch.randint(3, 30, (2, 5)), output_router_logits=True)
+    expected = load_balancing_loss(outputs.router_logits, model.config.num_experts_per_tok)
+    torch.testing.assert_close(outputs.aux_loss, expected, rtol=0, atol=0)
 
 
 def test_pipelines_take_them(tmp_path, caplog):
