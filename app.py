@@ -2,6 +2,8 @@
 
 MINILORA_BASE       the base model: "embedded", a folder, or an id on the Hub; default: the one that the adapters name
 MINILORA_ADAPTERS   adapter folders or ids on the Hub, separated by commas; default: those under model_cards/
+MINILORA_MEASURED   what `minilora eval --out FILE` wrote of these adapters, to show where they differ; default: that of
+                    the shipped ones
 MINILORA_MCP        1: the comparison is also a tool for MCP clients; default: 0
 MINILORA_OPENAI     1: the models also answer OpenAI's clients at /v1, as with `minilora serve`; default: 0
 MINILORA_API_KEY    the key that clients of /v1 must send; default: none is needed
@@ -33,6 +35,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from minilora_hub.errors import MiniLoraError
 from minilora_hub.quiet import quiet_process
@@ -59,7 +62,9 @@ def main() -> None:
     engine = CompareEngine(base, adapters, device="cuda" if zero else None, keep_bare_logits=not zero, progress=print)
     links = LinkedAdapters(engine, resolve_base(base), limits)
     openai = openai_from_environment(engine, limits)
-    launch(build_demo(engine, links=links, limits=limits), mcp=mcp, openai=openai, engine=engine)
+    measured = os.environ.get("MINILORA_MEASURED")
+    demo = build_demo(engine, links=links, limits=limits, measured=Path(measured) if measured else None)
+    launch(demo, mcp=mcp, openai=openai, engine=engine)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,7 +76,7 @@ def compare(
     answers = [_Answer(column) for column in engine.columns]
     if as_json:
         _run(engine, prompt, sampling, answers)
-        report = _report(engine, prompt, answers)
+        report = _report(engine, prompt, sampling, answers)
         print_json(report if choice is None else report | {"route": choice.to_dict()})
     else:
         _show(engine, prompt, sampling, answers)
@@ -199,9 +199,10 @@ def _printable(text: str) -> str:
     return "".join(c for c in text if c in "\n\t\u200c\u200d" or unicodedata.category(c) == "Zs" or c.isprintable())
 
 
-def _report(engine: CompareEngine, prompt: str, answers: list[_Answer]) -> dict[str, Any]:
+def _report(engine: CompareEngine, prompt: str, sampling: Sampling, answers: list[_Answer]) -> dict[str, Any]:
     """Return all results as JSON data."""
-    return {"prompt": prompt, "forwards": engine.forwards, "columns": [_column(engine, prompt, a) for a in answers]}
+    columns = [_column(engine, prompt, answer) for answer in answers]
+    return {"prompt": prompt, "sampling": asdict(sampling), "forwards": engine.forwards, "columns": columns}
 
 
 def _column(engine: CompareEngine, prompt: str, answer: _Answer) -> dict[str, Any]:

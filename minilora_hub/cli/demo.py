@@ -42,6 +42,10 @@ def demo(
             metavar="DIR", help="A folder of adapter folders that visitors may choose from, by name. Repeatable."
         ),
     ] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What minilora eval --out FILE wrote: the page shows where adapters differ."),
+    ] = None,
     dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
@@ -76,6 +80,7 @@ def demo(
         links=LinkedAdapters(engine, resolve_base(base), limits),
         limits=limits,
         allowed=allow_local or (),
+        measured=measured,
     )
     screen = _has_screen() if browser is None else browser
     launch(page, host=host, port=port, open_browser=screen, mcp=mcp, openai=openai, engine=engine)

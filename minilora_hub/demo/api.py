@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 
 from minilora_hub.compare.engine import Column, Sampling, Update
+from minilora_hub.demo.runs.own_sampling import settings_of, with_own
 from minilora_hub.demo.runs.rates import CommonRates
 from minilora_hub.demo.runs.runner import Moment, Runner, waiting_words
 from minilora_hub.errors import MiniLoraError
@@ -33,10 +34,12 @@ def add_api(runner: Runner) -> None:
         repetition_penalty: float = 1.0,
         seed: int = 0,
         experts: bool = False,
+        column_sampling: dict[str, dict[str, float]] | None = None,
     ) -> AsyncIterator[dict[str, Any] | str]:
         """Answer one prompt with a base language model and with LoRA, DoRA or MixLoRA adapters on it, side by side.
 
-        Use it to see what an adapter changes: all answers come from one batched pass with the same sampling settings.
+        Use it to see what an adapter changes: all answers come from one batched pass, with the same sampling settings
+        unless a column is given its own.
 
         Args:
             prompt: What to answer: a user's message, sent through the base's chat template.
@@ -49,20 +52,23 @@ def add_api(runner: Runner) -> None:
             repetition_penalty: Above 1, words that were already used become less likely.
             seed: Seed of the sampling; the same seed and settings give the same answers.
             experts: Whether the last item also lists, for each token of a MixLoRA, the experts of every layer.
+            column_sampling: Settings of single columns in place of the common ones, by the name of the row:
+                temperature, top_p, top_k, repetition_penalty and seed.
 
         Returns:
             state (waiting, running or done), forwards of the base, seconds
-            rows with name, kind, text, tokens, seconds_to_first_token, tokens_per_second, end and error
+            rows with name, kind, sampling, text, tokens, seconds_to_first_token, tokens_per_second, end and error
         """
         try:
             columns = await _columns(runner, adapters)
             if not isinstance(prompt, str):
                 raise ValueError(f"prompt={prompt!r:.60}: must be a string")
             sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
-            moments = runner.answer(prompt, sampling, columns)
+            own = _own_sampling(columns, column_sampling)
+            moments = runner.answer(prompt, sampling, columns, own=own)
         except (ValueError, MiniLoraError) as error:
             raise gr.Error(f"{error}", print_exception=False) from None
-        report = Report(columns, experts)
+        report = Report(columns, [settings_of(with_own(sampling, one)) for one in own], experts)
         # An MCP client receives str() of a result, so return JSON text instead of a dictionary.
         progress = gr.Progress()  # not a parameter, which would become a parameter of the endpoint
         as_text = request.headers.get("x-gradio-user") == "mcp"
@@ -108,21 +114,39 @@ async def _columns(runner: Runner, adapters: list[str] | None) -> Sequence[Colum
     return columns
 
 
+def _own_sampling(columns: Sequence[Column], given: Any) -> list[dict[str, Any]]:
+    """Return the own settings of each column.
+
+    Raises:
+        ValueError: the argument has another form, or names no column; the message lists them.
+    """
+    names = [column.name for column in columns]
+    given = {} if given is None else given
+    if not isinstance(given, dict) or not all(isinstance(own, dict) for own in given.values()):
+        raise ValueError(f"column_sampling={given!r:.60}: must be settings by the name of a row")
+    for name in given:
+        if name not in names:
+            raise ValueError(f"column_sampling: {str(name)[:60]!r}: must be one of {', '.join(names)}")
+    return [given.get(name, {}) for name in names]
+
+
 class Report:
     """Builds the items that the endpoint yields; each holds the whole comparison so far.
 
     Args:
         columns: of the comparison.
+        sampling: the settings of each.
         experts: whether the last item lists the experts of each token.
     """
 
-    def __init__(self, columns: Sequence[Column], experts: bool) -> None:
+    def __init__(self, columns: Sequence[Column], sampling: Sequence[dict[str, Any]], experts: bool) -> None:
         self._began, self._forwards, self._rates = time.perf_counter(), 0, CommonRates()
         self._experts: list[list[tuple]] | None = [[] for _ in columns] if experts else None
         self._rows: list[dict[str, Any]] = [
             {
                 "name": column.name,
                 "kind": column.kind,
+                "sampling": settings,
                 "text": "",
                 "tokens": 0,
                 "seconds_to_first_token": None,
@@ -130,7 +154,7 @@ class Report:
                 "end": None,
                 "error": None,
             }
-            for column in columns
+            for column, settings in zip(columns, sampling, strict=True)
         ]
 
     def add(self, moment: Moment) -> dict[str, Any]:

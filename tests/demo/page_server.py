@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from demo.measured import measured as measured_file
 from demo.serving import STAGE_ADAPTERS, free_port
 from tiny_stand_ins import ScriptedBase, byte_tokenizer, save_parrots
 
@@ -57,6 +58,15 @@ def stage(scratch: Path, folder: str):
     engine = CompareEngine(Path(folder) / "base", adapters, device="cpu", keep_bare_logits=True)
     engine.bank.model.register_forward_pre_hook(lambda *_: time.sleep(0.03))
     return engine, build_demo(engine, examples=["Hello", "Why?"], max_new_tokens=40, data=scratch / "data")
+
+
+def measured(scratch: Path, out: str):
+    """Build a page over parrots, with measured answers."""
+    folders = save_parrots(scratch, PARROTS)
+    engine = CompareEngine(ScriptedBase(delay=0.01), folders, tokenizer=byte_tokenizer())
+    file = Path(out) / "measured.json"
+    file.write_text(json.dumps(measured_file(dict(zip(PARROTS, map(Path, folders), strict=True)))))
+    return engine, build_demo(engine, max_new_tokens=16, data=scratch / "data", measured=file)
 
 
 def shipped(scratch: Path):

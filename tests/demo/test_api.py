@@ -55,6 +55,7 @@ def test_what_it_takes_is_described(client):
         "repetition_penalty": ("float", 1.0),
         "seed": ("int", 0),
         "experts": ("bool", False),
+        "column_sampling": ("None | dict(str, dict(str, float))", None),
     }
     assert told["description"].startswith("Answer one prompt with a base language model")
 
@@ -136,7 +137,7 @@ def test_any_text_comes_back_as_it_was_sent(client, prompt):
 
 def test_half_a_character_is_refused(server):
     """A lone surrogate can be written in JSON, and in no text: whoever sends one gets a reason, the page goes on."""
-    body = b'{"data": ["\\ud800", null, 5, 0, 1, 0, 1, 0, false]}'
+    body = b'{"data": ["\\ud800", null, 5, 0, 1, 0, 1, 0, false, null]}'
     request = urllib.request.Request(
         f"{server.address}gradio_api/call/compare", body, {"Content-Type": "application/json"}
     )
@@ -231,3 +232,18 @@ def test_agents_md_describes_the_endpoint_and_what_it_says_works(server):
     told = httpx.get(f"{call}/{event}", timeout=60).text
     assert told.rstrip().rpartition("event: ")[2].startswith("complete")
     assert '"state": "done"' in told
+
+
+def test_a_row_has_settings_of_its_own(client):
+    """The parrots ignore sampling, so this looks at what is said; test_own_sampling.py at what is computed."""
+    own = {"parrot-mix": {"temperature": 0.5, "seed": 9}}
+    rows = client.predict("Hi", max_new_tokens=5, seed=1, column_sampling=own, api_name="/compare")["rows"]
+    said = [(row["sampling"]["temperature"], row["sampling"]["seed"]) for row in rows]
+    assert said == [(0, 1), (0, 1), (0.5, 9)]
+    for wrong, message in (
+        ({"nobody": {}}, "column_sampling: 'nobody': must be one of base, parrot-dora, parrot-mix"),
+        ({"base": {"max_new_tokens": 3}}, "setting 'max_new_tokens' of a column: must be one of"),
+        ({"base": 3}, "must be settings by the name of a row"),
+    ):
+        with pytest.raises(AppError, match=message):
+            client.predict("Hi", column_sampling=wrong, api_name="/compare")

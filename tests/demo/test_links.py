@@ -146,7 +146,7 @@ def test_a_link_shows_that_adapter_beside_the_base(visit, models, name, kind):
     page = visit(f"ana/{name}", "shown")
     page.wait_for_function("document.querySelectorAll('.ml-card[data-kind]').length === 2")
     assert names(page) == ["base", f"ana/{name}"]
-    assert page.locator(".ml-facts").nth(1).inner_text().startswith(kind)
+    assert page.locator(".ml-badge").nth(1).inner_text() == kind
     assert page.locator("h1").inner_text() == "Same prompt. Two answers."
     assert page.locator(".ml-memory").inner_text().startswith("The base is in memory once: ")
     assert page.locator(".ml-notice-words").inner_text() == f"This link compares ana/{name} with its base."

@@ -7,7 +7,7 @@ from functools import lru_cache
 from math import exp
 
 import pytest
-from demo.browsing import Visits, ask, open_panel, texts, violations, wait_for_states
+from demo.browsing import Visits, ask, open_panel, texts, violations, wait_for_states, wait_for_words
 from demo.serving import STAGE_ADAPTERS
 from tiny_stand_ins import save_base_and_adapters
 
@@ -538,3 +538,56 @@ def test_the_base_is_shown_to_be_the_base(looked_at):
     open_panel(looked_at, "Is the base the base")
     looked_at.wait_for_selector("#ml-proof >> text=The base column is the bare checkpoint: over 3 fixed prompts")
     assert "fingerprint of its files" in looked_at.locator("#ml-proof").inner_text()
+
+
+# ---- sampling of one column ----
+
+
+def test_a_column_gets_settings_of_its_own_by_the_keyboard(visit, server):
+    """Before the first run for the next one; after it, the column answers again; reset gives the common ones back."""
+    page = visit()
+
+    def tune(column, *keys):
+        card(page, column).locator(".ml-tune").focus()
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".ml-tuner[open]")
+        for key in keys:
+            page.keyboard.press(key)
+
+    def own():
+        return page.locator(".ml-own").all_text_contents()
+
+    tune(LORA, "1", ".", "5", "Enter")  # the first field is the temperature
+    wait_for_words(page, "The next run")
+    assert own() == ["", "own settings: temperature 1.5", "", ""]
+    ask(page, PROMPT)
+    wait_for_words(page, "Done.")  # whatever ends an answer that is drawn
+    first = texts(page)
+    assert own() == ["", "own settings: temperature 1.5", "", ""]
+    before = server.settled()
+    tune(DORA, "2", *["Tab"] * 4, "7")
+    assert violations(page) == {}
+    page.evaluate("window.earlier = document.querySelector('.ml-card')")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('.ml-card') !== window.earlier")
+    wait_for_words(page, "Done.")
+    assert own()[DORA] == "own settings: temperature 2, seed 7"
+    again = texts(page)
+    assert again[DORA] != first[DORA]
+    assert [again[at] for at in (BASE, LORA, MIX)] == [first[at] for at in (BASE, LORA, MIX)]
+    assert 0 < server.settled() - before <= LENGTH
+    tune(DORA)
+    assert page.get_by_label("Temperature (0 is greedy)").input_value() == "2"
+    page.evaluate("window.earlier = document.querySelector('.ml-card')")
+    page.get_by_role("button", name="Reset to the common settings").click()
+    page.wait_for_function("document.querySelector('.ml-card') !== window.earlier")
+    wait_for_words(page, "Done.")
+    assert (own()[DORA], texts(page)[DORA]) == ("", first[DORA])
+
+
+def test_letters_are_explained_by_what_was_routed(looked_at, expected):
+    """The number of active experts is that of the tokens shown."""
+    counts = {len(layer) for update in expected.columns[MIX] for layer in update.experts}
+    (active,) = counts
+    words = looked_at.locator(".ml-letters").inner_text()
+    assert f"In each layer {active} of 4 experts serve a token" in words

@@ -132,7 +132,7 @@ def _score(results: Results) -> str | None:
         return None
     most = max(shares, key=lambda one: one.n or 0)  # the first of several
     base = "" if most.base_value is None else f", base {most.base_value:.0%}"
-    return f"{most.metric} {most.value:.0%}{base}"
+    return f"{most.metric} {most.value:.0%} of {most.n:,} test items{base}"
 
 
 def _thinned(values: list[float]) -> list[float]:

@@ -58,6 +58,11 @@ class Catalogue:
         """The adapters that can be chosen without a download."""
         return [*(column.name for column in self.engine.columns[1:]), *self.folders]
 
+    def paths(self) -> dict[str, Path]:
+        """Return the folder of each of `names`."""
+        known = {entry.name: entry.folder for entry in self.engine.bank.list()} | self.folders
+        return {name: known[name] for name in self.names}
+
     def column(self, name: str) -> Column | None:
         """Return an adapter's column, if it is in memory."""
         own = next((column for column in self.engine.columns[1:] if column.name == name), None)

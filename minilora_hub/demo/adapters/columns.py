@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 from huggingface_hub import constants
 
+import minilora_hub
 from minilora_hub.compare.engine import Column
 from minilora_hub.demo.adapters.cards import AdapterCard
 from minilora_hub.demo.adapters.catalogue import Catalogue
@@ -71,7 +74,7 @@ def describe_columns(catalogue: Catalogue, columns: Sequence[Column]) -> list[di
     seen: Counter[str] = Counter()
     described = []
     for column in columns:
-        facts: list[str] = [column.kind]
+        facts: list[str] = []
         if column.parameters_added:
             count = column.parameters_added
             shown = f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
@@ -127,7 +130,18 @@ def headline(catalogue: Catalogue, columns: Sequence[Column], title: str | None 
         "base": catalogue.engine.columns[0].name,
         "link": f"{constants.ENDPOINT}/{catalogue.base}" if "/" in catalogue.base else None,
         "facts": f"The base is in memory once: {_bytes(memory.base)}{adapters}.",
+        "made": {"words": f"minilora_hub {minilora_hub.__version__}", "link": project_link()},
     }
+
+
+def project_link() -> str | None:
+    """Return where the code of this page is: the project's address in the package's metadata, or this Space's files."""
+    try:
+        urls = [one.partition(", ")[2] for one in metadata.metadata("minilora_hub").get_all("Project-URL") or ()]
+    except metadata.PackageNotFoundError:
+        urls = []
+    space = os.environ.get("SPACE_ID")
+    return next(iter(urls), f"{constants.ENDPOINT}/spaces/{space}/tree/main" if space else None)
 
 
 def _bytes(value: int) -> str:

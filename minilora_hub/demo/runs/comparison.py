@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from minilora_hub.demo.runs.own_sampling import in_words
 from minilora_hub.demo.ui.page_state import ENDED, text_of
 from minilora_hub.documents import Scalar, strict_json
 from minilora_hub.errors import PageError
 from minilora_hub.formatting import block, inline
 
-VERSION = 1
+VERSION = 2
+"""Since 2 columns may have settings of their own, which a reader of 1 would not show."""
 UNKNOWN = "unknown"
 COLUMN_BYTES = 4000
 """Upper bound of the bytes of a column without its log and its error."""
@@ -45,7 +47,7 @@ class Comparison:
 
     Attributes:
         prompt: the prompt.
-        sampling: {setting: value}.
+        sampling: {setting: value}; a column's own are in the stage, see `sampling_of`.
         base: the base's name; its id on the Hub if it has one.
         stage: the columns' state at the end, the base's first; see `minilora_hub.demo.ui.page_state`.
         status: content of the status line.
@@ -70,6 +72,10 @@ class Comparison:
     def names(self) -> list[str]:
         """The columns' names."""
         return [column["about"]["name"] for column in self.columns]
+
+    def sampling_of(self, column: dict[str, Any]) -> dict[str, Scalar]:
+        """Return the settings of one of its columns."""
+        return self.sampling | (column.get("sampling") or {})
 
     @property
     def complete(self) -> bool:
@@ -97,11 +103,13 @@ class Comparison:
         try:
             content = strict_json(text)
             version = content.pop("version")
-            if version != VERSION:
+            if version not in (1, VERSION):
                 raise PageError(f"the comparison was stored by another version of minilora_hub ({version!r})")
             weights = tuple(Weights(**one) for one in content.pop("weights"))
             comparison = cls(weights=weights, **content)
             texts = [text_of(column) for column in comparison.columns]
+            for column in comparison.columns:
+                comparison.sampling_of(column)
             if not comparison.names or len(texts) != len(weights) or not isinstance(comparison.sampling, dict):
                 raise ValueError("its columns do not fit together")
         except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -122,6 +130,7 @@ def exported_json(comparison: Comparison) -> str:
             "kind": column["about"]["kind"],
             "weights": weights.hash,
             "revision": weights.revision,
+            "sampling": comparison.sampling_of(column),
             "before": column.get("before", []),
             "answer": text_of(column),
             "right": column.get("right"),
@@ -148,16 +157,18 @@ def exported_json(comparison: Comparison) -> str:
 
 def exported_markdown(comparison: Comparison) -> str:
     """Export a comparison as Markdown. Texts are in code fences that they cannot close, and names are escaped."""
-    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in comparison.sampling.items())
-    rows = ["| | | tokens | tokens/s | first token |", "| --- | --- | ---: | ---: | ---: |"]
+    settings = in_words(comparison.sampling)
+    rows = ["| | | | tokens | tokens/s | first token |", "| --- | --- | --- | ---: | ---: | ---: |"]
     answers = []
     for column in comparison.columns:
-        name, text = inline(column["about"]["name"]), text_of(column)
+        name, text, about = inline(column["about"]["name"]), text_of(column), column["about"]
+        facts = f"{inline(about['kind'])} | {inline(about['facts'])}"
         rate = "" if column["rate"] is None else f"{column['rate']:.1f}"
         first = "" if column["first"] is None else f"{column['first']:.2f} s"
-        rows.append(f"| {name} | {inline(column['about']['facts'])} | {column['tokens']} | {rate} | {first} |")
+        rows.append(f"| {name} | {facts} | {column['tokens']} | {rate} | {first} |")
         earlier = "".join(f"{inline(role)}, earlier:\n\n{block(said)}\n\n" for role, said in column.get("before", ()))
-        answers.append(f"## {name}\n\n{earlier}{block(text) if text else 'No text.'}")
+        own = f"Its own settings: {inline(in_words(column['sampling']))}.\n\n" if column.get("sampling") else ""
+        answers.append(f"## {name}\n\n{own}{earlier}{block(text) if text else 'No text.'}")
         if column["error"]:
             answers.append(f"Failed: {inline(column['error'])}")
     summary = f"{inline(comparison.status['words'])} {comparison.time}. Base: {inline(comparison.base)}."

@@ -14,7 +14,8 @@ from typing import Any
 from minilora_hub.compare.engine import Sampling
 from minilora_hub.demo.runs.assertions import Assertion, passes, read_assertions
 from minilora_hub.demo.runs.limits import PageLimits
-from minilora_hub.demo.runs.visitor import Visitor, sampling_fields
+from minilora_hub.demo.runs.own_sampling import in_words, settings_of
+from minilora_hub.demo.runs.visitor import Visitor
 from minilora_hub.demo.ui.page_state import text_of
 from minilora_hub.documents import Scalar, strict_json
 from minilora_hub.errors import PageError
@@ -122,7 +123,7 @@ def _csv_rows(text: str) -> list[tuple[int, dict[str, Any]]]:
 class PromptTable:
     """The answers to a file of prompts, as far as they were computed."""
 
-    names: list[str]  # of the columns, the base's first
+    names: list[str]  # of the columns, the base's first; with the settings that a column has of its own
     total: int  # prompts in the file
     sampling: dict[str, Scalar]
     rows: list[dict[str, Any]] = field(default_factory=list)  # {"prompt", "answers", "error"}, see `run_prompts`
@@ -165,7 +166,11 @@ async def run_prompts(
     error in its row, and the next prompt follows. Anything that ends the visitor's comparison (Stop, another run, a
     closed tab) also ends the table, as does closing the iterator.
     """
-    table = PromptTable([one["name"] for one in visitor.about()], len(prompts), sampling_fields(sampling))
+    names = [
+        one["name"] + (f" ({in_words(own)})" if own else "")
+        for one, own in zip(visitor.about(), visitor.own(), strict=True)
+    ]
+    table = PromptTable(names, len(prompts), settings_of(sampling, system))
     yield table
     for prompt in prompts:
         visitor.begin()

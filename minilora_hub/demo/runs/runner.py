@@ -11,16 +11,18 @@ import contextvars
 import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, Collection, Generator, Sequence
+from collections.abc import AsyncGenerator, Collection, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from minilora_hub.compare.answer import Turns
 from minilora_hub.compare.engine import Column, CompareEngine, Row, Sampling, Update
 from minilora_hub.demo.adapters.catalogue import Catalogue
 from minilora_hub.demo.runs import zero_gpu
 from minilora_hub.demo.runs.limits import PageLimits
+from minilora_hub.demo.runs.own_sampling import with_own
 from minilora_hub.demo.runs.waiting_queue import Ticket, Waiting, WaitingQueue
 from minilora_hub.errors import AdapterError
 
@@ -100,6 +102,7 @@ class Runner:
         stop: threading.Event | None = None,
         before: Sequence[Turns] | None = None,
         halted: Collection[int] = (),
+        own: Sequence[Mapping[str, Any]] | None = None,
     ) -> AsyncGenerator[Moment]:
         """Answer a prompt with these columns, after waiting in the queue.
 
@@ -107,19 +110,22 @@ class Runner:
 
         Args:
             prompt: the prompt.
-            sampling: the settings, for every column.
+            sampling: the settings, for every column that has none of its own.
             columns: row i of the updates is column i.
             stop: ends the answers within one step when it is set; the last event holds them as they are.
             before: the messages before the prompt, for each column.
             halted: rows that end within one step; the caller may add to it.
+            own: the settings of each column that replace those of `sampling`.
 
         Raises:
-            ValueError: the prompt is empty, something is above the limits, or the queue is full.
+            ValueError: the prompt is empty, something is above the limits, a setting of a column is wrong, or the queue
+                is full.
         """
         turns = before or [()] * len(columns)
         for messages in set(turns) or {()}:
             self.limits.check("".join([*(text for _, text in messages), prompt]), sampling, len(columns))
-        rows = [column.row(prompt, sampling, messages) for column, messages in zip(columns, turns, strict=True)]
+        settings = [with_own(sampling, one) for one in own or [{}] * len(columns)]
+        rows = [column.row(prompt, *one) for column, *one in zip(columns, settings, turns, strict=True)]
         self.engine.stream_steps(rows)  # validates the prompt without computing anything
         return self._moments(rows, self.queue.join(sampling.max_new_tokens), stop or threading.Event(), halted)
 

@@ -7,12 +7,12 @@ server's history, never to content that a browser sends. All calls come from the
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import threading
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from itertools import count
+from typing import Any
 
 from minilora_hub.compare.answer import Turns
 from minilora_hub.compare.engine import Sampling
@@ -20,6 +20,7 @@ from minilora_hub.demo.runs.comparison import Comparison
 from minilora_hub.demo.runs.conversation import Conversation, turns_before
 from minilora_hub.demo.runs.examples import Example, expected_answers
 from minilora_hub.demo.runs.history import History, KeptComparison
+from minilora_hub.demo.runs.own_sampling import OwnSampling, differing, settings_of
 from minilora_hub.demo.runs.runner import Runner, waiting_words
 from minilora_hub.demo.runs.shown_columns import ShownColumns
 from minilora_hub.demo.ui.page_state import Frame, RunningComparison, without_html
@@ -41,6 +42,7 @@ class Visitor(ShownColumns):
     Attributes:
         blind: whether the next comparison is blind.
         history: the visitor's comparisons.
+        sampling: the settings of single columns.
     """
 
     def __init__(self, visitors: Visitors) -> None:
@@ -49,7 +51,7 @@ class Visitor(ShownColumns):
         self.blind = False
         self.history = History()
         self._number, self._stop = 0, threading.Event()
-        self.conversation = Conversation()
+        self.conversation, self.sampling = Conversation(), OwnSampling()
         self._next_only: int | None = None  # the column that the next run answers again
         self._only: int | None = None
         self._halted: set[int] = set()  # rows of the running comparison that are stopped
@@ -83,6 +85,41 @@ class Visitor(ShownColumns):
         """Whether names are hidden: in blind mode, unless experts answer alone, since the visitor chose them."""
         return self.blind and self._solo is None
 
+    def own(self) -> list[dict[str, Scalar]]:
+        """Return the own settings of each shown column. In blind mode there are none: votes compare models alone."""
+        about = self.about()
+        return [{} for _ in about] if self.hides else self.sampling.of(about)
+
+    @property
+    def samples(self) -> bool:
+        """Whether a column draws its tokens whatever the common settings are."""
+        return any(own.get("temperature") for own in self.own())
+
+    def tune(self, index: int, own: Any, again: bool) -> Comparison | None:
+        """Give a column settings of its own, or with none the common ones again.
+
+        Args:
+            index: the column.
+            own: the settings.
+            again: let the next run answer this column of the shown comparison again, see `ask_again`.
+
+        Returns:
+            That comparison, if it is to be answered again.
+
+        Raises:
+            PageError: a setting is wrong, there is no such column, or it cannot be answered again.
+        """
+        about = self.about()
+        if not 0 <= index < len(about):
+            raise PageError(f"column {index}: must be from 0 to {len(about) - 1}")
+        comparison = self.ask_again(index) if again else None
+        try:
+            self.sampling.set(about[index], own)
+        except PageError:
+            self._next_only = None
+            raise
+        return comparison
+
     def begin(self, prompt: str = "") -> Frame:
         """Stop a running comparison, prepare the next one, and return its first frame."""
         self.stop()
@@ -93,7 +130,7 @@ class Visitor(ShownColumns):
         self._number, self._stop = next(self._visitors.numbers), threading.Event()
         words = "Waiting in the queue…" if self._runner.queue.full else "Reading the prompt…"
         expected = self._visitors.expected.get(prompt.strip())
-        running = RunningComparison(self._number, self.about(), prompt, expected=expected)
+        running = RunningComparison(self._number, self.about(), prompt, expected=expected, own=self.own())
         if self._only is not None:
             running.only(self._only, self.history.shown().comparison.columns)
         frame = running.waiting(words)
@@ -125,16 +162,20 @@ class Visitor(ShownColumns):
         about, expected = self.about(), self._visitors.expected.get(prompt.strip())
         shown = self.history.shown().comparison.columns if only is not None else []
         turns = [turns_before(column) for column in shown] or list(before or [()] * len(about))
+        own = self.own()
         token_text = self._runner.engine.token_text
-        running = RunningComparison(number, about, prompt, sampling, token_text, expected, turns)
+        running = RunningComparison(number, about, prompt, sampling, token_text, expected, turns, own)
         asked = slice(None)
         if only is not None:
-            running.only(only, shown)
+            was, now = self.history.shown().comparison.sampling, settings_of(sampling, system)
+            kept = [column | {"sampling": differing(now, was | (column.get("sampling") or {}))} for column in shown]
+            running.only(only, kept)
             asked = slice(only, only + 1)
         told = (("system", system.strip()),) if system.strip() else ()
         messages = [(*told, *one) for one in turns[asked]]
         try:
-            moments = self._runner.answer(prompt, sampling, self.columns()[asked], stop, messages, self._halted)
+            columns = self.columns()[asked]
+            moments = self._runner.answer(prompt, sampling, columns, stop, messages, self._halted, own=own[asked])
         except (ValueError, AdapterError) as error:
             yield running.refused(f"{error}")
             return
@@ -163,8 +204,8 @@ class Visitor(ShownColumns):
         async with aclosing(self.run(prompt, sampling, system, before)) as frames:
             async for frame in frames:
                 if frame.finished and frame.stage["columns"][0]["state"] != "idle":
-                    fields = sampling_fields(sampling) | ({"system_prompt": system} if system.strip() else {})
                     weights, stage = await hashing, without_html(frame.stage)
+                    fields = settings_of(sampling, system)
                     comparison = Comparison(prompt, fields, catalogue.base, stage, frame.status, weights)
                     if not self.hides:  # blind mode was switched off during the run
                         blindfold = None
@@ -181,7 +222,19 @@ class Visitor(ShownColumns):
         """Set the shown comparison: one from the history or from a share link."""
         self.history.show(kept)
         self.conversation.keep(kept.comparison.stage)
+        self.sampling.adopt(kept.comparison.stage)
         self._visitors.make_room(self)
+
+    def repeat(self) -> Comparison:
+        """Go back to before the comparison that was run last, with its columns' own settings, and return it.
+
+        Raises:
+            PageError: there is none.
+        """
+        comparison = self.history.last().comparison
+        self.conversation.rewind(comparison.stage)
+        self.sampling.adopt(comparison.stage)
+        return comparison
 
     async def vote(self, choice: str) -> KeptComparison:
         """Store a vote on the last comparison: the number of a letter from 0 on, `TIE` or `ALL_BAD`.
@@ -265,8 +318,3 @@ class Visitors:
                 return
             if visitor is not current:
                 visitor.history.clear()
-
-
-def sampling_fields(sampling: Sampling) -> dict[str, Scalar]:
-    """Return the settings that are stored with a comparison."""
-    return {name: value for name, value in dataclasses.asdict(sampling).items() if name != "stop"}

@@ -13,10 +13,11 @@ const CARD = `
     <button type="button" class="ml-do ml-remove">×</button>
   </div>
   <p class="ml-facts"></p>
-  <div class="ml-purpose"><p></p><p></p></div>
+  <div class="ml-purpose"><p></p><p></p><p class="ml-own" hidden></p></div>
   <div class="ml-answer" dir="auto" tabindex="0" role="group"><div class="ml-before"></div><div class="ml-rendered"></div><span class="ml-text"></span><span class="ml-caret" aria-hidden="true"></span><p class="ml-error" hidden></p></div>
   <div class="ml-foot">
     <button type="button" class="ml-fork" title="The first token that differs from the base's answer" hidden></button>
+    <button type="button" class="ml-act ml-tune" title="Sampling of this column"></button>
     <button type="button" class="ml-act ml-halt" title="Stop this answer">■</button>
     <button type="button" class="ml-act ml-again" title="Answer again, this column only">⟳</button>
     <button type="button" class="ml-act ml-copy-answer" title="Copy this answer"></button>
@@ -32,7 +33,7 @@ const STATES = {
 };
 
 class Column {
-  // choose(token index) is called when a visitor picks a token, act(name) when they stop or repeat this column alone.
+  // choose(token index) is called when a visitor picks a token, act(name) when they stop, repeat or tune this column alone.
   constructor(about, choose, act) {
     this.answer = new Answer(about);
     this.card = make("article", "ml-card");
@@ -43,7 +44,7 @@ class Column {
     this.find("name").textContent = about.name;
     this.find("facts").textContent = about.facts;
     const lines = [about.purpose || (about.kind === "base" ? "The model itself, without an adapter." : ""), about.score || ""];
-    this.card.querySelectorAll(".ml-purpose p").forEach((line, index) => Object.assign(line, { textContent: lines[index], title: lines[index] }));
+    this.card.querySelectorAll(".ml-purpose p:not(.ml-own)").forEach((line, index) => Object.assign(line, { textContent: lines[index], title: lines[index] }));
     this.find("answer").setAttribute("aria-label", `Answer of ${about.name}. Use the arrow keys to move between tokens.`);
     for (const [act, words] of [["use", "Get"], ["remove", "Remove"]]) {
       const button = this.find(act);
@@ -54,6 +55,7 @@ class Column {
     for (const [name, words, run] of [
       ["halt", "Stop", () => act("halt")],
       ["again", "Answer again:", () => act("again")],
+      ["tune", "Sampling of", () => act("tune")],
       ["copy-answer", "Copy the answer of", () => this.copy()],
     ]) {
       this.find(name).setAttribute("aria-label", `${words} ${about.name}`);
@@ -113,10 +115,15 @@ class Column {
     this.now = now;
     this.paintTexts(now);
     if (now.state === "eos") this.spans.at(-1)?.classList.toggle("ml-end", !this.answer.tokens.at(-1).t);
+    const own = settingWords(now.sampling || {});
+    this.find("own").hidden = !own;
+    this.find("own").textContent = own && `own settings: ${own}`;
+    this.find("tune").setAttribute("aria-pressed", String(Boolean(own)));
     this.find("error").hidden = !now.error;
     this.find("error").textContent = now.error || "";
     this.find("verdict").hidden = typeof now.right !== "boolean";
     this.find("verdict").textContent = now.right ? "✓ right" : "✗ wrong";
+    this.find("verdict").title = "This one answer; the score below is over many test items";
     this.find("verdict").dataset.right = now.right ? "yes" : "no";
     this.find("rate").textContent = digits(now.rate, now.rate >= 100 ? 0 : 1);
     this.find("first").textContent = now.first === null ? "–" : digits(now.first, 2) + " s";

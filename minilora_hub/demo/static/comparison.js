@@ -25,6 +25,9 @@ class Stage {
     );
     this.experts = new Experts(this.box.querySelector(".ml-heat"), (column, expert) => this.solo(column, expert));
     this.inspector = new Inspector(this.box.querySelector(".ml-inspector"), () => this.unchoose());
+    this.tuner = new Tuner(this.box.querySelector(".ml-tuner"), (column, sampling, again) =>
+      this.trigger(again ? "retune" : "tune", { column, sampling, again }),
+    );
     this.box.querySelector(".ml-add").addEventListener("click", () => minilora.adapter("add"));
     this.box.querySelector(".ml-picture").addEventListener("click", () => this.share());
     for (const name of ["tall", "markdown"]) {
@@ -64,7 +67,7 @@ class Stage {
     this.chosen = null;
     this.inspector.clear();
     this.columns = now.columns.map(
-      (column, index) => new Column(column.about, (at) => this.choose(index, at), (name) => this.trigger(name, { column: index })),
+      (column, index) => new Column(column.about, (at) => this.choose(index, at), (name) => this.act(index, name)),
     );
     this.row.replaceChildren(...this.columns.map((column) => column.card));
     this.box.style.setProperty("--columns", this.columns.length);
@@ -161,6 +164,9 @@ class Stage {
     );
     const open = mixtures.some(({ column }) => column === this.open) ? this.open : null;
     this.experts.paint(this.now.blind ? [] : mixtures, shown, open);
+    const letters = this.box.querySelector(".ml-letters");
+    letters.textContent = lettersWords(mixtures.map(({ answer }) => answer));
+    letters.hidden = this.now.blind || !mixtures.length; // its place is kept while there are no tokens yet
   }
 
   // The experts of an adapter that have a column of their own.
@@ -188,6 +194,15 @@ class Stage {
     this.columns.forEach((one, index) => one.mark(index === column ? at : null));
     this.chosen = { column, at };
     this.refresh();
+  }
+
+  act(column, name) {
+    if (name !== "tune") this.trigger(name, { column });
+    else {
+      const { answer, now } = this.columns[column];
+      const again = !this.now.replay && now.state !== "idle";
+      this.tuner.open(column, answer.about.name, now.sampling || {}, this.now.sampling, again);
+    }
   }
 
   unchoose() {
@@ -218,7 +233,8 @@ class Stage {
     }));
     const words = (name) => document.querySelector(name)?.textContent || "";
     const picture = new Picture(this.box);
-    picture.draw(words(".ml-head h1"), this.now.prompt, words(".ml-count"), columns);
+    const common = this.now.sampling ? `Settings: ${settingWords(this.now.sampling)}` : "";
+    picture.draw(words(".ml-head h1"), this.now.prompt, [words(".ml-count"), common], columns);
     picture.save("comparison.png");
   }
 

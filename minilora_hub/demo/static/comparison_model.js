@@ -104,6 +104,17 @@ function expertUse(tokens, experts, count) {
   return use;
 }
 
+// What the letters above tokens mean, with the number of experts that served them.
+function lettersWords(answers) {
+  const routed = answers.map(({ about, tokens }) => [about.experts, tokens.flatMap(({ r }) => r || [])]);
+  const some = routed.filter(([, layers]) => layers.length);
+  if (!some.length) return "";
+  const active = [...new Set(some.flatMap(([, layers]) => layers.map((layer) => layer.length / 2)))].sort((a, b) => a - b);
+  const range = active.length > 1 ? `${active[0]} to ${active.at(-1)}` : active[0];
+  const experts = [...new Set(some.map(([experts]) => experts))].join(" or ");
+  return `A letter is the expert with the most weight over all layers. In each layer ${range} of ${experts} experts serve a token; choose a token to see which.`;
+}
+
 // What kind of text a token is; `before` is the text before it.
 function tokenType(text, before) {
   if (!text) return "end";
@@ -149,6 +160,14 @@ function percent(share) {
   if (share > 0 && share < 0.001) return "<0.1 %";
   return (share < 0.1 && share > 0 ? (100 * share).toFixed(1) : Math.round(100 * share)) + " %";
 }
+
+// Settings of sampling as words, without those that have no effect.
+function settingWords(settings) {
+  const idle = settings.temperature === 0 ? ["top_p", "top_k", "seed"] : [];
+  const shown = Object.entries(settings).filter(([name, value]) => !idle.includes(name) && name !== "stop" && value !== null);
+  return shown.map(([name, value]) => `${name.replaceAll("_", " ")} ${value === "" ? "none" : value}`).join(", ");
+}
+
 const digits = (value, count) => (value === null || value === undefined ? "–" : value.toFixed(count));
 
 // A token's text with visible symbols for spaces, line ends and control characters.

@@ -18,20 +18,21 @@ class Picture {
   }
 
   // columns: [{about, now, tokens, kept, experts}]; kept and experts: the tokens to highlight, as on the page.
-  draw(title, prompt, badge, columns) {
+  // notes: lines below the columns.
+  draw(title, prompt, notes, columns) {
     const per = Math.min(columns.length, 3);
     const width = (PICTURE_WIDTH - 120 - 28 * (per - 1)) / per;
     this.font(20);
     const boxes = columns.map((column) => this.flow(column.tokens, width - 48, 20));
     const rows = [];
     for (let i = 0; i < boxes.length; i += per) {
-      rows.push(Math.max(...boxes.slice(i, i + per).map((box) => box.height)) + 150);
+      rows.push(Math.max(...boxes.slice(i, i + per).map((box) => box.height)) + 164);
     }
     this.font(26);
     const asked = this.flow([{ t: prompt }], PICTURE_WIDTH - 120, 26);
     const top = 132 + asked.height;
     this.canvas.width = PICTURE_WIDTH;
-    this.canvas.height = top + rows.reduce((sum, height) => sum + height + 28, 0) + 70;
+    this.canvas.height = top + rows.reduce((sum, height) => sum + height + 28, 0) + 98;
     this.pen.fillStyle = this.color("paper");
     this.pen.fillRect(0, 0, this.canvas.width, this.canvas.height);
     this.pen.textBaseline = "alphabetic";
@@ -42,7 +43,7 @@ class Picture {
       const y = top + rows.slice(0, Math.floor(index / per)).reduce((sum, height) => sum + height + 28, 0);
       this.card(column, boxes[index], 60 + (index % per) * (width + 28), y, width, rows[Math.floor(index / per)]);
     });
-    this.write(badge, 60, this.canvas.height - 40, 20, "soft");
+    notes.forEach((note, index) => this.write(note, 60, this.canvas.height - 66 + 28 * index, 20, "soft"));
     return this.canvas;
   }
 
@@ -123,6 +124,8 @@ class Picture {
       }
     }
     const facts = now.error ? now.error.slice(0, 60) : `${now.tokens} token${now.tokens === 1 ? "" : "s"} · ${digits(now.rate, 1)} tokens/s`;
+    const own = settingWords(now.sampling || {});
+    if (own) this.write(own, x + 24, y + height - 50, 15, "ink");
     this.write(facts, x + 24, y + height - 24, 17, now.error ? "bad" : "soft");
   }
 

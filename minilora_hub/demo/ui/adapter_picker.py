@@ -70,7 +70,7 @@ def build_adapter_picker(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> N
     def shown(visitor: Visitor) -> dict[Any, Any]:
         return {
             parts.headline: headline(runner.catalogue, visitor.columns()),
-            parts.stage: idle_stage(visitor.about()),
+            parts.stage: idle_stage(visitor.about(), visitor.own()),
             parts.status: status("idle", "Ready."),
             parts.stop: gr.Button(interactive=False),
         }

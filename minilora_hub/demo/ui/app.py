@@ -31,6 +31,7 @@ from minilora_hub.demo.agents import agents_route
 from minilora_hub.demo.api import add_api
 from minilora_hub.demo.runs.examples import EXAMPLES, Example
 from minilora_hub.demo.runs.limits import PageLimits
+from minilora_hub.demo.runs.measured_answers import find_measured
 from minilora_hub.demo.runs.replay import find_replay
 from minilora_hub.demo.runs.runner import Runner
 from minilora_hub.demo.runs.visitor import Visitors
@@ -38,6 +39,7 @@ from minilora_hub.demo.ui.adapter_picker import build_adapter_picker
 from minilora_hub.demo.ui.base_panel import build_base_panel
 from minilora_hub.demo.ui.blind_bar import build_board, connect_blind_bar
 from minilora_hub.demo.ui.components import STATIC, page_head
+from minilora_hub.demo.ui.differences_panel import build_differences_panel
 from minilora_hub.demo.ui.events import connect_run
 from minilora_hub.demo.ui.history_panel import build_history_panel
 from minilora_hub.demo.ui.layout import build_parts
@@ -60,6 +62,7 @@ def build_demo(
     limits: PageLimits | None = None,
     data: Path | None = None,
     allowed: Sequence[Path] = (),
+    measured: Path | None = None,
 ) -> gr.Blocks:
     """Build the page for the models of an engine.
 
@@ -73,6 +76,8 @@ def build_demo(
         limits: limits on visitors' requests. Default: from the environment.
         data: folder for votes and shared comparisons. Default: ``$MINILORA_DATA``, or the user's folder for data.
         allowed: folders whose adapter folders visitors can choose by name, never by path.
+        measured: what `minilora eval --out` has written of these adapters, to show where they differ. Default: the
+            answers of the shipped adapters.
 
     Returns:
         The page, for `launch`.
@@ -85,7 +90,9 @@ def build_demo(
         dataset.start()
     catalogue = Catalogue(engine, links, allowed)
     runner = Runner(engine, catalogue, limits)
+    answers = find_measured(measured, catalogue)
     visitors = Visitors(runner, votes, SharedComparisons(folder / "shared", limits), offered)
+    visitors.expected = (answers.expected if answers else {}) | visitors.expected
     with gr.Blocks(title="minilora · compare", analytics_enabled=False, fill_width=True) as demo:
         opening = find_replay(engine) or {
             "stage": idle_stage(describe_columns(catalogue, engine.columns)),
@@ -97,6 +104,8 @@ def build_demo(
         names_shown = connect_blind_bar(visitors, parts.blind, parts.stage, parts.finished)
         build_history_panel(demo, visitors, parts, start, names_shown)
         build_adapter_picker(demo, visitors, parts)
+        if answers:
+            build_differences_panel(answers, parts, start)
         build_prompt_file_panel(visitors, parts)
         build_base_panel(runner)
         add_api(runner)

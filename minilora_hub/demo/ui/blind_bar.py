@@ -23,7 +23,11 @@ from minilora_hub.errors import PageError
 from minilora_hub.formatting import counted
 
 BLIND_OFF = {"phase": "off", "letters": "", "words": ""}
-READY = {"phase": "ready", "letters": "", "words": "Answers come in a random order, without names."}
+READY = {
+    "phase": "ready",
+    "letters": "",
+    "words": "Answers come in a random order, without names, all with the common settings.",
+}
 
 
 def bar_value(visitor: Visitor, running: bool = False) -> dict:
@@ -66,7 +70,7 @@ def connect_blind_bar(visitors: Visitors, bar: gr.HTML, stage: gr.HTML, finished
         try:
             kept = visitor.history.last()
         except PageError:  # nothing was run yet: hide or show the names at once
-            idle = idle_stage(visitor.about())
+            idle = idle_stage(visitor.about(), visitor.own())
             return [READY, Blindfold(range(len(idle["columns"]))).stage(idle)] if blind else [BLIND_OFF, idle]
         if blind or kept.closed:
             return [READY if blind else BLIND_OFF, gr.skip()]

@@ -19,6 +19,7 @@ SCRIPTS = (
     "timeline",
     "heatmap",
     "inspector",
+    "tuner",
     "picture",
     "comparison",
     "number_fields",

@@ -14,7 +14,7 @@ from minilora_hub.demo.runs.visitor import Visitors
 from minilora_hub.demo.ui.blind_bar import bar_value
 from minilora_hub.demo.ui.components import QUIET, sent
 from minilora_hub.demo.ui.layout import Parts
-from minilora_hub.demo.ui.page_state import Frame, RunningComparison, status
+from minilora_hub.demo.ui.page_state import Frame, RunningComparison, idle_stage, status
 from minilora_hub.demo.ui.settings import next_seed, sampling_from
 from minilora_hub.errors import AdapterError, PageError
 
@@ -52,7 +52,10 @@ def connect_run(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> Start:
         if not (text or "").strip():  # what is shown stays
             kept = [gr.skip(), status("error", NO_PROMPT), *[gr.skip()] * 3]
             return [*kept, *[gr.skip()] * bool(seed_settings)]
-        seed = [next_seed(*seed_settings)] if seed_settings else []
+        seed = []
+        if seed_settings:
+            greedy, *kept = seed_settings
+            seed = [next_seed(greedy and not visitor.samples, *kept)]
         return [*show(visitor.begin(well_formed(text))), None, bar_value(visitor, running=True), *seed]
 
     async def answer(request: gr.Request, text, system, *values) -> AsyncIterator[list]:
@@ -84,6 +87,17 @@ def connect_run(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> Start:
         except PageError as error:
             raise gr.Error(str(error), print_exception=False) from error
         return {parts.prompt: comparison.prompt}
+
+    async def tune(event: gr.EventData, request: gr.Request) -> dict[Any, Any]:
+        visitor, again = visitors.of(request.session_hash), bool(sent(event).get("again"))
+        try:
+            comparison = visitor.tune(column_of(event), sent(event).get("sampling"), again)
+        except PageError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        if comparison is not None:
+            return {parts.prompt: comparison.prompt}
+        words = "The next run uses these settings."
+        return {parts.stage: idle_stage(visitor.about(), visitor.own()), parts.status: status("idle", words)}
 
     async def halt(event: gr.EventData, request: gr.Request) -> None:
         visitors.of(request.session_hash).halt(column_of(event))
@@ -121,6 +135,8 @@ def connect_run(demo: gr.Blocks, visitors: Visitors, parts: Parts) -> Start:
     asked = parts.stage.solo(ask_solo, None, parts.prompt, queue=False, **QUIET)
     start(asked.success, same_seed=True)
     start(parts.stage.again(ask_again, None, [parts.prompt], queue=False, **QUIET).success)
+    parts.stage.tune(tune, None, [parts.prompt, parts.stage, parts.status], queue=False, **QUIET)
+    start(parts.stage.retune(tune, None, [parts.prompt, parts.stage, parts.status], queue=False, **QUIET).success)
     parts.stage.halt(halt, None, None, queue=False, **QUIET)
     parts.stage.follow(follow, None, None, queue=False, **QUIET)
     parts.stop.click(stop, queue=False, **QUIET)

@@ -70,11 +70,9 @@ def build_history_panel(
 
     async def again(request: gr.Request) -> dict[Any, Any]:
         try:
-            visitor = visitors.of(request.session_hash)
-            comparison = visitor.history.last().comparison
+            comparison = visitors.of(request.session_hash).repeat()
         except PageError:
             return gr.skip()
-        visitor.conversation.rewind(comparison.stage)
         return {parts.prompt: comparison.prompt, **parts.settings.restored(comparison.sampling)}
 
     async def follow_link(request: gr.Request) -> dict[Any, Any]:

@@ -4,13 +4,14 @@ A *stage* is the state of all columns. The page renders it; the history, share l
 
     {"run": 3,                another number clears the columns
      "prompt": "…",
-     "sampling": {…},         the settings, see `Sampling`
+     "sampling": {…},         the common settings, see `Sampling`
      "replay": None,          or the label of a replay, which the page then plays at reading pace
      "expected": None,        or the right answer, if the prompt has one
      "columns": [{"about": {"name", "kind", "badge", "facts", "experts", …},   from `columns.describe_columns`
                   "state": "idle" | "waiting" | "writing" | the reason why the answer ended,
                   "log": '{"t": "Hi", …}\n…',     one line of JSON a token, see `_token_line`
                   "tokens": 3, "first": seconds, "rate": tokens/s, "step": ms, "error": None,
+                  "sampling": {…},        the settings in which this column differs from the common ones
                   "right": None | whether the finished answer is the expected one,
                   "html": None | the finished answer, rendered from Markdown and sanitised,
                   "before": [[role, text], …] of the earlier turns}]}
@@ -27,7 +28,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -60,10 +61,11 @@ class RunningComparison:
         number: number of the run, unique on this page.
         about: description of each column.
         prompt: the prompt.
-        sampling: the settings.
+        sampling: the common settings.
         token_text: returns the text of a single token, for an adapter; see `CompareEngine.token_text`.
         expected: the right answer, if the prompt has one.
         before: the earlier turns of each column's conversation.
+        own: the settings in which each column differs from the common ones.
 
     Attributes:
         forwards: forward passes of the base for this comparison, counted by the caller.
@@ -78,6 +80,7 @@ class RunningComparison:
         token_text: Callable[[int, str | None], str] = lambda token, adapter: str(token),
         expected: str | None = None,
         before: Sequence[Turns] | None = None,
+        own: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         self.forwards = 0
         self._rates, self._expected = CommonRates(), expected
@@ -88,12 +91,18 @@ class RunningComparison:
         blank = {"log": "", "tokens": 0, "first": None, "rate": None, "step": None, "error": None, "right": None}
         self._columns: list[dict[str, Any]] = [
             {"about": one, "state": "waiting", **blank, "html": None, "before": [list(turn) for turn in turns]}
-            for one, turns in zip(about, before or [()] * len(about), strict=True)
+            | {"sampling": dict(settings)}
+            for one, turns, settings in zip(about, before or [()] * len(about), own or [{}] * len(about), strict=True)
         ]
         self._rows = [*range(len(about))]  # the column of each row of the updates
 
     def only(self, index: int, columns: Sequence[dict[str, Any]]) -> None:
-        """Keep these columns, and answer only that of `index` again; the updates have one row."""
+        """Keep these columns, and answer only that of `index` again; the updates have one row.
+
+        Args:
+            index: its place.
+            columns: the columns; the ``sampling`` of those that are kept is how they differ from this comparison's.
+        """
         kept = with_html({"columns": columns})["columns"]
         self._columns = [self._columns[index] if at == index else column for at, column in enumerate(kept)]
         self._rows = [index]
@@ -174,9 +183,9 @@ class RunningComparison:
         return status(phase, words, " · ".join(parts), hint)
 
 
-def idle_stage(about: Sequence[dict]) -> dict:
+def idle_stage(about: Sequence[dict], own: Sequence[Mapping[str, Any]] | None = None) -> dict:
     """Return the stage of columns before their first prompt."""
-    return RunningComparison(0, about).stage(state="idle")
+    return RunningComparison(0, about, own=own).stage(state="idle")
 
 
 def status(phase: str, words: str, badge: str = "", hint: str = "") -> dict:

@@ -1,0 +1,110 @@
+"""Answers that `minilora eval --out FILE` has measured, for the page's view of where its adapters differ. No Gradio."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from minilora_hub.compare.found_adapters import shipped_adapters
+from minilora_hub.demo.adapters.catalogue import Catalogue
+from minilora_hub.errors import AdapterError
+from minilora_hub.evaluation.answer_cache import adapter_digest
+from minilora_hub.evaluation.differences import BASE, compare_measured, read_measured
+
+SHIPPED = "answers.json"
+"""The answers of the shipped adapters, beside their folders."""
+
+MOST_ITEMS = 20
+"""Items that are sent at first; the view asks for more."""
+
+
+class MeasuredAnswers:
+    """Measured answers of the base and of those adapters of a page that were measured, by the names of the page.
+
+    An adapter is found by the hash of its weights and configuration, so the answers are those of the page's weights.
+
+    Args:
+        file: of `minilora eval --out`.
+        catalogue: the page's adapters.
+
+    Raises:
+        AdapterError: the file cannot be read, or holds no answers.
+    """
+
+    def __init__(self, file: Path, catalogue: Catalogue) -> None:
+        self._content, self._catalogue = read_measured(file), catalogue
+
+    @property
+    def expected(self) -> dict[str, str]:
+        """The right answer of each measured prompt."""
+        return {item["prompt"]: item["reference"] for some in self._content["items"].values() for item in some}
+
+    @cached_property
+    def _known(self) -> dict[str, Any]:
+        """The file's content with the page's base and adapters only; the first call hashes the weights."""
+        names = {adapter_digest(folder): name for name, folder in self._catalogue.paths().items()}
+        models = [
+            {**model, "name": names.get(model["adapter_sha256"], BASE)}
+            for model in self._content["models"]
+            if model["name"] == BASE or model["adapter_sha256"] in names
+        ]
+        return {**self._content, "models": models}
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The measured adapters of the page, in its order; the base is beside them."""
+        measured = {model["name"] for model in self._known["models"]} - {BASE}
+        return [name for name in self._catalogue.names if name in measured]
+
+    def view(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Return what the page shows of two models.
+
+        Args:
+            asked: what a visitor has chosen: ``first``, ``second``, ``task``, ``difficulty`` and ``most``, the number
+                of items; those that are missing have defaults.
+
+        Raises:
+            ValueError: there is no such model, task or item.
+        """
+        names = [BASE, *self.names]
+        first = str(asked.get("first") or self.names[0])
+        second = str(asked.get("second") or names[-1 if len(names) > 2 else 0])
+        task, difficulty = str(asked.get("task") or ""), asked.get("difficulty")
+        difficulty = difficulty if isinstance(difficulty, int) else None
+        most = max(0, asked["most"]) if isinstance(asked.get("most"), int) else MOST_ITEMS
+        found = compare_measured(self._known, first, second, (task,) if task else (), difficulty)
+        groups = [
+            {"name": name, "total": len(found.only(name)), "items": [vars(item) for item in found.only(name)[:most]]}
+            for name in (first, second)
+        ]
+        items = self._known["items"]
+        return {
+            "names": names,
+            "tasks": list(items),
+            "difficulties": sorted({item["difficulty"] for some in items.values() for item in some}),
+            "asked": {"first": first, "second": second, "task": task, "difficulty": difficulty, "most": most},
+            "words": f"{found.summary()[0].upper()}{found.summary()[1:]}.",
+            "groups": groups,
+            "routing": {name: tasks for name, tasks in found.routing.items() if name in (first, second)},
+            "command": self._content["command"],
+        }
+
+
+def find_measured(file: Path | None, catalogue: Catalogue) -> MeasuredAnswers | None:
+    """Return the answers in a file, or the shipped ones if no file is named; None if they are of other adapters.
+
+    Raises:
+        AdapterError: the named file cannot be read, or none of its adapters is on the page.
+    """
+    if file is not None:
+        named = MeasuredAnswers(file, catalogue)
+        if not named.names:
+            raise AdapterError(f"{str(file)!r}: none of its adapters has the weights of one on this page")
+        return named
+    try:
+        shipped = shipped_adapters()[0].parent / SHIPPED
+    except AdapterError:  # this copy of the package ships none
+        return None
+    found = MeasuredAnswers(shipped, catalogue) if shipped.is_file() else None
+    return found if found and found.names else None
