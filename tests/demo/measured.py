@@ -23,4 +23,10 @@ def measured(folders, prefix="there/"):
         for name in RIGHT
     ]
     few = {**models[0], "name": "base, 4 examples"}
-    return {"command": "minilora eval …", "items": {"dates": items}, "models": [models[0], few, *models[1:]]}
+    base = {"name": "scripted", "fingerprint": "unknown"}
+    return {
+        "command": "minilora eval …",
+        "base": base,
+        "items": {"dates": items},
+        "models": [models[0], few, *models[1:]],
+    }

@@ -12,9 +12,11 @@ from tiny_stand_ins import ScriptedBase, byte_tokenizer, save_parrots
 from minilora_hub.compare.engine import CompareEngine
 from minilora_hub.compare.found_adapters import shipped_adapters
 from minilora_hub.demo.adapters.catalogue import Catalogue
+from minilora_hub.demo.runs.comparison import Weights
 from minilora_hub.demo.runs.measured_answers import SHIPPED, find_measured
 from minilora_hub.errors import AdapterError
 from minilora_hub.evaluation.answer_cache import adapter_digest
+from minilora_hub.evaluation.differences import read_measured
 from minilora_hub.evaluation.metrics import exact_match
 from minilora_hub.evaluation.tasks.registry import TASKS
 
@@ -64,29 +66,28 @@ def test_what_a_visitor_chooses(catalogue, file):
             found.view(asked)
 
 
-def test_answers_of_other_weights_are_refused(catalogue, file, tmp_path):
+def test_answers_of_other_weights_are_refused(catalogue, file, tmp_path, monkeypatch):
     content = json.loads(file.read_text())
     for model in content["models"][2:]:
         model["adapter_sha256"] = "0" * 64
     file.write_text(json.dumps(content))
     with pytest.raises(AdapterError, match="none of its adapters has the weights of one on this page"):
         find_measured(file, catalogue)
+    content = measured(catalogue.paths()) | {"base": {"name": "other", "fingerprint": "sha256:0"}}
+    file.write_text(json.dumps(content))
+    monkeypatch.setattr(catalogue, "weights", lambda names: (Weights("sha256:1"),))
+    with pytest.raises(AdapterError, match="on its base"):
+        find_measured(file, catalogue)
     with pytest.raises(AdapterError, match="cannot be read"):
         find_measured(tmp_path / "missing.json", catalogue)
     assert find_measured(None, catalogue) is None  # the shipped answers are of the shipped adapters
 
 
-def shipped():
-    """The file, with the shipped adapters."""
-    folders = shipped_adapters()
-    return folders, json.loads((folders[0].parent / SHIPPED).read_text())
-
-
 def test_the_shipped_answers_are_of_the_shipped_adapters():
     """After an adapter has changed they are measured again, with the command in the file."""
-    folders, content = shipped()
+    content = read_measured(SHIPPED)
     digests = {model["adapter_sha256"] for model in content["models"]}
-    assert digests == {None, *map(adapter_digest, folders)}
+    assert digests == {None, *map(adapter_digest, shipped_adapters())}
     for name, items in content["items"].items():
         for model in content["models"]:
             answers = model["answers"][name]
@@ -97,7 +98,7 @@ def test_the_shipped_answers_are_of_the_shipped_adapters():
 
 @pytest.mark.slow
 def test_the_shipped_answers_are_to_test_items():
-    for name, items in shipped()[1]["items"].items():
+    for name, items in read_measured(SHIPPED)["items"].items():
         made = TASKS[name].items("test", len(items))
         assert [(one["prompt"], one["reference"]) for one in items] == [(one.prompt, one.completion) for one in made]
 

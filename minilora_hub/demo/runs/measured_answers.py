@@ -6,14 +6,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.compare.found_adapters import shipped_adapters
 from minilora_hub.demo.adapters.catalogue import Catalogue
+from minilora_hub.demo.runs.comparison import UNKNOWN
 from minilora_hub.errors import AdapterError
 from minilora_hub.evaluation.answer_cache import adapter_digest
 from minilora_hub.evaluation.differences import BASE, compare_measured, read_measured
 
-SHIPPED = "answers.json"
-"""The answers of the shipped adapters, beside their folders."""
+SHIPPED = Path(__file__).parent / "answers.json"
+"""The answers of the shipped adapters."""
 
 MOST_ITEMS = 20
 """Items that are sent at first; the view asks for more."""
@@ -22,7 +22,8 @@ MOST_ITEMS = 20
 class MeasuredAnswers:
     """Measured answers of the base and of those adapters of a page that were measured, by the names of the page.
 
-    An adapter is found by the hash of its weights and configuration, so the answers are those of the page's weights.
+    An adapter is found by the hash of its weights and configuration, so the answers are those of the page's weights;
+    the base has to have the fingerprint of the measured one.
 
     Args:
         file: of `minilora eval --out`.
@@ -53,7 +54,10 @@ class MeasuredAnswers:
 
     @cached_property
     def names(self) -> list[str]:
-        """The measured adapters of the page, in its order; the base is beside them."""
+        """The measured adapters of the page, in its order; none if they were measured on a base of other weights."""
+        (base,), measured_on = self._catalogue.weights(()), self._content["base"]["fingerprint"]
+        if UNKNOWN not in (base.hash, measured_on) and base.hash != measured_on:
+            return []
         measured = {model["name"] for model in self._known["models"]} - {BASE}
         return [name for name in self._catalogue.names if name in measured]
 
@@ -100,11 +104,7 @@ def find_measured(file: Path | None, catalogue: Catalogue) -> MeasuredAnswers | 
     if file is not None:
         named = MeasuredAnswers(file, catalogue)
         if not named.names:
-            raise AdapterError(f"{str(file)!r}: none of its adapters has the weights of one on this page")
+            raise AdapterError(f"{str(file)!r}: none of its adapters has the weights of one on this page, on its base")
         return named
-    try:
-        shipped = shipped_adapters()[0].parent / SHIPPED
-    except AdapterError:  # this copy of the package ships none
-        return None
-    found = MeasuredAnswers(shipped, catalogue) if shipped.is_file() else None
-    return found if found and found.names else None
+    shipped = MeasuredAnswers(SHIPPED, catalogue)
+    return shipped if shipped.names else None
