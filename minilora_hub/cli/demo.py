@@ -44,7 +44,12 @@ def demo(
     ] = None,
     measured: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="What minilora eval --out FILE wrote: the page shows where adapters differ."),
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="What minilora eval --out FILE wrote: the page shows where adapters differ.",
+        ),
     ] = None,
     dtype: Dtype = None,
     debug: Debug = False,

@@ -17,7 +17,12 @@ def measured(folders, prefix="there/"):
             "name": name if name == "base" else prefix + name,
             "method": None if name == "base" else ADAPTERS[name],
             "adapter_sha256": None if name == "base" else adapter_digest(folders[name]),
-            "router": [{"task": "dates", "load": [[0.25, 0.75], [0.5, 0.5]]}] if name == "parrot-mix" else [],
+            "router": [
+                {"task": "Dates", "load": [[0.25, 0.75], [0.5, 0.5]]},
+                {"task": "Numbers", "load": [[0.5, 0.5], [0.9, 0.1]]},
+            ]
+            if name == "parrot-mix"
+            else [],
             "answers": {"dates": [{"text": f"{name} {at}", "exact": float(one)} for at, one in enumerate(RIGHT[name])]},
         }
         for name in RIGHT

@@ -46,7 +46,12 @@ def test_adapters_are_found_by_their_weights(catalogue, file):
     assert item["prompt"] == "<b>2</b>?"
     assert item["right"] == {"base": False, "parrot-dora": False, "parrot-mix": True}
     assert item["answers"]["base"] == "base 2"
-    assert view["routing"] == {"parrot-mix": {"dates": [0.375, 0.625]}}
+    assert view["routing"] == {
+        "parrot-mix": {
+            "layer": 2,
+            "tasks": [{"task": "Dates", "load": [0.5, 0.5]}, {"task": "Numbers", "load": [0.9, 0.1]}],
+        }
+    }
     assert view["words"].startswith("6 items: both right 2, only parrot-dora 2, only parrot-mix 1, neither 1")
 
 
@@ -112,7 +117,7 @@ def test_the_panel_in_a_browser(page_server, browser, tmp_path):
     page.get_by_role("button", name="Where they differ").press("Enter")
     page.wait_for_selector(".ml-differ-item >> nth=2")
     assert page.locator(".ml-differ-prompt b").all_text_contents() == ["<b>1</b>?", "<b>3</b>?", "<b>2</b>?"]
-    assert page.locator(".ml-differ-table tbody td").all_text_contents() == ["38 %", "63 %"]
+    assert page.locator(".ml-differ-table tbody td").all_text_contents() == ["50 %", "50 %", "90 %", "10 %"]
     assert violations(page) == {}
     page.get_by_label("Difficulty").select_option("1")
     page.wait_for_function("document.querySelectorAll('.ml-differ-item').length === 1")

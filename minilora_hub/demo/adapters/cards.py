@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -96,7 +97,7 @@ def read_card(name: str, folder: Path, repo: str | None = None, revision: str | 
         trouble,
         _purpose(results) if results else None,
         _score(results) if results else None,
-        _routing(results) if results else None,
+        routing_by_task([(one.task, one.load) for one in results.router]) if results else None,
         usage(read_configuration(folder), name, repo, revision),
     )
 
@@ -111,19 +112,24 @@ def _purpose(results: Results) -> str | None:
     return f"Trained on {', '.join(names)}." if names else None
 
 
-def _routing(results: Results) -> dict[str, Any] | None:
-    names = [one.task for one in results.router]
+def routing_by_task(loads: Sequence[tuple[str, Sequence[Sequence[float]]]]) -> dict[str, Any] | None:
+    """Return the layer in which the tasks differ most, and the experts' shares there; None if they cannot differ.
+
+    Args:
+        loads: the name of each task, and the share of each expert in each layer.
+    """
+    names = [name for name, _ in loads]
     # A task in formats that are not in training has the name of the task, and more.
-    tasks = [one for one in results.router if not any(one.task != name and one.task.startswith(name) for name in names)]
-    layers = min((len(one.load) for one in tasks), default=0)
+    tasks = {name: load for name, load in loads if not any(name != one and name.startswith(one) for one in names)}
+    layers = min(map(len, tasks.values()), default=0)
     if len(tasks) < 2 or not layers:
         return None
 
     def spread(layer: int) -> float:
-        return max(max(shares) - min(shares) for shares in zip(*(one.load[layer] for one in tasks), strict=True))
+        return max(max(shares) - min(shares) for shares in zip(*(load[layer] for load in tasks.values()), strict=True))
 
     layer = max(range(layers), key=spread)
-    return {"layer": layer + 1, "tasks": [{"task": one.task, "load": list(one.load[layer])} for one in tasks]}
+    return {"layer": layer + 1, "tasks": [{"task": name, "load": list(load[layer])} for name, load in tasks.items()]}
 
 
 def _score(results: Results) -> str | None:

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from minilora_hub.demo.adapters.cards import routing_by_task
 from minilora_hub.demo.adapters.catalogue import Catalogue
 from minilora_hub.demo.runs.comparison import UNKNOWN
 from minilora_hub.errors import AdapterError
@@ -90,9 +91,16 @@ class MeasuredAnswers:
             "asked": {"first": first, "second": second, "task": task, "difficulty": difficulty, "most": most},
             "words": f"{found.summary()[0].upper()}{found.summary()[1:]}.",
             "groups": groups,
-            "routing": {name: tasks for name, tasks in found.routing.items() if name in (first, second)},
+            "routing": self._routing((first, second)),
             "command": self._content["command"],
         }
+
+    def _routing(self, names: tuple[str, str]) -> dict[str, Any]:
+        """Return the experts' shares of those that are mixtures, by task."""
+        uses = {
+            model["name"]: [(use["task"], use["load"]) for use in model["router"]] for model in self._known["models"]
+        }
+        return {name: shares for name in names if (shares := routing_by_task(uses[name]))}
 
 
 def find_measured(file: Path | None, catalogue: Catalogue) -> MeasuredAnswers | None:

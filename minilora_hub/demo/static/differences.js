@@ -53,17 +53,15 @@ function group({ name, total, items }) {
   return part;
 }
 
-// The mean share of each expert of a mixture over its layers, for each task.
-function routing([name, tasks], chosen) {
+// The share of each expert of a mixture, for each task.
+function routing([name, { layer, tasks }]) {
   const table = make("table", "ml-differ-table");
-  table.append(make("caption", "", `Experts of ${name}: share of the tokens, mean over the layers`));
+  table.append(make("caption", "", `Experts of ${name} in layer ${layer}, where the tasks differ most: share of the tokens`));
   const head = table.createTHead().insertRow();
-  head.append(named("th", "col", "task"), ...Object.values(tasks)[0].map((_, expert) => named("th", "col", letter(expert))));
+  head.append(named("th", "col", "task"), ...tasks[0].load.map((_, expert) => named("th", "col", letter(expert))));
   const body = table.createTBody();
-  for (const [task, shares] of Object.entries(tasks)) {
-    const row = body.insertRow();
-    row.dataset.chosen = task === chosen ? "yes" : "no";
-    row.append(named("th", "row", task), ...shares.map((share) => make("td", "", `${Math.round(100 * share)} %`)));
+  for (const { task, load } of tasks) {
+    body.insertRow().append(named("th", "row", task), ...load.map((share) => make("td", "", `${Math.round(100 * share)} %`)));
   }
   return table;
 }
@@ -78,11 +76,11 @@ function paint() {
     first: models,
     second: models,
     task: [["all", ""], ...now.tasks.map((task) => [task, task])],
-    difficulty: [["all", ""], ...now.difficulties.map((one) => [String(one), String(one)])],
+    difficulty: [["all", ""], ...now.difficulties.map((one, at) => [one + (at ? (at === now.difficulties.length - 1 ? " (hardest)" : "") : " (easiest)"), String(one)])],
   };
   for (const select of selects) choices(select, options[select.name], now.asked[select.name]);
   find(".ml-differ-words").textContent = now.words;
-  find(".ml-differ-routing").replaceChildren(...Object.entries(now.routing).map((one) => routing(one, now.asked.task)));
+  find(".ml-differ-routing").replaceChildren(...Object.entries(now.routing).map(routing));
   find(".ml-differ-groups").replaceChildren(...now.groups.map(group));
   find(".ml-differ-command code").textContent = now.command;
 }

@@ -105,9 +105,11 @@ class Mixture {
     table.append(make("caption", "ml-unseen", `Mean routing weight of each expert of ${this.about.name} in each layer`));
     const head = table.createTHead().insertRow();
     head.append(make("td"));
-    for (let layer = 0; layer < layers; layer++) {
-      const cell = head.appendChild(heading("col", layer % 5 && layer !== layers - 1 ? "" : String(layer + 1)));
-      cell.setAttribute("aria-label", `layer ${layer + 1}`);
+    // A heading over five layers each, since thirty numbers have no room.
+    for (let layer = 0; layer < layers; layer += 5) {
+      const cell = head.appendChild(heading("colgroup", String(layer + 1)));
+      cell.colSpan = Math.min(5, layers - layer);
+      cell.setAttribute("aria-label", `layers ${layer + 1} to ${layer + cell.colSpan}`);
     }
     head.append(heading("col", "mean", "ml-heat-mean"));
     const body = table.createTBody();
