@@ -125,7 +125,9 @@ class Runner:
         for messages in set(turns) or {()}:
             self.limits.check("".join([*(text for _, text in messages), prompt]), sampling, len(columns))
         settings = [with_own(sampling, one) for one in own or [{}] * len(columns)]
-        rows = [column.row(prompt, *one) for column, *one in zip(columns, settings, turns, strict=True)]
+        rows = [
+            column.row(prompt, one, messages) for column, one, messages in zip(columns, settings, turns, strict=True)
+        ]
         self.engine.stream_steps(rows)  # validates the prompt without computing anything
         return self._moments(rows, self.queue.join(sampling.max_new_tokens), stop or threading.Event(), halted)
 
