@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence import choosing, report, train_on
+from evidence import choosing, interference, report, routing_report, train_on
 from evidence.store import Store
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -213,6 +213,16 @@ def continued() -> str:
     return train_on.report()
 
 
+def routers() -> str:
+    """What the routers do under each cause that may keep them flat."""
+    return routing_report.report()
+
+
+def conflicts() -> str:
+    """What tasks that pull apart cost each other."""
+    return interference.report()
+
+
 def decode() -> str:
     """Milliseconds of one decode step, by the dtype of the base."""
     held = results("decode")
@@ -257,6 +267,7 @@ def paragraph(text: str) -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "choice": choice,
     "chosen-answers": chosen_answers,
+    "conflicts": conflicts,
     "continued": continued,
     "costs": costs,
     "decode": decode,
@@ -264,6 +275,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "page": page,
     "precision": precision,
     "push": push,
+    "routers": routers,
     "serving": serving,
     "summary": summary,
     "training": training,
