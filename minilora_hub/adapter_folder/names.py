@@ -37,6 +37,8 @@ TOKENIZING = (
     "tokenizer_config.json",
 )
 """Files that transformers reads a tokenizer from."""
+PROCESSING = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+"""Files that transformers reads the processor of images and sounds from."""
 COMPANIONS = (*TOKENIZING, GENERATION)
 """Files beside the weights that are copied with an adapter. Other files of a training run are not."""
 

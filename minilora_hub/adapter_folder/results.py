@@ -6,7 +6,8 @@ known is None, and the card says "unknown". How the files are read and written i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -252,12 +253,39 @@ class Results(Document):
 
 
 @dataclass(frozen=True)
+class InputTensor:
+    """A tensor that a model is given: whole numbers, or values of an image or a sound, which follow from a rule.
+
+    Attributes:
+        shape: its shape.
+        values: its whole numbers in order, or one number that all of them are.
+        step: or else value i is ``i · step mod 101 / 50 - 1``.
+    """
+
+    shape: tuple[Positive, ...]
+    values: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
+    step: Annotated[Positive, need("must be null beside values", lambda _, data: data.get("values") is None)] | None = (
+        None
+    )
+
+
+Prompt = Annotated[tuple[int, ...], Field(min_length=1)] | dict[str, InputTensor]
+"""Token ids, or {argument of the model's forward: tensor}."""
+
+
+def plain_prompts(prompts: Iterable[Prompt]) -> list[Any]:
+    """Return prompts as JSON has them."""
+    return [{k: asdict(v) for k, v in prompt.items()} if isinstance(prompt, dict) else prompt for prompt in prompts]
+
+
+@dataclass(frozen=True)
 class Verification(Document):
     """What a model built from the repo's files must compute, and what those files are.
 
     Attributes:
-        prompts: token ids, a list a prompt.
-        top_tokens: per prompt, the tokens with the 32 largest logits at the last position, the largest first.
+        prompts: token ids, a list a prompt; or the tensors that a model is given that sees or hears.
+        top_tokens: per prompt, the tokens with the 32 largest logits at the last position, the largest first; of other
+            heads the places in what `recording.model_outputs.recorded_row` returns.
         top_logits: their logits.
         tolerance: by how much a logit may differ.
         sha256: path in the repo -> hex digest: the weights, every code file, and whatever else loading reads.
@@ -267,9 +295,9 @@ class Verification(Document):
     """
 
     FILE: ClassVar[str] = VERIFICATION_FILE
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
-    prompts: Annotated[tuple[Annotated[tuple[int, ...], Field(min_length=1)], ...], Field(min_length=1)]
+    prompts: Annotated[tuple[Prompt, ...], Field(min_length=1)]
     top_tokens: Annotated[tuple[Annotated[tuple[int, ...], Row], ...], PER_PROMPT]
     top_logits: Annotated[tuple[Annotated[tuple[float, ...], Row], ...], PER_TOKEN]
     tolerance: Annotated[float, Field(gt=0)]
@@ -278,6 +306,11 @@ class Verification(Document):
     dtype: str
     libraries: dict[str, str] = field(default_factory=dict)
     schema_version: int = VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the file holds, as version 1, which has token ids only, where it can be."""
+        tensors = any(isinstance(prompt, dict) for prompt in self.prompts)
+        return super().to_dict() | {"schema_version": 2 if tensors else 1}
 
 
 def is_hashed(path: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 CLASS_PREFIXES = {"mixlora": "MixLora", "dora": "Dora"}
 PIPELINES = {
@@ -22,6 +22,16 @@ PIPELINES = {
     "AutoModelForZeroShotImageClassification": "zero-shot-image-classification",
 }
 """Auto class -> the `pipeline_tag` of its models."""
+Inputs = Literal["text", "image", "sound", "image and text", "sound and text"]
+INPUTS: dict[str, Inputs] = {
+    "AutoModelForImageTextToText": "image and text",
+    "AutoModelForSpeechSeq2Seq": "sound and text",
+    "AutoModelForCTC": "sound and text",
+    "AutoModelForAudioClassification": "sound",
+    "AutoModelForImageClassification": "image",
+    "AutoModelForZeroShotImageClassification": "image and text",
+}
+"""Auto class -> what its models read or write, where that is not text alone."""
 CAUSAL_LM = "AutoModelForCausalLM"
 _TEXT = ("AutoModel", CAUSAL_LM)
 
@@ -53,3 +63,20 @@ def auto_class_of(config: dict[str, Any]) -> str:
     found = re.fullmatch(r"(?:MixLora|Dora)(Model|For\w+)", named)
     name = f"AutoModel{found[1].removeprefix('Model')}" if found else CAUSAL_LM
     return name if name in PIPELINES else CAUSAL_LM
+
+
+def inputs_of(config: dict[str, Any]) -> Inputs:
+    """Return what an adapter in our format reads or writes, from its config.json."""
+    name = auto_class_of(config)
+    base = config.get("text_config")
+    if name in INPUTS or name != "AutoModel" or not isinstance(base, dict):
+        return INPUTS.get(name, "text")
+    if "vision_config" in base:
+        return "image and text"
+    return "image" if "image_size" in base else "sound" if base.keys() & {"num_mel_bins", "conv_dim"} else "text"
+
+
+def pipeline_tag(config: dict[str, Any]) -> str:
+    """Return the `pipeline_tag` of an adapter in our format, from its config.json."""
+    tag = PIPELINES[auto_class_of(config)]
+    return f"image-{tag}" if tag == "feature-extraction" and inputs_of(config) == "image" else tag

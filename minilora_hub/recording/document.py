@@ -21,6 +21,7 @@ from minilora_hub.adapter_folder.code import remote_code_hash
 from minilora_hub.adapter_folder.folders import AdapterFolder as Source
 from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG, WEIGHTS
+from minilora_hub.adapter_folder.results import Prompt
 from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.documents import Document, need
 from minilora_hub.recording.logits import TOLERANCES
@@ -31,7 +32,7 @@ RECORDING_FILE = "recording.json"
 
 def _hash_fields(fields: Mapping[str, Any]) -> str:
     content = {name: value for name, value in fields.items() if name not in ("sha256", "schema_version")}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=dataclasses.asdict).encode()).hexdigest()
 
 
 OF_THE_OTHERS = need("must be the hash of the other fields", lambda digest, fields: digest == _hash_fields(fields))
@@ -45,9 +46,7 @@ class Recording(Document):
 
     Attributes:
         key: everything that the recording depends on; see `recording_key`.
-        prompts: token ids, a list a prompt.
-        top_tokens: per prompt, the tokens with the 32 largest logits at the last position, the largest first.
-        top_logits: their logits.
+        prompts, top_tokens, top_logits: as in `Verification`.
         dtype: in which they were computed, e.g. ``"float32"``.
         base_parameters: number of parameters of the base.
         parameters: number of parameters of the adapter.
@@ -55,14 +54,15 @@ class Recording(Document):
         peft_targets: of a DoRA: PEFT's names for the linears that it adapts.
         peft_fan_in_fan_out: of a DoRA: whether those store their weights transposed.
         peft_problem: of a DoRA: why PEFT cannot read it; None if it computes the same there.
+        note: a note for the author on the inputs.
         sha256: hash of the fields above, which detects a damaged file.
     """
 
     FILE: ClassVar[str] = RECORDING_FILE
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     key: dict[str, str]
-    prompts: tuple[tuple[int, ...], ...]
+    prompts: tuple[Prompt, ...]
     top_tokens: tuple[tuple[int, ...], ...]
     top_logits: tuple[tuple[float, ...], ...]
     dtype: Annotated[str, KNOWN_DTYPE]
@@ -72,6 +72,7 @@ class Recording(Document):
     peft_targets: tuple[str, ...] = ()
     peft_fan_in_fan_out: bool = False
     peft_problem: str | None = None
+    note: str | None = None
     sha256: Annotated[str, Field(validate_default=True), OF_THE_OTHERS] = ""
     schema_version: int = VERSION
 

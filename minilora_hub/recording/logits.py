@@ -13,7 +13,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from minilora_hub.adapter_folder.results import TOP_LOGITS
+from minilora_hub.adapter_folder.results import TOP_LOGITS, Prompt, plain_prompts
 
 PROMPTS = (
     "The capital of France is",
@@ -28,9 +28,9 @@ LIBRARIES = ("torch", "transformers", "safetensors", "peft")
 
 @dataclass(frozen=True)
 class TopLogits:
-    """Token ids of prompts, and per prompt the tokens with the largest logits at the last position, largest first."""
+    """Prompts, and per prompt the tokens with the largest logits at the last position, largest first."""
 
-    prompts: tuple[tuple[int, ...], ...]
+    prompts: tuple[Prompt, ...]
     top_tokens: tuple[tuple[int, ...], ...]
     top_logits: tuple[tuple[float, ...], ...]
 
@@ -51,70 +51,37 @@ def prompt_ids(tokenizer: Any | None, vocabulary: int) -> tuple[tuple[int, ...],
     return prompts
 
 
-def last_row(model: Any, ids: Any) -> Any:
-    """Return the values that are recorded of one prompt: ids (1, seq) -> (values,).
-
-    They are the logits at the last position: of the vocabulary, or of the classes. Of a question's answer they are the
-    scores of all starts and ends, and of a model without a head its last hidden state.
-    """
-    import torch
-
-    takes_two = getattr(model.config, "is_encoder_decoder", False)
-    outputs = model(input_ids=ids, **({"decoder_input_ids": ids} if takes_two else {}))
-    if "start_logits" in outputs:
-        return torch.cat([outputs["start_logits"][0], outputs["end_logits"][0]]).float()
-    rows = outputs["logits" if "logits" in outputs else "last_hidden_state"][0]
-    return (rows if rows.dim() == 1 else rows[-1]).float()
-
-
-def record(model: Any, prompts: Sequence[Sequence[int]]) -> TopLogits:
+def record(model: Any, prompts: Sequence[Prompt]) -> TopLogits:
     """Compute the largest logits after each prompt.
 
     Args:
-        model: a model that takes token ids, in eval mode.
-        prompts: token ids, a list a prompt.
+        model: a model in eval mode.
+        prompts: its inputs.
     """
     import torch
 
+    from minilora_hub.recording.model_outputs import arguments_of, recorded_row
     from minilora_hub.remote_code.few_rows import plain_products
 
     tokens, logits = [], []
     with torch.no_grad(), plain_products():
-        for prompt in prompts:
-            row = last_row(model, torch.tensor([list(prompt)], device=model.device))
+        for prompt in plain_prompts(prompts):
+            row = recorded_row(model(**arguments_of(model, prompt)))
             top = row.topk(min(TOP_LOGITS, row.numel()))
             tokens.append(tuple(top.indices.tolist()))
             logits.append(tuple(round(value, 6) for value in top.values.tolist()))
-    return TopLogits(tuple(tuple(prompt) for prompt in prompts), tuple(tokens), tuple(logits))
+    return TopLogits(tuple(prompts), tuple(tokens), tuple(logits))
 
 
 def logits_of(
-    model: Any, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
+    model: Any, prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]]
 ) -> tuple[list[list[float]], list[float | None]]:
-    """Compute, per prompt, the logits of given tokens and the largest logit of all others, for `difference`.
-
-    Returns NaN for a prompt or a token outside the vocabulary.
-    """
-    import torch
-
+    """Return `model_outputs.logits_of`, computed as in a recording, for `difference`."""
+    from minilora_hub.recording import model_outputs
     from minilora_hub.remote_code.few_rows import plain_products
 
-    wanted: list[list[float]] = []
-    highest: list[float | None] = []
-    size = model.get_input_embeddings().num_embeddings
-    with torch.no_grad(), plain_products():
-        for prompt, some in zip(prompts, tokens, strict=True):
-            inside = all(0 <= token < size for token in prompt)
-            row = last_row(model, torch.tensor([list(prompt)], device=model.device)) if inside else torch.zeros(0)
-            if not all(0 <= token < len(row) for token in some):
-                wanted.append([float("nan")] * len(some))
-                highest.append(None)
-                continue
-            others = torch.ones_like(row, dtype=torch.bool)
-            others[list(some)] = False
-            wanted.append(row[list(some)].tolist())
-            highest.append(row[others].max().item() if others.any() else None)
-    return wanted, highest
+    with plain_products():
+        return model_outputs.logits_of(model, plain_prompts(prompts), tokens)
 
 
 def difference(

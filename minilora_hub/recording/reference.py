@@ -15,7 +15,7 @@ from typing import Any
 from minilora_hub.adapter_folder.companions import own_tokenizer
 from minilora_hub.adapter_folder.folders import AdapterFolder as Source
 from minilora_hub.adapter_folder.folders import read_source
-from minilora_hub.adapter_folder.names import TOKENIZER_FILES, WEIGHTS
+from minilora_hub.adapter_folder.names import PROCESSING, TOKENIZER_FILES, WEIGHTS
 from minilora_hub.adapter_folder.results import Verification
 from minilora_hub.adapter_folder.tasks import CAUSAL_LM, CLASS_PREFIXES
 from minilora_hub.bases.loading import load_base
@@ -25,6 +25,7 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.formats.peft import PeftTargets, peft_targets, with_peft, write_peft_folder
 from minilora_hub.formats.reading import read_adapter
 from minilora_hub.recording.document import RECORDING_FILE, Recording, recording_key
+from minilora_hub.recording.inputs import inputs_of
 from minilora_hub.recording.logits import TOLERANCES, TopLogits, difference, logits_of, prompt_ids, record
 from minilora_hub.recording.recorded_base import (
     RecordedBase,
@@ -159,15 +160,10 @@ def _record_head(
     model = model_class(source).from_pretrained(
         str(source.folder), base_model=str(base.found.path), dtype=wanted_dtype(base.found)
     )
-    if model.main_input_name != "input_ids":
-        raise AdapterError(
-            f"{source.folder.name!r}: its base takes {model.main_input_name}, and `minilora push` publishes adapters "
-            "of bases that take text only; push_to_hub() of the model uploads it unchecked"
-        )
     dtype = str(model.base.dtype).removeprefix("torch.")
     parameters = model.num_adapter_parameters()
-    vocabulary = int(model.get_input_embeddings().num_embeddings)
-    top = record(model, prompt_ids(own_tokenizer(tokenizer_folder(source, base.found)), vocabulary))
+    prompts, note = inputs_of(model, tokenizer_folder(source, base.found))
+    top = record(model, prompts)
     if before is not None and (before.dtype, before.base_fingerprint) != (dtype, key["base"]):
         before = None
     recording = Recording(
@@ -179,12 +175,13 @@ def _record_head(
         base_parameters=sum(parameter.numel() for parameter in model.parameters()) - parameters,
         parameters=parameters,
         peft_problem=f"it is not written for PEFT with the head of {source.auto_class}",
+        note=note,
     )
     return recording.sealed(), _gap(model, before)
 
 
 def _compute_ours(
-    source: Source, base: Any, dtype: str, prompts: Sequence[Sequence[int]], before: Verification | None
+    source: Source, base: Any, dtype: str, prompts: Sequence[tuple[int, ...]], before: Verification | None
 ) -> tuple[TopLogits, float | None, dict[str, Any]]:
     import torch
 
@@ -207,7 +204,7 @@ def _compute_ours(
 
 
 def _compute_peft(
-    source: Source, base: Any, dtype: str, prompts: Sequence[Sequence[int]], before: Verification | None
+    source: Source, base: Any, dtype: str, prompts: Sequence[tuple[int, ...]], before: Verification | None
 ) -> tuple[TopLogits, float | None, dict[str, Any]]:
     of_base = sum(parameter.numel() for parameter in base.parameters())
     read_adapter(source, BaseSource.of_model(base))  # PEFT ignores tensors that it does not know
@@ -250,8 +247,8 @@ def write_dora_for_peft(
 
 
 def tokenizer_folder(source: Source, base: ResolvedBase) -> Path:
-    """Return the folder that holds the adapter's tokenizer: the base's, where the adapter has none, as in PEFT."""
-    own = any((source.folder / name).is_file() for name in TOKENIZER_FILES)
+    """Return the folder of the adapter's tokenizer and processor: the base's, where it has none, as in PEFT."""
+    own = any((source.folder / name).is_file() for name in (*TOKENIZER_FILES, *PROCESSING))
     return source.folder if own else base.path
 
 

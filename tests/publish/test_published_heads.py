@@ -9,7 +9,6 @@ import re
 import pytest
 import tiny_stand_ins
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from tiny import fill_adapter, tiny_config
 
@@ -92,17 +91,3 @@ def test_an_auto_map_under_the_wrong_class_is_refused(base_folder, tmp_path):
     config["auto_map"]["AutoModelForCausalLM"] = config["auto_map"]["AutoModelForSequenceClassification"]
     path.write_text(json.dumps(config))
     assert "auto-map" in {problem.code for problem in checked(tmp_path / "trained") if problem.blocking}
-
-
-def test_an_adapter_of_a_base_that_sees_is_not_pushed_unchecked(tmp_path):
-    fields = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    config = transformers.ViTConfig(**fields, image_size=16, patch_size=4)
-    transformers.ViTModel(config).save_pretrained(tmp_path / "base")
-    model_class = adapted_class("Dora", "AutoModelForImageClassification")
-    model = model_class.from_base(str(tmp_path / "base"), tiny_config("dora"), num_labels=3)
-    model.save_pretrained(tmp_path / "trained")
-    with pytest.raises(AdapterError, match=r"its base takes pixel_values, and `minilora push` publishes .* text only"):
-        build(
-            tmp_path / "trained", tmp_path / "built", repo_id="ana/seer", base_id="org/base", license="apache-2.0",
-            base_model=str(tmp_path / "base"),
-        )  # fmt: skip

@@ -24,7 +24,7 @@ from minilora_hub.adapter_folder.folders import read_json
 from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG
 from minilora_hub.adapter_folder.results import METHODS, Base, Results
-from minilora_hub.adapter_folder.tasks import CAUSAL_LM, PIPELINES, auto_class_of
+from minilora_hub.adapter_folder.tasks import CAUSAL_LM, PIPELINES, auto_class_of, inputs_of, pipeline_tag
 from minilora_hub.errors import AdapterError
 from minilora_hub.hub.client import PUBLIC_HUB, REPO_ID
 from minilora_hub.publish.card import free_text
@@ -83,10 +83,13 @@ def render_card(
     libraries = results.training.libraries if results.training else {}
     link = results.license_link if (results.license_link or "").startswith(("https://", "http://")) else None
     auto_class = CAUSAL_LM if stock else auto_class_of(config)
+    tag = pipeline_tag({} if stock else config)
     text = _template().render(
-        front_matter=front_matter(results, title, stock, PIPELINES[auto_class], bool(config.get("use_dora"))),
+        front_matter=front_matter(results, title, stock, tag, bool(config.get("use_dora"))),
         auto_class=auto_class,
+        inputs="text" if stock else inputs_of(config),
         generates=auto_class == CAUSAL_LM,
+        classifying=[name for name, tag in PIPELINES.items() if tag.endswith("-classification") and "Zero" not in name],
         settings=_settings(repo_id, revision, space, hub),
         title=title,
         name=name,

@@ -14,7 +14,8 @@ from io import BytesIO
 from pathlib import Path
 
 from minilora_hub.adapter_folder.code import endpoint_files, remote_code_files
-from minilora_hub.adapter_folder.names import PEFT_CONFIG, WEIGHTS
+from minilora_hub.adapter_folder.names import PEFT_CONFIG, PROCESSING, WEIGHTS
+from minilora_hub.adapter_folder.tasks import inputs_of
 from minilora_hub.publish.card.pictures import PICTURES
 from minilora_hub.publish.checks.problems import Folder, Problem
 
@@ -25,13 +26,14 @@ LARGEST = {
     f"peft/{WEIGHTS}": 20 * 1024 * MEBI,
     **dict.fromkeys(("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"), 64 * MEBI),
     **dict.fromkeys(("config.json", "generation_config.json", "tokenizer_config.json", "peft/README.md"), 8 * MEBI),
+    **dict.fromkeys(PROCESSING, MEBI),
     **dict.fromkeys(("special_tokens_map.json", "added_tokens.json", f"peft/{PEFT_CONFIG}"), 8 * MEBI),
     **dict.fromkeys(("chat_template.jinja", "additional_chat_templates/*.jinja"), MEBI),
     **dict.fromkeys(("README.md", "results.json", "verification.json"), 4 * MEBI),
     **dict.fromkeys(("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", ".gitattributes", ".eval_results/*.yaml"), MEBI),
     **dict.fromkeys(PICTURES, MEBI),
 }
-REQUIRED = ("config.json", WEIGHTS, "README.md", "results.json", "verification.json", "tokenizer_config.json")
+REQUIRED = ("config.json", WEIGHTS, "README.md", "results.json", "verification.json")
 REQUIRED_PEFT = (PEFT_CONFIG, WEIGHTS, "README.md", "results.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -102,7 +104,10 @@ def check_layout(folder: Folder) -> Iterator[Problem]:
         if os.name == "posix" and path.stat().st_mode & (stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH):
             yield Problem("executable", name, "may be executed", f"chmod a-x {name}")
     yield from _check_names(folder)
+    inputs = "text" if folder.peft_layout else inputs_of(folder.config)
     required = REQUIRED_PEFT if folder.peft_layout else (*REQUIRED, *remote_code_files())
+    if "text" in inputs and not folder.peft_layout:
+        required = (*required, "tokenizer_config.json")
     if folder.files.keys() & endpoint.keys():
         required = (*required, *endpoint)
     for name in required:
@@ -110,7 +115,10 @@ def check_layout(folder: Folder) -> Iterator[Problem]:
             yield Problem(
                 "missing-file", name, "is missing", "build the folder again: minilora push does, before it sends"
             )
-    if not any(name in folder.files for name in TOKENIZERS):
+    if inputs != "text" and not any(name in folder.files for name in PROCESSING):
+        message = f"no processor for {inputs}: one of {', '.join(PROCESSING)} is needed"
+        yield Problem("missing-file", PROCESSING[0], message, "save the processor into the folder: save_pretrained()")
+    if "text" in inputs and not any(name in folder.files for name in TOKENIZERS):
         message = f"no tokenizer: one of {', '.join(TOKENIZERS)} is needed"
         yield Problem(
             "missing-file", "tokenizer.json", message, "save the tokenizer into the folder: save_pretrained()"

@@ -25,7 +25,7 @@ from minilora_hub.adapter_folder.companions import companion_files, copy_files
 from minilora_hub.adapter_folder.folders import AdapterFolder as Source
 from minilora_hub.adapter_folder.folders import Layout, read_source
 from minilora_hub.adapter_folder.hashes import file_sha256, recorded_before
-from minilora_hub.adapter_folder.names import GENERATION, OUR_CONFIG, TEMPLATE, TOKENIZING, WEIGHTS
+from minilora_hub.adapter_folder.names import GENERATION, OUR_CONFIG, PROCESSING, TEMPLATE, TOKENIZING, WEIGHTS
 from minilora_hub.adapter_folder.results import VERIFICATION_FILE, Base, Verification, is_hashed
 from minilora_hub.adapter_folder.tasks import CAUSAL_LM, is_own_auto_map, own_auto_map
 from minilora_hub.adapter_folder.writing import whole_folder, write_code, write_endpoint
@@ -145,7 +145,7 @@ def build(
     with whole_folder(out) as folder:
         found = obtain_recording(trained, base, before)
         recording = found.recording
-        notes = [found.note] if found.note else []
+        notes = [note for note in (found.note, recording.note) if note]
         published_base = _published_base(trained, base, recording)
         _copy_model(trained, folder, layout, base)
         notes += _write_adapter(trained, folder, layout, published_base, recording)
@@ -195,14 +195,14 @@ def _published_base(source: Source, base: RecordedBase, recording: Recording) ->
 
 
 def _copy_model(source: Source, folder: Path, layout: Layout, base: RecordedBase) -> None:
-    """Copy weights, tokenizer and generation settings; where the adapter has none, the base's."""
+    """Copy weights, tokenizer, processor and generation settings; where the adapter has none, the base's."""
     if source.layout == "peft":
         copy_peft_weights(source.folder, folder)
         write_peft_config(folder, source.config, base.id, base.revision)
     elif layout == "auto":
         shutil.copyfile(source.folder / WEIGHTS, folder / WEIGHTS)
     tokenizer = tokenizer_folder(source, base.found)
-    copy_files(companion_files(tokenizer, TOKENIZING), tokenizer, folder)
+    copy_files(companion_files(tokenizer, (*TOKENIZING, *PROCESSING)), tokenizer, folder)
     copy_files(companion_files(base.found.path, (GENERATION,)), base.found.path, folder)
     # An adapter may have these without a tokenizer of its own.
     copy_files(companion_files(source.folder, (GENERATION, TEMPLATE)), source.folder, folder)

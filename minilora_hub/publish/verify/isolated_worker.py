@@ -8,27 +8,32 @@ stderr. It only loads, computes and reports; the parent process evaluates the an
     auto_class           name of the Auto class
     base                 folder of another base than the adapter names; null for the named one
     dtype                "float32", …
-    prompts, tokens      token ids of each prompt, and the tokens whose logits are wanted
+    prompts, tokens      as in verification.json: inputs, and the tokens whose logits are wanted
     copy                 a copy of the weights to damage, with the configuration beside it, or null
     damages              {name: [position, bytes in hexadecimal]}: written into the copy in turns; loading must fail
     peft                 folder of the same adapter in PEFT's format, or null
-    tokenizer            whether the adapter has a tokenizer, which is loaded too
+    tokenizer, processor whether the adapter has one, which is loaded too
 """
 
 import json
 import os
+import runpy
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 from transformers.utils import logging
 
 sys.modules["minilora_hub"] = None  # type: ignore[assignment]  # so that importing it fails
+
+
+OUTPUTS = runpy.run_path(str(Path(__file__).parents[2] / "recording" / "model_outputs.py"))
 
 
 def main() -> None:
@@ -52,6 +57,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     dtype = getattr(torch, job["dtype"])
     if job["tokenizer"]:
         AutoTokenizer.from_pretrained(job["target"], revision=job["revision"], trust_remote_code=False)
+    problem = processor_problem(job) if job["processor"] else None
     if job["layout"] == "peft":
         stock = load_peft_layout(job, dtype)
         return {"class": class_name(stock), "logits": logits(stock, job)}
@@ -61,6 +67,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         job["target"], revision=job["revision"], dtype=dtype, trust_remote_code=True, **given
     )
     answer: dict[str, Any] = {"class": class_name(model), "logits": logits(model, job), "refusals": {}}
+    answer |= {"processor": problem} if job["processor"] else {}
     base = model.unload()
     for name, (offset, content) in job["damages"].items():
         with damaged(job["copy"], offset, bytes.fromhex(content)) as folder:
@@ -113,34 +120,25 @@ def refusal(model_class: Any, folder: str, base: Any) -> str | None:
     return None
 
 
-def last_row(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Return the values that are compared."""
-    takes_two = getattr(model.config, "is_encoder_decoder", False)
-    outputs = model(input_ids=ids, **({"decoder_input_ids": ids} if takes_two else {}))
-    if "start_logits" in outputs:
-        return torch.cat([outputs["start_logits"][0], outputs["end_logits"][0]]).float()
-    rows = outputs["logits" if "logits" in outputs else "last_hidden_state"][0]
-    return (rows if rows.dim() == 1 else rows[-1]).float()
-
-
 def class_name(thing: Any) -> str:
     """Return the full name of an object's class."""
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
 def logits(model: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return, per prompt, the last position's logits of the wanted tokens, and the largest of all others.
+    """Return, per prompt, the recorded values of the wanted places, and the largest of all others."""
+    rows = zip(*OUTPUTS["logits_of"](model, job["prompts"], job["tokens"]), strict=True)
+    return [{"wanted": wanted, "highest_other": highest} for wanted, highest in rows]
 
-    What stands for logits in other outputs is as in `minilora_hub.recording.logits`.
-    """
-    found = []
-    for prompt, wanted in zip(job["prompts"], job["tokens"], strict=True):
-        row = last_row(model, torch.tensor([prompt]))
-        others = torch.ones_like(row, dtype=torch.bool)
-        others[wanted] = False
-        highest = row[others].max().item() if others.any() else None
-        found.append({"wanted": row[wanted].tolist(), "highest_other": highest})
-    return found
+
+def processor_problem(job: dict[str, Any]) -> str | None:
+    """Return why the adapter's processor cannot be loaded; None if it can."""
+    arguments = {"revision": job["revision"], "trust_remote_code": False}
+    try:
+        AutoProcessor.from_pretrained(job["target"], **arguments)
+    except ImportError as error:  # a package that this machine lacks
+        return f"not loaded: {error}"
+    return None
 
 
 if __name__ == "__main__":

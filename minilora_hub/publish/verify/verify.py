@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.adapter_folder.folders import AdapterFolder as Source
-from minilora_hub.adapter_folder.names import PEFT_CONFIG, TOKENIZER_FILES, WEIGHTS
-from minilora_hub.adapter_folder.results import Verification
+from minilora_hub.adapter_folder.names import PEFT_CONFIG, PROCESSING, TOKENIZER_FILES, WEIGHTS
+from minilora_hub.adapter_folder.results import Verification, plain_prompts
 from minilora_hub.bases.resolving import EMBEDDED, resolve_base
 from minilora_hub.errors import AdapterError, BaseModelError
 from minilora_hub.hub.client import fetch
@@ -117,12 +117,13 @@ def _check_behaviour(
                 "auto_class": source.auto_class,
                 "base": base,
                 "dtype": verification.dtype,
-                "prompts": verification.prompts,
+                "prompts": plain_prompts(verification.prompts),
                 "tokens": verification.top_tokens,
                 "copy": copy,
                 "damages": {name: [offset, content.hex()] for name, (offset, content) in wrong.items()},
                 "peft": str(peft.resolve()) if ours and (peft / PEFT_CONFIG).is_file() else None,
                 "tokenizer": any((source.folder / name).is_file() for name in TOKENIZER_FILES),
+                "processor": any((source.folder / name).is_file() for name in PROCESSING),
             },
             report.code,
         )
@@ -132,6 +133,8 @@ def _check_behaviour(
     from_repo = bool(OWN_CLASS.fullmatch(answer["class"]))
     expected = from_repo if ours else answer["class"].split(".")[0] in ("transformers", "peft")
     report.add("loading", expected, f"{answer['class']}, from {'the repo' if from_repo else 'an installed package'}")
+    if "processor" in answer:
+        report.add("processor", True, answer["processor"] or "loaded, without code of the repo")
     hint = "" if base else "; if it was trained on other weights than the base's repo holds, pass base_model= (--base)"
     report.difference = _compare("logits", answer["logits"], verification, report, hint)
     for name, message in answer.get("refusals", {}).items():
