@@ -104,6 +104,14 @@ def train(
     about_data: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Description of the data, for the card.")
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK",
+            help="text-generation, text-classification (rows of text and label) or token-classification (tokens and "
+            "tags). Default: by the first row's fields.",
+        ),
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,22 +54,35 @@ class BadRow:
     reason: str
 
 
-def read_rows(sources: tuple[str, ...], *, split: str = "train", revision: str | None = None) -> Iterator[Row | BadRow]:
+def read_rows(
+    sources: tuple[str, ...],
+    *,
+    split: str = "train",
+    revision: str | None = None,
+    check: Callable[[str, Any], Row | BadRow] | None = None,
+) -> Iterator[Row | BadRow]:
     """Read every row of files, or of one data set on the Hub.
 
     Args:
         sources: paths of files, or an id on the Hub.
         split: the split of a Hub data set.
         revision: its branch, tag or commit.
+        check: makes a row of (place, parsed value). Default: `checked`.
 
     Raises:
         DataError: a file is missing, empty, of an unknown kind or cannot be read at all.
     """
+    for place, value in read_values(sources, split, revision):
+        yield value if isinstance(value, BadRow) else (check or checked)(place, value)
+
+
+def read_values(sources: tuple[str, ...], split: str, revision: str | None) -> Iterator[tuple[str, Any]]:
+    """Yield (place, parsed value or BadRow) of every row; see `read_rows`."""
     for source in sources:
         count = 0
-        for place, value in _values(source, split, revision):
+        for found in _values(source, split, revision):
             count += 1
-            yield value if isinstance(value, BadRow) else checked(place, value)
+            yield found
         if not count:
             raise DataError(f"{source}: has no rows")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.errors import DataError
-from minilora_hub.training.data import BadRow, read_rows
+from minilora_hub.training.data import BadRow, Row, read_rows
 from minilora_hub.training.settings import TrainingSettings
 from minilora_hub.training.tokens import IGNORED, Encoder, Example
 
@@ -69,11 +69,13 @@ class TrainingData:
         train: the training examples.
         validation: the validation examples; empty without validation.
         skipped: the rows that were skipped.
+        labels: of labelled rows, the names of the classes; `labels` of an example holds their numbers.
     """
 
     train: ExampleRows
     validation: ExampleRows
     skipped: list[BadRow]
+    labels: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -88,7 +90,7 @@ class TrainingData:
     @property
     def sha256(self) -> str:
         """Hash of every token and label, by which a resumed run detects changed data."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(json.dumps(self.labels).encode() if self.labels else b"")
         for example in chain(self.train, self.validation):
             digest.update(json.dumps([example.input_ids, example.labels]).encode())
         return digest.hexdigest()
@@ -142,18 +144,24 @@ def prepare_data(
         now=now,
     )
     skipped: list[BadRow] = []
-    train = _examples(settings.data, settings, encoder, folder / "train.arrow", skipped)
+    train = write_examples(settings.data, settings, encoder.encode, folder / "train.arrow", skipped)
     if settings.validation_data:
-        validation = _examples(settings.validation_data, settings, encoder, folder / "validation.arrow", skipped)
+        file = folder / "validation.arrow"
+        validation = write_examples(settings.validation_data, settings, encoder.encode, file, skipped)
     else:
-        train, validation = _hold_out(train, recipe.validation, recipe.seed)
+        train, validation = hold_out(train, recipe.validation, recipe.seed)
     return TrainingData(train, validation, skipped)
 
 
-def _examples(
-    sources: tuple[str, ...], settings: TrainingSettings, encoder: Encoder, file: Path, skipped: list[BadRow]
+def write_examples(
+    sources: tuple[str, ...],
+    settings: TrainingSettings,
+    encode: Callable[[Row], Example | BadRow],
+    file: Path,
+    skipped: list[BadRow],
+    check: Callable[[str, Any], Row | BadRow] | None = None,
 ) -> ExampleRows:
-    """Write the examples of some files into an Arrow file, and open it."""
+    """Write the examples of some files into an Arrow file, and open it; `check` is as in `read_rows`."""
     from datasets import Dataset, Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
@@ -164,8 +172,9 @@ def _examples(
         file.parent.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)  # a process that has mapped the old file is not affected
         with ArrowWriter(features=columns, path=str(file), writer_batch_size=ROWS_AT_ONCE) as writer:
-            for row in read_rows(sources, split=settings.data_split, revision=settings.data_revision):
-                example = row if isinstance(row, BadRow) else encoder.encode(row)
+            rows = read_rows(sources, split=settings.data_split, revision=settings.data_revision, check=check)
+            for row in rows:
+                example = row if isinstance(row, BadRow) else encode(row)
                 if isinstance(example, BadRow):
                     bad.append(example)
                     continue
@@ -189,7 +198,8 @@ def _examples(
     return ExampleRows(Dataset.from_file(str(file)), places, lengths, learned)
 
 
-def _hold_out(examples: ExampleRows, share: float, seed: int) -> tuple[ExampleRows, ExampleRows]:
+def hold_out(examples: ExampleRows, share: float, seed: int) -> tuple[ExampleRows, ExampleRows]:
+    """Split examples into those to train on and, by chance, a share to validate on."""
     if not share:
         return examples, examples.select([])
     count = max(1, round(len(examples) * share))

@@ -11,6 +11,7 @@ from typing import Any
 
 from minilora_hub.errors import TrainingError
 from minilora_hub.training.dataset import ExampleRows, TrainingData
+from minilora_hub.training.labelled_rows import GENERATION
 from minilora_hub.training.models import Trainee, compute_dtype
 from minilora_hub.training.objective_specs import parse_objectives
 from minilora_hub.training.passthrough import method_callbacks
@@ -34,7 +35,13 @@ def known_warnings_ignored() -> Iterator[None]:
 
 
 def build_trainer(
-    settings: TrainingSettings, trainee: Trainee, data: TrainingData, tokenizer: Any, out: Path, processes: int
+    settings: TrainingSettings,
+    trainee: Trainee,
+    data: TrainingData,
+    tokenizer: Any,
+    out: Path,
+    processes: int,
+    task: str = GENERATION,
 ) -> tuple[Any, Shape]:
     """Return the trainer, ready to run, and the shape of its steps.
 
@@ -45,7 +52,6 @@ def build_trainer(
     from transformers import EarlyStoppingCallback, PrinterCallback
 
     from minilora_hub.training.callbacks import GradientsChecked
-    from minilora_hub.training.trainer import AdapterTrainer
 
     recipe = settings.recipe
     packed = recipe.batching == "packed"
@@ -57,9 +63,20 @@ def build_trainer(
     shape = shape_of(settings, len(rows), processes)
     checked = GradientsChecked()
     arguments = _arguments(settings, shape, out, validated=bool(data.validation))
-    if not _can_balance_base(trainee.model):
-        arguments.router_aux_loss_coef = 0.0
-    trainer = AdapterTrainer(
+    if task == GENERATION:
+        from minilora_hub.training.trainer import AdapterTrainer
+
+        make_trainer: Any = AdapterTrainer
+        if not _can_balance_base(trainee.model):
+            arguments.router_aux_loss_coef = 0.0
+    else:
+        from transformers import TrainingArguments
+
+        from minilora_hub.training.labelled import collator, make_trainer
+
+        names = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
+        arguments = TrainingArguments(**{name: getattr(arguments, name) for name in names})
+    trainer = make_trainer(
         recipe=recipe,
         place_of=data.place_of,
         model=trainee.model,
@@ -67,6 +84,7 @@ def build_trainer(
         train_dataset=rows,
         eval_dataset=data.validation.dataset if data.validation else None,
         processing_class=tokenizer,
+        **({} if task == GENERATION else {"data_collator": collator(task, tokenizer)}),
         callbacks=[checked, *([] if settings.method in OURS else method_callbacks(trainee.model, shape.steps))],
     )
     checked.trainer = trainer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -97,8 +98,15 @@ def compute_dtype(settings: TrainingSettings) -> Any:
     return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
 
 
-def build_trainee(settings: TrainingSettings, resolved: ResolvedBase) -> tuple[Trainee, tuple[str, ...]]:
+def build_trainee(
+    settings: TrainingSettings, resolved: ResolvedBase, build: Callable[[dict[str, Any]], Any] | None = None
+) -> tuple[Trainee, tuple[str, ...]]:
     """Load the base and add a fresh adapter, or the one to continue from.
+
+    Args:
+        settings: of the run.
+        resolved: the base.
+        build: makes the model from the base's arguments, where it is not one that generates text.
 
     Returns:
         The model, and notes for the user.
@@ -107,7 +115,7 @@ def build_trainee(settings: TrainingSettings, resolved: ResolvedBase) -> tuple[T
         BaseModelError: the base cannot be loaded.
         TrainingError, ValueError: the adapter's configuration or weights do not fit it.
     """
-    trainee = _fresh_trainee(settings, resolved)
+    trainee = _fresh_trainee(settings, resolved, build)
     if not (settings.from_adapter or settings.keep):
         return trainee, ()
     from minilora_hub.bases.skeleton import find_base
@@ -128,10 +136,12 @@ def build_trainee(settings: TrainingSettings, resolved: ResolvedBase) -> tuple[T
     return trainee, notes
 
 
-def _fresh_trainee(settings: TrainingSettings, resolved: ResolvedBase) -> Trainee:
+def _fresh_trainee(
+    settings: TrainingSettings, resolved: ResolvedBase, build: Callable[[dict[str, Any]], Any] | None
+) -> Trainee:
     arguments = base_arguments(settings)
     if settings.method in OURS:
-        model = _ours(settings, resolved, arguments)
+        model = build(arguments) if build else _ours(settings, resolved, arguments)
         fingerprint = model.config.base_fingerprint
     else:
         from minilora_hub.remote_code.adapter_files import base_fingerprint

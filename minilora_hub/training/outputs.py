@@ -55,12 +55,13 @@ def write_result(
         trainee: the trained model.
         data: the training data.
         tokenizer: saved beside the adapter.
-        ends: ids of the tokens that end an answer, for the saved generation settings.
+        ends: ids of the tokens that end an answer, for the saved generation settings; none where it generates none.
         history: the trainer's log.
         seconds: wall time of the training, resumed parts included.
     """
-    generation = (trainee.model if settings.method in OURS else trainee.model.get_base_model()).generation_config
-    generation.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
+    if ends:
+        generation = (trainee.model if settings.method in OURS else trainee.model.get_base_model()).generation_config
+        generation.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
     if settings.method in OURS:
         _cast_for_saving(settings, trainee)
         if trainee.kept:
@@ -162,7 +163,7 @@ def _results(
         datasets=settings.data if from_hub else (),
         training=Training(
             data=sources,
-            hyperparameters=_hyperparameters(settings),
+            hyperparameters=_hyperparameters(settings, data.labels),
             steps=int(max((entry["step"] for entry in history), default=0)),
             seconds=round(seconds, 1),
             hardware=_hardware(),
@@ -182,7 +183,7 @@ def _base_note(settings: TrainingSettings, resolved: ResolvedBase) -> str | None
     return "; ".join(notes) or None
 
 
-def _hyperparameters(settings: TrainingSettings) -> dict[str, Any]:
+def _hyperparameters(settings: TrainingSettings, labels: tuple[str, ...]) -> dict[str, Any]:
     """Return the rows of the card's table of hyper-parameters."""
     recipe = settings.recipe
     rows: dict[str, Any] = {
@@ -203,7 +204,8 @@ def _hyperparameters(settings: TrainingSettings) -> dict[str, Any]:
         "trained in": None if recipe.dtype == "auto" else f"{recipe.dtype}, the adapter in float32",
         "saved in": None if recipe.save_dtype == "float32" else recipe.save_dtype,
         "base quantised": recipe.quantize,
-        "loss on": recipe.loss_on,
+        "loss on": None if labels else recipe.loss_on,
+        "labels": ", ".join(labels) or None,
         "validation share": recipe.validation or None,
         "objectives": "; ".join(spec.shown() for spec in parse_objectives(settings.objective)) or None,
         "kept adapters": ", ".join(Path(name).name for name in settings.keep) or None,

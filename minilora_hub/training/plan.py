@@ -9,9 +9,12 @@ from typing import Any
 
 from minilora_hub.formatting import duration, size
 from minilora_hub.training.dataset import TrainingData
+from minilora_hub.training.labelled_rows import GENERATION
 from minilora_hub.training.models import Trainee, trainable_parameters
 from minilora_hub.training.objective_specs import parse_objectives
 from minilora_hub.training.settings import TrainingSettings
+
+SHOWN_LABELS = 12
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ class Plan:
         objectives: terms added to the loss.
         kept: adapters that stay active under the new one.
         ranks: how the ranks were distributed over the linears; None where the settings give them.
+        task: what the rows are for.
+        labels: of labelled rows, the classes.
+        whole: modules of the base that are trained and saved whole, such as a new head.
     """
 
     trainable: int
@@ -80,6 +86,9 @@ class Plan:
     objectives: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     ranks: str | None = None
+    task: str = GENERATION
+    labels: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the plan for the terminal, as pairs of label and value."""
@@ -92,12 +101,17 @@ class Plan:
         begin = [("from", self.start)] if self.start else []
         begin += [("objective", text) for text in self.objectives] + [("kept", name) for name in self.kept]
         begin += [("ranks", self.ranks)] if self.ranks else []
+        learned = f"{self.learned_tokens:,} {'labels' if self.labels else 'learned'}"
+        if self.labels:
+            shown = ", ".join(self.labels[:SHOWN_LABELS]) + ", …" * (len(self.labels) > SHOWN_LABELS)
+            head = f"{', '.join(self.whole)}: new, trained whole" if self.whole else "the base's own, frozen"
+            begin += [("task", self.task), ("labels", f"{len(self.labels)}: {shown}"), ("head", head)]
         return [
             *begin,
             ("trainable", f"{self.trainable:,} parameters, {self.share:.2%} of the base"),
             ("data", f"{self.rows:,} rows{held}{skipped}"),
-            ("tokens", f"{self.tokens:,} in an epoch, {self.learned_tokens:,} learned; longest row {self.longest:,}"),
-            ("end", f"an answer ends with {' or '.join(self.ends)}"),
+            ("tokens", f"{self.tokens:,} in an epoch, {learned}; longest row {self.longest:,}"),
+            *([] if self.labels else [("end", f"an answer ends with {' or '.join(self.ends)}")]),
             ("steps", f"{self.steps:,} of {self.batch} {'packed ' * self.packed}row{'s' * (self.batch > 1)}"),
             ("memory", f"about {size(sum(parts.values()))}: {memory}"),
             ("time", f"about {duration(seconds)}"),
@@ -131,6 +145,7 @@ def make_plan(
     tokenizer: Any,
     ends: list[int],
     trainer: Any,
+    task: str = GENERATION,
 ) -> Plan:
     """Make the plan, measuring a forward and a backward pass of one typical batch; the model is not changed.
 
@@ -142,6 +157,7 @@ def make_plan(
         tokenizer: the base's, with a padding token.
         ends: ids of the tokens that end an answer.
         trainer: the trainer of the run.
+        task: what the rows are for.
     """
     trainable = sum(parameter.numel() for parameter in trainable_parameters(trainee.model).values())
     frozen = [parameter for parameter in trainee.model.parameters() if not parameter.requires_grad]
@@ -173,6 +189,9 @@ def make_plan(
         start=None if trainee.parent is None else f"{trainee.parent.name}; {_PARTS[settings.learn]}",
         objectives=tuple(spec.shown() for spec in parse_objectives(settings.objective)),
         kept=settings.keep,
+        task=task,
+        labels=data.labels,
+        whole=tuple(getattr(trainee.model.config, "modules_to_save", None) or ()),
     )
 
 
@@ -191,12 +210,13 @@ def _probe(model: Any, data: TrainingData, rows: int, pad: int, trainer: Any) ->
 
     from minilora_hub.training.objectives import Step, last_hidden_states
 
-    device = trainer.args.device
+    device, objectives = trainer.args.device, getattr(trainer, "objectives", ())
     by_length = sorted(range(len(data.train)), key=data.train.lengths.__getitem__)
     middle = len(by_length) // 2
     chosen = [data.train[index] for index in by_length[max(0, middle - rows // 2) :][:rows]]
     features = [{"input_ids": example.input_ids, "labels": example.labels} for example in chosen]
-    batch = DataCollatorForLanguageModeling(pad)(features)
+    batch = (trainer.data_collator if data.labels else DataCollatorForLanguageModeling(pad))(features)
+    extra = {} if data.labels else {"use_cache": False, "fused_lm_head": True}
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
@@ -214,9 +234,9 @@ def _probe(model: Any, data: TrainingData, rows: int, pad: int, trainer: Any) ->
         for _ in range(2 if device.type == "cuda" else 1):  # the first pass on a GPU also loads kernels
             started = time.perf_counter()
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                with last_hidden_states(model, bool(trainer.objectives)) as hidden:
-                    loss = model(**batch, use_cache=False, fused_lm_head=True).loss
-                for objective in trainer.objectives:
+                with last_hidden_states(model, bool(objectives)) as hidden:
+                    loss = model(**batch, **extra).loss
+                for objective in objectives:
                     loss = loss + objective.weight * objective(Step(model, batch, hidden[0], (0, 0))).value
             loss.backward()
             if device.type == "cuda":

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -157,7 +158,10 @@ def _execute(
     """Train and save; `folder` holds files that are needed until the run ends."""
     from safetensors import SafetensorError
 
+    from minilora_hub.training import labelled
+    from minilora_hub.training.adapter_checkpoints import CHECKPOINTS, last_checkpoint
     from minilora_hub.training.dataset import prepare_data
+    from minilora_hub.training.labelled_rows import GENERATION, task_of
     from minilora_hub.training.loop import build_trainer, collected_notes
     from minilora_hub.training.models import (
         base_context,
@@ -168,7 +172,6 @@ def _execute(
     )
     from minilora_hub.training.outputs import note_on_ends, write_result
     from minilora_hub.training.parent_adapter import hashes_of_inputs
-    from minilora_hub.training.trainer import CHECKPOINTS, last_checkpoint
 
     main = place.is_main_process
     before = read_state(out) if resume else None
@@ -176,11 +179,18 @@ def _execute(
         raise TrainingError(f"--resume: the run in {str(out)!r} is finished: pass another --out for a new one")
     begun = (before and before.begun) or broadcast(datetime.now().isoformat(timespec="seconds"))
     base = resolve_base(settings.base, revision=settings.base_revision, progress=progress)
-    tokenizer = load_tokenizer(base)
-    generation = base_generation_config(base)
-    ends = end_token_ids(tokenizer, generation)
-    now = datetime.fromisoformat(begun)
-    data = prepare_data(settings, tokenizer, base_context(base), folder, ends=ends, now=now)
+    task, build, generation, ends = task_of(settings), None, None, list[int]()
+    if task == GENERATION:
+        tokenizer, generation = load_tokenizer(base), base_generation_config(base)
+        ends = end_token_ids(tokenizer, generation)
+        now = datetime.fromisoformat(begun)
+        data = prepare_data(settings, tokenizer, base_context(base), folder, ends=ends, now=now)
+    else:
+        labelled.check_settings(settings, task)
+        tokenizer = labelled.load_tokenizer(base, task)
+        data = labelled.prepare(settings, task, tokenizer, base, base_context(base), folder)
+        head = labelled.head_arguments(data.labels, tokenizer)
+        build = partial(labelled.build_model, settings, task, base, head)
     inputs = hashes_of_inputs(settings)
     state = before or RunState(data.sha256, begun=begun, inputs=inputs)
     if state.data_sha256 != data.sha256:
@@ -193,14 +203,14 @@ def _execute(
 
         distribution = distribute(settings, base, data.train, tokenizer.pad_token_id, progress)
     with collected_notes() as notes:
-        trainee, notes_on_parent = build_trainee(distribution.settings if distribution else settings, base)
+        trainee, notes_on_parent = build_trainee(distribution.settings if distribution else settings, base, build)
     if distribution:
         distribution.start(trainee.model)
     notes += notes_on_parent
     check_embedding(trainee.model, tokenizer, max(data.largest_id, tokenizer.pad_token_id), base)
     scratch = folder / "plan"  # a trainer creates its folder at once, and a dry run must not leave one
-    trainer, shape = build_trainer(settings, trainee, data, tokenizer, scratch, place.num_processes)
-    plan = make_plan(settings, data, trainee, shape, tokenizer, ends, trainer)
+    trainer, shape = build_trainer(settings, trainee, data, tokenizer, scratch, place.num_processes, task)
+    plan = make_plan(settings, data, trainee, shape, tokenizer, ends, trainer, task)
     if distribution:
         plan = replace(plan, ranks=distribution.described)
     if on_plan is not None and main:
@@ -225,7 +235,7 @@ def _execute(
                 f"out={str(out)!r}: the result could not be written ({reason_of(error)}); "
                 f"{how_to_resume(out, saved.name if saved else None)}"
             ) from error
-        notes += note_on_ends(settings, generation, ends, tokenizer)
+        notes += note_on_ends(settings, generation, ends, tokenizer) if generation else ()
     trainer.accelerator.wait_for_everyone()
     losses = [entry["loss"] for entry in history if "loss" in entry]
     return TrainResult(
@@ -244,8 +254,8 @@ def _execute(
 
 def _train(trainer: Any, out: Path, shape: Shape, state: RunState, resume: bool, progress: bool) -> float:
     """Train, and return the seconds it took."""
+    from minilora_hub.training.adapter_checkpoints import last_checkpoint
     from minilora_hub.training.callbacks import ProgressShown, StoppedBySignal
-    from minilora_hub.training.trainer import last_checkpoint
 
     checkpoint = last_checkpoint(out) if resume else None
     if checkpoint and checkpoint.name == f"checkpoint-{shape.steps}":

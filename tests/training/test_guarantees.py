@@ -21,8 +21,8 @@ from tiny_training import CHAT, SHORT, write_base, write_rows
 from minilora_hub.errors import TrainingError, TrainingInterrupted
 from minilora_hub.training import run as run_module
 from minilora_hub.training import trainer as trainer_module
+from minilora_hub.training.adapter_checkpoints import last_checkpoint
 from minilora_hub.training.run import train
-from minilora_hub.training.trainer import last_checkpoint
 
 WEIGHTS = "adapter_model.safetensors"
 RUN = SHORT | {"method": "mixlora", "num_experts": 4, "max_steps": 9, "save_every": 3, "lora_dropout": 0.1}

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_training import SHORT
 
+from minilora_hub.training.adapter_checkpoints import last_checkpoint
 from minilora_hub.training.run import train
-from minilora_hub.training.trainer import last_checkpoint
 
 # accelerate's own name for "several processes on this machine"; with --cpu it would start one (1.15).
 ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
