@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from minilora_hub.adapter_folder.results import Evaluation, Results
+    from minilora_hub.evaluation.classification import Classified
     from minilora_hub.evaluation.run import Progress
     from minilora_hub.evaluation.settings import Adapter
 
-OURS = ("task", "split", "held_out", "few_shot", "perplexity", "text", "fresh")
-"""Options that do not apply to lm-eval's tasks."""
+BUILT_IN = ("task", "split", "held_out", "few_shot", "perplexity", "text", "fresh")
+"""Options of the built-in tasks alone."""
 
 FILE_WIDTH = 200
 """Width of the table in a file or a pipe."""
@@ -64,6 +65,15 @@ def eval_(
             help="An lm-eval task instead of the built-in ones (extra lm-eval); may be repeated.",
         ),
     ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="FILE",
+            help="For classifiers: rows with labels, as minilora train takes them, or a data set on the Hub (--split).",
+        ),
+    ] = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="With --data: truncate longer rows.")] = False,
     include_path: Annotated[
         Path | None, typer.Option("--include-path", metavar="DIR", help="A folder with your own lm-eval tasks.")
     ] = None,
@@ -83,14 +93,19 @@ def eval_(
     for folder in [out.parent] if out is not None else [Path(name) for name in adapters if Path(name).is_dir()]:
         require_writable(folder, "--out" if out is not None else "adapter")
     common = {"base": base, "count": count, "dtype": dtype, "batch_size": batch_size}
+    other = "--lm-eval" if lm_eval else "--data" if data else None
+    surplus = [name for name in given(context) if name in BUILT_IN and not (data and name == "split")]
+    if other and surplus:
+        flag = "--" + surplus[0].replace("_", "-")
+        raise ValueError(f"{flag}: only applies to the built-in tasks: leave it out with {other}, or run it separately")
+    if lm_eval and data:
+        raise ValueError("--data: leave it out with --lm-eval, or run it separately")
+    if truncate and not data:
+        raise ValueError("--truncate: must come with --data")
     if lm_eval:
-        ours = [name for name in given(context) if name in OURS]
-        if ours:
-            flag = "--" + ours[0].replace("_", "-")
-            raise ValueError(
-                f"{flag}: only applies to the built-in tasks: leave it out with --lm-eval, or run it separately"
-            )
         measured = _measure_lm_eval(adapters, lm_eval, include_path, **common)
+    elif data:
+        measured = _measure_rows(adapters, data, split=split, truncate=truncate, **common)
     else:
         if include_path is not None:
             raise ValueError(f"--include-path {str(include_path)!r}: must come with --lm-eval")
@@ -167,6 +182,50 @@ def _measure_lm_eval(adapters: list[str], tasks: list[str], include_path: Path |
 
     document = {"models": [{"name": name, "numbers": [asdict(row) for row in rows]} for name, _, rows in models]}
     return _Measured(models, results, document)
+
+
+def _measure_rows(adapters: list[str], data: list[str], **settings: Any) -> _Measured:
+    import dataclasses
+
+    from minilora_hub.evaluation.classification import measure
+    from minilora_hub.evaluation.report import known_results, with_numbers
+
+    report = measure(adapters, data, progress=say, **settings)
+    models: list[tuple[str, Adapter | None, tuple[Evaluation, ...]]] = []
+    for one in report.models:
+        name = "base" if one.majority is None else f"always {one.majority!r}"
+        beside = tuple(
+            dataclasses.replace(row, value=row.base_value or 0.0, interval=row.base_interval, parts=())
+            for row in one.rows
+        )
+        models += [(name, None, beside)] * (not models) + [(one.adapter.name, one.adapter, one.rows)]
+    numbers = {one.adapter.name: one.rows for one in report.models}
+
+    def results(adapter: Adapter) -> Results:
+        before = known_results(adapter, report.base, report.fingerprint, report.base_parameters)
+        return with_numbers(before, numbers[adapter.name])
+
+    document = {
+        "models": [
+            {
+                "name": one.adapter.name,
+                "labels": one.labels,
+                "confusion": one.confusion(),
+                "numbers": [asdict(row) for row in one.rows],
+            }
+            for one in report.models
+        ]
+    }
+    return _Measured(models, results, document, "\n".join(_confusion(one) for one in report.models))
+
+
+def _confusion(one: Classified) -> str:
+    """Return the confusion of labels as lines: what each label was taken for."""
+    lines = [f"{one.adapter.name}: label, and what it was taken for"]
+    for label, row in zip(one.labels, one.confusion(), strict=True):
+        taken = ", ".join(f"{name} {count}" for name, count in zip(one.labels, row, strict=True) if count)
+        lines.append(f"  {label}: {taken or 'not in the rows'}")
+    return "\n".join(lines)
 
 
 def _write(measured: _Measured, out: Path | None) -> list[Path]:

@@ -23,7 +23,7 @@ from minilora_hub.compare.prompting import Prompting, Promptings
 from minilora_hub.errors import MissingExtraError
 from minilora_hub.evaluation.metrics import DIGITS
 from minilora_hub.evaluation.report import command_line
-from minilora_hub.evaluation.settings import Adapter, Settings, find_adapters
+from minilora_hub.evaluation.settings import Adapter, Settings, find_adapters, require_generating
 from minilora_hub.remote_code.few_rows import plain_products
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def measure(
     if include_path is not None and not include_path.is_dir():
         raise ValueError(f"include_path={str(include_path)!r}: must be a folder with tasks of lm-eval")
     found = find_adapters(adapters)
+    require_generating(found)
     resolved, fingerprint = common_base(base, found)
     manager = _manager(include_path)
     for name in settings.tasks:

@@ -221,3 +221,89 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
     if not only_first + only_second:
         return 1.0
     return float(_stats().binomtest(only_first, only_first + only_second, 0.5).pvalue)
+
+
+# ---- labels ----
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counts of each label in each row: how often it was right, was said, and was asked for; arrays (rows, labels)."""
+
+    right: Any
+    said: Any
+    asked: Any
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the items whose label was said."""
+        return float(self.right.sum() / self.asked.sum())
+
+    def support(self, label: int) -> int:
+        """Return how many items have a label."""
+        return int(self.asked[:, label].sum())
+
+    def f1(self, label: int) -> float:
+        """Return the F1 of a label: 0 where it never occurs."""
+        either = self.said[:, label].sum() + self.asked[:, label].sum()
+        return float(2 * self.right[:, label].sum() / either) if either else 0.0
+
+
+def label_counts(references: Sequence[Sequence[int]], predictions: Sequence[Sequence[int]], labels: int) -> Counts:
+    """Count labels in rows of items.
+
+    Args:
+        references: per row, the number of the label of each item.
+        predictions: those that were said, in the same order.
+        labels: how many labels there are.
+    """
+    import numpy as np
+
+    right, said, asked = (np.zeros((len(references), labels)) for _ in range(3))
+    for row, (wanted, given) in enumerate(zip(references, predictions, strict=True)):
+        for one, other in zip(wanted, given, strict=True):
+            asked[row, one] += 1
+            said[row, other] += 1
+            right[row, one] += one == other
+    return Counts(right, said, asked)
+
+
+def macro_f1(counts: Counts) -> float:
+    """Return the mean F1 of the labels that were said or asked for, as scikit-learn's ``average="macro"``."""
+    either = (counts.said + counts.asked).sum(axis=0)
+    found = either > 0
+    return float((2 * counts.right.sum(axis=0)[found] / either[found]).mean())
+
+
+def share_interval(counts: Counts) -> Interval | None:
+    """Return the 95% interval of the accuracy: Wilson's where each row is one item, or else a bootstrap of the rows."""
+    per_row = counts.asked.sum(axis=1)
+    if (per_row == 1).all():
+        return wilson_interval(int(counts.right.sum()), len(per_row))
+    if len(per_row) < 2:
+        return None
+
+    def statistic(right: Any, asked: Any, axis: int) -> Any:
+        return right.sum(axis=axis) / asked.sum(axis=axis)
+
+    return bootstrapped([counts.right.sum(axis=1), per_row], statistic, paired=True)
+
+
+def macro_f1_interval(counts: Counts) -> Interval | None:
+    """Return the 95% interval of `macro_f1`: a bootstrap of the rows; None for a single row or without an error."""
+    import numpy as np
+
+    if len(counts.asked) < 2 or counts.accuracy == 1:
+        return None
+
+    def statistic(rows: Any, axis: int) -> Any:
+        chosen = rows.astype(int)
+        total, labels = np.zeros(chosen.shape[:-1]), np.zeros(chosen.shape[:-1])
+        for label in range(counts.asked.shape[1]):
+            either = (counts.said + counts.asked)[:, label][chosen].sum(axis=axis)
+            there = either > 0
+            total += np.divide(2 * counts.right[:, label][chosen].sum(axis=axis), either, where=there, out=0.0 * either)
+            labels += there
+        return total / labels
+
+    return bootstrapped([range(len(counts.asked))], statistic)

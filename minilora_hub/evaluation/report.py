@@ -118,7 +118,7 @@ def _mean(groups: Groups) -> float:
 def _valued(prefix: str, groups: Groups) -> dict[str, Any]:
     """Return {prefix + "value", prefix + "interval"} of scores in groups whose means are averaged, rounded."""
     value = _mean(groups)
-    return {f"{prefix}value": value, f"{prefix}interval": _rounded(_interval(tuple(map(tuple, groups))), value)}
+    return {f"{prefix}value": value, f"{prefix}interval": rounded_interval(_interval(tuple(map(tuple, groups))), value)}
 
 
 @lru_cache(maxsize=1024)  # the base's are needed again for every adapter
@@ -130,10 +130,10 @@ def _perplexity(prefix: str, model: Model, tokens: tuple[int, ...]) -> dict[str,
     assert model.nll is not None
     value = round(metrics.perplexity(model.nll, tokens), DIGITS)
     interval = metrics.perplexity_interval(model.nll, tokens)
-    return {f"{prefix}value": value, f"{prefix}interval": _rounded(interval, value)}
+    return {f"{prefix}value": value, f"{prefix}interval": rounded_interval(interval, value)}
 
 
-def _rounded(interval: Interval | None, value: float) -> Interval | None:
+def rounded_interval(interval: Interval | None, value: float) -> Interval | None:
     """Round an interval, and widen it to its value, which a bootstrap of few items may leave out."""
     if interval is None:
         return None

@@ -34,6 +34,7 @@ from minilora_hub.evaluation.settings import (
     find_adapters,
     find_items,
     find_tasks,
+    require_generating,
     task_of,
 )
 from minilora_hub.recording.recorded_base import base_inputs, why_not_reproducible
@@ -106,6 +107,7 @@ class _Run:
         self._settings, self._say, self._on_progress = settings, progress, on_progress
         self._tasks = find_tasks(settings)
         self._adapters = find_adapters(adapters)
+        require_generating(self._adapters)
         self._base, self._fingerprint = common_base(base, self._adapters)
         # Answers are cached only where everything that determines the base's answers is in the key.
         self._cache = None if why_not_reproducible(self._base, self._fingerprint) else cache

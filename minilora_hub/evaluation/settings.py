@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minilora_hub.bases.loading import DTYPES
+from minilora_hub.errors import AdapterError
 from minilora_hub.evaluation.answer_cache import adapter_digest
 from minilora_hub.evaluation.tasks.items import SPLITS
 
@@ -107,6 +108,25 @@ def find_adapters(names: Sequence[str | Path]) -> tuple[Adapter, ...]:
     twice = sorted({adapter.name for adapter in found if sum(adapter.name == other.name for other in found) > 1})
     _require(not twice, "adapters", twice, "named once each")
     return tuple(found)
+
+
+def require_generating(adapters: Sequence[Adapter]) -> None:
+    """Refuse adapters of models that do not generate text.
+
+    Raises:
+        AdapterError: there is one; the message names it and its Auto class.
+    """
+    from minilora_hub.adapter_folder.folders import read_source
+    from minilora_hub.adapter_folder.tasks import CAUSAL_LM
+
+    for adapter in adapters:
+        name = read_source(adapter.folder).auto_class
+        if name != CAUSAL_LM:
+            labelled = name in ("AutoModelForSequenceClassification", "AutoModelForTokenClassification")
+            hint = (
+                ": measure it on rows with labels, --data FILE" if labelled else ", and this measures generated texts"
+            )
+            raise AdapterError(f"{adapter.name}: is for {name}{hint}")
 
 
 def find_tasks(settings: Settings) -> dict[str, Task]:

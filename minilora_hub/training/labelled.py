@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from minilora_hub.adapter_folder.companions import own_tokenizer
 from minilora_hub.bases import loading
 from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.errors import BaseModelError, TrainingError
@@ -43,13 +44,14 @@ def check_settings(settings: TrainingSettings, task: str) -> None:
             raise TrainingError(f"{name}={value!r} on rows for {task}: {need} (--task text-generation: other rows)")
 
 
-def load_tokenizer(resolved: ResolvedBase, task: str) -> Any:
-    """Load the base's tokenizer, with the padding token that the base knows, or else with one of its own.
+def load_tokenizer(resolved: ResolvedBase, task: str, adapter: Path | None = None) -> Any:
+    """Load the tokenizer of an adapter or else of the base, with the padding token that the base knows, or else one.
 
     Raises:
         BaseModelError: it cannot be loaded, has no token to pad with, or does not know where its tokens come from.
     """
-    tokenizer = loading.load_tokenizer(resolved)
+    own = own_tokenizer(adapter) if adapter else None
+    tokenizer = own or loading.load_tokenizer(resolved)
     known = _configuration(resolved).get_text_config().pad_token_id
     if isinstance(known, int) and 0 <= known < len(tokenizer):  # RoBERTa counts positions by it
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)

@@ -135,9 +135,13 @@ class LabelledEncoder:
         labels: the names of the classes.
         max_length: maximum tokens in a row.
         truncate: cut longer rows at their end; otherwise they are bad rows.
+        whose: what an error calls the labels.
     """
 
-    def __init__(self, tokenizer: Any, labels: tuple[str, ...], max_length: int, truncate: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Any, labels: tuple[str, ...], max_length: int, truncate: bool = False, whose: str = ""
+    ) -> None:
+        self.whose = whose or "the training rows'"
         self.tokenizer, self.max_length, self.truncate = tokenizer, max_length, truncate
         self.ids = {name: number for number, name in enumerate(labels)}
 
@@ -153,7 +157,7 @@ class LabelledEncoder:
         given = row.fields["tags"] if words else [row.fields["label"]]
         for label in given:
             if name_of(label) not in self.ids:
-                return BadRow(row.place, f"the label {label!r} is not one of the training rows', {list(self.ids)}")
+                return BadRow(row.place, f"the label {label!r} is not one of {self.whose}, {list(self.ids)}")
         classes = [self.ids[name_of(label)] for label in given]
         if not words:
             return Example(row.place, ids, classes)

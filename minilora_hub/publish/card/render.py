@@ -83,13 +83,14 @@ def render_card(
     libraries = results.training.libraries if results.training else {}
     link = results.license_link if (results.license_link or "").startswith(("https://", "http://")) else None
     auto_class = CAUSAL_LM if stock else auto_class_of(config)
+    classifying = [name for name, tag in PIPELINES.items() if tag.endswith("-classification") and "Zero" not in name]
     tag = pipeline_tag({} if stock else config)
     text = _template().render(
         front_matter=front_matter(results, title, stock, tag, bool(config.get("use_dora"))),
         auto_class=auto_class,
         inputs="text" if stock else inputs_of(config),
         generates=auto_class == CAUSAL_LM,
-        classifying=[name for name, tag in PIPELINES.items() if tag.endswith("-classification") and "Zero" not in name],
+        classifying=classifying,
         settings=_settings(repo_id, revision, space, hub),
         title=title,
         name=name,
@@ -110,6 +111,7 @@ def render_card(
         commands=list(dict.fromkeys(row.command for row in results.evaluation if row.command)),
         notes=list(dict.fromkeys(row.note for row in results.evaluation if row.note)),
         few_shot=sorted({row.few_shot for row in results.evaluation if row.few_shot_value is not None}),
+        parts_by="label" if auto_class in classifying else "difficulty",
         parts=[(row, part) for row in results.evaluation for part in row.parts],
         modules=_modules(config),
         as_mixtral=config.get("routing_strategy") == "top_k",
