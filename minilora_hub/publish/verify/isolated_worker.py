@@ -133,9 +133,8 @@ def logits(model: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
 
 def processor_problem(job: dict[str, Any]) -> str | None:
     """Return why the adapter's processor cannot be loaded; None if it can."""
-    arguments = {"revision": job["revision"], "trust_remote_code": False}
     try:
-        AutoProcessor.from_pretrained(job["target"], **arguments)
+        AutoProcessor.from_pretrained(job["target"], revision=job["revision"], trust_remote_code=False)
     except ImportError as error:  # a package that this machine lacks
         return f"not loaded: {error}"
     return None
