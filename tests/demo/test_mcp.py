@@ -51,7 +51,7 @@ def test_there_is_one_tool_and_it_says_what_it_does(server):
     tool = tools[0]
     assert "side by side" in tool.description
     assert "Use it to see what an adapter changes" in tool.description
-    assert "rows with name, kind, text" in tool.description
+    assert "rows with name, kind, sampling, text" in tool.description
     schema = tool.inputSchema
     assert schema["required"] == ["prompt"]
     assert schema["properties"]["prompt"]["type"] == "string"
