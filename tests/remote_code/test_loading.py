@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import struct
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -149,6 +150,25 @@ def test_attn_implementation_reaches_the_base(implementation, base_folder, tmp_p
     assert loaded.config._attn_implementation == implementation
     loaded.set_attn_implementation("eager")
     assert loaded.base.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ({"fusion_config": {"no such fusion": True}}, "Unknown fusion type: no such fusion"),
+        pytest.param(
+            {"use_kernels": True},
+            "Kernels are not available",
+            marks=pytest.mark.skipif(find_spec("kernels") is not None, reason="tests the error without the package"),
+        ),
+    ],
+)
+def test_what_changes_the_bases_modules_reaches_it(argument, words, base_folder, tmp_path):
+    """The base's own error shows it: an argument that nobody reads would change nothing, in silence."""
+    minilora_hub.register()
+    DoraForCausalLM.from_base(str(base_folder), tiny_config("dora")).save_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match=words):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", **argument)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests the error that a machine without a GPU gives")
