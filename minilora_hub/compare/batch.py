@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from minilora_hub.compare.adapter_bank import AdapterBank
-from minilora_hub.compare.answer import Answer, Update
+from minilora_hub.compare.answer import Answer, Reason, Update
 from minilora_hub.compare.banked_layers import Group
 from minilora_hub.compare.decoding import DecodingBatch
 from minilora_hub.remote_code.routing_record import Routes
@@ -19,6 +19,9 @@ PREFILL_TOKENS = 512
 
 PREFILL_LEAST = 16
 """Minimum chunk length of each prompt."""
+
+Taken = tuple[Answer, Update]
+"""What a step changed in a row."""
 
 
 class Batch:
@@ -42,12 +45,24 @@ class Batch:
         """Whether no row is left."""
         return not self._live
 
-    def halt(self, rows: Collection[int]) -> list[Update]:
-        """End the rows of these indices that have not ended."""
-        halted = [answer for answer in self._live if answer.index in rows]
-        if halted:
-            self._keep([answer not in halted for answer in self._live])
-        return [answer.end("stopped") for answer in halted]
+    def can_join(self, other: Batch) -> bool:
+        """Return whether `other`, which has read its prompts as well, can be joined at little cost in memory."""
+        return self._decoding.can_join(other._decoding)
+
+    def join(self, other: Batch) -> None:
+        """Take the rows of another batch, which is not to be used afterwards."""
+        rows = [*self._live, *other._live]
+        order = sorted(range(len(rows)), key=lambda row: _order(self._bank, rows[row]))
+        self._decoding.join(other._decoding, order)
+        self._live = [rows[row] for row in order]
+
+    def end(
+        self, answers: Sequence[Answer] | None = None, reason: Reason = "stopped", error: str | None = None
+    ) -> list[Taken]:
+        """End these rows as far as they have not ended, or all, and free their cache."""
+        gone = [answer for answer in self._live if answers is None or answer in answers]
+        self._keep([answer not in gone for answer in self._live])
+        return [(answer, answer.end(reason, error)) for answer in gone]
 
     def _keep(self, keep: Sequence[bool]) -> None:
         kept = [row for row, wanted in enumerate(keep) if wanted]
@@ -57,14 +72,7 @@ class Batch:
             if kept and not self._decoding.mask.all():
                 self._decoding.remove_padding()
 
-    def end(self, reason: Any, error: str | None = None) -> list[Update]:
-        """End every row and free the cache."""
-        ended = sorted((answer.end(reason, error) for answer in self._live), key=lambda update: update.row)
-        self._live = []
-        self._decoding.keep_rows([])
-        return ended
-
-    def step(self) -> list[Update]:
+    def step(self) -> list[Taken]:
         """Run one forward of all rows and return the updates; none while the prompts are prefilled."""
         began = time.perf_counter()
         try:
@@ -80,16 +88,19 @@ class Batch:
             experts = experts_at(routing, [(row + 1) * unread - 1 for row in range(len(self._live))])
             logits = logits.to("cpu")  # (rows, vocabulary)
         except Exception as error:  # it cannot be attributed to one row
-            return self.end("error", f"{type(error).__name__}: {error}")
+            return self.end(None, "error", f"{type(error).__name__}: {error}")
         seconds = time.perf_counter() - began
         updates = [
-            answer.take(logits[row], seconds, forwards_alone=_forwards_alone(answer), **experts.get(row, {}))
+            (
+                answer,
+                answer.take(logits[row], seconds, forwards_alone=_forwards_alone(answer), **experts.get(row, {})),
+            )
             for row, answer in enumerate(self._live)
         ]
         self._keep([not answer.finished for answer in self._live])
         if self._live:
             self._decoding.append([answer.ids[0, -1:].tolist() for answer in self._live])
-        return sorted(updates, key=lambda update: update.row)
+        return updates
 
 
 def _order(bank: AdapterBank, answer: Answer) -> tuple:

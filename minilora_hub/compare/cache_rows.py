@@ -1,4 +1,4 @@
-"""Key/value caches of batches: append without copying, and remove columns that are padding in every row.
+"""Key/value caches of batches: append without copying, join, and remove columns that are padding in every row.
 
 Rows are aligned at their last token, so a shorter row is padded on the left; the attention mask hides the padding.
 
@@ -8,6 +8,7 @@ transformers' own layer copies all keys and values for every token. With 16 rows
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -77,6 +78,36 @@ def reserve_room(cache: Any) -> None:
 PLAIN_LAYERS = (GrowingLayer, DynamicLayer, DynamicSlidingWindowLayer) + (
     (cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()
 )
+
+
+def joins(cache: Any) -> bool:
+    """Return whether rows of a cache may be padded on the left after they were computed: whole attention only."""
+    return is_plain(cache) and not any(type(layer) is DynamicSlidingWindowLayer for layer in cache.layers)
+
+
+def join_rows(cache: Any, other: Any, order: Sequence[int]) -> None:
+    """Append the rows of another cache, and sort all; rows of the shorter cache are padded on the left.
+
+    Args:
+        cache: a cache for which `joins` holds; changed in place.
+        other: another one of the same model.
+        order: the index of each row among those of `cache` and then of `other`.
+    """
+    for layer, theirs in zip(cache.layers, other.layers, strict=True):
+        if layer.keys is not None:
+            length = max(layer.keys.shape[-2], theirs.keys.shape[-2])
+            keys = _joined(layer.keys, theirs.keys, order, length)
+            values = _joined(layer.values, theirs.values, order, length)
+            layer.keys, layer.values = keys[..., :length, :], values[..., :length, :]
+            layer.rooms = ([keys, length], [values, length])
+
+
+def _joined(one: torch.Tensor, other: torch.Tensor, order: Sequence[int], length: int) -> torch.Tensor:
+    rows = [*one, *other]  # each (heads, tokens, size)
+    room = one.new_zeros(len(rows), one.shape[1], length + ROOM, one.shape[-1])
+    for place, row in enumerate(order):
+        room[place, :, length - rows[row].shape[1] : length] = rows[row]
+    return room
 
 
 def is_plain(cache: Any) -> bool:

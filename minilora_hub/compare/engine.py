@@ -1,8 +1,9 @@
 """Answer with a base and adapters on it side by side, token by token: one forward of the base per step for all rows.
 
 The rows have a common prompt, or each has its own prompt, adapter and sampling settings. Only one forward runs at a
-time, even if several streams use one engine: a lock is held for one step, so the streams alternate. (Two concurrent
-torch threads compete for the cores, and were measured to be ten times slower.)
+time, even if several streams use one engine: a lock is held for one step, which computes the rows of all streams as far
+as their caches can be joined. (Two concurrent torch threads compete for the cores, and were measured to be ten times
+slower.)
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.answer import Answer, Column, Row, Turns, Update
 from minilora_hub.compare.bank_entries import BankMemory
 from minilora_hub.compare.base_proof import BareLogits, BaseProof
-from minilora_hub.compare.batch import Batch
 from minilora_hub.compare.fair_lock import FairLock
 from minilora_hub.compare.found_adapters import find_adapters
 from minilora_hub.compare.prompting import Prompting, Promptings
 from minilora_hub.compare.sampling import Sampling
+from minilora_hub.compare.shared_batches import SharedBatches, Step
 from minilora_hub.errors import AdapterError
 
-__all__ = ["Column", "CompareEngine", "Row", "Sampling", "Update"]
+__all__ = ["Column", "CompareEngine", "Row", "Sampling", "Step", "Update"]
 
 
 class CompareEngine:
@@ -90,6 +91,7 @@ class CompareEngine:
         self.bank = AdapterBank(model, limit=memory_limit)
         self._promptings = Promptings(self.bank.model, tokenizer)
         self._prompted: dict[str, tuple[Path, Prompting]] = {}  # name of an adapter -> its folder and prompting
+        self._batches = SharedBatches(self.bank)
         self._lock = FairLock()  # streams and the server's scheduler take turns, step by step
         self._token_texts: dict[tuple[int, int], str] = {}  # by tokenizer and token
         self._forwards = 0
@@ -256,10 +258,12 @@ class CompareEngine:
 
     def stream_steps(
         self, rows: Sequence[Row], stop: threading.Event | None = None, halted: Collection[int] = ()
-    ) -> Generator[list[Update]]:
-        """Answer like `stream_rows`, but yield the updates of each step as a list, so that streams can alternate.
+    ) -> Generator[Step]:
+        """Answer like `stream_rows`, but yield the updates of a step together, so that streams can alternate.
 
-        While the prompts are being read, the lists are empty. Rows whose index is added to `halted`, from any thread,
+        Streams that run at the same time share forwards: once the prompts of a stream are read, its rows join those of
+        the others, and whichever stream is advanced computes a step for all. The others then have it without computing.
+        While the prompts are being read, there are no updates. Rows whose index is added to `halted`, from any thread,
         end within one step.
         """
         if not rows:
@@ -286,7 +290,7 @@ class CompareEngine:
         stop: threading.Event,
         unprompted: dict[int, AdapterError],
         halted: Collection[int],
-    ) -> Generator[list[Update]]:
+    ) -> Generator[Step]:
         with ExitStack() as held:
             ready = []
             for answer in answers:
@@ -298,28 +302,37 @@ class CompareEngine:
                         if not stopped:
                             held.enter_context(self.bank.use([answer.row.adapter]))
                 except Exception as error:  # a damaged or missing adapter ends its own rows only
-                    yield [answer.end("error", f"{type(error).__name__}: {error}")]
+                    yield Step(0, [answer.end("error", f"{type(error).__name__}: {error}")])
                 else:
                     if stopped:
-                        yield [answer.end("stopped")]
+                        yield Step(0, [answer.end("stopped")])
                     else:
                         ready.append(answer)
             if not ready:
                 return
-            batch = Batch(self.bank, ready)
-            while not batch.finished:
-                with self._lock:
-                    # Check under the lock, because this stream may have waited for another stream's step.
-                    updates = batch.end("stopped") if stop.is_set() else batch.halt(halted)
-                    if not batch.finished:
-                        updates += batch.step()
-                yield updates
+            share = self._batches.add(ready, stop, halted)
+            try:
+                while True:
+                    with self._lock:
+                        if share.finished:
+                            return
+                        step = self._batches.step(share)
+                    yield step
+            finally:
+                share.closed = True
+                # Not waiting: a garbage collector may run this while its thread has the lock. The rows then leave at
+                # the next step.
+                if self._lock.enter_if_free():
+                    try:
+                        self._batches.leave()
+                    finally:
+                        self._lock.__exit__()
 
 
-def _one_by_one(steps: Generator[list[Update]]) -> Generator[Update]:
+def _one_by_one(steps: Generator[Step]) -> Generator[Update]:
     with closing(steps):
-        for updates in steps:
-            yield from updates
+        for step in steps:
+            yield from step.updates
 
 
 def _decoder(model: Any) -> nn.Module:

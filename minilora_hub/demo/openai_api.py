@@ -1,7 +1,7 @@
 """Serve OpenAI's API of `minilora serve` beside the page, on the same models: ``MINILORA_OPENAI=1``.
 
-Its requests are rows of the server's scheduler; the page's comparisons and the scheduler compute in turns, one step
-each. The page's limits bound them too. Clients cannot load adapters.
+Its requests are rows of the server's scheduler; the page's batch and the scheduler's compute in turns, one step each.
+The page's limits bound them too. Clients cannot load adapters.
 """
 
 from __future__ import annotations

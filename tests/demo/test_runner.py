@@ -1,4 +1,7 @@
-"""Comparisons that take turns in one engine: none fails, none is forgotten, one that is left computes nothing."""
+"""Comparisons that run at once in one engine: none fails, none is forgotten, one that is left computes nothing.
+
+The stand-in's cache cannot be joined, so its comparisons take turns.
+"""
 
 from __future__ import annotations
 
@@ -57,6 +60,25 @@ def test_sixteen_at_once_take_turns(engine):
     for moments, times in done:
         computed = sum(moment.forwards for moment, when in zip(moments, times, strict=True) if when <= first_end)
         assert computed >= 20
+
+
+def test_visitors_share_forwards(tmp_path, monkeypatch):
+    """On a base whose cache can be joined: each reads its prompt, and then a step is one forward for all of them."""
+    monkeypatch.setattr("minilora_hub.demo.runs.runner.FRAME_SECONDS", 0)
+    base, adapters = tiny_stand_ins.save_base_and_adapters(tmp_path)
+    engine = CompareEngine(base, adapters, device="cpu")
+
+    async def scene():
+        runs = Runner(engine, limits=PageLimits(at_once=16))
+        before = engine.forwards
+        done = await asyncio.gather(*(all_of(runs, f"visitor {number}", 12) for number in range(8)))
+        return engine.forwards - before, done
+
+    forwards, done = run_async(scene())
+    assert forwards <= 8 + 2 * 12  # in turns they would be 8 * 12
+    for moments, _ in done:
+        assert ends(moments) == dict.fromkeys(range(4), "length")
+        assert sum(moment.forwards for moment in moments) == 12
 
 
 def test_a_short_answer_does_not_wait_for_a_long_one(engine):

@@ -33,7 +33,7 @@ class PageLimits:
     prompt: int = 8000  # characters of a prompt
     tokens: int = 512  # new tokens of one answer
     rows: int = 8  # answers of one comparison
-    at_once: int = 16  # comparisons that take turns, one step each
+    at_once: int = 16  # comparisons that run together
     waiting: int = 32  # comparisons in the queue
     link_megabytes: float = 200  # weights of one adapter from the Hub
     link_adapters: int = 8  # adapters from the Hub that stay in memory

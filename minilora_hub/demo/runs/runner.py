@@ -1,7 +1,8 @@
 """Run comparisons for visitors and API clients: the queue, the compute thread, and stopping. No Gradio.
 
 All torch work happens in one thread, because concurrent torch threads compete for the cores. Running comparisons take
-turns in it, one step each (see `waiting_queue.py`). On ZeroGPU each comparison is one GPU call (see `zero_gpu.py`).
+turns in it, and the first of them computes a step for all that share a batch (see `compare/shared_batches.py`). On
+ZeroGPU each comparison is one GPU call (see `zero_gpu.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.compare.answer import Turns
-from minilora_hub.compare.engine import Column, CompareEngine, Row, Sampling, Update
+from minilora_hub.compare.engine import Column, CompareEngine, Row, Sampling, Step, Update
 from minilora_hub.demo.adapters.catalogue import Catalogue
 from minilora_hub.demo.runs import zero_gpu
 from minilora_hub.demo.runs.limits import PageLimits
@@ -56,7 +57,7 @@ class Runner:
     Args:
         engine: the models.
         catalogue: the adapters that can be requested. Default: the engine's own.
-        limits: size of one comparison, and how many take turns.
+        limits: size of one comparison, and how many run at once.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class Runner:
     async def _moments(
         self, rows: list[Row], ticket: Ticket, stop: threading.Event, halted: Collection[int]
     ) -> AsyncGenerator[Moment]:
-        steps: Generator[zero_gpu.Step] | None = None
+        steps: Generator[Step] | None = None
         finished = False
         try:
             reported = 0.0
@@ -146,14 +147,14 @@ class Runner:
             if self._remote:
                 steps = self._remote_steps(rows, stop, halted)
             else:
-                steps = zero_gpu.counted(self.engine, self.engine.stream_steps(rows, stop, halted))
+                steps = self.engine.stream_steps(rows, stop, halted)
             loop, context = (
                 asyncio.get_running_loop(),
                 contextvars.copy_context(),
             )  # ZeroGPU reads the calling user from the context
             while not finished:
-                moment, count, seconds = await loop.run_in_executor(self._thread, context.run, _advance, steps)
-                self.queue.stepped(ticket, count, seconds)
+                moment, seconds = await loop.run_in_executor(self._thread, context.run, _advance, steps)
+                self.queue.stepped(ticket, moment.forwards, seconds)
                 finished = moment.finished
                 if finished:  # release the place now: the consumer may resume late
                     self.queue.leave(ticket, finished=not stop.is_set())
@@ -164,9 +165,7 @@ class Runner:
             if steps is not None:
                 self._thread.submit(steps.close)
 
-    def _remote_steps(
-        self, rows: list[Row], stop: threading.Event, halted: Collection[int]
-    ) -> Generator[zero_gpu.Step]:
+    def _remote_steps(self, rows: list[Row], stop: threading.Event, halted: Collection[int]) -> Generator[Step]:
         """Compute in another process, which sees neither `stop` nor `halted`.
 
         On a stop, close the call and end its rows here; what halted rows still compute is dropped.
@@ -183,17 +182,17 @@ class Runner:
 
         steps = self._remote(rows)
         try:
-            for forwards, updates in steps:
-                updates = [update for update in updates if not last[update.row].finished]
+            for step in steps:
+                updates = [update for update in step.updates if not last[update.row].finished]
                 for update in updates:
                     last[update.row] = update
-                yield forwards, updates + ended(halted)
+                yield step._replace(updates=updates + ended(halted))
                 if stop.is_set() or all(update.finished for update in last):
                     break
         finally:
             steps.close()
         if rest := ended(range(len(rows))):
-            yield 0, rest
+            yield Step(0, rest)
 
 
 def waiting_words(waiting: Waiting) -> str:
@@ -205,15 +204,18 @@ def waiting_words(waiting: Waiting) -> str:
     return f"Number {waiting.position} in the queue: starting in about {shown}."
 
 
-def _advance(steps: Generator[zero_gpu.Step]) -> tuple[Moment, int, float]:
-    """Compute the steps of one frame, at least one; return their updates, their number and their duration."""
+def _advance(steps: Generator[Step]) -> tuple[Moment, float]:
+    """Compute the steps of one frame, at least one; return what happened and how long it took.
+
+    What the turns of other comparisons have computed is returned at once, so that all turns together are one step.
+    """
     began = time.perf_counter()
     updates: list[Update] = []
-    forwards, count, finished = 0, 0, True
-    for done, changed in steps:
-        forwards, count = forwards + done, count + 1
-        updates += changed
-        if time.perf_counter() - began >= FRAME_SECONDS:
+    forwards, finished = 0, True
+    for step in steps:
+        forwards += step.forwards
+        updates += step.updates
+        if step.shared or time.perf_counter() - began >= FRAME_SECONDS:
             finished = False
             break
-    return Moment(None, updates, forwards, finished), count, time.perf_counter() - began
+    return Moment(None, updates, forwards, finished), time.perf_counter() - began

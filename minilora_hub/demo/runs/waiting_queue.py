@@ -1,7 +1,7 @@
 """Queue of comparisons: a bounded number run concurrently, the others wait with a time estimate. No Gradio.
 
-Running comparisons take turns: each computes one step (several if steps are short) and then yields to the next, so that
-a short answer does not wait for a long one. Waiting times are estimated from the durations of measured steps.
+Running comparisons advance in turns, so that a short answer does not wait for a long one; where they share forwards,
+one turn of a round computes and the others take almost no time. Waiting times are estimated from the mean turn.
 """
 
 from __future__ import annotations

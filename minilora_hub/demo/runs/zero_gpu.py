@@ -13,11 +13,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minilora_hub.compare.engine import CompareEngine, Row, Update
+    from minilora_hub.compare.engine import CompareEngine, Row, Step
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # `spaces` may import gradio
 
@@ -27,9 +26,6 @@ except ImportError:
     GPU: Any = None
 else:
     GPU = getattr(spaces, "GPU", None)
-
-Step = tuple[int, "list[Update]"]
-"""Number of forward passes of the base, and the updates that they produced."""
 
 # A call requests the GPU for a duration; a shorter request waits less. Estimates, not measured on ZeroGPU.
 START_SECONDS = 10.0
@@ -59,18 +55,7 @@ def remote_steps(engine: CompareEngine) -> Callable[[list[Row]], Generator[Step]
         raise RuntimeError("the package spaces, which ZeroGPU provides, is not installed")
 
     def compute(rows: list[Row]) -> Generator[Step]:
-        yield from counted(engine, engine.stream_steps(rows))
+        yield from engine.stream_steps(rows)
 
     decorated: Callable[[list[Row]], Generator[Step]] = GPU(duration=gpu_seconds)(compute)
     return decorated
-
-
-def counted(engine: CompareEngine, steps: Generator[list[Update]]) -> Generator[Step]:
-    """Add to each step its number of base forwards; forwards of other comparisons between steps are not counted."""
-    with closing(steps):
-        while True:
-            before = engine.forwards
-            updates = next(steps, None)
-            if updates is None:
-                return
-            yield engine.forwards - before, updates
