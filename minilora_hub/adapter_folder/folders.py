@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,13 +98,15 @@ class AdapterFacts:
         kind: the method.
         detail: one short line, e.g. ``"r 16, 8 experts, 2 active"``.
         parameters: values in the weights file, which is what the adapter adds to the base.
-        experts: of each mixture; 0 where there is none.
+        experts: of each router, the most where layers differ; 0 where there is none.
+        experts_by_layer: the number of each layer; empty where it is the same in all.
     """
 
     kind: Kind
     detail: str
     parameters: int
     experts: int = 0
+    experts_by_layer: tuple[int, ...] = ()
 
 
 def describe_folder(folder: str | Path) -> AdapterFolder:
@@ -214,13 +216,31 @@ def adapter_facts(folder: Path) -> AdapterFacts:
         detail += f" ({min(ranks)} to {max(ranks)} where it differs)"
     kind: Kind = "DoRA" if source.method == "dora" else "LoRA"
     experts = 0
+    by_layer: tuple[int, ...] = ()
     if source.method == "mixlora":
         kind = "MixDoRA" if settings.get("use_dora") else "MixLoRA"
-        experts = int(settings.get("num_experts") or 0)
+        given = settings.get("num_experts") or 0
+        by_layer = tuple(map(int, given)) if isinstance(given, list) else ()
+        experts = max(by_layer) if by_layer else int(given)
         top_p = settings.get("routing_strategy") == "top_p"
         active = f"top-p {settings.get('router_top_p')}" if top_p else f"{settings.get('num_experts_per_tok')} active"
-        detail += f", {settings.get('num_experts')} experts, {active}"
-    return AdapterFacts(kind, detail, count_values(folder / WEIGHTS), experts)
+        detail += f", {experts_text(given)} experts{' on each linear' * bool(settings.get('router_scope'))}, {active}"
+    return AdapterFacts(kind, detail, count_values(folder / WEIGHTS), experts, by_layer)
+
+
+def experts_text(num_experts: Any) -> str:
+    """Return a number of experts as text: ``"8"``, or ``"2 to 6"`` for a list with the number of each layer."""
+    if not isinstance(num_experts, list) or not all(isinstance(count, int) for count in num_experts):
+        return str(num_experts)
+    return " to ".join(str(count) for count in sorted({min(num_experts), max(num_experts)}))
+
+
+def only_ours(config: Mapping[str, Any]) -> str | None:
+    """Return the setting of a MixLoRA that no other format and engine knows, as ``name=value``; None without one."""
+    if config.get("router_scope") is not None:
+        return f"router_scope={config['router_scope']!r}"
+    count = config.get("num_experts")
+    return f"num_experts={count!r}" if isinstance(count, list) else None
 
 
 def count_values(weights: Path) -> int:

@@ -32,6 +32,13 @@ def import_(
             "exact mean, the ranks add up; svd: the mean, reduced to a rank; drop: left out."
         ),
     ] = "same",
+    route: Annotated[
+        Literal["blocks", "all-linears"],
+        typer.Option(
+            help="Several LoRAs: what gets a router over them. blocks: each feed-forward block; all-linears: each "
+            "linear that one of them updates, those of attention too."
+        ),
+    ] = "blocks",
     experts_per_tok: Annotated[int, typer.Option(min=1, help="Several LoRAs: experts that serve each token.")] = 2,
     router: Annotated[
         Literal["fresh", "arrow"],
@@ -69,6 +76,7 @@ def import_(
             seed=seed,
             router=router,
             temperature=temperature,
+            route=route,
         )
     print_written(made.folder, {"method": made.method, "from": made.source}, made.notes, as_json)
 

@@ -35,6 +35,7 @@ from minilora_hub.remote_code.few_rows import remember_weights
 from minilora_hub.remote_code.fused_experts import AdaptedExperts
 from minilora_hub.remote_code.linear_layers import keep_4bit_weights_exact, linear_shape, plain_weight
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
+from minilora_hub.remote_code.routed_linear import RoutedLinear
 
 BankedLayer = BankedLinear | BankedBlock | BankedExperts
 
@@ -204,7 +205,7 @@ class AdapterBank:
             self._rows.arrange([])
 
     def check_solo(self, name: str | None, expert: int | None) -> None:
-        """Check that an adapter has this expert.
+        """Check that an adapter has this expert, in every layer.
 
         Raises:
             AdapterError: the adapter is not registered.
@@ -212,7 +213,8 @@ class AdapterBank:
         """
         if expert is None:
             return
-        experts = 0 if name is None else self._entry(name).facts.experts
+        facts = None if name is None else self._entry(name).facts
+        experts = 0 if facts is None else min(facts.experts_by_layer, default=facts.experts)
         if not 0 <= expert < experts:
             need = f"from 0 to {experts - 1}" if experts else "None: it has no experts"
             raise ValueError(f"solo_expert={expert!r}: for {name or 'the base'} it must be {need}")
@@ -241,7 +243,7 @@ class AdapterBank:
             config, tensors, sites = read_adapter(read_source(entry.folder), BaseSource.of_model(self._plain))
         modules = build_modules(self._plain, config, sites, tensors, dtype=self._adapter_dtype())
         size = 0
-        parts: dict[str, LinearUpdate | MixtureOfLoraExperts | AdaptedExperts] = {}
+        parts: dict[str, LinearUpdate | RoutedLinear | MixtureOfLoraExperts | AdaptedExperts] = {}
         for site in sites:
             module = modules.pop(site.path)
             if isinstance(module, MixtureOfLoraExperts):
@@ -251,6 +253,9 @@ class AdapterBank:
                     module.router,
                     *module.experts.parameters(),
                 ]  # without the base's parameters, which are shared
+            elif isinstance(module, RoutedLinear):
+                parts[site.path] = module.eval()
+                own = [module.router, *module.update.parameters()]
             elif isinstance(module, AdaptedExperts):
                 parts[site.path] = module.eval()
                 own = [*module.updates.parameters()]
@@ -261,7 +266,7 @@ class AdapterBank:
         # Nothing fails from here on, so no adapter is loaded in part.
         layers: list[BankedLayer] = []
         for path, part in parts.items():
-            if isinstance(part, LinearUpdate):
+            if isinstance(part, (LinearUpdate, RoutedLinear)):
                 layers.append(self._linear(path))
                 self._linear(path).updates[name] = part
             elif isinstance(part, AdaptedExperts):

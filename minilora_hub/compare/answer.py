@@ -60,7 +60,8 @@ class Column:
         parameters_added: parameters the adapter adds to the base; 0 for the base itself.
         detail: a short description, e.g. ``"r 16, 8 experts, 2 active"``, with differences from the base in prompts
             and end tokens.
-        experts: number of experts of each of its mixtures; 0 if it has none.
+        experts: number of experts of each of its routers, the most where layers differ; 0 if it has none.
+        experts_by_layer: the number of each layer; empty where it is the same in all.
         solo_expert: the only expert that serves this column. None: the router chooses.
     """
 
@@ -69,7 +70,13 @@ class Column:
     parameters_added: int = 0
     detail: str = ""
     experts: int = 0
+    experts_by_layer: tuple[int, ...] = ()
     solo_expert: int | None = None
+
+    @property
+    def solo_choices(self) -> int:
+        """How many of its experts can serve a column alone: those that every layer has."""
+        return min(self.experts_by_layer, default=self.experts)
 
     @property
     def adapter(self) -> str | None:

@@ -21,6 +21,7 @@ from minilora_hub.remote_code.base_structure import FeedForwardStructure
 from minilora_hub.remote_code.fused_experts import AdaptedExperts
 from minilora_hub.remote_code.linear_layers import is_only_its_product, only_product_of
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
+from minilora_hub.remote_code.routed_linear import RoutedLinear, RoutedModule
 from minilora_hub.remote_code.routing_record import Routes
 
 
@@ -33,6 +34,9 @@ class Group(NamedTuple):
     solo: int | None = None
 
 
+Routing = dict[Group, dict[str, list[Routes]]]
+
+
 @dataclass
 class BatchRows:
     """The adapters of the rows of a batch, shared by every banked layer of a model.
@@ -40,13 +44,17 @@ class BatchRows:
     Attributes:
         count: number of rows.
         groups: the groups that have an adapter; rows of the bare base are in none.
-        routing: for each group with a MixLoRA, the routing of the last forward: `Routes` of the group's rows * seq
-            tokens, one for each mixture.
+        routing: for each group with a MixLoRA, the routing of the last forward: decoder layer -> `Routes` of the
+            group's rows * seq tokens, one for each router of the layer.
     """
 
     count: int = 0
     groups: tuple[Group, ...] = ()
-    routing: dict[Group, list[Routes]] = field(default_factory=dict)
+    routing: Routing = field(default_factory=dict)
+
+    def record(self, group: Group, module: RoutedModule, routes: Routes) -> None:
+        """Add what a router decided for the tokens of a group."""
+        self.routing.setdefault(group, {}).setdefault(module.layer, []).append(routes)
 
     def arrange(self, keys: Sequence[str | None], solos: Sequence[int | None] | None = None) -> None:
         """Set each row's adapter and solo expert; adjacent rows with the same ones form a group."""
@@ -73,6 +81,15 @@ class SoloRouting:
         """`Routes` of the tokens with these logits, (tokens, experts)."""
         selected = torch.full((logits.shape[0], 1), self.expert, device=logits.device)
         return Routes(torch.ones_like(selected, dtype=torch.float32), selected)
+
+
+def with_solo(module: Any, expert: int | None) -> Any:
+    """Return a routed module whose tokens all go to one expert, if there is one; it shares every tensor."""
+    if expert is None:
+        return module
+    module = copy.copy(module)
+    module.routing = SoloRouting(expert)
+    return module
 
 
 class LinearUpdate(NamedTuple):
@@ -104,14 +121,14 @@ class BankedLinear(nn.Module):
         rows: the model's `BatchRows`.
 
     Attributes:
-        updates: adapter -> its `LinearUpdate` here. Not registered as parameters.
+        updates: adapter -> its `LinearUpdate` or `RoutedLinear` here. Not registered as parameters.
     """
 
     def __init__(self, base_layer: nn.Module, rows: BatchRows) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.rows = rows
-        self.updates: dict[str, LinearUpdate] = {}
+        self.updates: dict[str, LinearUpdate | RoutedLinear] = {}
 
     @property
     def weight(self) -> torch.Tensor:
@@ -140,7 +157,14 @@ class BankedLinear(nn.Module):
             return out.clone() if _hooked(layer) else out  # a hook may keep the output
         return only_product_of(layer, x).contiguous()
 
-    def add_updates(self, out: torch.Tensor, x: torch.Tensor, groups: Sequence[Group], per_row: int) -> None:
+    def add_updates(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        groups: Sequence[Group],
+        per_row: int,
+        recorded_as: Sequence[Group] | None = None,
+    ) -> None:
         """Add the updates of the groups that have one here to their rows, in place.
 
         Args:
@@ -148,13 +172,20 @@ class BankedLinear(nn.Module):
             x: (tokens, in).
             groups: in rows of `per_row` tokens each.
             per_row: tokens per row.
+            recorded_as: the batch's own groups that these are, where rows have another order here.
         """
-        for start, stop, key, _ in groups:
+        for group, own in zip(groups, recorded_as or groups, strict=True):
+            start, stop, key, solo = group
             update = self.updates.get(key)
             if update is not None:
                 whole = (stop - start) * per_row == out.shape[0]
                 mine = out if whole else out[start * per_row : stop * per_row]
                 theirs = x if whole else x[start * per_row : stop * per_row]
+                if isinstance(update, RoutedLinear):
+                    routes = with_solo(update, solo).route(theirs, (stop - start, per_row))
+                    mine += update.mixed_update(mine, theirs, routes)
+                    self.rows.record(own, update, routes)
+                    continue
                 add_low_rank_(mine, theirs, update.lora_a, update.lora_b, update.scaling)
                 if update.scale is not None:
                     apply_dora_scale_(mine, update.scale, self.bias)
@@ -195,7 +226,9 @@ class BankedBlock(nn.Module):
         x = hidden_states.flatten(0, -2)  # (tokens, d)
         per_row = x.shape[0] // self.rows.count
         shared = [self.base_block.get_submodule(name)(x) for name in self.structure.inputs]  # each (tokens, out)
-        parts, places, linear_groups, at = [], [], [], 0
+        parts, places, at = [], [], 0
+        linear_groups: list[Group] = []
+        recorded_as: list[Group] = []
         for rows in self._runs():
             tokens = slice(rows.start * per_row, rows.stop * per_row)
             inputs = [out[tokens] for out in shared]
@@ -203,13 +236,14 @@ class BankedBlock(nn.Module):
             if rows.mixture is None:
                 part = self.structure.activate(*inputs)  # (run's tokens, ff)
                 linear_groups += [
-                    Group(at + (start - rows.start) * per_row, at + (stop - rows.start) * per_row, key)
-                    for start, stop, key, _ in rows.groups
+                    Group(at + (start - rows.start) * per_row, at + (stop - rows.start) * per_row, key, solo)
+                    for start, stop, key, solo in rows.groups
                 ]
+                recorded_as += rows.groups
             else:
                 routed = rows.mixture.expand(x[tokens], inputs, (rows.stop - rows.start, per_row))
                 part = routed.hidden  # (run's tokens, ff), or (run's slots, ff) where DoRA scales each slot
-                self.rows.routing.setdefault(rows.groups[0], []).append(routed.routes)
+                self.rows.record(rows.groups[0], rows.mixture, routed.routes)
             parts.append(part)
             places.append((tokens, slice(at, at + part.shape[0]), rows.mixture, routed))
             at += part.shape[0]
@@ -217,7 +251,7 @@ class BankedBlock(nn.Module):
         down = self.base_block.get_submodule(self.structure.output)
         hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
         projected = down.call_base(hidden)  # type: ignore[operator]  # the one call of the output projection
-        down.add_updates(projected, hidden, linear_groups, 1)  # type: ignore[operator]
+        down.add_updates(projected, hidden, linear_groups, 1, recorded_as)  # type: ignore[operator]
         out = projected if at == x.shape[0] else projected.new_empty(x.shape[0], projected.shape[-1])
         for tokens, place, mixture, routed in places:
             part = projected[place]
@@ -237,10 +271,7 @@ class BankedBlock(nn.Module):
                     runs.append(
                         _Run(at, group.start, tuple(g for g in self.rows.groups if at <= g.start < group.start))
                     )
-                if group.solo is not None:
-                    mixture = copy.copy(mixture)  # shares every tensor
-                    mixture.routing = SoloRouting(group.solo)  # type: ignore[assignment]
-                runs.append(_Run(group.start, group.stop, (group,), mixture))
+                runs.append(_Run(group.start, group.stop, (group,), with_solo(mixture, group.solo)))
                 at = group.stop
         if at < self.rows.count:
             runs.append(_Run(at, self.rows.count, tuple(g for g in self.rows.groups if g.start >= at)))

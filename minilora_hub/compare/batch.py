@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.answer import Answer, Reason, Update
-from minilora_hub.compare.banked_layers import Group
+from minilora_hub.compare.banked_layers import Routing
 from minilora_hub.compare.decoding import DecodingBatch
 from minilora_hub.remote_code.routing_record import Routes
 
@@ -115,8 +116,10 @@ def _forwards_alone(answer: Answer) -> int:
     return -(-answer.prompt_tokens // PREFILL_TOKENS) + answer.ids.shape[1] - answer.prompt_tokens
 
 
-def experts_at(routing: Mapping[Group, Sequence[Routes]], places: Sequence[int]) -> dict[int, dict[str, Any]]:
+def experts_at(routing: Routing, places: Sequence[int]) -> dict[int, dict[str, Any]]:
     """Return {index in `places`: fields of an update} for the tokens of MixLoRA adapters.
+
+    Where the linears of a layer have routers of their own, an expert's weight in the layer is its mean over them.
 
     Args:
         routing: of a forward, with groups of tokens.
@@ -127,12 +130,13 @@ def experts_at(routing: Mapping[Group, Sequence[Routes]], places: Sequence[int])
         mine = [index for index, place in enumerate(places) if group.start <= place < group.stop]
         if not mine:
             continue
-        at = torch.tensor([places[index] - group.start for index in mine], device=layers[0].selected.device)
-        # Each (tokens of the group, K) -> those at `places`; all layers in one transfer.
-        selected, weights = (
-            torch.stack([part[at] for part in parts], dim=1).tolist()
-            for parts in ([layer.selected for layer in layers], [layer.weights for layer in layers])
-        )  # each (places, layers, K)
+        found = [_of_layer(routes, [places[index] - group.start for index in mine]) for routes in layers.values()]
+        width = max(weights.shape[-1] for weights, _ in found)
+        # All layers in one transfer, each (places, layers, K); an unused slot has the weight 0.
+        weights, selected = (
+            torch.stack([functional.pad(part, (0, width - part.shape[-1])) for part in parts], dim=1).tolist()
+            for parts in zip(*found, strict=True)
+        )
         for index, experts, shares in zip(mine, selected, weights, strict=True):
             served = [
                 [(expert, share) for expert, share in zip(*layer, strict=True) if share > 0]  # 0: an unused slot
@@ -143,3 +147,16 @@ def experts_at(routing: Mapping[Group, Sequence[Routes]], places: Sequence[int])
                 "expert_weights": tuple(tuple(share for _, share in layer) for layer in served),
             }
     return fields
+
+
+def _of_layer(routes: Sequence[Routes], places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the experts' weights in a layer and their indices at these places, each (places, K)."""
+    at = torch.tensor(places, device=routes[0].selected.device)
+    if len(routes) == 1:
+        return routes[0].weights[at], routes[0].selected[at]
+    experts = 1 + max(int(one.selected.max()) for one in routes)
+    mean = torch.zeros(len(places), experts, device=at.device)
+    for one in routes:
+        mean.scatter_add_(1, one.selected[at], one.weights[at] / len(routes))
+    weights, selected = mean.sort(dim=-1, descending=True)
+    return weights, selected

@@ -13,9 +13,8 @@ import torch
 from torch.nn import functional
 
 from minilora_hub.compare.adapter_bank import AdapterBank
-from minilora_hub.compare.banked_layers import Group
+from minilora_hub.compare.banked_layers import Routing
 from minilora_hub.compare.cache_rows import is_plain, join_rows, joins, remove_left, reserve_room
-from minilora_hub.remote_code.routing_record import Routes
 
 
 class CachedForward:
@@ -66,7 +65,7 @@ class DecodingBatch:
         solos: see `AdapterBank.rows`.
 
     Attributes:
-        routing: routing of the last forward: for each group of rows with a MixLoRA, the `Routes` of its mixtures.
+        routing: routing of the last forward, as in `BatchRows`.
         mask: (rows, all tokens), 0 on padding.
     """
 
@@ -78,7 +77,7 @@ class DecodingBatch:
         self._rows = list(zip(adapters, solos or [None] * len(adapters), strict=True))
         self._forward = CachedForward(bank.model)
         self._unread = self.mask = torch.zeros(len(self._rows), 0, dtype=torch.long)
-        self.routing: dict[Group, list[Routes]] = {}
+        self.routing: Routing = {}
 
     @property
     def unread(self) -> int:

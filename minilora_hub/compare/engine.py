@@ -123,7 +123,8 @@ class CompareEngine:
             entry = self.bank.load(name, folder)
             self._prompted[name] = entry.folder, prompting
         detail = ", ".join([entry.facts.detail, *prompting.differs_from(self._promptings.base)])
-        return Column(name, entry.facts.kind, entry.facts.parameters, detail, entry.facts.experts)
+        facts = entry.facts
+        return Column(name, facts.kind, facts.parameters, detail, facts.experts, facts.experts_by_layer)
 
     def unload(self, name: str) -> None:
         """Remove an adapter from the bank, and its column if it has one.

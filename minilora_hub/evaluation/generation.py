@@ -25,8 +25,9 @@ class RoutingSums:
 
     Attributes:
         tokens: number of tokens.
-        chosen: how often each expert was chosen, [mixtures][experts].
-        entropy: sum over the tokens of the entropy of the router's softmax, divided by ln(experts), [mixtures].
+        chosen: how often each expert was chosen, [layers][experts].
+        entropy: sum over the tokens of the entropy of the router's softmax, divided by ln(experts), [layers]. Where the
+            linears of a layer have routers of their own, the mean over them; `chosen` is their sum.
     """
 
     tokens: int
@@ -126,13 +127,18 @@ def _read(batch: DecodingBatch, routing: list[RoutingSums], count: int = 1) -> t
 def routing_sums(record: RoutingRecord, mask: torch.Tensor, count: int = 1) -> RoutingSums:
     """Add up a forward's routing over the tokens of `mask`, (batch, seq), each of which counts `count` times."""
     real = mask.bool()
-    logits = torch.stack([layer[real] for layer in record.logits]).double()  # (mixtures, tokens, experts)
-    selected = torch.stack([layer[real] for layer in record.selected])  # (mixtures, tokens, K), -1 for no expert
-    experts = logits.shape[-1]
-    chosen = torch.nn.functional.one_hot(selected.flatten(1) + 1, experts + 1).sum(dim=1)[:, 1:]  # (mixtures, experts)
-    logarithms = logits.log_softmax(dim=-1)
-    entropy = -(logarithms.exp() * logarithms).sum(dim=(-1, -2)) / math.log(max(experts, 2))
-    return RoutingSums(count * logits.shape[1], (count * chosen).tolist(), (count * entropy).tolist())
+    chosen: dict[str, torch.Tensor] = {}
+    entropies: dict[str, list[torch.Tensor]] = {}
+    for layer, scores, indices in zip(record.layers, record.logits, record.selected, strict=True):
+        logits, selected = scores[real].double(), indices[real]  # (tokens, experts), (tokens, K) with -1 for no expert
+        experts = logits.shape[-1]
+        counts = torch.nn.functional.one_hot(selected.flatten() + 1, experts + 1).sum(dim=0)[1:]  # (experts)
+        chosen[layer] = counts + chosen[layer] if layer in chosen else counts
+        logarithms = logits.log_softmax(dim=-1)
+        entropy = -(logarithms.exp() * logarithms).sum() / math.log(max(experts, 2))
+        entropies.setdefault(layer, []).append(entropy)
+    means = [count * float(sum(of_layer) / len(of_layer)) for of_layer in entropies.values()]
+    return RoutingSums(count * int(real.sum()), [(count * counts).tolist() for counts in chosen.values()], means)
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> int:

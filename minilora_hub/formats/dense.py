@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from minilora_hub.adapter_folder.companions import write_companions
-from minilora_hub.adapter_folder.folders import AdapterFolder, read_folder
+from minilora_hub.adapter_folder.folders import AdapterFolder, only_ours, read_folder
 from minilora_hub.adapter_folder.writing import require_free, whole_folder
 from minilora_hub.bases.skeleton import BaseSource, find_base, hub_name
 from minilora_hub.errors import AdapterError
@@ -55,8 +55,8 @@ def export_dense(
     found = read_folder(source)
     if found.method == "mixlora":
         raise AdapterError(
-            f"adapter {found.folder.name!r} is a MixLoRA: its active experts vary by token, so it cannot be merged; "
-            "--to moe writes it as a mixture of experts"
+            f"adapter {found.folder.name!r} is a MixLoRA: its active experts vary by token, so it cannot be merged"
+            + "; --to moe writes it as a mixture of experts" * (only_ours(found.config) is None)
         )
     if found.dialect == "checkpoint":
         raise AdapterError(f"{found.folder.name!r} is a whole model ({found.method}), not an adapter")

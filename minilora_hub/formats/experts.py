@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from minilora_hub.adapter_folder.companions import own_tokenizer
-from minilora_hub.adapter_folder.folders import AdapterFolder, read_folder
+from minilora_hub.adapter_folder.folders import AdapterFolder, only_ours, read_folder
 from minilora_hub.adapter_folder.reading import our_config, read_ours
 from minilora_hub.adapter_folder.writing import require_free, whole_folder, write_ours
 from minilora_hub.bases.skeleton import BaseSource, find_base
@@ -153,6 +153,8 @@ def _mixlora(source: str | Path, out: str | Path) -> tuple[AdapterFolder, Any]:
     found = read_folder(source)
     if found.dialect != "minilora" or found.method != "mixlora":
         raise AdapterError(f"adapter {found.folder.name!r} is no MixLoRA in our format: only that has experts")
+    if field := only_ours(found.config):
+        raise AdapterError(f"adapter {found.folder.name!r}: {field}: only a mixture with equal blocks is changed")
     return found, our_config(found)
 
 

@@ -61,14 +61,9 @@ def experts_from_loras(
     Raises:
         AdapterError: the adapters are incompatible; the message gives the reason.
     """
-    if len(adapters) < 2:
-        raise AdapterError(f"{len(adapters)} adapter: at least 2 can become the experts of a MixLoRA")
     if attention not in ON_ATTENTION:
         raise AdapterError(f"attention={attention!r}: must be one of {', '.join(ON_ATTENTION)}")
-    if router not in ROUTERS:
-        raise AdapterError(f"router={router!r}: must be one of {', '.join(ROUTERS)}")
-    for adapter in adapters:
-        refuse_experts(adapter.experts, "a MixLoRA")
+    check_loras(adapters, router)
     base = adapters[0].base
     every = plan_sites(base.skeleton, MixLoraConfig(num_experts=len(adapters)))
     linears = {site.path: site for site in every if isinstance(site, LinearSite)}
@@ -91,7 +86,7 @@ def experts_from_loras(
     attention_rank = max((update.lora_a.shape[0] for update in on_attention.values()), default=rank)
     for path, update in on_attention.items():
         name = linears[path].name
-        tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = _padded(update, attention_rank)
+        tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = padded_update(update, attention_rank)
     generator = torch.Generator().manual_seed(seed)
     for site in blocks:
         weights = torch.empty(len(adapters), site.hidden_size)
@@ -117,6 +112,16 @@ def experts_from_loras(
     if attention == "drop" and any(path in linears for adapter in adapters for path in adapter.updates):
         notes.append("the adapters' updates of attention were left out (attention drop)")
     return config, tensors, notes
+
+
+def check_loras(adapters: Sequence[PeftAdapter], router: Router) -> None:
+    """Raise an AdapterError unless there are several adapters, all of them on linears, and `router` is known."""
+    if len(adapters) < 2:
+        raise AdapterError(f"{len(adapters)} adapter: at least 2 can become the experts of a MixLoRA")
+    if router not in ROUTERS:
+        raise AdapterError(f"router={router!r}: must be one of {', '.join(ROUTERS)}")
+    for adapter in adapters:
+        refuse_experts(adapter.experts, "a MixLoRA")
 
 
 def prototype(updates: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
@@ -158,7 +163,7 @@ def _experts(adapters: Sequence[PeftAdapter], site: Any, rank: int) -> dict[str,
         if not dtypes:
             continue
         nothing = Update(torch.zeros(rank, in_features), torch.zeros(out_features, rank), 1.0)
-        parts = [_padded(update or nothing, rank) for update in found]
+        parts = [padded_update(update or nothing, rank) for update in found]
         tensors[f"{site.name}.experts.{name}.lora_A"] = torch.stack([a.to(dtypes[0]) for a, _ in parts])
         tensors[f"{site.name}.experts.{name}.lora_B"] = torch.stack([b.to(dtypes[0]) for _, b in parts])
     return tensors
@@ -193,7 +198,7 @@ def _on_attention(adapters: Sequence[PeftAdapter], linears: dict[str, Any], choi
     return updates
 
 
-def _padded(update: Update, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def padded_update(update: Update, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return A and B with zeros up to `rank`, and the scaling multiplied into B."""
     missing = rank - update.lora_a.shape[0]
     lora_b = update.lora_b if update.scaling == 1 else (update.lora_b.float() * update.scaling).to(update.lora_b.dtype)

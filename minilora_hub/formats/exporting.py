@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from minilora_hub.adapter_folder.companions import write_companions
-from minilora_hub.adapter_folder.folders import AdapterFolder, read_folder
+from minilora_hub.adapter_folder.folders import AdapterFolder, only_ours, read_folder
 from minilora_hub.adapter_folder.reading import read_ours
 from minilora_hub.adapter_folder.writing import require_free, whole_folder
 from minilora_hub.bases.skeleton import find_base
@@ -100,6 +100,8 @@ def _refusal(found: AdapterFolder, to: Target) -> str | None:
         return "in PEFT's format already"
     if to != "peft" and found.method != "mixlora":
         return f"a {found.method}: --to {to} takes a MixLoRA only; --to dense merges a LoRA or DoRA into its base"
+    if field := only_ours(found.config):
+        return f"a MixLoRA with {field}, which --to {to} has no place for: only our own format has"
     if found.dialect != "minilora":
         return f"a MixLoRA in the format {found.dialect!r}: convert it with `minilora import` first"
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 from minilora_hub.adapter_folder.companions import common_source
 from minilora_hub.adapter_folder.folders import read_folder
@@ -17,6 +18,9 @@ from minilora_hub.formats.mixlora import ReferenceDora, read_reference
 from minilora_hub.formats.peft_conversion import as_dora, write_normalised
 from minilora_hub.formats.peft_mixlora import read_peft_mixlora
 from minilora_hub.formats.peft_reading import read_peft
+from minilora_hub.formats.whole_adapters import whole_adapters
+
+Route = Literal["blocks", "all-linears"]
 
 
 @dataclass(frozen=True)
@@ -95,24 +99,31 @@ def import_as_experts(
     seed: int = 0,
     router: Router = "fresh",
     temperature: float = 1.0,
+    route: Route = "blocks",
 ) -> Imported:
-    """Combine several LoRA adapters into one MixLoRA; see `minilora_hub.formats.experts_from_loras`.
+    """Combine several LoRA adapters into one MixLoRA.
+
+    Args: those of one of two functions, by `route`: ``"blocks"`` routes feed-forward blocks
+        (`minilora_hub.formats.experts_from_loras`), ``"all-linears"`` every linear (`…whole_adapters`).
 
     Raises:
-        AdapterError: an adapter is not a plain LoRA, or the adapters are incompatible.
+        AdapterError: `route` is unknown or does not go with `attention`, an adapter is not a plain LoRA, or
+            they are incompatible.
         BaseModelError: the base cannot be read.
     """
+    if route not in get_args(Route):
+        raise AdapterError(f"route={route!r}: must be one of {', '.join(get_args(Route))}")
+    if route == "all-linears" and attention != "same":
+        raise AdapterError(f"attention={attention!r}: with route all-linears attention is routed, not combined")
     require_free(out)
     adapters = read_loras(sources, base, base_revision)
+    given: dict[str, Any] = {"num_experts_per_tok": num_experts_per_tok, "seed": seed}
+    given |= {"router": router, "temperature": temperature}
     with whole_folder(out) as folder:
-        config, tensors, notes = experts_from_loras(
-            adapters,
-            num_experts_per_tok=num_experts_per_tok,
-            attention=attention,
-            seed=seed,
-            router=router,
-            temperature=temperature,
-        )
+        if route == "all-linears":
+            config, tensors, notes = whole_adapters(adapters, **given)
+        else:
+            config, tensors, notes = experts_from_loras(adapters, attention=attention, **given)
         source = common_source([Path(one) for one in sources])
         notes += write_ours(folder, config, tensors, adapters[0].base, source)
     return Imported(Path(out), "mixlora", "peft", tuple(notes))

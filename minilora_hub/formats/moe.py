@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from minilora_hub.adapter_folder.companions import write_companions
+from minilora_hub.adapter_folder.folders import only_ours
 from minilora_hub.adapter_folder.writing import require_free, whole_folder
 from minilora_hub.bases.skeleton import BaseSource, hub_name, skeleton
 from minilora_hub.errors import AdapterError
@@ -164,6 +165,8 @@ def config_as_moe(ours: Any, text: Any, mixtures: int, dtype: Any, only: str | N
             f"routing_strategy={ours.routing_strategy!r}: these architectures take the k largest experts and divide by "
             "their sum, so only top_k can be exported"
         )
+    if field := only_ours(vars(ours)):
+        raise AdapterError(f"{field}: these architectures have the same number of experts in each feed-forward block")
     architecture = ARCHITECTURES.get(text.model_type)
     if architecture is None:
         known = ", ".join(f"{family} ({which.name})" for family, which in ARCHITECTURES.items())

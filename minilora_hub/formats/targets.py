@@ -44,7 +44,8 @@ def layer_targets(tensors: Collection[str], base: BaseSource) -> list[str] | str
     from minilora_hub.remote_code.layer_stacks import find_decoder_layers, linears_in
 
     layers = find_decoder_layers(base.skeleton)[1]
-    adapted = {name.removesuffix(".lora_A").replace(".experts.", ".") for name in tensors if name.endswith(".lora_A")}
+    modules = [name.removesuffix(".lora_A").removesuffix(".experts") for name in tensors if name.endswith(".lora_A")]
+    adapted = {name.replace(".experts.", ".") for name in modules}
     inner = sorted({name.split(".", 2)[2] for name in adapted})
     for path in inner:
         number = sum(f"layers.{index}.{path}" in adapted for index in range(len(layers)))

@@ -246,7 +246,7 @@ def _add_to_enclosing(record: Any) -> None:
     """Add the routing of a call to the record of an enclosing `record_routing`."""
     around = current_record()
     if around is not None:
-        for name in ("logits", "selected", "weights"):
+        for name in ("logits", "selected", "weights", "layers"):
             getattr(around, name).extend(getattr(record, name))
 
 

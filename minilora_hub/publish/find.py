@@ -27,6 +27,7 @@ SHOWN_SETTINGS = (
     "use_dora",
     "num_experts",
     "num_experts_per_tok",
+    "router_scope",
     "routing_strategy",
     "router_top_p",
     "router_temperature",

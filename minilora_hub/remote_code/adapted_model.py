@@ -12,7 +12,7 @@ from .adapter_files import ADAPTER_FILE, UNKNOWN, cached_commit, read_adapter
 from .attach import attach, detach, expected_tensors, merge_into_base
 from .base_delegation import DelegatesToBase
 from .base_loading import fingerprint_of, load_base, load_base_for_adapter, tensor_digests
-from .base_structure import MixtureSite, plan_sites, refuse_adapted
+from .base_structure import is_routed, plan_sites, refuse_adapted
 from .heads import CLASSIFYING, fresh_modules, saved_parameters
 from .probe import settle_targets
 from .saving import HOLDS_AN_ADAPTER, SavedAdapter
@@ -33,7 +33,7 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
 
     Attributes:
         base: the base model with the adapter in it, in place.
-        sites: where the adapter sits (`LinearSite`, `ExpertsSite` and `MixtureSite`).
+        sites: where the adapter sits (`LinearSite`, `RoutedSite`, `ExpertsSite` and `MixtureSite`).
     """
 
     base_model_prefix = "base"
@@ -275,8 +275,8 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
             ValueError: this is a mixture, or a base weight is quantised, offloaded or shared with another module.
                 Nothing is changed then.
         """
-        if any(isinstance(site, MixtureSite) for site in self.sites):
-            top_k = self.config.routing_strategy == "top_k"
+        if any(is_routed(site) for site in self.sites):
+            top_k = self.config.routing_strategy == "top_k" and self.config.format_version < 4
             raise ValueError(
                 "a MixLoRA cannot be merged: every token takes its own experts."
                 + " It can be exported as a Mixtral checkpoint: minilora export --to mixtral" * top_k

@@ -3,7 +3,8 @@
 Canonical names start at the decoder layers, whatever the base calls them and whether it has a head:
 ``layers.<i>.<path of a linear>.lora_A``, ``.lora_B``, ``.magnitude`` for LoRA and DoRA, and for a mixture
 ``layers.<i>.<path of the block>.router`` and ``layers.<i>.<path of the block>.experts.<projection>.lora_A`` and so on,
-stacked over the experts. On stacked experts of the base: ``layers.<i>.<path of the experts>.<parameter>.lora_A``.
+stacked over the experts. A linear with a router has ``layers.<i>.<path>.router``, ``.experts.lora_A`` and ``.lora_B``.
+On stacked experts of the base: ``layers.<i>.<path of the experts>.<parameter>.lora_A``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .adapted_linear import AdaptedLinear, LowRankUpdate
-from .base_structure import ExpertsSite, LinearSite, MixtureSite, Site
+from .base_structure import ExpertsSite, LinearSite, MixtureSite, RoutedSite, Site, is_routed
 from .fused_experts import AdaptedExperts, ExpertsLinear
 from .linear_layers import is_split, layer_device, restore_linears, row_norms_squared, speed_up_linears
 from .mixture import MixtureOfLoraExperts
+from .routed_linear import RoutedLinear
 from .routing import routing_of
 
 STACKED = "experts"
@@ -38,24 +40,27 @@ def updates_at(site: Site, config: Any) -> Iterator[PlannedUpdate]:
     """Every low-rank update at a site."""
     if isinstance(site, LinearSite):
         r, scaling = config.rank_and_scaling(site.name, config.r, config.lora_alpha)
-        yield PlannedUpdate(site.name, None, r, scaling, (r, site.in_features), (site.out_features, r))
+        stack = [site.num_experts] if isinstance(site, RoutedSite) else []
+        name = f"{site.name}.{STACKED}" if stack else site.name
+        yield PlannedUpdate(name, None, r, scaling, (*stack, r, site.in_features), (*stack, site.out_features, r))
         return
     for projection, out_features, in_features in site.targets:
         name = f"{site.name}.{projection}"
         if isinstance(site, ExpertsSite):
-            experts, (r, scaling) = site.num_experts, config.rank_and_scaling(name, config.r, config.lora_alpha)
+            r, scaling = config.rank_and_scaling(name, config.r, config.lora_alpha)
         else:
-            experts, (r, scaling) = config.num_experts, config.expert_rank_and_scaling(name)
+            r, scaling = config.expert_rank_and_scaling(name)
             name = f"{site.name}.{STACKED}.{projection}"
-        yield PlannedUpdate(name, projection, r, scaling, (experts, r, in_features), (experts, out_features, r))
+        shapes = (site.num_experts, r, in_features), (site.num_experts, out_features, r)
+        yield PlannedUpdate(name, projection, r, scaling, *shapes)
 
 
 def expected_tensors(config: Any, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
     """{canonical name: shape} of an adapter with this configuration on these sites."""
     shapes: dict[str, tuple[int, ...]] = {}
     for site in sites:
-        if isinstance(site, MixtureSite):
-            shapes[f"{site.name}.router"] = (config.num_experts, site.hidden_size)
+        if is_routed(site):
+            shapes[f"{site.name}.router"] = (site.num_experts, site.hidden_size)
         for update in updates_at(site, config):
             shapes[f"{update.name}.lora_A"], shapes[f"{update.name}.lora_B"] = update.shape_a, update.shape_b
             if config.use_dora:
@@ -103,20 +108,26 @@ def build_modules(
             of_experts = isinstance(site, ExpertsSite) and ExpertsLinear(module, str(update.projection))
             layer = of_experts or module.get_submodule(update.projection or "")
             updates[update.projection] = _update(layer, update, config, tensors, generator, dtype)
-        if isinstance(site, LinearSite):
-            modules[site.path] = AdaptedLinear(module, updates[None])
-        elif isinstance(site, ExpertsSite):
+        if isinstance(site, ExpertsSite):
             modules[site.path] = AdaptedExperts(module, updates)
+            continue
+        if not is_routed(site):
+            modules[site.path] = AdaptedLinear(module, updates[None])
+            continue
+        if tensors is None:
+            router = torch.empty((site.num_experts, site.hidden_size), device="cpu", dtype=torch.float32)
+            router.normal_(0.0, config.router_init_range, generator=generator)
         else:
-            if tensors is None:
-                router = torch.empty(config.num_experts, site.hidden_size, device="cpu", dtype=torch.float32)
-                router.normal_(0.0, config.router_init_range, generator=generator)
-            else:
-                router = tensors[f"{site.name}.router"]
-            device = layer_device(module.get_submodule(site.structure.inputs[0]))
-            router = router.to(device=device, dtype=dtype or router.dtype)
-            rest = routing_of(config), config.router_jitter_noise, config.expert_dropout
+            router = tensors[f"{site.name}.router"]
+        first = site.structure.inputs[0] if isinstance(site, MixtureSite) else ""
+        router = router.to(device=layer_device(module.get_submodule(first)), dtype=dtype or router.dtype)
+        routing, noise = routing_of(config), config.router_jitter_noise
+        if isinstance(site, MixtureSite):
+            rest = routing, noise, config.expert_dropout, site.layer
             modules[site.path] = MixtureOfLoraExperts(module, site.structure, router, updates, *rest)
+        else:
+            modules[site.path] = RoutedLinear(module, updates[None])
+            modules[site.path].set_router(router, routing, noise, site.layer)
     return modules
 
 
@@ -133,12 +144,13 @@ def adapter_parameters(base: nn.Module, sites: Sequence[Site]) -> dict[str, nn.P
     parameters: dict[str, nn.Parameter] = {}
     for site in sites:
         module: Any = base.get_submodule(site.path)
+        if is_routed(site):
+            parameters[f"{site.name}.router"] = module.router
         if isinstance(site, LinearSite):
-            updates = {site.name: module.update}
+            updates = {f"{site.name}.{STACKED}" if is_routed(site) else site.name: module.update}
         elif isinstance(site, ExpertsSite):
             updates = {f"{site.name}.{name}": update for name, update in module.updates.items()}
         else:
-            parameters[f"{site.name}.router"] = module.router
             updates = {f"{site.name}.{STACKED}.{name}": update for name, update in module.experts.items()}
         for name, update in updates.items():
             parameters.update((f"{name}.{leaf}", parameter) for leaf, parameter in update.named_parameters())

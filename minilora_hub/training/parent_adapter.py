@@ -222,7 +222,8 @@ def choose_trainable(model: Any, learn: str, base: BaseSource) -> None:
         from minilora_hub.remote_code.configuration_minilora import MixLoraConfig
 
         outside = {site.name for site in plan_sites(base.skeleton, MixLoraConfig()) if isinstance(site, LinearSite)}
-        learned = {name for name in parameters if name.rpartition(".")[0] in outside}
+        learned = {name for name in parameters if name.rpartition(".")[0].removesuffix(".experts") in outside}
+        learned -= {name for name in parameters if name.endswith(".router")}
     else:
         learned = {name for name in parameters if (".router" if learn == "router" else ".experts.") in name}
     if not learned:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from .fused_experts import experts_in
 from .layer_stacks import Shapes, find_layer_stacks, linears_in
 from .linear_layers import compute_dtype, is_split, keep_4bit_weights_exact, layer_device, linear_shape
 
-ADAPTED_CLASSES = ("AdaptedLinear", "AdaptedExperts", "MixtureOfLoraExperts")
+ADAPTED_CLASSES = ("AdaptedLinear", "AdaptedExperts", "MixtureOfLoraExperts", "RoutedLinear")
 Form = tuple[tuple[str, ...], str, bool | None, bool]
 """A reading of a block: inputs, output and gate_first of a `FeedForwardStructure`, and whether its dropouts swap."""
 
@@ -72,6 +72,18 @@ class LinearSite:
 
 
 @dataclass(frozen=True)
+class RoutedSite(LinearSite):
+    """A linear that gets a router and LoRA experts, in the decoder layer with the canonical name `layer`."""
+
+    num_experts: int
+    layer: str
+
+    @property
+    def hidden_size(self) -> int:
+        return self.in_features
+
+
+@dataclass(frozen=True)
 class MixtureSite:
     """A feed-forward block that gets a router and experts on the projections in `targets`."""
 
@@ -80,6 +92,8 @@ class MixtureSite:
     structure: FeedForwardStructure
     hidden_size: int
     targets: tuple[tuple[str, int, int], ...]  # projection, out_features, in_features
+    num_experts: int
+    layer: str
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,11 @@ class ExpertsSite:
 
 
 Site = LinearSite | MixtureSite | ExpertsSite
+
+
+def is_routed(site: Site) -> TypeGuard[MixtureSite | RoutedSite]:
+    """Whether a site has a router."""
+    return isinstance(site, (MixtureSite, RoutedSite))
 
 
 def matches_target(path: str, targets: Sequence[str] | Literal["all-linear"]) -> bool:
@@ -137,16 +156,20 @@ def plan_sites(base: nn.Module, config: Any) -> list[Site]:
         raise ValueError(
             f"base {type(base).__name__}: a MixLoRA goes into one list of layers, not {list(stacks)}; pass towers=[one]"
         )
+    of_linears = getattr(config, "router_scope", None) == "linear"
+    experts = config.experts_by_layer(len(found_layers)) if type(config).model_type == "mixlora" else []
     for index, layer, where, name in found_layers:
         shapes, block = linears_in(layer), None
-        if type(config).model_type == "mixlora":
+        if type(config).model_type == "mixlora" and not of_linears:
             # In every layer: a block is called once per kind, and a skeleton of a base has only its first one filled.
             found = _find_feed_forward(layer, where, known)
             block = found if config.has_mixture(index) else None
         for path, shape in shapes.items():
             in_block = block is not None and path.startswith(block[0] + ".")
             if not in_block and matches_target(f"{name}.{path}", config.target_modules):
-                sites.append(LinearSite(f"{name}.{path}", f"{where}.{path}", *shape))
+                linear = (f"{name}.{path}", f"{where}.{path}", *shape)
+                routed = of_linears and config.has_mixture(index)
+                sites.append(RoutedSite(*linear, experts[index], name) if routed else LinearSite(*linear))
         for path, shapes_of in experts_in(layer).items() if config.target_parameters else ():
             chosen = [p for p in shapes_of if matches_target(f"{name}.{path}.{p}", config.target_parameters)]
             sizes = tuple((each, *shapes_of[each][1:]) for each in chosen)
@@ -162,7 +185,8 @@ def plan_sites(base: nn.Module, config: Any) -> list[Site]:
             )
             if targets:
                 hidden = shapes[paths[structure.output]][0]
-                sites.append(MixtureSite(f"{name}.{block_path}", f"{where}.{block_path}", structure, hidden, targets))
+                place = (f"{name}.{block_path}", f"{where}.{block_path}")
+                sites.append(MixtureSite(*place, structure, hidden, targets, experts[index], name))
     _check_targets(config, {name: layer for _, layer, _, name in found_layers}, sites)
     return sites
 
@@ -184,7 +208,7 @@ def _check_targets(config: Any, layers: Mapping[str, nn.Module], sites: Sequence
         for key in getattr(config, field):
             if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names):
                 raise ValueError(f"{field}[{key!r}]: matches no linear in the base's layers; it has {available}")
-    if type(config).model_type == "mixlora" and not any(isinstance(site, MixtureSite) for site in sites):
+    if type(config).model_type == "mixlora" and not any(is_routed(site) for site in sites):
         if not any(config.has_mixture(index) for index in range(len(layers))):
             raise ValueError(
                 f"router_sparse_step={config.router_sparse_step}: layer 1 would be the first mixture; the base has "

@@ -257,6 +257,8 @@ def router_loss_weights(config: Any) -> dict[str, float]:
 def router_losses(record: RoutingRecord, routing: Routing, trained: bool) -> dict[str, Tensor]:
     """The losses of a recorded forward that has ended, as in `TopKRouting.losses`; padding does not count.
 
+    Routers over different numbers of experts have losses apart: the result is their mean, by the number of routers.
+
     Raises:
         ValueError: nothing was recorded, or the logits of routers that are `trained` have no gradient: checkpointing
             has hidden them.
@@ -271,5 +273,14 @@ def router_losses(record: RoutingRecord, routing: Routing, trained: bool) -> dic
             'pass gradient_checkpointing_kwargs={"use_reentrant": False}'
         )
     mask = record.token_mask
-    # With a cache the mask also covers the past.
-    return routing.losses(record.logits, None if mask is None else mask[:, -record.logits[0].shape[1] :])
+    if mask is not None:
+        mask = mask[:, -record.logits[0].shape[1] :]  # with a cache the mask also covers the past
+    by_experts: dict[int, list[Tensor]] = {}
+    for logits in record.logits:
+        by_experts.setdefault(logits.shape[-1], []).append(logits)
+    total: dict[str, Tensor] = {}
+    for layers in by_experts.values():
+        for name, loss in routing.losses(layers, mask).items():
+            part = loss * (len(layers) / len(record.logits))
+            total[name] = total[name] + part.to(total[name].device) if name in total else part
+    return total

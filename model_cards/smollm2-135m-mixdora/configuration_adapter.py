@@ -17,12 +17,13 @@ from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Newest version of the published layout (tensor names and configuration fields). A newer one is refused by name.
 
 1: an adapter in one list of layers. 2: also in several, and with `modules_to_save`. 3: also on stacked experts.
+4: also routers of linears, and other numbers of experts in other layers.
 """
-ONLY_WHERE_SET = ("modules_to_save", "target_parameters", "towers")
+ONLY_WHERE_SET = ("modules_to_save", "router_scope", "target_parameters", "towers")
 """Fields that earlier versions do not know: config.json has them only where they are set."""
 ABOUT_THE_REPO = {"architectures", "auto_map", "dtype", "name_or_path", "torch_dtype", "transformers_version"}
 """Fields of any configuration that describe the repo: they are the adapter's here, and the base has its own."""

@@ -48,10 +48,10 @@ class MixLoraConfig(AdapterConfig):
     A field that only some routing strategies have is None under the others, and refused there when it is given.
 
     Args:
-        num_experts: LoRA experts per feed-forward block, at least 1.
-        num_experts_per_tok: experts that serve each token, 1 to `num_experts`. Default: 2; 1 for ``"switch"``, which
-            allows nothing else. ``"top_p"`` does not have it: there the number differs from token to token. (A field
-            called ``top_k`` would be copied into the generation settings, where it changes sampling.)
+        num_experts: LoRA experts of a router, at least 1; or a list with the number of each layer (arXiv 2402.08562).
+        num_experts_per_tok: experts that serve each token, 1 to the least of `num_experts`. Default: 2; 1 for
+            ``"switch"``, which allows nothing else. ``"top_p"`` does not have it: there the number differs from token
+            to token. (A field ``top_k`` would be copied into the generation settings, where it changes sampling.)
         expert_r: rank of the experts. Default: `r`, which is then the rank on attention.
         expert_alpha: alpha of the experts. Default: `lora_alpha`; ``2 * expert_r`` if only `expert_r` is given.
         routing_strategy: ``"top_k"``, ``"top_p"``, ``"switch"`` or ``"arrow"``: see `routing.py`.
@@ -68,6 +68,8 @@ class MixLoraConfig(AdapterConfig):
         router_jitter_noise: in training, the router's input is multiplied by U(1 - noise, 1 + noise). Default: 0; 0.01
             for ``"switch"``.
         expert_dropout: dropout probability on the mixture's output, in training only.
+        router_scope: what has a router and experts. None: each feed-forward block, with plain LoRA on attention.
+            ``"linear"``: each linear in `target_modules`, with experts of rank `r`; see `routed_linear.py`.
         output_router_logits: whether forward returns router logits and the balance loss by default.
         use_dora: DoRA on attention and experts alike ("MixDoRA"). Default: plain LoRA on both.
         **kwargs: see `AdapterConfig`.
@@ -79,7 +81,7 @@ class MixLoraConfig(AdapterConfig):
         self,
         r: int = 16,
         lora_alpha: float | None = None,
-        num_experts: int = 8,
+        num_experts: int | list[int] = 8,
         num_experts_per_tok: int | None = None,
         expert_r: int | None = None,
         expert_alpha: float | None = None,
@@ -93,6 +95,7 @@ class MixLoraConfig(AdapterConfig):
         router_init_range: float | None = None,
         router_jitter_noise: float | None = None,
         expert_dropout: float = 0.0,
+        router_scope: str | None = None,
         output_router_logits: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -102,7 +105,7 @@ class MixLoraConfig(AdapterConfig):
         require(known, "routing_strategy", routing_strategy, f"this version of the code knows {names}")
         for name in sorted(kwargs.keys() & REFERENCE_NAMES.keys()):
             raise ValueError(f"{name}={kwargs[name]!r}: this field is called {REFERENCE_NAMES[name]!r} here")
-        self.num_experts = num_experts
+        self.num_experts = list(num_experts) if isinstance(num_experts, tuple) else num_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.expert_r = expert_r
         self.expert_alpha = expert_alpha
@@ -116,9 +119,12 @@ class MixLoraConfig(AdapterConfig):
         self.router_init_range = router_init_range
         self.router_jitter_noise = router_jitter_noise
         self.expert_dropout = expert_dropout
+        self.router_scope = router_scope
         self.output_router_logits = output_router_logits
         self._fill_in_strategy()
         super().__init__(r=r, lora_alpha=lora_alpha, **kwargs)
+        if router_scope is not None or isinstance(num_experts, (list, tuple)):
+            self.format_version = 4
 
     def _fill_in_strategy(self) -> None:
         """Set the strategy's defaults for fields that are not given; refuse fields that it does not have."""
@@ -142,7 +148,9 @@ class MixLoraConfig(AdapterConfig):
 
     def _check(self) -> None:
         super()._check()
-        self._require(lambda n: is_int(n, 1), "must be an integer of at least 1", "num_experts")
+        need = "must be an integer of at least 1, or a list of them, one for each layer"
+        counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
+        require(counts and all(is_int(n, 1) for n in counts), "num_experts", self.num_experts, need)
         self._require(lambda names: not names, "a MixLoRA does not go on experts of the base", "target_parameters")
         self._check_strategy()
         self._require(is_number, "must be a number of at least 0", "router_aux_loss_coef", "router_init_range")
@@ -151,13 +159,17 @@ class MixLoraConfig(AdapterConfig):
         self._require(
             lambda alpha: alpha is None or (is_number(alpha) and alpha > 0), "must be a number above 0", "expert_alpha"
         )
+        self._require(lambda scope: scope in (None, "linear"), 'must be None or "linear"', "router_scope")
+        if self.router_scope is not None:
+            need = 'router_scope="linear" does not have it; r and lora_alpha are those of the experts'
+            self._require(lambda value: not value, need, "expert_r", "expert_alpha", "use_dora", "expert_dropout")
 
     def _check_strategy(self) -> None:
         """Check the fields that `routing_strategy` has."""
         is_count, count = (lambda n: is_int(n, 1)), "must be an integer of at least 1"
         if self.routing_strategy in ("top_k", "arrow"):
-            experts = self.num_experts
-            need = f"must be an integer from 1 to num_experts={experts}"
+            experts = min(self.num_experts) if isinstance(self.num_experts, list) else self.num_experts
+            need = f"must be an integer from 1 to num_experts={self.num_experts}"
             self._require(lambda k: is_int(k, 1) and k <= experts, need, "num_experts_per_tok")
             self._require(lambda t: t is None or (is_number(t) and t > 0), "must be above 0", "router_temperature")
         elif self.routing_strategy == "top_p":
@@ -169,6 +181,13 @@ class MixLoraConfig(AdapterConfig):
             self._require(lambda k: is_int(k, 1) and k == 1, need, "num_experts_per_tok")
             self._require(is_count, count, "expert_capacity", "router_sparse_step")
             self._require(is_number, "must be a number of at least 0", "router_z_loss_coef")
+
+    def experts_by_layer(self, layers: int) -> list[int]:
+        """Return the number of experts of a router in each of so many layers."""
+        given = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts] * layers
+        need = f"must be one number, or a list of {layers}: one for each layer of the base"
+        require(len(given) == layers, "num_experts", self.num_experts, need)
+        return given
 
     def has_mixture(self, layer: int) -> bool:
         """Whether the feed-forward block of the layer with this index is a mixture, as in Switch Transformers."""

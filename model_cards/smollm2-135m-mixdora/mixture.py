@@ -16,24 +16,18 @@ A slot is one (token, chosen expert) pair; `expert_slots.py` arranges them.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .adapted_linear import LowRankUpdate, apply_dora_scale, product_dtype
 from .base_structure import FeedForwardStructure
 from .expert_slots import Slots, SlotsByExpert, SlotsGathered, SlotsGrouped, SlotsMasked, SlotsOfOneToken
 from .linear_layers import is_only_its_product, only_product_of
-from .routing import ArrowRouting, Routing
-from .routing_record import Routes, RoutingRecord, current_record
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager:
-    """Switch autocast off where it is on; entering it costs as much as a small product."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+from .routed_linear import RoutedModule
+from .routing import Routing
+from .routing_record import Routes
 
 
 class Routed(NamedTuple):
@@ -55,7 +49,7 @@ class Routed(NamedTuple):
     low: Any
 
 
-class MixtureOfLoraExperts(nn.Module):
+class MixtureOfLoraExperts(RoutedModule):
     """A feed-forward block of the base with a router and LoRA experts over it: (batch, seq, d) -> (batch, seq, d).
 
     Args:
@@ -64,11 +58,10 @@ class MixtureOfLoraExperts(nn.Module):
         router: router weight, [experts, d].
         experts: projection name -> `LowRankUpdate` stacked over the experts. A projection may be left out.
         routing: which experts serve which token.
-        jitter_noise: in training, the router's input is multiplied by U(1 - noise, 1 + noise).
+        jitter_noise: see `RoutedModule`.
         dropout: probability with which values of the block's output are dropped in training.
+        layer: see `RoutedModule`.
     """
-
-    router: nn.Parameter
 
     def __init__(
         self,
@@ -79,17 +72,14 @@ class MixtureOfLoraExperts(nn.Module):
         routing: Routing,
         jitter_noise: float = 0.0,
         dropout: float = 0.0,
+        layer: str = "",
     ) -> None:
         super().__init__()
         self.base_block = base_block
         self.structure = structure
-        self.router = nn.Parameter(router)
+        self.set_router(router, routing, jitter_noise, layer)
         self.experts = nn.ModuleDict(dict(experts))
-        self.routing = routing
-        self.jitter_noise = jitter_noise
         self.dropout = nn.Dropout(dropout)
-        # (batch, seq) of the last forward in training that knew its padding
-        self._masked_shape: Sequence[int] | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.flatten(0, -2)  # (tokens, d)
@@ -159,42 +149,6 @@ class MixtureOfLoraExperts(nn.Module):
         if many and not torch.compiler.is_compiling():
             return SlotsByExpert(selected, routes.kept)
         return SlotsGathered(selected)
-
-    def route(self, x: Tensor, leading_shape: Sequence[int]) -> Routes:
-        """Route the tokens x, (tokens, d), and add the decision to the open record, if there is one."""
-        x, record = x.float(), current_record()
-        if self.training and self.jitter_noise > 0:
-            x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
-        token_mask = self._token_mask(record, leading_shape, x.device)
-        with _without_autocast(x.device.type):  # routing in fp32, as the reference does
-            logits = F.linear(x, self.router.float())  # (tokens, experts)
-            if isinstance(self.routing, ArrowRouting):
-                logits = self.routing.similarities(logits)
-            routes = self.routing.route(logits, leading_shape, self.training, token_mask)
-        if record is not None:
-            selected = routes.selected if routes.kept is None else routes.selected.masked_fill(~routes.kept, -1)
-            record.logits.append(logits.view(*leading_shape, -1))
-            record.selected.append(selected.view(*leading_shape, -1))
-            record.weights.append(routes.weights.view(*leading_shape, -1))
-        return routes
-
-    def _token_mask(
-        self, record: RoutingRecord | None, leading_shape: Sequence[int], device: torch.device
-    ) -> Tensor | None:
-        """(batch, seq), 0 on padding, where the routing depends on it and the record has it; else None."""
-        if not (self.training and self.routing.needs_token_mask):
-            return None
-        if record is None:
-            if torch.is_grad_enabled() and self._masked_shape == leading_shape:
-                raise ValueError(
-                    "attention_mask: gradient checkpointing repeats a forward without the padding it had, which takes "
-                    "no capacity: pass use_reentrant=False and context_fn=routing.checkpoint_contexts to the checkpoint"
-                )
-            return None
-        mask = record.token_mask
-        self._masked_shape = None if mask is None else leading_shape
-        # With a cache the mask also covers the past.
-        return None if mask is None else mask[..., -leading_shape[-1] :].to(device)
 
     def _project(self, name: str, x: Tensor) -> Tensor:
         layer = self._layer(name)

@@ -28,19 +28,21 @@ class Routes(NamedTuple):
 
 @dataclass
 class RoutingRecord:
-    """What the routers of one forward decided, one tensor for each mixture, in the order of the layers.
+    """What the routers of one forward decided, one entry for each router, in the order in which they ran.
 
     Attributes:
         logits: router logits, (batch, seq, experts), fp32.
         selected: indices of the chosen experts, (batch, seq, K), the most probable first; -1 in the slots of top_p that
             the token did not need, and for a token that switch let pass over an expert's capacity.
         weights: their weights, (batch, seq, K), fp32; 0 where the index is -1.
+        layers: canonical names of the decoder layers, which is the same for the routers of one layer's linears.
         token_mask: (batch, seq), 0 on padding, which takes no capacity in training. Given by the caller, or None.
     """
 
     logits: list[Tensor] = field(default_factory=list)
     selected: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)
     token_mask: Tensor | None = None
 
 

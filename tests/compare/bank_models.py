@@ -48,6 +48,7 @@ def make_models(family: str = "llama") -> dict[str, torch.nn.Module]:
         "mix-switch": tiny.tiny_model(
             family, "mixlora", routing_strategy="switch", expert_capacity=2, router_sparse_step=2
         ),
+        "mix-linears": tiny.tiny_model(family, "mixlora", router_scope="linear", num_experts=[2, 5]),
     }
     if family == "llama":
         models |= {name: random_peft(family, name) for name in PEFT_SETTINGS}

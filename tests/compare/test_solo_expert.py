@@ -55,7 +55,9 @@ def test_a_solo_row_is_the_base_with_that_expert_merged(mixture, expert):
     expected = merged(folders["mix"], expert)(input_ids=ids).logits
     torch.testing.assert_close(logits[2:3], expected, atol=2e-4, rtol=1e-4)
     assert (logits[1] - logits[2]).abs().max() > 0.1  # which is not what the router decides
-    assert {int(index) for layer in routes[expert] for index in layer.selected.flatten()} == {expert}
+    assert {int(index) for layer in routes[expert].values() for one in layer for index in one.selected.flatten()} == {
+        expert
+    }
     with bank.use(["mix"]), bank.rows(["mix"]):
         alone = bank.model(input_ids=ids).logits
     torch.testing.assert_close(logits[1:2], alone, atol=2e-4, rtol=1e-4)  # the neighbour's router is left alone

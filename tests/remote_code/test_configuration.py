@@ -30,7 +30,7 @@ def test_defaults_are_pinned():
         ({"target_modules": "q_proj"}, r"target_modules='q_proj'"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\]=0"),
         ({"alpha_pattern": {"q_proj": -1}}, r"alpha_pattern\['q_proj'\]=-1"),
-        ({"format_version": 4}, r"format_version=4: .*1 to 3"),
+        ({"format_version": 5}, r"format_version=5: .*1 to 4"),
         ({"num_experts": 0}, r"num_experts=0"),
         ({"num_experts": 4, "num_experts_per_tok": 5}, r"num_experts_per_tok=5: .*1 to num_experts=4"),
         ({"num_experts_per_tok": 0}, r"num_experts_per_tok=0"),

@@ -348,8 +348,8 @@ def test_a_base_of_another_depth(adapter):
 
 
 def test_a_newer_format_version(adapter):
-    edit_config(adapter, format_version=4)
-    with pytest.raises(ValueError, match=r"format_version=4: .*1 to 3.*update"):
+    edit_config(adapter, format_version=5)
+    with pytest.raises(ValueError, match=r"format_version=5: .*1 to 4.*update"):
         DoraForCausalLM.from_pretrained(adapter, base_model=tiny_base())
 
 

@@ -40,6 +40,7 @@ def results(run_command, tmp_path, monkeypatch):  # noqa: F811
     (tmp_path / "general.txt").write_text("The sky is blue and the grass is green. " * 20, encoding="utf-8")
     printed = {}
     for command in commands():
+        command = re.sub(r"num_experts=\[[\d,]+\]", "num_experts=[2,4]", command)  # the tiny base has two layers
         program, *arguments = shlex.split(command.replace("--base embedded", f"--base {base}"))
         assert program == "minilora"
         extra = ["--json"] if arguments[0] == "train" else []
@@ -58,15 +59,18 @@ def test_every_command_of_the_page_gives_an_adapter_that_can_be_pushed(results, 
     said = {out: json.loads((tmp_path / out / "results.json").read_text()) for out in ("both", "router-only", "routed")}
     assert [one["training"]["parent"]["adapter"] for one in said.values()] == ["first", "first", "mix"]
     assert json.loads((tmp_path / "task-2" / "adapter_config.json").read_text())["r"] == 32
-    before, after = (load_file(tmp_path / name / WEIGHTS) for name in ("mix", "routed"))
-    assert {name.endswith(".router") for name in before if not torch.equal(before[name], after[name])} == {True}
+    for names in (("mix", "routed"), ("whole", "routed-whole")):
+        before, after = (load_file(tmp_path / name / WEIGHTS) for name in names)
+        assert {name.endswith(".router") for name in before if not torch.equal(before[name], after[name])} == {True}
+    config = json.loads((tmp_path / "mola" / "config.json").read_text())
+    assert (config["router_scope"], config["num_experts"], config["format_version"]) == ("linear", [2, 4], 4)
     loaded = MixLoraForCausalLM.from_pretrained(tmp_path / "routed")
     assert (loaded.config.num_experts, loaded.config.num_experts_per_tok) == (3, 3)
-    for out in ("routed", "small", "task-2"):
+    for out in ("routed", "small", "task-2", "routed-whole", "mola"):
         where = {"base_id": "org/base", "base_model": str(tmp_path / "base")}
         built = build(tmp_path / out, tmp_path / f"built-{out}", repo_id=f"me/{out}", **where)
         card = (built.folder / "README.md").read_text(encoding="utf-8")
         assert ("Continued from the adapter `mix`" in card) == (out == "routed")
-        assert ("its router learned; the rest is unchanged" in card.lower()) == (out == "routed")
+        assert ("its router learned; the rest is unchanged" in card.lower()) == out.startswith("routed")
         assert ("distill: teacher=first" in card) == (out == "small")
         assert str(tmp_path) not in card

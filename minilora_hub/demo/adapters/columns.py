@@ -58,10 +58,10 @@ class SoloExperts:
         mixture = next((one for one in columns if one.adapter == self.adapter and one.experts), None)
         if mixture is None:
             raise AdapterError(f"experts alone: no adapter {self.adapter[:100]!r} with experts is shown here")
-        wrong = [one for one in self.experts if not 0 <= one < mixture.experts]
+        wrong = [one for one in self.experts if not 0 <= one < mixture.solo_choices]
         if wrong:
             raise AdapterError(
-                f"experts alone: expert {wrong[0]} of {self.adapter!r} must be from 0 to {mixture.experts - 1}"
+                f"experts alone: expert {wrong[0]} of {self.adapter!r} must be from 0 to {mixture.solo_choices - 1}"
             )
         if len(self.experts) > MOST_SOLO_EXPERTS:
             raise AdapterError(f"experts alone: {len(self.experts)} at once, must be at most {MOST_SOLO_EXPERTS}")
@@ -97,6 +97,8 @@ def describe_columns(catalogue: Catalogue, columns: Sequence[Column]) -> list[di
                 "badge": badge,
                 "facts": " · ".join(facts),
                 "experts": column.experts,
+                "experts_by_layer": column.experts_by_layer,
+                "solo_choices": column.solo_choices,
                 "solo": column.solo_expert,
                 "purpose": card and card.purpose,
                 "score": card and card.score,

@@ -81,7 +81,8 @@ def most_bytes(config: Mapping[str, Any], linears: Mapping[str, tuple[int, int]]
     ranks = [("r", config.get("r", 16)), ("expert_r", config.get("expert_r") or 1)]
     ranks += [("rank_pattern", rank) for rank in (config.get("rank_pattern") or {}).values()]
     experts = config.get("num_experts", 8) if config.get("model_type") == "mixlora" else 1
-    for name, value in (*ranks, ("num_experts", experts)):
+    counts = experts if isinstance(experts, list) and experts else [experts]
+    for name, value in (*ranks, *(("num_experts", count) for count in counts)):
         if type(value) is not int or value < 1:
             raise AdapterError(f"{name}={str(value)[:40]!r}: must be a whole number above 0")
     targets = config.get("target_modules", "all-linear")
@@ -91,7 +92,7 @@ def most_bytes(config: Mapping[str, Any], linears: Mapping[str, tuple[int, int]]
     if not adapted:
         raise AdapterError(f"target_modules={str(targets)[:80]}: the base of this page has no such linear")
     rank = max(value for _, value in ranks)
-    values = sum(experts * (rank * (outputs + inputs) + outputs + inputs) for outputs, inputs in adapted)
+    values = sum(max(counts) * (rank * (outputs + inputs) + outputs + inputs) for outputs, inputs in adapted)
     return VALUE_BYTES * values + HEADER_BYTES + 4 * ENTRY_BYTES * len(adapted)
 
 

@@ -90,14 +90,21 @@ class Mixture {
     use.forEach((row, expert) => {
       row.forEach((share, layer) => {
         const cell = this.cells[expert][layer];
+        if (!this.isIn(expert, layer)) return;
         const text = percent(share);
         if (cell.textContent === text) return;
         cell.textContent = text;
         cell.style.setProperty("--w", share.toFixed(3));
       });
-      const mean = layers ? row.reduce((sum, share) => sum + share, 0) / layers : 0;
-      this.totals[expert].textContent = layers ? percent(mean) : "";
+      const has = row.filter((_, layer) => this.isIn(expert, layer));
+      this.totals[expert].textContent = has.length ? percent(has.reduce((sum, share) => sum + share, 0) / has.length) : "";
     });
+  }
+
+  // Layers may have different numbers of experts.
+  isIn(expert, layer) {
+    const counts = this.about.experts_by_layer || [];
+    return expert < (layer < counts.length ? counts[layer] : this.about.experts);
   }
 
   buildLayers(experts, layers, solos, solo) {
@@ -124,8 +131,13 @@ class Mixture {
       button.setAttribute("aria-label", `Expert ${letterOf(expert)} alone, ${this.about.name}`);
       button.setAttribute("aria-pressed", String(solos.includes(expert)));
       button.addEventListener("click", () => solo(expert));
+      if (expert >= (this.about.solo_choices ?? this.about.experts)) {
+        button.disabled = true;
+        button.title = `Not every layer has expert ${letterOf(expert)}`;
+      }
       row.appendChild(heading("row", "")).append(button);
-      this.cells.push(Array.from({ length: layers }, () => row.appendChild(make("td", "ml-cell"))));
+      const cell = (_, layer) => row.appendChild(make("td", this.isIn(expert, layer) ? "ml-cell" : ""));
+      this.cells.push(Array.from({ length: layers }, cell));
       this.totals.push(row.appendChild(make("td", "ml-heat-mean")));
     }
     this.place.replaceChildren(table);

@@ -152,6 +152,8 @@ class MixLoraPeftConfig(PeftConfig):
         assert self.expert_lora is not None
         if self.bias != "none":  # here, since PEFT would train what is set on the configuration later
             raise ValueError(f'bias={self.bias!r}: must be "none": a MixLoRA trains no bias of the base')
+        if isinstance(self.num_experts, list):
+            raise ValueError(f"num_experts={self.num_experts!r}: must be one number in the PEFT method")
         routing = {ours: getattr(self, theirs) for theirs, ours in FIELD_NAMES.items()}
         try:
             return MixLoraConfig(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora_hub.adapter_folder.folders import AdapterFolder, read_folder
+from minilora_hub.adapter_folder.folders import AdapterFolder, only_ours, read_folder
 from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG, join_peft
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
@@ -78,6 +78,8 @@ def read_own_adapter(source: AdapterFolder, base: BaseSource) -> ReadAdapter:
             f"adapter {source.folder.name!r}: use_dora=True in a MixLoRA cannot be served beside other adapters: serve "
             f"it as a model of its own, `vllm serve {source.folder.name}`"
         )
+    if field := only_ours(vars(config)):
+        raise AdapterError(f"adapter {source.folder.name!r}: {field} cannot be served by vLLM: use `minilora serve`")
     if config.target_parameters:
         raise AdapterError(
             f"adapter {source.folder.name!r}: target_parameters={config.target_parameters}: an adapter on a base's "

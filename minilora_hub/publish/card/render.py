@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from minilora_hub import formatting
 from minilora_hub.adapter_folder.code import HANDLER, code_files, code_hash, release_of
-from minilora_hub.adapter_folder.folders import read_json
+from minilora_hub.adapter_folder.folders import experts_text, only_ours, read_json
 from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG
 from minilora_hub.adapter_folder.results import METHODS, Base, Results
@@ -114,7 +114,8 @@ def render_card(
         parts_by="label" if auto_class in classifying else "difficulty",
         parts=[(row, part) for row in results.evaluation for part in row.parts],
         modules=_modules(config),
-        as_mixtral=config.get("routing_strategy") == "top_k",
+        as_mixtral=config.get("routing_strategy") == "top_k" and only_ours(config) is None,
+        experts=experts_text(config.get("num_experts")),
         libraries=", ".join(f"{name} {version}" for name, version in libraries.items()) or None,
         load_picture=EXPERT_LOAD if EXPERT_LOAD in wanted else None,
         router_picture=EXPERT_LOAD_BY_TASK if EXPERT_LOAD_BY_TASK in wanted else None,

@@ -6,6 +6,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
+from minilora_hub.adapter_folder.folders import only_ours
 from minilora_hub.formats.moe_architectures import ARCHITECTURES
 from minilora_hub.hub.client import REPO_ID
 from minilora_hub.integrations.vllm.plugin import TESTED_VERSIONS
@@ -56,10 +57,11 @@ def serving(method: str, config: dict[str, Any], base: str, name: str, repo_id: 
         options = "--flavor l4x1 --timeout 1h --expose 8000 --secrets HF_TOKEN"
         job = f"hf jobs run {options} \\\n  python:3.12 bash -c {quoted}"
     routed, on_experts = method == "mixlora", bool(config.get("target_parameters"))
-    as_moe = routed and config.get("routing_strategy") == "top_k" and family in (None, *ARCHITECTURES)
+    elsewhere = only_ours(config) is None
+    as_moe = routed and elsewhere and config.get("routing_strategy") == "top_k" and family in (None, *ARCHITECTURES)
     alone = not stock and (method == "dora" or as_moe) and bool(REPO_ID.fullmatch(base)) and not on_experts
     beside = not routed or (not config.get("use_dora") and family in (None, *RUNTIME_MIXTURES))
-    beside = beside and not on_experts
+    beside = beside and not on_experts and elsewhere
     needed = "pip install vllm" if method == "lora" else f"pip install vllm=={TESTED_VERSIONS[-1]} minilora_hub"
     vllm = None
     if beside:
