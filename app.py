@@ -4,6 +4,7 @@ MINILORA_BASE       the base model: "embedded", a folder, or an id on the Hub; d
 MINILORA_ADAPTERS   adapter folders or ids on the Hub, separated by commas; default: those under model_cards/
 MINILORA_MEASURED   what `minilora eval --out FILE` wrote of these adapters, to show where they differ; default: that of
                     the shipped ones
+MINILORA_ROUTE      an index of `minilora route build`: adds a column that its choice answers; default: none
 MINILORA_MCP        1: the comparison is also a tool for MCP clients; default: 0
 MINILORA_OPENAI     1: the models also answer OpenAI's clients at /v1, as with `minilora serve`; default: 0
 MINILORA_API_KEY    the key that clients of /v1 must send; default: none is needed
@@ -55,15 +56,15 @@ def main() -> None:
     named = [name.strip() for name in os.environ.get("MINILORA_ADAPTERS", "").split(",") if name.strip()]
     limits, mcp = PageLimits.from_environment(), flag("MINILORA_MCP")
     adapters = named or shipped_adapters()
-    limits.check_columns(1 + len(adapters))
+    limits.check_columns(1 + len(adapters) + bool(os.environ.get("MINILORA_ROUTE")))
     base = base_for(os.environ.get("MINILORA_BASE") or None, adapters, print)
     # On ZeroGPU the models are moved to "cuda" before a GPU is present; each comparison gets one later.
     zero = zero_gpu.is_zero_gpu()
     engine = CompareEngine(base, adapters, device="cuda" if zero else None, keep_bare_logits=not zero, progress=print)
     links = LinkedAdapters(engine, resolve_base(base), limits)
     openai = openai_from_environment(engine, limits)
-    measured = os.environ.get("MINILORA_MEASURED")
-    demo = build_demo(engine, links=links, limits=limits, measured=Path(measured) if measured else None)
+    files = {name: os.environ.get(f"MINILORA_{name.upper()}") for name in ("measured", "route")}
+    demo = build_demo(engine, links=links, limits=limits, **{name: Path(file) for name, file in files.items() if file})
     launch(demo, mcp=mcp, openai=openai, engine=engine)
 
 

@@ -51,6 +51,15 @@ def demo(
             help="What minilora eval --out FILE wrote: the page shows where adapters differ.",
         ),
     ] = None,
+    route: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="INDEX",
+            exists=True,
+            dir_okay=False,
+            help="Add a column that the adapter which this index chooses answers: see `minilora route build`.",
+        ),
+    ] = None,
     dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
@@ -74,7 +83,7 @@ def demo(
         raise MissingExtraError("mcp", "mcp")
     limits = PageLimits.from_environment()
     named = adapters or shipped_adapters()
-    limits.check_columns(1 + len(named))
+    limits.check_columns(1 + len(named) + (route is not None))
     base = base_for(base, named, say)
     engine = CompareEngine(base, named, dtype=dtype, keep_bare_logits=True, progress=say)
     openai = openai_from_environment(engine, limits)
@@ -86,6 +95,7 @@ def demo(
         limits=limits,
         allowed=allow_local or (),
         measured=measured,
+        route=route,
     )
     screen = _has_screen() if browser is None else browser
     launch(page, host=host, port=port, open_browser=screen, mcp=mcp, openai=openai, engine=engine)

@@ -131,6 +131,7 @@ def exported_json(comparison: Comparison) -> str:
             "weights": weights.hash,
             "revision": weights.revision,
             "sampling": comparison.sampling_of(column),
+            **({"route": column["route"]} if column.get("route") else {}),
             "before": column.get("before", []),
             "answer": text_of(column),
             "right": column.get("right"),

@@ -33,7 +33,7 @@ class OwnSampling:
     """The columns of one page that have settings of their own."""
 
     def __init__(self) -> None:
-        self._of: dict[tuple, dict[str, Scalar]] = {}
+        self._of: dict[str, dict[str, Scalar]] = {}
 
     def set(self, about: Mapping[str, Any], own: Any) -> None:
         """Give a column settings of its own; none: it has the common ones again.
@@ -83,5 +83,5 @@ def in_words(own: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in own.items())
 
 
-def _model(about: Mapping[str, Any]) -> tuple:
-    return about["adapter"], about["solo"]
+def _model(about: Mapping[str, Any]) -> str:
+    return about["name"]

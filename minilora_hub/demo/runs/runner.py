@@ -20,8 +20,10 @@ from typing import Any
 
 from minilora_hub.compare.answer import Turns
 from minilora_hub.compare.engine import Column, CompareEngine, Row, Sampling, Step, Update
+from minilora_hub.compare.prompt_index import Choice
 from minilora_hub.demo.adapters.catalogue import Catalogue
 from minilora_hub.demo.runs import zero_gpu
+from minilora_hub.demo.runs.auto_column import AutoColumn
 from minilora_hub.demo.runs.limits import PageLimits
 from minilora_hub.demo.runs.own_sampling import with_own
 from minilora_hub.demo.runs.waiting_queue import Ticket, Waiting, WaitingQueue
@@ -58,11 +60,17 @@ class Runner:
         engine: the models.
         catalogue: the adapters that can be requested. Default: the engine's own.
         limits: size of one comparison, and how many run at once.
+        auto: chooses the adapter of the column "auto". None: there is no such column.
     """
 
     def __init__(
-        self, engine: CompareEngine, catalogue: Catalogue | None = None, limits: PageLimits | None = None
+        self,
+        engine: CompareEngine,
+        catalogue: Catalogue | None = None,
+        limits: PageLimits | None = None,
+        auto: AutoColumn | None = None,
     ) -> None:
+        self.auto = auto
         self.engine, self.catalogue, self.limits = engine, catalogue or Catalogue(engine), limits or PageLimits()
         self.queue = WaitingQueue(self.limits.at_once, self.limits.waiting)
         self._fetching = asyncio.Lock()
@@ -94,6 +102,11 @@ class Runner:
             with tempfile.TemporaryDirectory(prefix="minilora-linked-") as temporary:
                 repo = await asyncio.to_thread(links.fetch, name, Path(temporary))
                 return await loop.run_in_executor(self._thread, links.load, name, Path(temporary), repo)
+
+    async def choose(self, prompt: str, columns: Sequence[Column]) -> tuple[Choice, Column]:
+        """Choose the adapter for a prompt, see `AutoColumn.choose`."""
+        assert self.auto is not None
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.auto.choose, prompt, columns)
 
     def answer(
         self,

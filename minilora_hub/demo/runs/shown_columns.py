@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from minilora_hub.compare.engine import Column
 from minilora_hub.demo.adapters.catalogue import MOST_ADAPTERS
 from minilora_hub.demo.adapters.columns import SoloExperts, describe_columns
+from minilora_hub.demo.runs.auto_column import COLUMN
 from minilora_hub.demo.runs.runner import Runner
 from minilora_hub.errors import AdapterError, PageError
 
@@ -31,7 +32,11 @@ class ShownColumns:
             AdapterError: an adapter is no longer in memory.
         """
         columns = self._columns_without_solo()
-        return self._solo.columns(columns) if self._solo else columns
+        if self._solo:
+            return self._solo.columns(columns)
+        auto = self._runner.auto
+        # One adapter leaves nothing to choose.
+        return (*columns, COLUMN) if auto and len(auto.known(columns)) > 1 else columns
 
     def _columns_without_solo(self) -> tuple[Column, ...]:
         own = self._runner.engine.columns

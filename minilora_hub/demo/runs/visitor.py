@@ -16,6 +16,7 @@ from typing import Any
 
 from minilora_hub.compare.answer import Turns
 from minilora_hub.compare.engine import Sampling
+from minilora_hub.demo.runs.auto_column import COLUMN
 from minilora_hub.demo.runs.comparison import Comparison
 from minilora_hub.demo.runs.conversation import Conversation, turns_before
 from minilora_hub.demo.runs.examples import Example, expected_answers
@@ -23,7 +24,7 @@ from minilora_hub.demo.runs.history import History, KeptComparison
 from minilora_hub.demo.runs.own_sampling import OwnSampling, differing, settings_of
 from minilora_hub.demo.runs.runner import Runner, waiting_words
 from minilora_hub.demo.runs.shown_columns import ShownColumns
-from minilora_hub.demo.ui.page_state import Frame, RunningComparison, without_html
+from minilora_hub.demo.ui.page_state import Frame, RunningComparison, answering, without_html
 from minilora_hub.demo.votes.blind import Blindfold, shuffled
 from minilora_hub.demo.votes.sharing import SharedComparisons
 from minilora_hub.demo.votes.votes import ALL_BAD, TIE, VoteStore, vote_on
@@ -174,7 +175,10 @@ class Visitor(ShownColumns):
         told = (("system", system.strip()),) if system.strip() else ()
         messages = [(*told, *one) for one in turns[asked]]
         try:
-            columns = self.columns()[asked]
+            columns = list(self.columns()[asked])
+            if COLUMN in columns:
+                choice, columns[columns.index(COLUMN)] = await self._runner.choose(prompt, self.columns())
+                running.routed(COLUMN.name, choice.to_dict())
             moments = self._runner.answer(prompt, sampling, columns, stop, messages, self._halted, own=own[asked])
         except (ValueError, AdapterError) as error:
             yield running.refused(f"{error}")
@@ -204,7 +208,9 @@ class Visitor(ShownColumns):
         async with aclosing(self.run(prompt, sampling, system, before)) as frames:
             async for frame in frames:
                 if frame.finished and frame.stage["columns"][0]["state"] != "idle":
-                    weights, stage = await hashing, without_html(frame.stage)
+                    hashed, stage = await hashing, without_html(frame.stage)
+                    of = {one["adapter"]: weights for one, weights in zip(about, hashed, strict=True)}
+                    weights = tuple(of[answering(column)] for column in stage["columns"])
                     fields = settings_of(sampling, system)
                     comparison = Comparison(prompt, fields, catalogue.base, stage, frame.status, weights)
                     if not self.hides:  # blind mode was switched off during the run

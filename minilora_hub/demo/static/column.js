@@ -48,7 +48,7 @@ class Column {
     this.find("answer").setAttribute("aria-label", `Answer of ${about.name}. Use the arrow keys to move between tokens.`);
     for (const [act, words] of [["use", "Get"], ["remove", "Remove"]]) {
       const button = this.find(act);
-      button.hidden = !about.adapter || Number.isInteger(about.solo);
+      button.hidden = !about.adapter || Number.isInteger(about.solo) || about.kind === "auto";
       button.setAttribute("aria-label", `${words} ${about.name}`);
       button.addEventListener("click", () => minilora.adapter(act, about.adapter));
     }
@@ -115,6 +115,11 @@ class Column {
     this.now = now;
     this.paintTexts(now);
     if (now.state === "eos") this.spans.at(-1)?.classList.toggle("ml-end", !this.answer.tokens.at(-1).t);
+    if (now.route) {
+      const { adapter, similarity, runner_up: second } = now.route;
+      const why = `Answered by ${adapter}: similarity ${similarity.toFixed(3)}${second ? `, then ${second.adapter} with ${second.similarity.toFixed(3)}` : ""}.`;
+      Object.assign(this.card.querySelector(".ml-purpose p"), { textContent: why, title: why });
+    }
     const own = settingWords(now.sampling || {});
     this.find("own").hidden = !own;
     this.find("own").textContent = own && `own settings: ${own}`;

@@ -29,12 +29,13 @@ from minilora_hub.demo.adapters.columns import describe_columns, headline
 from minilora_hub.demo.adapters.from_hub import LinkedAdapters
 from minilora_hub.demo.agents import agents_route
 from minilora_hub.demo.api import add_api
+from minilora_hub.demo.runs.auto_column import AutoColumn
 from minilora_hub.demo.runs.examples import EXAMPLES, Example
 from minilora_hub.demo.runs.limits import PageLimits
 from minilora_hub.demo.runs.measured_answers import find_measured
 from minilora_hub.demo.runs.replay import find_replay
 from minilora_hub.demo.runs.runner import Runner
-from minilora_hub.demo.runs.visitor import Visitors
+from minilora_hub.demo.runs.visitor import Visitor, Visitors
 from minilora_hub.demo.ui.adapter_picker import build_adapter_picker
 from minilora_hub.demo.ui.base_panel import build_base_panel
 from minilora_hub.demo.ui.blind_bar import build_board, connect_blind_bar
@@ -63,6 +64,7 @@ def build_demo(
     data: Path | None = None,
     allowed: Sequence[Path] = (),
     measured: Path | None = None,
+    route: Path | None = None,
 ) -> gr.Blocks:
     """Build the page for the models of an engine.
 
@@ -78,6 +80,7 @@ def build_demo(
         allowed: folders whose adapter folders visitors can choose by name, never by path.
         measured: what `minilora eval --out` has written of these adapters, to show where they differ. Default: the
             answers of the shipped adapters.
+        route: an index of `minilora route build`, which chooses the adapter of one more column for each prompt.
 
     Returns:
         The page, for `launch`.
@@ -89,16 +92,18 @@ def build_demo(
     if dataset:
         dataset.start()
     catalogue = Catalogue(engine, links, allowed)
-    runner = Runner(engine, catalogue, limits)
+    auto = AutoColumn(engine, route, catalogue.weights(())[0].hash) if route else None
+    runner = Runner(engine, catalogue, limits, auto)
     answers = find_measured(measured, catalogue)
     visitors = Visitors(runner, votes, SharedComparisons(folder / "shared", limits), offered)
     visitors.expected = (answers.expected if answers else {}) | visitors.expected
     with gr.Blocks(title="minilora · compare", analytics_enabled=False, fill_width=True) as demo:
-        opening = find_replay(engine) or {
-            "stage": idle_stage(describe_columns(catalogue, engine.columns)),
+        shown = Visitor(visitors).columns()
+        opening = (find_replay(engine) if auto is None else None) or {
+            "stage": idle_stage(describe_columns(catalogue, shown)),
             "status": status("idle", "Ready."),
         }
-        head = headline(catalogue, engine.columns, title)
+        head = headline(catalogue, shown, title)
         parts = build_parts(head, opening, offered, max_new_tokens, limits.tokens)
         start = connect_run(demo, visitors, parts)
         names_shown = connect_blind_bar(visitors, parts.blind, parts.stage, parts.finished)

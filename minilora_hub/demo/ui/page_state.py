@@ -14,7 +14,8 @@ A *stage* is the state of all columns. The page renders it; the history, share l
                   "sampling": {…},        the settings in which this column differs from the common ones
                   "right": None | whether the finished answer is the expected one,
                   "html": None | the finished answer, rendered from Markdown and sanitised,
-                  "before": [[role, text], …] of the earlier turns}]}
+                  "before": [[role, text], …] of the earlier turns,
+                  "route": {"adapter", "similarity", "runner_up"}, of the column "auto" only}]}
 
 The log is an append-only string, because Gradio then sends only the appended part: each token crosses the network once,
 however long the answers are. A *status* is the content of the line above the columns::
@@ -107,11 +108,17 @@ class RunningComparison:
         self._columns = [self._columns[index] if at == index else column for at, column in enumerate(kept)]
         self._rows = [index]
 
+    def routed(self, name: str, choice: dict[str, Any]) -> None:
+        """Say which adapter answers the column of this name, and why."""
+        for column in self._columns:
+            if column["about"]["name"] == name:
+                column["route"] = choice
+
     def add(self, update: Update) -> None:
         """Add one step's update of one column."""
         column = self._columns[self._rows[update.row]]
         if update.token_id is not None or update.text:
-            adapter = column["about"].get("adapter")
+            adapter = answering(column)
             column["log"] += _token_line(update, lambda token: self._token_text(token, adapter)) + "\n"
         self._alone[update.row] = update.forwards_alone or self._alone[update.row]
         column["state"] = update.reason or "writing"
@@ -191,6 +198,12 @@ def idle_stage(about: Sequence[dict], own: Sequence[Mapping[str, Any]] | None = 
 def status(phase: str, words: str, badge: str = "", hint: str = "") -> dict:
     """Return the content of the status line."""
     return {"phase": phase, "words": words, "badge": badge, "hint": hint}
+
+
+def answering(column: dict) -> str | None:
+    """Return the name of the adapter that answers a column of a stage; None for the base."""
+    route = column.get("route")
+    return route["adapter"] if route else column["about"].get("adapter")
 
 
 def text_of(column: dict) -> str:
