@@ -26,10 +26,12 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from minilora_hub.errors import TrainingError
 from minilora_hub.remote_code.adapter_files import check_tensors, read_adapter, write_adapter
+from minilora_hub.remote_code.linear_layers import is_split, whole_tensor
 from minilora_hub.training.models import trainable_parameters
 from minilora_hub.training.passthrough import allocation_state, restore_allocation_state
 from minilora_hub.training.recipes import Recipe
 from minilora_hub.training.run_folder import how_to_resume, reason_of
+from minilora_hub.training.sharding import keep_states_whole, split_like
 
 CHECKPOINTS = "checkpoints"
 WEIGHTS, SCORES = "trainable.safetensors", "scores.safetensors"
@@ -63,12 +65,17 @@ class LengthGrouped(Sampler[int]):
 class TrainsAdapter(Trainer):
     """The part of a trainer that knows that only an adapter is trained; see the module's docstring."""
 
-    recipe: Recipe
+    recipe: Recipe = Recipe()
     place_of: Callable[[list[int]], str | None]
     _last_inputs: dict[str, Any] | None = None
+    _whole: dict[str, Any] = {}  # noqa: RUF012  what FSDP2 has split, while a checkpoint is written
 
     def on_saved(self) -> None:
         """Do nothing; a run replaces it by what follows a checkpoint."""
+
+    def _move_model_to_device(self, model: Any, device: Any) -> None:
+        if not self.recipe.shard:  # FSDP2 moves it in parts
+            super()._move_model_to_device(model, device)
 
     @property
     def run_dir(self) -> Path:
@@ -131,6 +138,8 @@ class TrainsAdapter(Trainer):
         super().create_optimizer(model)
         if created and self.recipe.router_lr_ratio is not None:
             self._split_off_routers(self.recipe.router_lr_ratio)
+        if created and self.recipe.shard:
+            keep_states_whole(self.optimizer)
         return self.optimizer
 
     def _split_off_routers(self, ratio: float) -> None:
@@ -161,6 +170,7 @@ class TrainsAdapter(Trainer):
             shutil.rmtree(run / SAVING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self._saving = True
+        self._whole = {n: whole_tensor(p) for n, p in trainable_parameters(self.model).items() if is_split(p)}
         try:
             Trainer._save_checkpoint(self, model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -171,7 +181,7 @@ class TrainsAdapter(Trainer):
                 f"{how_to_resume(run.parent, saved.name if saved else None)}"
             ) from error
         finally:
-            self._saving = False
+            self._saving, self._whole = False, {}
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             shutil.rmtree(target, ignore_errors=True)
@@ -192,12 +202,17 @@ class TrainsAdapter(Trainer):
         folder = Path(output_dir or self.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model)
-        values = trainable_parameters(model) if state_dict is None else state_dict
+        values = trainable_parameters(model) | self._whole if state_dict is None else state_dict
         learned = {name: values[name].detach().cpu() for name in trainable_parameters(model)}
         write_adapter(folder / WEIGHTS, learned)
         scores = allocation_state(model)
         if scores:
             write_adapter(folder / SCORES, scores)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.recipe.shard and not self.args.should_save:
+            self.optimizer.state_dict()  # type: ignore[union-attr]  # all processes take part where one writes
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.load_learned(Path(resume_from_checkpoint))
@@ -223,6 +238,6 @@ class TrainsAdapter(Trainer):
         check_tensors(checkpoint / WEIGHTS, tensors, {name: value.shape for name, value in parameters.items()})
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(tensors[name])
+                parameter.copy_(split_like(tensors[name], parameter))
         if (checkpoint / SCORES).is_file():
             restore_allocation_state(self.accelerator.unwrap_model(self.model), read_adapter(checkpoint / SCORES))

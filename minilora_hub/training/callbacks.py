@@ -13,6 +13,8 @@ from transformers import TrainerCallback
 
 from minilora_hub.errors import TrainingError
 from minilora_hub.progress_display import ProgressDisplay
+from minilora_hub.remote_code.linear_layers import is_split
+from minilora_hub.training.sharding import own_part
 
 
 class ProgressShown(TrainerCallback):
@@ -67,7 +69,11 @@ class GradientsChecked(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if grads and not all(torch.stack([grad.isfinite().all() for grad in grads]).tolist()):
+        finite = torch.stack([own_part(grad).isfinite().all() for grad in grads]).all() if grads else torch.tensor(True)
+        if any(map(is_split, grads)):  # each process has a part: all must stop at the same step
+            finite = finite.float()
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+        if not finite:
             raise TrainingError(self.trainer.not_finite_gradients())
 
 

@@ -18,6 +18,7 @@ from minilora_hub.training.passthrough import method_callbacks
 from minilora_hub.training.plan import Shape, shape_of
 from minilora_hub.training.recipes import OURS
 from minilora_hub.training.settings import TrainingSettings
+from minilora_hub.training.sharding import shard
 
 
 @contextmanager
@@ -46,7 +47,7 @@ def build_trainer(
     """Return the trainer, ready to run, and the shape of its steps.
 
     Raises:
-        TrainingError: packed rows would attend to each other on this base.
+        TrainingError: packed rows would attend to each other on this base, or it cannot be split for this task.
         ValueError: the processes or micro-batches do not divide the batch.
     """
     from transformers import EarlyStoppingCallback, PrinterCallback
@@ -54,6 +55,8 @@ def build_trainer(
     from minilora_hub.training.callbacks import GradientsChecked
 
     recipe = settings.recipe
+    if recipe.shard and task != GENERATION:
+        raise TrainingError(f"shard=true: works with {GENERATION} only, these rows are for {task}")
     packed = recipe.batching == "packed"
     rows = data.train.dataset
     if packed:
@@ -101,6 +104,8 @@ def build_trainer(
         trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping))
     if packed:
         _require_independent_rows(trainee.model, data.train)
+    if recipe.shard:
+        shard(trainee.model)
     return trainer, shape
 
 

@@ -13,6 +13,7 @@ from minilora_hub.training.labelled_rows import GENERATION
 from minilora_hub.training.models import Trainee, trainable_parameters
 from minilora_hub.training.objective_specs import parse_objectives
 from minilora_hub.training.settings import TrainingSettings
+from minilora_hub.training.sharding import own_part
 
 SHOWN_LABELS = 12
 
@@ -161,7 +162,7 @@ def make_plan(
     """
     trainable = sum(parameter.numel() for parameter in trainable_parameters(trainee.model).values())
     frozen = [parameter for parameter in trainee.model.parameters() if not parameter.requires_grad]
-    base_bytes = sum(parameter.numel() * parameter.element_size() for parameter in frozen)
+    base_bytes = sum(own_part(parameter).numel() * parameter.element_size() for parameter in frozen)
     lengths = sorted(data.train.lengths, reverse=True)
     seconds, kept, tokens = _probe(trainee.model, data, shape.micro_batch, tokenizer.pad_token_id, trainer)
     longest_batch = lengths[0] * min(shape.micro_batch, len(lengths))
@@ -218,17 +219,19 @@ def _probe(model: Any, data: TrainingData, rows: int, pad: int, trainer: Any) ->
     batch = (trainer.data_collator if data.labels else DataCollatorForLanguageModeling(pad))(features)
     extra = {} if data.labels else {"use_cache": False, "fused_lm_head": True}
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
+    weights = {own_part(tensor).untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Any] = {}
 
     def keep(tensor: Any) -> Any:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+            kept[storage.data_ptr()] = storage
         return tensor
 
     training = model.training
-    model.to(device).train()
+    if not trainer.recipe.shard:  # FSDP2 has placed it
+        model.to(device)
+    model.train()
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         for _ in range(2 if device.type == "cuda" else 1):  # the first pass on a GPU also loads kernels
@@ -238,6 +241,8 @@ def _probe(model: Any, data: TrainingData, rows: int, pad: int, trainer: Any) ->
                     loss = model(**batch, **extra).loss
                 for objective in objectives:
                     loss = loss + objective.weight * objective(Step(model, batch, hidden[0], (0, 0))).value
+            size_kept = sum(storage.nbytes() for storage in kept.values())  # a layer that was gathered is freed again
+            kept.clear()
             loss.backward()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -245,4 +250,4 @@ def _probe(model: Any, data: TrainingData, rows: int, pad: int, trainer: Any) ->
     for parameter in model.parameters():
         parameter.grad = None
     model.train(training)
-    return seconds, sum(kept.values()), batch["input_ids"].numel()
+    return seconds, size_kept, batch["input_ids"].numel()

@@ -105,6 +105,8 @@ class Recipe:
         attention: transformers' name of the base's attention, e.g. ``"eager"``, quicker for short rows on a CPU;
             default: what transformers chooses.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        shard: split base and adapter over the processes with FSDP2, instead of a whole base in each; for minilora_hub's
+            own methods.
         seed: of the adapter's initial weights, the order of the rows, dropout and the held-out rows.
         report_to: trackers to log to: ``"trackio"``, ``"tensorboard"``, ``"wandb"``.
     """
@@ -138,6 +140,7 @@ class Recipe:
     double_quant: Flag = True
     attention: Text | None = None
     gradient_checkpointing: Flag = False
+    shard: Flag = False
     seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0
     report_to: Texts = ()
 

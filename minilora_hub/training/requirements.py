@@ -7,6 +7,7 @@ import os
 from importlib.util import find_spec
 
 from minilora_hub.errors import MissingExtraError, TrainingError
+from minilora_hub.training.recipes import OURS
 from minilora_hub.training.settings import TrainingSettings
 
 # Parts of optimizer names, and the package that provides such an optimizer; the first match counts.
@@ -27,7 +28,7 @@ OPTIMIZER_PACKAGES = {
     "lion": "bitsandbytes",
 }
 SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
-"""Variables that accelerate's launcher sets. On CPUs accelerate 1.15 would train full copies without a warning."""
+"""Variables that accelerate's launcher sets. On CPUs accelerate 1.15 would train whole copies without a word."""
 
 
 def check_requirements(settings: TrainingSettings) -> None:
@@ -41,9 +42,11 @@ def check_requirements(settings: TrainingSettings) -> None:
     for variable, name in SHARDED.items():
         if os.environ.get(variable, "").lower() == "true":
             raise TrainingError(
-                f"{name}: sharded bases are not supported, each process holds the whole base: launch without it, and "
-                "pass --quantize nf4 where the base is too large"
+                f"{name}: accelerate's is not supported (on CPUs it trains whole copies): launch without it, and pass "
+                "--set shard=true, which splits the base with FSDP2, or --quantize nf4"
             )
+    if recipe.shard:
+        _check_shard(settings)
     for package in ("trl", "datasets"):
         _need(package, "train")
     for name in recipe.report_to:
@@ -53,6 +56,24 @@ def check_requirements(settings: TrainingSettings) -> None:
     if recipe.quantize:
         _need("bitsandbytes", "quant")
     _check_optimizer(recipe.optimizer)
+
+
+def _check_shard(settings: TrainingSettings) -> None:
+    """Refuse settings that need the whole base in each process."""
+    recipe = settings.recipe
+    others = {"quantize": recipe.quantize, "objective": settings.objective, "keep": settings.keep}
+    for name, value in others.items():
+        if value:
+            raise TrainingError(
+                f"shard=true: {name}={value!r} needs a whole base in each process; leave one of them out"
+            )
+    if settings.method not in OURS:
+        raise TrainingError(f"shard=true: method {settings.method!r} is PEFT's; it works with {', '.join(OURS)}")
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise TrainingError(
+            "shard=true: there is one process, which would hold all of the base: launch several, e.g. "
+            "torchrun --nproc_per_node 2 -m minilora_hub.cli train …"
+        )
 
 
 def _need(package: str, extra: str) -> None:

@@ -30,6 +30,7 @@ from minilora_hub.training.run_folder import (
     resumed_settings,
 )
 from minilora_hub.training.settings import SETTINGS_FILE, TrainingSettings, read_yaml
+from minilora_hub.training.sharding import gather_adapter
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,8 @@ def _execute(
     trainer.args.output_dir = str(out / CHECKPOINTS)
     seconds = round(state.seconds + _train(trainer, out, shape, state, resume, progress), 2)
     history = trainer.state.log_history
+    if settings.recipe.shard:
+        gather_adapter(trainee.model)
     if main:
         try:
             write_result(out, settings, base, trainee, data, tokenizer, ends, history, seconds)

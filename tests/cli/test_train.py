@@ -168,7 +168,23 @@ def test_a_launcher_that_asks_for_shards_is_refused(rows, tmp_path, capsys, monk
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     command = ["--method", "dora", "--base", "no/such-base", "--data", rows, "--out", str(tmp_path / "out")]
     assert run(*command) == 1
-    assert one_line(capsys).startswith("minilora: FSDP: sharded bases are not supported")
+    assert one_line(capsys).startswith("minilora: FSDP: accelerate's is not supported (on CPUs it trains whole copies)")
+
+
+@pytest.mark.parametrize(
+    ("processes", "flags", "words"),
+    [
+        ("1", ["--method", "dora"], "there is one process, which would hold all of the base"),
+        ("2", ["--method", "dora", "--quantize", "nf4"], "quantize='nf4' needs a whole base in each process"),
+        ("2", ["--method", "vera"], "method 'vera' is PEFT's; it works with lora, dora, mixlora, mixdora"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(processes, flags, words, rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    where = ["--base", "no/such-base", "--data", rows, "--out", str(tmp_path / "out"), "--set", "shard=true"]
+    assert run(*flags, *where) == 1
+    assert one_line(capsys).startswith(f"minilora: shard=true: {words}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_logs_where_it_is_told_to(base, rows, tmp_path, capsys):

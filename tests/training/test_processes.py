@@ -58,6 +58,58 @@ def test_two_processes_reach_the_curve_of_one(base, rows, tmp_path):
     assert json.loads((tmp_path / "two" / "results.json").read_text())["training"]["steps"] == 8
 
 
+KILLED_OR_RESUMED = """
+import os, sys
+from minilora_hub.training import run, trainer
+out, part, said = sys.argv[1], sys.argv[2], {said!r}
+save = trainer.AdapterTrainer._save_checkpoint
+
+def save_and_die(self, *arguments):
+    save(self, *arguments)
+    os._exit(9)
+
+if part == "first":
+    trainer.AdapterTrainer._save_checkpoint = save_and_die
+def plan_made(plan, settings):
+    with open(out + ".bytes", "w") as file:
+        file.write(str(plan.base_bytes))
+
+run.train(out, record=False, on_plan=plan_made, **({{"resume": True}} if part == "second" else said))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dora", "mixlora"])
+def test_a_base_that_is_split_trains_as_a_whole_one(method, base, rows, tmp_path):
+    """DoRA is killed after half of its steps and resumed. The rows fill each step: the last of an epoch may differ."""
+    said = SHORT | {
+        "method": method,
+        "base": base,
+        "data": rows,
+        "max_steps": 8,
+        "save_every": 4,
+        "learning_rate": 1e-3,
+    }
+    said |= {"num_experts": 4, "router_lr_ratio": 2.0} if method == "mixlora" else {"validation": 0.17}
+    script = tmp_path / "train.py"
+    script.write_text(KILLED_OR_RESUMED.format(said=said | {"shard": True}), encoding="utf-8")
+    for part in ("first", "second") if method == "dora" else ("all",):
+        command = launched(TORCHRUN, str(script), str(tmp_path / "split"), part)
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+        assert (done.returncode == 0) == (part != "first"), done.stderr[-3000:]
+        assert (last_checkpoint(tmp_path / "split").name == "checkpoint-4") == (part == "first")
+    whole = train(tmp_path / "halves", record=False, micro_batch_size=2, **said)
+    torch.testing.assert_close(curve(tmp_path / "split"), curve(tmp_path / "halves"), rtol=0, atol=2e-5)
+    split, halves = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("split", "halves"))
+    assert split.keys() == halves.keys()
+    for name, tensor in split.items():
+        torch.testing.assert_close(tensor, halves[name], rtol=0, atol=2e-4)
+    result = json.loads((tmp_path / "split" / "results.json").read_text())["training"]
+    assert result["steps"] == 8
+    held = int((tmp_path / "split.bytes").read_text())  # of the base, by one process
+    assert held <= 0.51 * whole.plan.base_bytes
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kept", "teacher"])
 def test_two_processes_with_objectives_reach_the_weights_of_one(kind, base, rows, tmp_path):
