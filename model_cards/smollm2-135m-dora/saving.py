@@ -224,7 +224,7 @@ class SavedAdapter(PreTrainedModel):
             )
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
         if hasattr(tokenizer, "get_vocab"):
-            rows = self.get_input_embeddings().weight.shape[0]
+            rows = self.base.config.get_text_config(decoder=True).vocab_size  # CLIP has no `get_input_embeddings`
             surplus = sorted(token for token in tokenizer.get_vocab().values() if token >= rows)
             own = self._base_tokenizer() if surplus and name is not None else None
             if own is not None:  # some bases do not embed the last tokens of their own tokenizer

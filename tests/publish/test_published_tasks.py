@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from tiny import fill_adapter, tiny_config
-from tiny_processors import CLASSES, KINDS, write_base
+from tiny_processors import CLASSES, KINDS, processor_of, write_base
 
 from minilora_hub import push
 from minilora_hub.adapter_folder.names import PROCESSING
@@ -83,7 +83,7 @@ def adapter(auto_name, folder):
     towers = "all" if KINDS[auto_name] == "clip" else None
     model = adapted_class("Dora", auto_name).from_base(str(base), tiny_config("dora", towers=towers), **labels)
     fill_adapter(model)
-    model.eval().save_pretrained(folder / "trained")
+    model.eval().save_pretrained(folder / "trained", tokenizer=processor_of(KINDS[auto_name]))
     return base, folder / "trained", model
 
 

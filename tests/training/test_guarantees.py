@@ -19,6 +19,7 @@ import torch
 from tiny_training import CHAT, SHORT, write_base, write_rows
 
 from minilora_hub.errors import TrainingError, TrainingInterrupted
+from minilora_hub.training import adapter_checkpoints
 from minilora_hub.training import run as run_module
 from minilora_hub.training import trainer as trainer_module
 from minilora_hub.training.adapter_checkpoints import last_checkpoint
@@ -280,7 +281,7 @@ def test_a_nan_stops_with_step_rows_and_advice_before_weights_change(what, base,
     assert "checkpoint-3 is complete" in message
     assert "--learning-rate" in message
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["checkpoint-3"]
-    tensors = trainer_module.read_adapter(out / "checkpoints" / "checkpoint-3" / trainer_module.WEIGHTS)
+    tensors = adapter_checkpoints.read_adapter(out / "checkpoints" / "checkpoint-3" / adapter_checkpoints.WEIGHTS)
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
 
 
@@ -299,7 +300,7 @@ def test_the_best_weights_are_kept_and_training_stops_early(base, tmp_path):
     assert result.best_step < max(validated)
     from safetensors.torch import load_file
 
-    kept = load_file(tmp_path / "run" / "checkpoints" / f"checkpoint-{result.best_step}" / trainer_module.WEIGHTS)
+    kept = load_file(tmp_path / "run" / "checkpoints" / f"checkpoint-{result.best_step}" / adapter_checkpoints.WEIGHTS)
     saved = load_file(tmp_path / "run" / WEIGHTS)
     for name, tensor in kept.items():
         ours = name.removeprefix("base.model.").replace(".update.", ".")
