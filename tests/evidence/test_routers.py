@@ -127,10 +127,11 @@ def test_causes_are_made_and_measured(base, tmp_path, monkeypatch):
 
     monkeypatch.setitem(routers.SETTINGS, "base", str(base))
     monkeypatch.setattr(routing_report, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(routers, "SHIPPED", tmp_path / "adapters" / "baseline-seed0-steps4-rows2")
     write_data(tmp_path / "data")
     (tmp_path / "results").mkdir()
     sizes = Sizes(steps=4, rows=2, items=2, windows=1)
-    for name in ("fresh", "baseline", "apart", "tasks"):
+    for name in ("baseline", "fresh", "apart", "tasks"):
         result = routers.measured(name, tmp_path, sizes, 0)
         assert len(result["losses"]) == 8
         assert all(loss > 0 for loss in result["losses"])
@@ -138,6 +139,8 @@ def test_causes_are_made_and_measured(base, tmp_path, monkeypatch):
         if name != "tasks":
             assert len(result["load"]) == 2
             assert [sum(layer) for layer in result["load"]] == pytest.approx([1, 1], abs=1e-3)
+        if name == "fresh":
+            assert all(0 < share < 1 for share in result["moved_in_training"])
     made = {path.name for path in (tmp_path / "adapters").iterdir()}
     assert {"dates-seed0-steps4-rows2", "apart-seed0-steps4-rows2-start"} <= made
     rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in routing_report.report().splitlines()
