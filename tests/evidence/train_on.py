@@ -3,7 +3,9 @@
     python tests/evidence/train_on.py run                      # every step; goes on after a stop
     python tests/evidence/train_on.py run --part router        # one part
 
-    router      one LoRA for each task; their mean, TIES, the untrained, Arrow's and the trained router over them
+    router      one LoRA for each task; their mean, TIES, the untrained, Arrow's and the trained router over them, a
+                router for each feed-forward block
+    linears     the same LoRAs with a router on each linear: untrained, Arrow's and trained
     distill     one LoRA from the shipped MixLoRA, and the same LoRA trained on the labels alone
     sequence    the tasks one after the other: one LoRA continued, and a new one beside those that are kept, with and
                 without the orthogonal term
@@ -42,7 +44,7 @@ from minilora_hub.evaluation.metrics import perplexity
 from minilora_hub.evaluation.run import evaluate
 from minilora_hub.formats.combine import Combination, combine
 from minilora_hub.formats.experts_from_loras import Router
-from minilora_hub.formats.importing import import_as_experts
+from minilora_hub.formats.importing import Route, import_as_experts
 from minilora_hub.training.run import train
 from minilora_hub.training.run_folder import STATE_FILE
 
@@ -105,9 +107,19 @@ class Runs:
 
     def steps(self) -> list[Evidence]:
         """Every step; one that needs another's adapter comes after it."""
-        routed, rest = self._router()
+        routed, linears, rest = self._router()
         continued, kept, orthogonal = (self._sequence(kind) for kind in SEQUENCES)
-        return [*routed, *self._distill(), *continued, *orthogonal, *self._anchor(), *kept, *rest, *self._rank()]
+        return [
+            *routed,
+            *self._distill(),
+            *continued,
+            *orthogonal,
+            *self._anchor(),
+            *kept,
+            *rest,
+            *self._rank(),
+            *linears,
+        ]
 
     def _train(self, out: Path, data: str, steps: int, **settings: Any) -> None:
         state = json.loads((out / STATE_FILE).read_text()) if (out / STATE_FILE).is_file() else None
@@ -125,7 +137,7 @@ class Runs:
     def _trained(self, data: str, steps: int, **settings: Any) -> Callable[[Path], None]:
         return lambda out: self._train(out, data, steps, **settings)
 
-    def _router(self) -> tuple[list[Evidence], list[Evidence]]:
+    def _router(self) -> tuple[list[Evidence], list[Evidence], list[Evidence]]:
         one = self.sizes.steps
         names = tuple(f"single-{task}" for task in TASKS)
         singles = [self.adapter(name) for name in names]
@@ -134,12 +146,13 @@ class Runs:
             how = Combination(method, (1 / len(TASKS),) * len(TASKS))
             return lambda out: _once(out, lambda: combine(singles, out, how, base=self.base))
 
-        def mixture(router: Router) -> Callable[[Path], None]:
+        def mixture(router: Router, route: Route = "blocks") -> Callable[[Path], None]:
             settings: dict[str, Any] = {"base": self.base, "num_experts_per_tok": len(TASKS), "router": router}
+            settings["route"] = route
             return lambda out: _once(out, lambda: import_as_experts(singles, out, **settings))
 
-        def routed(active: int) -> Callable[[Path], None]:
-            said = ROUTER | {"from_adapter": str(self.adapter("mixture")), "num_experts_per_tok": active}
+        def routed(active: int, of: str = "mixture") -> Callable[[Path], None]:
+            said = ROUTER | {"from_adapter": str(self.adapter(of)), "num_experts_per_tok": active}
             return self._trained(MIX, one, **said)
 
         first = [
@@ -153,7 +166,12 @@ class Runs:
             Evidence("router", "routed-2", routed(2), ("mixture",)),
             Evidence("router", "ties", combined("ties_svd"), names),
         ]
-        return first, rest
+        linears = [
+            Evidence("linears", "linears-mixture", mixture("fresh", "all-linears"), names),
+            Evidence("linears", "linears-arrow", mixture("arrow", "all-linears"), names),
+            Evidence("linears", "linears-routed-all", routed(len(TASKS), "linears-mixture"), ("linears-mixture",)),
+        ]
+        return first, linears, rest
 
     def _distill(self) -> list[Evidence]:
         steps, teacher = self.sizes.steps * len(TASKS), f"distill:teacher={self.teacher},labels=0"
@@ -262,7 +280,9 @@ def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("--part", action="append", choices=("router", "distill", "sequence", "anchor", "rank"))
+    parser.add_argument(
+        "--part", action="append", choices=("router", "linears", "distill", "sequence", "anchor", "rank")
+    )
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps for one task")
     parser.add_argument("--items", type=int, default=100, help="test items of each task")
     parser.add_argument("--work", type=Path, default=Path("evidence-work"), help="folder for adapters and answers")
