@@ -97,7 +97,7 @@ def describe_columns(catalogue: Catalogue, columns: Sequence[Column]) -> list[di
                 "badge": badge,
                 "facts": " · ".join(facts),
                 "experts": column.experts,
-                "experts_by_layer": column.experts_by_layer,
+                "experts_by_layer": list(column.experts_by_layer),
                 "solo_choices": column.solo_choices,
                 "solo": column.solo_expert,
                 "purpose": card and card.purpose,
