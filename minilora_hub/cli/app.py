@@ -25,6 +25,7 @@ from minilora_hub.cli.discover import info, list_, pull
 from minilora_hub.cli.evaluate import eval_, tasks
 from minilora_hub.cli.options import Debug, say
 from minilora_hub.cli.publish import card, push, verify
+from minilora_hub.cli.quantize import quantize
 from minilora_hub.cli.route import route
 from minilora_hub.cli.serve import serve
 from minilora_hub.cli.space import space
@@ -52,6 +53,7 @@ COMMANDS = (
         "minilora train --method dora --base embedded --data rows.jsonl --out ./my-adapter; "
         "minilora train --from ./my-adapter --data more.jsonl --out ./my-next",
     ),
+    ("quantize", quantize, "minilora quantize embedded --to int3 --out ./base-int3"),
     ("sweep", sweep, "minilora sweep --method dora --base embedded --data rows.jsonl --vary r=4,16 --out ./sweep"),
     ("eval", eval_, "minilora eval ./my-adapter --task dates --count 100"),
     ("diff", diff, "minilora diff measured.json --task dates --difficulty 3"),

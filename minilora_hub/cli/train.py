@@ -90,6 +90,16 @@ def train(
         float | None, typer.Option(help="LoRA+: learning rate of B divided by that of A.")
     ] = None,
     quantize: Annotated[str | None, typer.Option(metavar="KIND", help="Quantise the base: nf4 or int8.")] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            metavar="START",
+            help="calibrated or loftq: start by making up for the rounding of a base that minilora quantize wrote.",
+        ),
+    ] = None,
+    exact_base: Annotated[
+        str | None, typer.Option(metavar="ID", help="With --init: the base that a quantized one was made of.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of initial weights, order and held-out rows.")] = None,
     report_to: Annotated[
         list[str] | None, typer.Option("--report-to", metavar="NAME", help="trackio, tensorboard or wandb.")

@@ -5,6 +5,7 @@ than the files whose name it carries: an adapter was merged into it, its embeddi
 errors here.
 """
 
+import json
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -168,6 +169,20 @@ def refuse_unknown_tokens(ids: Iterable[int], rows: int, tokenizer: Any) -> None
             )
 
 
+def settle_quantization(base: Any, config: Any) -> None:
+    """Record in an adapter's configuration how the base's checkpoint is quantized; refuse a base of another quantizer.
+
+    An adapter may make up for the rounding of its base, so it would be wrong on any other. Settings that only one
+    version of transformers knows are not compared.
+    """
+    quantizer = getattr(base, "hf_quantizer", None)
+    settings = quantizer.quantization_config.to_dict() if quantizer is not None and quantizer.pre_quantized else {}
+    found, recorded = json.loads(json.dumps(settings, default=str)), config.base_quantization or {}
+    if recorded and not (found and all(found.get(name, value) == value for name, value in recorded.items())):
+        raise ValueError(f"the adapter was trained on a base quantized with {recorded}; this one has {found or 'none'}")
+    config.base_quantization = found or None
+
+
 def differing_tensors(
     base: Any, folder: str | None, given: Mapping[int, Tensor] | None = None, saved: Container[str] = ()
 ) -> list[str]:
@@ -213,8 +228,13 @@ def differing_tensors(
     return found + [f"{name} is in the files only" for name in theirs]
 
 
+def _values(tensor: Tensor) -> Tensor:
+    """The values of a tensor; of one that a quantizer has made a class of its own (torchao's), as floats."""
+    return tensor.dequantize() if hasattr(tensor, "__tensor_flatten__") else tensor
+
+
 def _is_same(tensor: Tensor, value: Tensor) -> bool:
-    value = value.to(tensor.device)
+    tensor, value = _values(tensor), _values(value).to(tensor.device)
     if torch.equal(tensor, value.to(tensor.dtype)):
         return True
     return tensor.is_floating_point() and any(torch.equal(tensor, value.to(d).to(tensor.dtype)) for d in ROUNDED_TO)
@@ -234,7 +254,7 @@ def tensor_digests(base: Any, given: Mapping[int, Tensor] | None = None, saved: 
     """
     found = {}
     for name, parameter in base.named_parameters():
-        tensor = (given or {}).get(id(parameter), parameter).detach()
+        tensor = _values((given or {}).get(id(parameter), parameter).detach())
         if name in saved or not _is_whole(tensor):
             continue
         direction = torch.sin(torch.arange(1, DIGEST_WIDTH + 1, device=tensor.device, dtype=torch.float32))

@@ -36,6 +36,7 @@ def check_settings(settings: TrainingSettings, task: str) -> None:
         "from_adapter": (settings.from_adapter, not settings.from_adapter, "leave it out"),
         "objective": (settings.objective, not settings.objective, "leave it out"),
         "budget": (recipe.budget, recipe.budget is None, "leave it out"),
+        "init": (recipe.init, recipe.init == "zero", "leave it out"),
         "batching": (recipe.batching, recipe.batching != "packed", "must be shuffled or length-grouped"),
         "quantize": (recipe.quantize, recipe.quantize is None, "leave it out: the new head would be quantised, too"),
     }

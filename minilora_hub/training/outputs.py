@@ -204,6 +204,7 @@ def _hyperparameters(settings: TrainingSettings, labels: tuple[str, ...]) -> dic
         "trained in": None if recipe.dtype == "auto" else f"{recipe.dtype}, the adapter in float32",
         "saved in": None if recipe.save_dtype == "float32" else recipe.save_dtype,
         "base quantised": recipe.quantize,
+        "start": None if recipe.init == "zero" else f"{recipe.init}: makes up for the rounding of the quantized base",
         "loss on": None if labels else recipe.loss_on,
         "labels": ", ".join(labels) or None,
         "validation share": recipe.validation or None,

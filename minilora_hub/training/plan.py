@@ -62,6 +62,7 @@ class Plan:
         objectives: terms added to the loss.
         kept: adapters that stay active under the new one.
         ranks: how the ranks were distributed over the linears; None where the settings give them.
+        init: the start that makes up for the rounding of a quantized base, and how much; None for the usual one.
         task: what the rows are for.
         labels: of labelled rows, the classes.
         whole: modules of the base that are trained and saved whole, such as a new head.
@@ -87,6 +88,7 @@ class Plan:
     objectives: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     ranks: str | None = None
+    init: str | None = None
     task: str = GENERATION
     labels: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
@@ -101,7 +103,7 @@ class Plan:
         seconds = max(self.seconds, 1) if self.seconds < 90 else 60 * round(self.seconds / 60)
         begin = [("from", self.start)] if self.start else []
         begin += [("objective", text) for text in self.objectives] + [("kept", name) for name in self.kept]
-        begin += [("ranks", self.ranks)] if self.ranks else []
+        begin += [(name, line) for name, line in (("ranks", self.ranks), ("start", self.init)) if line]
         learned = f"{self.learned_tokens:,} {'labels' if self.labels else 'learned'}"
         if self.labels:
             shown = ", ".join(self.labels[:SHOWN_LABELS]) + ", …" * (len(self.labels) > SHOWN_LABELS)
@@ -162,7 +164,7 @@ def make_plan(
     """
     trainable = sum(parameter.numel() for parameter in trainable_parameters(trainee.model).values())
     frozen = [parameter for parameter in trainee.model.parameters() if not parameter.requires_grad]
-    base_bytes = sum(own_part(parameter).numel() * parameter.element_size() for parameter in frozen)
+    base_bytes = sum(tensor.numel() * tensor.element_size() for one in frozen for tensor in _stored(own_part(one)))
     lengths = sorted(data.train.lengths, reverse=True)
     seconds, kept, tokens = _probe(trainee.model, data, shape.micro_batch, tokenizer.pad_token_id, trainer)
     longest_batch = lengths[0] * min(shape.micro_batch, len(lengths))
@@ -204,6 +206,13 @@ _PARTS = {
 }
 
 
+def _stored(tensor: Any) -> list[Any]:
+    """Return the tensors in memory that a weight consists of: several where a quantizer made it a class of its own."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+
+
 def _probe(model: Any, data: TrainingData, rows: int, pad: int, trainer: Any) -> tuple[float, int, int]:
     """Return (seconds, bytes saved for backward, tokens) of a micro-batch of rows around the median length."""
     import torch
@@ -219,11 +228,12 @@ def _probe(model: Any, data: TrainingData, rows: int, pad: int, trainer: Any) ->
     batch = (trainer.data_collator if data.labels else DataCollatorForLanguageModeling(pad))(features)
     extra = {} if data.labels else {"use_cache": False, "fused_lm_head": True}
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    weights = {own_part(tensor).untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    held = (tensor for one in (*model.parameters(), *model.buffers()) for tensor in _stored(own_part(one)))
+    weights = {tensor.untyped_storage().data_ptr() for tensor in held}
     kept: dict[int, Any] = {}
 
     def keep(tensor: Any) -> Any:
-        storage = tensor.untyped_storage()
+        storage = _stored(tensor)[0].untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage
         return tensor

@@ -101,6 +101,7 @@ class Recipe:
         save_dtype: of the saved adapter: ``"bfloat16"`` halves the file, DoRA's magnitudes stay float32. Only for
             minilora_hub's own methods; PEFT's are saved as trained.
         quantize: ``"nf4"`` or ``"int8"``: a quantised base (QLoRA, arXiv 2305.14314).
+        init: ``"loftq"`` or ``"calibrated"``: start from the rounding of a quantized base; see `compensation`.
         double_quant: with ``"nf4"``, also quantise the quantisation constants.
         attention: transformers' name of the base's attention, e.g. ``"eager"``, quicker for short rows on a CPU;
             default: what transformers chooses.
@@ -137,6 +138,7 @@ class Recipe:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     save_dtype: Literal["float32", "bfloat16"] = "float32"
     quantize: Literal["nf4", "int8"] | None = None
+    init: Literal["zero", "loftq", "calibrated"] = "zero"
     double_quant: Flag = True
     attention: Text | None = None
     gradient_checkpointing: Flag = False
@@ -203,7 +205,8 @@ def adapter_field_names(method: str, chosen: Mapping[str, Any]) -> set[str]:
     from minilora_hub.remote_code.configuration_minilora import AdapterConfig, DoraConfig, MixLoraConfig
 
     config: Any = {"dora": DoraConfig, "lora": AdapterConfig}.get(method, MixLoraConfig)
-    given = {"base_model_name_or_path", "base_model_revision", "base_fingerprint", "text_config", "format_version"}
+    given = {"base_model_name_or_path", "base_model_revision", "base_fingerprint", "base_quantization"}
+    given |= {"text_config", "format_version"}
     return set(config._own_fields()) - given - ({"use_dora"} if method in ("lora", "dora") else set())
 
 

@@ -208,12 +208,16 @@ def _execute(
     if distribution:
         distribution.start(trainee.model)
     notes += notes_on_parent
+    start = None
+    if settings.recipe.init != "zero":
+        from minilora_hub.training.compensation import compensate
+
+        start = compensate(trainee.model, settings, base, data.train).described(settings.recipe.init)
     check_embedding(trainee.model, tokenizer, max(data.largest_id, tokenizer.pad_token_id), base)
     scratch = folder / "plan"  # a trainer creates its folder at once, and a dry run must not leave one
     trainer, shape = build_trainer(settings, trainee, data, tokenizer, scratch, place.num_processes, task)
     plan = make_plan(settings, data, trainee, shape, tokenizer, ends, trainer, task)
-    if distribution:
-        plan = replace(plan, ranks=distribution.described)
+    plan = replace(plan, ranks=distribution.described if distribution else None, init=start)
     if on_plan is not None and main:
         on_plan(plan, settings)
     skipped = tuple(f"{row.place}: {row.reason}" for row in data.skipped)

@@ -57,6 +57,7 @@ class TrainingSettings:
         learn: which part of that adapter is trained.
         objective: terms added to the loss, ``NAME:key=value,…``; see `objective_specs`.
         keep: LoRA adapters that stay active under the new one, which is saved together with them.
+        exact_base: what a quantized base was made of, for `recipe.init`. Default: what its config.json names.
     """
 
     method: str
@@ -69,6 +70,7 @@ class TrainingSettings:
     learn: Literal["all", "router", "experts", "attention"] = "all"
     objective: Texts = ()
     keep: Texts = ()
+    exact_base: Text | None = None
     data_split: Text = "train"
     data_revision: Text | None = None
     validation_data: Texts = ()
@@ -220,6 +222,18 @@ def _check_combinations(settings: TrainingSettings) -> None:
         for name in ("lora_alpha", "rank_pattern", "alpha_pattern"):
             if name in recipe.adapter:
                 raise TrainingError(f"{name}={recipe.adapter[name]!r}: follows from --rank auto; leave it out")
+    started = recipe.init != "zero"
+    require_of_run(started or not settings.exact_base, "exact_base", "needs --init loftq or calibrated")
+    fresh = own and not (settings.from_adapter or settings.keep or automatic)
+    require(
+        fresh or not started, "init", f"needs one of the methods {', '.join(OURS)}, without --from, --keep, --budget"
+    )
+    need = "the adapter must name the quantized base: write it with minilora quantize, and pass it as --base"
+    require(not (started and recipe.quantize), "init", f"with --quantize {recipe.quantize}: {need}")
+    routing = recipe.adapter.get("routing_strategy", "top_k")
+    require(not started or routing == "top_k", "init", f"needs weights that sum to one: not {routing} routing")
+    scope = recipe.adapter.get("router_scope")
+    require(not started or scope is None, "init", f"needs routers of blocks: leave out router_scope={scope!r}")
     alone = not settings.keep or (objectives <= {"orthogonal"} and not settings.from_adapter)
     require_of_run(alone, "keep", "goes with no objective but orthogonal, and not with --from")
     micro = recipe.micro_batch_size

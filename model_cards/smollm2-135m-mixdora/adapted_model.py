@@ -11,7 +11,7 @@ from transformers.utils import cached_file, logging
 from .adapter_files import ADAPTER_FILE, UNKNOWN, cached_commit, read_adapter
 from .attach import attach, detach, expected_tensors, merge_into_base
 from .base_delegation import DelegatesToBase
-from .base_loading import fingerprint_of, load_base, load_base_for_adapter, tensor_digests
+from .base_loading import fingerprint_of, load_base, load_base_for_adapter, settle_quantization, tensor_digests
 from .base_structure import is_routed, plan_sites, refuse_adapted
 from .heads import CLASSIFYING, fresh_modules, saved_parameters
 from .probe import settle_targets
@@ -65,8 +65,10 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
         saved = saved_parameters(base, config.modules_to_save, [site.path for site in sites])
         shapes = expected_tensors(config, sites) | {name: tuple(p.shape) for name, p in saved.items()}
         tensors = None if adapter_file is None else read_adapter(adapter_file, shapes)
+        settle_quantization(base, config)
         needs_2 = saved or any(not site.name.startswith("layers.") for site in sites)
-        config.format_version = max(config.format_version, 3 if config.target_parameters else 2 if needs_2 else 1)
+        needed = 4 if config.base_quantization else 3 if config.target_parameters else 2 if needs_2 else 1
+        config.format_version = max(config.format_version, needed)
         config.dtype = base.dtype
         config._attn_implementation = base.config._attn_implementation  # first: it is also set on the old text_config
         config.text_config = base.config

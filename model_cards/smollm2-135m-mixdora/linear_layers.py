@@ -129,7 +129,8 @@ def only_product_of(layer: nn.Module, x: Tensor) -> Tensor:
 
 def _is_plain(layer: nn.Module) -> bool:
     """Whether it computes what nn.Linear does: it is one, and its forward was not replaced (as to fetch weights)."""
-    return type(layer) in (nn.Linear, FewRowsLinear) and "forward" not in layer.__dict__
+    plain = type(layer) in (nn.Linear, FewRowsLinear) and "forward" not in layer.__dict__
+    return plain and not hasattr(layer._parameters["weight"], "__tensor_flatten__")  # as torchao's quantized weights
 
 
 def _has_hooks(layer: nn.Module) -> bool:

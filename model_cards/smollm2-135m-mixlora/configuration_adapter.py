@@ -21,9 +21,9 @@ FORMAT_VERSION = 4
 """Newest version of the published layout (tensor names and configuration fields). A newer one is refused by name.
 
 1: an adapter in one list of layers. 2: also in several, and with `modules_to_save`. 3: also on stacked experts.
-4: also routers of linears, and other numbers of experts in other layers.
+4: also routers of linears, other numbers of experts in other layers, and `base_quantization`.
 """
-ONLY_WHERE_SET = ("modules_to_save", "router_scope", "target_parameters", "towers")
+ONLY_WHERE_SET = ("base_quantization", "modules_to_save", "router_scope", "target_parameters", "towers")
 """Fields that earlier versions do not know: config.json has them only where they are set."""
 ABOUT_THE_REPO = {"architectures", "auto_map", "dtype", "name_or_path", "torch_dtype", "transformers_version"}
 """Fields of any configuration that describe the repo: they are the adapter's here, and the base has its own."""
@@ -77,6 +77,7 @@ class AdapterConfig(PreTrainedConfig):
         base_model_name_or_path: Hub id, folder or registered alias of the base.
         base_model_revision: revision of the base on the Hub, to which the adapter's `revision=` never applies.
         base_fingerprint: hash of the base's checkpoint files the adapter was trained on, or ``"unknown"``.
+        base_quantization: settings of the quantizer of a base whose checkpoint is quantized; no other base is accepted.
         text_config: the base's configuration.
         format_version: version of the published layout.
 
@@ -104,6 +105,7 @@ class AdapterConfig(PreTrainedConfig):
         base_model_name_or_path: str | None = None,
         base_model_revision: str | None = None,
         base_fingerprint: str = "unknown",
+        base_quantization: dict[str, Any] | None = None,
         text_config: Any = None,
         format_version: int = 1,
         **kwargs: Any,
@@ -129,6 +131,7 @@ class AdapterConfig(PreTrainedConfig):
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
         self.base_fingerprint = base_fingerprint
+        self.base_quantization = base_quantization
         self._refuse_misspelt(kwargs)
         self._check()
         # The word embeddings belong to the base, which ties them itself.
@@ -251,6 +254,7 @@ class AdapterConfig(PreTrainedConfig):
         for name, of in (("modules_to_save", "modules"), ("target_parameters", "parameters")):
             need = f"must be None or a list of names of {of}"
             self._require(lambda names: names is None or names == [] or _is_list_of_names(names), need, name)
+        self._require(lambda q: q is None or isinstance(q, dict), "must be None or a mapping", "base_quantization")
         need = 'must be None, "all" or a non-empty list of beginnings of paths'
         self._require(lambda towers: towers in (None, "all") or _is_list_of_names(towers), need, "towers")
         for key, rank in self.rank_pattern.items():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence import choosing, interference, report, routing_report, train_on
+from evidence import choosing, interference, low_bit, report, routing_report, train_on
 from evidence.store import Store
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -223,6 +223,11 @@ def conflicts() -> str:
     return interference.report()
 
 
+def low_bits() -> str:
+    """Starts on quantized bases."""
+    return low_bit.report()
+
+
 def decode() -> str:
     """Milliseconds of one decode step, by the dtype of the base."""
     held = results("decode")
@@ -272,6 +277,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "costs": costs,
     "decode": decode,
     "evidence": evidence,
+    "low-bit": low_bits,
     "page": page,
     "precision": precision,
     "push": push,
