@@ -62,6 +62,8 @@ class MixLoraBase(AdaptedModel):
 
     def __init__(self, config: Any, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
+        in_decoder = any(site.name.startswith("decoder.") for site in self.sites)
+        self._mask_name = "decoder_attention_mask" if in_decoder else "attention_mask"
         self._enter_integrations()
 
     def _enter_integrations(self) -> None:
@@ -106,7 +108,7 @@ class MixLoraBase(AdaptedModel):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         return_dict, arguments["return_dict"] = arguments.get("return_dict"), True
-        labels, attention_mask = arguments.get("labels"), arguments.get("attention_mask")
+        labels, attention_mask = arguments.get("labels"), arguments.get(self._mask_name)
         labels = arguments.get("start_positions") if labels is None else labels
         weights = router_loss_weights(self.config) if self.training and labels is not None else {}
         needs_padding = self.training and routing_of(self.config).needs_token_mask

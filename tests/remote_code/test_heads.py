@@ -274,6 +274,22 @@ def test_the_padding_of_sounds_is_not_read_as_that_of_tokens():
     torch.testing.assert_close(outputs.aux_loss, expected, rtol=0, atol=0)
 
 
+def test_a_mixture_in_a_decoder_reads_the_decoders_padding():
+    inputs = inputs_of("t5", "AutoModelForSeq2SeqLM")
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][0, 2:] = 0
+    inputs["decoder_attention_mask"] = torch.ones_like(inputs["decoder_input_ids"])
+    inputs["decoder_attention_mask"][1, 5:] = 0
+    base = tiny_heads.tiny_head("t5", "AutoModelForSeq2SeqLM")
+    config = tiny_config("mixlora", towers=["decoder"])
+    model = adapted_class("MixLora", "AutoModelForSeq2SeqLM").from_base(base, config).train()
+    outputs = model(**inputs, labels=inputs["decoder_input_ids"], output_router_logits=True)
+    chosen = model.config.num_experts_per_tok
+    expected = load_balancing_loss(outputs.router_logits, chosen, inputs["decoder_attention_mask"])
+    torch.testing.assert_close(outputs.aux_loss, expected, rtol=0, atol=0)
+    assert outputs.aux_loss != load_balancing_loss(outputs.router_logits, chosen, inputs["attention_mask"])
+
+
 def test_pipelines_take_them(tmp_path, caplog):
     """Without a word that the model is not supported."""
     minilora_hub.register()
