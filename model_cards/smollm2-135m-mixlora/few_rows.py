@@ -44,7 +44,8 @@ _WEIGHTS: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 
 def remember_weights(model: nn.Module) -> None:
     """Have the weights of a model at hand for timing; they are not kept alive."""
-    large = (weight for weight in model.parameters() if weight.dim() == 2 and weight.numel() >= LEAST_VALUES)
+    plain = (weight for weight in model.parameters() if not hasattr(weight, "__tensor_flatten__"))  # else no .to()
+    large = (weight for weight in plain if weight.dim() == 2 and weight.numel() >= LEAST_VALUES)
     _WEIGHTS.update((id(weight), weight) for weight in large)
 
 

@@ -157,7 +157,7 @@ def report() -> str:
         cells = [str(result["perplexity"]) if (result := found[case, start]) else "" for start in STARTS]
         if not case.trained and any(cells):
             lines.append(f"| {case.title} | {' | '.join(cells)} |")
-    trained = [case for case in CASES if case.trained]
+    trained = [case for case in CASES if case.trained and any(found[case, start] for start in STARTS)]
     for case in trained:
         lines += ["", f"After {STEPS} steps of 8 rows of `{TASK}`, {case.title}:", ""]
         lines += [f"| | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(heads)]

@@ -184,6 +184,15 @@ def test_an_adapter_loads_on_the_same_quantizer_only(method, kind, base, quantiz
             common_base(other, find_adapters([out]))
 
 
+def test_large_weights_of_torchao_can_be_trained_on(rows, tmp_path):
+    """Weights as large as those that decoding times, to which Trainer's `.to()` must find no other reference."""
+    need("int3")
+    base = write_base(tmp_path / "base", intermediate_size=1024)
+    quantize_base(str(base), "int3", tmp_path / "int3")
+    said = SHORT | {"max_steps": 1, "method": "lora", "init": "loftq", "record": False, "progress": False}
+    assert train(tmp_path / "out", base=str(tmp_path / "int3"), data=rows, **said).steps == 1
+
+
 @pytest.mark.slow
 def test_a_lora_names_the_quantized_base(quantized, rows, tmp_path):
     """In PEFT's format, so that stock AutoModel loads the quantized base beneath it."""
