@@ -68,11 +68,14 @@ def test_grouped_products_equal_blocks(monkeypatch, method, strategy, training):
 @pytest.mark.parametrize("method", ["mixlora", "mixdora"])
 @pytest.mark.parametrize("training", [False, True])
 def test_one_masked_product_equals_blocks(monkeypatch, method, training):
-    """In fp32, over many tokens and over one; in training also the gradients, those of an idle expert included."""
+    """In fp32, over many tokens and over one; in training also the gradients, those of an idle expert included.
+
+    Without gradients, the blocks of 70 tokens are computed one after the other.
+    """
     model = tiny.CAUSAL_LM[method].from_base(tiny.tiny_base("llama"), tiny.tiny_config(method, num_experts=5))
     tiny.fill_adapter(model)
     block = model.train(training).base.model.layers[0].mlp
-    for tokens in (23, 1):
+    for tokens in (70, 23, 1):
         x = torch.randn(1, tokens, block.router.shape[1], generator=torch.Generator().manual_seed(tokens))
         x[..., 0] = 9.0
         with torch.no_grad():
