@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from minilora_hub.remote_code.adapted_linear import AdaptedLinear, add_low_rank_, apply_dora_scale_
-from minilora_hub.remote_code.base_structure import FeedForwardStructure
+from minilora_hub.remote_code.feed_forward import FeedForwardStructure
 from minilora_hub.remote_code.fused_experts import AdaptedExperts
 from minilora_hub.remote_code.linear_layers import is_only_its_product, only_product_of
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapted_linear import LowRankUpdate, apply_dora_scale, product_dtype
-from .base_structure import FeedForwardStructure
-from .expert_slots import Slots, SlotsByExpert, SlotsGathered, SlotsGrouped, SlotsMasked, SlotsOfOneToken
+from .device_slots import SlotsGathered, SlotsGrouped
+from .expert_slots import Slots, SlotsByExpert, SlotsMasked, SlotsOfOneToken
+from .feed_forward import FeedForwardStructure
 from .linear_layers import is_only_its_product, only_product_of
 from .routed_linear import RoutedModule
 from .routing import Routing

@@ -5,7 +5,8 @@ import tiny
 import torch
 
 from minilora_hub.remote_code import mixture
-from minilora_hub.remote_code.expert_slots import SlotsByExpert, SlotsGathered, SlotsGrouped, SlotsMasked
+from minilora_hub.remote_code.device_slots import SlotsGathered, SlotsGrouped
+from minilora_hub.remote_code.expert_slots import SlotsByExpert, SlotsMasked
 
 
 def arranged(monkeypatch, name, num_experts):
