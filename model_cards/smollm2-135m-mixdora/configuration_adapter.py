@@ -110,12 +110,9 @@ class AdapterConfig(PreTrainedConfig):
         format_version: int = 1,
         **kwargs: Any,
     ) -> None:
-        require(
-            is_int(format_version, 1) and format_version <= FORMAT_VERSION,
-            "format_version",
-            format_version,
-            f"this code reads format versions 1 to {FORMAT_VERSION}; update minilora_hub or use the repo's own code",
-        )
+        need = f"this code reads format versions 1 to {FORMAT_VERSION}; update minilora_hub or use the repo's own code"
+        known = is_int(format_version, 1) and format_version <= FORMAT_VERSION
+        require(known, "format_version", format_version, need)
         self.format_version = format_version
         self.r = r
         self.lora_alpha: Any = 2 * r if lora_alpha is None and is_int(r, 1) else lora_alpha
@@ -147,10 +144,8 @@ class AdapterConfig(PreTrainedConfig):
         """Raise on a key that is nearly one of our fields: PreTrainedConfig keeps any key as an attribute, unread."""
         for key in kwargs:
             close = difflib.get_close_matches(key, self._own_fields(), n=1, cutoff=0.8)
-            if close:
-                raise ValueError(
-                    f"{key}={kwargs[key]!r}: {type(self).__name__} has no such field; did you mean {close[0]!r}?"
-                )
+            need = f"{type(self).__name__} has no such field; did you mean {''.join(close)!r}?"
+            require(not close, key, kwargs[key], need)
 
     # ---- attributes of the base ----
 

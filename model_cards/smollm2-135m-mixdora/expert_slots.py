@@ -1,6 +1,7 @@
 """Arrange the slots of a mixture, its (token, chosen expert) pairs, so that low-rank products are few and large.
 
-N tokens have up to N * K slots. Five arrangements give the same results, and `MixtureOfLoraExperts` chooses one:
+N tokens have up to N * K slots. Five arrangements give the same results, and `MixtureOfLoraExperts` chooses one (the
+last two are in `device_slots.py`):
 
     SlotsOfOneToken  a single token: each expert multiplies one vector.
     SlotsByExpert    sorted by expert: each expert multiplies one contiguous block. Python reads the sizes of the
@@ -16,6 +17,7 @@ SlotsByExpert and SlotsOfOneToken leave out slots that are not kept; the others 
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -39,6 +41,13 @@ class Slots:
     expert: Tensor
     token: Tensor
     order: Tensor | None
+
+    def parts(self) -> "list[Slots]":
+        """The slots in groups that are computed one after the other; `joined` puts together what is projected down."""
+        return [self]
+
+    def joined(self, hidden: list[Any]) -> Any:
+        return hidden[0]
 
     def of_tokens(self, per_token: Tensor) -> Tensor:
         """Each slot's token: (tokens, n) -> (slots, n), a copy."""
@@ -66,11 +75,12 @@ class Slots:
         """out + s B_e hidden: (slots, r) -> (slots, out). Without gradients `out` may be written to."""
         return torch.add(out, self.project_up(hidden, update).to(out.dtype), alpha=update.scaling)
 
-    def sum_slots(self, per_slot: Tensor) -> Tensor:
-        """Sum each token's slots: (slots, n) -> (tokens, n)."""
+    def sum_slots(self, per_slot: Tensor, total: Tensor | None = None) -> Tensor:
+        """Sum each token's slots: (slots, n) -> (tokens, n); added to the `total` of the parts before."""
         if self.order is None:
             return per_slot.view(self.num_tokens, self.per_token, -1).sum(dim=1)
-        return per_slot.new_zeros(self.num_tokens, per_slot.shape[-1]).index_add_(0, self.token, per_slot)
+        total = per_slot.new_zeros(self.num_tokens, per_slot.shape[-1]) if total is None else total
+        return total.index_add_(0, self.token, per_slot)
 
     def add_to_tokens(self, out: Tensor, hidden: Any, update: LowRankUpdate) -> Tensor:
         """out + the sum over each token's slots of s B_e hidden: (slots, r) -> (tokens, out).
@@ -110,6 +120,25 @@ class SlotsByExpert(Slots):
             self.experts, self.counts = numbers.tolist(), counts.tolist()
         self.order = by_expert if places is None else places[by_expert]
         self.token = self.order // self.per_token
+
+    def parts(self) -> list[Slots]:
+        """Of many slots, those of each expert, so that what is computed of one stays in the processor's cache.
+
+        Not with gradients: the backward pass of a part would be as large as that of all of them.
+        """
+        if len(self.token) <= self.FEW or torch.is_grad_enabled() or self.token.device.type != "cpu":
+            return [self]
+        parts: list[Slots] = []
+        blocks = (each.split_with_sizes(self.counts) for each in (self.expert, self.order, self.token))
+        for expert, count, *own in zip(self.experts, self.counts, *blocks, strict=True):
+            part = copy(self)
+            part.experts, part.counts = [expert], [count]
+            part.expert, part.order, part.token = own
+            parts.append(part)
+        return parts
+
+    def joined(self, hidden: list[Any]) -> Any:
+        return [block for part in hidden for block in part]
 
     def _served(self, experts: Sequence[Tensor]) -> list[Tensor]:
         return [experts[expert] for expert in self.experts]
@@ -187,7 +216,7 @@ class SlotsOfOneToken(Slots):
             row.addmv_(b[expert], h, alpha=scaling)
         return out
 
-    def sum_slots(self, per_slot: Tensor) -> Tensor:
+    def sum_slots(self, per_slot: Tensor, total: Tensor | None = None) -> Tensor:
         return per_slot.sum(dim=0, keepdim=True)
 
     def add_to_tokens(self, out: Tensor, hidden: Sequence[Tensor], update: LowRankUpdate) -> Tensor:
@@ -244,46 +273,3 @@ class SlotsMasked(Slots):
 
     def add_to_tokens(self, out: Tensor, hidden: Tensor, update: LowRankUpdate) -> Tensor:
         return self.add_projected_up(out, self.sum_slots(hidden), update)
-
-
-class SlotsGrouped(Slots):
-    """Slots sorted by expert, every expert's block in one grouped product."""
-
-    def __init__(self, selected: Tensor, num_experts: int) -> None:
-        self.num_tokens, self.per_token = selected.shape
-        self.expert, self.order = selected.flatten().sort(stable=True)
-        self.token = self.order // self.per_token
-        # The end of each expert's block, (experts). Not bincount, which waits for the device.
-        every = torch.arange(num_experts, device=selected.device)
-        self.ends = (self.expert <= every.unsqueeze(-1)).sum(dim=-1, dtype=torch.int32)
-
-    @staticmethod
-    def can(updates: Iterable[LowRankUpdate]) -> bool:
-        """Whether the grouped product takes these updates: bf16, rows of whole 16 bytes, and from torch 2.10 on."""
-        if not hasattr(F, "grouped_mm"):
-            return False
-        tensors = [tensor for update in updates for tensor in (update.lora_A, update.lora_B)]
-        return all(t.dtype == torch.bfloat16 and t.shape[-1] % 8 == 0 and t.shape[-2] % 8 == 0 for t in tensors)
-
-    def project_down(self, x: Tensor, update: LowRankUpdate) -> Tensor:
-        return F.grouped_mm(x, update.lora_A.mT, offs=self.ends)
-
-    def project_up(self, hidden: Tensor, update: LowRankUpdate) -> Tensor:
-        return F.grouped_mm(hidden, update.lora_B.mT, offs=self.ends)
-
-
-class SlotsGathered(Slots):
-    """Slots in token order, each with its own expert's weights gathered."""
-
-    order = None
-
-    def __init__(self, selected: Tensor) -> None:
-        self.expert = selected.flatten()
-        self.num_tokens, self.per_token = selected.shape
-        self.token = torch.arange(self.num_tokens, device=selected.device).repeat_interleave(self.per_token)
-
-    def project_down(self, x: Tensor, update: LowRankUpdate) -> Tensor:
-        return torch.bmm(update.lora_A[self.expert], x.unsqueeze(-1)).squeeze(-1)
-
-    def project_up(self, hidden: Tensor, update: LowRankUpdate) -> Tensor:
-        return torch.bmm(update.lora_B[self.expert], hidden.unsqueeze(-1)).squeeze(-1)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .adapted_linear import LowRankUpdate, product_dtype
-from .expert_slots import Slots, SlotsByExpert, SlotsGathered
+from .device_slots import SlotsGathered
+from .expert_slots import Slots, SlotsByExpert
 
 
 class ExpertsLinear:

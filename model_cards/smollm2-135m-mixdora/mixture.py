@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapted_linear import LowRankUpdate, apply_dora_scale, product_dtype
-from .base_structure import FeedForwardStructure
-from .expert_slots import Slots, SlotsByExpert, SlotsGathered, SlotsGrouped, SlotsMasked, SlotsOfOneToken
+from .device_slots import SlotsGathered, SlotsGrouped
+from .expert_slots import Slots, SlotsByExpert, SlotsMasked, SlotsOfOneToken
+from .feed_forward import FeedForwardStructure
 from .linear_layers import is_only_its_product, only_product_of
 from .routed_linear import RoutedModule
 from .routing import Routing
@@ -101,14 +102,19 @@ class MixtureOfLoraExperts(RoutedModule):
         """
         routes = self.route(x, leading_shape)
         slots = self._arrange(routes)
-        h = self.structure.activate(*self._expert_inputs(shared, x, slots))  # (slots, ff)
-        g = slots.of_slots(routes.weights).to(x.dtype)
-        h = h * g if torch.is_grad_enabled() else h.mul_(g)  # g_k h_k
         update = self._update_of(self.structure.output)
-        low = None if update is None else self._project_down(update, h, slots)  # (slots, r)
         slotwise = update is not None and update.magnitude is not None
-        hidden = h if slotwise else slots.sum_slots(h)
-        return Routed(hidden, x, routes, slots, low)
+        hidden: list[Tensor] = []
+        low: list[Any] = []
+        for part in slots.parts():
+            h = self.structure.activate(*self._expert_inputs(shared, x, part))  # (slots, ff)
+            g = part.of_slots(routes.weights).to(x.dtype)
+            h = h * g if torch.is_grad_enabled() else h.mul_(g)  # g_k h_k
+            if update is not None:
+                low.append(self._project_down(update, h, part))  # (slots, r)
+            hidden = [*hidden, h] if slotwise else [part.sum_slots(h, *hidden)]
+        whole = torch.cat(hidden) if len(hidden) > 1 else hidden[0]
+        return Routed(whole, x, routes, slots, slots.joined(low) if low else None)
 
     def combine(self, projected: Tensor, routed: Routed) -> Tensor:
         """Return the block's output, (tokens, d), from the output projection of `routed.hidden`, with its bias.
