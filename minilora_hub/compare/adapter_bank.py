@@ -31,6 +31,7 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.formats.reading import read_adapter
 from minilora_hub.remote_code.adapted_linear import LowRankUpdate
 from minilora_hub.remote_code.attach import build_modules
+from minilora_hub.remote_code.base_loading import settle_quantization
 from minilora_hub.remote_code.few_rows import remember_weights
 from minilora_hub.remote_code.fused_experts import AdaptedExperts
 from minilora_hub.remote_code.linear_layers import keep_4bit_weights_exact, linear_shape, plain_weight
@@ -241,6 +242,8 @@ class AdapterBank:
         version = version_of(entry.folder)  # before the files are read
         with naming(name):
             config, tensors, sites = read_adapter(read_source(entry.folder), BaseSource.of_model(self._plain))
+            if config.base_quantization:  # it makes up for the rounding of its own base
+                settle_quantization(self._plain, config)
         modules = build_modules(self._plain, config, sites, tensors, dtype=self._adapter_dtype())
         size = 0
         parts: dict[str, LinearUpdate | RoutedLinear | MixtureOfLoraExperts | AdaptedExperts] = {}

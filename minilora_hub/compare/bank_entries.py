@@ -53,7 +53,14 @@ def version_of(folder: Path) -> Hashable:
 def tensor_bytes(model: nn.Module) -> int:
     """Count the bytes of a model's tensors; memory that they share counts once."""
     storages = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+    for one in (*model.parameters(), *model.buffers()):
+        # A quantizer may have made a weight a class of its own, which consists of several tensors (torchao).
+        parts = (
+            [getattr(one, name) for name in one.__tensor_flatten__()[0]]
+            if hasattr(one, "__tensor_flatten__")
+            else [one]
+        )
+        for tensor in parts:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
