@@ -99,6 +99,7 @@ class SlotsByExpert(Slots):
     What is projected down is a list of blocks, one for each expert.
     """
 
+    order: Tensor
     FEW = 64
     """Number of slots up to which sorting in Python is quicker than starting the kernels for it."""
 
