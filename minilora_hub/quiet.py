@@ -19,7 +19,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-LOGGERS = ("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft", "transformers", "trl")
+LOGGERS = (
+    *("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "peft", "torchao", "transformers", "trl"),
+    "torch.utils._pytree",  # of torchao's classes, on import
+)
 VERBOSITY = dict.fromkeys(("DATASETS_VERBOSITY", "HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY"), "error")
 """Read by these libraries when they are imported, to set the levels of their loggers."""
 NO_BARS = dict.fromkeys(("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"), "1")

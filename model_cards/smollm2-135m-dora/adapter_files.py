@@ -18,10 +18,10 @@ from .file_hashes import file_sha256
 ADAPTER_FILE = "adapter_model.safetensors"
 CODE_FILES = (
     "adapted_linear.py", "adapted_model.py", "adapter_files.py", "attach.py", "base_delegation.py", "base_loading.py",
-    "base_structure.py", "configuration_adapter.py", "configuration_minilora.py", "expert_slots.py", "few_rows.py",
-    "file_hashes.py", "fused_experts.py", "heads.py", "layer_stacks.py", "linear_layers.py", "mixlora_model.py",
-    "mixture.py", "modeling_minilora.py", "probe.py", "routed_linear.py", "routing.py", "routing_record.py",
-    "saving.py", "trainer_support.py", "trial_inputs.py",
+    "base_structure.py", "configuration_adapter.py", "configuration_minilora.py", "device_slots.py", "expert_slots.py",
+    "feed_forward.py", "few_rows.py", "file_hashes.py", "fused_experts.py", "heads.py", "layer_stacks.py",
+    "linear_layers.py", "mixlora_model.py", "mixture.py", "modeling_minilora.py", "probe.py", "routed_linear.py",
+    "routing.py", "routing_record.py", "saving.py", "trainer_support.py", "trial_inputs.py",
 )  # fmt: skip
 CHECKPOINT_FILES = tuple(
     name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
