@@ -22,7 +22,7 @@ Method = Annotated[str | None, typer.Option("--method", metavar="M", help=METHOD
 TrainedBase = Annotated[str | None, typer.Option("--base", metavar="ID", help='"embedded", a folder or a Hub id.')]
 Data = Annotated[
     list[str] | None,
-    typer.Option("--data", metavar="FILE", help=".jsonl, .csv or .parquet, may be repeated; or a data set on the Hub."),
+    typer.Option("--data", metavar="FILE", help=".jsonl, .csv, .parquet, .txt or .md; may be repeated. Or a data set."),
 ]
 Config = Annotated[Path | None, typer.Option("--config", metavar="YAML", help="A file of settings; flags override it.")]
 Set = Annotated[

@@ -28,9 +28,10 @@ from minilora_hub.hub.client import REPO_ID
 from minilora_hub.recording.reference import model_class
 from minilora_hub.remote_code.few_rows import plain_products
 from minilora_hub.training import labelled
-from minilora_hub.training.data import BadRow, Row, read_rows
+from minilora_hub.training.data import Row, read_rows
 from minilora_hub.training.labelled_rows import AUTO_CLASSES, WORDS, LabelledEncoder, checked
 from minilora_hub.training.models import base_context
+from minilora_hub.training.sources import BadRow
 from minilora_hub.training.tokens import IGNORED, Example
 
 if TYPE_CHECKING:

@@ -1,10 +1,10 @@
-"""Read rows of training data from JSONL, CSV and Parquet files and from data sets on the Hub, each with its location.
+"""Read rows of training data, each with its location. Files and data sets are read in `sources.py`.
 
 The fields of a row determine its kind, the first of these that matches:
 
     messages             [{"role": "user", "content": …}, …]; the loss covers the assistant's turns
     prompt, completion   texts, or lists of messages
-    text                 plain text
+    text                 plain text; of a .txt or .md file, each passage of whole paragraphs
 
 Rows of ShareGPT and Alpaca become messages (see `row_formats`). Other fields are ignored, except `tools`, which is
 passed to the chat template. A message with `weight` 0 (or `loss` false) has no loss. Torch is not imported.
@@ -12,15 +12,10 @@ passed to the chat template. A message with `weight` 0 (or `loss` false) has no 
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from minilora_hub.errors import DataError
-from minilora_hub.quiet import quiet_libraries
 from minilora_hub.training.row_formats import (
     ROLES,
     as_messages,
@@ -28,13 +23,10 @@ from minilora_hub.training.row_formats import (
     check_turn,
     lone_surrogate,
     parsed_tools,
-    without_nulls,
 )
+from minilora_hub.training.sources import BadRow, read_values
 
 KINDS = {"messages": ("messages",), "prompt and completion": ("prompt", "completion"), "text": ("text",)}
-SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet")
-PARQUET_ROWS = 1000
-"""Rows of a Parquet file that are converted to Python objects at a time."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +36,6 @@ class Row:
     place: str
     kind: str
     fields: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """An invalid row: its location, and the reason."""
-
-    place: str
-    reason: str
 
 
 def read_rows(
@@ -74,152 +58,6 @@ def read_rows(
     """
     for place, value in read_values(sources, split, revision):
         yield value if isinstance(value, BadRow) else (check or checked)(place, value)
-
-
-def read_values(sources: tuple[str, ...], split: str, revision: str | None) -> Iterator[tuple[str, Any]]:
-    """Yield (place, parsed value or BadRow) of every row; see `read_rows`."""
-    for source in sources:
-        count = 0
-        for found in _values(source, split, revision):
-            count += 1
-            yield found
-        if not count:
-            raise DataError(f"{source}: has no rows")
-
-
-def _values(source: str, split: str, revision: str | None) -> Iterator[tuple[str, Any]]:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        raise DataError(f"data {source!r} is a folder: pass files ({', '.join(SUFFIXES)}) or the id of a data set")
-    if path.suffix.lower() in SUFFIXES or path.exists():
-        if not path.is_file():
-            raise DataError(f"data {source!r}: no such file")
-        if not path.stat().st_size:
-            raise DataError(f"{path.name}: is empty (0 bytes)")
-        readers = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
-        reader = readers.get(path.suffix.lower())
-        if reader is None:
-            raise DataError(f"data {source!r}: must end with one of {', '.join(SUFFIXES)}")
-        try:
-            yield from reader(path)
-        except OSError as error:
-            raise DataError(f"{path.name} cannot be read: {error.strerror or error}") from error
-        return
-    yield from _read_hub(source, split, revision)
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            place = f"{path.name}:{number}"
-            text = _decoded(raw, number, place)
-            if isinstance(text, BadRow):
-                yield place, text
-                continue
-            if not text.strip():
-                continue
-            try:
-                yield place, json.loads(text)
-            except (ValueError, RecursionError) as error:
-                yield place, BadRow(place, f"is not JSON ({_json_problem(error, text)})")
-
-
-def _decoded(raw: bytes, number: int, place: str) -> str | BadRow:
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{place}: is UTF-16, not UTF-8: save the file as UTF-8")
-    try:
-        return raw.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        return BadRow(place, f"is not UTF-8 (byte {error.start + 1} is 0x{raw[error.start]:02x}): save it as UTF-8")
-
-
-def _json_problem(error: Exception, text: str) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        if text.strip() in ("[", "[{") and error.pos >= len(text.rstrip()):
-            return "this looks like one JSON array: write one object a line"
-        return f"{error.msg} at column {error.colno}"
-    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-
-
-def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    def lines() -> Iterator[str]:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                text = _decoded(raw, number, f"{path.name}:{number}")
-                if isinstance(text, BadRow):  # a cell may span lines, so the rows around it are lost as well
-                    raise DataError(f"{text.place}: {text.reason}")
-                yield text
-
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(lines(), strict=True)
-    try:
-        heads = next(reader, None)
-        if heads is None:
-            return
-        start = reader.line_num + 1
-        for cells in reader:
-            place, start = f"{path.name}:{start}", reader.line_num + 1
-            if not cells:
-                continue
-            if len(cells) != len(heads):
-                yield place, BadRow(place, f"has {len(cells)} cells, the header has {len(heads)}")
-                continue
-            yield place, _parsed_cells(dict(zip(heads, cells, strict=True)))
-    except csv.Error as error:
-        old = "new-line character" in str(error)
-        reason = "has lines that end with CR only: save it with LF line endings" if old else f"is not CSV ({error})"
-        raise DataError(f"{path.name}:{max(reader.line_num, 1)}: {reason}") from error
-
-
-def _parsed_cells(fields: dict[str, str]) -> dict[str, Any]:
-    """Parse cells that hold a list of messages as JSON; every other cell is text."""
-    parsed: dict[str, Any] = dict(fields)
-    for name in ("messages", "prompt", "completion", "conversations", "history"):
-        if fields.get(name, "").lstrip().startswith(("[{", "[[")):
-            try:
-                parsed[name] = json.loads(fields[name])
-            except ValueError:
-                continue  # text that starts like a list, or an invalid list: a later check reports it
-    return parsed
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches(batch_size=PARQUET_ROWS):
-            for fields in batch.to_pylist():
-                number += 1
-                yield f"{path.name}, row {number}", without_nulls(fields)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path.name}: is not a readable Parquet file ({str(error).splitlines()[0]})") from error
-
-
-def _read_hub(name: str, split: str, revision: str | None) -> Iterator[tuple[str, Any]]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise DataError(f"data {name!r}: neither a file nor a valid id of a data set (owner/name)") from error
-    try:
-        with quiet_libraries():
-            rows = load_dataset(name, split=split, revision=revision)
-    except DatasetNotFoundError as error:
-        at = f" at revision {revision!r}" if revision else ""
-        raise DataError(
-            f"data {name!r}{at}: no such file, and no such data set on the Hub, or it is private or gated: check the "
-            "name, or log in with `hf auth login`"
-        ) from error
-    except Exception as error:  # raised by one of the many libraries that `datasets` reads with
-        raise DataError(f"data {name!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
-    for number, fields in enumerate(rows, 1):
-        yield f"{name} ({split}), row {number}", without_nulls(fields)
 
 
 def checked(place: str, value: Any) -> Row | BadRow:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.errors import DataError
-from minilora_hub.training.data import BadRow, Row, read_rows
+from minilora_hub.training.data import Row, read_rows
 from minilora_hub.training.settings import TrainingSettings
+from minilora_hub.training.sources import BadRow
 from minilora_hub.training.tokens import IGNORED, Encoder, Example
 
 SHOWN = 2

@@ -15,9 +15,10 @@ from itertools import accumulate
 from typing import Any
 
 from minilora_hub.errors import DataError
-from minilora_hub.training.data import BadRow, Row, read_values
+from minilora_hub.training.data import Row
 from minilora_hub.training.row_formats import lone_surrogate
 from minilora_hub.training.settings import TrainingSettings
+from minilora_hub.training.sources import BadRow, read_values
 from minilora_hub.training.tokens import IGNORED, Example
 
 GENERATION, TEXTS, WORDS = "text-generation", "text-classification", "token-classification"

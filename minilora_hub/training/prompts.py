@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from minilora_hub.errors import DataError
-from minilora_hub.training.data import BadRow, Row, read_rows
+from minilora_hub.training.data import Row, read_rows
 from minilora_hub.training.settings import SETTINGS_FILE, read_yaml
+from minilora_hub.training.sources import BadRow
 
 
 def trained_on(adapter: Path) -> tuple[str, ...]:

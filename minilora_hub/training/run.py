@@ -83,7 +83,7 @@ def train(
         method: ``"lora"``, ``"dora"``, ``"mixlora"``, ``"mixdora"``, or another name in `recipes.RECIPES`. With
             ``from_adapter=`` method, base and the adapter's fields are those of that adapter.
         base: ``"embedded"``, a folder or a Hub id.
-        data: files (``.jsonl``, ``.csv``, ``.parquet``), or the id of a data set on the Hub.
+        data: files (``.jsonl``, ``.csv``, ``.parquet``, ``.txt``, ``.md``), or the id of a data set on the Hub.
         config: a YAML file of overrides.
         resume: continue from the last checkpoint in `out`, with the settings that the run began with.
         dry_run: make the plan only; write nothing.

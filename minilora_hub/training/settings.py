@@ -41,7 +41,7 @@ class TrainingSettings:
     Attributes:
         method: a name in `RECIPES`.
         base: ``"embedded"``, a folder or a Hub id.
-        data: files (``.jsonl``, ``.csv``, ``.parquet``), or one data set's id on the Hub.
+        data: files (``.jsonl``, ``.csv``, ``.parquet``, ``.txt``, ``.md``), or one data set's id on the Hub.
         recipe: settings of the training.
         base_revision: branch, tag or commit of a base on the Hub.
         data_split: split of a Hub data set.

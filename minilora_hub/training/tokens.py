@@ -23,7 +23,8 @@ from functools import cached_property
 from typing import Any
 
 from minilora_hub.bases.end_tokens import end_token_ids
-from minilora_hub.training.data import BadRow, Row
+from minilora_hub.training.data import Row
+from minilora_hub.training.sources import BadRow
 
 IGNORED = -100
 DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")

@@ -45,7 +45,7 @@ from minilora_hub.training.settings import make_settings
 FOLDER = RESULTS / "low_bit"
 TASK = "dates"
 STARTS = ("zero", "loftq", "calibrated")
-WINDOWS, STEPS, ITEMS = 8, 24, 50
+WINDOWS, STEPS, ITEMS = 8, 16, 40
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Case:
 CASES = (
     Case("int3", 64, 16),
     Case("nf4", None, 16),
-    Case("int2", 16, 64),
     Case("int3", 64, 16, trained=True),
+    Case("int2", 16, 64),
     Case("int4", 64, 16),
 )
 

@@ -15,9 +15,10 @@ from tiny_stand_ins import byte_tokenizer
 from tiny_training import CHAT
 
 from minilora_hub.errors import DataError
-from minilora_hub.training.data import BadRow, Row, read_rows
+from minilora_hub.training.data import Row, read_rows
 from minilora_hub.training.dataset import prepare_data
 from minilora_hub.training.settings import make_settings
+from minilora_hub.training.sources import PASSAGE, BadRow
 from minilora_hub.training.tokens import IGNORED, Encoder
 
 GOOD = b'{"text": "good"}\n'
@@ -77,7 +78,9 @@ def test_a_bad_line_is_named(content, line, reason, tmp_path):
         ("d.jsonl", b"", "d.jsonl: is empty"),
         ("d.jsonl", b"\n\n", "has no rows"),
         ("d.jsonl", "\ufeff".encode("utf-16"), "d.jsonl:1: is UTF-16"),
-        ("d.txt", b"x", "must end with one of"),
+        ("d.doc", b"x", "must end with one of"),
+        ("d.txt", b"a\n\xff\n", "d.txt:2: is not UTF-8"),
+        ("d.md", b"\n \n", "d.md: has no rows"),
         ("d.csv", b'text\n"open\n', r"d.csv:2: is not CSV"),
         ("d.csv", b"text\n\xff\n", "d.csv:2: is not UTF-8"),
         ("d.parquet", b"PAR1 no", "d.parquet: is not a readable Parquet file"),
@@ -97,6 +100,23 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
         list(read_rows((str(tmp_path),)))
     with pytest.raises(DataError, match="neither a file nor a valid id"):
         list(read_rows(("a b/c",)))
+
+
+def test_a_document_becomes_passages_of_whole_paragraphs(tmp_path):
+    """None of its text is lost, and each passage is found where its place says."""
+    paragraphs = [f"  {number}: " + "words and words. " * (number % 70) + "\nnext line" for number in range(60)]
+    text = "\n\n" + "\n\n\n".join(paragraphs) + "\n"
+    (tmp_path / "notes.md").write_text(text, encoding="utf-8")
+    found = list(read_rows((str(tmp_path / "notes.md"),)))
+    assert [row.kind for row in found] == ["text"] * len(found)
+    assert "\n".join(row.fields["text"] for row in found).split() == text.split()
+    lines = text.splitlines()
+    for row in found:
+        assert lines[int(row.place.rpartition(":")[2]) - 1] == row.fields["text"].splitlines()[0]
+        assert row.fields["text"].endswith("next line")
+    sizes = [len(row.fields["text"]) for row in found]
+    assert min(sizes[:-1]) >= PASSAGE - 10
+    assert max(sizes) < PASSAGE + max(map(len, paragraphs)) + 10
 
 
 def test_the_same_rows_come_from_every_kind_of_file(tmp_path):

@@ -10,7 +10,8 @@ import pytest
 from pyarrow import parquet
 
 from minilora_hub.errors import DataError
-from minilora_hub.training.data import BadRow, checked, read_rows
+from minilora_hub.training.data import checked, read_rows
+from minilora_hub.training.sources import BadRow
 
 ASK, SAY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}

@@ -10,7 +10,8 @@ from tiny_tokenizers import END_OF_TURN, KINDS, tokenizer_of
 from tokenizers import normalizers, processors
 from transformers import ByT5Tokenizer
 
-from minilora_hub.training.data import BadRow, Row
+from minilora_hub.training.data import Row
+from minilora_hub.training.sources import BadRow
 from minilora_hub.training.tokens import IGNORED, Encoder
 
 # Some answers begin with what a tokenizer may join to the end of the prompt.
