@@ -14,6 +14,7 @@ import tiny_stand_ins
 from demo.threads import run_async
 
 from minilora_hub.compare.engine import CompareEngine, Sampling
+from minilora_hub.demo.runs import runner
 from minilora_hub.demo.runs.limits import PageLimits
 from minilora_hub.demo.runs.runner import Runner
 
@@ -64,7 +65,7 @@ def test_sixteen_at_once_take_turns(engine):
 
 def test_visitors_share_forwards(tmp_path, monkeypatch):
     """On a base whose cache can be joined: each reads its prompt, and then a step is one forward for all of them."""
-    monkeypatch.setattr("minilora_hub.demo.runs.runner.FRAME_SECONDS", 0)
+    monkeypatch.setattr(runner, "FRAME_SECONDS", 0)
     base, adapters = tiny_stand_ins.save_base_and_adapters(tmp_path)
     engine = CompareEngine(base, adapters, device="cpu")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from dataclasses import make_dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -306,7 +307,9 @@ def test_a_term_that_is_not_finite_stops_the_run(base, data, text, tmp_path, mon
 
     monkeypatch.setattr(Anchor, "__call__", lambda self, step: Term(torch.tensor(math.nan)))
     said = RUN | {"method": "lora", "r": 2, "base": base, "data": data}
-    monkeypatch.setattr("minilora_hub.training.run.make_plan", lambda *args: None)
+    # The plan measures a step, too: without one, it is the run that stops.
+    unmeasured = make_dataclass("Unmeasured", ["ranks", "init"])(None, None)
+    monkeypatch.setattr("minilora_hub.training.run.make_plan", lambda *args: unmeasured)
     with pytest.raises(TrainingError, match=r"the loss became nan in step 1 on rows\.jsonl"):
         train(tmp_path / "out", objective=[f"anchor:data={text},length=16"], **said)
 
