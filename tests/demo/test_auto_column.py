@@ -12,7 +12,7 @@ from minilora_hub.compare.engine import CompareEngine, Row, Sampling
 from minilora_hub.compare.prompt_index import AdapterIndex, embedding
 from minilora_hub.demo.adapters.catalogue import Catalogue
 from minilora_hub.demo.runs.auto_column import AutoColumn
-from minilora_hub.demo.runs.comparison import exported_json
+from minilora_hub.demo.runs.comparison import exported_json, exported_markdown
 from minilora_hub.demo.runs.runner import Runner
 from minilora_hub.demo.runs.visitor import Visitors
 from minilora_hub.demo.ui.page_state import text_of
@@ -78,6 +78,7 @@ def test_what_is_kept_names_the_adapter_and_its_weights(engine, ana):
     said = json.loads(exported_json(kept))["columns"]
     assert said[3]["route"]["runner_up"]["adapter"] == "lora"
     assert "route" not in said[2]
+    assert exported_markdown(kept).count("## auto\n\nAnswered by dora, chosen by the prompt: similarity 1.000.") == 1
 
 
 def test_it_is_answered_again_alone(engine, ana):

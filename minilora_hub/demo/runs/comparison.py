@@ -169,6 +169,9 @@ def exported_markdown(comparison: Comparison) -> str:
         rows.append(f"| {name} | {facts} | {column['tokens']} | {rate} | {first} |")
         earlier = "".join(f"{inline(role)}, earlier:\n\n{block(said)}\n\n" for role, said in column.get("before", ()))
         own = f"Its own settings: {inline(in_words(column['sampling']))}.\n\n" if column.get("sampling") else ""
+        if route := column.get("route"):
+            chosen = f"Answered by {inline(route['adapter'])}, chosen by the prompt"
+            own = f"{chosen}: similarity {route['similarity']:.3f}.\n\n{own}"
         answers.append(f"## {name}\n\n{own}{earlier}{block(text) if text else 'No text.'}")
         if column["error"]:
             answers.append(f"Failed: {inline(column['error'])}")

@@ -98,7 +98,8 @@ class Picture {
     this.pen.stroke();
     this.pen.fillStyle = hue;
     this.pen.fillRect(x + 24, y + 24, 44, 8);
-    this.write(about.name, x + 24, y + 64, 22, "ink", 600);
+    const name = now.route ? `${about.name}: ${now.route.adapter}` : about.name;
+    this.write(name, x + 24, y + 64, 22, "ink", 600);
     for (const { text, x: dx, y: dy, index } of box.places) {
       if (dy > box.height) break;
       this.font(20);
