@@ -230,7 +230,7 @@ def differing_tensors(
 
 def _values(tensor: Tensor) -> Tensor:
     """The values of a tensor; of one that a quantizer has made a class of its own (torchao's), as floats."""
-    return tensor.dequantize() if hasattr(tensor, "__tensor_flatten__") else tensor
+    return tensor.dequantize() if hasattr(tensor, "__tensor_flatten__") and not is_split(tensor) else tensor
 
 
 def _is_same(tensor: Tensor, value: Tensor) -> bool:

@@ -317,7 +317,7 @@ def test_the_picker_takes_ids_of_the_hub(visit):
         ("/etc/passwd", "is not an id on the Hub"),
     ):
         page.fill("[name=hub]", name)
-        page.click(".ml-strong")
+        page.click(".ml-strong:visible")
         page.wait_for_selector(".ml-picker[data-phase=error]")
         page.wait_for_function(
             "words => document.querySelector('.ml-picker-words').textContent.includes(words)", arg=words
@@ -325,7 +325,7 @@ def test_the_picker_takes_ids_of_the_hub(visit):
         assert names(page) == ["base", "ana/dora"]
     page.locator(".ml-pick input[value=dora]").check()
     page.fill("[name=hub]", "ana/mixlora")
-    page.click(".ml-strong")
+    page.click(".ml-strong:visible")
     page.wait_for_selector(".ml-picker[data-phase=done]")
     page.wait_for_function("document.querySelectorAll('.ml-card').length === 4")
     assert names(page) == ["base", "dora", "ana/dora", "ana/mixlora"]

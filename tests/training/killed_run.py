@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from minilora_hub.training import trainer as module
+from minilora_hub.training import adapter_checkpoints as module
 from minilora_hub.training.callbacks import GradientsChecked
 from minilora_hub.training.run import train
 
