@@ -139,7 +139,11 @@ def visit(link_server, browser):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("dora", "DoRA"), ("mixlora", "MixLoRA"), pytest.param("lora", "LoRA", marks=pytest.mark.slow)]
+    ("name", "kind"),
+    [
+        ("mixlora", "MixLoRA"),
+        *(pytest.param(n, k, marks=pytest.mark.slow) for n, k in (("dora", "DoRA"), ("lora", "LoRA"))),
+    ],
 )
 def test_a_link_shows_that_adapter_beside_the_base(visit, models, name, kind):
     """In place of the page's own adapters, answering as it does elsewhere, and not as the base."""

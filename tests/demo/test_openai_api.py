@@ -39,6 +39,7 @@ def answer(client, model, tokens=12, **fields):
     return client.chat.completions.create(model=model, messages=HELLO, max_tokens=tokens, temperature=0, **fields)
 
 
+@pytest.mark.slow
 def test_models_answer_as_on_the_page_while_the_page_compares(server, client):
     page = Client(server.address, verbose=False)
     rows = page.predict("Hello", max_new_tokens=12, api_name="/compare")["rows"]

@@ -42,6 +42,7 @@ def ends(moments):
     return {update.row: update.reason for moment in moments for update in moment.updates if update.finished}
 
 
+@pytest.mark.slow
 def test_sixteen_at_once_take_turns(engine):
     """None fails; all progress side by side, so that nobody ends much later than a fair share of the work."""
 

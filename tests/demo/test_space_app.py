@@ -81,11 +81,12 @@ def test_it_runs_and_answers(staged):
     assert not list(folder.rglob("*.pyi"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
         ({"MINILORA_MAX_TOKENS": "lots"}, "app.py: MINILORA_MAX_TOKENS='lots': must be a whole number of at least 1"),
-        pytest.param({"MINILORA_ADAPTERS": "./gone"}, "app.py: adapter 'gone': no such folder", marks=pytest.mark.slow),
+        ({"MINILORA_ADAPTERS": "./gone"}, "app.py: adapter 'gone': no such folder"),
     ],
 )
 def test_a_wrong_variable_stops_it_with_one_line(staged, variables, message):

@@ -96,10 +96,10 @@ def reference(folder: Path, base_folder: Path, method: str):
     return lambda inputs: answer(inputs, do_sample=False, return_full_text=False, **GREEDY)
 
 
-SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("lora", "mixlora")]
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("dora", "lora", "mixlora")]
 
 
-@pytest.mark.parametrize("method", ["dora", *SLOW])
+@pytest.mark.parametrize("method", SLOW)
 def test_the_handler_answers_without_minilora_hub(hub, built, base_folder, method):
     folder = built(method)
     expected = reference(folder, base_folder, method)

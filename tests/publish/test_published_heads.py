@@ -34,7 +34,7 @@ def trained_folder(base, folder, method="dora", auto_name="AutoModelForSequenceC
 @pytest.mark.parametrize(
     ("method", "auto_name", "task"),
     [
-        ("dora", "AutoModelForSequenceClassification", "text-classification"),
+        pytest.param("dora", "AutoModelForSequenceClassification", "text-classification", marks=pytest.mark.slow),
         pytest.param("mixlora", "AutoModelForTokenClassification", "token-classification", marks=pytest.mark.slow),
         pytest.param("dora", "AutoModel", "feature-extraction", marks=pytest.mark.slow),
     ],

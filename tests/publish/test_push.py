@@ -40,7 +40,11 @@ def ana(hub, monkeypatch):
 
 @pytest.mark.parametrize(
     ("method", "expected"),
-    [("dora", OURS | PEFT), ("mixlora", OURS), ("lora", ROOT | {"adapter_config.json"})],
+    [
+        pytest.param("dora", OURS | PEFT, marks=pytest.mark.slow),
+        ("mixlora", OURS),
+        ("lora", ROOT | {"adapter_config.json"}),
+    ],
 )
 def test_the_layout_that_arrives(hub, ana, trained, method, expected):
     result = push(trained[method], "ana/adapter", progress=False, verify=method == "dora")
