@@ -104,7 +104,7 @@ def tree(folder):
     return files
 
 
-@pytest.mark.parametrize("count", [len(DAMAGES), pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [len(DAMAGES), pytest.param(200, marks=pytest.mark.slow)])
 def test_damaged_folders(count, good, base_folder, tmp_path, process, capsys):
     rng = random.Random(20)
     healthy = good["dora"]
