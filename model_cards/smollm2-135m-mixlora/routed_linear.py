@@ -50,8 +50,10 @@ class RoutedModule(nn.Module):
     def route(self, x: Tensor, leading_shape: Sequence[int]) -> Routes:
         """Route the tokens x, (tokens, d), and add the decision to the open record, if there is one."""
         x, record = x.float(), current_record()
-        if record is not None and record.logits and record.logits[0].shape[:-1].numel() == len(x):
-            leading_shape = record.logits[0].shape[:-1]  # OPT flattens the tokens before its feed-forward linears
+        if record is not None and len(leading_shape) == 1:  # OPT flattens the tokens before its feed-forward linears
+            known = [logits.shape[:-1] for logits in record.logits[:1]]
+            known += [] if record.token_mask is None else [record.token_mask.shape]
+            leading_shape = next((shape for shape in known if shape.numel() == len(x)), leading_shape)
         if self.training and self.jitter_noise > 0:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
         token_mask = self._token_mask(record, leading_shape, x.device)

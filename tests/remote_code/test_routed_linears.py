@@ -102,11 +102,13 @@ def test_families(family):
     assert torch.equal(logits(model.unload()), before)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["fc1", "fc2"]], ids=["all", "flattened alone"])
 @pytest.mark.parametrize("strategy", [{}, SWITCH], ids=["top-k", "switch"])
-def test_a_base_without_a_known_block_that_flattens_its_tokens(strategy):
+def test_a_base_without_a_known_block_that_flattens_its_tokens(strategy, targets):
     """OPT: the losses and the padding are those of (batch, seq) all the same."""
     base = AutoModelForCausalLM.from_config(tiny_architecture("opt").config).eval()
-    model = MixLoraForCausalLM.from_base(base, tiny_config("mixlora", router_scope="linear", **strategy)).train()
+    config = tiny_config("mixlora", router_scope="linear", **strategy | {"target_modules": targets})
+    model = MixLoraForCausalLM.from_base(base, config).train()
     fill_adapter(model)
     ids, mask = padded(token_ids(), "right", 3)
     outputs = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), output_router_logits=True)
