@@ -36,8 +36,7 @@ def task_of(settings: TrainingSettings) -> str:
     for _, value in read_values(settings.data, settings.data_split, settings.data_revision):
         if isinstance(value, dict) and not any(value.get(name) is not None for name in ANSWERS):
             fields = _renamed(value)
-            found = next((task for task, names in FIELDS.items() if fields.keys() >= set(names)), GENERATION)
-            return found
+            return next((task for task, names in FIELDS.items() if fields.keys() >= set(names)), GENERATION)
         break
     return GENERATION
 
