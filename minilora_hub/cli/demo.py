@@ -88,7 +88,6 @@ def demo(
     engine = CompareEngine(base, named, dtype=dtype, keep_bare_logits=True, progress=say)
     openai = openai_from_environment(engine, limits)
     shown = "localhost" if host in ("0.0.0.0", "::") else host  # noqa: S104
-    typer.echo(f"Open http://{shown}:{port} (press Ctrl-C to stop)")
     page = build_demo(
         engine,
         links=LinkedAdapters(engine, resolve_base(base), limits),
@@ -98,7 +97,16 @@ def demo(
         route=route,
     )
     screen = _has_screen() if browser is None else browser
-    launch(page, host=host, port=port, open_browser=screen, mcp=mcp, openai=openai, engine=engine)
+    launch(
+        page,
+        host=host,
+        port=port,
+        open_browser=screen,
+        mcp=mcp,
+        openai=openai,
+        engine=engine,
+        ready=lambda: typer.echo(f"Open http://{shown}:{port} (press Ctrl-C to stop)"),
+    )
 
 
 def free_port(host: str, wanted: int | None) -> int:

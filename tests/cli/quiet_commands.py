@@ -36,7 +36,7 @@ class Terminal:
                 kind = self.foreign
             frame = frame.f_back
         kind.append(text)
-        if "Open http" in text:  # the page is about to be served: end it as Ctrl-C does
+        if "Open http" in text:  # the page is served: end it as Ctrl-C does
             signal.setitimer(signal.ITIMER_REAL, 1.0)
         return len(text)
 

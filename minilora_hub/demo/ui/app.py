@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,7 @@ def launch(
     mcp: bool = False,
     openai: dict[str, Any] | None = None,
     engine: CompareEngine | None = None,
+    ready: Callable[[], None] = lambda: None,
 ) -> str:
     """Serve the page.
 
@@ -145,6 +146,7 @@ def launch(
         mcp: also serve the comparison as a tool for MCP clients, at ``/gradio_api/mcp/``.
         openai: arguments that add OpenAI's API at ``/v1``, from `openai_from_environment`.
         engine: the page's models, which ``/agents.md`` lists. None: there is no such page.
+        ready: with `block`, called once the page can be opened.
 
     Returns:
         The page's address.
@@ -176,6 +178,7 @@ def launch(
     )
     if block:
         try:
+            ready()
             threading.Event().wait()
         finally:
             demo.close(verbose=False)
