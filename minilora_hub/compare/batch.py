@@ -138,25 +138,25 @@ def experts_at(routing: Routing, places: Sequence[int]) -> dict[int, dict[str, A
             for parts in zip(*found, strict=True)
         )
         for index, experts, shares in zip(mine, selected, weights, strict=True):
-            served = [
-                [(expert, share) for expert, share in zip(*layer, strict=True) if share > 0]  # 0: an unused slot
-                for layer in zip(experts, shares, strict=True)
-            ]
+            served = [_served(*layer) for layer in zip(experts, shares, strict=True)]
             fields[index] = {
-                "experts": tuple(tuple(expert for expert, _ in layer) for layer in served),
-                "expert_weights": tuple(tuple(share for _, share in layer) for layer in served),
+                "experts": tuple(tuple(layer) for layer in served),
+                "expert_weights": tuple(tuple(layer.values()) for layer in served),
             }
     return fields
 
 
 def _of_layer(routes: Sequence[Routes], places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the experts' weights in a layer and their indices at these places, each (places, K)."""
+    """Return the slots of a layer's routers at these places, (places, K): their share in the mean, and their experts."""
     at = torch.tensor(places, device=routes[0].selected.device)
-    if len(routes) == 1:
-        return routes[0].weights[at], routes[0].selected[at]
-    experts = 1 + max(int(one.selected.max()) for one in routes)
-    mean = torch.zeros(len(places), experts, device=at.device)
-    for one in routes:
-        mean.scatter_add_(1, one.selected[at], one.weights[at] / len(routes))
-    weights, selected = mean.sort(dim=-1, descending=True)
-    return weights, selected
+    weights = torch.cat([one.weights[at] for one in routes], dim=-1) / len(routes)
+    return weights, torch.cat([one.selected[at] for one in routes], dim=-1)
+
+
+def _served(experts: Sequence[int], shares: Sequence[float]) -> dict[int, float]:
+    """Return {expert: weight} of one token in one layer, the largest first, without unused slots, whose share is 0."""
+    total: dict[int, float] = {}
+    for expert, share in zip(experts, shares, strict=True):
+        if share > 0:
+            total[expert] = total.get(expert, 0.0) + share
+    return dict(sorted(total.items(), key=lambda one: -one[1]))

@@ -162,6 +162,7 @@ class CompareEngine:
                 yield
             finally:
                 self._forwards = before
+                self._batches.leave()  # of streams that were closed meanwhile
 
     def base_proof(self) -> BaseProof | None:
         """Compare the base's rows with the bare checkpoint; None without `keep_bare_logits`."""

@@ -44,23 +44,21 @@ class MeasuredAnswers:
 
     @cached_property
     def _known(self) -> dict[str, Any]:
-        """The file's content with the page's base and adapters only; the first call hashes the weights."""
-        names = {adapter_digest(folder): name for name, folder in self._catalogue.paths().items()}
-        models = [
-            {**model, "name": names.get(model["adapter_sha256"], BASE)}
-            for model in self._content["models"]
-            if model["name"] == BASE or model["adapter_sha256"] in names
-        ]
-        return {**self._content, "models": models}
+        """The file's content with the page's base and adapters only; an adapter called as the base is left out."""
+        measured = {model["adapter_sha256"]: model for model in self._content["models"] if model["name"] != BASE}
+        digests = {name: adapter_digest(folder) for name, folder in self._catalogue.paths().items() if name != BASE}
+        adapters = [measured[digest] | {"name": name} for name, digest in digests.items() if digest in measured]
+        base = [model for model in self._content["models"] if model["name"] == BASE]
+        return {**self._content, "models": base + adapters}
 
     @cached_property
     def names(self) -> list[str]:
         """The measured adapters of the page, in its order; none if they were measured on a base of other weights."""
-        (base,), measured_on = self._catalogue.weights(()), self._content["base"]["fingerprint"]
-        if UNKNOWN not in (base.hash, measured_on) and base.hash != measured_on:
+        measured = [model["name"] for model in self._known["models"] if model["name"] != BASE]
+        if not measured:  # the base is not hashed for nothing
             return []
-        measured = {model["name"] for model in self._known["models"]} - {BASE}
-        return [name for name in self._catalogue.names if name in measured]
+        (base,), measured_on = self._catalogue.weights(()), self._content["base"]["fingerprint"]
+        return measured if UNKNOWN in (base.hash, measured_on) or base.hash == measured_on else []
 
     def view(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Return what the page shows of two models.

@@ -47,9 +47,9 @@ class OwnSampling:
             with_own(Sampling(), own)
         except ValueError as error:
             raise PageError(f"{error}") from None
-        self._of.pop(_model(about), None)
+        self._of.pop(about["name"], None)
         if own:
-            self._of[_model(about)] = {name: own[name] for name in SETTINGS if name in own}
+            self._of[about["name"]] = {name: own[name] for name in SETTINGS if name in own}
 
     def adopt(self, stage: Mapping[str, Any]) -> None:
         """Set those of a comparison, to run it again; its other columns have the common ones."""
@@ -59,7 +59,7 @@ class OwnSampling:
 
     def of(self, about: Sequence[Mapping[str, Any]]) -> list[dict[str, Scalar]]:
         """Return the own settings of each of these columns."""
-        return [dict(self._of.get(_model(one), {})) for one in about]
+        return [dict(self._of.get(one["name"], {})) for one in about]
 
 
 def settings_of(sampling: Sampling, system: str = "") -> dict[str, Scalar]:
@@ -79,9 +79,7 @@ def differing(common: Mapping[str, Scalar], fields: Mapping[str, Scalar]) -> dic
 
 
 def in_words(own: Mapping[str, Any]) -> str:
-    """Return settings as words."""
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in own.items())
-
-
-def _model(about: Mapping[str, Any]) -> str:
-    return about["name"]
+    """Return settings as words, without those that have no effect."""
+    idle = DRAWING if own.get("temperature") == 0 else ()
+    shown = {name: "none" if value == "" else value for name, value in own.items() if name not in idle}
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())

@@ -103,9 +103,10 @@ class Runner:
                 repo = await asyncio.to_thread(links.fetch, name, Path(temporary))
                 return await loop.run_in_executor(self._thread, links.load, name, Path(temporary), repo)
 
-    async def choose(self, prompt: str, columns: Sequence[Column]) -> tuple[Choice, Column]:
-        """Choose the adapter for a prompt, see `AutoColumn.choose`."""
+    async def choose(self, prompt: str, sampling: Sampling, columns: Sequence[Column]) -> tuple[Choice, Column]:
+        """Choose the adapter for a prompt that is within the limits, see `AutoColumn.choose`."""
         assert self.auto is not None
+        self.limits.check(prompt, sampling, len(columns))
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.auto.choose, prompt, columns)
 
     def answer(

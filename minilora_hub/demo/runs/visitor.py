@@ -177,7 +177,7 @@ class Visitor(ShownColumns):
         try:
             columns = list(self.columns()[asked])
             if COLUMN in columns:
-                choice, columns[columns.index(COLUMN)] = await self._runner.choose(prompt, self.columns())
+                choice, columns[columns.index(COLUMN)] = await self._runner.choose(prompt, sampling, self.columns())
                 running.routed(COLUMN.name, choice.to_dict())
             moments = self._runner.answer(prompt, sampling, columns, stop, messages, self._halted, own=own[asked])
         except (ValueError, AdapterError) as error:

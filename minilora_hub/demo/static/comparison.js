@@ -272,6 +272,7 @@ const minilora = {
     },
   },
   stage: (element, trigger) => new Stage(element, trigger),
+  letterOf,
   // Ask the adapter picker to "use", "remove" or "add" an adapter.
   adapter: (act, adapter = null) => document.dispatchEvent(new CustomEvent("ml:adapter", { detail: { act, adapter } })),
   async copy(text) {

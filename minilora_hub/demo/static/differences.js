@@ -3,7 +3,6 @@ const box = element.querySelector(".ml-differ");
 const find = (name) => box.querySelector(name);
 const make = (tag, name, text) => Object.assign(document.createElement(tag), { className: name, textContent: text ?? "" });
 const named = (tag, scope, text) => Object.assign(make(tag, "", text), { scope });
-const letter = (expert) => String.fromCharCode(65 + (expert % 26)) + (expert >= 26 ? Math.floor(expert / 26) : "");
 const selects = [...box.querySelectorAll("select")];
 
 function choices(select, options, chosen) {
@@ -58,7 +57,7 @@ function routing([name, { layer, tasks }]) {
   const table = make("table", "ml-differ-table");
   table.append(make("caption", "", `Experts of ${name} in layer ${layer}, where the tasks differ most: share of the tokens`));
   const head = table.createTHead().insertRow();
-  head.append(named("th", "col", "task"), ...tasks[0].load.map((_, expert) => named("th", "col", letter(expert))));
+  head.append(named("th", "col", "task"), ...tasks[0].load.map((_, expert) => named("th", "col", window.minilora.letterOf(expert))));
   const body = table.createTBody();
   for (const { task, load } of tasks) {
     body.insertRow().append(named("th", "row", task), ...load.map((share) => make("td", "", `${Math.round(100 * share)} %`)));

@@ -27,7 +27,7 @@ def build_differences_panel(measured: MeasuredAnswers, parts: Parts, start: Star
 
     async def show(event: gr.EventData, now: dict) -> dict:
         try:
-            # In a thread, because the first call hashes the weights.
+            # In a thread, because it compares all items.
             return {"phase": "shown", "error": "", **await asyncio.to_thread(measured.view, sent(event))}
         except ValueError as error:
             return {**now, "error": f"{error}"}
