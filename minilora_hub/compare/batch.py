@@ -147,7 +147,7 @@ def experts_at(routing: Routing, places: Sequence[int]) -> dict[int, dict[str, A
 
 
 def _of_layer(routes: Sequence[Routes], places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the slots of a layer's routers at these places, (places, K): their share in the mean, and their experts."""
+    """Return the slots of a layer's routers at these places, (places, K): share in the mean, and expert."""
     at = torch.tensor(places, device=routes[0].selected.device)
     weights = torch.cat([one.weights[at] for one in routes], dim=-1) / len(routes)
     return weights, torch.cat([one.selected[at] for one in routes], dim=-1)
