@@ -25,6 +25,7 @@ ROOMS = (
     "code_inputs",
     "progress_display",
     "documents",
+    "whole_folders",
     "formatting",
     "remote_code",
     "hub",

@@ -12,8 +12,6 @@ config.json says under `QUANTIZED_FROM` which base it was made of.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -24,7 +22,7 @@ from minilora_hub.bases.loading import load_base, load_tokenizer
 from minilora_hub.bases.resolving import ResolvedBase, resolve_base
 from minilora_hub.errors import BaseModelError, MissingExtraError
 from minilora_hub.remote_code.adapter_files import base_fingerprint
-from minilora_hub.remote_code.linear_layers import linear_shape
+from minilora_hub.whole_folders import require_free, whole_folder
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +37,7 @@ class QuantizedFrom:
     """What a quantized checkpoint was made of.
 
     Attributes:
-        base: ``"embedded"``, a folder or a Hub id.
+        base: ``"embedded"``, the absolute path of a folder, or a Hub id.
         revision: its commit on the Hub.
         fingerprint: hash of its weights.
     """
@@ -79,9 +77,10 @@ def quantize_base(
         progress: called with a line before and after loading.
 
     Raises:
+        AdapterError: `out` is in use or cannot be written.
         BaseModelError: the base cannot be loaded, is quantized already, or has no linear that this kind can take.
         MissingExtraError: the quantizer is not installed.
-        ValueError: `kind` or `group_size` is out of range, or `out` is in use.
+        ValueError: `kind` or `group_size` is out of range.
     """
     if kind not in KINDS:
         raise ValueError(f"to={kind!r}: must be one of {', '.join(KINDS)}")
@@ -89,8 +88,7 @@ def quantize_base(
         raise ValueError(f"group_size={group_size}: NF4's groups have 64 weights; leave it out")
     if group_size is not None and group_size < 1:
         raise ValueError(f"group_size={group_size}: must be at least 1")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out={str(out)!r}: must be a new or empty folder")
+    require_free(out)
     package, extra = ("bitsandbytes", "quant") if kind == "nf4" else ("torchao", "lowbit")
     if find_spec(package) is None:
         raise MissingExtraError(package, extra)
@@ -98,18 +96,17 @@ def quantize_base(
     tokenizer = load_tokenizer(resolved)
     settings = _settings(kind, group_size or GROUP_SIZE, resolved)
     model = load_base(resolved, dtype=dtype, progress=progress, quantization_config=settings)
-    made_of = QuantizedFrom(base, resolved.revision, base_fingerprint(str(resolved.path)))
+    name = str(Path(base).absolute()) if Path(base).is_dir() else base
+    made_of = QuantizedFrom(name, resolved.revision, base_fingerprint(str(resolved.path)))
     setattr(model.config, QUANTIZED_FROM, asdict(made_of))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        folder = Path(scratch, out.name)
+    with whole_folder(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        os.replace(folder, out)
 
 
 def _settings(kind: str, group_size: int, base: ResolvedBase) -> Any:
     """Return transformers' settings of a quantizer, once it is known that the base's linears fit them."""
+    from torch import nn
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     from minilora_hub.bases.skeleton import find_base
@@ -118,10 +115,12 @@ def _settings(kind: str, group_size: int, base: ResolvedBase) -> Any:
     if getattr(source.config, "quantization_config", None) is not None:
         raise BaseModelError(f"base {base.name!r} is quantized already: pass the base that it was made of")
     layers = source.skeleton.get_submodule(source.layers_path).named_modules()
-    shapes = {path: shape for path, module in layers if (shape := linear_shape(module))}
+    widths = {path: module.in_features for path, module in layers if isinstance(module, nn.Linear)}
+    if not widths:
+        raise BaseModelError(f"base {base.name!r} has no linears in its layers, which are what is quantized")
     if kind == "nf4":
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    for path, (_, width) in shapes.items():
+    for path, width in widths.items():
         if width % group_size:
             raise BaseModelError(
                 f"base {base.name!r}: {path} has {width} inputs, which groups of {group_size} do not divide: pass "

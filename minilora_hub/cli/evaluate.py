@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minilora_hub.adapter_folder.writing import require_writable
 from minilora_hub.cli.options import AsJson, Debug, given, print_json, say
 from minilora_hub.progress_display import ProgressDisplay
+from minilora_hub.whole_folders import require_writable
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -24,12 +24,12 @@ from peft.utils import merge_utils
 
 from minilora_hub.adapter_folder.companions import common_source
 from minilora_hub.adapter_folder.folders import AdapterFolder, naming, read_folder
-from minilora_hub.adapter_folder.writing import whole_folder
 from minilora_hub.bases.skeleton import BaseSource, find_base
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.peft_conversion import write_normalised
 from minilora_hub.formats.peft_experts import refuse_experts
 from minilora_hub.formats.peft_reading import PeftAdapter, Update, read_peft
+from minilora_hub.whole_folders import whole_folder
 
 ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 METHODS = (*ON_FACTORS, "svd", *(f"{name}_svd" for name in ON_FACTORS[1:]), "cat")

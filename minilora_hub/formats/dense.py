@@ -9,13 +9,13 @@ import torch
 
 from minilora_hub.adapter_folder.companions import write_companions
 from minilora_hub.adapter_folder.folders import AdapterFolder, only_ours, read_folder
-from minilora_hub.adapter_folder.writing import require_free, whole_folder
 from minilora_hub.bases.skeleton import BaseSource, find_base, hub_name
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.checkpoint import require_space, write_card
 from minilora_hub.formats.reading import read_adapter
 from minilora_hub.quiet import quiet_libraries
 from minilora_hub.remote_code.attach import build_modules, weight_holders
+from minilora_hub.whole_folders import require_free, whole_folder
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")

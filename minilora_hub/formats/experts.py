@@ -20,10 +20,11 @@ from torch.nn import functional
 from minilora_hub.adapter_folder.companions import own_tokenizer
 from minilora_hub.adapter_folder.folders import AdapterFolder, only_ours, read_folder
 from minilora_hub.adapter_folder.reading import our_config, read_ours
-from minilora_hub.adapter_folder.writing import require_free, whole_folder, write_ours
+from minilora_hub.adapter_folder.writing import write_ours
 from minilora_hub.bases.skeleton import BaseSource, find_base
 from minilora_hub.errors import AdapterError
 from minilora_hub.remote_code.modeling_minilora import MixLoraForCausalLM
+from minilora_hub.whole_folders import require_free, whole_folder
 
 Load = dict[str, list[float]]
 """Canonical name of a mixture -> share of the routed slots of each expert."""

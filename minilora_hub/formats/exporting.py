@@ -10,7 +10,6 @@ from typing import Literal
 from minilora_hub.adapter_folder.companions import write_companions
 from minilora_hub.adapter_folder.folders import AdapterFolder, only_ours, read_folder
 from minilora_hub.adapter_folder.reading import read_ours
-from minilora_hub.adapter_folder.writing import require_free, whole_folder
 from minilora_hub.bases.skeleton import find_base
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.dense import DType, export_dense
@@ -19,6 +18,7 @@ from minilora_hub.formats.moe import MoePlan, export_moe
 from minilora_hub.formats.peft import peft_targets, write_peft_folder
 from minilora_hub.formats.peft_mixlora import write_peft_mixlora
 from minilora_hub.remote_code.modeling_minilora import MixLoraForCausalLM
+from minilora_hub.whole_folders import require_free, whole_folder
 
 Target = Literal["peft", "dense", "mixtral", "moe", "mixlora"]
 

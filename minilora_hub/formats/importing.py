@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from minilora_hub.adapter_folder.companions import common_source
 from minilora_hub.adapter_folder.folders import read_folder
-from minilora_hub.adapter_folder.writing import require_free, whole_folder, write_ours
+from minilora_hub.adapter_folder.writing import write_ours
 from minilora_hub.bases.skeleton import find_base
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.combine import read_loras
@@ -19,6 +19,7 @@ from minilora_hub.formats.peft_conversion import as_dora, write_normalised
 from minilora_hub.formats.peft_mixlora import read_peft_mixlora
 from minilora_hub.formats.peft_reading import read_peft
 from minilora_hub.formats.whole_adapters import whole_adapters
+from minilora_hub.whole_folders import require_free, whole_folder
 
 Route = Literal["blocks", "all-linears"]
 

@@ -25,7 +25,6 @@ import torch
 
 from minilora_hub.adapter_folder.companions import write_companions
 from minilora_hub.adapter_folder.folders import only_ours
-from minilora_hub.adapter_folder.writing import require_free, whole_folder
 from minilora_hub.bases.skeleton import BaseSource, hub_name, skeleton
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.checkpoint import require_space, write_card, write_shards
@@ -43,6 +42,7 @@ from minilora_hub.remote_code.adapted_linear import AdaptedLinear
 from minilora_hub.remote_code.layer_stacks import find_decoder_layers
 from minilora_hub.remote_code.linear_layers import linear_shape, plain_weight
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
+from minilora_hub.whole_folders import require_free, whole_folder
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from minilora_hub.adapter_folder.code_references import code_references
 from minilora_hub.adapter_folder.folders import count_values, describe_folder, inspect_source
 from minilora_hub.adapter_folder.names import WEIGHTS
 from minilora_hub.adapter_folder.results import METHODS, RESULTS_FILE, Evaluation, Results, Training
-from minilora_hub.adapter_folder.writing import whole_folder
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.settings import check_settings
 from minilora_hub.hub.client import fetch
+from minilora_hub.whole_folders import whole_folder
 
 SHOWN_SETTINGS = (
     "r",

@@ -26,7 +26,7 @@ from torch import Tensor
 from minilora_hub.bases.loading import load_base
 from minilora_hub.bases.quantizing import QuantizedFrom
 from minilora_hub.bases.resolving import ResolvedBase, resolve_base
-from minilora_hub.errors import TrainingError
+from minilora_hub.errors import BaseModelError, TrainingError
 from minilora_hub.remote_code.adapter_files import UNKNOWN, base_fingerprint
 from minilora_hub.remote_code.base_structure import LinearSite, MixtureSite
 from minilora_hub.remote_code.linear_layers import apply_without_bias, linear_shape
@@ -67,9 +67,10 @@ def compensate(model: Any, settings: TrainingSettings, base: ResolvedBase, rows:
     recipe = settings.recipe
     exact = load_base(exact_base(settings, base), dtype=compute_dtype(settings)).eval()
     places = list(_updates(model))
-    moments: dict[str, Tensor] = {}
+    shapes = {path: _same_shape(exact, path, layer) for path, layer, _ in places}
+    moments = {path: torch.ones(width) for path, (_, width) in shapes.items()}
     if recipe.init == "calibrated":
-        moments = second_moments(exact, [path for path, _, _ in places], rows, recipe.seed)
+        moments = second_moments(exact, list(shapes), rows, recipe.seed)
     sums = [0.0, 0.0, 0.0]  # of squares: the weights, the error, what is left of it
     linears = 0
     for path, layer, update in places:
@@ -77,7 +78,7 @@ def compensate(model: Any, settings: TrainingSettings, base: ResolvedBase, rows:
         error = weight - rounded
         if not error.any():
             continue
-        scale = moments.get(path, torch.ones(weight.shape[1])).to(error).sqrt()
+        scale = moments[path].to(error).sqrt()
         rank = min(update.lora_A.shape[-2], *error.shape)
         u = left_singular_vectors(error * scale, rank)
         part = u.T @ error  # [r, in]
@@ -103,22 +104,27 @@ def exact_base(settings: TrainingSettings, base: ResolvedBase) -> ResolvedBase:
     """Find the base that a quantized one was made of: the one that is named, or that its config.json names.
 
     Raises:
-        TrainingError: none is named, or it has other weights by now.
+        TrainingError: none is named, it is not there, or it has other weights.
     """
-    if settings.exact_base is not None:
-        return resolve_base(settings.exact_base)
     made_of = QuantizedFrom.of(Path(base.path))
+    if made_of is None and settings.exact_base is not None:
+        return resolve_base(settings.exact_base)
     if made_of is None:
         raise TrainingError(
             f"init={settings.recipe.init!r}: base {settings.base!r} does not say which base it was quantized from: "
             "pass --exact-base ID, or write it with minilora quantize"
         )
-    exact = resolve_base(made_of.base, revision=made_of.revision)
+    name, revision = (settings.exact_base, None) if settings.exact_base else (made_of.base, made_of.revision)
+    try:
+        exact = resolve_base(name, revision=revision)
+    except BaseModelError as error:
+        hint = "" if settings.exact_base else "; pass --exact-base ID if it is elsewhere by now"
+        raise TrainingError(f"init={settings.recipe.init!r}: the exact base: {error}{hint}") from error
     fingerprint = base_fingerprint(str(exact.path))
     if UNKNOWN not in (fingerprint, made_of.fingerprint) and fingerprint != made_of.fingerprint:
         raise TrainingError(
-            f"init={settings.recipe.init!r}: {made_of.base!r} has fingerprint {fingerprint}, and {settings.base!r} was "
-            f"quantized from {made_of.fingerprint}: write it again with minilora quantize"
+            f"init={settings.recipe.init!r}: {name!r} has fingerprint {fingerprint}, and {settings.base!r} was "
+            f"quantized from {made_of.fingerprint}: pass that one, or write it again with minilora quantize"
         )
     return exact
 
@@ -148,6 +154,8 @@ def second_moments(model: Any, paths: list[str], rows: ExampleRows, seed: int) -
     finally:
         for hook in hooks:
             hook.remove()
+    if unused := [path for path in paths if path not in sums]:
+        raise TrainingError(f"init='calibrated': {unused[0]} is not called on the training rows: pass --init loftq")
     return {path: total / tokens for path, total in sums.items()}
 
 
@@ -161,6 +169,15 @@ def left_singular_vectors(matrix: Tensor, rank: int) -> Tensor:
         return torch.linalg.eigh(matrix @ matrix.T)[1].flip(1)[:, :rank]
     right = torch.linalg.eigh(matrix.T @ matrix)[1].flip(1)[:, :rank]
     return torch.linalg.qr(matrix @ right)[0]
+
+
+def _same_shape(exact: Any, path: str, layer: Any) -> tuple[int, int]:
+    """Return (out, in) of a linear, which has to be the same in the exact base."""
+    modules, shape = dict(exact.named_modules()), linear_shape(layer)
+    found = linear_shape(modules[path]) if path in modules else None
+    if shape is None or found != shape:
+        raise TrainingError(f"exact_base: {path} is {found or 'no linear'} in it, and {shape} in the quantized base")
+    return shape
 
 
 def _weight(layer: Any) -> Tensor:

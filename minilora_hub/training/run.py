@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from minilora_hub.adapter_folder.writing import require_writable
 from minilora_hub.bases.end_tokens import end_token_ids
 from minilora_hub.bases.resolving import resolve_base
 from minilora_hub.errors import MiniLoraError, TrainingError, TrainingInterrupted
@@ -31,6 +30,7 @@ from minilora_hub.training.run_folder import (
 )
 from minilora_hub.training.settings import SETTINGS_FILE, TrainingSettings, read_yaml
 from minilora_hub.training.sharding import gather_adapter
+from minilora_hub.whole_folders import require_writable
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from minilora_hub.training.row_formats import without_nulls
 SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet", ".txt", ".md")
 PASSAGE = 1000
 """Characters after which a passage of a document ends with its paragraph; longer paragraphs are not split."""
+CR_ONLY = "has lines that end with CR only: save it with LF line endings"
 PARQUET_ROWS = 1000
 """Rows of a Parquet file that are converted to Python objects at a time."""
 
@@ -84,6 +85,9 @@ def _read_document(path: Path) -> Iterator[tuple[str, Any]]:
             line = _decoded(raw, number, f"{path.name}:{number}")
             if isinstance(line, BadRow):
                 raise DataError(f"{line.place}: {line.reason}")
+            line = line.rstrip("\r\n") + "\n"  # otherwise the ends of lines of Windows would be learned
+            if "\r" in line:
+                raise DataError(f"{path.name}:{number}: {CR_ONLY}")
             if not line.strip() and len(passage) >= PASSAGE:
                 yield f"{path.name}:{began}", {"text": passage.strip("\n")}
                 passage = ""
@@ -137,7 +141,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
             yield place, _parsed_cells(dict(zip(heads, cells, strict=True)))
     except csv.Error as error:
         old = "new-line character" in str(error)
-        reason = "has lines that end with CR only: save it with LF line endings" if old else f"is not CSV ({error})"
+        reason = CR_ONLY if old else f"is not CSV ({error})"
         raise DataError(f"{path.name}:{max(reader.line_num, 1)}: {reason}") from error
 
 

@@ -81,6 +81,7 @@ def test_a_bad_line_is_named(content, line, reason, tmp_path):
         ("d.doc", b"x", "must end with one of"),
         ("d.txt", b"a\n\xff\n", "d.txt:2: is not UTF-8"),
         ("d.md", b"\n \n", "d.md: has no rows"),
+        ("d.txt", b"a\rb\r", "d.txt:1: has lines that end with CR only"),
         ("d.csv", b'text\n"open\n', r"d.csv:2: is not CSV"),
         ("d.csv", b"text\n\xff\n", "d.csv:2: is not UTF-8"),
         ("d.parquet", b"PAR1 no", "d.parquet: is not a readable Parquet file"),
@@ -100,6 +101,17 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
         list(read_rows((str(tmp_path),)))
     with pytest.raises(DataError, match="neither a file nor a valid id"):
         list(read_rows(("a b/c",)))
+
+
+def test_the_ends_of_lines_of_windows_are_not_learned(tmp_path):
+    text = "one\ntwo\n\n" + "three\n" * 300 + "\nfour"
+    for name, content in (("unix.txt", text), ("windows.txt", text.replace("\n", "\r\n"))):
+        (tmp_path / name).write_bytes(content.encode())
+    unix, windows = (
+        [row.fields for row in read_rows((str(tmp_path / f"{name}.txt"),))] for name in ("unix", "windows")
+    )
+    assert windows == unix
+    assert len(unix) == 2
 
 
 def test_a_document_becomes_passages_of_whole_paragraphs(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from datetime import datetime
 from pathlib import Path
 
@@ -231,6 +232,16 @@ def test_bases_without_rounding_or_of_unknown_origin_are_refused(base, quantized
     write_base(changed, seed=2)
     with pytest.raises(TrainingError, match="was quantized from sha256"):
         train(tmp_path / "c", base=str(copy), **said)
+    with pytest.raises(TrainingError, match="was quantized from sha256"):
+        train(tmp_path / "d", base=str(copy), exact_base=str(changed), **said)
+    shutil.rmtree(changed)
+    with pytest.raises(TrainingError, match="pass --exact-base ID if it is elsewhere by now"):
+        train(tmp_path / "e", base=str(copy), **said)
+    wide, fields = write_base(tmp_path / "wide", intermediate_size=96), json.loads((copy / "config.json").read_text())
+    del fields["quantized_from"]  # as of another tool
+    (copy / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(TrainingError, match=r"exact_base: .* is \(96, \d+\) in it, and"):
+        train(tmp_path / "f", base=str(copy), exact_base=str(wide), **said)
 
 
 def test_a_quantized_base_says_what_it_was_made_of(base, quantized, tmp_path):
@@ -242,9 +253,9 @@ def test_a_quantized_base_says_what_it_was_made_of(base, quantized, tmp_path):
     for kind, arguments, error in (
         ("int5", {}, "to='int5': must be one of nf4, int4"),
         ("nf4", {"group_size": 64}, "NF4's groups have 64"),
-        ("nf4", {}, "must be a new or empty folder"),
+        ("nf4", {}, "must be a folder that is empty or does not exist"),
     ):
-        with pytest.raises(ValueError, match=error):
+        with pytest.raises((ValueError, AdapterError), match=error):
             quantize_base(base, kind, Path(quantized("nf4")), **arguments)
     need("int4")
     with pytest.raises(BaseModelError, match="groups of 7 do not divide"):

@@ -28,7 +28,7 @@ from minilora_hub.adapter_folder.hashes import file_sha256, recorded_before
 from minilora_hub.adapter_folder.names import GENERATION, OUR_CONFIG, PROCESSING, TEMPLATE, TOKENIZING, WEIGHTS
 from minilora_hub.adapter_folder.results import VERIFICATION_FILE, Base, Verification, is_hashed
 from minilora_hub.adapter_folder.tasks import CAUSAL_LM, is_own_auto_map, own_auto_map
-from minilora_hub.adapter_folder.writing import whole_folder, write_code, write_endpoint
+from minilora_hub.adapter_folder.writing import write_code, write_endpoint
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.peft import PeftTargets, copy_peft_weights, write_peft_config
 from minilora_hub.publish.card.files import (
@@ -48,6 +48,7 @@ from minilora_hub.recording.reference import (
     tokenizer_folder,
     write_dora_for_peft,
 )
+from minilora_hub.whole_folders import whole_folder
 
 PEFT_FOLDER = "peft"
 EMBEDDED_NOTE = "trained on the Q4_1 rounding of these weights that minilora_hub calls `embedded`"
