@@ -12,6 +12,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 
 from .adapted_model import AdaptedModel
 from .heads import CAUSAL
+from .layer_stacks import reads_tokens
 from .routing import router_loss_weights, router_losses, routing_of
 from .routing_record import RoutingRecord, checkpoint_contexts, record_routing
 from .trainer_support import takes_base_arguments
@@ -62,8 +63,9 @@ class MixLoraBase(AdaptedModel):
 
     def __init__(self, config: Any, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
-        in_decoder = any(site.name.startswith("decoder.") for site in self.sites)
-        self._mask_name = "decoder_attention_mask" if in_decoder else "attention_mask"
+        # Of the names of the arguments that hold the tokens of the routed layers.
+        self._prefix = "decoder_" if any(site.name.startswith("decoder.") for site in self.sites) else ""
+        self._reads_tokens = reads_tokens(self.base, self.sites[0].path)
         self._enter_integrations()
 
     def _enter_integrations(self) -> None:
@@ -108,7 +110,7 @@ class MixLoraBase(AdaptedModel):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         return_dict, arguments["return_dict"] = arguments.get("return_dict"), True
-        labels, attention_mask = arguments.get("labels"), arguments.get(self._mask_name)
+        labels = arguments.get("labels")
         labels = arguments.get("start_positions") if labels is None else labels
         weights = router_loss_weights(self.config) if self.training and labels is not None else {}
         needs_padding = self.training and routing_of(self.config).needs_token_mask
@@ -116,10 +118,7 @@ class MixLoraBase(AdaptedModel):
             outputs: Any = self.base(**arguments)
             routing: dict[str, Any] = {}
         else:
-            # A mask of sounds is one of samples, not of the tokens that come from them.
-            is_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
-            is_mask = is_mask and self.base.main_input_name == "input_ids"
-            with record_routing(attention_mask if is_mask else None) as record:
+            with record_routing(*self._mask_and_shape(arguments)) as record:
                 outputs = self.base(**arguments)
             routing = self._router_losses(record) if output_router_logits or weights else {}
             if output_router_logits:
@@ -144,6 +143,18 @@ class MixLoraBase(AdaptedModel):
         if routing_of(self.config).needs_token_mask and not given.get("use_reentrant") and "context_fn" not in given:
             gradient_checkpointing_func = partial(gradient_checkpointing_func, context_fn=checkpoint_contexts)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, *args, **kwargs)
+
+    def _mask_and_shape(self, arguments: dict[str, Any]) -> tuple[Tensor | None, torch.Size | None]:
+        """The (batch, seq) mask of the tokens that are routed, and their shape, as far as the arguments tell them.
+
+        The mask of a sound is one of samples, and that of a text beside a picture is not one of the picture's parts.
+        """
+        if not self._reads_tokens:
+            return None, None
+        names = ("attention_mask", "input_ids", "inputs_embeds")
+        mask, *tokens = (arguments.get(self._prefix + name) for name in names)
+        shape = next((given.shape[:2] for given in tokens if given is not None), None)
+        return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None, shape
 
     def _router_losses(self, record: RoutingRecord) -> dict[str, Any]:
         router = next(p for name, p in self.adapter_parameters().items() if name.endswith(".router"))

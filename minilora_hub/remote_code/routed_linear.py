@@ -50,10 +50,16 @@ class RoutedModule(nn.Module):
     def route(self, x: Tensor, leading_shape: Sequence[int]) -> Routes:
         """Route the tokens x, (tokens, d), and add the decision to the open record, if there is one."""
         x, record = x.float(), current_record()
-        if record is not None and len(leading_shape) == 1:  # OPT flattens the tokens before its feed-forward linears
-            known = [logits.shape[:-1] for logits in record.logits[:1]]
-            known += [] if record.token_mask is None else [record.token_mask.shape]
-            leading_shape = next((shape for shape in known if shape.numel() == len(x)), leading_shape)
+        if len(leading_shape) == 1:  # OPT flattens the tokens before its feed-forward linears
+            shape = None if record is None else record.shape
+            if shape is not None and shape.numel() == len(x):
+                leading_shape = shape
+            elif self.training and self.routing.needs_token_mask:
+                raise ValueError(
+                    f"{self.layer}: the base flattens its tokens here, and a capacity is one of each sequence: call "
+                    "the model with input_ids or inputs_embeds, and pass use_reentrant=False and "
+                    "context_fn=routing_record.checkpoint_contexts to a checkpoint of its layers"
+                )
         if self.training and self.jitter_noise > 0:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
         token_mask = self._token_mask(record, leading_shape, x.device)
@@ -80,7 +86,8 @@ class RoutedModule(nn.Module):
             if torch.is_grad_enabled() and self._masked_shape == leading_shape:
                 raise ValueError(
                     "attention_mask: gradient checkpointing repeats a forward without the padding it had, which takes "
-                    "no capacity: pass use_reentrant=False and context_fn=routing.checkpoint_contexts to the checkpoint"
+                    "no capacity: pass use_reentrant=False and context_fn=routing_record.checkpoint_contexts to the "
+                    "checkpoint"
                 )
             return None
         mask = record.token_mask

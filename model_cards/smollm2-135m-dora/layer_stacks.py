@@ -7,6 +7,7 @@ layers. An encoder-decoder has two lists, and an adapter goes into both.
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from .linear_layers import linear_shape
 
@@ -51,6 +52,17 @@ def find_layer_stacks(base: Any, towers: Any = None) -> Stacks:
 def is_dual_encoder(base: Any) -> bool:
     """Whether a base compares texts with images or sounds, as CLIP does: neither of its towers is the main one."""
     return hasattr(base, "get_text_features")
+
+
+def reads_tokens(base: nn.Module, path: str) -> bool:
+    """Whether the part of a base that a module is in takes token ids, rather than a picture or a sound."""
+    parts = path.split(".")
+    modules = (base.get_submodule(".".join(parts[:end])) for end in range(len(parts), -1, -1))
+    part: Any = next(module for module in modules if isinstance(module, PreTrainedModel))
+    try:
+        return isinstance(part.get_input_embeddings(), nn.Embedding)
+    except (NotImplementedError, AttributeError):
+        return False
 
 
 def _chosen_lists(base: Any, towers: Any) -> Stacks:

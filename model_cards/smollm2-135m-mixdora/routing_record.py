@@ -37,6 +37,7 @@ class RoutingRecord:
         weights: their weights, (batch, seq, K), fp32; 0 where the index is -1.
         layers: canonical names of the decoder layers, which is the same for the routers of one layer's linears.
         token_mask: (batch, seq), 0 on padding, which takes no capacity in training. Given by the caller, or None.
+        shape: (batch, seq) of the tokens, for bases that flatten them; the mask's by default. None: not known.
     """
 
     logits: list[Tensor] = field(default_factory=list)
@@ -44,6 +45,7 @@ class RoutingRecord:
     weights: list[Tensor] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)
     token_mask: Tensor | None = None
+    shape: torch.Size | None = None
 
 
 _RECORD: ContextVar[RoutingRecord | None] = ContextVar("minilora_routing_record", default=None)
@@ -52,13 +54,14 @@ _COMPILED_RECORD: list[RoutingRecord | None] = [None]
 
 
 @contextmanager
-def record_routing(token_mask: Tensor | None = None) -> Iterator[RoutingRecord]:
+def record_routing(token_mask: Tensor | None = None, shape: torch.Size | None = None) -> Iterator[RoutingRecord]:
     """Record the routing of every mixture that runs inside: ``with record_routing() as record: model(...)``.
 
     The record belongs to this thread's context, and is closed when the block ends, so a forward that gradient
     checkpointing repeats during backward adds nothing to it.
     """
-    record = RoutingRecord(token_mask=token_mask)
+    shape = token_mask.shape if shape is None and token_mask is not None else shape
+    record = RoutingRecord(token_mask=token_mask, shape=shape)
     if torch.compiler.is_compiling():
         _COMPILED_RECORD[0] = record
         try:
@@ -85,4 +88,4 @@ def checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManage
     its record is closed, possibly in another thread.
     """
     record = current_record()
-    return nullcontext(), nullcontext() if record is None else record_routing(record.token_mask)
+    return nullcontext(), nullcontext() if record is None else record_routing(record.token_mask, record.shape)
