@@ -290,6 +290,29 @@ def test_a_mixture_in_a_decoder_reads_the_decoders_padding():
     assert outputs.aux_loss != load_balancing_loss(outputs.router_logits, chosen, inputs["attention_mask"])
 
 
+@pytest.mark.parametrize("name", ["t5", "whisper"])
+def test_routers_on_the_linears_of_a_cross_attention_are_refused(name):
+    """Of its linears some read the decoder's tokens and some the encoder's."""
+    auto_name = "AutoModelForSpeechSeq2Seq" if name == "whisper" else "AutoModelForSeq2SeqLM"
+    base, model_class = tiny_heads.tiny_head(name, auto_name), adapted_class("MixLora", auto_name)
+    with pytest.raises(ValueError, match=r'router_scope="linear": the cross-attention of .*take the encoder'):
+        model_class.from_base(base, tiny_config("mixlora", router_scope="linear", towers=["decoder"]))
+    model = model_class.from_base(base, tiny_config("mixlora", router_scope="linear", towers=["encoder"]))
+    assert {site.name.split(".")[0] for site in model.sites} == {"encoder"}
+
+
+def test_a_mixture_in_a_tower_that_sees_does_not_read_the_padding_of_the_text():
+    inputs = inputs_of("clip", "AutoModel")
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][0, 2:] = 0
+    base = tiny_heads.tiny_head("clip", "AutoModel")
+    config = tiny_config("mixlora", towers=["vision_model"])
+    model = adapted_class("MixLora", "AutoModel").from_base(base, config).train()
+    outputs = model(**inputs, return_loss=True, output_router_logits=True)
+    expected = load_balancing_loss(outputs.router_logits, model.config.num_experts_per_tok)
+    torch.testing.assert_close(outputs.aux_loss, expected, rtol=0, atol=0)
+
+
 def test_pipelines_take_them(tmp_path, caplog):
     """Without a word that the model is not supported."""
     minilora_hub.register()

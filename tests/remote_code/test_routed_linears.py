@@ -119,6 +119,51 @@ def test_a_base_without_a_known_block_that_flattens_its_tokens(strategy, targets
     assert all(parameter.grad.abs().max() > 0 for parameter in model.adapter_parameters().values())
 
 
+def opt_model(targets):
+    config = tiny_architecture("opt").config
+    config.dropout = config.attention_dropout = config.layerdrop = 0.0
+    base = AutoModelForCausalLM.from_config(config)
+    config = tiny_config("mixlora", router_scope="linear", **SWITCH, target_modules=targets)
+    model = MixLoraForCausalLM.from_base(base, config).train()
+    fill_adapter(model)
+    return model
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["fc1", "fc2"]], ids=["all", "flattened alone"])
+def test_flattened_tokens_have_their_shape_without_a_mask(targets):
+    """The capacity of an expert is one of each sequence: a mask of ones changes nothing."""
+    model, ids = opt_model(targets), token_ids()
+    bare = model(ids, output_router_logits=True)
+    masked = model(ids, attention_mask=torch.ones_like(ids), output_router_logits=True)
+    assert {layer.shape for layer in bare.router_logits} == {(*ids.shape, 4)}
+    assert torch.equal(bare.logits, masked.logits)
+    embedded = model(inputs_embeds=model.get_input_embeddings()(ids))
+    torch.testing.assert_close(embedded.logits, bare.logits)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["fc1", "fc2"]], ids=["all", "flattened alone"])
+@pytest.mark.parametrize("has_mask", [True, False], ids=["mask", "no mask"])
+def test_flattened_tokens_and_checkpointing(targets, has_mask):
+    model, (ids, mask) = opt_model(targets), padded(token_ids(), "right", 3)
+    arguments = {"input_ids": ids, "labels": ids, **({"attention_mask": mask} if has_mask else {})}
+    model(**arguments).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.adapter_parameters().items()}
+    model.zero_grad()
+    enable_checkpointing(model, {"use_reentrant": False})
+    model(**arguments).loss.backward()
+    for name, parameter in model.adapter_parameters().items():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_flattened_tokens_of_no_known_shape_are_refused():
+    """Rather than counted as one sequence. In evaluation, where nothing is dropped, the shape changes no logits."""
+    model, ids = opt_model(["fc1", "fc2"]), token_ids()
+    with pytest.raises(ValueError, match=r"layers.0: the base flattens its tokens here.*input_ids or inputs_embeds"):
+        model.base(input_ids=ids)
+    model.eval()
+    assert torch.equal(model.base(input_ids=ids).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_it_is_saved_and_loaded_to_the_same_bits(strategy, tmp_path):
     model = linears_model(**STRATEGIES[strategy])
