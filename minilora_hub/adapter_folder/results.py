@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from math import prod
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from minilora_hub.documents import Document, Scalar, need
 
@@ -22,6 +23,7 @@ TOP_LOGITS = 32
 Text = Annotated[str, need("must not be blank", lambda text, _: bool(text.strip()))]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+Number = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Shares = Annotated[
     tuple[float, ...],
     need(
@@ -51,6 +53,14 @@ WITH_DATASET = need("must be null where dataset is null", lambda _, data: data.g
 WITH_EXAMPLES = need("needs few_shot, the number of examples, above 0", lambda _, data: bool(data.get("few_shot")))
 PER_MIXTURE = need("must have as many entries as load", lambda rows, data: len(rows) == len(data.get("load", rows)))
 PER_PROMPT = need("must have one list per prompt", lambda rows, data: len(rows) == len(data.get("prompts", rows)))
+PER_VALUE = need(
+    "must be one number, or as many as the shape has",
+    lambda values, data: values is None or len(values) in (1, prod(data.get("shape", values))),
+)
+STEP_OR_VALUES = need(
+    "must be null beside values, and only there",
+    lambda step, data: "values" not in data or (step is None) != (data["values"] is None),
+)
 PER_TOKEN = need(
     "must have one number for each of top_tokens",
     lambda rows, data: [*map(len, rows)] == [*map(len, data.get("top_tokens", rows))],
@@ -262,14 +272,15 @@ class InputTensor:
         step: or else value i is ``i · step mod 101 / 50 - 1``.
     """
 
-    shape: tuple[Positive, ...]
-    values: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
-    step: Annotated[Positive, need("must be null beside values", lambda _, data: data.get("values") is None)] | None = (
-        None
-    )
+    shape: Annotated[tuple[Positive, ...], need("must hold at most 2 ** 26 values", lambda s, _: prod(s) <= 2**26)]
+    values: Annotated[tuple[Number, ...] | None, PER_VALUE] = None
+    step: Annotated[Positive | None, STEP_OR_VALUES, Field(validate_default=True)] = None
 
 
-Prompt = Annotated[tuple[int, ...], Field(min_length=1)] | dict[str, InputTensor]
+Prompt = Annotated[
+    Annotated[tuple[int, ...], Field(min_length=1), Tag("ids")] | Annotated[dict[str, InputTensor], Tag("tensors")],
+    Discriminator(lambda prompt: "tensors" if isinstance(prompt, dict) else "ids"),
+]
 """Token ids, or {argument of the model's forward: tensor}."""
 
 

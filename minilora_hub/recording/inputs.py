@@ -22,12 +22,13 @@ SECONDS = 1
 PICTURE = (160, 120)
 
 
-def inputs_of(model: Any, folder: Path) -> tuple[tuple[Prompt, ...], str | None]:
+def inputs_of(model: Any, tokenizer: Path, processor: Path) -> tuple[tuple[Prompt, ...], str | None]:
     """Return the inputs to record, and a note for the author where no picture or sound could be made.
 
     Args:
         model: an adapted model.
-        folder: where its tokenizer and its processor are.
+        tokenizer: the folder of its tokenizer.
+        processor: the folder of its processor.
 
     Raises:
         ValueError: the model takes another kind of input.
@@ -39,22 +40,18 @@ def inputs_of(model: Any, folder: Path) -> tuple[tuple[Prompt, ...], str | None]
     sees_beside = hasattr(config, "vision_config") or is_dual_encoder(model.base)
     if main == "input_ids" and not sees_beside:
         vocabulary = int(model.get_input_embeddings().num_embeddings)
-        return prompt_ids(own_tokenizer(folder), vocabulary), None
-    note = None
+        return prompt_ids(own_tokenizer(tokenizer), vocabulary), None
+    trial, note = trial_inputs(model.base), None
+    prompts = [_described(trial, step) for step in STEPS]
     try:
-        processor = load_processor(folder)
-        given = [_processed(processor, main, prompt) for prompt in PROMPTS] if processor else [{}] * len(STEPS)
+        loaded = load_processor(tokenizer, processor)
+        if loaded is not None:
+            decoder = {name: value for name, value in trial.items() if name == "decoder_input_ids"}
+            given = [_processed(loaded, main, prompt) | decoder for prompt in PROMPTS]
+            prompts = [_described(tensors, step) for tensors, step in zip(given, STEPS, strict=True)]
     except Exception as error:  # a processor is another library's code, and may need packages that are not here
         reason = " ".join(str(error).split())[:200]
         note = f"recorded without the processor, on other inputs than users have ({type(error).__name__}: {reason})"
-        given = [{}] * len(STEPS)
-    trial = trial_inputs(model.base)
-    prompts = []
-    for step, tensors in zip(STEPS, given, strict=True):
-        tensors = tensors or trial
-        if "decoder_input_ids" in trial:
-            tensors = tensors | {"decoder_input_ids": trial["decoder_input_ids"]}
-        prompts.append({name: _described(tensor, step) for name, tensor in tensors.items()})
     return tuple(prompts), note
 
 
@@ -78,19 +75,24 @@ def _processed(processor: Any, main: str, text: str) -> dict[str, Any]:
     return dict(processor(text=[mark + text], images=picture, return_tensors="pt"))
 
 
-def load_processor(folder: Path) -> Any | None:
-    """Load the processor in a folder; None where there is none. No code of the folder is run."""
+def load_processor(tokenizer: Path, processor: Path) -> Any | None:
+    """Load the processor in a folder, with the tokenizer in another; None where there is none. No code there is run."""
     from transformers import AutoProcessor
 
-    files = companion_files(folder, (*TOKENIZING, *PROCESSING))
-    if not any(path.name in PROCESSING for path in files):
+    files = companion_files(processor, PROCESSING)
+    if not files:
         return None
     with TemporaryDirectory(prefix="minilora-processor-") as scratch:
-        copy_files(files, folder, Path(scratch))  # without config.json, as `own_tokenizer` says
+        copy_files(files, processor, Path(scratch))  # without config.json, as `own_tokenizer` says
+        copy_files(companion_files(tokenizer, TOKENIZING), tokenizer, Path(scratch))
         return AutoProcessor.from_pretrained(scratch, trust_remote_code=False)
 
 
-def _described(tensor: Any, step: int) -> InputTensor:
+def _described(tensors: dict[str, Any], step: int) -> dict[str, InputTensor]:
+    return {name: _described_one(tensor, step) for name, tensor in tensors.items()}
+
+
+def _described_one(tensor: Any, step: int) -> InputTensor:
     shape = tuple(tensor.shape)
     if tensor.is_floating_point():
         return InputTensor(shape, step=step)

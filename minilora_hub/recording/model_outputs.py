@@ -63,8 +63,8 @@ def logits_of(
     highest: list[float | None] = []
     with torch.no_grad():
         for prompt, some in zip(prompts, tokens, strict=True):
-            known = isinstance(prompt, Mapping) or _is_known(model, prompt)
-            row = recorded_row(model(**arguments_of(model, prompt))) if known else torch.zeros(0)
+            is_known = _is_known(model, prompt)
+            row = recorded_row(model(**arguments_of(model, prompt))) if is_known else torch.zeros(0)
             if not all(0 <= token < len(row) for token in some):
                 wanted.append([float("nan")] * len(some))
                 highest.append(None)
@@ -76,6 +76,11 @@ def logits_of(
     return wanted, highest
 
 
-def _is_known(model: Any, ids: Sequence[int]) -> bool:
+def _is_known(model: Any, prompt: Any) -> bool:
+    ids = [prompt]
+    if isinstance(prompt, Mapping):
+        ids = [given.get("values") or () for name, given in prompt.items() if name.endswith("input_ids")]
+    if not any(ids):
+        return True
     size = model.get_input_embeddings().num_embeddings
-    return all(0 <= token < size for token in ids)
+    return all(0 <= token < size for some in ids for token in some)

@@ -162,7 +162,7 @@ def _record_head(
     )
     dtype = str(model.base.dtype).removeprefix("torch.")
     parameters = model.num_adapter_parameters()
-    prompts, note = inputs_of(model, tokenizer_folder(source, base.found))
+    prompts, note = inputs_of(model, tokenizer_folder(source, base.found), processor_folder(source, base.found))
     top = record(model, prompts)
     if before is not None and (before.dtype, before.base_fingerprint) != (dtype, key["base"]):
         before = None
@@ -216,7 +216,10 @@ def _compute_peft(
 def _gap(model: Any, before: Verification | None) -> float | None:
     if before is None:
         return None
-    return difference(before.top_logits, *logits_of(model, before.prompts, before.top_tokens))
+    try:
+        return difference(before.top_logits, *logits_of(model, before.prompts, before.top_tokens))
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:  # a tensor of other arguments or another shape
+        raise AdapterError(f"{Verification.FILE}: the model cannot be called with its prompts: {error}") from error
 
 
 def _difference_in_peft(
@@ -247,9 +250,17 @@ def write_dora_for_peft(
 
 
 def tokenizer_folder(source: Source, base: ResolvedBase) -> Path:
-    """Return the folder of the adapter's tokenizer and processor: the base's, where it has none, as in PEFT."""
-    own = any((source.folder / name).is_file() for name in (*TOKENIZER_FILES, *PROCESSING))
-    return source.folder if own else base.path
+    """Return the folder of the adapter's tokenizer: the base's, where it has none, as in PEFT."""
+    return source.folder if _has_any(source.folder, TOKENIZER_FILES) else base.path
+
+
+def processor_folder(source: Source, base: ResolvedBase) -> Path:
+    """Return the folder of the adapter's processor of pictures or sounds: the base's, where it has none."""
+    return source.folder if _has_any(source.folder, PROCESSING) else base.path
+
+
+def _has_any(folder: Path, names: tuple[str, ...]) -> bool:
+    return any((folder / name).is_file() for name in names)
 
 
 def model_class(source: Source) -> Any:

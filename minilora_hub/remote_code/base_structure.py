@@ -114,7 +114,8 @@ def plan_sites(base: nn.Module, config: Any) -> list[Site]:
             f"base {type(base).__name__}: a MixLoRA goes into one list of layers, not {list(stacks)}; pass towers=[one]"
         )
     of_linears = getattr(config, "router_scope", None) == "linear"
-    if of_linears and any(name.startswith("decoder.") for name in stacks) and base.config.is_encoder_decoder:
+    has_encoder = getattr(base.config, "is_encoder_decoder", False)
+    if of_linears and has_encoder and any(name.startswith("decoder.") for name in stacks):
         raise ValueError(
             f'router_scope="linear": the cross-attention of {type(base).__name__}\'s decoder has linears for its own '
             "tokens and for the encoder's, which one routing cannot count: take the encoder, or router_scope=None"

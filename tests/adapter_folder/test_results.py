@@ -146,6 +146,23 @@ def test_a_wrong_verification_is_named(where, value, said):
     assert said in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        ({"shape": [2, 3], "values": [1, 2]}, "values=[1, 2]: must be one number, or as many as the shape has"),
+        ({"shape": [2], "values": []}, "values=[]: must be one number"),
+        ({"shape": [2], "values": [1], "step": 3}, "step=3: must be null beside values, and only there"),
+        ({"shape": [2]}, "step"),
+        ({"shape": [2**20, 2**20], "step": 3}, "must hold at most 2 ** 26 values"),
+        ({"shape": [1], "values": [2**70]}, "values"),
+    ],
+)
+def test_a_wrong_tensor_is_named(tensor, said):
+    with pytest.raises(AdapterError, match=r"^verification\.json: ") as raised:
+        Verification.from_dict(changed(VERIFICATION, ["prompts", 0], {"pixel_values": tensor}))
+    assert said in str(raised.value)
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b'"text"', b"{", b"\xff", b"\xef\xbb\xbf{}", b"[" * 100_000])
 def test_what_is_no_results_is_refused(content, tmp_path):
     (tmp_path / "results.json").write_bytes(content)

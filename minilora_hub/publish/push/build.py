@@ -45,6 +45,7 @@ from minilora_hub.recording.reference import (
     Obtained,
     model_class,
     obtain_recording,
+    processor_folder,
     tokenizer_folder,
     write_dora_for_peft,
 )
@@ -202,8 +203,9 @@ def _copy_model(source: Source, folder: Path, layout: Layout, base: RecordedBase
         write_peft_config(folder, source.config, base.id, base.revision)
     elif layout == "auto":
         shutil.copyfile(source.folder / WEIGHTS, folder / WEIGHTS)
-    tokenizer = tokenizer_folder(source, base.found)
-    copy_files(companion_files(tokenizer, (*TOKENIZING, *PROCESSING)), tokenizer, folder)
+    tokenizer, processor = tokenizer_folder(source, base.found), processor_folder(source, base.found)
+    copy_files(companion_files(tokenizer, TOKENIZING), tokenizer, folder)
+    copy_files(companion_files(processor, PROCESSING), processor, folder)
     copy_files(companion_files(base.found.path, (GENERATION,)), base.found.path, folder)
     # An adapter may have these without a tokenizer of its own.
     copy_files(companion_files(source.folder, (GENERATION, TEMPLATE)), source.folder, folder)
