@@ -15,6 +15,7 @@ from tiny_processors import CLASSES, KINDS, processor_of, write_base
 from minilora_hub import push
 from minilora_hub.adapter_folder.names import PROCESSING
 from minilora_hub.adapter_folder.results import Verification, plain_prompts
+from minilora_hub.errors import AdapterError
 from minilora_hub.publish.checks.folder import check_folder
 from minilora_hub.publish.push.build import build
 from minilora_hub.publish.verify.isolated_process import IsolatedProcess
@@ -172,3 +173,37 @@ def test_a_processor_that_does_not_load_is_said(tmp_path, monkeypatch):
     settings = {"repo_id": "ana/x", "base_id": "org/base", "license": "mit", "base_model": str(base)}
     built = build(folder, tmp_path / "built", **settings)
     assert any(note.startswith("recorded without the processor, on other inputs") for note in built.notes)
+
+
+def test_a_processor_of_the_base_belongs_to_a_tokenizer_of_the_adapter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base, folder, model = adapter("AutoModelForImageTextToText", tmp_path)
+    for name in PROCESSING:
+        (folder / name).unlink(missing_ok=True)
+    assert (folder / "tokenizer.json").is_file()
+    settings = {"repo_id": "ana/x", "base_id": "org/base", "license": "mit", "base_model": str(base)}
+    built = build(folder, tmp_path / "built", **settings)
+    assert {path.name for path in built.folder.iterdir()} & {*PROCESSING}
+    assert not any("without the processor" in note for note in built.notes)
+    prompt = Verification.load(built.folder).prompts[0]
+    assert prompt["input_ids"].values.count(model.base.config.image_token_id) == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "said"),
+    [
+        ("input_ids", {"values": [10**6]}, "nan"),
+        ("pixel_values", {"shape": [1, 2, 3]}, "verification.json: the model cannot be called with its prompts"),
+    ],
+)
+def test_recorded_inputs_that_do_not_fit_the_model(name, changed, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base, folder, _ = adapter("AutoModelForImageTextToText", tmp_path)
+    settings = {"repo_id": "ana/x", "base_id": "org/base", "license": "mit", "base_model": str(base)}
+    published = build(folder, tmp_path / "built", **settings).folder
+    before = Verification.load(published).to_dict()
+    before["prompts"] = plain_prompts(Verification.from_dict(before).prompts)
+    before["prompts"][0][name].update(changed)
+    (published / "verification.json").write_text(json.dumps(before))
+    with pytest.raises(AdapterError, match=said):
+        build(published, tmp_path / "again", **settings)
