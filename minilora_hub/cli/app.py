@@ -147,6 +147,7 @@ def _report(error: Exception, debug: bool) -> int:
     """Print an error and return the exit code."""
     show = getattr(error, "show", None)
     if show:  # a usage error, from click or from the copy of it inside newer typers
+        error.message = error.message.removeprefix("Value error, ")  # type: ignore[attr-defined]  # pydantic's, in typer
         show()
         return getattr(error, "exit_code", 2)
     if debug:

@@ -57,6 +57,12 @@ def test_wrong_usage_exits_with_2(capsys, arguments):
     assert main(capsys, *arguments)[0] == 2
 
 
+def test_a_word_that_is_no_choice_is_told_in_our_words(capsys):
+    code, out = main(capsys, "import", "a", "b", "--route", "nonsense")
+    assert code == 2
+    assert "Invalid value for '--route': 'nonsense' is not one of 'blocks', 'all-linears'." in out.err
+
+
 def test_a_missing_adapter_is_one_line_and_exit_code_1(run_command, tmp_path):
     """No traceback, and the base is not loaded in vain."""
     done = run_command("demo", tmp_path / "gone", "--base", tmp_path)

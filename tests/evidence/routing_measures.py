@@ -144,6 +144,8 @@ def information(counts: np.ndarray, tasks: Sequence[str]) -> np.ndarray:
     names = sorted(set(tasks))
     belongs = np.array([[task == name for name in names] for task in tasks], dtype=float)  # (rows, tasks)
     tables = np.einsum("mre,rt->mte", counts, belongs)
+    if not tables.sum(-1).all():
+        raise ValueError("counts: a mixture routed no token of one of the tasks")
     given = tables / tables.sum(-1, keepdims=True)  # p(expert | task)
     return entropy(given.mean(1), base=2, axis=-1) - entropy(given, base=2, axis=-1).mean(1)
 

@@ -127,7 +127,7 @@ def smallest_effect(scores: Sequence[Groups], comparisons: int) -> float | None:
         comparisons: how many are corrected for; 1 for none.
     """
     seeds = len(scores[0][0])
-    if seeds < 2:
+    if seeds < 2 or any(len(groups[0]) != seeds for groups in scores):  # some runs are still to come
         return None
     variance = statistics.fmean(float(np.var(means(groups), ddof=1)) for groups in scores)
     freedom, error = 2 * (seeds - 1), (2 * variance / seeds) ** 0.5

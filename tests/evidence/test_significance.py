@@ -76,3 +76,8 @@ def test_the_smallest_effect_is_found_as_often_as_it_says():
     assert (ttest_ind(*sides).pvalue < 0.05).mean() == pytest.approx(POWER, abs=0.03)
     assert smallest_effect(groups, 6) > effect
     assert smallest_effect([scores(seeds=1)], 1) is None
+
+
+def test_methods_with_runs_to_come_have_no_smallest_effect():
+    assert smallest_effect([scores(), scores(seeds=2)], 1) is None
+    assert smallest_effect([scores(seeds=1), scores(seeds=1)], 1) is None
