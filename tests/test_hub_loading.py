@@ -13,6 +13,8 @@ from hub.server import HubServer
 from tiny import METHODS, tiny_base
 from tiny_stand_ins import byte_tokenizer
 
+pytestmark = pytest.mark.slow  # processes of an author and of strangers
+
 ADAPTERS = {method: (method, {}) for method in METHODS} | {
     "top_p": ("mixlora", {"routing_strategy": "top_p"}),
     "switch": ("mixlora", {"routing_strategy": "switch", "router_sparse_step": 2}),
@@ -112,7 +114,6 @@ def load(published, method, arguments=None, *, token=True, expected=None, folder
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_a_stranger_loads_it_with_one_line(published, method):
     hub, _, _, facts = published
@@ -150,14 +151,12 @@ def test_without_trust_nothing_of_the_repo_is_run(published):
     assert not list((folder / "wary").rglob("modeling_minilora.py"))
 
 
-@pytest.mark.slow
 def test_a_private_adapter_is_not_found_without_a_token(published):
     code, _, err = load(published, "dora", token=False, folder_name="anonymous")
     assert code == 1
     assert "author/dora" in err
 
 
-@pytest.mark.slow
 def test_registered_classes_win_over_the_code_in_the_repo(published):
     hub, token, folder, _ = published
     script = """
@@ -173,7 +172,6 @@ def test_registered_classes_win_over_the_code_in_the_repo(published):
     assert code == 0, err[-3000:]
 
 
-@pytest.mark.slow
 def test_base_and_adapter_revisions_are_pinned_apart(published, tmp_path):
     """The base moves on, and the adapter gets a second version: both first versions still load together."""
     hub, token, folder, facts = published
@@ -195,7 +193,6 @@ def test_base_and_adapter_revisions_are_pinned_apart(published, tmp_path):
     assert "UserWarning: this adapter was trained on a base with fingerprint" in err
 
 
-@pytest.mark.slow
 def test_the_page_takes_adapters_by_their_id(published, tmp_path):
     """They are fetched and loaded with our own classes: the code in their repos is not run."""
     hub, token, folder, _ = published

@@ -14,6 +14,8 @@ from demo.serving import free_port
 from hub.server import HubServer
 from tiny_stand_ins import save_base_and_adapters
 
+pytestmark = pytest.mark.slow  # a browser for minutes; test_page.py has the short look
+
 TESTS = Path(__file__).parents[1]
 MARKER = "minilora_remote_code_ran"
 
@@ -138,13 +140,7 @@ def visit(link_server, browser):
     visits.close()
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("mixlora", "MixLoRA"),
-        *(pytest.param(n, k, marks=pytest.mark.slow) for n, k in (("dora", "DoRA"), ("lora", "LoRA"))),
-    ],
-)
+@pytest.mark.parametrize(("name", "kind"), [("mixlora", "MixLoRA"), ("dora", "DoRA"), ("lora", "LoRA")])
 def test_a_link_shows_that_adapter_beside_the_base(visit, models, name, kind):
     """In place of the page's own adapters, answering as it does elsewhere, and not as the base."""
     page = visit(f"ana/{name}", "shown")
@@ -200,7 +196,6 @@ def check_refused(visit, adapter, words):
         wait_for_states(page, "length", "length")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("adapter", "words"),
     [
@@ -237,7 +232,6 @@ def test_code_of_an_adapter_never_runs(visit, link_server):
     assert link_server.ask("modules") == []
 
 
-@pytest.mark.slow
 def test_code_is_not_fetched(hub, visit):
     """Only what is read crosses the network, and no token goes along."""
     start = len(hub.requests)
@@ -251,7 +245,6 @@ def test_code_is_not_fetched(hub, visit):
     assert {record.user for record in hub.requests if "org/base" in record.path} == {"ana"}
 
 
-@pytest.mark.slow
 def test_few_adapters_are_kept_and_the_least_recently_used_goes(hub, visit, link_server):
     """The limit here is two; a visitor who still has the third open gets a reason."""
     first = visit("ana/dora", "shown")
@@ -309,7 +302,6 @@ def test_adapters_are_added_removed_and_taken_home_in_place(visit):
     wait_for_states(page, "length", "length")
 
 
-@pytest.mark.slow
 def test_the_picker_takes_ids_of_the_hub(visit):
     """Beside the page's own; each with a card; a wrong one gives a reason, and the columns stay."""
     page = visit("ana/dora", "shown")
@@ -342,16 +334,9 @@ def test_the_picker_takes_ids_of_the_hub(visit):
     assert len(set(texts(page)[2:])) == 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "height", "scheme"),
-    [
-        (390, 844, "dark"),
-        *(
-            pytest.param(*look, marks=pytest.mark.slow)
-            for look in ((390, 844, "light"), (1280, 800, "dark"), (1280, 800, "light"))
-        ),
-    ],
+    [(390, 844, "dark"), (390, 844, "light"), (1280, 800, "dark"), (1280, 800, "light")],
 )
 def test_the_notice_can_be_read(visit, width, height, scheme):
     """On a desktop and on a phone, in light and in dark: nothing to scroll sideways, contrast of at least 4.5."""

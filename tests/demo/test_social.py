@@ -19,6 +19,8 @@ from demo.browsing import (
     wait_for_states,
 )
 
+pytestmark = pytest.mark.slow  # a browser for minutes; test_page.py has the short look
+
 HOSTILE = "<img src=x onerror=\"document.title='hacked'\"> & ${props} `x`"
 
 
@@ -80,7 +82,6 @@ def words(page):
     return page.locator(".ml-blind-words").inner_text()
 
 
-@pytest.mark.slow
 def test_an_empty_board_says_how_to_vote(visit):
     """The first test here: nobody has voted on this server yet."""
     page = visit("board", wait=False)
@@ -134,7 +135,6 @@ def test_a_blind_vote_is_stored_and_shows_the_names(votes, visit):
     assert len(votes()) == before + 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("key", "choice"), [("t", "tie"), ("x", "all bad")])
 def test_votes_have_keys(votes, page, key, choice):
     before = page.get_attribute(".ml-switch", "aria-checked")
@@ -148,7 +148,6 @@ def test_votes_have_keys(votes, page, key, choice):
     assert votes()[-1]["choice"] == choice
 
 
-@pytest.mark.slow
 def test_names_without_a_vote_and_a_stopped_comparison_give_none(votes, page):
     before = len(votes())
     blind_run(page)
@@ -171,7 +170,6 @@ def test_names_without_a_vote_and_a_stopped_comparison_give_none(votes, page):
     assert len(votes()) == before
 
 
-@pytest.mark.slow
 def test_a_comparison_is_voted_on_once_however_often_the_browser_votes(votes, page):
     """Three votes sent at once, and one on a page on which nothing was run."""
     before = len(votes())
@@ -188,7 +186,6 @@ def test_a_comparison_is_voted_on_once_however_often_the_browser_votes(votes, pa
 # ---- the board ----
 
 
-@pytest.mark.slow
 def test_the_board_counts_and_survives_a_restart(page_server, data, votes, visit):
     """A second page over the same folder shows the votes of the first, in numbers counted by hand from the file."""
     page = visit()
@@ -222,7 +219,6 @@ def test_the_board_counts_and_survives_a_restart(page_server, data, votes, visit
 # ---- again, history, links, exports ----
 
 
-@pytest.mark.slow
 def test_history_restores_prompt_settings_and_answers_and_ends_with_the_visit(visit):
     page = visit()
     page.locator(".ml-history summary").click()
@@ -246,7 +242,6 @@ def test_history_restores_prompt_settings_and_answers_and_ends_with_the_visit(vi
     assert page.locator(".ml-past").count() == 0
 
 
-@pytest.mark.slow
 def test_a_share_link_restores_everything_in_another_browser(server, data, visit):
     """Nothing is stored before the click; the link says that what it shows is stored; nothing is computed for it."""
     page = visit()
@@ -281,14 +276,7 @@ def test_a_share_link_restores_everything_in_another_browser(server, data, visit
     assert json.loads(Path(saved.value.path()).read_text())["prompt"] == HOSTILE
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "identifier",
-    [
-        "../votes/votes",
-        *(pytest.param(one, marks=pytest.mark.slow) for one in ("a" * 22, "%2e%2e%2fvotes", "<b>x</b>")),
-    ],
-)
+@pytest.mark.parametrize("identifier", ["../votes/votes", "a" * 22, "%2e%2e%2fvotes", "<b>x</b>"])
 def test_a_link_to_nothing_gives_a_reason(visit, identifier):
     page = visit(f"?shared={identifier}")
     page.wait_for_selector(".ml-notice[data-phase=error]")
@@ -296,7 +284,6 @@ def test_a_link_to_nothing_gives_a_reason(visit, identifier):
     run(page)
 
 
-@pytest.mark.slow
 def test_exports_are_files(visit):
     page = visit()
     assert page.locator("[data-action=json]").is_disabled()
@@ -319,7 +306,6 @@ def test_exports_are_files(visit):
 # ---- settings ----
 
 
-@pytest.mark.slow
 def test_the_seed_is_drawn_kept_and_taken_again(visit):
     """Unlocked: another seed every run, shown. Again: the same seed, the same answer. Locked: it stays."""
     page = visit()
@@ -351,7 +337,6 @@ def test_the_seed_is_drawn_kept_and_taken_again(visit):
     assert greedy[1] == "Hello"
 
 
-@pytest.mark.slow
 def test_top_k_and_penalty_are_obeyed(visit):
     """Top-k 1 is greedy at any temperature; a penalty reaches the engine."""
     page = visit()
@@ -376,7 +361,6 @@ def test_top_k_and_penalty_are_obeyed(visit):
 # ---- a file of prompts ----
 
 
-@pytest.mark.slow
 def test_a_file_of_prompts_becomes_a_table_and_files(visit, tmp_path):
     page = visit()
     open_panel(page, "A file of prompts")
@@ -407,7 +391,6 @@ def test_a_file_of_prompts_becomes_a_table_and_files(visit, tmp_path):
     run(page, "after a batch")  # the page goes on
 
 
-@pytest.mark.slow
 def test_answers_to_a_file_are_checked(visit, tmp_path):
     """The parrots repeat the prompt and the base does not: a mark in each cell, a rate above each column."""
     page = visit()
@@ -433,7 +416,6 @@ def test_answers_to_a_file_are_checked(visit, tmp_path):
     assert [row[-3] for row in table[1:]] == ["true", "false", ""]
 
 
-@pytest.mark.slow
 def test_a_batch_can_be_stopped(server, visit, tmp_path):
     page = visit()
     open_panel(page, "A file of prompts")
@@ -448,7 +430,6 @@ def test_a_batch_can_be_stopped(server, visit, tmp_path):
     settled(server)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -472,7 +453,6 @@ def test_a_file_that_cannot_be_run_gives_a_reason(page, tmp_path, name, content,
 # ---- the picker ----
 
 
-@pytest.mark.slow
 def test_adapters_are_chosen_from_cards(visit):
     """Those of the page and of the owner's folder; never a path; one to five."""
     page = visit()
@@ -515,14 +495,9 @@ def test_adapters_are_chosen_from_cards(visit):
 # ---- looks ----
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "height", "scheme"),
-    [
-        (1280, 800, "light"),
-        (390, 844, "dark"),
-        *(pytest.param(*look, marks=pytest.mark.slow) for look in ((390, 844, "light"), (1280, 800, "dark"))),
-    ],
+    [(1280, 800, "light"), (390, 844, "dark"), (390, 844, "light"), (1280, 800, "dark")],
 )
 def test_everything_can_be_read_and_reached(server, visit, width, height, scheme):
     """Blind mode, opened panels, the board: nothing to scroll sideways, no violation for axe-core."""
