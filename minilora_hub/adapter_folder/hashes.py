@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from minilora_hub.adapter_folder.code import REQUIREMENTS
-from minilora_hub.adapter_folder.results import VERIFICATION_FILE, Verification
+from minilora_hub.adapter_folder.verification import VERIFICATION_FILE, Verification
 from minilora_hub.errors import AdapterError
 
 

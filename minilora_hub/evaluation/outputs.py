@@ -7,7 +7,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minilora_hub.adapter_folder.results import RESULTS_FILE, VERIFICATION_FILE, Results, Verification
+from minilora_hub.adapter_folder.results import RESULTS_FILE, Results
+from minilora_hub.adapter_folder.verification import VERIFICATION_FILE, Verification
 from minilora_hub.evaluation.report import command_of, evaluations, routers
 
 if TYPE_CHECKING:

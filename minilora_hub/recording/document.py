@@ -21,7 +21,7 @@ from minilora_hub.adapter_folder.code import remote_code_hash
 from minilora_hub.adapter_folder.folders import AdapterFolder as Source
 from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG, WEIGHTS
-from minilora_hub.adapter_folder.results import Prompt
+from minilora_hub.adapter_folder.verification import Prompt
 from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.documents import Document, need
 from minilora_hub.recording.logits import TOLERANCES

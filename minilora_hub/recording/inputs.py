@@ -13,7 +13,7 @@ from typing import Any
 
 from minilora_hub.adapter_folder.companions import companion_files, copy_files, own_tokenizer
 from minilora_hub.adapter_folder.names import PROCESSING, TOKENIZING
-from minilora_hub.adapter_folder.results import InputTensor, Prompt
+from minilora_hub.adapter_folder.verification import InputTensor, Prompt
 from minilora_hub.recording.logits import PROMPTS, prompt_ids
 
 STEPS = (37, 53, 71)

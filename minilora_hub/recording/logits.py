@@ -13,7 +13,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from minilora_hub.adapter_folder.results import TOP_LOGITS, Prompt, plain_prompts
+from minilora_hub.adapter_folder.verification import TOP_LOGITS, Prompt, plain_prompts
 
 PROMPTS = (
     "The capital of France is",

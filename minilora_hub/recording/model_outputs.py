@@ -18,7 +18,7 @@ def arguments_of(model: Any, prompt: Any) -> dict[str, Tensor]:
 
     Args:
         model: the model.
-        prompt: token ids, or {argument: {"shape": …, "values" or "step": …}}; see `results.InputTensor`.
+        prompt: token ids, or {argument: {"shape": …, "values" or "step": …}}; see `verification.InputTensor`.
     """
     if isinstance(prompt, Mapping):
         return {name: _tensor(given, model) for name, given in prompt.items()}

@@ -16,8 +16,8 @@ from minilora_hub.adapter_folder.companions import own_tokenizer
 from minilora_hub.adapter_folder.folders import AdapterFolder as Source
 from minilora_hub.adapter_folder.folders import read_source
 from minilora_hub.adapter_folder.names import PROCESSING, TOKENIZER_FILES, WEIGHTS
-from minilora_hub.adapter_folder.results import Verification
 from minilora_hub.adapter_folder.tasks import CAUSAL_LM, CLASS_PREFIXES
+from minilora_hub.adapter_folder.verification import Verification
 from minilora_hub.bases.loading import load_base
 from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.bases.skeleton import BaseSource

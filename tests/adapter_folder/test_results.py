@@ -11,7 +11,8 @@ import sys
 import pytest
 from publish.examples import evaluated_results, full_results, minimal_results
 
-from minilora_hub.adapter_folder.results import Base, Results, Verification, is_hashed
+from minilora_hub.adapter_folder.results import Base, Results
+from minilora_hub.adapter_folder.verification import Verification, is_hashed
 from minilora_hub.documents import strict_json
 from minilora_hub.errors import AdapterError
 

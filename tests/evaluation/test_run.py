@@ -17,7 +17,8 @@ from tiny import CAUSAL_LM
 from tiny_stand_ins import byte_tokenizer, save_base_and_adapters, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from minilora_hub.adapter_folder.results import Base, Evaluation, Results, Verification
+from minilora_hub.adapter_folder.results import Base, Evaluation, Results
+from minilora_hub.adapter_folder.verification import Verification
 from minilora_hub.errors import AdapterError
 from minilora_hub.evaluation import answer_cache, generation
 from minilora_hub.evaluation import perplexity as general_text

@@ -9,17 +9,8 @@ import shutil
 from pathlib import Path
 
 from minilora_hub.adapter_folder.code import remote_code_files
-from minilora_hub.adapter_folder.results import (
-    Base,
-    DataSource,
-    Evaluation,
-    Part,
-    Results,
-    RouterUse,
-    Sample,
-    Training,
-    Verification,
-)
+from minilora_hub.adapter_folder.results import Base, DataSource, Evaluation, Part, Results, RouterUse, Sample, Training
+from minilora_hub.adapter_folder.verification import Verification
 
 BASE = Base("org/base", "0123456789abcdef", "sha256:" + "ab" * 32, 134_515_008, "apache-2.0")
 CONFIG = {

@@ -13,7 +13,7 @@ from collections import Counter
 
 import pytest
 
-from minilora_hub.adapter_folder.results import Verification
+from minilora_hub.adapter_folder.verification import Verification
 from minilora_hub.errors import MiniLoraError
 from minilora_hub.publish.card import free_text
 from minilora_hub.publish.checks.folder import check_folder

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from minilora_hub import cli
-from minilora_hub.adapter_folder.results import Verification, is_hashed
+from minilora_hub.adapter_folder.verification import Verification, is_hashed
 from minilora_hub.bases import resolve_base
 from minilora_hub.compare.engine import CompareEngine
 from minilora_hub.demo.adapters.catalogue import Catalogue

@@ -14,7 +14,7 @@ from tiny_processors import CLASSES, KINDS, processor_of, write_base
 
 from minilora_hub import push
 from minilora_hub.adapter_folder.names import PROCESSING
-from minilora_hub.adapter_folder.results import Verification, plain_prompts
+from minilora_hub.adapter_folder.verification import Verification, plain_prompts
 from minilora_hub.errors import AdapterError
 from minilora_hub.publish.checks.folder import check_folder
 from minilora_hub.publish.push.build import build

@@ -17,7 +17,7 @@ from minilora_hub.adapter_folder.code import (
     remote_code_files,
     remote_code_hash,
 )
-from minilora_hub.adapter_folder.results import Verification
+from minilora_hub.adapter_folder.verification import Verification
 from minilora_hub.errors import AdapterError
 from minilora_hub.publish.verify.isolated_process import IsolatedProcess
 from minilora_hub.publish.verify.verify import verify
@@ -42,7 +42,7 @@ def steps(report):
 
 def rewritten(folder, **changes):
     """Change verification.json, and let it tell the truth about all other files."""
-    from minilora_hub.adapter_folder.results import is_hashed
+    from minilora_hub.adapter_folder.verification import is_hashed
     from minilora_hub.publish.push.build import list_files
 
     hashes = {file.path: file.sha256 for file in list_files(folder) if is_hashed(file.path)}

@@ -10,7 +10,8 @@ from typing import Any
 
 from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.adapter_folder.names import WEIGHTS
-from minilora_hub.adapter_folder.results import RESULTS_FILE, VERIFICATION_FILE, Verification
+from minilora_hub.adapter_folder.results import RESULTS_FILE
+from minilora_hub.adapter_folder.verification import VERIFICATION_FILE, Verification
 from minilora_hub.documents import strict_json
 from minilora_hub.errors import AdapterError
 from minilora_hub.publish.card import free_text

@@ -26,8 +26,9 @@ from minilora_hub.adapter_folder.folders import AdapterFolder as Source
 from minilora_hub.adapter_folder.folders import Layout, read_source
 from minilora_hub.adapter_folder.hashes import file_sha256, recorded_before
 from minilora_hub.adapter_folder.names import GENERATION, OUR_CONFIG, PROCESSING, TEMPLATE, TOKENIZING, WEIGHTS
-from minilora_hub.adapter_folder.results import VERIFICATION_FILE, Base, Verification, is_hashed
+from minilora_hub.adapter_folder.results import Base
 from minilora_hub.adapter_folder.tasks import CAUSAL_LM, is_own_auto_map, own_auto_map
+from minilora_hub.adapter_folder.verification import VERIFICATION_FILE, Verification, is_hashed
 from minilora_hub.adapter_folder.writing import write_code, write_endpoint
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.peft import PeftTargets, copy_peft_weights, write_peft_config

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from huggingface_hub import HfApi
 
-from minilora_hub.adapter_folder.results import VERIFICATION_FILE
+from minilora_hub.adapter_folder.verification import VERIFICATION_FILE
 from minilora_hub.hub import client as hub
 from minilora_hub.publish.push.build import Built, Recorded
 from minilora_hub.publish.push.target import Target

@@ -15,8 +15,8 @@ from minilora_hub.adapter_folder.folders import AdapterFolder as Source
 from minilora_hub.adapter_folder.folders import inspect_source
 from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.adapter_folder.names import OUR_CONFIG, WEIGHTS
-from minilora_hub.adapter_folder.results import VERIFICATION_FILE, Verification, is_hashed
 from minilora_hub.adapter_folder.tasks import is_own_auto_map, own_auto_map
+from minilora_hub.adapter_folder.verification import VERIFICATION_FILE, Verification, is_hashed
 from minilora_hub.errors import AdapterError
 from minilora_hub.hub.plain_files import require_plain_files, require_true_sizes
 from minilora_hub.publish.verify.report import VerifyReport

@@ -16,7 +16,7 @@ from typing import Any
 
 from minilora_hub.adapter_folder.folders import AdapterFolder as Source
 from minilora_hub.adapter_folder.names import PEFT_CONFIG, PROCESSING, TOKENIZER_FILES, WEIGHTS
-from minilora_hub.adapter_folder.results import Verification, plain_prompts
+from minilora_hub.adapter_folder.verification import Verification, plain_prompts
 from minilora_hub.bases.resolving import EMBEDDED, resolve_base
 from minilora_hub.errors import AdapterError, BaseModelError
 from minilora_hub.hub.client import fetch
