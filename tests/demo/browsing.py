@@ -120,6 +120,15 @@ def settled(server):
     assert server.forwards() == before
 
 
+def shift(page):
+    """Return the layout shift since the page began to load: the sum of all scores, also of those after an input."""
+    return page.evaluate("""() => {
+        const observer = new PerformanceObserver(() => {});
+        observer.observe({type: "layout-shift", buffered: true});
+        return observer.takeRecords().reduce((sum, entry) => sum + entry.value, 0);
+    }""")
+
+
 def violations(page):
     """Return everything that axe-core finds, each with the elements that it names."""
     from axe_playwright_python.sync_playwright import Axe

@@ -13,6 +13,7 @@ from demo.browsing import (
     open_panel,
     set_number,
     settled,
+    shift,
     texts,
     wait_for_states,
     wait_until_writing,
@@ -379,21 +380,24 @@ def test_on_a_desktop_columns_stand_side_by_side(page):
     assert len({round(box["height"]) for box in boxes}) == 1
 
 
-SHIFTS = """() => { window.shift = 0; new PerformanceObserver(list => {
-    for (const entry of list.getEntries()) window.shift += entry.value;
-}).observe({type: "layout-shift"}); }"""
+def test_loading_does_not_move_a_phones_page(visit):
+    """The cumulative layout shift of loading is below 0.1."""
+    page = visit("", 390, 844)
+    page.wait_for_timeout(300)  # the parts that arrive last
+    assert shift(page) < 0.1
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), pytest.param(390, 844, marks=pytest.mark.slow)])
-def test_run_does_not_move_the_page(visit, width, height):
-    """The cumulative layout shift of a run is below 0.1, and on a desktop all columns stay in view."""
+def test_neither_loading_nor_run_moves_the_page(visit, width, height):
+    """The cumulative layout shift of each is below 0.1, and on a desktop all columns stay in view."""
     page = visit("", width, height)
     page.wait_for_timeout(500)  # fonts and late parts
-    page.evaluate(SHIFTS)
+    loaded = shift(page)
+    assert loaded < 0.1
     ask(page, "a long text, " * 4)
     wait_for_states(page, "length", "eos", "eos")
     page.wait_for_timeout(300)
-    assert page.evaluate("window.shift") < 0.1
+    assert shift(page) - loaded < 0.1
     bottoms = page.locator(".ml-card").evaluate_all("cards => cards.map(c => c.getBoundingClientRect().bottom)")
     assert width < 500 or max(bottoms) <= height
 

@@ -7,7 +7,7 @@ import time
 from itertools import zip_longest
 
 import pytest
-from demo.browsing import Visits, ask, texts, wait_for_states
+from demo.browsing import Visits, ask, shift, texts, wait_for_states
 from tiny_stand_ins import save_base_and_adapters
 
 from minilora_hub.compare.engine import CompareEngine, Sampling
@@ -81,6 +81,7 @@ def test_the_page_opens_with_it_and_plays_it(visit, stage, replay):
     page.wait_for_function("!document.querySelector('.ml-token[hidden]')")
     assert texts(page) == [text_of(column) for column in stage["columns"]]
     assert page.locator(".ml-count").inner_text() == replay["status"]["badge"]
+    assert shift(page) < 0.1
 
 
 @pytest.mark.slow

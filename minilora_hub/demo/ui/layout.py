@@ -44,27 +44,29 @@ def build_parts(
         max_new_tokens: initial value of the length setting.
         most_tokens: maximum of the length setting.
     """
-    head = component("headline", value=headline)
-    notice = component("notice", value=NO_NOTICE, elem_id="ml-notice")
-    with gr.Row(elem_id="ml-ask"):
-        prompt = gr.Textbox(
-            show_label=False,
-            label="Prompt",
-            placeholder="Enter a prompt for all models…",
-            lines=1,
-            max_lines=8,
-            container=False,
-            scale=8,
-            min_width=260,
-            elem_id="ml-prompt",
-        )
-        with gr.Row(elem_id="ml-buttons", scale=1):
-            run = gr.Button("Run", variant="primary", elem_id="ml-run", min_width=110)
-            stop = gr.Button("Stop", interactive=False, elem_id="ml-stop", min_width=110)
-    chips = component("examples", value=[{"label": one.label, "prompt": one.prompt} for one in examples])
-    settings = build_settings(max_new_tokens, most_tokens)
-    with gr.Row(elem_id="ml-line"):
-        status = component("status_line", value=opening["status"], elem_id="ml-status")
-        blind = component("blind_bar", value=BLIND_OFF, elem_id="ml-blind")
-    stage = component("stage", value=opening["stage"], elem_id="ml-stage")
+    with gr.Column(elem_id="ml-page"):
+        head = component("headline", value=headline, elem_id="ml-head")
+        notice = component("notice", value=NO_NOTICE, elem_id="ml-notice")
+        with gr.Row(elem_id="ml-ask"):
+            prompt = gr.Textbox(
+                show_label=False,
+                label="Prompt",
+                placeholder="Ask all models…",
+                lines=1,
+                max_lines=8,
+                container=False,
+                scale=8,
+                min_width=260,
+                elem_id="ml-prompt",
+            )
+            with gr.Row(elem_id="ml-buttons", scale=1):
+                run = gr.Button("Run", variant="primary", elem_id="ml-run", min_width=110)
+                stop = gr.Button("Stop", interactive=False, elem_id="ml-stop", min_width=110)
+        shown = [{"label": one.label, "prompt": one.prompt} for one in examples]
+        chips = component("examples", value=shown, elem_id="ml-examples")
+        settings = build_settings(max_new_tokens, most_tokens)
+        with gr.Row(elem_id="ml-line"):
+            status = component("status_line", value=opening["status"], elem_id="ml-status")
+            blind = component("blind_bar", value=BLIND_OFF, elem_id="ml-blind")
+        stage = component("stage", value=opening["stage"], elem_id="ml-stage")
     return Parts(head, notice, prompt, run, stop, chips, settings, status, blind, stage, gr.State(None))
