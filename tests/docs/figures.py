@@ -179,18 +179,31 @@ def vllm() -> str:
 
 def serving() -> str:
     """Tokens per second of CPU time by the number of concurrent requests."""
-    held = results("serving")
-    clients = sorted({count for each in held.values() for count in each}, key=int)
-    rows = [
-        [name, *(f"{each[count]['cpu_rate']:.1f}" if count in each else "" for count in clients)]
-        for name, each in held.items()
-    ]
     before = paragraph(
         "Tokens per second of CPU time on the embedded base in float32, one thread, by the number of requests at once "
         "(`python tests/bench/bench_serving.py --vllm FOLDER`, with the environment of `.ci/vllm FOLDER`; medians of "
         "interleaved rounds, one round with 64; ranges and wall times in tests/bench/serving.json):"
     )
-    return before + "\n\n" + table(["", *clients], rows)
+    return before + "\n\n" + _by_clients("serving")
+
+
+def serving_llama() -> str:
+    """The same beside llama.cpp."""
+    before = paragraph(
+        "Beside llama.cpp, in a run of its own (`python tests/bench/bench_serving.py --llama FOLDER`, with the "
+        "environment of `.ci/llama FOLDER`; ranges and wall times in tests/bench/serving_llama.json):"
+    )
+    return before + "\n\n" + _by_clients("serving_llama")
+
+
+def _by_clients(name: str) -> str:
+    held = results(name)
+    clients = sorted({count for each in held.values() for count in each}, key=int)
+    rows = [
+        [work, *(f"{each[count]['cpu_rate']:.1f}" if count in each else "" for count in clients)]
+        for work, each in held.items()
+    ]
+    return table(["", *clients], rows)
 
 
 def evidence() -> str:
@@ -283,6 +296,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "push": push,
     "routers": routers,
     "serving": serving,
+    "serving-llama": serving_llama,
     "summary": summary,
     "training": training,
     "vllm": vllm,
