@@ -42,6 +42,7 @@ CAUSES: dict[str, Cause] = {
     "balance-0": Cause("no balance loss", {"router_aux_loss_coef": 0.0}),
     "init-0.1": Cause("routers start with preferences", {"router_init_range": 0.1}),
     "apart": Cause("experts start as LoRAs for one task", kind="apart"),
+    "apart-ratio-10": Cause("the same, and routers learn 10 times as fast", {"router_lr_ratio": 10.0}, kind="apart"),
     "tasks": Cause("a LoRA for each task, the right one chosen", kind="tasks"),
     "balance-1e-2": Cause("balance loss 0.01 instead of 0.001", {"router_aux_loss_coef": 1e-2}),
     "balance-1e-4": Cause("balance loss 0.0001 instead of 0.001", {"router_aux_loss_coef": 1e-4}),

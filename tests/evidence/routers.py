@@ -8,7 +8,8 @@
 Each run has the size, the data and the learning rate of the MixLoRA in compare_methods.py, and one setting of its own.
 ``shipped`` measures the adapter in model_cards/, ``fresh`` an adapter before its first step. ``tasks`` is the best that
 routing by task can do at this size: a LoRA of a quarter of the rank for each task, trained for a quarter of the steps,
-and the right one chosen. ``apart`` starts from these four as experts, and so has twice the steps.
+and the right one chosen. ``apart`` starts from these four as experts, and so has twice the steps: compare it with
+``--cause baseline`` of twice the ``--steps``.
 
 Base and adapters are in float32, which a CPU without bfloat16 products multiplies several times faster.
 """
@@ -97,7 +98,7 @@ def adapter_of(name: str, work: Path, sizes: Sizes, seed: int) -> dict[str, Path
     start = out.with_name(out.name + "-start")
     if not start.is_dir():
         import_as_experts(list(singles.values()), start, base=SETTINGS["base"], attention="mean", seed=seed)
-    settings = {"method": "mixlora", "from_adapter": str(start)}
+    settings = {"method": "mixlora", "from_adapter": str(start)} | cause.changed
     return dict.fromkeys(TASKS, trained(out, MIX, sizes.steps, **settings))
 
 
