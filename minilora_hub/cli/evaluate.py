@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from minilora_hub.cli.measuring import Measured, measure_lm_eval, measure_rows, measure_tasks
 from minilora_hub.cli.options import AsJson, Debug, given, print_json, say
-from minilora_hub.progress_display import ProgressDisplay
 from minilora_hub.whole_folders import require_writable
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from minilora_hub.adapter_folder.results import Evaluation, Results
-    from minilora_hub.evaluation.classification import Classified
-    from minilora_hub.evaluation.run import Progress
-    from minilora_hub.evaluation.settings import Adapter
 
 BUILT_IN = ("task", "split", "held_out", "few_shot", "perplexity", "text", "fresh")
 """Options of the built-in tasks alone."""
@@ -103,14 +95,14 @@ def eval_(
     if truncate and not data:
         raise ValueError("--truncate: must come with --data")
     if lm_eval:
-        measured = _measure_lm_eval(adapters, lm_eval, include_path, **common)
+        measured = measure_lm_eval(adapters, lm_eval, include_path, **common)
     elif data:
-        measured = _measure_rows(adapters, data, split=split, truncate=truncate, **common)
+        measured = measure_rows(adapters, data, split=split, truncate=truncate, **common)
     else:
         if include_path is not None:
             raise ValueError(f"--include-path {str(include_path)!r}: must come with --lm-eval")
         settings = {"split": split, "held_out": held_out, "few_shot": few_shot, "perplexity": perplexity, "text": text}
-        measured = _measure_tasks(adapters, task, fresh, as_json, **common, **settings)
+        measured = measure_tasks(adapters, task, fresh, as_json, **common, **settings)
     written = _write(measured, out)
     if as_json:
         print_json(measured.document)
@@ -130,105 +122,7 @@ def eval_(
         say(f"nothing is written for {', '.join(fetched)}, from the Hub: --out FILE keeps the numbers")
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """The results of the built-in tasks or of lm-eval's tasks.
-
-    Attributes:
-        models: display name, adapter (None for the base) and results of each model.
-        results: returns an adapter's results.json with its results.
-        document: all results as JSON data.
-        summary: a line to print below the table.
-    """
-
-    models: list[tuple[str, Adapter | None, tuple[Evaluation, ...]]]
-    results: Callable[[Adapter], Results]
-    document: dict[str, Any]
-    summary: str = ""
-
-
-def _measure_tasks(
-    adapters: list[str], task: list[str] | None, fresh: bool, as_json: bool, **settings: Any
-) -> _Measured:
-    from minilora_hub.evaluation.outputs import as_dict
-    from minilora_hub.evaluation.report import evaluations, updated_results
-    from minilora_hub.evaluation.run import evaluate
-
-    shown = _Progress(not as_json)
-    try:
-        report = evaluate(adapters, tasks=task or None, cache=not fresh, progress=say, on_progress=shown, **settings)
-    finally:
-        shown.close()
-    by_adapter = {model.adapter.name: model for model in report.models if model.adapter}
-    return _Measured(
-        [(model.name, model.adapter, evaluations(report, model)) for model in report.models],
-        lambda adapter: updated_results(report, by_adapter[adapter.name]),
-        as_dict(report),
-        f"{report.seconds:.0f} s, {report.computed:,} rows computed",
-    )
-
-
-def _measure_lm_eval(adapters: list[str], tasks: list[str], include_path: Path | None, **settings: Any) -> _Measured:
-    from minilora_hub.evaluation.lm_eval_tasks import measure
-    from minilora_hub.evaluation.report import known_results, with_numbers
-
-    report = measure(adapters, tasks, include_path=include_path, progress=say, **settings)
-    models = [(adapter.name if adapter else "base", adapter, rows) for adapter, rows in report.models]
-    numbers = {name: rows for name, _, rows in models}
-
-    def results(adapter: Adapter) -> Results:
-        before = known_results(adapter, report.base, report.fingerprint, report.base_parameters)
-        return with_numbers(before, numbers[adapter.name])
-
-    document = {"models": [{"name": name, "numbers": [asdict(row) for row in rows]} for name, _, rows in models]}
-    return _Measured(models, results, document)
-
-
-def _measure_rows(adapters: list[str], data: list[str], **settings: Any) -> _Measured:
-    import dataclasses
-
-    from minilora_hub.evaluation.classification import measure
-    from minilora_hub.evaluation.report import known_results, with_numbers
-
-    report = measure(adapters, data, progress=say, **settings)
-    models: list[tuple[str, Adapter | None, tuple[Evaluation, ...]]] = []
-    for one in report.models:
-        name = "base" if one.majority is None else f"always {one.majority!r}"
-        beside = tuple(
-            dataclasses.replace(row, value=row.base_value or 0.0, interval=row.base_interval, parts=())
-            for row in one.rows
-        )
-        models += [(name, None, beside)] * (not models) + [(one.adapter.name, one.adapter, one.rows)]
-    numbers = {one.adapter.name: one.rows for one in report.models}
-
-    def results(adapter: Adapter) -> Results:
-        before = known_results(adapter, report.base, report.fingerprint, report.base_parameters)
-        return with_numbers(before, numbers[adapter.name])
-
-    document = {
-        "models": [
-            {
-                "name": one.adapter.name,
-                "labels": one.labels,
-                "confusion": one.confusion(),
-                "numbers": [asdict(row) for row in one.rows],
-            }
-            for one in report.models
-        ]
-    }
-    return _Measured(models, results, document, "\n".join(_confusion(one) for one in report.models))
-
-
-def _confusion(one: Classified) -> str:
-    """Return the confusion of labels as lines: what each label was taken for."""
-    lines = [f"{one.adapter.name}: label, and what it was taken for"]
-    for label, row in zip(one.labels, one.confusion(), strict=True):
-        taken = ", ".join(f"{name} {count}" for name, count in zip(one.labels, row, strict=True) if count)
-        lines.append(f"  {label}: {taken or 'not in the rows'}")
-    return "\n".join(lines)
-
-
-def _write(measured: _Measured, out: Path | None) -> list[Path]:
+def _write(measured: Measured, out: Path | None) -> list[Path]:
     """Write one JSON file, or the results.json of each adapter that is a folder."""
     from minilora_hub.documents import write_whole
     from minilora_hub.evaluation.outputs import save_results
@@ -239,7 +133,7 @@ def _write(measured: _Measured, out: Path | None) -> list[Path]:
     return [save_results(measured.results(adapter), adapter.folder) for adapter in local]
 
 
-def _table(measured: _Measured) -> Table:
+def _table(measured: Measured) -> Table:
     """Make a block for each task and metric, with a row for each model: its number and the 95% interval."""
     from rich.table import Table
     from rich.text import Text
@@ -256,28 +150,6 @@ def _table(measured: _Measured) -> Table:
                 between = "" if row.interval is None else f"{row.interval[0]:.3g} to {row.interval[1]:.3g}"
                 table.add_row(Text(f"  {name}"), f"{row.value:.4g}", between)
     return table
-
-
-class _Progress:
-    """Shows rows, rows computed per second, and the current model and task."""
-
-    def __init__(self, shown: bool) -> None:
-        self._shown = shown
-        self._display: ProgressDisplay | None = None
-
-    def __call__(self, progress: Progress) -> None:
-        if self._display is None:
-            total = {"total": progress.total, "done": progress.done}
-            self._display = ProgressDisplay("Measuring", "row", shown=self._shown, **total)
-            self._started, self._computed = time.perf_counter(), progress.computed
-        seconds = max(time.perf_counter() - self._started, 1e-9)
-        rate = (progress.computed - self._computed) / seconds
-        self._display.update(progress.done, f"{rate:.1f} rows/s  {progress.what}")
-
-    def close(self) -> None:
-        """Remove the bar from the terminal."""
-        if self._display:
-            self._display.close()
 
 
 def tasks(
