@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-PROBE = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
+PROBE: list[dict[str, Any]] = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
 
 
 def end_token_ids(tokenizer: Any, generation_config: Any) -> list[int]:
     """Return the ids of all tokens that end an answer, without duplicates.
 
     Args:
-        tokenizer: a tokenizer of transformers, or None for the generation settings' tokens alone.
+        tokenizer: a tokenizer of transformers, a processor with one, or None for the generation settings' tokens alone.
         generation_config: the base's GenerationConfig, or None.
 
     Returns:
@@ -28,7 +28,7 @@ def end_token_ids(tokenizer: Any, generation_config: Any) -> list[int]:
         listed = []
     candidates = [listed] if isinstance(listed, int) else list(listed)
     if tokenizer is not None:
-        candidates += [tokenizer.eos_token_id, end_of_turn_id(tokenizer)]
+        candidates += [getattr(tokenizer, "tokenizer", tokenizer).eos_token_id, end_of_turn_id(tokenizer)]
     return list(dict.fromkeys(int(token) for token in candidates if token is not None))
 
 
@@ -44,8 +44,12 @@ def end_of_turn_id(tokenizer: Any) -> int | None:
 
     if not getattr(tokenizer, "chat_template", None):
         return None
+    writer, probe = tokenizer, PROBE
+    if hasattr(writer, "tokenizer"):  # a processor, whose template expects the parts of a turn
+        tokenizer = writer.tokenizer
+        probe = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in PROBE]
     try:
-        text = str(tokenizer.apply_chat_template(PROBE, tokenize=False))
+        text = str(writer.apply_chat_template(probe, tokenize=False))
     except (TemplateError, TypeError, KeyError, ValueError):
         return None  # a template for other conversations, which says nothing about how an answer ends
     _, found, tail = text.rpartition(PROBE[-1]["content"])

@@ -13,7 +13,8 @@ passed to the chat template. A message with `weight` 0 (or `loss` false) has no 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from minilora_hub.training.row_formats import (
@@ -24,18 +25,19 @@ from minilora_hub.training.row_formats import (
     lone_surrogate,
     parsed_tools,
 )
-from minilora_hub.training.sources import BadRow, read_values
+from minilora_hub.training.sources import BadRow, is_file, read_values
 
 KINDS = {"messages": ("messages",), "prompt and completion": ("prompt", "completion"), "text": ("text",)}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A valid row: its location (``"data.jsonl:3"``), its kind, and its fields."""
+    """A valid row: its location (``"data.jsonl:3"``), its kind, its fields, and the folder of its file, if any."""
 
     place: str
     kind: str
     fields: dict[str, Any]
+    folder: Path | None = None
 
 
 def read_rows(
@@ -56,8 +58,11 @@ def read_rows(
     Raises:
         DataError: a file is missing, empty, of an unknown kind or cannot be read at all.
     """
-    for place, value in read_values(sources, split, revision):
-        yield value if isinstance(value, BadRow) else (check or checked)(place, value)
+    for source in sources:
+        folder = Path(source).expanduser().parent if is_file(source) else None
+        for place, value in read_values((source,), split, revision):
+            row = value if isinstance(value, BadRow) else (check or checked)(place, value)
+            yield replace(row, folder=folder) if isinstance(row, Row) else row
 
 
 def checked(place: str, value: Any) -> Row | BadRow:

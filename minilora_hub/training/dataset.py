@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from minilora_hub.errors import DataError
@@ -32,7 +33,7 @@ class ExampleRows:
     """Examples in an Arrow file, in order.
 
     Attributes:
-        dataset: a `datasets.Dataset` with the columns ``input_ids`` and ``labels``.
+        dataset: a `datasets.Dataset` with the columns ``input_ids`` and ``labels``, and those of `Example.more`.
         places: location of each row in the data.
         lengths: number of tokens of each row.
         learned: number of tokens of each row that have a loss.
@@ -47,13 +48,17 @@ class ExampleRows:
         return len(self.places)
 
     def __getitem__(self, index: int) -> Example:
-        return Example(self.places[index], **self.dataset[index])
+        return Example(self.places[index], **self._tokens[index])
 
     def __iter__(self) -> Iterator[Example]:
         places = iter(self.places)
-        for columns in self.dataset.iter(ROWS_AT_ONCE):
+        for columns in self._tokens.iter(ROWS_AT_ONCE):
             for ids, labels in zip(columns["input_ids"], columns["labels"], strict=True):
                 yield Example(next(places), ids, labels)
+
+    @property
+    def _tokens(self) -> Any:
+        return self.dataset.select_columns(["input_ids", "labels"])
 
     def select(self, indices: Sequence[int]) -> ExampleRows:
         """Return the rows with these indices, in this order; nothing is copied."""
@@ -71,12 +76,14 @@ class TrainingData:
         validation: the validation examples; empty without validation.
         skipped: the rows that were skipped.
         labels: of labelled rows, the names of the classes; `labels` of an example holds their numbers.
+        pictures: of rows with pictures, a hash of them.
     """
 
     train: ExampleRows
     validation: ExampleRows
     skipped: list[BadRow]
     labels: tuple[str, ...] = ()
+    pictures: str = ""
 
     @property
     def tokens(self) -> int:
@@ -90,8 +97,8 @@ class TrainingData:
 
     @property
     def sha256(self) -> str:
-        """Hash of every token and label, by which a resumed run detects changed data."""
-        digest = hashlib.sha256(json.dumps(self.labels).encode() if self.labels else b"")
+        """Hash of every token, label and picture, by which a resumed run detects changed data."""
+        digest = hashlib.sha256(json.dumps(self.labels).encode() if self.labels else self.pictures.encode())
         for example in chain(self.train, self.validation):
             digest.update(json.dumps([example.input_ids, example.labels]).encode())
         return digest.hexdigest()
@@ -144,31 +151,54 @@ def prepare_data(
         ends=ends,
         now=now,
     )
+    return TrainingData(*write_parts(settings, encoder.encode, folder))
+
+
+def write_parts(
+    settings: TrainingSettings,
+    encode: Callable[[Row], Example | BadRow],
+    folder: Path,
+    check: Callable[[str, Any], Row | BadRow] | None = None,
+    columns: Mapping[str, Any] = MappingProxyType({}),
+) -> tuple[ExampleRows, ExampleRows, list[BadRow]]:
+    """Write the examples of a run into Arrow files, and split off those to validate on.
+
+    Args:
+        settings: of the run.
+        encode: makes an example of a row.
+        folder: for the files.
+        check: as in `read_rows`.
+        columns: types of the columns beside the tokens, which hold `Example.more`.
+
+    Returns:
+        The examples to train on and to validate on, and the rows that were skipped.
+    """
     skipped: list[BadRow] = []
-    train = write_examples(settings.data, settings, encoder.encode, folder / "train.arrow", skipped)
+
+    def write(sources: tuple[str, ...], name: str) -> ExampleRows:
+        return _write_examples(sources, settings, encode, folder / name, skipped, check, columns)
+
+    train = write(settings.data, "train.arrow")
     if settings.validation_data:
-        file = folder / "validation.arrow"
-        validation = write_examples(settings.validation_data, settings, encoder.encode, file, skipped)
-    else:
-        train, validation = hold_out(train, recipe.validation, recipe.seed)
-    return TrainingData(train, validation, skipped)
+        return train, write(settings.validation_data, "validation.arrow"), skipped
+    return *hold_out(train, settings.recipe.validation, settings.recipe.seed), skipped
 
 
-def write_examples(
+def _write_examples(
     sources: tuple[str, ...],
     settings: TrainingSettings,
     encode: Callable[[Row], Example | BadRow],
     file: Path,
     skipped: list[BadRow],
-    check: Callable[[str, Any], Row | BadRow] | None = None,
+    check: Callable[[str, Any], Row | BadRow] | None,
+    more: Mapping[str, Any],
 ) -> ExampleRows:
-    """Write the examples of some files into an Arrow file, and open it; `check` is as in `read_rows`."""
     from datasets import Dataset, Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
     bad: list[BadRow] = []
     places, lengths, learned = list[str](), list[int](), list[int]()
-    columns = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+    columns = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), **more})
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)  # a process that has mapped the old file is not affected
@@ -179,7 +209,7 @@ def write_examples(
                 if isinstance(example, BadRow):
                     bad.append(example)
                     continue
-                writer.write({"input_ids": example.input_ids, "labels": example.labels})
+                writer.write({"input_ids": example.input_ids, "labels": example.labels, **example.more})
                 places.append(example.place)
                 lengths.append(len(example.input_ids))
                 learned.append(len(example.labels) - example.labels.count(IGNORED))
@@ -191,8 +221,8 @@ def write_examples(
         ) from error
     if bad and not settings.skip_bad_rows:
         shown = "; ".join(f"{row.place}: {row.reason}" for row in bad[:SHOWN])
-        more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        raise DataError(f"{shown}{more}. Repair {'them' if len(bad) > 1 else 'it'}, or pass --skip-bad-rows")
+        others = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        raise DataError(f"{shown}{others}. Repair {'them' if len(bad) > 1 else 'it'}, or pass --skip-bad-rows")
     if not places:
         raise DataError(f"{', '.join(sources)}: no row is left: all {len(bad)} cannot be used, e.g. {bad[0].reason}")
     skipped += bad

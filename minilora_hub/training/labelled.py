@@ -1,12 +1,10 @@
-"""What differs in a run on labelled rows: the tokenizer's needs, the examples, the base's head, the trainer.
-
-The head is the base's own where its checkpoint has one for these labels. Otherwise it is new: drawn with the run's
-seed, trained whole, and saved with the adapter.
-"""
+"""Rows with labels: the tokenizer's needs, the examples, the base's head, the trainer."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,35 +12,57 @@ from typing import Any
 from minilora_hub.adapter_folder.companions import own_tokenizer
 from minilora_hub.bases import loading
 from minilora_hub.bases.resolving import ResolvedBase
-from minilora_hub.errors import BaseModelError, TrainingError
+from minilora_hub.errors import BaseModelError
 from minilora_hub.training.data import read_rows
-from minilora_hub.training.dataset import TrainingData, hold_out, write_examples
+from minilora_hub.training.dataset import TrainingData, write_parts
 from minilora_hub.training.labelled_rows import AUTO_CLASSES, WORDS, LabelledEncoder, checked, labels_of
+from minilora_hub.training.models import base_context
 from minilora_hub.training.recipes import Recipe
+from minilora_hub.training.row_kind import RowKind
 from minilora_hub.training.settings import TrainingSettings
 
-METHODS = ("dora", "mixlora", "mixdora")
 
+class LabelledRows(RowKind):
+    """Texts with a class, or words with tags, that a model learns to tell.
 
-def check_settings(settings: TrainingSettings, task: str) -> None:
-    """Check that a run's settings are possible on labelled rows.
-
-    Raises:
-        TrainingError: one is not; the message names it.
+    The head is the base's own where its checkpoint has one for these labels. Otherwise it is new: drawn with the run's
+    seed, trained whole, and saved with the adapter.
     """
-    recipe = settings.recipe
-    needs = {
-        "method": (settings.method, settings.method in METHODS, f"must be one of {', '.join(METHODS)}"),
-        "from_adapter": (settings.from_adapter, not settings.from_adapter, "leave it out"),
-        "objective": (settings.objective, not settings.objective, "leave it out"),
-        "budget": (recipe.budget, recipe.budget is None, "leave it out"),
-        "init": (recipe.init, recipe.init == "zero", "leave it out"),
-        "batching": (recipe.batching, recipe.batching != "packed", "must be shuffled or length-grouped"),
-        "quantize": (recipe.quantize, recipe.quantize is None, "leave it out: the new head would be quantised, too"),
-    }
-    for name, (value, holds, need) in needs.items():
-        if not holds:
-            raise TrainingError(f"{name}={value!r} on rows for {task}: {need} (--task text-generation: other rows)")
+
+    def __init__(self, task: str, settings: TrainingSettings, base: ResolvedBase) -> None:
+        super().__init__(task, settings, base)
+        need = "leave it out: the new head would be quantised, too"
+        self.require(quantize=(settings.recipe.quantize is None, need))
+        self.auto_class = AUTO_CLASSES[task]
+        self.processor = load_tokenizer(base, task)
+        self._collate = collator(task, self.processor)
+
+    def prepare(self, folder: Path, begun: datetime) -> TrainingData:
+        """See `RowKind.prepare`; there must be two labels."""
+        settings, recipe, check = self.settings, self.settings.recipe, partial(checked, task=self.task)
+        rows = read_rows(settings.data, split=settings.data_split, revision=settings.data_revision, check=check)
+        named = _configuration(self.base).id2label or {}
+        labels = labels_of(rows, [str(named[number]) for number in sorted(named)])
+        context = base_context(self.base)
+        longest = min(recipe.max_length or context, context, self.processor.model_max_length)
+        encoder = LabelledEncoder(self.processor, labels, longest, recipe.truncate)
+        train, validation, skipped = write_parts(settings, encoder.encode, folder, check)
+        numbers = {name: number for number, name in enumerate(labels)}
+        self.model_arguments = {"id2label": dict(enumerate(labels)), "label2id": numbers}
+        self.model_arguments["pad_token_id"] = self.processor.pad_token_id  # a decoder finds a text's last token by it
+        return TrainingData(train, validation, skipped, labels)
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """See `RowKind.collate`."""
+        return self._collate(rows)
+
+    def make_trainer(self, arguments: Any, **given: Any) -> Any:
+        """See `RowKind.make_trainer`: transformers' Trainer."""
+        from transformers import TrainingArguments
+
+        names = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
+        plain = TrainingArguments(**{name: getattr(arguments, name) for name in names})
+        return make_trainer(args=plain, data_collator=self.collate, **given)
 
 
 def load_tokenizer(resolved: ResolvedBase, task: str, adapter: Path | None = None) -> Any:
@@ -71,59 +91,10 @@ def load_tokenizer(resolved: ResolvedBase, task: str, adapter: Path | None = Non
     return tokenizer
 
 
-def prepare(
-    settings: TrainingSettings, task: str, tokenizer: Any, resolved: ResolvedBase, context: int, folder: Path
-) -> TrainingData:
-    """Read, check and tokenize labelled rows, and split off the validation rows.
-
-    Raises:
-        DataError: a row cannot be used and bad rows are not skipped, or there are not two labels.
-    """
-    recipe, check = settings.recipe, partial(checked, task=task)
-    rows = read_rows(settings.data, split=settings.data_split, revision=settings.data_revision, check=check)
-    named = _configuration(resolved).id2label or {}
-    labels = labels_of(rows, [str(named[number]) for number in sorted(named)])
-    longest = min(recipe.max_length or context, context, tokenizer.model_max_length)
-    encoder = LabelledEncoder(tokenizer, labels, longest, recipe.truncate)
-    skipped: list[Any] = []
-    train = write_examples(settings.data, settings, encoder.encode, folder / "train.arrow", skipped, check)
-    if settings.validation_data:
-        file = folder / "validation.arrow"
-        validation = write_examples(settings.validation_data, settings, encoder.encode, file, skipped, check)
-    else:
-        train, validation = hold_out(train, recipe.validation, recipe.seed)
-    return TrainingData(train, validation, skipped, labels)
-
-
 def _configuration(resolved: ResolvedBase) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(resolved.path, trust_remote_code=False)
-
-
-def head_arguments(labels: tuple[str, ...], tokenizer: Any) -> dict[str, Any]:
-    """Return the arguments for the base's from_pretrained that describe its head."""
-    names = {"id2label": dict(enumerate(labels)), "label2id": {name: number for number, name in enumerate(labels)}}
-    return names | {"pad_token_id": tokenizer.pad_token_id}  # a decoder finds a text's last token by it
-
-
-def build_model(
-    settings: TrainingSettings, task: str, resolved: ResolvedBase, head: dict[str, Any], arguments: dict[str, Any]
-) -> Any:
-    """Load the base with the task's head, and add a fresh adapter; `head` is of `head_arguments`."""
-    from minilora_hub import DoraConfig, MixLoraConfig
-    from minilora_hub.remote_code.modeling_minilora import adapted_class
-
-    prefix, config = ("Dora", DoraConfig) if settings.method == "dora" else ("MixLora", MixLoraConfig)
-    model_class = adapted_class(prefix, AUTO_CLASSES[task])
-    arguments = arguments | head
-    if resolved.revision:
-        arguments = arguments | {"revision": resolved.revision}
-    try:
-        made = config(**settings.recipe.adapter)
-        return model_class.from_base(settings.base, made, seed=settings.recipe.seed, **arguments)
-    except OSError as error:
-        raise BaseModelError(" ".join(str(error).split())) from error
 
 
 def collator(task: str, tokenizer: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:

@@ -17,11 +17,10 @@ from typing import Any
 from minilora_hub.errors import DataError
 from minilora_hub.training.data import Row
 from minilora_hub.training.row_formats import lone_surrogate
-from minilora_hub.training.settings import TrainingSettings
-from minilora_hub.training.sources import BadRow, read_values
+from minilora_hub.training.sources import BadRow
 from minilora_hub.training.tokens import IGNORED, Example
 
-GENERATION, TEXTS, WORDS = "text-generation", "text-classification", "token-classification"
+TEXTS, WORDS = "text-classification", "token-classification"
 AUTO_CLASSES = {TEXTS: "AutoModelForSequenceClassification", WORDS: "AutoModelForTokenClassification"}
 """Task of labelled rows -> the Auto class of its models."""
 FIELDS = {TEXTS: ("text", "label"), WORDS: ("tokens", "tags")}
@@ -29,16 +28,12 @@ ANSWERS = ("messages", "completion", "conversations", "output", "chosen")
 """Fields of rows that a text is generated from."""
 
 
-def task_of(settings: TrainingSettings) -> str:
-    """Return the task of a run: the one that is given, or else the one that the fields of the first row stand for."""
-    if settings.task:
-        return settings.task
-    for _, value in read_values(settings.data, settings.data_split, settings.data_revision):
-        if isinstance(value, dict) and not any(value.get(name) is not None for name in ANSWERS):
-            fields = _renamed(value)
-            return next((task for task, names in FIELDS.items() if fields.keys() >= set(names)), GENERATION)
-        break
-    return GENERATION
+def task_of(fields: dict[str, Any]) -> str | None:
+    """Return the task that the fields of a row stand for; None if the row has no labels."""
+    if any(fields.get(name) is not None for name in ANSWERS):
+        return None
+    names_of = _renamed(fields).keys()
+    return next((task for task, names in FIELDS.items() if names_of >= set(names)), None)
 
 
 def checked(place: str, value: Any, task: str) -> Row | BadRow:

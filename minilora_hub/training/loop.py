@@ -11,12 +11,12 @@ from typing import Any
 
 from minilora_hub.errors import TrainingError
 from minilora_hub.training.dataset import ExampleRows, TrainingData
-from minilora_hub.training.labelled_rows import GENERATION
 from minilora_hub.training.models import Trainee, compute_dtype
 from minilora_hub.training.objective_specs import parse_objectives
 from minilora_hub.training.passthrough import method_callbacks
 from minilora_hub.training.plan import Shape, shape_of
 from minilora_hub.training.recipes import OURS
+from minilora_hub.training.row_kind import RowKind
 from minilora_hub.training.settings import TrainingSettings
 from minilora_hub.training.sharding import shard
 
@@ -39,15 +39,14 @@ def build_trainer(
     settings: TrainingSettings,
     trainee: Trainee,
     data: TrainingData,
-    tokenizer: Any,
+    kind: RowKind,
     out: Path,
     processes: int,
-    task: str = GENERATION,
 ) -> tuple[Any, Shape]:
     """Return the trainer, ready to run, and the shape of its steps.
 
     Raises:
-        TrainingError: packed rows would attend to each other on this base, or it cannot be split for this task.
+        TrainingError: packed rows would attend to each other on this base.
         ValueError: the processes or micro-batches do not divide the batch.
     """
     from transformers import EarlyStoppingCallback, PrinterCallback
@@ -55,8 +54,6 @@ def build_trainer(
     from minilora_hub.training.callbacks import GradientsChecked
 
     recipe = settings.recipe
-    if recipe.shard and task != GENERATION:
-        raise TrainingError(f"shard=true: works with {GENERATION} only, these rows are for {task}")
     packed = recipe.batching == "packed"
     rows = data.train.dataset
     if packed:
@@ -66,28 +63,14 @@ def build_trainer(
     shape = shape_of(settings, len(rows), processes)
     checked = GradientsChecked()
     arguments = _arguments(settings, shape, out, validated=bool(data.validation))
-    if task == GENERATION:
-        from minilora_hub.training.trainer import AdapterTrainer
-
-        make_trainer: Any = AdapterTrainer
-        if not _can_balance_base(trainee.model):
-            arguments.router_aux_loss_coef = 0.0
-    else:
-        from transformers import TrainingArguments
-
-        from minilora_hub.training.labelled import collator, make_trainer
-
-        names = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
-        arguments = TrainingArguments(**{name: getattr(arguments, name) for name in names})
-    trainer = make_trainer(
+    trainer = kind.make_trainer(
+        arguments,
         recipe=recipe,
         place_of=data.place_of,
         model=trainee.model,
-        args=arguments,
         train_dataset=rows,
         eval_dataset=data.validation.dataset if data.validation else None,
-        processing_class=tokenizer,
-        **({} if task == GENERATION else {"data_collator": collator(task, tokenizer)}),
+        processing_class=kind.processor,
         callbacks=[checked, *([] if settings.method in OURS else method_callbacks(trainee.model, shape.steps))],
     )
     checked.trainer = trainer
@@ -98,7 +81,7 @@ def build_trainer(
         base = find_base(settings.base, settings.base_revision)
         factors = trainee.kept.factors if trainee.kept else ()
         specs = parse_objectives(settings.objective)
-        trainer.objectives = build_objectives(specs, trainee.model, base, tokenizer, recipe.seed, factors)
+        trainer.objectives = build_objectives(specs, trainee.model, base, kind.tokenizer, recipe.seed, factors)
     trainer.remove_callback(PrinterCallback)
     if recipe.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping))
@@ -107,15 +90,6 @@ def build_trainer(
     if recipe.shard:
         shard(trainee.model)
     return trainer, shape
-
-
-def _can_balance_base(model: Any) -> bool:
-    """Return whether TRL can compute the balance loss of a sparse base: it reads `num_experts`, which Llama 4 lacks."""
-    from minilora_hub.integrations.trl import ATTRIBUTE
-
-    config = model.config.get_text_config(decoder=True)
-    ours = ATTRIBUTE in model.__dict__
-    return ours or hasattr(config, "num_experts") or not hasattr(config, "output_router_logits")
 
 
 def _arguments(settings: TrainingSettings, shape: Shape, out: Path, validated: bool) -> Any:

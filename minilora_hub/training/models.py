@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from minilora_hub.adapter_folder.tasks import CAUSAL_LM
 from minilora_hub.bases import loading
 from minilora_hub.bases.end_tokens import end_token_ids
 from minilora_hub.bases.resolving import ResolvedBase
@@ -42,9 +44,18 @@ def load_tokenizer(resolved: ResolvedBase) -> Any:
     Raises:
         BaseModelError: it cannot be loaded, or has no eos token.
     """
-    tokenizer = loading.load_tokenizer(resolved)
+    return with_needed_tokens(loading.load_tokenizer(resolved), resolved)
+
+
+def with_needed_tokens(processor: Any, resolved: ResolvedBase) -> Any:
+    """Return a tokenizer, or a processor with one, with a padding token.
+
+    Raises:
+        BaseModelError: it has no eos token.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer.eos_token is None:
-        known = end_token_ids(tokenizer, base_generation_config(resolved))
+        known = end_token_ids(processor, base_generation_config(resolved))
         example = tokenizer.convert_ids_to_tokens(known[0]) if known else "</s>"
         raise BaseModelError(
             f"base {resolved.name!r}: its tokenizer has no eos token, so answers would not end: set one in its "
@@ -52,7 +63,7 @@ def load_tokenizer(resolved: ResolvedBase) -> Any:
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return processor
 
 
 def base_context(resolved: ResolvedBase) -> int:
@@ -99,14 +110,18 @@ def compute_dtype(settings: TrainingSettings) -> Any:
 
 
 def build_trainee(
-    settings: TrainingSettings, resolved: ResolvedBase, build: Callable[[dict[str, Any]], Any] | None = None
+    settings: TrainingSettings,
+    resolved: ResolvedBase,
+    auto_class: str = CAUSAL_LM,
+    model_arguments: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Trainee, tuple[str, ...]]:
     """Load the base and add a fresh adapter, or the one to continue from.
 
     Args:
         settings: of the run.
         resolved: the base.
-        build: makes the model from the base's arguments, where it is not one that generates text.
+        auto_class: name of the Auto class that loads the base.
+        model_arguments: further arguments for its from_pretrained.
 
     Returns:
         The model, and notes for the user.
@@ -115,7 +130,7 @@ def build_trainee(
         BaseModelError: the base cannot be loaded.
         TrainingError, ValueError: the adapter's configuration or weights do not fit it.
     """
-    trainee = _fresh_trainee(settings, resolved, build)
+    trainee = _fresh_trainee(settings, resolved, auto_class, model_arguments)
     if not (settings.from_adapter or settings.keep):
         return trainee, ()
     from minilora_hub.bases.skeleton import find_base
@@ -137,11 +152,11 @@ def build_trainee(
 
 
 def _fresh_trainee(
-    settings: TrainingSettings, resolved: ResolvedBase, build: Callable[[dict[str, Any]], Any] | None
+    settings: TrainingSettings, resolved: ResolvedBase, auto_class: str, model_arguments: Mapping[str, Any]
 ) -> Trainee:
-    arguments = base_arguments(settings)
+    arguments = base_arguments(settings) | dict(model_arguments)
     if settings.method in OURS:
-        model = build(arguments) if build else _ours(settings, resolved, arguments)
+        model = _ours(settings, resolved, arguments, auto_class)
         fingerprint = model.config.base_fingerprint
     else:
         from minilora_hub.remote_code.adapter_files import base_fingerprint
@@ -184,16 +199,19 @@ def base_arguments(settings: TrainingSettings) -> dict[str, Any]:
     return arguments
 
 
-def _ours(settings: TrainingSettings, resolved: ResolvedBase, arguments: dict[str, Any]) -> Any:
-    from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraConfig, MixLoraForCausalLM
+def _ours(settings: TrainingSettings, resolved: ResolvedBase, arguments: dict[str, Any], auto_class: str) -> Any:
+    from minilora_hub import DoraConfig, MixLoraConfig
     from minilora_hub.integrations import trl
+    from minilora_hub.remote_code.heads import GENERATING
+    from minilora_hub.remote_code.modeling_minilora import adapted_class
     from minilora_hub.training.lora_model import LoraConfig, LoraForCausalLM
 
-    trl.register()
+    if auto_class in GENERATING:
+        trl.register()
     configs = {"lora": LoraConfig, "dora": DoraConfig}
-    models = {"lora": LoraForCausalLM, "dora": DoraForCausalLM}
     config = configs.get(settings.method, MixLoraConfig)(**settings.recipe.adapter)
-    model_class: Any = models.get(settings.method, MixLoraForCausalLM)
+    prefix = "Dora" if settings.method == "dora" else "MixLora"
+    model_class: Any = LoraForCausalLM if settings.method == "lora" else adapted_class(prefix, auto_class)
     if resolved.revision:
         arguments = arguments | {"revision": resolved.revision}
     try:

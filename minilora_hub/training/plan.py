@@ -9,9 +9,9 @@ from typing import Any
 
 from minilora_hub.formatting import duration, size
 from minilora_hub.training.dataset import TrainingData
-from minilora_hub.training.labelled_rows import GENERATION
 from minilora_hub.training.models import Trainee, trainable_parameters
 from minilora_hub.training.objective_specs import parse_objectives
+from minilora_hub.training.row_kind import RowKind
 from minilora_hub.training.settings import TrainingSettings
 from minilora_hub.training.sharding import own_part
 
@@ -89,7 +89,7 @@ class Plan:
     kept: tuple[str, ...] = ()
     ranks: str | None = None
     init: str | None = None
-    task: str = GENERATION
+    task: str = "text-generation"
     labels: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
 
@@ -145,10 +145,8 @@ def make_plan(
     data: TrainingData,
     trainee: Trainee,
     shape: Shape,
-    tokenizer: Any,
-    ends: list[int],
+    kind: RowKind,
     trainer: Any,
-    task: str = GENERATION,
 ) -> Plan:
     """Make the plan, measuring a forward and a backward pass of one typical batch; the model is not changed.
 
@@ -157,16 +155,14 @@ def make_plan(
         data: the rows.
         trainee: the model.
         shape: steps and batches.
-        tokenizer: the base's, with a padding token.
-        ends: ids of the tokens that end an answer.
+        kind: of the rows.
         trainer: the trainer of the run.
-        task: what the rows are for.
     """
     trainable = sum(parameter.numel() for parameter in trainable_parameters(trainee.model).values())
     frozen = [parameter for parameter in trainee.model.parameters() if not parameter.requires_grad]
     base_bytes = sum(tensor.numel() * tensor.element_size() for one in frozen for tensor in _stored(own_part(one)))
     lengths = sorted(data.train.lengths, reverse=True)
-    seconds, kept, tokens = _probe(trainee.model, data, shape.micro_batch, tokenizer.pad_token_id, trainer)
+    seconds, kept, tokens = _probe(trainee.model, data, shape.micro_batch, kind, trainer)
     longest_batch = lengths[0] * min(shape.micro_batch, len(lengths))
     packed = settings.recipe.batching == "packed"
     if packed:
@@ -188,11 +184,11 @@ def make_plan(
         activation_bytes=round(kept / tokens * longest_batch),
         seconds=seconds * shape.accumulation * shape.steps,
         packed=packed,
-        ends=tuple(tokenizer.convert_ids_to_tokens(ends)),
+        ends=tuple(kind.tokenizer.convert_ids_to_tokens(kind.ends)),
         start=None if trainee.parent is None else f"{trainee.parent.name}; {_PARTS[settings.learn]}",
         objectives=tuple(spec.shown() for spec in parse_objectives(settings.objective)),
         kept=settings.keep,
-        task=task,
+        task=kind.task,
         labels=data.labels,
         whole=tuple(getattr(trainee.model.config, "modules_to_save", None) or ()),
     )
@@ -213,20 +209,16 @@ def _stored(tensor: Any) -> list[Any]:
     return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
-def _probe(model: Any, data: TrainingData, rows: int, pad: int, trainer: Any) -> tuple[float, int, int]:
+def _probe(model: Any, data: TrainingData, rows: int, kind: RowKind, trainer: Any) -> tuple[float, int, int]:
     """Return (seconds, bytes saved for backward, tokens) of a micro-batch of rows around the median length."""
     import torch
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     from minilora_hub.training.objectives import Step, last_hidden_states
 
     device, objectives = trainer.args.device, getattr(trainer, "objectives", ())
     by_length = sorted(range(len(data.train)), key=data.train.lengths.__getitem__)
     middle = len(by_length) // 2
-    chosen = [data.train[index] for index in by_length[max(0, middle - rows // 2) :][:rows]]
-    features = [{"input_ids": example.input_ids, "labels": example.labels} for example in chosen]
-    batch = (trainer.data_collator if data.labels else DataCollatorForLanguageModeling(pad))(features)
-    extra = {} if data.labels else {"use_cache": False, "fused_lm_head": True}
+    batch = kind.collate([data.train.dataset[index] for index in by_length[max(0, middle - rows // 2) :][:rows]])
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     held = (tensor for one in (*model.parameters(), *model.buffers()) for tensor in _stored(own_part(one)))
     weights = {tensor.untyped_storage().data_ptr() for tensor in held}
@@ -248,7 +240,7 @@ def _probe(model: Any, data: TrainingData, rows: int, pad: int, trainer: Any) ->
             started = time.perf_counter()
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 with last_hidden_states(model, bool(objectives)) as hidden:
-                    loss = model(**batch, **extra).loss
+                    loss = model(**batch, **kind.forward_arguments).loss
                 for objective in objectives:
                     loss = loss + objective.weight * objective(Step(model, batch, hidden[0], (0, 0))).value
             size_kept = sum(storage.nbytes() for storage in kept.values())  # a layer that was gathered is freed again

@@ -4,7 +4,7 @@
     instruction, output    texts (Alpaca), with `input`, `system` and `history` ([[question, answer], …]) beside them
 
 Fields that do not affect training are ignored, so files of ms-swift and LLaMA-Factory can be read unchanged. Rows with
-fields that would affect it are rejected: preference pairs, rated answers, images.
+fields that would affect it are rejected: preference pairs, rated answers, sounds.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def check_learnable(fields: dict[str, Any]) -> None:
         )
     media = next((name for name in MEDIA if fields.get(name)), None)
     if media:
-        raise ValueError(f"has {media}: only text can be learned")
+        need = "needs --task image-text-to-text" if "image" in media else "only text and pictures can be learned"
+        raise ValueError(f"has {media}: {need}")
     if fields.get("chat_template_kwargs"):
         raise ValueError("has chat_template_kwargs, which generation would not give the chat template: leave them out")
 

@@ -8,12 +8,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from minilora_hub.bases.end_tokens import end_token_ids
 from minilora_hub.bases.resolving import resolve_base
 from minilora_hub.errors import MiniLoraError, TrainingError, TrainingInterrupted
 from minilora_hub.quiet import quiet_libraries
@@ -159,20 +157,12 @@ def _execute(
     """Train and save; `folder` holds files that are needed until the run ends."""
     from safetensors import SafetensorError
 
-    from minilora_hub.training import labelled
     from minilora_hub.training.adapter_checkpoints import CHECKPOINTS, last_checkpoint
-    from minilora_hub.training.dataset import prepare_data
-    from minilora_hub.training.labelled_rows import GENERATION, task_of
     from minilora_hub.training.loop import build_trainer, collected_notes
-    from minilora_hub.training.models import (
-        base_context,
-        base_generation_config,
-        build_trainee,
-        check_embedding,
-        load_tokenizer,
-    )
-    from minilora_hub.training.outputs import note_on_ends, write_result
+    from minilora_hub.training.models import build_trainee, check_embedding
+    from minilora_hub.training.outputs import write_result
     from minilora_hub.training.parent_adapter import hashes_of_inputs
+    from minilora_hub.training.row_kinds import kind_of
 
     main = place.is_main_process
     before = read_state(out) if resume else None
@@ -180,18 +170,8 @@ def _execute(
         raise TrainingError(f"--resume: the run in {str(out)!r} is finished: pass another --out for a new one")
     begun = (before and before.begun) or broadcast(datetime.now().isoformat(timespec="seconds"))
     base = resolve_base(settings.base, revision=settings.base_revision, progress=progress)
-    task, build, generation, ends = task_of(settings), None, None, list[int]()
-    if task == GENERATION:
-        tokenizer, generation = load_tokenizer(base), base_generation_config(base)
-        ends = end_token_ids(tokenizer, generation)
-        now = datetime.fromisoformat(begun)
-        data = prepare_data(settings, tokenizer, base_context(base), folder, ends=ends, now=now)
-    else:
-        labelled.check_settings(settings, task)
-        tokenizer = labelled.load_tokenizer(base, task)
-        data = labelled.prepare(settings, task, tokenizer, base, base_context(base), folder)
-        head = labelled.head_arguments(data.labels, tokenizer)
-        build = partial(labelled.build_model, settings, task, base, head)
+    kind = kind_of(settings, base)
+    data, tokenizer = kind.prepare(folder, datetime.fromisoformat(begun)), kind.tokenizer
     inputs = hashes_of_inputs(settings)
     state = before or RunState(data.sha256, begun=begun, inputs=inputs)
     if state.data_sha256 != data.sha256:
@@ -204,7 +184,8 @@ def _execute(
 
         distribution = distribute(settings, base, data.train, tokenizer.pad_token_id, progress)
     with collected_notes() as notes:
-        trainee, notes_on_parent = build_trainee(distribution.settings if distribution else settings, base, build)
+        chosen = distribution.settings if distribution else settings
+        trainee, notes_on_parent = build_trainee(chosen, base, kind.auto_class, kind.model_arguments)
     if distribution:
         distribution.start(trainee.model)
     notes += notes_on_parent
@@ -215,8 +196,8 @@ def _execute(
         start = compensate(trainee.model, settings, base, data.train).described(settings.recipe.init)
     check_embedding(trainee.model, tokenizer, max(data.largest_id, tokenizer.pad_token_id), base)
     scratch = folder / "plan"  # a trainer creates its folder at once, and a dry run must not leave one
-    trainer, shape = build_trainer(settings, trainee, data, tokenizer, scratch, place.num_processes, task)
-    plan = make_plan(settings, data, trainee, shape, tokenizer, ends, trainer, task)
+    trainer, shape = build_trainer(settings, trainee, data, kind, scratch, place.num_processes)
+    plan = make_plan(settings, data, trainee, shape, kind, trainer)
     plan = replace(plan, ranks=distribution.described if distribution else None, init=start)
     if on_plan is not None and main:
         on_plan(plan, settings)
@@ -234,7 +215,7 @@ def _execute(
         gather_adapter(trainee.model)
     if main:
         try:
-            write_result(out, settings, base, trainee, data, tokenizer, ends, history, seconds)
+            write_result(out, settings, base, trainee, data, kind.processor, kind.ends, history, seconds)
             replace(state, seconds=seconds, finished=True).save(out)
         except (OSError, SafetensorError) as error:
             saved = last_checkpoint(out)
@@ -242,7 +223,7 @@ def _execute(
                 f"out={str(out)!r}: the result could not be written ({reason_of(error)}); "
                 f"{how_to_resume(out, saved.name if saved else None)}"
             ) from error
-        notes += note_on_ends(settings, generation, ends, tokenizer) if generation else ()
+        notes += kind.notes()
     trainer.accelerator.wait_for_everyone()
     losses = [entry["loss"] for entry in history if "loss" in entry]
     return TrainResult(

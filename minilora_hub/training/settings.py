@@ -51,7 +51,8 @@ class TrainingSettings:
         license: of the adapter, for its card.
         language: codes of its languages, for its card.
         about_data: description of the data, for the card.
-        task: ``"text-generation"``, ``"text-classification"`` or ``"token-classification"``; default: by the rows.
+        task: ``"text-generation"``, ``"image-text-to-text"``, ``"text-classification"`` or ``"token-classification"``;
+            default: by the rows.
         from_adapter: the adapter to continue from: a folder or a Hub id.
         from_revision: its revision on the Hub; the commit once the run has begun.
         learn: which part of that adapter is trained.
@@ -78,7 +79,7 @@ class TrainingSettings:
     license: Text | None = None
     language: Texts = ()
     about_data: Text | None = None
-    task: Literal["text-generation", "text-classification", "token-classification"] | None = None
+    task: Literal["text-generation", "text-classification", "token-classification", "image-text-to-text"] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return a flat mapping, as in the YAML file: the recipe's fields beside the others."""

@@ -40,11 +40,17 @@ def read_values(sources: tuple[str, ...], split: str, revision: str | None) -> I
             raise DataError(f"{source}: has no rows")
 
 
+def is_file(source: str) -> bool:
+    """Return whether a source is a file, and not the id of a data set."""
+    path = Path(source).expanduser()
+    return path.suffix.lower() in SUFFIXES or path.exists()
+
+
 def _values(source: str, split: str, revision: str | None) -> Iterator[tuple[str, Any]]:
     path = Path(source).expanduser()
     if path.is_dir():
         raise DataError(f"data {source!r} is a folder: pass files ({', '.join(SUFFIXES)}) or the id of a data set")
-    if path.suffix.lower() in SUFFIXES or path.exists():
+    if is_file(source):
         if not path.is_file():
             raise DataError(f"data {source!r}: no such file")
         if not path.stat().st_size:
@@ -183,7 +189,7 @@ def _read_hub(name: str, split: str, revision: str | None) -> Iterator[tuple[str
         raise DataError(f"data {name!r}: neither a file nor a valid id of a data set (owner/name)") from error
     try:
         with quiet_libraries():
-            rows = load_dataset(name, split=split, revision=revision)
+            rows = _with_encoded_pictures(load_dataset(name, split=split, revision=revision))
     except DatasetNotFoundError as error:
         at = f" at revision {revision!r}" if revision else ""
         raise DataError(
@@ -194,3 +200,15 @@ def _read_hub(name: str, split: str, revision: str | None) -> Iterator[tuple[str
         raise DataError(f"data {name!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
     for number, fields in enumerate(rows, 1):
         yield f"{name} ({split}), row {number}", without_nulls(fields)
+
+
+def _with_encoded_pictures(rows: Any) -> Any:
+    """Return a data set that yields pictures as they are in its files, as {"bytes": …}."""
+    from datasets import Image, List
+
+    for name, feature in rows.features.items():
+        several = isinstance(feature, List)
+        if isinstance(feature.feature if several else feature, Image):
+            encoded = Image(decode=False)
+            rows = rows.cast_column(name, List(encoded) if several else encoded)
+    return rows

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -35,11 +35,12 @@ MARKS = ("weight", "loss")
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenized row: `labels` equals `input_ids` where there is a loss, else -100."""
+    """A tokenized row: `labels` equals `input_ids` where there is a loss, else -100; `more` is in further columns."""
 
     place: str
     input_ids: list[int]
     labels: list[int]
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 class Encoder:
@@ -188,12 +189,15 @@ class Encoder:
 
     def _template(self, messages: list[dict[str, Any]], tools: Any, **settings: Any) -> Any:
         try:
-            if self._now is not None:
-                template = self.tokenizer.get_chat_template(None, tools)
-                settings["chat_template"] = dated_template(template, self._now)
-            return self.tokenizer.apply_chat_template(messages, tools=tools, **settings)
+            return self._rendered(messages, tools, **settings)
         except Exception as error:  # a template is arbitrary code of the base's author
             raise _CannotBeExact(f"the chat template rejects it: {' '.join(str(error).split())[:200]}") from error
+
+    def _rendered(self, messages: list[dict[str, Any]], tools: Any, **settings: Any) -> Any:
+        if self._now is not None:
+            template = self.tokenizer.get_chat_template(None, tools)
+            settings["chat_template"] = dated_template(template, self._now)
+        return self.tokenizer.apply_chat_template(messages, tools=tools, **settings)
 
     def _continued(self, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
         """Encode a plain prompt as in generation, followed by the completion."""

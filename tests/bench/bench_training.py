@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -27,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from minilora_hub.bases import resolve_base
 from minilora_hub.evaluation.tasks.registry import MIX, write
 from minilora_hub.quiet import quiet_libraries
-from minilora_hub.training.dataset import prepare_data
 from minilora_hub.training.loop import build_trainer, known_warnings_ignored
-from minilora_hub.training.models import base_context, build_trainee, load_tokenizer, trainable_parameters
+from minilora_hub.training.models import build_trainee, trainable_parameters
+from minilora_hub.training.row_kinds import kind_of
 from minilora_hub.training.settings import make_settings
 
 PEFT = {"method": "peft", "peft_type": "LORA", "lora_alpha": 32, "target_modules": "all-linear"}
@@ -50,14 +51,14 @@ def build(names: list[str], rows: Path, scratch: Path) -> dict:
     for name in names:
         settings = make_settings({"base": "embedded", "data": str(rows), "r": 16}, VARIANTS[name])
         resolved = resolve_base(settings.base, revision=settings.base_revision)
-        tokenizer = load_tokenizer(resolved)
-        data = prepare_data(settings, tokenizer, base_context(resolved), scratch / name)
+        kind = kind_of(settings, resolved)
+        data = kind.prepare(scratch / name, datetime(2026, 1, 1))
         trainee, _ = build_trainee(settings, resolved)
         for path, parameter in trainee.model.named_parameters():
             if not parameter.requires_grad:
                 plain = re.sub(r"^(model\.)+", "", WRAPPERS.sub("", path).lstrip("."))
                 parameter.data = weights.setdefault(plain, parameter.data)
-        trainers[name], _ = build_trainer(settings, trainee, data, tokenizer, scratch / name, processes=1)
+        trainers[name], _ = build_trainer(settings, trainee, data, kind, scratch / name, processes=1)
         trainers[name].create_optimizer()
         trainers[name].current_gradient_accumulation_steps = 1  # which `train` would set
     return trainers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from minilora_hub.adapter_folder.names import to_peft
 from minilora_hub.bases import resolve_base
 from minilora_hub.errors import TrainingError
-from minilora_hub.training.dataset import prepare_data
 from minilora_hub.training.loop import build_trainer, known_warnings_ignored
-from minilora_hub.training.models import build_trainee, load_tokenizer
+from minilora_hub.training.models import build_trainee
+from minilora_hub.training.row_kinds import kind_of
 from minilora_hub.training.run import train
 from minilora_hub.training.settings import make_settings
 
@@ -28,10 +29,10 @@ def parts(out: Path, **said):
     """The model and the batches of a run, as the run itself builds them."""
     settings = make_settings(said)
     resolved = resolve_base(settings.base, revision=settings.base_revision)
-    tokenizer = load_tokenizer(resolved)
-    data = prepare_data(settings, tokenizer, 512, out)
+    kind = kind_of(settings, resolved)
+    data = kind.prepare(out, datetime(2026, 1, 1))
     trainee, _ = build_trainee(settings, resolved)
-    trainer, shape = build_trainer(settings, trainee, data, tokenizer, out, processes=1)
+    trainer, shape = build_trainer(settings, trainee, data, kind, out, processes=1)
     return trainer, shape
 
 

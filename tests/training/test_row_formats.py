@@ -79,7 +79,7 @@ def test_rows_of_other_tools_become_messages(row, messages):
         ({"chosen": [ASK, SAY], "rejected": [ASK, SAY]}, "is a preference pair .* TRL's DPOTrainer"),
         ({"messages": [ASK, SAY], "rejected_response": "b"}, "is a preference pair .it has 'rejected_response'"),
         ({"prompt": "p", "completion": "c", "label": False}, "is a rated answer"),
-        ({"messages": [ASK, SAY], "images": ["a.png"]}, "has images: only text can be learned"),
+        ({"messages": [ASK, SAY], "images": ["a.png"]}, "has images: needs --task image-text-to-text"),
         ({"messages": [ASK, SAY], "chat_template_kwargs": {"enable_thinking": False}}, "has chat_template_kwargs"),
         ({"conversations": "hi"}, "conversations must be a list of messages"),
         ({"conversations": []}, "messages must be a list of messages, got empty list"),
