@@ -105,3 +105,36 @@ def write_base(auto_name: str, folder: Path, name: str | None = None) -> Path:
     model.save_pretrained(folder)
     processor_of(name).save_pretrained(folder)
     return folder
+
+
+def chat_processor(kind: str, ends: bool = True) -> Any:
+    """A processor of chats with pictures that is made without torchvision; `ends`: its template ends each turn."""
+    marks = {"llava": "<image>", "gemma3": "<soi>", "idefics3": "<image>", "qwen2_vl": "<|vision_start|><|image_pad|>"}
+    chat = IMAGE_CHAT.replace("<image>", marks[kind])
+    chat = chat if ends else chat.replace("<|end|>", "")
+    if kind == "llava":
+        made = processor_of(kind)
+        made.chat_template = chat
+        return made
+    rows = [f"<row_{i}_col_{j}>" for i in range(1, 5) for j in range(1, 5)]
+    extra = ["<soi>", "<eoi>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *rows]
+    extra += ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>", *extra]})
+    tokenizer.model_max_length = 999
+    if kind == "gemma3":
+        for name, mark in (("boi_token", "<soi>"), ("eoi_token", "<eoi>"), ("image_token", "<image>")):
+            setattr(tokenizer, name, mark)
+            setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(mark))
+        seer: Any = transformers.Gemma3ImageProcessorPil(size=SIZE)
+        return transformers.Gemma3Processor(seer, tokenizer, image_seq_length=4, chat_template=chat)
+    if kind == "idefics3":
+        sizes = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}
+        seer = transformers.Idefics3ImageProcessorPil(**sizes)
+        return transformers.Idefics3Processor(seer, tokenizer, image_seq_len=4, chat_template=chat)
+    made = transformers.Qwen2VLProcessor.__new__(transformers.Qwen2VLProcessor)
+    made.check_argument_for_proper_class = lambda *_: None  # its processor of videos needs torchvision
+    sizes = {"shortest_edge": 64, "longest_edge": 1024}
+    seer = transformers.Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size=sizes)
+    made.__init__(seer, tokenizer, None, chat_template=chat)
+    return made

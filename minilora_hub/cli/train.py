@@ -118,8 +118,8 @@ def train(
         str | None,
         typer.Option(
             metavar="TASK",
-            help="text-generation, text-classification (rows of text and label) or token-classification (tokens and "
-            "tags). Default: by the first row's fields.",
+            help="text-generation, image-text-to-text (chats with pictures), text-classification (text and label) or "
+            "token-classification (tokens and tags). Default: by the first row's fields.",
         ),
     ] = None,
     as_json: AsJson = False,

@@ -22,7 +22,7 @@ SECONDS = 1
 PICTURE = (160, 120)
 
 
-def inputs_of(model: Any, tokenizer: Path, processor: Path) -> tuple[tuple[Prompt, ...], str | None]:
+def inputs_to_record(model: Any, tokenizer: Path, processor: Path) -> tuple[tuple[Prompt, ...], str | None]:
     """Return the inputs to record, and a note for the author where no picture or sound could be made.
 
     Args:

@@ -25,7 +25,7 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.formats.peft import PeftTargets, peft_targets, with_peft, write_peft_folder
 from minilora_hub.formats.reading import read_adapter
 from minilora_hub.recording.document import RECORDING_FILE, Recording, recording_key
-from minilora_hub.recording.inputs import inputs_of
+from minilora_hub.recording.inputs import inputs_to_record
 from minilora_hub.recording.logits import TOLERANCES, TopLogits, difference, logits_of, prompt_ids, record
 from minilora_hub.recording.recorded_base import (
     RecordedBase,
@@ -162,7 +162,7 @@ def _record_head(
     )
     dtype = str(model.base.dtype).removeprefix("torch.")
     parameters = model.num_adapter_parameters()
-    prompts, note = inputs_of(model, tokenizer_folder(source, base.found), processor_folder(source, base.found))
+    prompts, note = inputs_to_record(model, tokenizer_folder(source, base.found), processor_folder(source, base.found))
     top = record(model, prompts)
     if before is not None and (before.dtype, before.base_fingerprint) != (dtype, key["base"]):
         before = None

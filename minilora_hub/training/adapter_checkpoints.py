@@ -214,6 +214,13 @@ class TrainsAdapter(Trainer):
             self.optimizer.state_dict()  # type: ignore[union-attr]  # all processes take part where one writes
         super()._save_optimizer_and_scheduler(output_dir)
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        """Restore the state of a run; its best checkpoint has been renamed since, or moved with the folder."""
+        made = super()._init_training_state(*args, **kwargs)
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(self.run_dir / f"checkpoint-{self.state.best_global_step}")
+        return made
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.load_learned(Path(resume_from_checkpoint))
 

@@ -38,7 +38,7 @@ def checked(place: str, value: Any) -> Row | BadRow:
     try:
         return _checked(place, value)
     except ValueError as error:
-        return BadRow(place, str(error))
+        return BadRow(place, str(error).rstrip("."))
 
 
 def _checked(place: str, value: Any) -> Row | BadRow:
@@ -61,13 +61,11 @@ def _checked(place: str, value: Any) -> Row | BadRow:
     if isinstance(before, str):
         before, after = [{"role": "user", "content": before}], [{"role": "assistant", "content": after}]
     turns = [*before, *after] if texts.kind != "messages" else fields["messages"]
-    turns = prepare_multimodal_messages([_named(turn) for turn in turns], pictures)
-    for turn in turns:
-        for part in _parts(turn):
-            if part["type"] == "image":
-                _check_picture(part["image"])
     if any(part["type"] == "image" for turn in turns if turn["role"] == "assistant" for part in _parts(turn)):
         raise ValueError("has a picture in a turn of the assistant: only texts can be learned")
+    turns = prepare_multimodal_messages([_named(turn) for turn in turns], pictures)
+    for part in (part for turn in turns for part in _parts(turn) if part["type"] == "image"):
+        _check_picture(part["image"])
     return Row(place, TASK, {"turns": turns, "first": len(before) if texts.kind != "messages" else 0})
 
 

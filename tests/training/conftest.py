@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from commands import run_command
 from tiny_training import write_base, write_rows
+
+__all__ = ["run_command"]
 
 
 @pytest.fixture(scope="session")

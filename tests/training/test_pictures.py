@@ -1,4 +1,4 @@
-"""The example of the docs for pictures: TRL's SFTTrainer on a model that sees, saved with its processor, published."""
+"""The examples of the docs for pictures: `minilora train`, and TRL's SFTTrainer on a model that sees."""
 
 from __future__ import annotations
 
@@ -13,8 +13,27 @@ from PIL import Image
 from tiny_processors import write_base
 
 from minilora_hub.publish.push.build import build
+from minilora_hub.publish.verify.verify import verify
 
 COLOURS = ("red", "green", "blue", "black")
+SECTION = (Path(__file__).parents[2] / "docs" / "train.md").read_text().split("## Pictures with texts")[1]
+
+
+@pytest.mark.slow
+def test_the_tutorial_of_the_docs(run_command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_base("AutoModelForImageTextToText", tmp_path / "base")
+    rows, commands = (re.search(rf"```{kind}\n(.*?)```", SECTION, re.DOTALL)[1] for kind in ("jsonl", "bash"))
+    Path("rows.jsonl").write_text(rows)
+    for name in re.findall(r"\w+\.png", rows):
+        Image.new("RGB", (20, 20), "orange").save(name)
+    done = run_command(*commands.replace("org/vision-base", "./base").split()[1:], "--max-steps", 2)
+    assert done.returncode == 0, done.stderr
+    assert "2 rows, 1 held out" in done.stderr
+    assert "2 steps" in done.stdout
+    build("my-adapter", "built", repo_id="ana/x", base_id="org/base", license="mit", base_model="base")
+    report = verify("built", base_model="./base", trust_remote_code=True, progress=False)
+    assert report.ok, report
 
 
 @pytest.mark.slow
@@ -31,8 +50,7 @@ def test_the_example_of_the_docs(tmp_path, monkeypatch):
         for colour in COLOURS
     ]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
-    page = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
-    example = re.search(r"```python\n(.*?)```", page.split("## Pictures with texts")[1], re.DOTALL)[1]
+    example = re.search(r"```python\n(.*?)```", SECTION, re.DOTALL)[1]
     quick = (
         "max_steps=40, learning_rate=3e-2, per_device_train_batch_size=4, use_cpu=True, bf16=False, report_to='none'"
     )
