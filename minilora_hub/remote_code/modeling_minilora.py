@@ -36,6 +36,8 @@ class GenerateOnBase:
 class UsesOtherMethods:
     """Whatever else the base can do (`get_image_features`, …) is done by it."""
 
+    is_quantized = False  # or Trainer would refuse an adapter on a quantised base, whose own attribute it would see
+
     def __getattr__(self: Any, name: str) -> Any:
         try:
             return super().__getattr__(name)  # type: ignore[misc]
@@ -71,8 +73,6 @@ class MixLoraForCausalLM(GenerateOnBase, MixLoraBase, GenerationMixin):
 
 
 # ---- the classes of bases with other heads ----
-
-
 KINDS: dict[str, tuple[Any, Any]] = {"Dora": (DoraConfig, AdaptedModel), "MixLora": (MixLoraConfig, MixLoraBase)}
 
 
