@@ -188,13 +188,23 @@ def embedding(model: Any, tokenizer: Any, text: str) -> torch.Tensor:
     Raises:
         ValueError: it has no token.
     """
-    ids = tokenizer(text[:MOST_CHARACTERS], add_special_tokens=False, verbose=False)["input_ids"][:MOST_TOKENS]
-    if not ids:
-        raise ValueError(f"prompt={text[:40]!r}: must hold at least one token")
+    ids = prompt_tokens(tokenizer, text)
     decoder = model._modules.get(getattr(model, "base_model_prefix", ""), model)
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
     hidden = decoder(tokens, use_cache=False).last_hidden_state[0].float()  # (tokens, d)
     return F.normalize(hidden.mean(dim=0), dim=0).cpu()
+
+
+def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a text that `embedding` reads.
+
+    Raises:
+        ValueError: there are none.
+    """
+    ids = tokenizer(text[:MOST_CHARACTERS], add_special_tokens=False, verbose=False)["input_ids"][:MOST_TOKENS]
+    if not ids:
+        raise ValueError(f"prompt={text[:40]!r}: must hold at least one token")
+    return ids
 
 
 def choose_in(engine: CompareEngine, index: AdapterIndex, text: str, among: Sequence[str] | None = None) -> Choice:

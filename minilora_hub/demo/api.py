@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 
 from minilora_hub.compare.engine import Column, Sampling, Update
+from minilora_hub.demo.runs.auto_column import COLUMN
 from minilora_hub.demo.runs.own_sampling import settings_of, with_own
 from minilora_hub.demo.runs.rates import CommonRates
 from minilora_hub.demo.runs.runner import Moment, Runner, waiting_words
@@ -45,6 +46,7 @@ def add_api(runner: Runner) -> None:
             prompt: What to answer: a user's message, sent through the base's chat template.
             request: The HTTP request.
             adapters: Names of the page's own adapters, or ids on the Hub (owner/name). Default: all of the page's own.
+                "auto", on a page with an index, is the one of them that suits the prompt.
             max_new_tokens: The most tokens of one answer.
             temperature: 0 takes the most probable token each time; above 0 samples.
             top_p: When sampling, keep the most probable tokens that together reach this probability.
@@ -57,7 +59,8 @@ def add_api(runner: Runner) -> None:
 
         Returns:
             state (waiting, running or done), forwards of the base, seconds
-            rows with name, kind, sampling, text, tokens, seconds_to_first_token, tokens_per_second, end and error
+            rows with name, kind, sampling, text, tokens, seconds_to_first_token, tokens_per_second, end, error and
+                route: which adapter answers as "auto" and why, by its similarity and that of the runner_up
         """
         try:
             columns = await _columns(runner, adapters)
@@ -65,7 +68,7 @@ def add_api(runner: Runner) -> None:
                 raise ValueError(f"prompt={prompt!r:.60}: must be a string")
             sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
             own = _own_sampling(columns, column_sampling)
-            moments = runner.answer(prompt, sampling, columns, own=own)
+            moments = runner.answer(prompt, sampling, columns, own=own, among=runner.engine.columns)
         except (ValueError, MiniLoraError) as error:
             raise gr.Error(f"{error}", print_exception=False) from None
         report = Report(columns, [settings_of(with_own(sampling, one)) for one in own], experts)
@@ -102,7 +105,7 @@ async def _columns(runner: Runner, adapters: list[str] | None) -> Sequence[Colum
         raise ValueError(
             f"{len(adapters)} adapters: this page gives 1 to {runner.limits.rows} answers, the base's included"
         )
-    known = {column.name: column for column in own}
+    known = {column.name: column for column in (*own, *((COLUMN,) if runner.auto else ()))}
     columns = [base]
     for name in adapters:
         if name in known:
@@ -153,6 +156,7 @@ class Report:
                 "tokens_per_second": None,
                 "end": None,
                 "error": None,
+                "route": None,
             }
             for column, settings in zip(columns, sampling, strict=True)
         ]
@@ -160,6 +164,10 @@ class Report:
     def add(self, moment: Moment) -> dict[str, Any]:
         """Add a progress event, and return the next item."""
         self._forwards += moment.forwards
+        if moment.choice:
+            for row in self._rows:
+                if row["kind"] == COLUMN.kind:
+                    row["route"] = moment.choice.to_dict()
         for update in moment.updates:
             self._add(update)
         waiting = moment.waiting

@@ -52,12 +52,13 @@ def social(scratch: Path, data: str):
     )
 
 
-def stage(scratch: Path, folder: str):
+def stage(scratch: Path, folder: str, route: str | None = None):
     """Build a page over a tiny random base and an adapter of each kind, slowed down so that one can watch it."""
     adapters = [Path(folder) / name for name in STAGE_ADAPTERS]
     engine = CompareEngine(Path(folder) / "base", adapters, device="cpu", keep_bare_logits=True)
     engine.bank.model.register_forward_pre_hook(lambda *_: time.sleep(0.03))
-    return engine, build_demo(engine, examples=["Hello", "Why?"], max_new_tokens=40, data=scratch / "data")
+    index = Path(route) if route else None
+    return engine, build_demo(engine, examples=["Hello", "Why?"], max_new_tokens=40, data=scratch / "data", route=index)
 
 
 def measured(scratch: Path, out: str):

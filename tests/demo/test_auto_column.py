@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import pytest
 from demo.threads import run_async
+from gradio_client import Client
+from gradio_client.exceptions import AppError
 from tiny_stand_ins import save_base_and_adapters
 
 from minilora_hub.compare.engine import CompareEngine, Row, Sampling
@@ -25,9 +28,15 @@ GREEDY = Sampling(6)
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    base, adapters = save_base_and_adapters(tmp_path_factory.mktemp("models"))
-    return CompareEngine(base, [folder for folder in adapters if folder.name in PROMPTS], device="cpu")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    save_base_and_adapters(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    return CompareEngine(folder / "base", [folder / "dora", folder / "lora"], device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +119,32 @@ def test_an_index_of_other_adapters_is_refused(engine, file):
     other.save(file.parent / "other.index")
     with pytest.raises(AdapterError, match="built on 'base' with fingerprint sha256:1"):
         AutoColumn(engine, file.parent / "other.index", "sha256:2")
+
+
+@pytest.fixture(scope="module")
+def served(page_server, folder, file):
+    return page_server.serve("stage", folder=str(folder), route=str(file), mcp=find_spec("mcp") is not None)
+
+
+@pytest.mark.parametrize("way", ["api", pytest.param("mcp", marks=pytest.mark.slow)])
+def test_a_program_asks_for_it_by_name(engine, file, served, way):
+    """Among all adapters of the index, whatever other rows there are; the row says which answered, and why."""
+    arguments = {"prompt": "12345", "adapters": ["auto", "lora"], "max_new_tokens": 6}
+    if way == "api":
+        rows = Client(served.address, verbose=False).predict(**arguments, api_name="/compare")["rows"]
+    else:
+        from demo.test_mcp import in_session
+
+        told = in_session(served, lambda session: session.call_tool("compare", arguments))
+        rows = json.loads(told.content[0].text)["rows"]
+    assert [(row["name"], row["kind"]) for row in rows] == [("base", "base"), ("auto", "auto"), ("lora", "LoRA")]
+    choice = AdapterIndex.load(file).choose(embedding(engine.bank.model, engine.tokenizer, "12345"))
+    assert [row["route"] for row in rows] == [None, choice.to_dict() | {"similarity": pytest.approx(1)}, None]
+    assert (choice.adapter, choice.runner_up[0]) == ("dora", "lora")
+    answers = [engine.stream_rows([Row("12345", name, GREEDY)]) for name in (None, "dora", "lora")]
+    assert [row["text"] for row in rows] == ["".join(update.text for update in one) for one in answers]
+
+
+def test_an_unknown_name_is_refused_with_those_that_there_are(served):
+    with pytest.raises(AppError, match="adapter 'automatic': must be an id on the Hub or one of lora, dora, mix, auto"):
+        Client(served.address, verbose=False).predict("hi", adapters=["automatic"], api_name="/compare")

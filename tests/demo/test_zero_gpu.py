@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import types
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,10 @@ import tiny_stand_ins
 from demo.threads import run_async
 
 from minilora_hub.compare.engine import CompareEngine, Row, Sampling
+from minilora_hub.compare.prompt_index import AdapterIndex, embedding
 from minilora_hub.demo.adapters.catalogue import Catalogue
 from minilora_hub.demo.runs import zero_gpu
+from minilora_hub.demo.runs.auto_column import COLUMN, AutoColumn
 from minilora_hub.demo.runs.runner import Runner
 from minilora_hub.errors import AdapterError
 
@@ -107,7 +110,8 @@ def test_a_comparison_is_one_call_with_a_time_that_fits_it(spaces, engine, monke
     asked = ("hello", Sampling(20), engine.columns)
     there = run_async(all_of(Runner(engine).answer(*asked)))
     assert engine.forwards == before
-    ((seconds, (rows,)),) = spaces.asked
+    ((seconds, (rows, among)),) = spaces.asked
+    assert among is None
     assert [row.adapter for row in rows] == [None, "dora", "mix"]
     assert seconds == zero_gpu.gpu_seconds(rows)
     assert sum(moment.forwards for moment in there) == 20
@@ -120,11 +124,34 @@ def test_a_comparison_is_one_call_with_a_time_that_fits_it(spaces, engine, monke
 
 
 def texts(moments):
-    written = {0: "", 1: "", 2: ""}
+    written = defaultdict(str)
     for moment in moments:
         for update in moment.updates:
             written[update.row] += update.text
     return written
+
+
+def test_the_adapter_of_auto_is_chosen_within_the_call(spaces, tmp_path):
+    """By the index and the base that the forked process has; nothing is computed before."""
+    base, adapters = tiny_stand_ins.save_base_and_adapters(tmp_path)
+    engine = CompareEngine(base, adapters, device="cpu")
+    prompts = {"lora": ("./lora", ["Hello there"]), "dora": ("./dora", ["12345"])}
+    index = AdapterIndex.build(engine.bank.model, engine.tokenizer, "base", "unknown", prompts)
+    index.save(tmp_path / "my.index")
+    runner = Runner(engine, auto=AutoColumn(engine, tmp_path / "my.index", "unknown"))
+    columns, sampling, before = (engine.columns[0], COLUMN), Sampling(6), engine.forwards
+    there = run_async(all_of(runner.answer("Hello", sampling, columns, among=engine.columns)))
+    assert engine.forwards == before
+    ((_, (rows, among)),) = spaces.asked
+    assert ([row.adapter for row in rows], sorted(among)) == ([None, "auto"], ["dora", "lora"])
+    (choice,) = [moment.choice for moment in there if moment.choice]
+    wanted = index.choose(embedding(engine.bank.model, engine.tokenizer, "Hello"))
+    assert (choice.adapter, choice.runner_up[0]) == (wanted.adapter, wanted.runner_up[0])
+    assert (choice.similarity, choice.runner_up[1]) == pytest.approx((wanted.similarity, wanted.runner_up[1]))
+    here = engine.stream_rows([Row("Hello", wanted.adapter, sampling)])
+    assert texts(there)[1] == "".join(update.text for update in here)
+    with pytest.raises(ValueError, match="must hold at least one token"):
+        runner.auto.check([Row("", "auto")])
 
 
 @pytest.mark.parametrize(

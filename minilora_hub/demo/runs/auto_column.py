@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import cast
 
 from minilora_hub.adapter_folder.folders import Kind
-from minilora_hub.compare.engine import Column, CompareEngine
-from minilora_hub.compare.prompt_index import AdapterIndex, Choice, choose_in
-from minilora_hub.demo.runs import zero_gpu
+from minilora_hub.compare.engine import Column, CompareEngine, Row, Step
+from minilora_hub.compare.prompt_index import AdapterIndex, Choice, choose_in, prompt_tokens
 from minilora_hub.errors import AdapterError
 
 AUTO = "auto"
@@ -25,12 +26,10 @@ class AutoColumn:
         fingerprint: of the base.
 
     Raises:
-        AdapterError: the index cannot be read, is of another base or other adapters, or this is ZeroGPU.
+        AdapterError: the index cannot be read, or is of another base or other adapters.
     """
 
     def __init__(self, engine: CompareEngine, file: Path, fingerprint: str) -> None:
-        if zero_gpu.is_zero_gpu():
-            raise AdapterError("index: on ZeroGPU nothing is computed before a comparison, so no adapter can be chosen")
         self._engine, self._index = engine, AdapterIndex.load(file)
         self._index.require_base(fingerprint)
         names = [column.name for column in engine.columns]
@@ -45,11 +44,22 @@ class AutoColumn:
         ours = {one.name for one in self._index.adapters}
         return [column.name for column in columns if column.name in ours]
 
-    def choose(self, prompt: str, columns: Sequence[Column]) -> tuple[Choice, Column]:
-        """Choose among these columns; computes one forward of the base.
+    def check(self, rows: Sequence[Row]) -> list[Row]:
+        """Return the rows with the base in place of the adapter that is not chosen yet, to validate them.
 
         Raises:
-            ValueError: the prompt has no token.
+            ValueError: their prompt has no token by which to choose.
         """
-        choice = choose_in(self._engine, self._index, prompt, self.known(columns))
-        return choice, next(column for column in columns if column.name == choice.adapter)
+        for row in rows:
+            if row.adapter == AUTO:
+                prompt_tokens(self._engine.tokenizer, row.prompt)
+        return [replace(row, adapter=None) if row.adapter == AUTO else row for row in rows]
+
+    def steps(
+        self, rows: Sequence[Row], among: Sequence[str], stop: Event | None = None, halted: Collection[int] = ()
+    ) -> Generator[Choice | Step]:
+        """Choose among these adapters by the prompt, with one forward of the base; yield the choice, then the steps."""
+        choice = choose_in(self._engine, self._index, rows[0].prompt, among)
+        yield choice
+        chosen = [replace(row, adapter=choice.adapter) if row.adapter == AUTO else row for row in rows]
+        yield from self._engine.stream_steps(chosen, stop, halted)

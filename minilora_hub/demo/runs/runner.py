@@ -23,7 +23,7 @@ from minilora_hub.compare.engine import Column, CompareEngine, Row, Sampling, St
 from minilora_hub.compare.prompt_index import Choice
 from minilora_hub.demo.adapters.catalogue import Catalogue
 from minilora_hub.demo.runs import zero_gpu
-from minilora_hub.demo.runs.auto_column import AutoColumn
+from minilora_hub.demo.runs.auto_column import COLUMN, AutoColumn
 from minilora_hub.demo.runs.limits import PageLimits
 from minilora_hub.demo.runs.own_sampling import with_own
 from minilora_hub.demo.runs.waiting_queue import Ticket, Waiting, WaitingQueue
@@ -45,12 +45,14 @@ class Moment:
         updates: updates of its rows.
         forwards: forward passes of the base for this comparison.
         finished: whether this is the last event.
+        choice: the adapter that answers the column "auto", once, before its first update.
     """
 
     waiting: Waiting | None = None
     updates: list[Update] = field(default_factory=list)
     forwards: int = 0
     finished: bool = False
+    choice: Choice | None = None
 
 
 class Runner:
@@ -74,7 +76,7 @@ class Runner:
         self.engine, self.catalogue, self.limits = engine, catalogue or Catalogue(engine), limits or PageLimits()
         self.queue = WaitingQueue(self.limits.at_once, self.limits.waiting)
         self._fetching = asyncio.Lock()
-        self._remote = zero_gpu.remote_steps(engine) if zero_gpu.is_zero_gpu() else None
+        self._remote = zero_gpu.remote_steps(self.steps) if zero_gpu.is_zero_gpu() else None
         threads = self.limits.at_once if self._remote else 1  # on ZeroGPU the threads only wait for a GPU process
         self._thread = ThreadPoolExecutor(threads, thread_name_prefix="minilora-compute")
 
@@ -103,12 +105,6 @@ class Runner:
                 repo = await asyncio.to_thread(links.fetch, name, Path(temporary))
                 return await loop.run_in_executor(self._thread, links.load, name, Path(temporary), repo)
 
-    async def choose(self, prompt: str, sampling: Sampling, columns: Sequence[Column]) -> tuple[Choice, Column]:
-        """Choose the adapter for a prompt that is within the limits, see `AutoColumn.choose`."""
-        assert self.auto is not None
-        self.limits.check(prompt, sampling, len(columns))
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self.auto.choose, prompt, columns)
-
     def answer(
         self,
         prompt: str,
@@ -118,6 +114,7 @@ class Runner:
         before: Sequence[Turns] | None = None,
         halted: Collection[int] = (),
         own: Sequence[Mapping[str, Any]] | None = None,
+        among: Sequence[Column] | None = None,
     ) -> AsyncGenerator[Moment]:
         """Answer a prompt with these columns, after waiting in the queue.
 
@@ -131,6 +128,7 @@ class Runner:
             before: the messages before the prompt, for each column.
             halted: rows that end within one step; the caller may add to it.
             own: the settings of each column that replace those of `sampling`.
+            among: what the column "auto" is chosen from. Default: `columns`.
 
         Raises:
             ValueError: the prompt is empty, something is above the limits, a setting of a column is wrong, or the queue
@@ -143,13 +141,35 @@ class Runner:
         rows = [
             column.row(prompt, one, messages) for column, one, messages in zip(columns, settings, turns, strict=True)
         ]
-        self.engine.stream_steps(rows)  # validates the prompt without computing anything
-        return self._moments(rows, self.queue.join(sampling.max_new_tokens), stop or threading.Event(), halted)
+        choosable = self.auto.known(among or columns) if self.auto and COLUMN in columns else None
+        # Validates the prompt without computing anything.
+        self.engine.stream_steps(self.auto.check(rows) if self.auto else rows)
+        ticket = self.queue.join(sampling.max_new_tokens)
+        return self._moments(rows, choosable, ticket, stop or threading.Event(), halted)
+
+    def steps(
+        self,
+        rows: list[Row],
+        among: list[str] | None = None,
+        stop: threading.Event | None = None,
+        halted: Collection[int] = (),
+    ) -> Generator[Choice | Step]:
+        """Answer rows step by step; with `among`, first choose one of these adapters for the row "auto"."""
+        if among is not None:
+            assert self.auto is not None
+            yield from self.auto.steps(rows, among, stop, halted)
+        else:
+            yield from self.engine.stream_steps(rows, stop, halted)
 
     async def _moments(
-        self, rows: list[Row], ticket: Ticket, stop: threading.Event, halted: Collection[int]
+        self,
+        rows: list[Row],
+        among: list[str] | None,
+        ticket: Ticket,
+        stop: threading.Event,
+        halted: Collection[int],
     ) -> AsyncGenerator[Moment]:
-        steps: Generator[Step] | None = None
+        steps: Generator[Choice | Step] | None = None
         finished = False
         try:
             reported = 0.0
@@ -158,10 +178,8 @@ class Runner:
                     reported = time.monotonic()
                     yield Moment(waiting=self.queue.waiting(ticket))
                 await ticket.wait(STOP_SECONDS)
-            if self._remote:
-                steps = self._remote_steps(rows, stop, halted)
-            else:
-                steps = self.engine.stream_steps(rows, stop, halted)
+            compute = self._remote_steps if self._remote else self.steps
+            steps = compute(rows, among, stop, halted)
             loop, context = (
                 asyncio.get_running_loop(),
                 contextvars.copy_context(),
@@ -179,7 +197,9 @@ class Runner:
             if steps is not None:
                 self._thread.submit(steps.close)
 
-    def _remote_steps(self, rows: list[Row], stop: threading.Event, halted: Collection[int]) -> Generator[Step]:
+    def _remote_steps(
+        self, rows: list[Row], among: list[str] | None, stop: threading.Event, halted: Collection[int]
+    ) -> Generator[Choice | Step]:
         """Compute in another process, which sees neither `stop` nor `halted`.
 
         On a stop, close the call and end its rows here; what halted rows still compute is dropped.
@@ -194,9 +214,12 @@ class Runner:
                 last[update.row] = update
             return ends
 
-        steps = self._remote(rows)
+        steps = self._remote(rows, among)
         try:
             for step in steps:
+                if isinstance(step, Choice):
+                    yield step
+                    continue
                 updates = [update for update in step.updates if not last[update.row].finished]
                 for update in updates:
                     last[update.row] = update
@@ -218,7 +241,7 @@ def waiting_words(waiting: Waiting) -> str:
     return f"Number {waiting.position} in the queue: starting in about {shown}."
 
 
-def _advance(steps: Generator[Step]) -> tuple[Moment, float]:
+def _advance(steps: Generator[Choice | Step]) -> tuple[Moment, float]:
     """Compute the steps of one frame, at least one; return what happened and how long it took.
 
     What the turns of other comparisons have computed is returned at once, so that all turns together are one step.
@@ -227,6 +250,8 @@ def _advance(steps: Generator[Step]) -> tuple[Moment, float]:
     updates: list[Update] = []
     forwards, finished = 0, True
     for step in steps:
+        if isinstance(step, Choice):
+            return Moment(choice=step), time.perf_counter() - began
         forwards += step.forwards
         updates += step.updates
         if step.shared or time.perf_counter() - began >= FRAME_SECONDS:

@@ -175,11 +175,10 @@ class Visitor(ShownColumns):
         told = (("system", system.strip()),) if system.strip() else ()
         messages = [(*told, *one) for one in turns[asked]]
         try:
-            columns = list(self.columns()[asked])
-            if COLUMN in columns:
-                choice, columns[columns.index(COLUMN)] = await self._runner.choose(prompt, sampling, self.columns())
-                running.routed(COLUMN.name, choice.to_dict())
-            moments = self._runner.answer(prompt, sampling, columns, stop, messages, self._halted, own=own[asked])
+            columns = self.columns()
+            moments = self._runner.answer(
+                prompt, sampling, columns[asked], stop, messages, self._halted, own[asked], among=columns
+            )
         except (ValueError, AdapterError) as error:
             yield running.refused(f"{error}")
             return
@@ -190,6 +189,8 @@ class Visitor(ShownColumns):
                 if moment.waiting is not None:
                     yield running.waiting(waiting_words(moment.waiting))
                     continue
+                if moment.choice:
+                    running.routed(COLUMN.name, moment.choice.to_dict())
                 for update in moment.updates:
                     running.add(update)
                 running.forwards += moment.forwards

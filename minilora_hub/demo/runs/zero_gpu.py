@@ -16,7 +16,10 @@ from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minilora_hub.compare.engine import CompareEngine, Row, Step
+    from minilora_hub.compare.engine import Row, Step
+    from minilora_hub.compare.prompt_index import Choice
+
+    Compute = Callable[[list[Row], list[str] | None], Generator[Choice | Step]]
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # `spaces` may import gradio
 
@@ -39,14 +42,20 @@ def is_zero_gpu() -> bool:
     return GPU is not None and os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")
 
 
-def gpu_seconds(rows: Sequence[Row]) -> int:
-    """Estimate the GPU seconds to request: the steps of the longest answer, each slower with every additional row."""
+def gpu_seconds(rows: Sequence[Row], among: Sequence[str] | None = None) -> int:
+    """Estimate the GPU seconds to request: the steps of the longest answer, each slower with every additional row.
+
+    The forward by which one of the adapters `among` these is chosen is within the seconds to start.
+    """
     steps = max(row.sampling.max_new_tokens for row in rows)
     return min(LONGEST_SECONDS, math.ceil(START_SECONDS + steps * (STEP_SECONDS + ROW_SECONDS * len(rows))))
 
 
-def remote_steps(engine: CompareEngine) -> Callable[[list[Row]], Generator[Step]]:
+def remote_steps(compute: Compute) -> Compute:
     """Return a function that answers rows in a ZeroGPU call, step by step; closing its iterator ends the call.
+
+    Args:
+        compute: answers the rows in the call's process, see `Runner.steps`.
 
     Raises:
         RuntimeError: the package `spaces` is missing.
@@ -54,8 +63,8 @@ def remote_steps(engine: CompareEngine) -> Callable[[list[Row]], Generator[Step]
     if GPU is None:
         raise RuntimeError("the package spaces, which ZeroGPU provides, is not installed")
 
-    def compute(rows: list[Row]) -> Generator[Step]:
-        yield from engine.stream_steps(rows)
+    def call(rows: list[Row], among: list[str] | None) -> Generator[Choice | Step]:
+        yield from compute(rows, among)
 
-    decorated: Callable[[list[Row]], Generator[Step]] = GPU(duration=gpu_seconds)(compute)
+    decorated: Compute = GPU(duration=gpu_seconds)(call)
     return decorated
