@@ -96,7 +96,7 @@ class AdapterFacts:
 
     Attributes:
         kind: the method.
-        detail: one short line, e.g. ``"r 16, 8 experts, 2 active"``.
+        detail: one short line, e.g. ``"rank 16, 8 experts, 2 active"``.
         parameters: values in the weights file, which is what the adapter adds to the base.
         experts: of each router, the most where layers differ; 0 where there is none.
         experts_by_layer: the number of each layer; empty where it is the same in all.
@@ -209,7 +209,7 @@ def adapter_facts(folder: Path) -> AdapterFacts:
     """
     source = read_source(folder)
     settings = source.config
-    detail = f"r {settings.get('r')}"
+    detail = f"rank {settings.get('r')}"
     patterns = settings.get("rank_pattern")
     ranks = [rank for rank in patterns.values() if isinstance(rank, int)] if isinstance(patterns, dict) else []
     if ranks:

@@ -58,7 +58,7 @@ class Column:
         name: display name; for an adapter also its name in the bank.
         kind: the method.
         parameters_added: parameters the adapter adds to the base; 0 for the base itself.
-        detail: a short description, e.g. ``"r 16, 8 experts, 2 active"``, with differences from the base in prompts
+        detail: a short description, e.g. ``"rank 16, 8 experts, 2 active"``, with differences from the base in prompts
             and end tokens.
         experts: number of experts of each of its routers, the most where layers differ; 0 if it has none.
         experts_by_layer: the number of each layer; empty where it is the same in all.

@@ -74,12 +74,12 @@ class Differences:
         return mcnemar_p(len(self.only(self.first)), len(self.only(self.second)))
 
     def summary(self) -> str:
-        """Return the counts as a sentence."""
+        """Return the counts, and whether they may be chance, as two sentences without the last full stop."""
         counts = self.counts
         return (
             f"{len(self.items)} items: both right {counts['both']}, only {self.first} {counts[self.first]}, only "
-            f"{self.second} {counts[self.second]}, neither {counts['neither']} (McNemar's exact test: p = "
-            f"{self.p_value:.2g})"
+            f"{self.second} {counts[self.second]}, neither {counts['neither']}. Between equally good models chance "
+            f"alone makes such a difference, or a larger, with probability {self.p_value:.2g} (McNemar's exact test)"
         )
 
     def to_dict(self) -> dict[str, Any]:

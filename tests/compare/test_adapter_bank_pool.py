@@ -31,7 +31,7 @@ def test_load_unload_list_and_memory(folders, models):
     entry = bank.load("mix", folders["mix"])
     assert entry.loaded
     assert entry.bytes == 4 * models["mix"].num_adapter_parameters() == bank.memory().adapters
-    assert (entry.facts.kind, entry.facts.detail) == ("MixLoRA", "r 4, 4 experts, 2 active")
+    assert (entry.facts.kind, entry.facts.detail) == ("MixLoRA", "rank 4, 4 experts, 2 active")
     assert entry.facts.parameters == models["mix"].num_adapter_parameters()
     registered = bank.register("lora", folders["lora"])
     assert not registered.loaded

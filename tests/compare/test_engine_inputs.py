@@ -73,15 +73,15 @@ def test_adapters_from_folders(saved):
         ("lora", "LoRA"),
     ]
     assert [c.adapter for c in engine.columns] == [None, "mix", "dora", "lora"]
-    assert [c.detail for c in engine.columns[1:]] == ["r 4, 4 experts, 2 active", "r 4", "r 4"]
+    assert [c.detail for c in engine.columns[1:]] == ["rank 4, 4 experts, 2 active", "rank 4", "rank 4"]
     assert [c.parameters_added for c in engine.columns[1:3]] == [
         alone(folder).num_adapter_parameters() for folder in adapters[:2]
     ]
     assert lines[2:] == [
         "  answers end at <|end|> <|user|>",
-        "  + mix: MixLoRA, r 4, 4 experts, 2 active",
-        "  + dora: DoRA, r 4",
-        "  + lora: LoRA, r 4",
+        "  + mix: MixLoRA, rank 4, 4 experts, 2 active",
+        "  + dora: DoRA, rank 4",
+        "  + lora: LoRA, rank 4",
     ]
     memory = engine.memory()
     assert memory.base == sum(p.numel() * p.element_size() for p in tiny.tiny_llama().parameters()) + 2 * 4 * 4

@@ -65,8 +65,8 @@ def test_rows_of_one_batch_read_their_own_prompts(own, base, tmp_path):
     engine = CompareEngine(base, folders, tokenizer=byte_tokenizer(chat=False), progress=lines.append)
     assert lines == [
         "  answers end at <|end|>",
-        "  + plain: LoRA, r 4",
-        "  + chat: LoRA, r 4, own chat template, ends at <|end|> <|user|>",
+        "  + plain: LoRA, rank 4",
+        "  + chat: LoRA, rank 4, own chat template, ends at <|end|> <|user|>",
     ]
     read = [engine.prompt_ids(PROMPT, column.adapter) for column in engine.columns]
     decoded = [engine.tokenizer.decode(ids) for ids in read]
@@ -146,7 +146,7 @@ def test_a_token_of_the_adapters_own(base, tmp_path):
     folder = lora(tmp_path / "x", tokenizer=larger)
     wide = tiny_llama(vocab_size=260, eos_token_id=END)
     engine = CompareEngine(wide, [folder], tokenizer=byte_tokenizer(chat=False))
-    assert engine.columns[1].detail == "r 4, own tokenizer"
+    assert engine.columns[1].detail == "rank 4, own tokenizer"
     assert engine.prompt_ids("a<turn>", "x")[-1] == 259
     assert 259 not in engine.prompt_ids("a<turn>")
     assert (engine.token_text(259, "x"), engine.token_text(259)) == ("<turn>", "")

@@ -12,7 +12,7 @@ def column(name, text, state="eos", error=None):
     """A column of a stage: one token a word, with everything that a log holds beside the texts."""
     kind = KINDS[name]
     about = {"name": name, "adapter": None if name == "base" else name, "kind": kind, "badge": name[0].upper()}
-    about |= {"facts": f"{kind} · r 2", "experts": 2 if name == "mix" else 0, "solo": None}
+    about |= {"facts": f"{kind} · rank 2", "experts": 2 if name == "mix" else 0, "solo": None}
     words = re.findall(r"\S*\s*", text)
     lines = [
         {"t": word, "i": 7, "l": -0.625, "a": [["alternative", -0.625]], "r": [[1, 1000]]} for word in words if word

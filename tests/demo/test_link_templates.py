@@ -58,5 +58,5 @@ def test_a_column_says_whose_template_it_has(template, said, saved, tmp_path, mo
     fetched.mkdir()
     repo = links.fetch("ana/lora", fetched)
     column = links.load("ana/lora", fetched, repo)
-    assert column.detail == f"r 4{said}"
+    assert column.detail == f"rank 4{said}"
     assert engine.prompt_ids("hi", "ana/lora") == engine.prompt_ids("hi")

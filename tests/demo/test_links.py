@@ -326,7 +326,7 @@ def test_the_picker_takes_ids_of_the_hub(visit):
     page.wait_for_function("document.querySelectorAll('.ml-card').length === 4")
     assert names(page) == ["base", "dora", "ana/dora", "ana/mixlora"]
     card = page.locator(".ml-adapter", has_text="ana/mixlora")
-    assert "r 4, 4 experts, 2 active" in card.inner_text()
+    assert "rank 4, 4 experts, 2 active" in card.inner_text()
     assert card.get_by_role("link").get_attribute("href").endswith("/ana/mixlora")
     assert page.locator(".ml-notice").is_hidden()
     ask(page, "Hello")

@@ -46,8 +46,8 @@ def test_columns_fill_and_tell_their_numbers(server, page):
     assert page.locator("h1").inner_text() == "Same prompt, three answers"
     assert page.locator(".ml-name").all_inner_texts() == ["base", "parrot-dora", "parrot-mix"]
     facts = page.locator(".ml-facts").all_inner_texts()
-    assert facts[1] == "+224 parameters (50.0%) · r 2"
-    assert facts[2] == "+336 parameters (75.0%) · r 2, 2 experts, 2 active"
+    assert facts[1] == "+224 parameters (50.0%) · rank 2"
+    assert facts[2] == "+336 parameters (75.0%) · rank 2, 2 experts, 2 active"
     assert page.locator(".ml-badge").all_inner_texts() == ["base", "DoRA", "MixLoRA"]
     before = server.forwards()
     ask(page, "Hi 👩‍👩‍👧 naïve 🇩🇪")

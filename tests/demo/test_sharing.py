@@ -143,7 +143,7 @@ def test_a_blind_stage_tells_the_texts_and_nothing_else():
         "base",
         "DoRA",
         "MixLoRA",
-        "r 2",
+        "rank 2",
         "seed",
         "alternative",
         "625",

@@ -589,5 +589,6 @@ def test_letters_are_explained_by_what_was_routed(looked_at, expected):
     """The number of active experts is that of the tokens shown."""
     counts = {len(layer) for update in expected.columns[MIX] for layer in update.experts}
     (active,) = counts
-    words = looked_at.locator(".ml-letters").inner_text()
+    words = looked_at.locator(".ml-key").inner_text()
+    assert words.startswith("Underlined: not in the base's answer;")
     assert f"In each layer {active} of 4 experts serve a token" in words

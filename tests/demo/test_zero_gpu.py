@@ -151,7 +151,7 @@ def test_the_adapter_of_auto_is_chosen_within_the_call(spaces, tmp_path):
     here = engine.stream_rows([Row("Hello", wanted.adapter, sampling)])
     assert texts(there)[1] == "".join(update.text for update in here)
     with pytest.raises(ValueError, match="must hold at least one token"):
-        runner.auto.check([Row("", "auto")])
+        runner.auto.check([Row("", "auto")], among)
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,7 @@ def test_from_the_shell_and_in_a_notebook(file, tmp_path, capsys):
     assert exit_.value.code == 0
     told = capsys.readouterr().out
     assert "8 items: both right 3, only ./dora 3, only ./mix 1, neither 1" in told
+    assert "chance alone makes such a difference, or a larger, with probability 0.62" in told  # 10 of 16
     assert "experts of ./mix in 'Dates': A 60%, B 40%" in told
     assert "only ./dora is right, the first 1 of 3:" in told
     assert "✗ ./mix: ./mix dates 1" in told

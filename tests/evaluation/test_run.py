@@ -96,7 +96,7 @@ def test_an_adapter_is_asked_with_its_own_chat_template(saved, tmp_path):
     )
     assert lines[-2:] == [
         "  answers end at <|end|> <|user|>",
-        f"  + {tmp_path / 'lora'}: LoRA, r 4, own chat template, ends at <|end|> <|user|> <|assistant|>",
+        f"  + {tmp_path / 'lora'}: LoRA, rank 4, own chat template, ends at <|end|> <|user|> <|assistant|>",
     ]
     tokenizer = byte_tokenizer(chat=False)
     models = [tiny_llama(), PeftModel.from_pretrained(tiny_llama(), adapters[2]).eval()]

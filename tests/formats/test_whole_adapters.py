@@ -139,7 +139,7 @@ def test_it_is_published_like_any_mixture(base, tmp_path):
     assert "| Routers | one for each adapted linear |" in card
     assert "--to mixtral" not in card
     assert "vllm serve" not in card
-    assert adapter_facts(built.folder).detail == "r 4, 3 experts on each linear, 2 active"
+    assert adapter_facts(built.folder).detail == "rank 4, 3 experts on each linear, 2 active"
     assert "class RoutedLinear" in (built.folder / "routed_linear.py").read_text(encoding="utf-8")
     assert json.loads((built.folder / "config.json").read_text())["format_version"] == 4
 
@@ -153,7 +153,7 @@ def test_a_card_tells_the_numbers_of_experts(base, tmp_path):
     assert "a mixture of 2 to 5 LoRA experts in each feed-forward block" in card
     assert "| Experts | 2 to 5, 2 per token |\n| Experts by layer | 2, 5 |" in card
     facts = adapter_facts(built.folder)
-    assert (facts.detail, facts.experts, facts.experts_by_layer) == ("r 4, 2 to 5 experts, 2 active", 5, (2, 5))
+    assert (facts.detail, facts.experts, facts.experts_by_layer) == ("rank 4, 2 to 5 experts, 2 active", 5, (2, 5))
 
 
 @pytest.mark.parametrize("changes", [{"router_scope": "linear"}, {"num_experts": [2, 3]}])

@@ -36,7 +36,7 @@ class AdapterCard:
         repo: its id on the Hub, None where it comes from a folder.
         loss: training losses in order, at most `LOSS_POINTS`.
         purpose: what it was trained on, in one sentence; None where that is not known.
-        score: the measured score over the most items, with its metric and the base's; None if there is none.
+        score: the measured score over the most items, with its metric, 95% interval and the base's; None without any.
         scores: at most `SCORES` measured numbers: ``{"task", "metric", "value", "base", "n"}``.
         routing: of a mixture, the layer in which the tasks differ most, and the share of each expert there by task:
             ``{"layer", "tasks": [{"task", "load"}]}``; None if it was not measured.
@@ -138,7 +138,8 @@ def _score(results: Results) -> str | None:
         return None
     most = max(shares, key=lambda one: one.n or 0)  # the first of several
     base = "" if most.base_value is None else f", base {most.base_value:.0%}"
-    return f"{most.metric} {most.value:.0%} of {most.n:,} test items{base}"
+    interval = f" ({100 * most.interval[0]:.0f} to {100 * most.interval[1]:.0f})" if most.interval else ""
+    return f"{most.metric} {most.value:.0%}{interval} of {most.n:,} test items{base}"
 
 
 def _thinned(values: list[float]) -> list[float]:

@@ -44,16 +44,17 @@ class AutoColumn:
         ours = {one.name for one in self._index.adapters}
         return [column.name for column in columns if column.name in ours]
 
-    def check(self, rows: Sequence[Row]) -> list[Row]:
-        """Return the rows with the base in place of the adapter that is not chosen yet, to validate them.
+    def check(self, rows: Sequence[Row], among: Sequence[str]) -> list[Row]:
+        """Return the rows that these can become, with each adapter that can be chosen, to validate them.
 
         Raises:
-            ValueError: their prompt has no token by which to choose.
+            ValueError: the prompt has no token by which to choose.
         """
-        for row in rows:
-            if row.adapter == AUTO:
-                prompt_tokens(self._engine.tokenizer, row.prompt)
-        return [replace(row, adapter=None) if row.adapter == AUTO else row for row in rows]
+        own = [row for row in rows if row.adapter == AUTO]
+        for row in own:
+            prompt_tokens(self._engine.tokenizer, row.prompt)
+        others = [row for row in rows if row.adapter != AUTO]
+        return [*others, *(replace(row, adapter=name) for row in own for name in among)]
 
     def steps(
         self, rows: Sequence[Row], among: Sequence[str], stop: Event | None = None, halted: Collection[int] = ()

@@ -141,9 +141,11 @@ class Runner:
         rows = [
             column.row(prompt, one, messages) for column, one, messages in zip(columns, settings, turns, strict=True)
         ]
-        choosable = self.auto.known(among or columns) if self.auto and COLUMN in columns else None
-        # Validates the prompt without computing anything.
-        self.engine.stream_steps(self.auto.check(rows) if self.auto else rows)
+        choosable, checked = None, rows
+        if self.auto and COLUMN in columns:
+            choosable = self.auto.known(among or columns)
+            checked = self.auto.check(rows, choosable)
+        self.engine.stream_steps(checked)  # validates the prompt without computing anything
         ticket = self.queue.join(sampling.max_new_tokens)
         return self._moments(rows, choosable, ticket, stop or threading.Event(), halted)
 

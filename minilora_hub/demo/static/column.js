@@ -27,6 +27,7 @@ const CARD = `
     <div><dt>first token</dt><dd class="ml-first">–</dd></div>
     <div><dt>tokens</dt><dd class="ml-tokens">–</dd></div>
   </dl>`;
+const SCORE = ". In brackets: the 95% interval; adapters whose intervals overlap may be equally good.";
 const STATES = {
   idle: "ready", waiting: "waiting", writing: "writing", eos: "finished",
   length: "length limit", stop: "stop text", stopped: "stopped", error: "failed",
@@ -44,7 +45,7 @@ class Column {
     this.find("name").textContent = about.name;
     this.find("facts").textContent = about.facts;
     const lines = [about.purpose || (about.kind === "base" ? "The model itself, without an adapter." : ""), about.score || ""];
-    this.card.querySelectorAll(".ml-purpose p:not(.ml-own)").forEach((line, index) => Object.assign(line, { textContent: lines[index], title: lines[index] }));
+    this.card.querySelectorAll(".ml-purpose p:not(.ml-own)").forEach((line, index) => Object.assign(line, { textContent: lines[index], title: lines[index] + (index && lines[index] ? SCORE : "") }));
     this.find("answer").setAttribute("aria-label", `Answer of ${about.name}. Use the arrow keys to move between tokens.`);
     for (const [act, words] of [["use", "Get"], ["remove", "Remove"]]) {
       const button = this.find(act);

@@ -164,9 +164,7 @@ class Stage {
     );
     const open = mixtures.some(({ column }) => column === this.open) ? this.open : null;
     this.experts.paint(this.now.blind ? [] : mixtures, shown, open);
-    const letters = this.box.querySelector(".ml-letters");
-    letters.textContent = lettersWords(mixtures.map(({ answer }) => answer));
-    letters.hidden = this.now.blind || !mixtures.length; // its place is kept while there are no tokens yet
+    this.box.querySelector(".ml-letters").textContent = lettersWords(mixtures.map(({ answer }) => answer));
   }
 
   // The experts of an adapter that have a column of their own.

@@ -112,7 +112,7 @@ function lettersWords(answers) {
   const active = [...new Set(some.flatMap(([, layers]) => layers.map((layer) => layer.length / 2)))].sort((a, b) => a - b);
   const range = active.length > 1 ? `${active[0]} to ${active.at(-1)}` : active[0];
   const experts = [...new Set(some.map(([experts]) => experts))].join(" or ");
-  return `A letter is the expert with the most weight over all layers. In each layer ${range} of ${experts} experts serve a token; choose a token to see which.`;
+  return `Letters: the expert with the most weight. In each layer ${range} of ${experts} experts serve a token; choose one to see which.`;
 }
 
 // What kind of text a token is; `before` is the text before it.
