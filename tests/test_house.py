@@ -37,6 +37,7 @@ ROOMS = (
     "recording",
     "compare",
     "training",
+    "integrations.flower",
     "evaluation",
     "publish",
     "serving",
@@ -72,10 +73,10 @@ IMPORTS = {module: imports_of(path) & MODULES.keys() - {module, "minilora_hub"} 
 
 
 def room_of(module: str) -> str:
-    """The second part of a name. The vLLM plugin, which needs the formats, is a room of its own."""
-    plugin = "minilora_hub.integrations.vllm"
-    if module == plugin or module.startswith(f"{plugin}."):
-        return "integrations.vllm"
+    """The second part of a name. What needs higher rooms, the vLLM plugin and the Flower app, is a room of its own."""
+    for room in ("integrations.vllm", "integrations.flower"):
+        if f"{module}.".startswith(f"minilora_hub.{room}."):
+            return room
     return module.split(".")[1] if "." in module else "__init__"
 
 

@@ -26,6 +26,7 @@ from minilora_hub.adapter_folder.companions import common_source
 from minilora_hub.adapter_folder.folders import AdapterFolder, naming, read_folder
 from minilora_hub.bases.skeleton import BaseSource, find_base
 from minilora_hub.errors import AdapterError
+from minilora_hub.formats.averaging import truncated_product
 from minilora_hub.formats.peft_conversion import write_normalised
 from minilora_hub.formats.peft_experts import refuse_experts
 from minilora_hub.formats.peft_reading import PeftAdapter, Update, read_peft
@@ -193,11 +194,14 @@ def combined_update(
         lora_a = _merge(method, all_a, roots * signs, combination.density)
         lora_b = _merge(method, all_b, roots, combination.density)
         return lora_a.to(dtype), lora_b.to(dtype)
+    if method == "svd":
+        scaled = [factor * b.double() for factor, b in zip(factors, all_b, strict=True)]
+        lora_a, lora_b, _ = truncated_product(scaled, [a.double() for a in all_a], rank)
+        return lora_a.to(dtype), lora_b.to(dtype)
     # Each update includes its scaling, so that magnitudes are compared after scaling.
     deltas = [update.scaling * (b @ a) for (update, _), a, b in zip(pairs, all_a, all_b, strict=True)]
     weights = torch.tensor([weight for _, weight in pairs])
-    name = "linear" if method == "svd" else method.removesuffix("_svd")
-    delta = _merge(name, deltas, weights, combination.density)
+    delta = _merge(method.removesuffix("_svd"), deltas, weights, combination.density)
     u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     rank = min(rank, s.shape[0])
     return vh[:rank].to(dtype), (u[:, :rank] * s[:rank]).to(dtype)

@@ -60,8 +60,7 @@ def write_result(
         seconds: wall time of the training, resumed parts included.
     """
     if ends:
-        generation = (trainee.model if settings.method in OURS else trainee.model.get_base_model()).generation_config
-        generation.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
+        list_ends(trainee.model if settings.method in OURS else trainee.model.get_base_model(), ends)
     if settings.method in OURS:
         _cast_for_saving(settings, trainee)
         if trainee.kept:
@@ -79,6 +78,11 @@ def write_result(
     method = published_method(settings)
     if method is not None:
         _results(out, method, settings, resolved, trainee, data, history, seconds).save(out)
+
+
+def list_ends(model: Any, ends: list[int]) -> None:
+    """Put the ids of the tokens that end an answer into the generation settings that are saved with a model."""
+    model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else list(ends)
 
 
 def note_on_ends(
@@ -148,14 +152,7 @@ def _results(
     )
     return Results(
         method=method,
-        base=Base(
-            id=resolved.hub_id or resolved.path.name,
-            revision=resolved.revision,
-            fingerprint=trainee.fingerprint if trainee.fingerprint != "unknown" else None,
-            parameters=trainee.base_parameters,
-            license="apache-2.0" if resolved.embedded else None,
-            note=_base_note(settings, resolved),
-        ),
+        base=base_facts(settings, resolved, trainee),
         parameters=parameters,
         share=round(parameters / trainee.base_parameters, 6),
         license=settings.license,
@@ -163,14 +160,26 @@ def _results(
         datasets=settings.data if from_hub else (),
         training=Training(
             data=sources,
-            hyperparameters=_hyperparameters(settings, data.labels),
+            hyperparameters=hyperparameters(settings, data.labels),
             steps=int(max((entry["step"] for entry in history), default=0)),
             seconds=round(seconds, 1),
             hardware=_hardware(),
-            libraries={name: version(name) for name in LIBRARIES},
+            libraries=library_versions(),
             loss=_loss_points(history),
             parent=trainee.parent.described(settings.learn) if trainee.parent else None,
         ),
+    )
+
+
+def base_facts(settings: TrainingSettings, resolved: ResolvedBase, trainee: Trainee) -> Base:
+    """Return what results.json says of the base."""
+    return Base(
+        id=resolved.hub_id or resolved.path.name,
+        revision=resolved.revision,
+        fingerprint=trainee.fingerprint if trainee.fingerprint != "unknown" else None,
+        parameters=trainee.base_parameters,
+        license="apache-2.0" if resolved.embedded else None,
+        note=_base_note(settings, resolved),
     )
 
 
@@ -183,7 +192,7 @@ def _base_note(settings: TrainingSettings, resolved: ResolvedBase) -> str | None
     return "; ".join(notes) or None
 
 
-def _hyperparameters(settings: TrainingSettings, labels: tuple[str, ...]) -> dict[str, Any]:
+def hyperparameters(settings: TrainingSettings, labels: tuple[str, ...]) -> dict[str, Any]:
     """Return the rows of the card's table of hyper-parameters."""
     recipe = settings.recipe
     rows: dict[str, Any] = {
@@ -212,6 +221,11 @@ def _hyperparameters(settings: TrainingSettings, labels: tuple[str, ...]) -> dic
         "kept adapters": ", ".join(Path(name).name for name in settings.keep) or None,
     }
     return {name: value for name, value in rows.items() if value is not None}
+
+
+def library_versions() -> dict[str, str]:
+    """Return {package: version} for results.json."""
+    return {name: version(name) for name in LIBRARIES}
 
 
 def _hardware() -> str:

@@ -123,7 +123,7 @@ def train(
                 shown = progress and place.is_main_process
                 result = _execute(out, settings, place, Path(folder), resume, dry_run, shown, on_plan)
             if record and writes:  # the trained model was freed, so there is memory for the base
-                result = replace(result, notes=(*result.notes, *_record(out, settings)))
+                result = replace(result, notes=(*result.notes, *record_logits(out, settings)))
             return result
 
 
@@ -271,7 +271,7 @@ def _train(trainer: Any, out: Path, shape: Shape, state: RunState, resume: bool,
     return elapsed()
 
 
-def _record(out: Path, settings: TrainingSettings) -> tuple[str, ...]:
+def record_logits(out: Path, settings: TrainingSettings) -> tuple[str, ...]:
     """Record the reference logits of the saved adapter, and return notes for the user.
 
     The adapter is saved already: if this fails, a note says so, and a push records the logits.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence import choosing, interference, low_bit, report, routing_report, train_on
+from evidence import choosing, federated, interference, low_bit, report, routing_report, train_on
 from evidence.store import Store
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -226,6 +226,11 @@ def continued() -> str:
     return train_on.report()
 
 
+def federated_mean() -> str:
+    """Clients with a task each, against one alone and all rows in one place."""
+    return federated.report()
+
+
 def routers() -> str:
     """What the routers do under each cause that may keep them flat."""
     return routing_report.report()
@@ -290,6 +295,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "costs": costs,
     "decode": decode,
     "evidence": evidence,
+    "federated": federated_mean,
     "low-bit": low_bits,
     "page": page,
     "precision": precision,
