@@ -46,7 +46,8 @@ def add_api(runner: Runner) -> None:
             prompt: What to answer: a user's message, sent through the base's chat template.
             request: The HTTP request.
             adapters: Names of the page's own adapters, or ids on the Hub (owner/name). Default: all of the page's own.
-                "auto", on a page with an index, is the one of them that suits the prompt.
+                "auto", on a page with an index, is the one of the page's own that suits the prompt, whichever others
+                are named.
             max_new_tokens: The most tokens of one answer.
             temperature: 0 takes the most probable token each time; above 0 samples.
             top_p: When sampling, keep the most probable tokens that together reach this probability.

@@ -128,7 +128,8 @@ def _check_messages(name: str, value: Any) -> None:
                 got = repr(turn.get("role")) if isinstance(turn, dict) else type(turn).__name__
                 raise ValueError(f"must have a role, one of {', '.join(ROLES)}; got {got}")
             if not isinstance(turn.get("content"), str) and not turn.get("tool_calls"):
-                raise ValueError("must have a content, a string")
+                parts = " (task='image-text-to-text' takes parts)" if isinstance(turn.get("content"), list) else ""
+                raise ValueError(f"must have a content, a string{parts}")
             check_turn(turn)
         except ValueError as error:
             raise ValueError(f"{name}, turn {number}: {error}") from None

@@ -24,6 +24,7 @@ from minilora_hub.training.sources import BadRow
 from minilora_hub.training.tokens import IGNORED, Encoder, Example
 
 SHOWN = 2
+SHOWN_PLACES = 3
 ROWS_AT_ONCE = 50
 """Rows that are converted to Python objects at a time."""
 
@@ -109,12 +110,14 @@ class TrainingData:
         return max(max(example.input_ids) for example in chain(self.train, self.validation))
 
     def place_of(self, ids: list[int]) -> str | None:
-        """Return the location of the row with these ids; None if there is no such row."""
-        for rows in (self.train, self.validation):
-            for index, length in enumerate(rows.lengths):
-                if length == len(ids) and rows[index].input_ids == ids:
-                    return rows.places[index]
-        return None
+        """Return the location of the row with these ids, or of the first rows that have them; None if there is none."""
+        found = [
+            rows.places[index]
+            for rows in (self.train, self.validation)
+            for index, length in enumerate(rows.lengths)
+            if length == len(ids) and rows[index].input_ids == ids
+        ]
+        return " or ".join(found[:SHOWN_PLACES]) or None
 
 
 def prepare_data(

@@ -250,6 +250,8 @@ def _check(settings: TrainingSettings) -> None:
         "budget": (recipe.budget, recipe.budget is None, "leave it out"),
         "init": (recipe.init, recipe.init == "zero", "leave it out"),
         "save_dtype": (recipe.save_dtype, recipe.save_dtype == "float32", "must be float32"),
+        "task": (settings.task, settings.task in (None, "text-generation"), "leave it out"),
+        "validation_data": (settings.validation_data, not settings.validation_data, "leave it out"),
         "report_to": (recipe.report_to, not recipe.report_to, "leave it out"),
         "target_parameters": (parameters := recipe.adapter.get("target_parameters"), not parameters, "leave it out"),
     }

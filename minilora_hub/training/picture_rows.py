@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ from minilora_hub.training.tokens import Encoder, Example, dated_template
 TASK = "image-text-to-text"
 COLUMNS = ("images", "image")
 TURNS = ("messages", "prompt", "completion")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""Of pictures. Others can start programs when they are opened, as EPS does."""
+TAG = "<image>"
+"""What rows for other trainers have in a text where a picture belongs."""
 
 
 def has_pictures(value: dict[str, Any]) -> bool:
@@ -55,7 +60,7 @@ def _checked(place: str, value: Any) -> Row | BadRow:
         return texts
     if texts.kind == "text":
         raise ValueError("has text alone: rows with pictures need messages, or prompt and completion")
-    if texts.fields.get("tools"):
+    if texts.fields.get("tools") or any(turn.get("tool_calls") for name in TURNS for turn in _turns(fields.get(name))):
         raise ValueError("has tools, which are not supported beside pictures")
     before, after = fields.get("prompt", []), fields.get("completion", [])
     if isinstance(before, str):
@@ -63,7 +68,9 @@ def _checked(place: str, value: Any) -> Row | BadRow:
     turns = [*before, *after] if texts.kind != "messages" else fields["messages"]
     if any(part["type"] == "image" for turn in turns if turn["role"] == "assistant" for part in _parts(turn)):
         raise ValueError("has a picture in a turn of the assistant: only texts can be learned")
-    turns = prepare_multimodal_messages([_named(turn) for turn in turns], pictures)
+    turns = [_named(turn) for turn in turns]
+    _check_places(turns, len(pictures))
+    turns = prepare_multimodal_messages(turns, pictures)
     for part in (part for turn in turns for part in _parts(turn) if part["type"] == "image"):
         _check_picture(part["image"])
     return Row(place, TASK, {"turns": turns, "first": len(before) if texts.kind != "messages" else 0})
@@ -108,10 +115,21 @@ def _named(turn: dict[str, Any]) -> dict[str, Any]:
     return turn | {"content": parts}
 
 
+def _check_places(turns: list[dict[str, Any]], count: int) -> None:
+    """Check that each of `count` pictures has a place: the first question, or a part that names no picture itself."""
+    first = next((turn["content"] for turn in turns if turn["role"] == "user"), None)
+    if count and not isinstance(first, str):
+        bare = sum(part["type"] == "image" and "image" not in part for turn in turns for part in _parts(turn))
+        if bare != count:
+            raise ValueError(f'has {count} pictures of its own and {bare} parts {{"type": "image"}} for them')
+
+
 def _check_picture(picture: Any) -> None:
-    if isinstance(picture, str) and "://" in picture:
-        raise ValueError(f"picture {picture[:60]!r}: is a URL: download it, and name the file")
     given = picture.get("bytes") or picture.get("path") if isinstance(picture, dict) else picture
+    if isinstance(given, str) and "://" in given:
+        raise ValueError(f"picture {given[:60]!r}: is a URL: download it, and name the file")
+    if isinstance(given, str) and "\0" in given:
+        raise ValueError(f"picture {given[:60]!r}: is not the path of a file")
     if not isinstance(given, (str, bytes)) or not given:
         raise ValueError(f"a picture must be the path of a file, got {str(picture)[:60]!r}")
 
@@ -124,23 +142,46 @@ def stored(picture: Any, folder: Path | None) -> dict[str, Any]:
         folder: where relative paths begin. None: the rows come from the Hub, and may not name files of this machine.
 
     Raises:
-        ValueError: it names a file of this machine, in rows from the Hub.
+        ValueError: there is no such file, or rows from the Hub name a file.
     """
-    if isinstance(picture, dict) and picture.get("bytes"):
-        return {"bytes": picture["bytes"], "path": None}
-    path = picture["path"] if isinstance(picture, dict) else picture
+    content = picture.get("bytes") if isinstance(picture, dict) else picture
+    if isinstance(content, bytes):
+        return {"bytes": content, "path": None}
+    name = picture["path"] if isinstance(picture, dict) else picture
     if folder is None:
-        raise ValueError(f"picture {path!r}: is not in the data set, which may not name files of this machine")
-    return {"bytes": None, "path": str((folder / Path(path).expanduser()).absolute())}
+        raise ValueError(
+            f"picture {Path(name).name!r}: is a file of its own; only pictures within the rows are read from the Hub, "
+            "as in Parquet files (data_revision='refs/convert/parquet')"
+        )
+    path = (folder / name).absolute()
+    if not path.is_file():
+        raise ValueError(f"picture {name!r}: there is no such file beside the rows")
+    return {"bytes": None, "path": str(path)}
+
+
+def _digest(picture: dict[str, Any]) -> bytes:
+    """Return the hash of a picture that `stored` returned."""
+    if picture["bytes"] is not None:
+        return hashlib.sha256(picture["bytes"]).digest()
+    with open(picture["path"], "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def opened(picture: dict[str, Any]) -> Any:
-    """Open a picture that `stored` returned, in RGB, turned as its metadata say."""
+    """Open a picture that `stored` returned, in RGB, turned as its metadata say.
+
+    Raises:
+        Exception: it is damaged, which may fail anywhere in Pillow, or has more pixels than Pillow holds to be safe: a
+            small file can take gigabytes.
+    """
     from PIL import Image
     from transformers.image_utils import load_image
 
-    with Image.open(BytesIO(picture["bytes"]) if picture["bytes"] else picture["path"]) as image:
-        return load_image(image)
+    given = picture["path"] if picture["bytes"] is None else BytesIO(picture["bytes"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(given, formats=FORMATS) as image:
+            return load_image(image)
 
 
 def with_pictures(turns: list[dict[str, Any]], pictures: list[Any]) -> list[dict[str, Any]]:
@@ -169,6 +210,8 @@ class PictureEncoder(Encoder):
         now = arguments.pop("now", None)
         super().__init__(processor.tokenizer, **arguments)
         template = getattr(processor, "chat_template", None)
+        if isinstance(template, dict):  # several with names
+            template = template.get("default")
         self.processor, self.has_template = processor, bool(template)
         self.template = dated_template(template, now) if isinstance(template, str) and now else template
         self.digest = hashlib.sha256()
@@ -181,15 +224,17 @@ class PictureEncoder(Encoder):
         for number, picture in enumerate(pictures, 1):
             try:
                 kept.append(stored(picture, row.folder))
-                self.digest.update(hashlib.sha256(kept[-1]["bytes"] or Path(kept[-1]["path"]).read_bytes()).digest())
-                images.append(opened(kept[-1]))
             except ValueError as error:
                 return BadRow(row.place, str(error))
+            try:
+                self.digest.update(_digest(kept[-1]))
+                images.append(opened(kept[-1]))
             except Exception as error:  # a damaged picture may fail anywhere in the library
                 name = Path(kept[-1]["path"]).name if kept[-1]["path"] else f"picture {number}"
                 return BadRow(row.place, f"{name}: cannot be opened as a picture ({str(error)[:120]})")
-        mark = getattr(self.processor, "image_token", None)
-        if mark and any(mark in part.get("text", "") for turn in turns for part in _parts(turn)):
+        texts = [part.get("text", "") for turn in turns for part in _parts(turn)]
+        marks = (TAG, *(getattr(self.processor, name, None) for name in ("image_token", "boi_token")))
+        if mark := next((mark for mark in marks if mark and any(mark in text for text in texts)), None):
             return BadRow(row.place, f'contains {mark!r}: write a part {{"type": "image"}} where a picture belongs')
         filled = with_pictures(turns, images)
         parts = {"prompt": filled[:first], "completion": filled[first:]} if first else {"messages": filled}

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.errors import BaseModelError, TrainingError
+from minilora_hub.errors import BaseModelError, DataError, TrainingError
 from minilora_hub.quiet import quiet_libraries
 from minilora_hub.training.dataset import TrainingData, write_parts
 from minilora_hub.training.generated_texts import GeneratedTexts
@@ -52,7 +52,8 @@ class PictureRows(GeneratedTexts):
                 f"base {self.base.name!r}: has no processor of pictures and texts, which {self.task} needs: "
                 "pass a base that sees"
             )
-        if not getattr(processor, "chat_template", None):
+        template = getattr(processor, "chat_template", None)
+        if not (template.get("default") if isinstance(template, dict) else template):
             raise BaseModelError(f"base {self.base.name!r}: its processor has no chat template: pass an instruct model")
         return with_needed_tokens(processor, self.base)
 
@@ -60,7 +61,10 @@ class PictureRows(GeneratedTexts):
         """See `RowKind.prepare`."""
         from datasets import List, Value
 
-        longest = self.settings.recipe.max_length or base_context(self.base)
+        context = base_context(self.base)
+        longest = self.settings.recipe.max_length or context
+        if longest > context:
+            raise DataError(f"max_length={longest}: the base's context has {context} tokens")
         self._encoder = PictureEncoder(self.processor, max_length=longest, ends=self.ends, now=begun)
         pictures = List({"bytes": Value("binary"), "path": Value("string")})
         columns = {"turns": Value("string"), "pictures": pictures, "place": Value("string")}
@@ -76,10 +80,7 @@ class PictureRows(GeneratedTexts):
         import torch
         from torch.nn.functional import pad
 
-        try:
-            chats = [with_pictures(json.loads(row["turns"]), [opened(one) for one in row["pictures"]]) for row in rows]
-        except OSError as error:
-            raise TrainingError(f"a picture cannot be opened any more: {error}") from error
+        chats = [with_pictures(json.loads(row["turns"]), _opened_again(row)) for row in rows]
         made = self.processor.apply_chat_template(
             chats,
             chat_template=self._encoder.template,
@@ -107,3 +108,10 @@ class PictureRows(GeneratedTexts):
         """See `RowKind.make_trainer`."""
         arguments.remove_unused_columns = False
         return super().make_trainer(arguments, data_collator=self.collate, **given)
+
+
+def _opened_again(row: dict[str, Any]) -> list[Any]:
+    try:
+        return [opened(picture) for picture in row["pictures"]]
+    except Exception as error:  # a damaged picture may fail anywhere in the library
+        raise TrainingError(f"{row['place']}: a picture cannot be opened any more: {error}") from error

@@ -16,6 +16,8 @@ from minilora_hub.training.settings import TrainingSettings
 from minilora_hub.training.sharding import own_part
 
 SHOWN_LABELS = 12
+TEXTS = "text-generation"
+"""The usual task, which the plan does not mention."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Plan:
     kept: tuple[str, ...] = ()
     ranks: str | None = None
     init: str | None = None
-    task: str = "text-generation"
+    task: str = TEXTS
     labels: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
 
@@ -105,10 +107,12 @@ class Plan:
         begin += [("objective", text) for text in self.objectives] + [("kept", name) for name in self.kept]
         begin += [(name, line) for name, line in (("ranks", self.ranks), ("start", self.init)) if line]
         learned = f"{self.learned_tokens:,} {'labels' if self.labels else 'learned'}"
+        if self.task != TEXTS:
+            begin.append(("task", self.task))
         if self.labels:
             shown = ", ".join(self.labels[:SHOWN_LABELS]) + ", …" * (len(self.labels) > SHOWN_LABELS)
             head = f"{', '.join(self.whole)}: new, trained whole" if self.whole else "the base's own, frozen"
-            begin += [("task", self.task), ("labels", f"{len(self.labels)}: {shown}"), ("head", head)]
+            begin += [("labels", f"{len(self.labels)}: {shown}"), ("head", head)]
         return [
             *begin,
             ("trainable", f"{self.trainable:,} parameters, {self.share:.2%} of the base"),

@@ -18,6 +18,7 @@ PASSAGE = 1000
 """Characters after which a passage of a document ends with its paragraph; longer paragraphs are not split."""
 CR_ONLY = "has lines that end with CR only: save it with LF line endings"
 PARQUET_ROWS = 1000
+PARQUET_BYTES = 2**26
 """Rows of a Parquet file that are converted to Python objects at a time."""
 
 
@@ -170,7 +171,9 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         file = parquet.ParquetFile(path)
         number = 0
-        for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+        stored = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
+        rows = PARQUET_BYTES * file.metadata.num_rows // max(1, stored)  # of pictures, a few
+        for batch in file.iter_batches(batch_size=max(1, min(PARQUET_ROWS, rows))):
             for fields in batch.to_pylist():
                 number += 1
                 yield f"{path.name}, row {number}", without_nulls(fields)

@@ -36,7 +36,9 @@ class GenerateOnBase:
 class UsesOtherMethods:
     """Whatever else the base can do (`get_image_features`, …) is done by it."""
 
-    is_quantized = False  # or Trainer would refuse an adapter on a quantised base, whose own attribute it would see
+    # Or Trainer would refuse an adapter on a quantised base, whose own attribute it would see. transformers' refusal of
+    # half() and float() on such a base is lost with it.
+    is_quantized = False
 
     def __getattr__(self: Any, name: str) -> Any:
         try:

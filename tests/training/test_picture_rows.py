@@ -55,6 +55,9 @@ def place(tmp_path_factory):
     write_base("AutoModelForImageTextToText", folder / "base")
     for colour, size in COLOURS.items():
         Pictures.new("RGB", size, colour).save(folder / f"{colour}.png")
+    Pictures.new("RGB", (8, 8), "red").save(folder / "red.eps")
+    (folder / "red.eps").rename(folder / "eps.png")
+    Pictures.new("1", (10000, 9000)).save(folder / "large.png")  # 11 kB
     write_rows(folder / "rows.jsonl", [row for colour in COLOURS for row in rows_of(colour)[:2]])
     return folder
 
@@ -221,17 +224,48 @@ def test_rows_of_the_hub_may_not_name_files_of_this_machine(place):
     encoder = PictureEncoder(chat_processor("llava"), max_length=999, ends=[257])
     row = checked("org/rows (train), row 1", {"image": str(place / "red.png"), "prompt": "x", "completion": "y"})
     assert isinstance(row, Row)
-    assert "which may not name files of this machine" in encoder.encode(row).reason
+    reason = encoder.encode(row).reason
+    assert reason.startswith(
+        "picture 'red.png': is a file of its own; only pictures within the rows are read from the Hub"
+    )
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_vl"])
+def test_a_tag_of_another_trainer_is_not_learned_as_text(kind, place):
+    encoder = PictureEncoder(chat_processor(kind), max_length=999, ends=[257])
+    row = checked("x", {"image": "red.png", "conversations": [{"from": "human", "value": "<image>\nColour?"},
+                                                             {"from": "gpt", "value": "red"}]})  # fmt: skip
+    assert encoder.encode(replace(row, folder=place)).reason.startswith("contains '<image>': write a part")
+
+
+def test_pictures_as_bytes_and_templates_with_names(place):
+    """As a column of binary has them, without `datasets`."""
+    processor = chat_processor("llava")
+    processor.chat_template = {"default": processor.chat_template, "other": "x"}
+    encoder = PictureEncoder(processor, max_length=999, ends=[257])
+    rows = [{"image": content, "prompt": "Colour?", "completion": "red"} for content in (
+        (place / "red.png").read_bytes(), "red.png")]  # fmt: skip
+    by_bytes, by_name = (encoder.encode(replace(checked("x", row), folder=place)) for row in rows)
+    assert by_bytes.input_ids == by_name.input_ids
+    damaged = checked("x", {"image": b"no picture", "prompt": "Colour?", "completion": "red"})
+    assert encoder.encode(damaged).reason.startswith("picture 1: cannot be opened as a picture")
 
 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"images": ["gone.png"]}, r"gone\.png: cannot be opened as a picture \(.*No such file"),
+        ({"images": ["gone.png"]}, r"picture 'gone\.png': there is no such file beside the rows"),
+        ({"images": ["/dev/zero"]}, r"picture '/dev/zero': there is no such file"),
+        ({"images": ["a\0.png"]}, r"is not the path of a file"),
+        ({"images": [{"path": "https://x.org/a.png"}]}, r"picture 'https://x\.org/a\.png': is a URL"),
+        ({"images": ["eps.png"]}, r"eps\.png: cannot be opened as a picture"),
+        ({"images": ["large.png"]}, r"large\.png: cannot be opened as a picture \(Image size \(90000000 pixels\)"),
         ({"images": ["rows.jsonl"]}, r"rows\.jsonl: cannot be opened as a picture"),
         ({"images": ["https://x.org/a.png"]}, r"picture 'https://x\.org/a\.png': is a URL: download it"),
         ({"images": [3]}, r"a picture must be the path of a file, got '3'"),
-        ({"images": ["red.png", "red.png"], "messages": [ask("a", PART), ANSWER]}, r"Number of images provided \(2\)"),
+        ({"images": ["red.png", "red.png"], "messages": [ask("a", PART), ANSWER]}, r"has 2 pictures .* and 1 parts"),
+        ({"images": ["red.png"], "messages": [ask("a", {"type": "text", "text": "b"}), ANSWER, ask("c"), ANSWER]},
+         r'has 1 pictures of its own and 0 parts \{"type": "image"\} for them'),
         ({"messages": [ask("a", PART), ANSWER]}, r"Number of images provided \(0\) does not match"),
         ({"messages": [ask("a", {"type": "video"}), ANSWER]}, r"content, part 1: must be of type text.* got 'video'"),
         ({"images": ["red.png"], "messages": [ask("<image>a"), ANSWER]}, r"contains '<image>': write a part"),
@@ -239,6 +273,8 @@ def test_rows_of_the_hub_may_not_name_files_of_this_machine(place):
         ({"images": ["red.png"], "messages": [ask("a"), ask("b", PART) | {"role": "assistant"}]}, r"turn of the assis"),
         ({"images": ["red.png"], "text": "a"}, r"has text alone: rows with pictures need messages"),
         ({"images": ["red.png"], "tools": [{"name": "f"}]}, r"has tools, which are not supported beside pictures"),
+        ({"images": ["red.png"], "messages": [ask("a"), ANSWER | {"tool_calls": [{"function": {"name": "f"}}]}]},
+         r"has tools, which are not supported beside pictures"),
         ({"images": ["red.png"], "messages": [ask("a" * 600), ANSWER]}, r"has \d+ tokens, max_length is 512"),
     ],
 )  # fmt: skip
@@ -255,6 +291,7 @@ def test_wrong_rows_are_named(row, words, place):
     [
         ({"method": "lora"}, r"method='lora' on rows for image-text-to-text: must be one of dora, mixlora, mixdora"),
         ({"batching": "packed"}, r"batching='packed' on rows for image-text-to-text: must be shuffled"),
+        ({"max_length": 9999}, r"max_length=9999: the base's context has 512 tokens"),
         ({"truncate": True}, r"truncate=True on rows for image-text-to-text: leave it out: a picture cannot be cut"),
         ({"loss_on": "all"}, r"loss_on='all' on rows for image-text-to-text: must be completions"),
         ({"task": "text-generation"}, r"rows\.jsonl:1: has images: needs --task image-text-to-text"),
@@ -274,6 +311,6 @@ def test_a_base_that_does_not_see_is_named(place, tmp_path):
 def test_a_loss_that_is_not_finite_names_the_row(place, tmp_path, monkeypatch):
     loss = AdapterTrainer._loss
     monkeypatch.setattr(AdapterTrainer, "_loss", lambda *args: (loss(*args)[0] * math.nan, None))
-    data = write_rows(place / "one.jsonl", [rows_of("green")[0]])
-    with pytest.raises(TrainingError, match=r"the loss became nan in step 1 on one\.jsonl:1"):
+    data = write_rows(place / "one.jsonl", [rows_of("red")[0], rows_of("red")[0]])  # whose tokens are the same
+    with pytest.raises(TrainingError, match=r"the loss became nan in step 1 on one\.jsonl:1 or one\.jsonl:2"):
         train(tmp_path / "out", **said(place, data=str(data), batch_size=1))

@@ -45,7 +45,7 @@ def is_zero_gpu() -> bool:
 def gpu_seconds(rows: Sequence[Row], among: Sequence[str] | None = None) -> int:
     """Estimate the GPU seconds to request: the steps of the longest answer, each slower with every additional row.
 
-    The forward by which one of the adapters `among` these is chosen is within the seconds to start.
+    `START_SECONDS` covers the forward that chooses one of the adapters `among`.
     """
     steps = max(row.sampling.max_new_tokens for row in rows)
     return min(LONGEST_SECONDS, math.ceil(START_SECONDS + steps * (STEP_SECONDS + ROW_SECONDS * len(rows))))

@@ -45,7 +45,7 @@ class Column {
     this.find("name").textContent = about.name;
     this.find("facts").textContent = about.facts;
     const lines = [about.purpose || (about.kind === "base" ? "The model itself, without an adapter." : ""), about.score || ""];
-    this.card.querySelectorAll(".ml-purpose p:not(.ml-own)").forEach((line, index) => Object.assign(line, { textContent: lines[index], title: lines[index] + (index && lines[index] ? SCORE : "") }));
+    this.card.querySelectorAll(".ml-purpose p:not(.ml-own)").forEach((line, index) => Object.assign(line, { textContent: lines[index], title: lines[index] + (index && / \(\d/.test(lines[index]) ? SCORE : "") }));
     this.find("answer").setAttribute("aria-label", `Answer of ${about.name}. Use the arrow keys to move between tokens.`);
     for (const [act, words] of [["use", "Get"], ["remove", "Remove"]]) {
       const button = this.find(act);

@@ -59,9 +59,10 @@ def rows_of(node: Mapping[str, Any], run: Mapping[str, Any], scratch: Path) -> s
     if whole.suffix != ".jsonl":
         raise DataError(f"data={data!r}: only a .jsonl file can be dealt out; name one file a client with {CLIENT}")
     try:
-        lines = [line for line in whole.read_text(encoding="utf-8").splitlines(keepends=True) if line.strip()]
+        with whole.open(encoding="utf-8-sig", newline="\n") as file:  # a text may hold other ends of lines
+            lines = [line for line in file if line.strip()]
     except OSError as error:
         raise DataError(f"data={data!r}: cannot be read ({error.strerror or error})") from error
     part = scratch / f"client-{client}.jsonl"
-    part.write_text("".join(lines[int(client) :: int(node["num-partitions"])]), encoding="utf-8")
+    part.write_text("".join(lines[int(client) :: int(node["num-partitions"])]), encoding="utf-8", newline="\n")
     return str(part)
