@@ -60,6 +60,13 @@ def demo(
             help="Add a column that the adapter which this index chooses answers: see `minilora route build`.",
         ),
     ] = None,
+    allow_training: Annotated[
+        bool,
+        typer.Option(
+            "--allow-training",
+            help="Store prompts and answers that you vote on, on this machine only, and show how to train on them.",
+        ),
+    ] = False,
     dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
@@ -77,7 +84,8 @@ def demo(
     from minilora_hub.demo.adapters.from_hub import LinkedAdapters
     from minilora_hub.demo.openai_api import openai_from_environment
     from minilora_hub.demo.runs.limits import PageLimits
-    from minilora_hub.demo.ui.app import build_demo, launch
+    from minilora_hub.demo.ui.app import build_demo, data_folder, launch
+    from minilora_hub.demo.votes.voted_answers import VotedAnswersFile
 
     if mcp and find_spec("mcp") is None:
         raise MissingExtraError("mcp", "mcp")
@@ -85,6 +93,7 @@ def demo(
     named = adapters or shipped_adapters()
     limits.check_columns(1 + len(named) + (route is not None))
     base = base_for(base, named, say)
+    voted = VotedAnswersFile(data_folder().absolute() / "training", base, host) if allow_training else None
     engine = CompareEngine(base, named, dtype=dtype, keep_bare_logits=True, progress=say)
     openai = openai_from_environment(engine, limits)
     shown = "localhost" if host in ("0.0.0.0", "::") else host  # noqa: S104
@@ -95,6 +104,7 @@ def demo(
         allowed=allow_local or (),
         measured=measured,
         route=route,
+        voted=voted,
     )
     screen = _has_screen() if browser is None else browser
     launch(

@@ -37,6 +37,13 @@ def train(
     method: Method = None,
     base: TrainedBase = None,
     data: Data = None,
+    from_votes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Instead of --data: your own votes, stored by minilora demo --allow-training. Adds dpo.",
+        ),
+    ] = None,
     from_adapter: Annotated[
         str | None, typer.Option("--from", metavar="ADAPTER", help="Continue from an adapter: a folder or a Hub id.")
     ] = None,
@@ -48,7 +55,8 @@ def train(
         list[str] | None,
         typer.Option(
             metavar="NAME[:KEY=VALUE,…]",
-            help="A term added to the loss, may be repeated: distill:teacher=ADAPTER, orthogonal, anchor:data=TEXT.",
+            help="A term added to the loss, may be repeated: distill:teacher=ADAPTER, orthogonal, anchor:data=TEXT, "
+            "dpo.",
         ),
     ] = None,
     keep: Annotated[
@@ -154,6 +162,8 @@ def train(
     if result.validation_loss is not None:
         validated = f", validation loss {result.validation_loss:.4f} at step {result.best_step}, which was saved"
     typer.echo(f"{out}: {result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}{validated}")
+    if result.pairs:
+        typer.echo(result.pairs.described())
     typer.echo(f"next: minilora push {out} NAME --dry-run")
 
 

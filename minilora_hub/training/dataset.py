@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain
@@ -22,6 +22,7 @@ from minilora_hub.training.data import Row, read_rows
 from minilora_hub.training.settings import TrainingSettings
 from minilora_hub.training.sources import BadRow
 from minilora_hub.training.tokens import IGNORED, Encoder, Example
+from minilora_hub.training.votes import VotePairs
 
 SHOWN = 2
 SHOWN_PLACES = 3
@@ -78,6 +79,7 @@ class TrainingData:
         skipped: the rows that were skipped.
         labels: of labelled rows, the names of the classes; `labels` of an example holds their numbers.
         pictures: of rows with pictures, a hash of them.
+        votes: of votes, the answers beside each row, which is a chosen one.
     """
 
     train: ExampleRows
@@ -85,6 +87,7 @@ class TrainingData:
     skipped: list[BadRow]
     labels: tuple[str, ...] = ()
     pictures: str = ""
+    votes: VotePairs | None = None
 
     @property
     def tokens(self) -> int:
@@ -100,14 +103,24 @@ class TrainingData:
     def sha256(self) -> str:
         """Hash of every token, label and picture, by which a resumed run detects changed data."""
         digest = hashlib.sha256(json.dumps(self.labels).encode() if self.labels else self.pictures.encode())
-        for example in chain(self.train, self.validation):
+        for example in chain(self.train, self.validation, self._rejected):
             digest.update(json.dumps([example.input_ids, example.labels]).encode())
         return digest.hexdigest()
 
     @property
+    def held_out_pairs(self) -> bool:
+        """Whether the validation rows are votes."""
+        pairs = self.votes.pairs if self.votes else {}
+        return bool(self.validation) and all(tuple(example.input_ids) in pairs for example in self.validation)
+
+    @property
+    def _rejected(self) -> list[Example]:
+        return [one for pair in self.votes.pairs.values() for one in pair.rejected] if self.votes else []
+
+    @property
     def largest_id(self) -> int:
         """The largest token id in the data."""
-        return max(max(example.input_ids) for example in chain(self.train, self.validation))
+        return max(max(example.input_ids) for example in chain(self.train, self.validation, self._rejected))
 
     def place_of(self, ids: list[int]) -> str | None:
         """Return the location of the row with these ids, or of the first rows that have them; None if there is none."""
@@ -154,7 +167,20 @@ def prepare_data(
         ends=ends,
         now=now,
     )
-    return TrainingData(*write_parts(settings, encoder.encode, folder))
+    if not settings.from_votes:
+        return TrainingData(*write_parts(settings, encoder.encode, folder))
+    votes, skipped = VotePairs(settings.from_votes, encoder), list[BadRow]()
+
+    def write(source: tuple[str, ...], name: str, encode: Any, check: Any = None) -> ExampleRows:
+        return _write_examples(source, settings, encode, folder / name, skipped, check, {})
+
+    train = write((votes.file,), "train.arrow", votes.encode, votes.check)
+    votes.require_enough()
+    if settings.validation_data:
+        validation = write(settings.validation_data, "validation.arrow", encoder.encode)
+    else:
+        train, validation = hold_out(train, recipe.validation, recipe.seed, votes.prompts)
+    return TrainingData(train, validation, skipped, votes=votes)
 
 
 def write_parts(
@@ -190,12 +216,16 @@ def write_parts(
 def _write_examples(
     sources: tuple[str, ...],
     settings: TrainingSettings,
-    encode: Callable[[Row], Example | BadRow],
+    encode: Callable[[Row], Example | BadRow | None],
     file: Path,
     skipped: list[BadRow],
     check: Callable[[str, Any], Row | BadRow] | None,
     more: Mapping[str, Any],
 ) -> ExampleRows:
+    """Write the examples of some files into an Arrow file, and open it.
+
+    `check` is as in `read_rows`; a row for which `encode` returns None is none to train on.
+    """
     from datasets import Dataset, Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
@@ -212,6 +242,8 @@ def _write_examples(
                 if isinstance(example, BadRow):
                     bad.append(example)
                     continue
+                if example is None:
+                    continue
                 writer.write({"input_ids": example.input_ids, "labels": example.labels, **example.more})
                 places.append(example.place)
                 lengths.append(len(example.input_ids))
@@ -226,21 +258,26 @@ def _write_examples(
         shown = "; ".join(f"{row.place}: {row.reason}" for row in bad[:SHOWN])
         others = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
         raise DataError(f"{shown}{others}. Repair {'them' if len(bad) > 1 else 'it'}, or pass --skip-bad-rows")
-    if not places:
+    if not places and bad:
         raise DataError(f"{', '.join(sources)}: no row is left: all {len(bad)} cannot be used, e.g. {bad[0].reason}")
     skipped += bad
     return ExampleRows(Dataset.from_file(str(file)), places, lengths, learned)
 
 
-def hold_out(examples: ExampleRows, share: float, seed: int) -> tuple[ExampleRows, ExampleRows]:
-    """Split examples into those to train on and, by chance, a share to validate on."""
+def hold_out(
+    examples: ExampleRows, share: float, seed: int, groups: Sequence[Hashable] | None = None
+) -> tuple[ExampleRows, ExampleRows]:
+    """Split examples into those to train on and, by chance, a share to validate on; rows of a group stay together."""
     if not share:
         return examples, examples.select([])
-    count = max(1, round(len(examples) * share))
-    if count >= len(examples):
+    groups = range(len(examples)) if groups is None else groups
+    known = list(dict.fromkeys(groups))
+    count = max(1, round(len(known) * share))
+    if count >= len(known):
+        together = f" (of {len(known)} different prompts)" if len(known) < len(examples) else ""
         raise DataError(
-            f"validation={share}: that holds out all {len(examples)} rows: pass a smaller share, or more data"
+            f"validation={share}: that holds out all {len(examples)} rows{together}: pass a smaller share, or more data"
         )
-    chosen = set(random.Random(seed).sample(range(len(examples)), count))  # noqa: S311  not for security
-    train = [index for index in range(len(examples)) if index not in chosen]
-    return examples.select(train), examples.select(sorted(chosen))
+    held = {known[index] for index in random.Random(seed).sample(range(len(known)), count)}  # noqa: S311  not for security
+    train, validation = ([i for i, group in enumerate(groups) if (group in held) == of] for of in (False, True))
+    return examples.select(train), examples.select(validation)

@@ -81,7 +81,10 @@ def build_trainer(
         base = find_base(settings.base, settings.base_revision)
         factors = trainee.kept.factors if trainee.kept else ()
         specs = parse_objectives(settings.objective)
-        trainer.objectives = build_objectives(specs, trainee.model, base, kind.tokenizer, recipe.seed, factors)
+        with trainer.compute_loss_context_manager():
+            trainer.objectives = build_objectives(
+                specs, trainee.model, base, kind.tokenizer, recipe.seed, factors, data
+            )
     trainer.remove_callback(PrinterCallback)
     if recipe.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping))

@@ -18,6 +18,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "distill": {"teacher": None, "weight": 1.0, "temperature": 1.0, "labels": 1.0},
     "orthogonal": {"weight": 0.5},
     "anchor": {"data": None, "weight": 1.0, "rows": 2, "length": 128},
+    "dpo": {"beta": 0.1, "weight": 1.0, "labels": 1.0},
 }
 """Objective -> its keys and their defaults; None: it must be given."""
 MAY_BE_ZERO = ("labels",)

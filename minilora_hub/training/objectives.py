@@ -5,68 +5,38 @@
     orthogonal  sum over the linears of |A_kept A^T|, entry by entry (O-LoRA, arXiv 2310.14152): the rows of A stay
                 orthogonal to those of the adapters that are kept
     anchor      KL(p_base || p_student) on general text, at every position
+    dpo         preferred answers become likelier than those beside them; see `preference`
 
-They act in training only, so the validation loss is that of the labels and stays comparable. Each is logged under its
+They act in training only, so the validation loss is that of the labels and stays comparable; only dpo is also a part of
+the validation loss, where pairs are held out. Each is logged under its
 name, before its weight. Everything that they draw follows from seed, step and micro-batch, so a resumed run and one on
 other processes draw the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 
 from minilora_hub.errors import TrainingError
 from minilora_hub.remote_code.routing_record import record_routing
+from minilora_hub.training.loss_terms import Objective, Step, Term
 from minilora_hub.training.objective_specs import ObjectiveSpec
 from minilora_hub.training.parent_adapter import UNKNOWN, find_adapter
+from minilora_hub.training.preference import Dpo
 from minilora_hub.training.swapped_modules import bare_base, frozen_modules, modules_in
 
 if TYPE_CHECKING:
     from minilora_hub.bases.skeleton import BaseSource
+    from minilora_hub.training.dataset import TrainingData
 
 BRIEF = 8
 """Tokens with which it is checked how a base computes its logits."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A micro-batch that is being trained.
-
-    Attributes:
-        model: the adapted model.
-        inputs: what it was called with.
-        hidden: the decoder's last hidden states of that call, (batch, seq, d).
-        place: (optimizer step, micro-batch in it, numbered over all processes).
-    """
-
-    model: Any
-    inputs: dict[str, Any]
-    hidden: torch.Tensor
-    place: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Term:
-    """A term of the loss: its `value`, and the labels it is the mean of; None where it depends on no label."""
-
-    value: torch.Tensor
-    labels: torch.Tensor | None = None
-
-
-class Objective(Protocol):
-    """A term of the loss: its `name` in the log, its `weight`, and a call that computes it."""
-
-    name: str
-    weight: float
-
-    def __call__(self, step: Step) -> Term: ...
 
 
 class Distill:
@@ -79,7 +49,7 @@ class Distill:
         label_weight: factor of the ordinary loss; 0 learns from the teacher alone.
     """
 
-    name = "distill"
+    name, validates = "distill", False
 
     def __init__(self, values: dict[str, Any], model: Any, base: BaseSource) -> None:
         self.weight, self.temperature, self.label_weight = values["weight"], values["temperature"], values["labels"]
@@ -113,7 +83,7 @@ class Distill:
 class Orthogonal:
     """Keep the rows of A orthogonal to those of kept adapters; see the head of this file."""
 
-    name = "orthogonal"
+    name, label_weight, validates = "orthogonal", 1.0, False
 
     def __init__(self, values: dict[str, Any], model: Any, kept: Sequence[tuple[str, torch.Tensor]]) -> None:
         self.weight = values["weight"]
@@ -134,7 +104,7 @@ class Orthogonal:
 class Anchor:
     """Stay near the bare base on general text; see the head of this file."""
 
-    name = "anchor"
+    name, label_weight, validates = "anchor", 1.0, False
 
     def __init__(self, values: dict[str, Any], model: Any, tokenizer: Any, seed: int) -> None:
         self.weight, self.rows, self.length, self.seed = (
@@ -182,6 +152,7 @@ def build_objectives(
     tokenizer: Any,
     seed: int,
     kept: Sequence[tuple[str, torch.Tensor]] = (),
+    data: TrainingData | None = None,
 ) -> list[Objective]:
     """Build the objectives of a run.
 
@@ -192,6 +163,7 @@ def build_objectives(
         tokenizer: the base's.
         seed: of what they draw.
         kept: (path of a linear, A of a kept adapter on it).
+        data: the rows; of votes, where `dpo` is asked for.
 
     Raises:
         TrainingError, AdapterError: one of them cannot be computed on this model.
@@ -202,6 +174,8 @@ def build_objectives(
             found.append(Distill(spec.values, model, base))
         elif spec.name == "orthogonal":
             found.append(Orthogonal(spec.values, model, kept))
+        elif spec.name == "dpo" and data and data.votes:
+            found.append(Dpo(spec.values, model, data.votes, data.held_out_pairs, tokenizer.pad_token_id))
         else:
             found.append(Anchor(spec.values, model, tokenizer, seed))
     return found
@@ -209,23 +183,7 @@ def build_objectives(
 
 def label_weight(objectives: Sequence[Objective]) -> float:
     """Return the factor of the ordinary loss."""
-    return next((one.label_weight for one in objectives if isinstance(one, Distill)), 1.0)
-
-
-@contextmanager
-def last_hidden_states(model: Any, wanted: bool = True) -> Iterator[list[torch.Tensor]]:
-    """Collect the decoder's last hidden states, where `wanted`: one tensor for each forward that runs in the block."""
-    found: list[torch.Tensor] = []
-    if not wanted:
-        yield found
-        return
-    handle = model.base_model.register_forward_hook(
-        lambda module, args, outputs: found.append(outputs.last_hidden_state)
-    )
-    try:
-        yield found
-    finally:
-        handle.remove()
+    return math.prod(one.label_weight for one in objectives)
 
 
 @torch.no_grad()

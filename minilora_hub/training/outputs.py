@@ -20,6 +20,7 @@ from minilora_hub.documents import write_whole
 from minilora_hub.training.dataset import TrainingData
 from minilora_hub.training.models import Trainee
 from minilora_hub.training.objective_specs import parse_objectives
+from minilora_hub.training.preference import HeldOutPairs
 from minilora_hub.training.recipes import OURS
 from minilora_hub.training.settings import TrainingSettings
 
@@ -32,6 +33,7 @@ LIBRARIES = ("torch", "transformers", "peft", "minilora_hub")
 EMBEDDED_NOTE = (
     'trained on a Q4_1 rounding of these weights, expanded to float32 (what minilora_hub calls the base "embedded")'
 )
+VOTES_NOTE = "A person's choices between answers on a page; neither the prompts nor the answers are published."
 QUANTIZED_NOTE = "trained on this base loaded in {kind} by bitsandbytes: load it in the same way"
 
 
@@ -45,6 +47,7 @@ def write_result(
     ends: list[int],
     history: list[dict[str, float]],
     seconds: float,
+    pairs: HeldOutPairs | None = None,
 ) -> None:
     """Write the adapter, and results.json if its format can be published.
 
@@ -58,6 +61,7 @@ def write_result(
         ends: ids of the tokens that end an answer, for the saved generation settings; none where it generates none.
         history: the trainer's log.
         seconds: wall time of the training, resumed parts included.
+        pairs: what a training from votes does to pairs that were held out.
     """
     if ends:
         list_ends(trainee.model if settings.method in OURS else trainee.model.get_base_model(), ends)
@@ -77,7 +81,7 @@ def write_result(
     settings.save(out)
     method = published_method(settings)
     if method is not None:
-        _results(out, method, settings, resolved, trainee, data, history, seconds).save(out)
+        _results(out, method, settings, resolved, trainee, data, history, seconds, pairs).save(out)
 
 
 def list_ends(model: Any, ends: list[int]) -> None:
@@ -135,10 +139,11 @@ def _results(
     data: TrainingData,
     history: list[dict[str, float]],
     seconds: float,
+    pairs: HeldOutPairs | None,
 ) -> Results:
     parameters = count_values(out / WEIGHTS)
     files = [Path(source).name for source in settings.data]
-    from_hub = not any(Path(source).suffix or Path(source).exists() for source in settings.data)
+    from_hub = bool(settings.data) and not any(Path(source).suffix or Path(source).exists() for source in settings.data)
     tokens, items = data.tokens, len(data.train)
     sources = tuple(
         DataSource(
@@ -150,6 +155,10 @@ def _results(
         )
         for name in (settings.data if from_hub else files)
     )
+    if data.votes:
+        about = [settings.about_data, VOTES_NOTE, f"{pairs.described().capitalize()}." if pairs else None]
+        description = " ".join(part for part in about if part)
+        sources = (DataSource("votes", description=description, items=items, tokens=tokens),)
     return Results(
         method=method,
         base=base_facts(settings, resolved, trainee),

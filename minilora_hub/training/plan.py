@@ -65,6 +65,7 @@ class Plan:
         kept: adapters that stay active under the new one.
         ranks: how the ranks were distributed over the linears; None where the settings give them.
         init: the start that makes up for the rounding of a quantized base, and how much; None for the usual one.
+        votes: the votes and pairs that are trained on, and what was skipped of the file; None for rows.
         task: what the rows are for.
         labels: of labelled rows, the classes.
         whole: modules of the base that are trained and saved whole, such as a new head.
@@ -91,6 +92,7 @@ class Plan:
     kept: tuple[str, ...] = ()
     ranks: str | None = None
     init: str | None = None
+    votes: str | None = None
     task: str = TEXTS
     labels: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
@@ -105,7 +107,8 @@ class Plan:
         seconds = max(self.seconds, 1) if self.seconds < 90 else 60 * round(self.seconds / 60)
         begin = [("from", self.start)] if self.start else []
         begin += [("objective", text) for text in self.objectives] + [("kept", name) for name in self.kept]
-        begin += [(name, line) for name, line in (("ranks", self.ranks), ("start", self.init)) if line]
+        others = {"ranks": self.ranks, "start": self.init, "votes": self.votes}
+        begin += [(name, line) for name, line in others.items() if line]
         learned = f"{self.learned_tokens:,} {'labels' if self.labels else 'learned'}"
         if self.task != TEXTS:
             begin.append(("task", self.task))
@@ -192,6 +195,7 @@ def make_plan(
         start=None if trainee.parent is None else f"{trainee.parent.name}; {_PARTS[settings.learn]}",
         objectives=tuple(spec.shown() for spec in parse_objectives(settings.objective)),
         kept=settings.keep,
+        votes=data.votes.described() if data.votes else None,
         task=kind.task,
         labels=data.labels,
         whole=tuple(getattr(trainee.model.config, "modules_to_save", None) or ()),
@@ -217,7 +221,7 @@ def _probe(model: Any, data: TrainingData, rows: int, kind: RowKind, trainer: An
     """Return (seconds, bytes saved for backward, tokens) of a micro-batch of rows around the median length."""
     import torch
 
-    from minilora_hub.training.objectives import Step, last_hidden_states
+    from minilora_hub.training.loss_terms import Step, recorded
 
     device, objectives = trainer.args.device, getattr(trainer, "objectives", ())
     by_length = sorted(range(len(data.train)), key=data.train.lengths.__getitem__)
@@ -243,10 +247,11 @@ def _probe(model: Any, data: TrainingData, rows: int, kind: RowKind, trainer: An
         for _ in range(2 if device.type == "cuda" else 1):  # the first pass on a GPU also loads kernels
             started = time.perf_counter()
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                with last_hidden_states(model, bool(objectives)) as hidden:
+                with recorded(model, bool(objectives)) as forward:
                     loss = model(**batch, **kind.forward_arguments).loss
                 for objective in objectives:
-                    loss = loss + objective.weight * objective(Step(model, batch, hidden[0], (0, 0))).value
+                    step = Step(model, batch, forward.hidden, (0, 0), forward.log_probs)
+                    loss = loss + objective.weight * objective(step).value
             size_kept = sum(storage.nbytes() for storage in kept.values())  # a layer that was gathered is freed again
             kept.clear()
             loss.backward()

@@ -22,7 +22,7 @@ KINDS: dict[str, type[RowKind]] = {
 
 def kind_of(settings: TrainingSettings, base: ResolvedBase) -> RowKind:
     """Return the kind of a run's rows: that of the task that is given, or else of the first row's fields."""
-    task = settings.task or _task_of_rows(settings)
+    task = settings.task or (generated_texts.TASK if settings.from_votes else _task_of_rows(settings))
     return KINDS[task](task, settings, base)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minilora_hub.bases.resolving import resolve_base
 from minilora_hub.errors import MiniLoraError, TrainingError, TrainingInterrupted
@@ -30,6 +30,9 @@ from minilora_hub.training.settings import SETTINGS_FILE, TrainingSettings, read
 from minilora_hub.training.sharding import gather_adapter
 from minilora_hub.whole_folders import require_writable
 
+if TYPE_CHECKING:
+    from minilora_hub.training.preference import HeldOutPairs
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -46,6 +49,7 @@ class TrainResult:
         skipped: a line for each skipped row.
         main: whether this is the process that writes and reports.
         notes: notes for the user, a line each.
+        pairs: of a training from votes, in how many held-out pairs the chosen answer is the likelier one.
     """
 
     out: Path
@@ -58,6 +62,7 @@ class TrainResult:
     skipped: tuple[str, ...] = ()
     main: bool = True
     notes: tuple[str, ...] = ()
+    pairs: HeldOutPairs | None = None
 
 
 def train(
@@ -81,7 +86,8 @@ def train(
         method: ``"lora"``, ``"dora"``, ``"mixlora"``, ``"mixdora"``, or another name in `recipes.RECIPES`. With
             ``from_adapter=`` method, base and the adapter's fields are those of that adapter.
         base: ``"embedded"``, a folder or a Hub id.
-        data: files (``.jsonl``, ``.csv``, ``.parquet``, ``.txt``, ``.md``), or the id of a data set on the Hub.
+        data: files (``.jsonl``, ``.csv``, ``.parquet``, ``.txt``, ``.md``), or the id of a data set on the Hub; or with
+            ``from_votes=`` a file of votes.
         config: a YAML file of overrides.
         resume: continue from the last checkpoint in `out`, with the settings that the run began with.
         dry_run: make the plan only; write nothing.
@@ -162,6 +168,7 @@ def _execute(
     from minilora_hub.training.models import build_trainee, check_embedding
     from minilora_hub.training.outputs import write_result
     from minilora_hub.training.parent_adapter import hashes_of_inputs
+    from minilora_hub.training.preference import Dpo
     from minilora_hub.training.row_kinds import kind_of
 
     main = place.is_main_process
@@ -213,9 +220,13 @@ def _execute(
     history = trainer.state.log_history
     if settings.recipe.shard:
         gather_adapter(trainee.model)
+    pairs = None
+    if main and data.held_out_pairs:
+        dpo = next(one for one in trainer.objectives if isinstance(one, Dpo))
+        pairs = dpo.likelier(trainee.model, data.validation)
     if main:
         try:
-            write_result(out, settings, base, trainee, data, kind.processor, kind.ends, history, seconds)
+            write_result(out, settings, base, trainee, data, kind.processor, kind.ends, history, seconds, pairs)
             replace(state, seconds=seconds, finished=True).save(out)
         except (OSError, SafetensorError) as error:
             saved = last_checkpoint(out)
@@ -237,6 +248,7 @@ def _execute(
         skipped=skipped,
         main=main,
         notes=tuple(notes),
+        pairs=pairs,
     )
 
 

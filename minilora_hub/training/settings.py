@@ -46,6 +46,7 @@ class TrainingSettings:
         base_revision: branch, tag or commit of a base on the Hub.
         data_split: split of a Hub data set.
         data_revision: its branch, tag or commit.
+        from_votes: a file of votes with the answers' texts, instead of data; see `votes`.
         validation_data: files to validate on, instead of held-out rows.
         skip_bad_rows: skip and count invalid rows.
         license: of the adapter, for its card.
@@ -74,6 +75,7 @@ class TrainingSettings:
     exact_base: Text | None = None
     data_split: Text = "train"
     data_revision: Text | None = None
+    from_votes: Text | None = None
     validation_data: Texts = ()
     skip_bad_rows: Flag = False
     license: Text | None = None
@@ -122,8 +124,14 @@ def make_settings(*sources: Mapping[str, Any]) -> TrainingSettings:
     method = given.get("method")
     if method not in RECIPES:
         raise TrainingError(f"method={method!r}: must be one of {', '.join(RECIPES)}")
+    if given.get("from_votes"):
+        if given.get("data"):
+            raise TrainingError(
+                f"from_votes={given['from_votes']!r}: goes without data={given['data']!r}: leave one out"
+            )
+        given["data"] = ()
     for name in ("base", "data"):
-        if not given.get(name):
+        if not given.get(name) and not (name == "data" and given.get("from_votes")):
             raise TrainingError(f"{name} is missing: pass --{name}")
     defaults = RECIPES[method]
     chosen = defaults["adapter"] | {name: plain_value(value) for name, value in adapter.items()}
@@ -144,6 +152,8 @@ def make_settings(*sources: Mapping[str, Any]) -> TrainingSettings:
         if problem["type"] == "literal_error":
             need = need.replace("'", "").replace(" or ", ", ")
         raise TrainingError(f"{name}={problem['input']!r}: {need}") from None
+    if settings.from_votes and "dpo" not in {spec.name for spec in parse_objectives(settings.objective)}:
+        settings = dataclasses.replace(settings, objective=(*settings.objective, "dpo"))
     _check_combinations(settings)
     return settings
 
@@ -206,6 +216,7 @@ def _check_combinations(settings: TrainingSettings) -> None:
     own = settings.method in OURS
     require_of_run(settings.learn == "all" or bool(settings.from_adapter), "learn", "needs --from ADAPTER")
     require_of_run(own or not settings.from_adapter, "from_adapter", f"needs one of the methods {', '.join(OURS)}")
+    require_of_run(own or not settings.from_votes, "from_votes", f"needs one of the methods {', '.join(OURS)}")
     require_of_run(own or not settings.objective, "objective", f"needs one of the methods {', '.join(OURS)}")
     objectives = {spec.name for spec in parse_objectives(settings.objective)}
     mixture = settings.method in ("mixlora", "mixdora")
@@ -213,6 +224,11 @@ def _check_combinations(settings: TrainingSettings) -> None:
     require(mixture or recipe.router_lr_ratio is None, "router_lr_ratio", "needs a mixture")
     require_of_run(not settings.keep or settings.method == "lora", "keep", "needs --method lora")
     require_of_run("orthogonal" not in objectives or bool(settings.keep), "objective", "orthogonal needs --keep")
+    require_of_run("dpo" not in objectives or bool(settings.from_votes), "objective", "dpo needs --from-votes")
+    if settings.from_votes:
+        require_of_run(settings.task in (None, "text-generation"), "task", "goes without --from-votes")
+        require(recipe.batching != "packed", "batching", "with --from-votes: must be shuffled or length-grouped")
+        require(recipe.loss_on == "completions", "loss_on", "with --from-votes: must be completions")
     automatic = recipe.adapter.get("r") == "auto"
     if automatic and recipe.budget is None:
         raise TrainingError("r='auto': needs --budget PARAMETERS")

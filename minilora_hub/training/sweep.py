@@ -91,7 +91,7 @@ def sweep(
     _check(vary, search, given, trials, minutes)
     config = read_yaml(Path(given["config"])) if given.get("config") else {}
     given = given | _validation(config, given, vary)
-    for name in ("from_adapter", "objective", "keep"):
+    for name in ("from_adapter", "from_votes", "objective", "keep"):
         if config.get(name) or given.get(name) or name in vary:
             raise TrainingError(f"{name}: a sweep trains fresh adapters on labels: pass it to minilora train")
     # Fail here if settings are wrong for every trial.

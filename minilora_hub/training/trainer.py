@@ -13,38 +13,17 @@ Differences from SFTTrainer 1.16:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from transformers import Trainer
 from trl import SFTTrainer
 
 from minilora_hub.training.adapter_checkpoints import TrainsAdapter
+from minilora_hub.training.loss_terms import Objective, Step, labels_scored_only, recorded
 from minilora_hub.training.models import trainable_parameters
-from minilora_hub.training.objectives import Objective, Step, label_weight, last_hidden_states
+from minilora_hub.training.objectives import label_weight
 from minilora_hub.training.recipes import Recipe
-
-
-@contextmanager
-def labels_scored_only() -> Iterator[None]:
-    """Make TRL's fused head compute logits only at positions with a label, on every device.
-
-    TRL does so if Triton is available. Otherwise it uses all positions, for devices that recompile for each shape,
-    which a CPU does not. The Triton kernels have a separate copy of the function that is replaced here.
-    """
-    from trl.trainer import utils
-
-    if torch.cuda.is_available():
-        yield
-        return
-    before = utils._use_triton
-    utils._use_triton = lambda device: device.type == "cpu" or before(device)
-    try:
-        yield
-    finally:
-        utils._use_triton = before
 
 
 class AdapterTrainer(TrainsAdapter, SFTTrainer):  # type: ignore[misc]
@@ -74,12 +53,14 @@ class AdapterTrainer(TrainsAdapter, SFTTrainer):  # type: ignore[misc]
     ) -> Any:
         """Return the loss with all its terms: router losses, those of a PEFT method, and the objectives."""
         self._last_inputs = inputs
-        objectives = self.objectives if model.training else []
+        objectives = [one for one in self.objectives if model.training or one.validates]
         own = self.accelerator.unwrap_model(model)
-        with labels_scored_only(), last_hidden_states(own, bool(objectives)) as hidden:
+        with labels_scored_only(), recorded(own, bool(objectives)) as forward:
             loss, outputs = self._loss(model, inputs, num_items_in_batch)
         if objectives:
-            loss = self._with_objectives(loss, Step(own, inputs, hidden[0], self._place()), num_items_in_batch)
+            place = self._place() if model.training else (self.state.global_step, 0)
+            step = Step(own, inputs, forward.hidden, place, forward.log_probs)
+            loss = self._with_objectives(objectives, loss, step, num_items_in_batch)
         self._require_finite(model, loss, inputs)
         return (loss, outputs) if return_outputs else loss
 
@@ -97,15 +78,15 @@ class AdapterTrainer(TrainsAdapter, SFTTrainer):  # type: ignore[misc]
         self._micro_batch = (self.state.global_step, micro)
         return self.state.global_step, micro * self.accelerator.num_processes + self.accelerator.process_index
 
-    def _with_objectives(self, loss: Any, step: Step, num_items_in_batch: Any) -> Any:
+    def _with_objectives(self, objectives: Sequence[Objective], loss: Any, step: Step, num_items_in_batch: Any) -> Any:
         """Add the objectives to a micro-batch's loss, and log each one.
 
         A term over labels counts by the micro-batch's share of the labels, as the loss does; another one is averaged
         over the micro-batches. (Where the batch was not counted, the trainer averages both.)
         """
-        loss = label_weight(self.objectives) * loss
+        loss = label_weight(objectives) * loss
         counted = num_items_in_batch is not None
-        for objective in self.objectives:
+        for objective in objectives:
             term = objective(step)
             share: Any = 1 / self.current_gradient_accumulation_steps if counted else 1.0
             if counted and term.labels is not None:
@@ -113,5 +94,5 @@ class AdapterTrainer(TrainsAdapter, SFTTrainer):  # type: ignore[misc]
                 share = share * self.accelerator.num_processes if self.args.average_tokens_across_devices else share
             loss = loss + objective.weight * share * term.value
             mean = self.accelerator.reduce(term.value.detach(), "mean")
-            self._metrics["train"][objective.name].append(mean.item())
+            self._metrics["train" if step.model.training else "eval"][objective.name].append(mean.item())
         return loss

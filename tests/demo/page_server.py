@@ -22,6 +22,7 @@ from minilora_hub.demo.adapters.from_hub import LinkedAdapters
 from minilora_hub.demo.openai_api import openai_arguments
 from minilora_hub.demo.runs.limits import PageLimits
 from minilora_hub.demo.ui.app import build_demo, launch
+from minilora_hub.demo.votes.voted_answers import VotedAnswersFile
 
 PARROTS = {"parrot-dora": "dora", "parrot-mix": "mixlora"}
 EXAMPLES = ["Hello 👋 there", "Ünïcödé"]
@@ -36,8 +37,8 @@ def scripted(scratch: Path, delay=0.03, **limits):
     )
 
 
-def social(scratch: Path, data: str):
-    """Build the same page with data on disk and a folder of adapters to choose from."""
+def social(scratch: Path, data: str, training: bool = False):
+    """Build the same page with data on disk and a folder of adapters to choose from; `training` stores voted texts."""
     engine = CompareEngine(ScriptedBase(delay=0.01), save_parrots(scratch, PARROTS), tokenizer=byte_tokenizer())
     (scratch / "allowed").mkdir()
     save_parrots(scratch / "allowed", {"spare-dora": "dora", "spare-mix": "mixlora"})
@@ -49,6 +50,7 @@ def social(scratch: Path, data: str):
         max_new_tokens=32,
         data=Path(data),
         allowed=[scratch / "allowed"],
+        voted=VotedAnswersFile(Path(data) / "training", "embedded") if training else None,
     )
 
 

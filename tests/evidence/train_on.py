@@ -11,6 +11,8 @@
                 without the orthogonal term
     anchor      the LoRA of `distill` trained on the labels, without and with the anchor; perplexity on general text
     rank        the LoRA of `distill` trained on the labels, its parameters distributed over the linears by EVA
+    votes       that LoRA trained on synthetic votes, each for the shipped MixLoRA's answer beside the base's: held-out
+                pairs, and exact match on items that nobody voted on
 
 Every step's result is a small file in tests/evidence/results/train_on, named after the step and its sizes; adapters go
 into --work. A step whose file is there is not measured again; an adapter that another step starts from is made again
@@ -29,7 +31,7 @@ import sysconfig
 import textwrap
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,9 @@ from evidence.measure import write_data
 from evidence.plan import EVALUATION_DTYPE, MIX, TASKS, TRAINING
 from evidence.store import CODE, RESULTS
 
+from minilora_hub.bases.loading import load_tokenizer
+from minilora_hub.bases.resolving import resolve_base
+from minilora_hub.demo.runs import measured_answers
 from minilora_hub.documents import write_whole
 from minilora_hub.evaluation.metrics import perplexity
 from minilora_hub.evaluation.run import evaluate
@@ -47,6 +52,7 @@ from minilora_hub.formats.experts_from_loras import Router
 from minilora_hub.formats.importing import Route, import_as_experts
 from minilora_hub.training.run import train
 from minilora_hub.training.run_folder import STATE_FILE
+from minilora_hub.training.votes import Answer, VotedAnswers
 
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
 LORA: dict[str, Any] = {"method": "lora", "learning_rate": 1.5e-3}
@@ -55,6 +61,10 @@ ON_ALL = LORA | {"r": 12}
 BUDGET = 3_663_360
 """The parameters of `ON_ALL` on the embedded base."""
 ROUTER: dict[str, Any] = {"learn": "router", "learning_rate": 1e-2, "router_aux_loss_coef": 0.0}
+VOTES: dict[str, Any] = LORA | {"r": 12, "epochs": 1, "validation": 1 / 3, "save_every": 1000, "record": False}
+VOTED_TASKS, NOT_VOTED = ("dates", "numbers", "inflection"), 30
+"""The tasks of the votes, and their first test items, which nobody votes on. A third of the others is held out."""
+PAIRS_FILE = "pairs.json"
 SEQUENCES = ("continued", "kept", "orthogonal")
 SHIPPED = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-mixlora"
 FOLDER = RESULTS / "train_on"
@@ -118,6 +128,7 @@ class Runs:
             *kept,
             *rest,
             *self._rank(),
+            Evidence("votes", "voted", self._vote),
             *linears,
         ]
 
@@ -204,6 +215,20 @@ class Runs:
         by_eva = LORA | {"r": "auto", "budget": self.budget}
         return [Evidence("rank", "rank-auto", self._trained(MIX, self.sizes.steps * len(TASKS), **by_eva))]
 
+    def _vote(self, out: Path) -> None:
+        """Train on the votes, unless it is done, and write what that does to held-out pairs."""
+        if (out / PAIRS_FILE).is_file():
+            return
+        shutil.rmtree(out, ignore_errors=True)
+        file = self.work / "voted-answers.jsonl"
+        write_votes(file, load_tokenizer(resolve_base(self.base)))
+        started = time.process_time()
+        result = train(out, base=self.base, from_votes=str(file), **VOTES)
+        assert result.pairs is not None
+        said = {"trained_on": result.plan.rows, "steps": result.steps, **asdict(result.pairs)}
+        said["cpu_seconds"] = round(time.process_time() - started)
+        write_whole(out / PAIRS_FILE, json.dumps(said))
+
     def make(self, step: Evidence) -> Path:
         """Make a step's adapter, and those that it starts from, where they are not there; gives its folder."""
         for other in self.steps():
@@ -216,11 +241,12 @@ class Runs:
         """Make a step's adapter and measure it: exact match item by item, and perplexity where it is asked for."""
         started = time.process_time()
         out = self.make(step)
+        items = min(self.sizes.items, NOT_VOTED) if step.part == "votes" else self.sizes.items
         report = evaluate(
             [out],
             base=self.base,
             tasks=TASKS,
-            count=self.sizes.items,
+            count=items,
             few_shot=0,
             perplexity=step.perplexity,
             dtype=EVALUATION_DTYPE,
@@ -228,14 +254,35 @@ class Runs:
         )
         base, model = report.models[0], report.models[-1]
         result: dict[str, Any] = {"step": step.name, "part": step.part, "code": CODE}
-        result["steps"], result["items"] = self.sizes.steps, self.sizes.items
+        result["steps"], result["items"] = self.sizes.steps, items
         for key, measured in (("exact", model), ("base_exact", base)):
             result[key] = {task: "".join(str(int(score)) for score in measured.scores[task].exact) for task in TASKS}
+        if step.part == "votes":
+            result["votes"] = json.loads((out / PAIRS_FILE).read_text(encoding="utf-8"))
+            result["steps"] = result["votes"]["steps"]
         if step.perplexity:
             result["perplexity"], result["base_perplexity"] = (
                 round(perplexity(one.nll, report.text[1]), 3) for one in (model, base)
             )
         return result | {"cpu_seconds": round(time.process_time() - started)}
+
+
+def write_votes(file: Path, tokenizer: Any) -> None:
+    """Write votes on recorded answers of the bare base and the shipped MixLoRA, each for the MixLoRA's."""
+    recorded = json.loads(measured_answers.SHIPPED.read_text(encoding="utf-8"))
+    sides = [
+        next(model["answers"] for model in recorded["models"] if model["name"].endswith(name))
+        for name in ("base", SHIPPED.name)
+    ]
+    lines = []
+    for task in VOTED_TASKS:
+        for index, item in [*enumerate(recorded["items"][task])][NOT_VOTED:]:
+            texts = [side[task][index]["text"] for side in sides]
+            limit = recorded["limits"][task]
+            answers = tuple(Answer(text, len(tokenizer(text)["input_ids"]) < limit - 1) for text in texts)
+            vote = VotedAnswers(f"{task}-{index}", "2026-11-29T00:00:00+00:00", item["prompt"], "", answers, 1)
+            lines.append(json.dumps(vote.to_dict()))
+    write_whole(file, "\n".join(lines) + "\n")
 
 
 def _once(out: Path, make: Callable[[], Any]) -> None:
@@ -260,7 +307,8 @@ def report() -> str:
     for part, steps, items in sorted({(one["part"], one["steps"], one["items"]) for one in held}):
         lines += [
             "",
-            f"{part}: {steps} steps of 8 rows for a task, {items} test items of each; exact match in percent",
+            f"{part}: {steps} steps of 8 rows{' for a task' * (part != 'votes')}, {items} test items of each; "
+            "exact match in percent",
             "",
         ]
         lines += [f"| | {' | '.join(TASKS)} | mean | perplexity |", "| --- |" + " ---: |" * (len(TASKS) + 2)]
@@ -269,6 +317,13 @@ def report() -> str:
                 shares = [statistics.fmean(map(int, one["exact"][task])) for task in TASKS]
                 cells, mean = [f"{100 * share:.1f}" for share in shares], 100 * statistics.fmean(shares)
                 lines.append(f"| {one['step']} | {' | '.join(cells)} | {mean:.1f} | {one.get('perplexity', '')} |")
+    for said in (one["votes"] for one in held if "votes" in one):
+        text = (
+            f"voted: {said['trained_on']} votes, {said['steps']} steps, {said['cpu_seconds']} seconds of CPU with one "
+            f"thread. Of {said['pairs']} held-out pairs the chosen answer is the likelier one in {said['before']} "
+            f"before and in {said['after']} after the training."
+        )
+        lines += ["", textwrap.fill(text, 120)]
     known = {one["step"] for one in held}
     missing = [step.name for step in Runs(Path(), Sizes(0, 0)).steps() if step.name not in known]
     if missing:
@@ -281,7 +336,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument(
-        "--part", action="append", choices=("router", "linears", "distill", "sequence", "anchor", "rank")
+        "--part", action="append", choices=("router", "linears", "distill", "sequence", "anchor", "rank", "votes")
     )
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps for one task")
     parser.add_argument("--items", type=int, default=100, help="test items of each task")

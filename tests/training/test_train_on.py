@@ -15,6 +15,7 @@ from tiny_training import colour_rows, write_base, write_rows
 
 from minilora_hub import MixLoraForCausalLM
 from minilora_hub.publish.push.build import build
+from minilora_hub.training.votes import Answer, VotedAnswers
 
 PAGE = Path(__file__).parents[2] / "docs" / "train_on.md"
 WEIGHTS = "adapter_model.safetensors"
@@ -30,6 +31,14 @@ def sources() -> dict[str, list[dict]]:
     return {"first": rows[:8], "second": rows[8:16], "third": rows[16:], "mix": rows}
 
 
+def write_votes(file: Path) -> None:
+    votes = []
+    for number, row in enumerate(colour_rows(12)):
+        answers = (Answer(row["completion"], True), Answer("none", True))
+        votes.append(VotedAnswers(f"{number}", "2026-11-29T12:00:00+00:00", row["prompt"], "", answers, 0).to_dict())
+    file.write_text("".join(json.dumps(vote) + "\n" for vote in votes), encoding="utf-8")
+
+
 @pytest.fixture
 def results(run_command, tmp_path, monkeypatch):  # noqa: F811
     """Every command of the page, run in an empty folder with its files."""
@@ -37,6 +46,7 @@ def results(run_command, tmp_path, monkeypatch):  # noqa: F811
     base = write_base(tmp_path / "base")
     for name, rows in sources().items():
         write_rows(tmp_path / f"{name}.jsonl", rows)
+    write_votes(tmp_path / "voted-answers.jsonl")
     (tmp_path / "general.txt").write_text("The sky is blue and the grass is green. " * 20, encoding="utf-8")
     printed = {}
     for command in commands():
@@ -56,14 +66,19 @@ def test_every_command_of_the_page_gives_an_adapter_that_can_be_pushed(results, 
     for out in results:
         assert (tmp_path / out / WEIGHTS).is_file()
     # The chain of parents, the sum of the ranks, and what the routers' training has changed.
-    said = {out: json.loads((tmp_path / out / "results.json").read_text()) for out in ("both", "router-only", "routed")}
-    assert [one["training"]["parent"]["adapter"] for one in said.values()] == ["first", "first", "mix"]
+    said = {
+        out: json.loads((tmp_path / out / "results.json").read_text())
+        for out in ("both", "router-only", "routed", "more-mine")
+    }
+    assert [one["training"]["parent"]["adapter"] for one in said.values()] == ["first", "first", "mix", "mine"]
     assert json.loads((tmp_path / "task-2" / "adapter_config.json").read_text())["r"] == 32
     for names in (("mix", "routed"), ("whole", "routed-whole")):
         before, after = (load_file(tmp_path / name / WEIGHTS) for name in names)
         assert {name.endswith(".router") for name in before if not torch.equal(before[name], after[name])} == {True}
     config = json.loads((tmp_path / "mola" / "config.json").read_text())
     assert (config["router_scope"], config["num_experts"], config["format_version"]) == ("linear", [2, 4], 4)
+    assert (results["mine"]["pairs"]["votes"], results["mine"]["pairs"]["pairs"]) == (2, 2)
+    assert results["more-mine"]["pairs"] is None  # nothing was held out
     loaded = MixLoraForCausalLM.from_pretrained(tmp_path / "routed")
     assert (loaded.config.num_experts, loaded.config.num_experts_per_tok) == (3, 3)
     for out in ("routed", "small", "task-2", "routed-whole", "mola"):

@@ -27,6 +27,7 @@ from minilora_hub.demo.runs.shown_columns import ShownColumns
 from minilora_hub.demo.ui.page_state import Frame, RunningComparison, answering, without_html
 from minilora_hub.demo.votes.blind import Blindfold, shuffled
 from minilora_hub.demo.votes.sharing import SharedComparisons
+from minilora_hub.demo.votes.voted_answers import VotedAnswersFile
 from minilora_hub.demo.votes.votes import ALL_BAD, TIE, VoteStore, vote_on
 from minilora_hub.documents import Scalar
 from minilora_hub.errors import AdapterError, PageError
@@ -90,6 +91,11 @@ class Visitor(ShownColumns):
         """Return the own settings of each shown column. In blind mode there are none: votes compare models alone."""
         about = self.about()
         return [{} for _ in about] if self.hides else self.sampling.of(about)
+
+    @property
+    def stores_texts(self) -> bool:
+        """Whether prompts and answers that are voted on are stored for training."""
+        return self._visitors.voted is not None
 
     @property
     def samples(self) -> bool:
@@ -259,8 +265,10 @@ class Visitor(ShownColumns):
             else:
                 raise PageError(f"choice={choice[:20]!r}: there is no such answer")
             await asyncio.to_thread(self._visitors.votes.add, vote_on(kept.comparison, kept.id, order, chosen))
+            if self._visitors.voted:
+                await asyncio.to_thread(self._visitors.voted.add, kept.comparison, kept.id, chosen)
         except Exception:
-            kept.closed = None  # nothing was stored, so the visitor may try again
+            kept.closed = None  # the visitor may try again; a vote that is stored twice counts once
             raise
         return kept
 
@@ -284,6 +292,7 @@ class Visitors:
         votes: stores votes.
         shared: stores shared comparisons.
         examples: prompts of which the right answer may be known.
+        voted: stores the texts that are voted on, where the page's owner allowed it.
 
     Attributes:
         numbers: counter that numbers the runs.
@@ -291,9 +300,15 @@ class Visitors:
     """
 
     def __init__(
-        self, runner: Runner, votes: VoteStore, shared: SharedComparisons, examples: Sequence[Example] = ()
+        self,
+        runner: Runner,
+        votes: VoteStore,
+        shared: SharedComparisons,
+        examples: Sequence[Example] = (),
+        voted: VotedAnswersFile | None = None,
     ) -> None:
         self.runner, self.votes, self.shared, self.examples = runner, votes, shared, tuple(examples)
+        self.voted = voted
         self.expected = expected_answers(self.examples)
         self.numbers = count(1)
         self._visitors: OrderedDict[str, Visitor] = OrderedDict()  # least recently active first

@@ -42,6 +42,9 @@ function paint() {
   box.dataset.phase = now.phase;
   toggle.setAttribute("aria-checked", String(now.phase !== "off"));
   box.querySelector(".ml-blind-words").textContent = now.words;
+  const command = box.querySelector(".ml-train");
+  command.textContent = now.command || "";
+  command.hidden = !now.command;
   const focused = votes.contains(document.activeElement);
   votes.hidden = now.phase !== "open";
   if (now.phase === "open") offer(now.letters);

@@ -48,6 +48,7 @@ from minilora_hub.demo.ui.page_state import idle_stage, status
 from minilora_hub.demo.ui.prompt_file_panel import build_prompt_file_panel
 from minilora_hub.demo.votes.hub_dataset import open_votes
 from minilora_hub.demo.votes.sharing import SharedComparisons
+from minilora_hub.demo.votes.voted_answers import VotedAnswersFile
 
 SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 SYSTEM_MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
@@ -65,6 +66,7 @@ def build_demo(
     allowed: Sequence[Path] = (),
     measured: Path | None = None,
     route: Path | None = None,
+    voted: VotedAnswersFile | None = None,
 ) -> gr.Blocks:
     """Build the page for the models of an engine.
 
@@ -81,13 +83,14 @@ def build_demo(
         measured: what `minilora eval --out` has written of these adapters, to show where they differ. Default: the
             answers of the shipped adapters.
         route: an index of `minilora route build`, which chooses the adapter of one more column for each prompt.
+        voted: stores the texts that are voted on, for training; only for a page of one's own.
 
     Returns:
         The page, for `launch`.
     """
     limits = limits or PageLimits.from_environment()
     offered = [Example(one) if isinstance(one, str) else one for one in examples]
-    folder = data or _data_folder()
+    folder = data or data_folder()
     votes, dataset = open_votes(folder / "votes")
     if dataset:
         dataset.start()
@@ -95,7 +98,7 @@ def build_demo(
     auto = AutoColumn(engine, route, catalogue.weights(())[0].hash) if route else None
     runner = Runner(engine, catalogue, limits, auto)
     answers = find_measured(measured, catalogue)
-    visitors = Visitors(runner, votes, SharedComparisons(folder / "shared", limits), offered)
+    visitors = Visitors(runner, votes, SharedComparisons(folder / "shared", limits), offered, voted)
     visitors.expected = (answers.expected if answers else {}) | visitors.expected
     with gr.Blocks(title="minilora · compare", analytics_enabled=False, fill_width=True) as demo:
         shown = Visitor(visitors).columns()
@@ -118,7 +121,8 @@ def build_demo(
     return demo
 
 
-def _data_folder() -> Path:
+def data_folder() -> Path:
+    """Return the folder for votes and shared comparisons: ``$MINILORA_DATA``, or the user's folder for data."""
     chosen = os.environ.get("MINILORA_DATA")
     return Path(chosen).expanduser() if chosen else user_data_path("minilora_hub", appauthor=False)
 

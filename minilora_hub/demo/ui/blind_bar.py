@@ -1,7 +1,8 @@
 """Blind voting: the bar above the columns with the switch and the votes, and the Board, a page with the ranking.
 
 The value of the bar is ``{"phase", "letters", "words"}``: the phase is off, ready, open (a vote can be cast) or closed,
-``letters`` are the answers to vote for, and ``words`` is the message.
+``letters`` are the answers to vote for, and ``words`` is the message. After a vote it may have a ``command``, which
+trains on the votes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from minilora_hub.demo.ui.components import QUIET, component, sent
 from minilora_hub.demo.ui.page_state import idle_stage
 from minilora_hub.demo.votes.blind import LETTERS, Blindfold, revealed
 from minilora_hub.demo.votes.ranking import rankings, votes_needed
+from minilora_hub.demo.votes.voted_answers import VotedAnswersFile
 from minilora_hub.demo.votes.votes import ALL_BAD, TIE, VoteStore
 from minilora_hub.errors import PageError
 from minilora_hub.formatting import counted
@@ -43,6 +45,8 @@ def bar_value(visitor: Visitor, running: bool = False) -> dict:
     if kept.closed:
         return _closed(f"No vote: {kept.closed}.")
     words = "Which answer is best? The names are shown after your vote."
+    if visitor.stores_texts:
+        words += " It stores prompt and answers on this machine, for training."
     return {"phase": "open", "letters": LETTERS[: len(kept.order)], "words": words}
 
 
@@ -50,12 +54,16 @@ def _closed(words: str) -> dict:
     return {"phase": "closed", "letters": "", "words": words}
 
 
-def _thanks(kept: KeptComparison, choice: str) -> dict:
+def _thanks(kept: KeptComparison, choice: str, voted: VotedAnswersFile | None) -> dict:
     if choice in (TIE, ALL_BAD):
         what = "a tie" if choice == TIE else "all bad"
     else:
         what = f"{LETTERS[int(choice)]}, which was {kept.comparison.names[(kept.order or ())[int(choice)]]}"
-    return _closed(f"Your vote is stored: {what}.")
+    words = f"Your vote is stored: {what}."
+    if voted is None:
+        return _closed(words)
+    more, command = voted.next_step()
+    return {**_closed(f"{words} {more}"), "command": command}
 
 
 def connect_blind_bar(visitors: Visitors, bar: gr.HTML, stage: gr.HTML, finished: gr.State) -> Dependency:
@@ -91,7 +99,7 @@ def connect_blind_bar(visitors: Visitors, bar: gr.HTML, stage: gr.HTML, finished
             kept = await visitor.vote(choice)
         except PageError as error:
             return [{**bar_value(visitor), "words": f"{error}"}, gr.skip()]
-        return [_thanks(kept, choice), revealed(kept.comparison.stage, kept.order or ())]
+        return [_thanks(kept, choice, visitors.voted), revealed(kept.comparison.stage, kept.order or ())]
 
     async def follow(ended: dict | None, request: gr.Request) -> dict:
         return bar_value(visitors.of(request.session_hash), running=ended is None)

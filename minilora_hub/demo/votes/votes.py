@@ -17,8 +17,8 @@ from minilora_hub.demo.ui.page_state import text_of
 from minilora_hub.demo.votes.storage import append_line, locked
 from minilora_hub.documents import Document, Scalar, need, strict_json
 from minilora_hub.errors import AdapterError, PageError
+from minilora_hub.training.votes import ALL_BAD, TIE
 
-TIE, ALL_BAD = "tie", "all bad"
 EACH_ONCE = need(
     "must be the index of each candidate once",
     lambda order, vote: sorted(order) == [*range(len(vote.get("candidates", order)))],
