@@ -88,7 +88,7 @@ def by_cause() -> str:
         return ""
     baselines = {_length(one): one for one in held if one["cause"] == "baseline"}
     head = [
-        "one seed each",
+        "one run each",
         "steps",
         "entropy, of 1",
         "information on the task, bits (by chance)",
@@ -107,7 +107,7 @@ def by_cause() -> str:
         cells.append(f"{_share(one):.0f}" if "exact" in one else "")
         text = one.get("general_text")
         cells.append(f"{float(np.exp(np.mean(text['losses']))):.2f}" if text else "")
-        lines.append(f"| {CAUSES[one['cause']].title} | {_steps(one)} | {' | '.join(cells)} |")
+        lines.append(f"| {_title(one)} | {_steps(one)} | {' | '.join(cells)} |")
     missing = [name for name in CAUSES if name not in {one["cause"] for one in held}]
     lines += [
         "",
@@ -118,6 +118,10 @@ def by_cause() -> str:
     if missing:
         lines += ["", textwrap.fill(f"Not run: {', '.join(missing)}.", 120, break_on_hyphens=False)]
     return "\n".join(lines).strip()
+
+
+def _title(one: dict[str, Any]) -> str:
+    return CAUSES[one["cause"]].title + (f", seed {one['seed']}" if one["seed"] else "")
 
 
 def _length(one: dict[str, Any]) -> tuple[int, int, int, int]:
@@ -171,7 +175,7 @@ def _gradient_line(one: dict[str, Any]) -> str:
     ratio = statistics.median(b / g for b, g in zip(found["balance"], found["loss"], strict=True))
     routers, experts = (max(0.0, found[name]) for name in ("agreement", "agreement of B"))
     return (
-        f"- {CAUSES[one['cause']].title}: the balance loss's gradient on a router, with coefficient 1, is {ratio:.2g} "
+        f"- {_title(one)}: the balance loss's gradient on a router, with coefficient 1, is {ratio:.2g} "
         f"times the model loss's (median of the layers). The share of the model loss's squared gradient that is the "
         f"same in every batch is {routers:.2f} on the routers and {experts:.2f} on the experts' B"
     )
