@@ -93,7 +93,11 @@ def demo(
     named = adapters or shipped_adapters()
     limits.check_columns(1 + len(named) + (route is not None))
     base = base_for(base, named, say)
-    voted = VotedAnswersFile(data_folder().absolute() / "training", base, host) if allow_training else None
+    voted = None
+    if allow_training:
+        named_base = Path(base).expanduser()  # the command that the page shows is run in any folder
+        absolute = str(named_base.absolute()) if named_base.is_dir() else base
+        voted = VotedAnswersFile(data_folder().absolute() / "training", absolute, host)
     engine = CompareEngine(base, named, dtype=dtype, keep_bare_logits=True, progress=say)
     openai = openai_from_environment(engine, limits)
     shown = "localhost" if host in ("0.0.0.0", "::") else host  # noqa: S104

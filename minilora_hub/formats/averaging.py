@@ -65,7 +65,8 @@ def mean_of_adapters(
             lora_a, lora_b = pad(lora_a, (0, 0, 0, missing)), pad(lora_b, (0, missing))
             lost, whole = lost + float(singular[..., rank:].square().sum()), whole + float(singular.square().sum())
         else:
-            whole += float((lora_b.double() @ lora_a.double()).square().sum())
+            a, b = lora_a.double(), lora_b.double()
+            whole += float(((b.mT @ b) * (a @ a.mT)).sum())  # ||B A||^2, without the whole matrix
         means[name], means[other] = lora_a.to(all_a[0].dtype), lora_b.to(all_b[0].dtype)
     return means, math.sqrt(lost / whole) if whole else 0.0
 

@@ -147,6 +147,10 @@ class FederatedServer:
         expected = {name: tensor.shape for name, tensor in self.tensors().items()}
         for number, answer in enumerate(answers):
             check_tensors(f"the answer of client {number}", answer.tensors, expected)
+        for number, answer in enumerate(answers):
+            for name, own in self.tensors().items():
+                if name in answer.tensors and answer.tensors[name].dtype != own.dtype:
+                    raise ValueError(f"answer {number}: {name} is {answer.tensors[name].dtype}, must be {own.dtype}")
         weights = [answer.rows for answer in answers]
         means, residual = mean_of_adapters([answer.tensors for answer in answers], weights)
         loss = sum(answer.rows * answer.loss for answer in answers) / sum(weights)
@@ -251,6 +255,10 @@ def _check(settings: TrainingSettings) -> None:
         "init": (recipe.init, recipe.init == "zero", "leave it out"),
         "save_dtype": (recipe.save_dtype, recipe.save_dtype == "float32", "must be float32"),
         "task": (settings.task, settings.task in (None, "text-generation"), "leave it out"),
+        "data_split": (settings.data_split, settings.data_split == "train", "leave it out: clients name their rows"),
+        "data_revision": (settings.data_revision, not settings.data_revision, "leave it out: clients name their rows"),
+        "validation": (recipe.validation, not recipe.validation, "leave it out: rows held out in one round are others"),
+        "early_stopping": (recipe.early_stopping, not recipe.early_stopping, "leave it out"),
         "validation_data": (settings.validation_data, not settings.validation_data, "leave it out"),
         "report_to": (recipe.report_to, not recipe.report_to, "leave it out"),
         "target_parameters": (parameters := recipe.adapter.get("target_parameters"), not parameters, "leave it out"),

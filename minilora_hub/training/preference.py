@@ -83,12 +83,13 @@ class Dpo:
 
     def likelier(self, model: Any, rows: Iterable[Example]) -> HeldOutPairs:
         """Count the pairs of these chosen rows in which the chosen answer is likelier, before and now."""
-        ids = [tuple(row.input_ids) for row in rows]
+        votes = [tuple(row.input_ids) for row in rows]
+        ids = list(dict.fromkeys(votes))  # equal votes share their pairs
         now = dict(self._scored(model, dict.fromkeys(ids)))
         before, after = (
             sum(int((scores[row][0] > scores[row][1:]).sum()) for row in ids) for scores in (self._before, now)
         )
-        return HeldOutPairs(len(ids), sum(len(now[row]) - 1 for row in ids), before, after)
+        return HeldOutPairs(len(votes), sum(len(now[row]) - 1 for row in ids), before, after)
 
     @torch.no_grad()
     def _scored(self, model: Any, rows: Iterable[tuple[int, ...]]) -> list[tuple[tuple[int, ...], torch.Tensor]]:

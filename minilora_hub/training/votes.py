@@ -39,6 +39,9 @@ class Answer:
     ended: bool
 
 
+CUT_EMPTY = Answer("", False)
+
+
 @dataclass(frozen=True)
 class VotedAnswers(Document):
     """A vote, with the texts that it was on.
@@ -122,8 +125,14 @@ class VotePairs:
         if not isinstance(vote.choice, int):
             self.skipped[vote.choice] += 1
             return None
+        if not vote.answers[vote.choice].text:
+            self.skipped["empty"] += 1
+            return None
         chosen = self._encoded(row.place, vote, vote.answers[vote.choice])
-        others = [self._encoded(row.place, vote, answer) for answer in dict.fromkeys(vote.answers)]
+        # One that was stopped before its first token is nothing to compare with.
+        others = [
+            self._encoded(row.place, vote, answer) for answer in dict.fromkeys(vote.answers) if answer != CUT_EMPTY
+        ]
         for example in (chosen, *others):
             if isinstance(example, BadRow):
                 return example
@@ -133,9 +142,11 @@ class VotePairs:
             self.skipped["equal answers"] += 1
             return None
         pair = self.pairs.setdefault(tuple(chosen.input_ids), Pair(chosen))
-        pair.rejected.extend(other for other in rejected if other not in pair.rejected)
+        known = {tuple(other.input_ids) for other in pair.rejected}
+        new = [other for other in rejected if tuple(other.input_ids) not in known]
+        pair.rejected.extend(new)
         self.prompts.append(tuple(chosen.input_ids[: _first_label(chosen)]))
-        self.count += len(rejected)
+        self.count += len(new)
         return chosen
 
     def require_enough(self) -> None:
@@ -154,7 +165,9 @@ class VotePairs:
     def _encoded(self, place: str, vote: VotedAnswers, answer: Answer) -> Example | BadRow:
         prompt: Any = vote.prompt
         completion: Any = answer.text
-        if vote.system:
+        if vote.system and not self._encoder.has_template:  # as the page writes them
+            prompt = f"{vote.system}\n\n{prompt}"
+        elif vote.system:
             prompt = [{"role": "system", "content": vote.system}, {"role": "user", "content": prompt}]
             completion = [{"role": "assistant", "content": completion}]
         row = Row(place, "prompt and completion", {"prompt": prompt, "completion": completion})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import stat
+from pathlib import Path
 
 import pytest
 from demo.browsing import Visits, ask, texts
@@ -116,9 +117,15 @@ def test_the_command_refuses_it_before_anything_is_loaded(tmp_path, monkeypatch,
 
 
 def test_a_full_disk_is_an_error_and_the_vote_can_be_cast_again(tmp_path):
-    (tmp_path / "training").write_text("a file in the folder's place")
+    voted = VotedAnswersFile(tmp_path / "training", "org/base")
+    voted.file.mkdir()  # in the file's place
     with pytest.raises(PageError, match="could not be stored for training"):
-        VotedAnswersFile(tmp_path / "training", "org/base").add(answered(), "one", 0)
+        voted.add(answered(), "one", 0)
+    voted.file.rmdir()
+    voted.add(answered(), "one", 0)
+    assert voted.count() == 1
+    with pytest.raises(ValueError, match=r"allow_training: the folder .*pyproject\.toml cannot be made"):
+        VotedAnswersFile(Path(__file__).parents[2] / "pyproject.toml", "org/base")
 
 
 @pytest.mark.slow
@@ -143,5 +150,8 @@ def test_the_page_says_what_it_stores_and_what_to_run(page_server, browser, tmp_
     last = lines_of(tmp_path / "training" / FILE)[-1]
     assert last["prompt"] == "Hello"
     assert last["answers"][last["choice"]]["text"] == "Hello"
+    # Nor does a later page of the same data folder, whose votes go to the Hub, find this prompt.
+    assert b"Hello" in next((tmp_path / "training" / "votes").glob("votes*.jsonl")).read_bytes()
+    assert not list((tmp_path / "votes").glob("*.jsonl"))
     page.screenshot(path=str(tmp_path / "page.png"))
     visits.close()

@@ -139,6 +139,8 @@ def test_a_server_cannot_choose_what_a_client_reads(base, shards, serve, tmp_pat
     [
         ({"method": "pissa"}, "method='pissa' in a federated training: must be one of lora, dora, mixlora, mixdora"),
         ({"save_dtype": "bfloat16"}, "save_dtype='bfloat16' in a federated training: must be float32"),
+        ({"validation": 0.2}, "validation=0.2 in a federated training: leave it out"),
+        ({"data_revision": "main"}, "data_revision='main' in a federated training: leave it out"),
         ({"objective": ["distill:teacher=x"]}, "in a federated training: leave it out"),
         ({"method": None}, "method=None: must be one of"),
     ],
@@ -153,7 +155,10 @@ def test_an_answer_that_does_not_fit_is_refused(base, shards, serve, tmp_path):
     server = serve(method="lora", base=base, **SHORT)
     answer = train_client(server.tensors(), server.sent, shards[0], 1)
     name = next(iter(answer.tensors))
-    answer.tensors.pop(name)
+    whole = answer.tensors.pop(name)
     with pytest.raises(ValueError, match="the answer of client 0 does not fit"):
+        server.add_round([answer], 1)
+    answer.tensors[name] = whole.half()
+    with pytest.raises(ValueError, match=r"answer 0: .* is torch.float16, must be torch.float32"):
         server.add_round([answer], 1)
     assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import random
@@ -97,6 +98,30 @@ def test_votes_that_prefer_nothing_are_counted_and_equal_answers_are_one(tokeniz
     assert chosen == "<|user|>Secret 4?<|end|><|assistant|>yes!!<|end|>".replace(
         "<|user|>", "<|system|>Be frank.<|end|><|user|>"
     )
+
+
+def test_the_same_vote_cast_twice_is_one_pair(tokenizer, tmp_path):
+    vote = preferring_long(2)[1]
+    pairs = pairs_of([vote, replace(vote, id="again")], tokenizer, tmp_path)
+    assert pairs.described() == "2 votes with a choice, 1 pair"
+    assert [len(pair.rejected) for pair in pairs.pairs.values()] == [1]
+
+
+def test_an_answer_without_a_token_is_nothing_to_choose_or_to_compare(tokenizer, tmp_path):
+    vote = preferring_long(2)[1]
+    votes = [
+        replace(vote, answers=(Answer("yes", True), Answer("", False))),
+        replace(vote, id="other", answers=(Answer("", False), Answer("yes", True), Answer("no", True)), choice=2),
+    ]
+    pairs = pairs_of(votes, tokenizer, tmp_path)
+    assert pairs.described() == "1 vote with a choice, 1 pair; skipped: 1 empty"
+
+
+def test_a_system_prompt_is_written_as_the_page_does_where_there_is_no_template(tokenizer, tmp_path):
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    (pair,) = pairs_of(preferring_long(1), plain, tmp_path).pairs.values()
+    assert tokenizer.decode(pair.chosen.input_ids).startswith("Be frank.\n\nSecret 0?yes!!")
 
 
 def test_an_answer_that_was_cut_off_is_not_learned_to_end_there(tokenizer, tmp_path):

@@ -91,7 +91,8 @@ def build_demo(
     limits = limits or PageLimits.from_environment()
     offered = [Example(one) if isinstance(one, str) else one for one in examples]
     folder = data or data_folder()
-    votes, dataset = open_votes(folder / "votes")
+    # Votes of a page that stores texts stay beside those: a later page with a dataset does not find their prompts.
+    votes, dataset = open_votes((voted.folder if voted else folder) / "votes")
     if dataset:
         dataset.start()
     catalogue = Catalogue(engine, links, allowed)

@@ -1,7 +1,8 @@
 """Store the answers that the page's owner votes on, with their texts, for `minilora train --from-votes`. No Gradio.
 
-They stay on this machine, in a folder of their own that nothing uploads, readable by its owner alone. The votes that
-the Board counts, and that may go to a dataset on the Hub, have hashes of the answers only.
+They stay on this machine, in a folder of their own that nothing uploads, readable by its owner alone, and so do the
+votes that this page's Board counts. Those of other pages, which may go to a dataset on the Hub, have hashes of the
+answers only.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ class VotedAnswersFile:
     """The file, and the command that trains on it.
 
     Args:
-        folder: created when the first vote is stored.
+        folder: for the votes of this page alone; its owner alone can read it.
         base: the page's base, as a command names it.
         host: the address on which the page listens.
 
     Raises:
-        ValueError: others can open the page, or its votes go to the Hub.
+        ValueError: others can open the page, its votes go to the Hub, or the folder cannot be made.
     """
 
     def __init__(self, folder: Path, base: str, host: str = LOOPBACK[0]) -> None:
@@ -43,6 +44,13 @@ class VotedAnswersFile:
                 "go to the Hub: unset one of the two"
             )
         self.folder, self.file, self._base = folder, folder / FILE, base
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.chmod(0o700)
+        except OSError as error:
+            raise ValueError(
+                f"allow_training: the folder {folder} cannot be made: {error.strerror or error}"
+            ) from error
 
     def add(self, comparison: Comparison, identifier: str, choice: int | str) -> None:
         """Store a vote, and flush it to disk; the arguments are those of `vote_on`.
@@ -56,7 +64,6 @@ class VotedAnswersFile:
         try:
             vote.validate()
             line = json.dumps(vote.to_dict(), ensure_ascii=False, allow_nan=False)
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with locked(self.folder):
                 os.close(os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
                 self.file.chmod(0o600)
@@ -72,7 +79,11 @@ class VotedAnswersFile:
                 vote = VotedAnswers.from_dict(strict_json(line))
             except (ValueError, AdapterError):
                 continue  # the training names a damaged line
-            if isinstance(vote.choice, int) and len({answer.text for answer in vote.answers}) > 1:
+            if (
+                isinstance(vote.choice, int)
+                and len({a.text for a in vote.answers}) > 1
+                and vote.answers[vote.choice].text
+            ):
                 found.add(vote.id)
         return len(found)
 

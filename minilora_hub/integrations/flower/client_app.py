@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from logging import ERROR
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from flwr.common.logger import log
 
-from minilora_hub.errors import DataError
+from minilora_hub.errors import DataError, TrainingError
 from minilora_hub.integrations.flower.messages import ARRAYS, CONFIG, answer_record
 from minilora_hub.training.federated import train_client
 
@@ -24,14 +26,18 @@ def train_round(message: Message, context: Context) -> Message:
     """Answer a round."""
     content: Any = message.content
     config = content.config_records[CONFIG]
-    with TemporaryDirectory(prefix="minilora-rows-") as scratch:
-        answer = train_client(
-            content.array_records[ARRAYS].to_torch_state_dict(),
-            {name: config[name] for name in ("settings", "documents")},
-            rows_of(context.node_config, context.run_config, Path(scratch)),
-            config["server-round"],
-            context.node_config.get("base"),
-        )
+    try:
+        with TemporaryDirectory(prefix="minilora-rows-") as scratch:
+            answer = train_client(
+                content.array_records[ARRAYS].to_torch_state_dict(),
+                {name: config[name] for name in ("settings", "documents")},
+                rows_of(context.node_config, context.run_config, Path(scratch)),
+                config["server-round"],
+                context.node_config.get("base"),
+            )
+    except Exception as error:  # Flower sends its message to the server, and it may quote a row
+        log(ERROR, "the round failed", exc_info=error)
+        raise TrainingError(f"{type(error).__name__}: its message is in this client's log") from None
     return Message(answer_record(answer), reply_to=message)
 
 
