@@ -156,6 +156,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_any_prompt_is_shown_as_text(page, name):
     """Letter by letter as it was typed: nothing of it is run, and nothing becomes an element."""
@@ -169,6 +170,7 @@ def test_any_prompt_is_shown_as_text(page, name):
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prompt", "said"), [("a\ud800b", "a\ufffdb"), ("nul \x00 here", "nul \x00 here")])
 def test_texts_that_no_keyboard_types_are_answered(page, prompt, said):
     """A lone surrogate is replaced, since no answer can contain it."""
@@ -182,6 +184,7 @@ def test_texts_that_no_keyboard_types_are_answered(page, prompt, said):
     assert texts(page)[1] == said
 
 
+@pytest.mark.slow
 def test_number_keys_are_for_voting(page):
     """Outside of text fields 1 to 9 become an event; inside they are typed."""
     page.fill("#ml-prompt textarea", "")
@@ -204,6 +207,7 @@ def test_one_columns_error_leaves_the_others_running(page):
     assert page.locator(".ml-words").inner_text().startswith("2 of 3 columns failed.")
 
 
+@pytest.mark.slow
 def test_an_error_of_all_columns_is_shown_as_text(page):
     """Markup in it is not obeyed, and the page stays usable."""
     ask(page, "destroy, please")
@@ -233,6 +237,7 @@ def test_an_empty_prompt_is_told_in_the_status_line(page):
         wait_for_states(page, "length", "eos", "eos")
 
 
+@pytest.mark.slow
 def test_a_field_that_is_left_empty_keeps_its_number(visit):
     page = visit()
     open_panel(page, "Settings")
@@ -246,6 +251,7 @@ def test_a_field_that_is_left_empty_keeps_its_number(visit):
     assert page.locator(".ml-tokens").all_inner_texts() == ["7", "7", "7"]
 
 
+@pytest.mark.slow
 def test_a_saved_picture_keeps_indentation(page):
     """The second line of the answer stands further right than the first, and below it."""
     page.evaluate("""() => {
@@ -268,6 +274,7 @@ def test_a_saved_picture_keeps_indentation(page):
         assert below > y
 
 
+@pytest.mark.slow
 def test_examples_run_and_settings_apply(visit):
     """A chip fills the prompt and runs it; the length setting is obeyed."""
     page = visit()
@@ -312,6 +319,7 @@ def test_talk_on_and_one_column_alone(visit):
     assert page.locator(".ml-before p").count() == 0
 
 
+@pytest.mark.slow
 def test_shift_enter_makes_a_new_line(page):
     """Only a plain Enter runs."""
     page.fill("#ml-prompt textarea", "one")
@@ -371,6 +379,7 @@ def test_on_a_phone_the_prompt_stays_at_hand(visit):
     assert last["y"] + last["height"] <= page.locator("#ml-ask").bounding_box()["y"]
 
 
+@pytest.mark.slow
 def test_on_a_desktop_columns_stand_side_by_side(page):
     """In one row, equally wide and high, also when one answer is much longer than the others."""
     ask(page, "line\n" * 19 + "line")
@@ -402,6 +411,7 @@ def test_neither_loading_nor_run_moves_the_page(visit, width, height):
     assert width < 500 or max(bottoms) <= height
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_can_be_read(visit, scheme):
     """Contrast of at least 4.5 (WCAG AA) in light and in dark, and dark is dark."""
@@ -411,6 +421,7 @@ def test_every_text_can_be_read(visit, scheme):
     assert paper < 0.05 if scheme == "dark" else paper > 0.8
 
 
+@pytest.mark.slow
 def test_reduced_motion_is_respected(visit):
     """Nothing pulses for those who asked for stillness."""
     page = visit(reduced_motion="reduce")

@@ -52,7 +52,9 @@ def rewritten(folder, **changes):
 
 
 # Adapters with the same code come one after the other: other code starts another process.
-@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "mixlora", "dora"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("lora", marks=pytest.mark.slow), pytest.param("mixlora", marks=pytest.mark.slow), "dora"]
+)
 def test_a_good_folder(process, good, base_folder, method):
     report = verify(good[method], base_model=str(base_folder), process=process)
     assert report.ok, report.problem

@@ -25,6 +25,7 @@ from minilora_hub.serving.settings import ServerLimits
 
 PACKED = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "gpt2")
 ROW_BY_ROW = ("bloom", "opt", "gemma3n_text", "falcon_mamba")
+LIKE_OTHERS = ("mistral", "qwen3", "gemma2", "gpt2", "falcon_mamba")
 TOKENIZER = byte_tokenizer()
 LENGTHS, LIMITS = (11, 27, 4, 40, 19), (30, 12, 25, 8, 17)
 """Rows whose prompts and answers have different lengths: some leave while others are in the middle."""
@@ -86,7 +87,9 @@ def serve(scheduler, adapters, scored=False):
 
 
 @pytest.mark.filterwarnings("ignore::minilora_hub.remote_code.probe.TargetsWarning")
-@pytest.mark.parametrize("name", PACKED + ROW_BY_ROW)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LIKE_OTHERS else n for n in PACKED + ROW_BY_ROW]
+)
 def test_rows_get_their_own_tokens(name, tmp_path):
     engine = make_engine(name, tmp_path)
     adapters = [None, "dora", None, "dora", "dora"]

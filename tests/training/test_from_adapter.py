@@ -52,7 +52,10 @@ def changed(before, after) -> set[str]:
     return {name for name in old if not torch.equal(old[name], new[name])}
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "mixlora", "mixdora"])
+@pytest.mark.parametrize(
+    "method",
+    ["lora", pytest.param("dora", marks=pytest.mark.slow), pytest.param("mixlora", marks=pytest.mark.slow), "mixdora"],
+)
 def test_it_starts_at_the_parents_weights_and_settings(method, parents, data, tmp_path):
     """With a learning rate that changes nothing the tensors are the parent's, byte for byte; then they learn."""
     parent = parents(method)

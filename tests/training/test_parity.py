@@ -185,7 +185,7 @@ def test_recomputed_activations_change_nothing(method, base, rows, tmp_path):
     assert curve(tmp_path / "recomputed") == pytest.approx(curve(tmp_path / "kept"), abs=1e-5)
 
 
-@pytest.mark.parametrize("method", ["lora", "mixlora"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "mixlora"])
 def test_a_bfloat16_base_learns_with_adapters_in_float32(method, base, rows, tmp_path):
     said = SHORT | {"method": method, "base": base, "data": rows, "max_steps": 8}
     train(tmp_path / "half", **said, dtype="bfloat16")
@@ -236,7 +236,9 @@ def test_another_attention_of_the_base_learns_the_same(base, rows, tmp_path):
     assert curve(tmp_path / "eager") == pytest.approx(curve(tmp_path / "sdpa"), abs=1e-5)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "mixdora"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("lora", marks=pytest.mark.slow), pytest.param("dora", marks=pytest.mark.slow), "mixdora"]
+)
 def test_an_adapter_saved_in_bfloat16_keeps_its_magnitudes_in_float32(method, base, rows, tmp_path):
     from safetensors.torch import load_file
 
