@@ -82,5 +82,8 @@ def _is_known(model: Any, prompt: Any) -> bool:
         ids = [given.get("values") or () for name, given in prompt.items() if name.endswith("input_ids")]
     if not any(ids):
         return True
-    size = model.get_input_embeddings().num_embeddings
+    try:
+        size = model.get_input_embeddings().num_embeddings
+    except NotImplementedError:  # a base of two parts, such as CLIP
+        size = getattr(model, "base", model).config.get_text_config().vocab_size
     return all(0 <= token < size for some in ids for token in some)
