@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from tiny_stand_ins import byte_tokenizer, tiny_llama
 
 CHAT = (
@@ -39,3 +40,21 @@ def write_rows(path: Path, rows: list[dict] | None = None) -> Path:
 
 SHORT = {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-2, "r": 4, "save_every": 2}
 """Overrides of a run that takes a second."""
+
+
+def train_until(step: int, monkeypatch: pytest.MonkeyPatch, out: Path, **said) -> None:
+    """Train, and be cut off when so many steps are done: what is saved by then is what a resumed run has."""
+    from minilora_hub.training.run import train
+    from minilora_hub.training.trainer import AdapterTrainer
+
+    original = AdapterTrainer.compute_loss
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step >= step:
+            raise RuntimeError("stopped here")
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterTrainer, "compute_loss", stop)
+        with pytest.raises(RuntimeError, match="stopped here"):
+            train(out, **said)

@@ -156,11 +156,9 @@ def prepare_data(
         DataError: a row cannot be used and bad rows are not skipped, or none is left; the message names file and line.
     """
     recipe = settings.recipe
-    if recipe.max_length and recipe.max_length > context:
-        raise DataError(f"max_length={recipe.max_length}: the base's context has {context} tokens")
     encoder = Encoder(
         tokenizer,
-        max_length=recipe.max_length or context,
+        max_length=longest_row(settings, context),
         truncate=recipe.truncate,
         loss_on=recipe.loss_on,
         chat=recipe.chat,
@@ -181,6 +179,14 @@ def prepare_data(
     else:
         train, validation = hold_out(train, recipe.validation, recipe.seed, votes.prompts)
     return TrainingData(train, validation, skipped, votes=votes)
+
+
+def longest_row(settings: TrainingSettings, context: int) -> int:
+    """Return how many tokens a row may have; raise DataError where that is more than the base's `context`."""
+    longest = settings.recipe.max_length or context
+    if longest > context:
+        raise DataError(f"max_length={longest}: the base's context has {context} tokens")
+    return longest
 
 
 def write_parts(

@@ -144,13 +144,13 @@ class FederatedServer:
         from minilora_hub.formats.averaging import mean_of_adapters
         from minilora_hub.remote_code.adapter_files import check_tensors, write_adapter
 
-        expected = {name: tensor.shape for name, tensor in self.tensors().items()}
+        own = self.tensors()
         for number, answer in enumerate(answers):
-            check_tensors(f"the answer of client {number}", answer.tensors, expected)
-        for number, answer in enumerate(answers):
-            for name, own in self.tensors().items():
-                if name in answer.tensors and answer.tensors[name].dtype != own.dtype:
-                    raise ValueError(f"answer {number}: {name} is {answer.tensors[name].dtype}, must be {own.dtype}")
+            what = f"the answer of client {number}"
+            check_tensors(what, answer.tensors, {name: tensor.shape for name, tensor in own.items()})
+            for name, tensor in own.items():
+                if (given := answer.tensors[name].dtype) != tensor.dtype:
+                    raise ValueError(f"{what}: {name} is {given}, must be {tensor.dtype}")
         weights = [answer.rows for answer in answers]
         means, residual = mean_of_adapters([answer.tensors for answer in answers], weights)
         loss = sum(answer.rows * answer.loss for answer in answers) / sum(weights)

@@ -8,9 +8,8 @@
     dpo         preferred answers become likelier than those beside them; see `preference`
 
 They act in training only, so the validation loss is that of the labels and stays comparable; only dpo is also a part of
-the validation loss, where pairs are held out. Each is logged under its
-name, before its weight. Everything that they draw follows from seed, step and micro-batch, so a resumed run and one on
-other processes draw the same.
+the validation loss, where pairs are held out. Each is logged under its name, before its weight. Everything that they
+draw follows from seed, step and micro-batch, so a resumed run and one on other processes draw the same.
 """
 
 from __future__ import annotations

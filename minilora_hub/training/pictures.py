@@ -12,9 +12,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.errors import BaseModelError, DataError, TrainingError
+from minilora_hub.errors import BaseModelError, TrainingError
 from minilora_hub.quiet import quiet_libraries
-from minilora_hub.training.dataset import TrainingData, write_parts
+from minilora_hub.training.dataset import TrainingData, longest_row, write_parts
 from minilora_hub.training.generated_texts import GeneratedTexts
 from minilora_hub.training.models import base_context, with_needed_tokens
 from minilora_hub.training.picture_rows import PictureEncoder, checked, opened, with_pictures
@@ -61,10 +61,7 @@ class PictureRows(GeneratedTexts):
         """See `RowKind.prepare`."""
         from datasets import List, Value
 
-        context = base_context(self.base)
-        longest = self.settings.recipe.max_length or context
-        if longest > context:
-            raise DataError(f"max_length={longest}: the base's context has {context} tokens")
+        longest = longest_row(self.settings, base_context(self.base))
         self._encoder = PictureEncoder(self.processor, max_length=longest, ends=self.ends, now=begun)
         pictures = List({"bytes": Value("binary"), "path": Value("string")})
         columns = {"turns": Value("string"), "pictures": pictures, "place": Value("string")}

@@ -58,11 +58,15 @@ def reads_tokens(base: nn.Module, path: str) -> bool:
     """Whether the part of a base that a module is in takes token ids, rather than a picture or a sound."""
     parts = path.split(".")
     modules = (base.get_submodule(".".join(parts[:end])) for end in range(len(parts), -1, -1))
-    part: Any = next(module for module in modules if isinstance(module, PreTrainedModel))
+    return isinstance(input_embeddings(next(m for m in modules if isinstance(m, PreTrainedModel))), nn.Embedding)
+
+
+def input_embeddings(model: Any) -> Any:
+    """What a model looks its inputs up in; None where it has nothing of the kind."""
     try:
-        return isinstance(part.get_input_embeddings(), nn.Embedding)
+        return model.get_input_embeddings()
     except (NotImplementedError, AttributeError):
-        return False
+        return None
 
 
 def _chosen_lists(base: Any, towers: Any) -> Stacks:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layer_stacks import is_dual_encoder
+from .layer_stacks import input_embeddings, is_dual_encoder
 from .linear_layers import layer_device, linear_shape
 
 TOKENS = 8
@@ -15,10 +15,7 @@ TOKENS = 8
 
 def input_device(base: Any) -> torch.device:
     """The device of a base's inputs."""
-    try:
-        embedding = base.get_input_embeddings()
-    except (NotImplementedError, AttributeError):  # it takes no tokens
-        embedding = None
+    embedding = input_embeddings(base)
     if embedding is None or next(embedding.parameters(), None) is None:
         embedding = next(module for module in base.modules() if linear_shape(module))
     return layer_device(embedding)

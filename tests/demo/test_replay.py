@@ -68,12 +68,12 @@ def test_the_page_opens_with_it_and_plays_it(visit, stage, replay):
     page = visit(wait=False)  # the replay may be over before every part of the page is there
     some_of_it = "document.querySelectorAll('.ml-token:not([hidden])').length > 6"
     page.wait_for_function(f"{some_of_it} && document.querySelector('.ml-token[hidden]')")
-    page.wait_for_function("!document.querySelector('.ml-token[hidden]')")
     label = page.locator(".ml-asked").inner_text()
     assert label.startswith("replay")
     assert stage["prompt"] in label
     assert replay["machine"] in label
     assert page.locator(".ml-words").inner_text() == "Replay of a recorded run."
+    page.wait_for_function("!document.querySelector('.ml-token[hidden]')")
     assert texts(page) == [text_of(column) for column in stage["columns"]]
     assert page.locator(".ml-count").inner_text() == replay["status"]["badge"]
     assert shift(page) < 0.1

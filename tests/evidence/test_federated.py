@@ -19,7 +19,7 @@ def test_it_is_made_and_measured(tmp_path, monkeypatch):
         write(tmp_path / "data", (), (split,), 8)
     runs = federated.Runs(tmp_path, rounds=1, steps=4, base=base)
     result = runs.measure(items=2)
-    assert 0 <= result["residual"][0] < result["apart"][0]
+    assert 0 < result["residual"][0] < result["apart"][0]
     for found in result["models"].values():
         assert {task: len(exact) for task, exact in found["exact"].items()} == dict.fromkeys(TASKS, 2)
         assert 0 < found["validation_loss"] < 20

@@ -90,7 +90,7 @@ def add(rng, folder, files):
     return f"add {name}"
 
 
-COUNT = 150
+COUNT = 200
 DAMAGES = (flip, flip, flip_weights, flip_json, truncate, swap, rename, remove, add)
 
 

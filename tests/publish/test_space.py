@@ -314,5 +314,5 @@ def test_staging_leaves_out_what_was_generated(tmp_path):
     """Compiled and generated files, and the folders of tests."""
     paths = stage(tmp_path, SpaceSettings("x", "org/base", ("a/b",)))
     assert {path.rpartition(".")[2] for path in paths} <= {
-        "py", "md", "txt", "gz", "js", "css", "html", "svg", "json", "jinja", "toml", "typed",
+        "py", "md", "txt", "gz", "js", "css", "html", "svg", "json", "jinja", "typed",
     }  # fmt: skip

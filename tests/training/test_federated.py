@@ -159,6 +159,6 @@ def test_an_answer_that_does_not_fit_is_refused(base, shards, serve, tmp_path):
     with pytest.raises(ValueError, match="the answer of client 0 does not fit"):
         server.add_round([answer], 1)
     answer.tensors[name] = whole.half()
-    with pytest.raises(ValueError, match=r"answer 0: .* is torch.float16, must be torch.float32"):
+    with pytest.raises(ValueError, match=r"the answer of client 0: .* is torch.float16, must be torch.float32"):
         server.add_round([answer], 1)
     assert not (tmp_path / "out").exists()

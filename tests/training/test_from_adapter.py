@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import SHORT, write_base, write_rows
+from tiny_training import SHORT, train_until, write_base, write_rows
 
 from minilora_hub.adapter_folder.results import Results
 from minilora_hub.errors import TrainingError
-from minilora_hub.training import trainer as trainer_module
 from minilora_hub.training.run import train
 
 WEIGHTS = "adapter_model.safetensors"
@@ -161,27 +160,13 @@ def test_a_copy_of_the_base_is_taken(base, parents, data, tmp_path):
     assert result.notes == ()
 
 
-def stopped_in_step(number, monkeypatch):
-    original = trainer_module.AdapterTrainer.compute_loss
-
-    def stop(self, *args, **kwargs):
-        if self.state.global_step >= number:
-            raise RuntimeError("stopped here")
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(trainer_module.AdapterTrainer, "compute_loss", stop)
-
-
 def test_it_resumes_to_the_same_bytes_from_the_same_parent_only(parents, data, tmp_path, monkeypatch):
     import shutil
 
     parent = shutil.copytree(parents("mixlora"), tmp_path / "parent")
     said = RUN | {"from_adapter": str(parent), "learn": "router", "data": data, "max_steps": 5}
     train(tmp_path / "whole", **said)
-    stopped_in_step(3, monkeypatch)
-    with pytest.raises(RuntimeError, match="stopped here"):
-        train(tmp_path / "cut", **said)
-    monkeypatch.undo()
+    train_until(3, monkeypatch, tmp_path / "cut", **said)
     weights = (parent / WEIGHTS).read_bytes()
     (parent / WEIGHTS).write_bytes(((tmp_path / "whole") / WEIGHTS).read_bytes())
     with pytest.raises(TrainingError, match="parent' has changed since the run began"):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import CHAT, SHORT, write_base, write_rows
+from tiny_training import CHAT, SHORT, train_until, write_base, write_rows
 
 from minilora_hub.errors import TrainingError, TrainingInterrupted
 from minilora_hub.training import adapter_checkpoints
@@ -104,16 +104,7 @@ def test_other_orders_and_states_resume_alike(changed, base, data, tmp_path, mon
         said |= {"init_r": 6, "target_r": 3}
     train(tmp_path / "whole", **said)
 
-    def stop(self, *args, **kwargs):
-        if self.state.global_step >= 8:
-            raise RuntimeError("stopped here")
-        return original(self, *args, **kwargs)
-
-    original = trainer_module.AdapterTrainer.compute_loss
-    monkeypatch.setattr(trainer_module.AdapterTrainer, "compute_loss", stop)
-    with pytest.raises(RuntimeError, match="stopped here"):
-        train(tmp_path / "cut", **said)
-    monkeypatch.undo()
+    train_until(8, monkeypatch, tmp_path / "cut", **said)
     train(tmp_path / "cut", resume=True)
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
 

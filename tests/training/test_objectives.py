@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import SHORT, write_base, write_rows
+from tiny_training import SHORT, train_until, write_base, write_rows
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +19,6 @@ from minilora_hub import DoraConfig, DoraForCausalLM, MixLoraConfig, MixLoraForC
 from minilora_hub.adapter_folder.results import Results
 from minilora_hub.bases.skeleton import find_base
 from minilora_hub.errors import TrainingError
-from minilora_hub.training import trainer as trainer_module
 from minilora_hub.training.kept_adapters import KeptAdapters
 from minilora_hub.training.lora_model import LoraConfig, LoraForCausalLM
 from minilora_hub.training.objective_specs import parse_objectives
@@ -286,17 +285,7 @@ def test_runs_with_objectives_resume_to_the_same_bytes(base, data, text, tmp_pat
     said = RUN | {"method": "lora", "r": 2, "base": base, "data": data, "max_steps": 5, "lora_dropout": 0.1}
     said |= {"objective": [f"distill:teacher={teacher}", f"anchor:data={text},length=16"], "micro_batch_size": 2}
     train(tmp_path / "whole", **said)
-    original = trainer_module.AdapterTrainer.compute_loss
-
-    def stop(self, *args, **kwargs):
-        if self.state.global_step >= 3:
-            raise RuntimeError("stopped here")
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(trainer_module.AdapterTrainer, "compute_loss", stop)
-    with pytest.raises(RuntimeError, match="stopped here"):
-        train(tmp_path / "cut", **said)
-    monkeypatch.undo()
+    train_until(3, monkeypatch, tmp_path / "cut", **said)
     train(tmp_path / "cut", resume=True, record=False)
     digests = {hashlib.sha256((tmp_path / name / WEIGHTS).read_bytes()).hexdigest() for name in ("whole", "cut")}
     assert len(digests) == 1

@@ -10,13 +10,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_training import SHORT, write_base
+from tiny_training import SHORT, train_until, write_base
 from transformers import AutoTokenizer
 
 from minilora_hub import MixLoraConfig, MixLoraForCausalLM
 from minilora_hub.errors import DataError, TrainingError
 from minilora_hub.publish.push.build import build
-from minilora_hub.training import trainer as trainer_module
 from minilora_hub.training.lora_model import LoraConfig, LoraForCausalLM
 from minilora_hub.training.loss_terms import Step, recorded
 from minilora_hub.training.preference import Dpo
@@ -329,17 +328,7 @@ def test_runs_from_votes_resume_to_the_same_bytes_from_the_same_votes_only(base,
     votes = write_votes(tmp_path / "votes.jsonl", preferring_long(12))
     said = RUN | {"base": base, "from_votes": votes, "max_steps": 5, "micro_batch_size": 2, "lora_dropout": 0.1}
     train(tmp_path / "whole", **said)
-    original = trainer_module.AdapterTrainer.compute_loss
-
-    def stop(self, *args, **kwargs):
-        if self.state.global_step >= 3:
-            raise RuntimeError("stopped here")
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(trainer_module.AdapterTrainer, "compute_loss", stop)
-    with pytest.raises(RuntimeError, match="stopped here"):
-        train(tmp_path / "cut", **said)
-    monkeypatch.undo()
+    train_until(3, monkeypatch, tmp_path / "cut", **said)
     changed = [replace(vote, answers=(Answer("perhaps", True), vote.answers[1])) for vote in preferring_long(12)]
     write_votes(tmp_path / "votes.jsonl", changed)  # the chosen answers are the same
     with pytest.raises(TrainingError, match="the data has changed"):

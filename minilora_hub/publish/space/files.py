@@ -21,6 +21,8 @@ from minilora_hub.hub.client import PUBLIC_HUB
 
 PACKAGE = Path(__file__).resolve().parents[2]
 APP, README, REQUIREMENTS = "app.py", "README.md", "requirements.txt"
+FOR_OTHER_PLACES = ("space_app.py", "pyproject.toml")
+"""Files of the package with another use: a wheel's copy of app.py, and the project that Flower runs."""
 VENDORED = ("minilora_hub/", "model_cards/")
 """Folders of a Space in which a later push deletes files that it does not contain."""
 
@@ -107,7 +109,12 @@ def _package_files() -> Iterator[Path]:
     for path in sorted(PACKAGE.rglob("*")):
         inside = path.relative_to(PACKAGE)
         generated = path.suffix in (".pyc", ".pyo", ".pyi") or "__pycache__" in inside.parts
-        if path.is_file() and not generated and inside.parts[0] != "model_cards" and inside.name != "space_app.py":
+        if (
+            path.is_file()
+            and not generated
+            and inside.parts[0] != "model_cards"
+            and inside.name not in FOR_OTHER_PLACES
+        ):
             yield inside
 
 
