@@ -174,7 +174,7 @@ def build_objectives(
         elif spec.name == "orthogonal":
             found.append(Orthogonal(spec.values, model, kept))
         elif spec.name == "dpo" and data and data.votes:
-            found.append(Dpo(spec.values, model, data.votes, data.held_out_pairs, tokenizer.pad_token_id))
+            found.append(Dpo(spec.values, data.votes, data.held_out_pairs, tokenizer.pad_token_id))
         else:
             found.append(Anchor(spec.values, model, tokenizer, seed))
     return found

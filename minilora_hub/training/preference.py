@@ -11,7 +11,7 @@ the other terms.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from minilora_hub.progress_display import ProgressDisplay
 from minilora_hub.training.loss_terms import Step, Term, labels_scored_only
 from minilora_hub.training.tokens import Example
 from minilora_hub.training.votes import VotePairs
@@ -53,7 +54,6 @@ class Dpo:
 
     Args:
         values: those of the objective's keys.
-        model: the adapted model as it is before the first step, with TRL's fused head.
         votes: the pairs.
         held_out: whether the validation rows are pairs.
         pad: id of the padding token.
@@ -61,18 +61,35 @@ class Dpo:
 
     name = "dpo"
 
-    def __init__(self, values: dict[str, Any], model: Any, votes: VotePairs, held_out: bool, pad: int) -> None:
+    def __init__(self, values: dict[str, Any], votes: VotePairs, held_out: bool, pad: int) -> None:
         self.weight, self.beta, self.label_weight = values["weight"], values["beta"], values["labels"]
         self.validates = held_out
         self._pairs, self._collate = votes.pairs, DataCollatorForLanguageModeling(pad)
         # {ids of a chosen row: log p_0 of it, and of each answer beside it}
-        self._before = dict(self._scored(model, self._pairs))
+        self._before: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def start(self, model: Any, shown: bool) -> None:
+        """Compute log p_0.
+
+        Args:
+            model: the adapted model as it is before the first step, with TRL's fused head.
+            shown: whether to show progress.
+        """
+        display = ProgressDisplay("Votes before training", "vote", total=len(self._pairs), shown=shown)
+        try:
+            for done, (row, scores) in enumerate(self._scored(model, self._pairs), 1):
+                self._before[row] = scores
+                display.update(done, "likelihoods before training")
+        finally:
+            display.close()
 
     def __call__(self, step: Step) -> Term:
         mask = step.inputs["attention_mask"].bool()
         rows = [tuple(ids[kept].tolist()) for ids, kept in zip(step.inputs["input_ids"], mask, strict=True)]
         beside = [(index, one) for index, row in enumerate(rows) for one in self._pairs[row].rejected]
         place = torch.tensor([index for index, _ in beside], device=mask.device)  # the row of each pair
+        missing = dict.fromkeys(row for row in rows if row not in self._before)  # in the plan's trial, before `start`
+        self._before.update(self._scored(step.model, missing))
         before = [self._before[row].to(mask.device) for row in rows]
         assert step.log_probs is not None
         chosen = step.log_probs.sum(1) - torch.stack([one[0] for one in before])  # (rows)
@@ -91,14 +108,13 @@ class Dpo:
         )
         return HeldOutPairs(len(votes), sum(len(now[row]) - 1 for row in ids), before, after)
 
-    @torch.no_grad()
-    def _scored(self, model: Any, rows: Iterable[tuple[int, ...]]) -> list[tuple[tuple[int, ...], torch.Tensor]]:
+    def _scored(self, model: Any, rows: Iterable[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
         training = model.training
         model.eval()
-        pairs = [(row, self._pairs[row]) for row in rows]
-        found = [(row, self._log_probs(model, [pair.chosen, *pair.rejected]).cpu()) for row, pair in pairs]
+        for row in rows:
+            with torch.no_grad():
+                yield row, self._log_probs(model, [self._pairs[row].chosen, *self._pairs[row].rejected]).cpu()
         model.train(training)
-        return found
 
     def _log_probs(self, model: Any, examples: Sequence[Example]) -> torch.Tensor:
         """Return log p of each example's labels, (examples)."""

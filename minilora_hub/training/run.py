@@ -31,7 +31,7 @@ from minilora_hub.training.sharding import gather_adapter
 from minilora_hub.whole_folders import require_writable
 
 if TYPE_CHECKING:
-    from minilora_hub.training.preference import HeldOutPairs
+    from minilora_hub.training.preference import Dpo, HeldOutPairs
 
 
 @dataclass(frozen=True)
@@ -216,14 +216,12 @@ def _execute(
         settings.save(out)
         state.save(out)
     trainer.args.output_dir = str(out / CHECKPOINTS)
-    seconds = round(state.seconds + _train(trainer, out, shape, state, resume, progress), 2)
+    dpo = next((one for one in trainer.objectives if isinstance(one, Dpo)), None)
+    seconds = round(state.seconds + _train(trainer, out, shape, state, resume, progress, dpo), 2)
     history = trainer.state.log_history
     if settings.recipe.shard:
         gather_adapter(trainee.model)
-    pairs = None
-    if main and data.held_out_pairs:
-        dpo = next(one for one in trainer.objectives if isinstance(one, Dpo))
-        pairs = dpo.likelier(trainee.model, data.validation)
+    pairs = dpo.likelier(trainee.model, data.validation) if dpo and main and data.held_out_pairs else None
     if main:
         try:
             write_result(out, settings, base, trainee, data, kind.processor, kind.ends, history, seconds, pairs)
@@ -252,16 +250,21 @@ def _execute(
     )
 
 
-def _train(trainer: Any, out: Path, shape: Shape, state: RunState, resume: bool, progress: bool) -> float:
+def _train(
+    trainer: Any, out: Path, shape: Shape, state: RunState, resume: bool, progress: bool, dpo: Dpo | None
+) -> float:
     """Train, and return the seconds it took."""
     from minilora_hub.training.adapter_checkpoints import last_checkpoint
     from minilora_hub.training.callbacks import ProgressShown, StoppedBySignal
 
+    started = time.perf_counter()
+    if dpo:
+        dpo.start(trainer.model, progress)
     checkpoint = last_checkpoint(out) if resume else None
     if checkpoint and checkpoint.name == f"checkpoint-{shape.steps}":
         trainer.take_over(checkpoint)  # the run was killed after its last step
         return 0.0
-    shown, started = ProgressShown(progress), time.perf_counter()
+    shown = ProgressShown(progress)
 
     def elapsed() -> float:
         return time.perf_counter() - started

@@ -6,7 +6,7 @@
 Four clients have the rows of one task each, so they are as different as they can be. Each trains a LoRA for `--steps`
 steps of 4 rows in each of `--rounds` rounds. As many steps as all of them took are then taken one after the other on
 the mix of the tasks, and one client trains alone for as many steps as it took. The clients run one after the other in
-this process; Flower only carries the messages.
+this process; Flower only carries the messages. Base and adapters are in float32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evidence.measure import write_data
-from evidence.plan import EVALUATION_DTYPE, MIX, TASKS, TRAINING
+from evidence.plan import MIX, TASKS, TRAINING
 from evidence.store import CODE, RESULTS
 
 from minilora_hub.documents import write_whole
@@ -35,7 +35,8 @@ from minilora_hub.training.federated import Answer, FederatedServer, train_clien
 from minilora_hub.training.run import train
 
 FILE = RESULTS / "federated.json"
-SETTINGS = TRAINING | {"save_dtype": "float32", "learning_rate": 1.5e-3, "batch_size": 4}
+DTYPE = "float32"
+SETTINGS = TRAINING | {"dtype": DTYPE, "save_dtype": DTYPE, "learning_rate": 1.5e-3, "batch_size": 4}
 TITLES = {
     "federated": "four clients with a task each, federated",
     "alone": f"the client with {TASKS[0]}, alone",
@@ -119,7 +120,7 @@ class Runs:
         started = time.process_time()
         for name in TITLES:
             folder, cache = [self.work / name], self.work / "answers"
-            settings: dict[str, Any] = {"tasks": TASKS, "count": items, "few_shot": 0, "dtype": EVALUATION_DTYPE}
+            settings: dict[str, Any] = {"tasks": TASKS, "count": items, "few_shot": 0, "dtype": DTYPE}
             scores = evaluate(folder, base=self.base, cache=cache, **settings).models[-1].scores
             exact = {task: "".join(str(int(score)) for score in scores[task].exact) for task in TASKS}
             found[name] = {"exact": exact, "validation_loss": self.validation_loss(name)}

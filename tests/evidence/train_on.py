@@ -2,10 +2,11 @@
 
     python tests/evidence/train_on.py run                      # every step; goes on after a stop
     python tests/evidence/train_on.py run --part router        # one part
+    python tests/evidence/train_on.py run --dtype float32      # several times faster without products in bfloat16
 
     router      one LoRA for each task; their mean, TIES, the untrained, Arrow's and the trained router over them, a
                 router for each feed-forward block
-    linears     the same LoRAs with a router on each linear: untrained, Arrow's and trained
+    linears     the same LoRAs with a router on each linear: untrained, Arrow's and trained, beside `routed-all` again
     distill     one LoRA from the shipped MixLoRA, and the same LoRA trained on the labels alone
     sequence    the tasks one after the other: one LoRA continued, and a new one beside those that are kept, with and
                 without the orthogonal term
@@ -72,14 +73,20 @@ FOLDER = RESULTS / "train_on"
 
 @dataclass(frozen=True)
 class Sizes:
-    """How long the runs are: optimizer steps of eight rows for one task, and test items of each task."""
+    """How long the runs are: optimizer steps of eight rows for one task, test items of each task, and the dtype."""
 
     steps: int
     items: int
+    dtype: str = EVALUATION_DTYPE
+
+    @property
+    def precision(self) -> str:
+        """The end of names of files and folders."""
+        return "" if self.dtype == EVALUATION_DTYPE else f"-{self.dtype}"
 
     def named(self, step: str) -> str:
         """The name of a step's file."""
-        return f"{step}-steps{self.steps}-items{self.items}"
+        return f"{step}-steps{self.steps}-items{self.items}{self.precision}"
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ class Runs:
 
     def adapter(self, name: str) -> Path:
         """The folder of a step's adapter."""
-        return self.work / f"{name}-steps{self.sizes.steps}"
+        return self.work / f"{name}-steps{self.sizes.steps}{self.sizes.precision}"
 
     def steps(self) -> list[Evidence]:
         """Every step; one that needs another's adapter comes after it."""
@@ -141,6 +148,7 @@ class Runs:
         chosen = (
             TRAINING
             | settings
+            | {"dtype": self.sizes.dtype, "save_dtype": self.sizes.dtype}
             | {"base": self.base, "max_steps": steps, "save_every": max(1, steps // 2), "record": False}
         )
         train(out, data=str(self.work / "data" / f"{data}.train.jsonl"), resume=state is not None, **chosen)
@@ -181,6 +189,7 @@ class Runs:
             Evidence("linears", "linears-mixture", mixture("fresh", "all-linears"), names),
             Evidence("linears", "linears-arrow", mixture("arrow", "all-linears"), names),
             Evidence("linears", "linears-routed-all", routed(len(TASKS), "linears-mixture"), ("linears-mixture",)),
+            Evidence("linears", "blocks-routed-all", routed(len(TASKS)), ("mixture",)),
         ]
         return first, linears, rest
 
@@ -223,7 +232,7 @@ class Runs:
         file = self.work / "voted-answers.jsonl"
         write_votes(file, load_tokenizer(resolve_base(self.base)))
         started = time.process_time()
-        result = train(out, base=self.base, from_votes=str(file), **VOTES)
+        result = train(out, base=self.base, from_votes=str(file), dtype=self.sizes.dtype, **VOTES)
         assert result.pairs is not None
         said = {"trained_on": result.plan.rows, "steps": result.steps, **asdict(result.pairs)}
         said["cpu_seconds"] = round(time.process_time() - started)
@@ -249,12 +258,12 @@ class Runs:
             count=items,
             few_shot=0,
             perplexity=step.perplexity,
-            dtype=EVALUATION_DTYPE,
+            dtype=self.sizes.dtype,
             cache=self.work / "answers",
         )
         base, model = report.models[0], report.models[-1]
         result: dict[str, Any] = {"step": step.name, "part": step.part, "code": CODE}
-        result["steps"], result["items"] = self.sizes.steps, items
+        result["steps"], result["items"], result["dtype"] = self.sizes.steps, items, self.sizes.dtype
         for key, measured in (("exact", model), ("base_exact", base)):
             result[key] = {task: "".join(str(int(score)) for score in measured.scores[task].exact) for task in TASKS}
         if step.part == "votes":
@@ -300,20 +309,26 @@ def write_general_text(file: Path) -> None:
     write_whole(file, "\n\n".join(texts) + "\n")
 
 
+def _table(result: dict[str, Any]) -> tuple[str, int, int, str]:
+    """What the results of one table have in common."""
+    return result["part"], result["steps"], result["items"], result.get("dtype", EVALUATION_DTYPE)
+
+
 def report() -> str:
     """Tables of the results that are there, one a part and size, and the names of the steps that were not run."""
     lines = []
     held = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))]
-    for part, steps, items in sorted({(one["part"], one["steps"], one["items"]) for one in held}):
+    for table in sorted({_table(one) for one in held}):
+        part, steps, items, dtype = table
         lines += [
             "",
-            f"{part}: {steps} steps of 8 rows{' for a task' * (part != 'votes')}, {items} test items of each; "
-            "exact match in percent",
+            f"{part}: {steps} steps of 8 rows{' for a task' * (part != 'votes')}, {items} test items of each, "
+            f"{dtype}; exact match in percent",
             "",
         ]
         lines += [f"| | {' | '.join(TASKS)} | mean | perplexity |", "| --- |" + " ---: |" * (len(TASKS) + 2)]
         for one in held:
-            if (one["part"], one["steps"], one["items"]) == (part, steps, items):
+            if _table(one) == table:
                 shares = [statistics.fmean(map(int, one["exact"][task])) for task in TASKS]
                 cells, mean = [f"{100 * share:.1f}" for share in shares], 100 * statistics.fmean(shares)
                 lines.append(f"| {one['step']} | {' | '.join(cells)} | {mean:.1f} | {one.get('perplexity', '')} |")
@@ -340,6 +355,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps for one task")
     parser.add_argument("--items", type=int, default=100, help="test items of each task")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=EVALUATION_DTYPE)
     parser.add_argument("--work", type=Path, default=Path("evidence-work"), help="folder for adapters and answers")
     arguments = parser.parse_args()
     if arguments.what == "report":
@@ -350,7 +366,7 @@ def main() -> None:
         write_data(work / "data")
     write_general_text(work / "general.txt")
     FOLDER.mkdir(parents=True, exist_ok=True)
-    runs = Runs(work, Sizes(arguments.steps, arguments.items))
+    runs = Runs(work, Sizes(arguments.steps, arguments.items, arguments.dtype))
     for step in runs.steps():
         file = FOLDER / f"{runs.sizes.named(step.name)}.json"
         if (arguments.part and step.part not in arguments.part) or file.is_file():

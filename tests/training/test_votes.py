@@ -245,7 +245,8 @@ def test_dpo_is_that_of_trls_trainer(kind, base, tokenizer, tmp_path):
     theirs = DPOTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     pairs = pairs_of(votes, tokenizer, tmp_path)
     values = {"beta": 0.3, "weight": 1.0, "labels": 0.0}
-    dpo = Dpo(values, model, pairs, False, tokenizer.pad_token_id)
+    dpo = Dpo(values, pairs, False, tokenizer.pad_token_id)
+    dpo.start(model, shown=False)
     randomized(model, 2).train()
 
     def ours(chosen):
@@ -282,9 +283,11 @@ def test_several_answers_beside_the_chosen_one_count_as_their_mean(base, tokeniz
     add_fused_lm_head(model)
     found = []
     terms = [
-        Dpo({"beta": 0.3, "weight": 1.0, "labels": 1.0}, model, pairs_of(some, tokenizer, tmp_path), False, 0)
+        Dpo({"beta": 0.3, "weight": 1.0, "labels": 1.0}, pairs_of(some, tokenizer, tmp_path), False, 0)
         for some in (votes, *([one] for one in alone))
     ]
+    for dpo in terms:
+        dpo.start(model, shown=False)
     randomized(model, 3)
     for dpo in terms:
         ((_, pair),) = dpo._pairs.items()
