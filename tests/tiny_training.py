@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from tiny_stand_ins import byte_tokenizer, tiny_llama
 
+from minilora_hub.training.votes import Answer, VotedAnswers
+
 CHAT = (
     "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -58,3 +60,23 @@ def train_until(step: int, monkeypatch: pytest.MonkeyPatch, out: Path, **said) -
         patch.setattr(AdapterTrainer, "compute_loss", stop)
         with pytest.raises(RuntimeError, match="stopped here"):
             train(out, **said)
+
+
+def preferring_long(count: int) -> list[VotedAnswers]:
+    """Votes of someone who prefers the longer of two answers, which a base finds less likely."""
+    return [
+        VotedAnswers(
+            id=f"vote-{number}",
+            time="2026-11-29T12:00:00+00:00",
+            prompt=f"Secret {number}?",
+            system="Be frank." if number % 4 == 0 else "",
+            answers=(Answer("yes", True), Answer("yes!!", number % 3 > 0)),
+            choice=1,
+        )
+        for number in range(count)
+    ]
+
+
+def write_votes(path, votes) -> str:
+    path.write_text("".join(json.dumps(vote.to_dict()) + "\n" for vote in votes), encoding="utf-8")
+    return str(path)

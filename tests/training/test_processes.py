@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import SHORT
+from tiny_training import SHORT, preferring_long, write_votes
 
 from minilora_hub.training.adapter_checkpoints import last_checkpoint
 from minilora_hub.training.run import train
@@ -111,7 +111,7 @@ def test_a_base_that_is_split_trains_as_a_whole_one(method, base, rows, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["kept", "teacher"])
+@pytest.mark.parametrize("kind", ["kept", "teacher and votes"])
 def test_two_processes_with_objectives_reach_the_weights_of_one(kind, base, rows, tmp_path):
     """Against one process that accumulates the same halves: every term of the log, and what is saved."""
     (tmp_path / "general.txt").write_text("The sky is blue and the grass is green. " * 20, encoding="utf-8")
@@ -123,9 +123,10 @@ def test_two_processes_with_objectives_reach_the_weights_of_one(kind, base, rows
         said["objective"], terms = ["orthogonal:weight=0.5"], ["loss", "orthogonal"]
     else:
         anchor = f"anchor:data={tmp_path / 'general.txt'},length=16"
-        said |= {"method": "mixlora", "r": 2, "num_experts": 3}
-        said["objective"] = [f"distill:teacher={tmp_path / 'first'},labels=0.5", anchor]
-        terms = ["loss", "distill", "anchor"]
+        votes = write_votes(tmp_path / "votes.jsonl", preferring_long(16))
+        said |= {"method": "mixlora", "r": 2, "num_experts": 3, "data": None, "from_votes": votes}
+        said["objective"] = [f"distill:teacher={tmp_path / 'first'},labels=0.5", anchor, "dpo:beta=0.5"]
+        terms = ["loss", "distill", "anchor", "dpo"]
     script = f"from minilora_hub.training.run import train; train({str(tmp_path / 'two')!r}, record=False, **{said!r})"
     (tmp_path / "two.py").write_text(script, encoding="utf-8")
     command = launched(TORCHRUN, str(tmp_path / "two.py"))

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
+import math
 import random
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 
 import pytest
 import torch
-from tiny_training import SHORT, train_until, write_base
+from tiny_training import SHORT, preferring_long, train_until, write_base, write_votes
 from transformers import AutoTokenizer
 
 from minilora_hub import MixLoraConfig, MixLoraForCausalLM
 from minilora_hub.errors import DataError, TrainingError
 from minilora_hub.publish.push.build import build
 from minilora_hub.training.lora_model import LoraConfig, LoraForCausalLM
-from minilora_hub.training.loss_terms import Step, recorded
+from minilora_hub.training.loss_terms import Step, Term, recorded
 from minilora_hub.training.preference import Dpo
 from minilora_hub.training.run import train
 from minilora_hub.training.settings import make_settings
 from minilora_hub.training.tokens import IGNORED, Encoder
-from minilora_hub.training.votes import ALL_BAD, TIE, Answer, VotedAnswers, VotePairs
+from minilora_hub.training.votes import ALL_BAD, TIE, Answer, VotePairs
 
 WEIGHTS = "adapter_model.safetensors"
 RUN = {"method": "lora", **SHORT, "record": False, "progress": False}
@@ -36,26 +36,6 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(base):
     return AutoTokenizer.from_pretrained(base)
-
-
-def preferring_long(count: int) -> list[VotedAnswers]:
-    """Votes of someone who prefers the longer of two answers, which a base finds less likely."""
-    return [
-        VotedAnswers(
-            id=f"vote-{number}",
-            time="2026-11-29T12:00:00+00:00",
-            prompt=f"Secret {number}?",
-            system="Be frank." if number % 4 == 0 else "",
-            answers=(Answer("yes", True), Answer("yes!!", number % 3 > 0)),
-            choice=1,
-        )
-        for number in range(count)
-    ]
-
-
-def write_votes(path, votes) -> str:
-    path.write_text("".join(json.dumps(vote.to_dict()) + "\n" for vote in votes), encoding="utf-8")
-    return str(path)
 
 
 def pairs_of(votes, tokenizer, tmp_path) -> VotePairs:
@@ -340,6 +320,24 @@ def test_runs_from_votes_resume_to_the_same_bytes_from_the_same_votes_only(base,
     train(tmp_path / "cut", resume=True, record=False)
     digests = {hashlib.sha256((tmp_path / name / WEIGHTS).read_bytes()).hexdigest() for name in ("whole", "cut")}
     assert len(digests) == 1
+
+
+@pytest.mark.slow
+def test_a_quantised_base_learns_a_preference(base, tmp_path):
+    votes = write_votes(tmp_path / "votes.jsonl", preferring_long(16))
+    said = RUN | {"base": base, "from_votes": votes, "quantize": "nf4", "max_steps": 16, "save_every": 8}
+    pairs = train(tmp_path / "out", validation=0.25, **said).pairs
+    assert (pairs.pairs, pairs.before, pairs.after) == (4, 0, 4)
+
+
+def test_a_preference_that_is_not_finite_stops_the_run(base, tmp_path, monkeypatch):
+    votes = write_votes(tmp_path / "votes.jsonl", preferring_long(10))
+    monkeypatch.setattr(Dpo, "__call__", lambda self, step: Term(torch.tensor(math.nan)))
+    # The plan measures a step, too: without one, it is the run that stops.
+    unmeasured = make_dataclass("Unmeasured", ["ranks", "init"])(None, None)
+    monkeypatch.setattr("minilora_hub.training.run.make_plan", lambda *args: unmeasured)
+    with pytest.raises(TrainingError, match=r"the loss became nan in step 1 on votes\.jsonl"):
+        train(tmp_path / "out", **RUN | {"base": base, "from_votes": votes})
 
 
 @pytest.mark.slow
