@@ -14,7 +14,7 @@ What visitors and programs may use:
 MINILORA_MAX_PROMPT    the most characters of a prompt; default: 8000
 MINILORA_MAX_TOKENS    the most new tokens of an answer; default: 512
 MINILORA_MAX_ROWS      the most answers of a comparison, the base's included; default: 8
-MINILORA_AT_ONCE       comparisons that take turns; default: 16
+MINILORA_AT_ONCE       comparisons that run together; default: 16
 MINILORA_MAX_WAITING   comparisons that wait in the queue; default: 32
 
 A link with ``?adapter=owner/name`` shows that public adapter beside the base:
@@ -51,6 +51,7 @@ def main() -> None:
     from minilora_hub.demo.adapters.from_hub import LinkedAdapters
     from minilora_hub.demo.openai_api import openai_from_environment
     from minilora_hub.demo.runs.limits import PageLimits, flag
+    from minilora_hub.demo.runs.scheduled import page_scheduler
     from minilora_hub.demo.ui.app import build_demo, launch
 
     named = [name.strip() for name in os.environ.get("MINILORA_ADAPTERS", "").split(",") if name.strip()]
@@ -62,9 +63,11 @@ def main() -> None:
     zero = zero_gpu.is_zero_gpu()
     engine = CompareEngine(base, adapters, device="cuda" if zero else None, keep_bare_logits=not zero, progress=print)
     links = LinkedAdapters(engine, resolve_base(base), limits)
-    openai = openai_from_environment(engine, limits)
+    scheduler = None if zero else page_scheduler(engine, limits)
+    openai = openai_from_environment(scheduler)
     files = {name: os.environ.get(f"MINILORA_{name.upper()}") for name in ("measured", "route")}
-    demo = build_demo(engine, links=links, limits=limits, **{name: Path(file) for name, file in files.items() if file})
+    named_files = {name: Path(file) for name, file in files.items() if file}
+    demo = build_demo(engine, links=links, limits=limits, scheduler=scheduler, **named_files)
     launch(demo, mcp=mcp, openai=openai, engine=engine)
 
 

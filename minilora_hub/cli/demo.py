@@ -84,6 +84,7 @@ def demo(
     from minilora_hub.demo.adapters.from_hub import LinkedAdapters
     from minilora_hub.demo.openai_api import openai_from_environment
     from minilora_hub.demo.runs.limits import PageLimits
+    from minilora_hub.demo.runs.scheduled import page_scheduler
     from minilora_hub.demo.ui.app import build_demo, data_folder, launch
     from minilora_hub.demo.votes.voted_answers import VotedAnswersFile
 
@@ -99,7 +100,8 @@ def demo(
         absolute = str(named_base.absolute()) if named_base.is_dir() else base
         voted = VotedAnswersFile(data_folder().absolute() / "training", absolute, host)
     engine = CompareEngine(base, named, dtype=dtype, keep_bare_logits=True, progress=say)
-    openai = openai_from_environment(engine, limits)
+    scheduler = page_scheduler(engine, limits)
+    openai = openai_from_environment(scheduler)
     shown = "localhost" if host in ("0.0.0.0", "::") else host  # noqa: S104
     page = build_demo(
         engine,
@@ -109,6 +111,7 @@ def demo(
         measured=measured,
         route=route,
         voted=voted,
+        scheduler=scheduler,
     )
     screen = _has_screen() if browser is None else browser
     launch(

@@ -132,6 +132,18 @@ class Update:
     error: str | None = None
 
 
+class Step(NamedTuple):
+    """A step of the rows of a stream.
+
+    Attributes:
+        forwards: forward passes of the base that it took, 0 or 1.
+        updates: those of its rows.
+    """
+
+    forwards: int
+    updates: list[Update]
+
+
 class Answer:
     """The state of one row.
 
@@ -147,6 +159,7 @@ class Answer:
 
     Attributes:
         ids: (1, tokens so far), on the CPU.
+        limit: maximum number of tokens to generate.
         prompt_tokens: number of tokens of the prompt.
         prompt_scores: the scores of the prompt's tokens so far, if they are asked for.
         finished: whether it has ended.
@@ -170,7 +183,7 @@ class Answer:
         self.prompt_scores = [TokenScore(ids[0], None, ())] if score_prompt else []
         self._alternatives = alternatives
         self.finished = False
-        self._limit, self._ends = limit, ends
+        self.limit, self._ends = limit, ends
         self._pick = TokenPicker(row.sampling)
         self._text = TextStream(tokenizer, row.sampling.stop)
         self._tokens = 0
@@ -180,7 +193,7 @@ class Answer:
 
     def take(self, logits: torch.Tensor, seconds: float, **fields: Any) -> Update:
         """Choose the next token from `logits` (vocabulary), which a step of `seconds` computed."""
-        if self._limit <= 0:  # only its prompt is scored
+        if self.limit <= 0:  # only its prompt is scored
             return self.end("length")
         try:
             token = self._pick(self.ids, logits[None])
@@ -195,7 +208,7 @@ class Answer:
             return self.end("stop", **fields)
         if token in self._ends:
             return self.end("eos", **fields)
-        if self._tokens >= self._limit:
+        if self._tokens >= self.limit:
             return self.end("length", **fields)
         return self._update(**fields)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,6 @@ PREFILL_TOKENS = 512
 
 PREFILL_LEAST = 16
 """Minimum chunk length of each prompt."""
-
-Taken = tuple[Answer, Update]
-"""What a step changed in a row."""
 
 
 class Batch:
@@ -46,34 +43,21 @@ class Batch:
         """Whether no row is left."""
         return not self._live
 
-    def can_join(self, other: Batch) -> bool:
-        """Return whether `other`, which has read its prompts as well, can be joined at little cost in memory."""
-        return self._decoding.can_join(other._decoding)
-
-    def join(self, other: Batch) -> None:
-        """Take the rows of another batch, which is not to be used afterwards."""
-        rows = [*self._live, *other._live]
-        order = sorted(range(len(rows)), key=lambda row: _order(self._bank, rows[row]))
-        self._decoding.join(other._decoding, order)
-        self._live = [rows[row] for row in order]
-
     def end(
-        self, answers: Sequence[Answer] | None = None, reason: Reason = "stopped", error: str | None = None
-    ) -> list[Taken]:
-        """End these rows as far as they have not ended, or all, and free their cache."""
-        gone = [answer for answer in self._live if answers is None or answer in answers]
+        self, indices: Collection[int] | None = None, reason: Reason = "stopped", error: str | None = None
+    ) -> list[Update]:
+        """End the rows of these indices as far as they have not ended, or all, and free their cache."""
+        gone = [answer for answer in self._live if indices is None or answer.index in indices]
         self._keep([answer not in gone for answer in self._live])
-        return [(answer, answer.end(reason, error)) for answer in gone]
+        return _by_row(answer.end(reason, error) for answer in gone)
 
     def _keep(self, keep: Sequence[bool]) -> None:
         kept = [row for row, wanted in enumerate(keep) if wanted]
         if len(kept) < len(self._live):
             self._live = [self._live[row] for row in kept]
             self._decoding.keep_rows(kept)
-            if kept and not self._decoding.mask.all():
-                self._decoding.remove_padding()
 
-    def step(self) -> list[Taken]:
+    def step(self) -> list[Update]:
         """Run one forward of all rows and return the updates; none while the prompts are prefilled."""
         began = time.perf_counter()
         try:
@@ -91,13 +75,10 @@ class Batch:
         except Exception as error:  # it cannot be attributed to one row
             return self.end(None, "error", f"{type(error).__name__}: {error}")
         seconds = time.perf_counter() - began
-        updates = [
-            (
-                answer,
-                answer.take(logits[row], seconds, forwards_alone=_forwards_alone(answer), **experts.get(row, {})),
-            )
+        updates = _by_row(
+            answer.take(logits[row], seconds, forwards_alone=forwards_alone(answer), **experts.get(row, {}))
             for row, answer in enumerate(self._live)
-        ]
+        )
         self._keep([not answer.finished for answer in self._live])
         if self._live:
             self._decoding.append([answer.ids[0, -1:].tolist() for answer in self._live])
@@ -111,7 +92,11 @@ def _order(bank: AdapterBank, answer: Answer) -> tuple:
     return entry is not None and entry.facts.experts > 0, name or "", -1 if solo is None else solo
 
 
-def _forwards_alone(answer: Answer) -> int:
+def _by_row(updates: Iterable[Update]) -> list[Update]:
+    return sorted(updates, key=lambda update: update.row)
+
+
+def forwards_alone(answer: Answer) -> int:
     """Count the forward passes that the row alone would have needed to compute its next token."""
     return -(-answer.prompt_tokens // PREFILL_TOKENS) + answer.ids.shape[1] - answer.prompt_tokens
 

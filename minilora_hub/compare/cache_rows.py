@@ -1,6 +1,4 @@
-"""Key/value caches of batches: append without copying, join, and remove columns that are padding in every row.
-
-Rows are aligned at their last token, so a shorter row is padded on the left; the attention mask hides the padding.
+"""Key/value caches of batches, which append without copying.
 
 transformers' own layer copies all keys and values for every token. With 16 rows of 512 tokens on SmolLM2-135M these are
 377 MB, as much as the model's layers have weights; `GrowingLayer` writes the new ones into memory that it has reserved.
@@ -8,12 +6,10 @@ transformers' own layer copies all keys and values for every token. With 16 rows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import cache_utils
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 ROOM = 64
 """Tokens per row for which a `GrowingLayer` reserves memory."""
@@ -72,75 +68,3 @@ def reserve_room(cache: Any) -> None:
     for layer in getattr(cache, "layers", None) or ():
         if type(layer) is DynamicLayer:
             layer.__class__ = GrowingLayer
-
-
-# Layers that attend to the keys of another layer hold nothing; newer versions of transformers have a class for them.
-PLAIN_LAYERS = (GrowingLayer, DynamicLayer, DynamicSlidingWindowLayer) + (
-    (cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()
-)
-
-
-def joins(cache: Any) -> bool:
-    """Return whether rows of a cache may be padded on the left after they were computed: whole attention only."""
-    return is_plain(cache) and not any(type(layer) is DynamicSlidingWindowLayer for layer in cache.layers)
-
-
-def join_rows(cache: Any, other: Any, order: Sequence[int]) -> None:
-    """Append the rows of another cache, and sort all; rows of the shorter cache are padded on the left.
-
-    Args:
-        cache: a cache for which `joins` holds; changed in place.
-        other: another one of the same model.
-        order: the index of each row among those of `cache` and then of `other`.
-    """
-    for layer, theirs in zip(cache.layers, other.layers, strict=True):
-        if layer.keys is not None:
-            length = max(layer.keys.shape[-2], theirs.keys.shape[-2])
-            keys = _joined(layer.keys, theirs.keys, order, length)
-            values = _joined(layer.values, theirs.values, order, length)
-            layer.keys, layer.values = keys[..., :length, :], values[..., :length, :]
-            layer.rooms = ([keys, length], [values, length])
-
-
-def _joined(one: torch.Tensor, other: torch.Tensor, order: Sequence[int], length: int) -> torch.Tensor:
-    rows = [*one, *other]  # each (heads, tokens, size)
-    room = one.new_zeros(len(rows), one.shape[1], length + ROOM, one.shape[-1])
-    for place, row in enumerate(order):
-        room[place, :, length - rows[row].shape[1] : length] = rows[row]
-    return room
-
-
-def is_plain(cache: Any) -> bool:
-    """Return whether every layer of a cache holds plain keys and values of whole or sliding attention, or nothing."""
-    layers = getattr(cache, "layers", None) or ()
-    return bool(layers) and all(type(layer) in PLAIN_LAYERS for layer in layers)
-
-
-def remove_left(cache: Any, columns: int) -> None:
-    """Remove the oldest `columns` of every row, which must be padding in every row.
-
-    Args:
-        cache: a cache for which `is_plain` holds; changed in place.
-        columns: how many.
-    """
-    for layer in cache.layers:
-        if layer.keys is None:
-            continue
-        length = layer.get_seq_length() - columns
-        kept = _kept(layer, length)
-        layer.keys, layer.values = (
-            part[:, :, part.shape[-2] - kept :].contiguous() for part in (layer.keys, layer.values)
-        )
-        _free_room(layer)
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            layer.cumulative_length = length
-
-
-def _kept(layer: Any, length: int) -> int:
-    """Return how many of `length` columns a layer keeps."""
-    return min(length, layer.sliding_window - 1) if isinstance(layer, DynamicSlidingWindowLayer) else length
-
-
-def _free_room(layer: Any) -> None:
-    if isinstance(layer, GrowingLayer):
-        layer.rooms = None

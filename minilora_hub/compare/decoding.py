@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.banked_layers import Routing
-from minilora_hub.compare.cache_rows import is_plain, join_rows, joins, remove_left, reserve_room
+from minilora_hub.compare.cache_rows import reserve_room
 
 
 class CachedForward:
@@ -121,29 +120,6 @@ class DecodingBatch:
             self.routing = rows.routing
         return logits
 
-    def can_join(self, other: DecodingBatch) -> bool:
-        """Return whether `other` can be joined, and padding would be at most half of the memory of both."""
-        if not (self._forward.takes_positions and joins(self._forward.cache) and joins(other._forward.cache)):
-            return False
-        tokens = int(self.mask.sum() + other.mask.sum())
-        return (len(self.mask) + len(other.mask)) * max(self.mask.shape[1], other.mask.shape[1]) <= 2 * tokens
-
-    @torch.inference_mode()
-    def join(self, other: DecodingBatch, order: Sequence[int]) -> None:
-        """Append the rows of another batch, for which `can_join` holds and as many tokens are unread; sort all.
-
-        Args:
-            other: not to be used afterwards.
-            order: the index of each row among those of this batch and then of `other`.
-        """
-        join_rows(self._forward.cache, other._forward.cache, order)
-        length = max(self.mask.shape[1], other.mask.shape[1])
-        masks = [functional.pad(mask, (length - mask.shape[1], 0)) for mask in (self.mask, other.mask)]
-        self.mask = torch.cat(masks)[order]
-        self._unread = torch.cat([self._unread, other._unread])[order]
-        rows = [*self._rows, *other._rows]
-        self._rows = [rows[row] for row in order]
-
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order; an index may be repeated. With an empty list, the cache is freed."""
         if not rows:
@@ -154,11 +130,3 @@ class DecodingBatch:
         self._unread, self.mask = self._unread[kept], self.mask[kept]
         if self._forward.cache is not None:
             self._forward.cache.batch_select_indices(kept.to(self._forward.device))
-
-    @torch.inference_mode()
-    def remove_padding(self) -> None:
-        """Remove the columns that are padding in every row, which rows that left may have needed."""
-        columns = int(self.mask.any(dim=0).int().argmax()) if self.mask.numel() else 0
-        if 0 < columns < self.mask.shape[1] - self.unread and is_plain(self._forward.cache):
-            remove_left(self._forward.cache, columns)
-            self.mask = self.mask[:, columns:]

@@ -1,9 +1,9 @@
 """Answer with a base and adapters on it side by side, token by token: one forward of the base per step for all rows.
 
 The rows have a common prompt, or each has its own prompt, adapter and sampling settings. Only one forward runs at a
-time, even if several streams use one engine: a lock is held for one step, which computes the rows of all streams as far
-as their caches can be joined. (Two concurrent torch threads compete for the cores, and were measured to be ten times
-slower.)
+time, even if several streams use one engine: a lock is held for one step, and streams take turns. (Two concurrent torch
+threads compete for the cores, and were measured to be ten times slower.) Rows of several people share forwards in
+`minilora_hub.serving.scheduler`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from transformers import PreTrainedTokenizerBase
 from minilora_hub.bases.loading import load_base, load_tokenizer, require_dtype
 from minilora_hub.bases.resolving import resolve_base
 from minilora_hub.compare.adapter_bank import AdapterBank
-from minilora_hub.compare.answer import Answer, Column, Row, Turns, Update
+from minilora_hub.compare.answer import Answer, Column, Row, Step, Turns, Update
 from minilora_hub.compare.bank_entries import BankMemory
 from minilora_hub.compare.base_proof import BareLogits, BaseProof
+from minilora_hub.compare.batch import Batch
 from minilora_hub.compare.fair_lock import FairLock
 from minilora_hub.compare.found_adapters import find_adapters
 from minilora_hub.compare.prompting import Prompting, Promptings
 from minilora_hub.compare.sampling import Sampling
-from minilora_hub.compare.shared_batches import SharedBatches, Step
 from minilora_hub.errors import AdapterError
 
 __all__ = ["Column", "CompareEngine", "Row", "Sampling", "Step", "Update"]
@@ -91,7 +91,6 @@ class CompareEngine:
         self.bank = AdapterBank(model, limit=memory_limit)
         self._promptings = Promptings(self.bank.model, tokenizer)
         self._prompted: dict[str, tuple[Path, Prompting]] = {}  # name of an adapter -> its folder and prompting
-        self._batches = SharedBatches(self.bank)
         self._lock = FairLock()  # streams and the server's scheduler take turns, step by step
         self._token_texts: dict[tuple[int, int], str] = {}  # by tokenizer and token
         self._forwards = 0
@@ -147,29 +146,24 @@ class CompareEngine:
 
     @property
     def forwards(self) -> int:
-        """Number of forwards through the base's layers since loading, in streams."""
+        """Number of forwards through the base's layers since loading."""
         return self._forwards
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the models inside the `with` block, e.g. for a step of a batch of one's own: no stream computes then.
-
-        Forwards in the block are not counted in `forwards`.
-        """
+        """Hold the models inside the `with` block, e.g. for a step of a batch of one's own: no stream computes then."""
         with self._lock:
-            before = self._forwards
-            try:
-                yield
-            finally:
-                self._forwards = before
-                self._batches.leave()  # of streams that were closed meanwhile
+            yield
 
     def base_proof(self) -> BaseProof | None:
-        """Compare the base's rows with the bare checkpoint; None without `keep_bare_logits`."""
+        """Compare the base's rows with the bare checkpoint; None without `keep_bare_logits`. It counts no forwards."""
         if self._bare is None:
             return None
         with self.exclusive():
-            return self._bare.compared_with(self.bank)
+            before = self._forwards
+            proof = self._bare.compared_with(self.bank)
+            self._forwards = before
+            return proof
 
     def memory(self) -> BankMemory:
         """Count bytes of tensors: of the base, and of the adapters in memory."""
@@ -263,72 +257,65 @@ class CompareEngine:
     ) -> Generator[Step]:
         """Answer like `stream_rows`, but yield the updates of a step together, so that streams can alternate.
 
-        Streams that run at the same time share forwards: once the prompts of a stream are read, its rows join those of
-        the others, and whichever stream is advanced computes a step for all. The others then have it without computing.
         While the prompts are being read, there are no updates. Rows whose index is added to `halted`, from any thread,
         end within one step.
         """
+        return self._stream(*self.answers(rows), stop or threading.Event(), halted)
+
+    def answers(self, rows: Sequence[Row]) -> tuple[list[Answer], list[Update]]:
+        """Return the state of each row that can be answered, and the last update of each of the others.
+
+        Raises:
+            ValueError: see `stream_rows`.
+        """
         if not rows:
             raise ValueError("rows=[]: must hold at least one row")
-        answers = []
-        unprompted: dict[int, AdapterError] = {}
+        answers, failed = [], []
         for index, row in enumerate(rows):
             self.bank.check_solo(row.adapter, row.solo_expert)
-            prompting, ids = self._promptings.base, list[int]()
             try:
                 prompting = self.prompting(row.adapter)
                 ids = self.prompt_ids(row.prompt, row.adapter, row.before)
             except AdapterError as error:  # a damaged tokenizer or template ends its own rows only
-                unprompted[index] = error
+                failed.append(failure(index, error))
             except ValueError as error:
                 raise ValueError(f"{error} (row {index})" if len({row.prompt for row in rows}) > 1 else error) from None
-            limit = min(row.sampling.max_new_tokens, self._context - len(ids))
-            answers.append(Answer(index, row, ids, limit, prompting.tokenizer, prompting.ends))
-        return self._stream(answers, stop or threading.Event(), unprompted, halted)
+            else:
+                limit = min(row.sampling.max_new_tokens, self._context - len(ids))
+                answers.append(Answer(index, row, ids, limit, prompting.tokenizer, prompting.ends))
+        return answers, failed
 
     def _stream(
-        self,
-        answers: list[Answer],
-        stop: threading.Event,
-        unprompted: dict[int, AdapterError],
-        halted: Collection[int],
+        self, answers: list[Answer], failed: list[Update], stop: threading.Event, halted: Collection[int]
     ) -> Generator[Step]:
+        if failed:
+            yield Step(0, failed)
         with ExitStack() as held:
             ready = []
             for answer in answers:
                 try:
-                    if answer.index in unprompted:
-                        raise unprompted[answer.index]
                     with self._lock:
-                        stopped = stop.is_set()
-                        if not stopped:
+                        if not stop.is_set():
                             held.enter_context(self.bank.use([answer.row.adapter]))
                 except Exception as error:  # a damaged or missing adapter ends its own rows only
-                    yield Step(0, [answer.end("error", f"{type(error).__name__}: {error}")])
+                    yield Step(0, [failure(answer.index, error)])
                 else:
-                    if stopped:
-                        yield Step(0, [answer.end("stopped")])
-                    else:
-                        ready.append(answer)
+                    ready.append(answer)
             if not ready:
                 return
-            share = self._batches.add(ready, stop, halted)
-            try:
-                while True:
-                    with self._lock:
-                        if share.finished:
-                            return
-                        step = self._batches.step(share)
-                    yield step
-            finally:
-                share.closed = True
-                # Not waiting: a garbage collector may run this while its thread has the lock. The rows then leave at
-                # the next step.
-                if self._lock.enter_if_free():
-                    try:
-                        self._batches.leave()
-                    finally:
-                        self._lock.__exit__()
+            batch = Batch(self.bank, ready)
+            while not batch.finished:
+                with self._lock:
+                    updates = batch.end(None if stop.is_set() else halted)
+                    forwards = 0 if batch.finished else 1
+                    if forwards:
+                        updates += batch.step()
+                yield Step(forwards, updates)
+
+
+def failure(row: int, error: Exception) -> Update:
+    """Return the only update of a row that cannot be answered."""
+    return Update(row, finished=True, reason="error", error=f"{type(error).__name__}: {error}")
 
 
 def _one_by_one(steps: Generator[Step]) -> Generator[Update]:

@@ -39,14 +39,6 @@ class FairLock:
             raise
         return self
 
-    def enter_if_free(self) -> bool:
-        """Take the lock if nobody has it, without waiting, and return whether it was taken."""
-        if not self._state.acquire(blocking=False):
-            return False
-        taken, self._held = not self._held, True
-        self._state.release()
-        return taken
-
     def __exit__(self, *_: object) -> None:
         """Give it to the thread that waits longest."""
         with self._state:

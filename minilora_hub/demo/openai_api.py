@@ -1,7 +1,7 @@
 """Serve OpenAI's API of `minilora serve` beside the page, on the same models: ``MINILORA_OPENAI=1``.
 
-Its requests are rows of the server's scheduler; the page's batch and the scheduler's compute in turns, one step each.
-The page's limits bound them too. Clients cannot load adapters.
+Its requests are rows of the page's scheduler, beside those of its visitors. The page's limits bound them too. Clients
+cannot load adapters.
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ from typing import Any
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from minilora_hub.compare.engine import CompareEngine
-from minilora_hub.demo.runs import zero_gpu
-from minilora_hub.demo.runs.limits import PageLimits, flag
+from minilora_hub.demo.runs.limits import flag
 from minilora_hub.serving.app import Server, build_app
 from minilora_hub.serving.metrics import Metrics
 from minilora_hub.serving.models import Models
 from minilora_hub.serving.scheduler import Scheduler
-from minilora_hub.serving.settings import ServerLimits
 
 SWITCH, KEY = "MINILORA_OPENAI", "MINILORA_API_KEY"
 
@@ -44,25 +41,14 @@ class OpenAiPaths:
         await (self._api if ours else self._app)(scope, receive, send)
 
 
-def openai_arguments(engine: CompareEngine, limits: PageLimits, api_key: str | None = None) -> dict[str, Any]:
+def openai_arguments(scheduler: Scheduler, api_key: str | None = None) -> dict[str, Any]:
     """Return the arguments for the page's FastAPI application that add the API to it.
 
     Args:
-        engine: the page's models.
-        limits: of the page: `at_once` answers are computed together and `waiting` more wait; the others bound a
-            request.
+        scheduler: of the page; it is stopped with the application.
         api_key: the key that clients of the API must send; None: none.
     """
-    bounds = ServerLimits(
-        rows=limits.at_once,
-        waiting=max(1, limits.waiting),
-        cache_tokens=max(512 * limits.at_once, limits.prompt + limits.tokens),
-        default_tokens=limits.tokens,
-        answer_tokens=limits.tokens,
-        prompt_characters=limits.prompt,
-        request_answers=limits.rows,
-    )
-    scheduler = Scheduler(engine, bounds)
+    engine = scheduler.engine
     models = Models(engine, scheduler, [column.name for column in engine.columns[1:]])
     api = build_app(Server(engine, scheduler, models, Metrics()), api_key)
 
@@ -74,17 +60,20 @@ def openai_arguments(engine: CompareEngine, limits: PageLimits, api_key: str | N
     return {"middleware": [Middleware(OpenAiPaths, api=api)], "lifespan": lifespan}
 
 
-def openai_from_environment(engine: CompareEngine, limits: PageLimits) -> dict[str, Any] | None:
+def openai_from_environment(scheduler: Scheduler | None) -> dict[str, Any] | None:
     """Return the arguments of `openai_arguments` if MINILORA_OPENAI is 1, with the key of MINILORA_API_KEY.
+
+    Args:
+        scheduler: of the page; None on ZeroGPU.
 
     Raises:
         ValueError: MINILORA_OPENAI is neither 0 nor 1, MINILORA_API_KEY is blank, or this is a Space on ZeroGPU.
     """
     if not flag(SWITCH):
         return None
-    if zero_gpu.is_zero_gpu():
+    if scheduler is None:
         raise ValueError(f"{SWITCH}=1: must be 0 on ZeroGPU, which lends a GPU to single calls of the page only")
     key = os.environ.get(KEY)
     if key is not None and not key.strip():
         raise ValueError(f"{KEY}={key!r}: must hold some text; leave it out to need no key")
-    return openai_arguments(engine, limits, None if key is None else key.strip())
+    return openai_arguments(scheduler, None if key is None else key.strip())

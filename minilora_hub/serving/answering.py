@@ -144,7 +144,7 @@ class Work:
             metrics.token(self.model)
             if update.tokens == 1:
                 metrics.first_token(self.model, time.perf_counter() - self.rows[index].started)
-        if update.finished and update.tokens_per_second is not None:
+        if update.finished and update.reason != "stopped" and update.tokens_per_second is not None:
             metrics.rate(self.model, update.tokens_per_second)
         try:
             self._loop.call_soon_threadsafe(self._updates.put_nowait, (index, update))

@@ -6,22 +6,34 @@ and its `output_router`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
 from transformers.generation.continuous_batching.model_runner import ModelRunner
-from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput, RequestState
+from transformers.generation.continuous_batching.requests import (
+    FutureRequestState,
+    GenerationOutput,
+    RequestState,
+    RequestStatus,
+)
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 from minilora_hub.errors import ServingError
-from minilora_hub.serving.packed_attention import use_packed_attention
+from minilora_hub.serving.packed_attention import PREFIX, use_packed_attention
 from minilora_hub.serving.settings import ServerLimits
 
 STEP_TOKENS = 512
-"""The most tokens of all rows in a step: a long prompt delays the others by one such step at most."""
+"""The most tokens of all rows in a step."""
+
+NEW_TOKENS, NEW_FOR_EACH = 256, 8
+"""The most tokens of prompts in a step while rows generate, and for each of these rows where that is more.
+
+Reading a prompt of many tokens takes about an eighth of the time a token that generating takes in a batch: a step that
+does both takes at most twice as long, unless few rows generate.
+"""
 
 END = 2**31 - 1
 """The end token of every request in the manager: no vocabulary's, it stands for a row that has ended in any way."""
@@ -34,22 +46,35 @@ class RowsByAdapter(FIFOScheduler):
     """First come, first served, with the rows of a step sorted by their ids, which begin with the adapter.
 
     Attributes:
+        leaving: called before each step; returns the ids of requests to be cancelled.
         removed: called with the id of a cancelled request when it is gone.
         forget_prefixes: set it to forget, before the next step, the blocks that no running row uses.
+        submitting: while it is above 0, no request is begun: those that belong together begin in one step.
     """
 
     forget_prefixes = False
+    submitting = 0
 
+    leaving: Callable[[], Iterable[str]]
     removed: Callable[[str], None]
 
-    def schedule_batch(self, *budgets: int) -> tuple[list[FutureRequestState] | None, bool, int, int]:
+    def schedule_batch(
+        self, token_budget: int, cache_budget: int
+    ) -> tuple[list[FutureRequestState] | None, bool, int, int]:
         if self.forget_prefixes:
             self.forget_prefixes = False
             self.cache.evict_cached_blocks()
-        rows, *rest = super().schedule_batch(*budgets)
+        streams = sum(state.status == RequestStatus.DECODING for state in self.active_requests.values())
+        if streams:
+            token_budget = min(token_budget, streams + max(NEW_TOKENS, NEW_FOR_EACH * streams))
+        was_blocked, self.block_new_requests = self.block_new_requests, self.block_new_requests or self.submitting > 0
+        rows, *rest = super().schedule_batch(token_budget, cache_budget)
+        self.block_new_requests = was_blocked
         return sorted(rows, key=lambda row: row.state.request_id) if rows else rows, *rest  # type: ignore[return-value]
 
     def clear_cancelled_requests(self) -> list[RequestState]:
+        for key in self.leaving():
+            self.set_request_cancellation(key)
         cancelled = super().clear_cancelled_requests()
         if cancelled:  # the manager admits nothing after it was short of cache until a request has finished
             self.block_new_requests = False
@@ -93,6 +118,7 @@ def build_manager(
     model: Any,
     limits: ServerLimits,
     step: Callable[[list[FutureRequestState], dict[str, Any]], list[int]],
+    leaving: Callable[[], Iterable[str]],
     removed: Callable[[str], None],
     failed: Callable[[str, str], None],
     share_prefixes: bool,
@@ -103,6 +129,7 @@ def build_manager(
         model: a model that transformers' continuous batching knows.
         limits: of the server.
         step: computes a batch of requests from the arguments of a forward; a token for each that needs one, or `END`.
+        leaving: called before each step; returns the ids of requests to be cancelled.
         removed: called with the id of a cancelled request when it is gone.
         failed: called with the id and the message of a request that the manager ends.
         share_prefixes: whether rows that begin with the same ids share keys and values, where the base allows it.
@@ -114,8 +141,8 @@ def build_manager(
     config = ContinuousBatchingConfig(
         page_size=PAGE,
         num_blocks=-(-limits.cache_tokens // PAGE),
-        max_batch_tokens=max(STEP_TOKENS, limits.rows),
-        max_requests_per_batch=limits.rows,
+        max_batch_tokens=max(STEP_TOKENS, limits.batch_rows),
+        max_requests_per_batch=limits.batch_rows,
         allow_block_sharing=share_prefixes,
         use_cuda_graph=False,
         use_async_batching=False,
@@ -123,6 +150,9 @@ def build_manager(
     )
     greedy = GenerationConfig(do_sample=False, eos_token_id=END, pad_token_id=0)
     attention = model.config._attn_implementation
+    if attention.startswith(PREFIX):  # of a manager before
+        attention = attention.removeprefix(PREFIX)
+        model.set_attn_implementation(attention)
     manager = ContinuousBatchingManager(model, greedy, config)  # accepts only the kinds of attention that it knows
     manager.output_router = Failures(failed)
     use_packed_attention(model, attention)
@@ -132,7 +162,7 @@ def build_manager(
         message = f"max_cache_tokens={limits.cache_tokens}: a cache of this size does not fit into memory: {error}"
         raise ServingError(400, message) from None
     processor: Any = manager.batch_processor
-    processor.scheduler.removed = removed
+    processor.scheduler.leaving, processor.scheduler.removed = leaving, removed
     runner = Runner(
         processor.logit_processor,
         processor.cb_config,

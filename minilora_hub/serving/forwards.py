@@ -23,6 +23,7 @@ class Part:
     Attributes:
         key: identifies the row.
         adapter: None for the base.
+        solo: the only expert that serves the row; see `Row`.
         ids: the tokens.
         start: number of tokens of the row before them.
         every: whether the logits after each of them are needed.
@@ -31,6 +32,7 @@ class Part:
 
     key: str
     adapter: str | None
+    solo: int | None
     ids: list[int]
     start: int
     every: bool
@@ -80,9 +82,10 @@ class PackedForward:
         kept = [start + place for start, part in zip(starts, parts, strict=False) for place in part.kept]
         at = torch.tensor(kept or ends[-1:], device=inputs["input_ids"].device)
         adapters = [part.adapter for part in parts for _ in part.ids]
+        solos = [part.solo for part in parts for _ in part.ids]
         # An adapter of the head needs the tokens of all rows, because they say which rows are whose.
         cut = self._cuts and not self._bank.adapts_head(adapters)
-        with self._bank.rows(adapters) as rows:
+        with self._bank.rows(adapters, solos) as rows:
             logits = self._bank.model(**inputs, **({"logits_to_keep": at} if cut else {})).logits[0]
             experts = experts_at(rows.routing, ends)
         logits = logits if cut else logits[at]
@@ -111,7 +114,7 @@ class SeparateForward:
     def _result(self, part: Part) -> Result:
         try:
             if part.start == 0:
-                self._rows[part.key] = DecodingBatch(self._bank, [part.adapter])
+                self._rows[part.key] = DecodingBatch(self._bank, [part.adapter], [part.solo])
             batch = self._rows[part.key]
             batch.append([part.ids])
             logits = batch.read(every=part.every)
@@ -155,6 +158,7 @@ def differs(bank: AdapterBank, processor: Any) -> str | None:
             parts = [
                 Part(
                     state.request_id,
+                    None,
                     None,
                     texts[index][state.position_offset - 1 :] if state.generated_tokens else texts[index],
                     0,

@@ -2,15 +2,15 @@
 
 Its manager hands the queries of all rows and the keys of all rows to one call, and a mask hides those of other rows:
 the work grows with the square of the number of rows. Kernels that know where a row begins exist for GPUs only. Here
-each row's queries meet its own keys, by the same functions of transformers, and forwards that are not packed go to them
-as before.
+each row's queries meet its own keys, by the same functions of transformers, rows of one length together (the columns of
+a comparison are such rows), and forwards that are not packed go to them as before.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -81,16 +81,24 @@ def _each_row(
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
     options = {name: kwargs[name] for name in KEPT if name in kwargs}
-    places, key_places = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
-    parts = []
-    for (start, stop), (first, last) in zip(pairwise(places), pairwise(key_places), strict=True):
-        queries, keys = stop - start, last - first
+    sizes = [[stop - start for start, stop in pairwise(kwargs[f"cu_seq_lens_{each}"].tolist())] for each in "qk"]
+    parts, start, first = [], 0, 0
+    for (queries, keys), group in groupby(zip(*sizes, strict=True)):
+        count = len(list(group))
         mask, window = None, min(kwargs.get("sliding_window") or keys, keys)
         if window < keys or (queries > 1 and (queries < keys or attention is not sdpa_attention_forward)):
             mask = _mask(queries, keys, window, query)  # otherwise all may be looked at, or `sdpa` is causal by itself
-        whole = query[:, :, start:stop], key[:, :, first:last], value[:, :, first:last]
-        parts.append(attention(module, *whole, mask, **options)[0])
-    return torch.cat(parts, dim=1)
+        stop, last = start + count * queries, first + count * keys
+        asked = _rows(query[:, :, start:stop], count)
+        seen = (_rows(states[:, :, first:last], count) for states in (key, value))
+        parts.append(attention(module, asked, *seen, mask, **options)[0].flatten(0, 1))
+        start, first = stop, last
+    return torch.cat(parts)[None]
+
+
+def _rows(states: torch.Tensor, count: int) -> torch.Tensor:
+    """Return (rows, heads, tokens, size) of rows of one length, which are packed in (1, heads, tokens of all, size)."""
+    return states[0].unflatten(1, (count, -1)).transpose(0, 1)
 
 
 def _mask(queries: int, keys: int, window: int, like: torch.Tensor) -> torch.Tensor:

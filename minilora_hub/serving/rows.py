@@ -19,6 +19,10 @@ class ServedRow:
         limit: the most tokens it generates.
         deliver: called with each update, in the thread that computes; must return at once.
         started: when it was submitted, by `time.perf_counter`.
+        bounded: whether it counts towards the bounds of the server; rows of the page have a queue of their own.
+        stopped: asked before every step whether the row is to end.
+        stepped: called after each step that computed tokens of the row, once for all rows that have the same; see
+            `deliver`.
         cancelled: whether its client has left.
         status: HTTP status of its error, if it ends with one.
         key: its name in the manager; rows are sorted by it.
@@ -32,6 +36,9 @@ class ServedRow:
     limit: int
     deliver: Callable[[Update], None]
     started: float = field(default_factory=time.perf_counter)
+    bounded: bool = True
+    stopped: Callable[[], bool] = lambda: False
+    stepped: Callable[[], None] = lambda: None
     cancelled: bool = False
     status: int = 500
     key: str = ""

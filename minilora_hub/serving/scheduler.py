@@ -91,10 +91,12 @@ class Scheduler:
         return differs(bank, self._manager.batch_processor)
 
     def _build(self, model: Any, share: bool) -> ContinuousBatchingManager:
-        return build_manager(model, self.limits, self._step, self._removed, self._failed, share)
+        return build_manager(model, self.limits, self._step, self._leaving, self._removed, self._failed, share)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread, unless it has been started."""
+        if self._manager.is_running() or self._stopping:
+            return
 
         def begin() -> None:
             with torch.inference_mode():
@@ -127,30 +129,38 @@ class Scheduler:
         return -(-self.limits.cache_tokens // PAGE) * PAGE
 
     def submit(self, rows: Sequence[ServedRow]) -> None:
-        """Queue the rows of a request, all or none.
+        """Queue the rows of a request, all or none; they begin in one step where there is room.
 
         Raises:
             ServingError: the queue is full (429), the request has more rows than ever fit (400), or the server is
                 shutting down (503).
         """
         with self._lock:
-            self.require_room(len(rows))
+            self.require_room(sum(row.bounded for row in rows))
             for row in rows:
                 entry = None if row.adapter is None else self.engine.bank.find(row.adapter)
                 mixture = entry is not None and entry.facts.experts > 0
-                row.key = f"{int(mixture)} {row.adapter or ''} {next(self._numbers):012}"
+                solo = row.answer.row.solo_expert
+                expert = "" if solo is None else f"{solo:04}"
+                row.key = f"{int(mixture)} {row.adapter or ''} {expert} {next(self._numbers):012}"
                 if not row.answer.scoring:  # the tokens of a shared prefix are not computed, and have no scores
                     row.version = "base" if row.adapter is None else entry and entry.version
                 if self.row_by_row is None:
-                    row.space = self._spaces.of(row.version)
+                    row.space = self._spaces.of(None if row.version is None else (row.version, solo))
                 self._rows[row.key] = row
-        for row in rows:
-            ids = [self._spaces.enter(token, row.space) for token in row.answer.ids[0].tolist()]
-            if self._manager.add_request(ids, row.key, max_new_tokens=row.limit + 1) is None:
-                self._failed(row.key, "the server has failed")  # since the check above
+            self._order.submitting += 1
+        try:
+            for row in rows:
+                ids = [self._spaces.enter(token, row.space) for token in row.answer.ids[0].tolist()]
+                if self._manager.add_request(ids, row.key, max_new_tokens=row.limit + 1) is None:
+                    self._failed(row.key, "the server has failed")  # since the check above
+        finally:
+            with self._lock:
+                self._order.submitting -= 1
+            self._manager.cancel_request("")  # wakes the thread up
 
     def require_room(self, rows: int) -> None:
-        """Check that this many rows can be queued now.
+        """Check that this many rows can be queued now, besides those of a page.
 
         Raises:
             ServingError: as `submit`.
@@ -161,7 +171,7 @@ class Scheduler:
             raise ServingError(400, f"the request asks for {rows} answers: must be at most {allowed}", "n")
         if not self.running:
             raise ServingError(503, SHUTTING_DOWN, code="shutting_down")
-        busy = len(self._rows)
+        busy = sum(row.bounded for row in [*self._rows.values()])
         if busy + rows > most:
             raise ServingError(
                 429,
@@ -197,8 +207,13 @@ class Scheduler:
             self._end_all()
         return self._steps.compute(requests, inputs)
 
+    def _leaving(self) -> list[str]:
+        return [key for key, row in [*self._rows.items()] if row.stopped()]
+
     def _let_go(self, row: ServedRow) -> None:
-        """Let go of a row that has ended, or whose client has left."""
+        """Let go of a row that has ended, or that was cancelled, whose last update is delivered."""
+        if not row.answer.finished:
+            row.deliver(row.answer.end("stopped"))
         row.held.close()
         self._steps.forward.forget(row.key)
         with self._lock:
@@ -216,9 +231,10 @@ class Scheduler:
     def _failed(self, key: str, message: str) -> None:
         row = self._rows.get(key)
         if row is not None:
-            self._let_go(row)
             message, row.status = (SHUTTING_DOWN, 503) if self._stopping else (message, 500)
-            row.deliver(row.answer.end("error", message))
+            update = row.answer.end("error", message)
+            self._let_go(row)
+            row.deliver(update)
 
     def _spaces_in_use(self) -> set[int]:
         return {row.space for row in [*self._rows.values()]}

@@ -21,6 +21,7 @@ class ServerLimits:
         answer_tokens: the most tokens that a request may ask for in an answer; None: what the context holds.
         prompt_characters: the most characters of a prompt; None: what the context holds.
         request_answers: the most answers of one request; None: `rows` and `waiting` together.
+        page_rows: rows of a page's comparisons that may be in the batch as well; the page bounds them.
 
     Raises:
         ValueError: a bound is below 1.
@@ -33,6 +34,12 @@ class ServerLimits:
     answer_tokens: int | None = None
     prompt_characters: int | None = None
     request_answers: int | None = None
+    page_rows: int | None = None
+
+    @property
+    def batch_rows(self) -> int:
+        """The most rows in one batch, with those of a page."""
+        return self.rows + (self.page_rows or 0)
 
     def __post_init__(self) -> None:
         """Check the values."""

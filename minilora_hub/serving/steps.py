@@ -9,6 +9,7 @@ from typing import Any
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from minilora_hub.compare.answer import Update
+from minilora_hub.compare.batch import forwards_alone
 from minilora_hub.compare.engine import CompareEngine
 from minilora_hub.errors import AdapterError
 from minilora_hub.serving.batching_manager import END
@@ -62,6 +63,7 @@ class Steps:
             parts = [self._part(each, [next(ids) for _ in range(each.query_length)], updates) for each in requests]
             results = self._results(parts, inputs)
             seconds = time.perf_counter() - began
+            computed = [self._rows[part.key].stepped for part in parts if part.key in self._rows]
             for request, part, result in zip(requests, parts, results, strict=True):
                 row = self._rows.get(part.key)
                 if row is not None and not row.answer.finished and not row.cancelled and result.error is None:
@@ -78,6 +80,8 @@ class Steps:
             self._engine.bank.make_room()
         self.count += 1
         self.rows_computed += len(updates)
+        for stepped in dict.fromkeys(computed):
+            stepped()
         for row, update in updates:
             row.deliver(update)
         tokens = {row.key: (update.token_id or 0, row.space) for row, update in updates if not update.finished}
@@ -88,7 +92,7 @@ class Steps:
         key, start = request.state.request_id, request.state.position_offset - len(ids)
         row = self._rows.get(key)
         if row is None or row.cancelled:
-            return Part(key, None, ids, start, False, request.has_new_token)
+            return Part(key, None, None, ids, start, False, request.has_new_token)
         if not row.running:
             row.running = True
             try:
@@ -97,8 +101,8 @@ class Steps:
             except Exception as error:  # a damaged or missing adapter ends only its own rows
                 row.status = 400 if isinstance(error, UNUSABLE) else 500
                 updates.append((row, row.answer.end("error", f"adapter {row.adapter!r} cannot be used: {error}")))
-                return Part(key, None, ids, start, False, request.has_new_token)
-        return Part(key, row.adapter, ids, start, row.answer.scoring, request.has_new_token)
+                return Part(key, None, None, ids, start, False, request.has_new_token)
+        return Part(key, row.adapter, row.answer.row.solo_expert, ids, start, row.answer.scoring, request.has_new_token)
 
     def _require_same(self, row: ServedRow, start: int) -> None:
         """Check that a row whose first tokens were computed for others still has the same adapter."""
@@ -117,4 +121,7 @@ class Steps:
         if part.every:
             seen = max(len(row.answer.prompt_scores) - 1 - part.start, 0)  # of a row that was put back
             row.answer.score_prompt(part.start + seen, result.logits[seen:])
-        return [(row, row.answer.take(result.logits[-1], seconds, **result.experts))] if part.last else []
+        if not part.last:
+            return []
+        alone = forwards_alone(row.answer)
+        return [(row, row.answer.take(result.logits[-1], seconds, forwards_alone=alone, **result.experts))]

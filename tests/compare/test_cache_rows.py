@@ -7,16 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import tiny_base, token_ids
-from tiny_stand_ins import byte_tokenizer
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from minilora_hub.compare import cache_rows
-from minilora_hub.compare.adapter_bank import AdapterBank
-from minilora_hub.compare.answer import Answer, Row
-from minilora_hub.compare.batch import Batch
-from minilora_hub.compare.cache_rows import GrowingLayer, is_plain, remove_left, reserve_room
+from minilora_hub.compare.cache_rows import GrowingLayer, reserve_room
 from minilora_hub.compare.decoding import CachedForward
-from minilora_hub.compare.sampling import Sampling
 
 
 def states(rows, tokens, seed):
@@ -44,7 +39,7 @@ def test_random_operations(seed, monkeypatch):
     choose, (ours, theirs) = random.Random(seed), layers()
     for step in range(60):
         rows = ours.keys.shape[0]
-        what = choose.choice(["append"] * 6 + ["many", "crop", "select", "repeat", "reorder", "left"])
+        what = choose.choice(["append"] * 6 + ["many", "crop", "select", "repeat", "reorder"])
         if what in ("append", "many"):
             tokens = 1 if what == "append" else choose.randint(2, 9)
             given = [layer.update(*states(rows, tokens, seed=step)) for layer in (ours, theirs)]
@@ -62,9 +57,6 @@ def test_random_operations(seed, monkeypatch):
         elif what == "reorder":
             for layer in (ours, theirs):
                 layer.reorder_cache(torch.arange(rows).flip(0))
-        elif what == "left" and ours.get_seq_length() > 2:
-            for layer in (ours, theirs):
-                remove_left(SimpleNamespace(layers=[layer]), 1)
         same(ours, theirs)
 
 
@@ -121,26 +113,3 @@ def test_logits_are_equal_to_the_bit(family, monkeypatch):
     forward = CachedForward(tiny_base(family))
     theirs = [forward(piece) for piece in ids.split([5, *[1] * 7], dim=1)]
     assert torch.equal(torch.stack(ours), torch.stack(theirs))
-
-
-def test_padding_leaves_with_the_longest_row():
-    base, tokenizer = tiny_base("mistral"), byte_tokenizer()
-    rows = [
-        Answer(index, Row("", None, Sampling(limit)), [5] * length, limit, tokenizer, ())
-        for index, (length, limit) in enumerate([(4, 25), (40, 8)])
-    ]
-    batch = Batch(AdapterBank(base), rows)
-    while not rows[1].finished:
-        batch.step()
-    assert batch._decoding.mask.shape == (1, 4 + 8)
-    while not batch.finished:
-        batch.step()
-    assert batch._decoding._forward.cache is None
-
-
-def test_only_keys_and_values_lose_columns():
-    """Not the states of a convolution or a recurrence, and nothing before the first forward."""
-    assert is_plain(SimpleNamespace(layers=[DynamicLayer(), DynamicSlidingWindowLayer(8)]))
-    assert not is_plain(SimpleNamespace(layers=[DynamicLayer(), LinearAttentionLayer()]))
-    assert not is_plain(SimpleNamespace(layers=[]))
-    assert not is_plain(None)

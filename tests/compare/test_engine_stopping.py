@@ -51,6 +51,26 @@ def test_closing_the_stream_ends_the_work_and_frees_the_engine(engine):
     assert [column.name for column in engine.columns] == ["base", "dora", "lora"]
 
 
+def test_streams_in_turns_leave_each_other_alone(engine):
+    """One begins later, has settings of its own, loses a row and is closed: both give the tokens they give alone."""
+    later = [column.row("Hi", Sampling(9, temperature=0.8, seed=1, top_k=20)) for column in engine.columns]
+    wanted = [tokens(row) for row in answers(engine, Sampling(12))], tokens(list(engine.stream_rows(later)))
+    halted: set[int] = set()
+    first = engine.stream_steps([one.row(PROMPT, Sampling(12)) for one in engine.columns])
+    seen, theirs = [next(first), next(first)], []
+    second = engine.stream_steps(later, halted=halted)
+    for _ in range(3):
+        seen.append(next(first))
+        theirs += next(second).updates
+    halted.add(2)
+    ended, *others = sorted(next(second).updates, key=lambda update: not update.finished)
+    assert (ended.row, ended.reason, [update.row for update in others]) == (2, "stopped", [0, 1, 3])
+    second.close()
+    updates = [update for step in [*seen, *first] for update in step.updates]
+    assert [tokens([update for update in updates if update.row == row]) for row in range(4)] == wanted[0]
+    assert tokens(theirs) == wanted[1][: len(theirs)]
+
+
 def test_two_visitors_never_compute_at_once():
     """Two threads stream from one engine: forwards do not overlap, and both answers are right."""
     engine = CompareEngine(tiny.tiny_llama(), tokenizer=tiny.byte_tokenizer())

@@ -1,7 +1,7 @@
 """Serves pages on request, several in one process, so that Gradio and torch are imported once.
 
 Reads a JSON object from each line of stdin and answers with one line: ``{"serve": name, **arguments}`` starts a page
-and gets its address, with ``openai`` one that has OpenAI's API as well; ``{"forwards": address}`` gets the number of
+and gets its address, with ``openai`` a stage that has OpenAI's API too; ``{"forwards": address}`` gets the number of
 forwards that its engine has computed.
 """
 
@@ -21,6 +21,7 @@ from minilora_hub.compare.found_adapters import shipped_adapters
 from minilora_hub.demo.adapters.from_hub import LinkedAdapters
 from minilora_hub.demo.openai_api import openai_arguments
 from minilora_hub.demo.runs.limits import PageLimits
+from minilora_hub.demo.runs.scheduled import page_scheduler
 from minilora_hub.demo.ui.app import build_demo, launch
 from minilora_hub.demo.votes.voted_answers import VotedAnswersFile
 
@@ -54,13 +55,15 @@ def social(scratch: Path, data: str, training: bool = False):
     )
 
 
-def stage(scratch: Path, folder: str, route: str | None = None):
+def stage(scratch: Path, folder: str, route: str | None = None, limits: dict | None = None):
     """Build a page over a tiny random base and an adapter of each kind, slowed down so that one can watch it."""
     adapters = [Path(folder) / name for name in STAGE_ADAPTERS]
     engine = CompareEngine(Path(folder) / "base", adapters, device="cpu", keep_bare_logits=True)
     engine.bank.model.register_forward_pre_hook(lambda *_: time.sleep(0.03))
-    index = Path(route) if route else None
-    return engine, build_demo(engine, examples=["Hello", "Why?"], max_new_tokens=40, data=scratch / "data", route=index)
+    scheduler = page_scheduler(engine, PageLimits(**(limits or {})))
+    options = {"route": Path(route) if route else None, "scheduler": scheduler}
+    page = build_demo(engine, examples=["Hello", "Why?"], max_new_tokens=40, data=scratch / "data", **options)
+    return engine, page, scheduler
 
 
 def measured(scratch: Path, out: str):
@@ -90,9 +93,9 @@ def main() -> None:
                 scratch = Path(folder) / str(len(engines))
                 scratch.mkdir()
                 mcp, build = request.pop("mcp", False), globals()[request.pop("serve")]
-                api = request.pop("openai", None)
-                engine, demo = build(scratch, **request)
-                openai = None if api is None else openai_arguments(engine, PageLimits(**api["limits"]), api["key"])
+                key = request.pop("openai", None)
+                engine, demo, *scheduler = build(scratch, **request)
+                openai = None if key is None else openai_arguments(*scheduler, key)
                 answer = launch(
                     demo, host="127.0.0.1", port=free_port(), block=False, mcp=mcp, openai=openai, engine=engine
                 )

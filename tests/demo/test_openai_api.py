@@ -12,9 +12,7 @@ from gradio_client import Client
 from processes import wait_until
 from tiny_stand_ins import save_base_and_adapters
 
-from minilora_hub.demo import openai_api
 from minilora_hub.demo.openai_api import openai_from_environment
-from minilora_hub.demo.runs.limits import PageLimits
 
 KEY = "page-key"
 LIMITS = {"prompt": 40, "tokens": 60, "rows": 3, "at_once": 2, "waiting": 2}
@@ -26,7 +24,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 def server(page_server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stage")
     save_base_and_adapters(folder)
-    return page_server.serve("stage", folder=str(folder), openai={"key": KEY, "limits": LIMITS})
+    return page_server.serve("stage", folder=str(folder), openai=KEY, limits=LIMITS)
 
 
 @pytest.fixture
@@ -110,7 +108,7 @@ def test_it_is_off_unless_the_environment_asks_for_it(page_server, monkeypatch):
     plain = page_server.serve("scripted")
     assert httpx.get(f"{plain.address}v1/models").status_code == 404
     monkeypatch.delenv("MINILORA_OPENAI", raising=False)
-    assert openai_from_environment(None, PageLimits()) is None
+    assert openai_from_environment(None) is None
     for name, value, words in (
         ("MINILORA_OPENAI", "yes", "MINILORA_OPENAI='yes': must be 0 or 1"),
         ("MINILORA_API_KEY", " ", "MINILORA_API_KEY=' ': must hold some text"),
@@ -118,8 +116,7 @@ def test_it_is_off_unless_the_environment_asks_for_it(page_server, monkeypatch):
         monkeypatch.setenv("MINILORA_OPENAI", "1")
         monkeypatch.setenv(name, value)
         with pytest.raises(ValueError, match=words):
-            openai_from_environment(None, PageLimits())
+            openai_from_environment(object())
     monkeypatch.setenv("MINILORA_OPENAI", "1")
-    monkeypatch.setattr(openai_api.zero_gpu, "is_zero_gpu", lambda: True)
     with pytest.raises(ValueError, match="MINILORA_OPENAI=1: must be 0 on ZeroGPU"):
-        openai_from_environment(None, PageLimits())
+        openai_from_environment(None)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from threading import Event
 from typing import cast
 
 from minilora_hub.adapter_folder.folders import Kind
-from minilora_hub.compare.engine import Column, CompareEngine, Row, Step
+from minilora_hub.compare.engine import Column, CompareEngine, Row
 from minilora_hub.compare.prompt_index import AdapterIndex, Choice, choose_in, prompt_tokens
 from minilora_hub.errors import AdapterError
 
@@ -56,11 +55,7 @@ class AutoColumn:
         others = [row for row in rows if row.adapter != AUTO]
         return [*others, *(replace(row, adapter=name) for row in own for name in among)]
 
-    def steps(
-        self, rows: Sequence[Row], among: Sequence[str], stop: Event | None = None, halted: Collection[int] = ()
-    ) -> Generator[Choice | Step]:
-        """Choose among these adapters by the prompt, with one forward of the base; yield the choice, then the steps."""
+    def choose(self, rows: Sequence[Row], among: Sequence[str]) -> tuple[Choice, list[Row]]:
+        """Choose among these adapters by the prompt, with one forward of the base; return the rows to be answered."""
         choice = choose_in(self._engine, self._index, rows[0].prompt, among)
-        yield choice
-        chosen = [replace(row, adapter=choice.adapter) if row.adapter == AUTO else row for row in rows]
-        yield from self._engine.stream_steps(chosen, stop, halted)
+        return choice, [replace(row, adapter=choice.adapter) if row.adapter == AUTO else row for row in rows]

@@ -1,24 +1,26 @@
-"""Run comparisons for visitors and API clients: the queue, the compute thread, and stopping. No Gradio.
+"""Run comparisons for visitors and API clients: the queue, the computing, and stopping. No Gradio.
 
-All torch work happens in one thread, because concurrent torch threads compete for the cores. Running comparisons take
-turns in it, and the first of them computes a step for all that share a batch (see `compare/shared_batches.py`). On
-ZeroGPU each comparison is one GPU call (see `zero_gpu.py`).
+Running comparisons are rows of the scheduler, where those of all visitors share forwards (see `scheduled.py`). On bases
+whose rows can't be packed they take turns in a thread, a step each, and on ZeroGPU each comparison is one GPU call (see
+`zero_gpu.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import math
 import tempfile
 import threading
 import time
 from collections.abc import AsyncGenerator, Collection, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from minilora_hub.compare.answer import Turns
+from minilora_hub.compare.answer import Answer, Turns
 from minilora_hub.compare.engine import Column, CompareEngine, Row, Sampling, Step, Update
 from minilora_hub.compare.prompt_index import Choice
 from minilora_hub.demo.adapters.catalogue import Catalogue
@@ -26,8 +28,10 @@ from minilora_hub.demo.runs import zero_gpu
 from minilora_hub.demo.runs.auto_column import COLUMN, AutoColumn
 from minilora_hub.demo.runs.limits import PageLimits
 from minilora_hub.demo.runs.own_sampling import with_own
+from minilora_hub.demo.runs.scheduled import ScheduledRows, page_scheduler
 from minilora_hub.demo.runs.waiting_queue import Ticket, Waiting, WaitingQueue
 from minilora_hub.errors import AdapterError
+from minilora_hub.serving.scheduler import Scheduler
 
 FRAME_SECONDS = 0.04
 """Seconds over which updates are collected, since a fast machine generates more tokens than a screen can show."""
@@ -63,6 +67,7 @@ class Runner:
         catalogue: the adapters that can be requested. Default: the engine's own.
         limits: size of one comparison, and how many run at once.
         auto: chooses the adapter of the column "auto". None: there is no such column.
+        scheduler: computes the rows; from `page_scheduler`. Default: one of its own. Not used on ZeroGPU.
     """
 
     def __init__(
@@ -71,12 +76,16 @@ class Runner:
         catalogue: Catalogue | None = None,
         limits: PageLimits | None = None,
         auto: AutoColumn | None = None,
+        scheduler: Scheduler | None = None,
     ) -> None:
         self.auto = auto
         self.engine, self.catalogue, self.limits = engine, catalogue or Catalogue(engine), limits or PageLimits()
         self.queue = WaitingQueue(self.limits.at_once, self.limits.waiting)
         self._fetching = asyncio.Lock()
         self._remote = zero_gpu.remote_steps(self.steps) if zero_gpu.is_zero_gpu() else None
+        if scheduler is None and self._remote is None:
+            scheduler = page_scheduler(engine, self.limits)
+        self._scheduler = scheduler if scheduler is not None and scheduler.row_by_row is None else None
         threads = self.limits.at_once if self._remote else 1  # on ZeroGPU the threads only wait for a GPU process
         self._thread = ThreadPoolExecutor(threads, thread_name_prefix="minilora-compute")
 
@@ -145,9 +154,18 @@ class Runner:
         if self.auto and COLUMN in columns:
             choosable = self.auto.known(among or columns)
             checked = self.auto.check(rows, choosable)
-        self.engine.stream_steps(checked)  # validates the prompt without computing anything
+        self._require_fit(self.engine.answers(checked)[0])  # validates the prompts without computing anything
         ticket = self.queue.join(sampling.max_new_tokens)
         return self._moments(rows, choosable, ticket, stop or threading.Event(), halted)
+
+    def _require_fit(self, answers: Sequence[Answer]) -> None:
+        most = self._scheduler.most_tokens if self._scheduler else math.inf
+        for answer in answers:
+            if answer.prompt_tokens + answer.limit > most:
+                raise ValueError(
+                    f"prompt of {answer.prompt_tokens} tokens and an answer of up to {answer.limit}: must be at most "
+                    f"{most} tokens together, for which this page has memory"
+                )
 
     def steps(
         self,
@@ -159,9 +177,9 @@ class Runner:
         """Answer rows step by step; with `among`, first choose one of these adapters for the row "auto"."""
         if among is not None:
             assert self.auto is not None
-            yield from self.auto.steps(rows, among, stop, halted)
-        else:
-            yield from self.engine.stream_steps(rows, stop, halted)
+            choice, rows = self.auto.choose(rows, among)
+            yield choice
+        yield from self.engine.stream_steps(rows, stop, halted)
 
     async def _moments(
         self,
@@ -171,8 +189,6 @@ class Runner:
         stop: threading.Event,
         halted: Collection[int],
     ) -> AsyncGenerator[Moment]:
-        steps: Generator[Choice | Step] | None = None
-        finished = False
         try:
             reported = 0.0
             while not (ticket.running.is_set() or stop.is_set()):
@@ -180,24 +196,54 @@ class Runner:
                     reported = time.monotonic()
                     yield Moment(waiting=self.queue.waiting(ticket))
                 await ticket.wait(STOP_SECONDS)
-            compute = self._remote_steps if self._remote else self.steps
-            steps = compute(rows, among, stop, halted)
-            loop, context = (
-                asyncio.get_running_loop(),
-                contextvars.copy_context(),
-            )  # ZeroGPU reads the calling user from the context
-            while not finished:
-                moment, seconds = await loop.run_in_executor(self._thread, context.run, _advance, steps)
-                self.queue.stepped(ticket, moment.forwards, seconds)
-                finished = moment.finished
-                if finished:  # release the place now: the consumer may resume late
-                    self.queue.leave(ticket, finished=not stop.is_set())
-                yield moment
+            compute = self._scheduled if self._scheduler else self._in_turns
+            before = time.perf_counter()
+            async with aclosing(compute(rows, among, stop, halted)) as moments:
+                async for moment in moments:
+                    now = time.perf_counter()
+                    self.queue.stepped(ticket, moment.forwards, now - before)
+                    before = now
+                    if moment.finished:  # release the place now: the consumer may resume late
+                        self.queue.leave(ticket, finished=not stop.is_set())
+                    yield moment
         finally:
             self.queue.leave(ticket)
             stop.set()
-            if steps is not None:
-                self._thread.submit(steps.close)
+
+    async def _scheduled(
+        self, rows: list[Row], among: list[str] | None, stop: threading.Event, halted: Collection[int]
+    ) -> AsyncGenerator[Moment]:
+        """Let the scheduler compute the rows."""
+        assert self._scheduler is not None
+        if among is not None:
+            assert self.auto is not None
+            loop = asyncio.get_running_loop()
+            choice, rows = await loop.run_in_executor(self._thread, self.auto.choose, rows, among)
+            yield Moment(choice=choice)
+        answers, failed = await asyncio.to_thread(self.engine.answers, rows)
+        left = len(answers)
+        if failed:
+            yield Moment(updates=failed, finished=not left)
+        async with aclosing(ScheduledRows(self._scheduler, answers, stop, halted).steps(FRAME_SECONDS)) as steps:
+            async for step in steps:
+                left -= sum(update.finished for update in step.updates)
+                yield Moment(None, step.updates, step.forwards, not left)
+
+    async def _in_turns(
+        self, rows: list[Row], among: list[str] | None, stop: threading.Event, halted: Collection[int]
+    ) -> AsyncGenerator[Moment]:
+        """Compute the rows in the thread, or on ZeroGPU in a call."""
+        steps = (self._remote_steps if self._remote else self.steps)(rows, among, stop, halted)
+        # ZeroGPU reads the calling user from the context.
+        loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+        moment = Moment()
+        try:
+            while not moment.finished:
+                moment = await loop.run_in_executor(self._thread, context.run, _advance, steps)
+                yield moment
+        finally:
+            stop.set()
+            self._thread.submit(steps.close)
 
     def _remote_steps(
         self, rows: list[Row], among: list[str] | None, stop: threading.Event, halted: Collection[int]
@@ -243,20 +289,17 @@ def waiting_words(waiting: Waiting) -> str:
     return f"Number {waiting.position} in the queue: starting in about {shown}."
 
 
-def _advance(steps: Generator[Choice | Step]) -> tuple[Moment, float]:
-    """Compute the steps of one frame, at least one; return what happened and how long it took.
-
-    What the turns of other comparisons have computed is returned at once, so that all turns together are one step.
-    """
+def _advance(steps: Generator[Choice | Step]) -> Moment:
+    """Compute the steps of one frame, at least one."""
     began = time.perf_counter()
     updates: list[Update] = []
     forwards, finished = 0, True
     for step in steps:
         if isinstance(step, Choice):
-            return Moment(choice=step), time.perf_counter() - began
+            return Moment(choice=step)
         forwards += step.forwards
         updates += step.updates
-        if step.shared or time.perf_counter() - began >= FRAME_SECONDS:
+        if time.perf_counter() - began >= FRAME_SECONDS:
             finished = False
             break
-    return Moment(None, updates, forwards, finished), time.perf_counter() - began
+    return Moment(None, updates, forwards, finished)

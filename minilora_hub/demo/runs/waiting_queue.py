@@ -1,7 +1,7 @@
 """Queue of comparisons: a bounded number run concurrently, the others wait with a time estimate. No Gradio.
 
-Running comparisons advance in turns, so that a short answer does not wait for a long one; where they share forwards,
-one turn of a round computes and the others take almost no time. Waiting times are estimated from the mean turn.
+Running comparisons advance side by side, so that a short answer does not wait for a long one. Waiting times are
+estimated from the mean time of a comparison's step, divided by the number of those that run meanwhile.
 """
 
 from __future__ import annotations
@@ -85,11 +85,12 @@ class WaitingQueue:
         self._start_next()
 
     def stepped(self, ticket: Ticket, steps: int, seconds: float) -> None:
-        """Record that a comparison took this many steps in this many seconds."""
+        """Record that a comparison took this many steps in this many seconds, beside the others that run."""
         ticket.done += steps
         if steps > 0:
-            before = seconds / steps if self._step_seconds is None else self._step_seconds
-            self._step_seconds = before + SMOOTHING * (seconds / steps - before)
+            own = seconds / steps / max(1, len(self._running))
+            before = own if self._step_seconds is None else self._step_seconds
+            self._step_seconds = before + SMOOTHING * (own - before)
 
     def waiting(self, ticket: Ticket) -> Waiting:
         """Return the position and the estimated waiting time of a waiting comparison."""

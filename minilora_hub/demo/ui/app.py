@@ -49,6 +49,7 @@ from minilora_hub.demo.ui.prompt_file_panel import build_prompt_file_panel
 from minilora_hub.demo.votes.hub_dataset import open_votes
 from minilora_hub.demo.votes.sharing import SharedComparisons
 from minilora_hub.demo.votes.voted_answers import VotedAnswersFile
+from minilora_hub.serving.scheduler import Scheduler
 
 SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 SYSTEM_MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
@@ -67,6 +68,7 @@ def build_demo(
     measured: Path | None = None,
     route: Path | None = None,
     voted: VotedAnswersFile | None = None,
+    scheduler: Scheduler | None = None,
 ) -> gr.Blocks:
     """Build the page for the models of an engine.
 
@@ -84,6 +86,8 @@ def build_demo(
             answers of the shipped adapters.
         route: an index of `minilora route build`, which chooses the adapter of one more column for each prompt.
         voted: stores the texts that are voted on, for training; only for a page of one's own.
+        scheduler: computes the rows of all visitors, and of OpenAI's API if that is served as well; from
+            `page_scheduler`. Default: one of the page's own.
 
     Returns:
         The page, for `launch`.
@@ -97,7 +101,7 @@ def build_demo(
         dataset.start()
     catalogue = Catalogue(engine, links, allowed)
     auto = AutoColumn(engine, route, catalogue.weights(())[0].hash) if route else None
-    runner = Runner(engine, catalogue, limits, auto)
+    runner = Runner(engine, catalogue, limits, auto, scheduler)
     answers = find_measured(measured, catalogue)
     visitors = Visitors(runner, votes, SharedComparisons(folder / "shared", limits), offered, voted)
     visitors.expected = (answers.expected if answers else {}) | visitors.expected
