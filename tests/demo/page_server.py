@@ -12,7 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from demo.measured import measured as measured_file
-from demo.serving import STAGE_ADAPTERS, free_port
+from demo.serving import STAGE_ADAPTERS
+from processes import free_port
 from tiny_stand_ins import ScriptedBase, byte_tokenizer, save_parrots
 
 from minilora_hub.bases.resolving import ResolvedBase

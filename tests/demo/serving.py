@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,12 +12,6 @@ from typing import Any
 
 TESTS = Path(__file__).parents[1]
 STAGE_ADAPTERS = ("lora", "dora", "mix")
-
-
-def free_port() -> int:
-    """Return a port of this machine that is free."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
 
 
 class PageServer:

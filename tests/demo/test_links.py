@@ -10,8 +10,8 @@ from urllib.parse import quote
 
 import pytest
 from demo.browsing import Visits, ask, contrasts, names, open_panel, texts, wait_for_states
-from demo.serving import free_port
 from hub.server import HubServer
+from processes import free_port
 from tiny_stand_ins import save_base_and_adapters
 
 pytestmark = pytest.mark.slow  # a browser for minutes; test_page.py has the short look

@@ -9,8 +9,8 @@ import time
 import urllib.request
 
 import pytest
-from demo.serving import free_port
 from gradio_client import Client
+from processes import free_port
 
 from minilora_hub.publish.space.files import SpaceSettings, stage
 

@@ -155,10 +155,9 @@ def test_mixtures_add_their_outputs_to_the_bases_own(name, auto_name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", [CASES[:2], CASES[2:]], ids=["some", "all"])
-def test_a_clean_process_loads_them_with_the_repos_code(cases, tmp_path):
+def test_a_clean_process_loads_them_with_the_repos_code(tmp_path):
     jobs = []
-    for at, (name, auto_name) in enumerate(cases):
+    for at, (name, auto_name) in enumerate(CASES):
         model, _ = built(name, auto_name, tmp_path / str(at))
         fill_adapter(model)
         inputs = inputs_of(name, auto_name)

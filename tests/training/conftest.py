@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from commands import run_command
+from processes import Forked
 from tiny_training import write_base, write_rows
 
 __all__ = ["run_command"]
@@ -12,6 +13,11 @@ __all__ = ["run_command"]
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     return str(write_base(tmp_path_factory.mktemp("base")))
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory):
+    return Forked(tmp_path_factory.mktemp("forked") / "said.txt")
 
 
 @pytest.fixture

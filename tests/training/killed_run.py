@@ -1,24 +1,26 @@
-"""A run that kills itself with SIGKILL at a given place: python killed_run.py WHERE OUT {settings as JSON}."""
+"""Runs that end before they are done, for processes of their own."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import sys
+from pathlib import Path
 
 import torch
 
 from minilora_hub.training import adapter_checkpoints as module
+from minilora_hub.training import trainer
 from minilora_hub.training.callbacks import GradientsChecked
 from minilora_hub.training.run import train
+from minilora_hub.training.sweep import sweep
 
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(where: str, out: str, said: dict) -> None:
+def killed_run(where: str, out: str, said: dict) -> None:
+    """A run that kills itself with SIGKILL at a given place."""
     kind, _, number = where.partition(":")
     if kind == "step":
 
@@ -57,5 +59,31 @@ def main(where: str, out: str, said: dict) -> None:
     train(out, **said)
 
 
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
+def split_run(part: str, out: str, said: dict) -> None:
+    """A run that ends after its first checkpoint, or is resumed; the bytes of the base go to a file beside it."""
+    save = trainer.AdapterTrainer._save_checkpoint
+
+    def save_and_die(self, *arguments):
+        save(self, *arguments)
+        os._exit(9)
+
+    def plan_made(plan, settings):
+        with open(out + ".bytes", "w") as file:
+            file.write(str(plan.base_bytes))
+
+    if part == "first":
+        trainer.AdapterTrainer._save_checkpoint = save_and_die
+    train(out, record=False, on_plan=plan_made, **({"resume": True} if part == "second" else said))
+
+
+def killed_sweep(out: Path, vary: dict, said: dict) -> None:
+    """A sweep that kills itself as the first checkpoint of the trial with 0.01 is saved."""
+    save = trainer.AdapterTrainer._save_checkpoint
+
+    def save_or_die(self, *arguments):
+        if "0.01" in str(self.run_dir):
+            die()
+        save(self, *arguments)
+
+    trainer.AdapterTrainer._save_checkpoint = save_or_die
+    sweep(out, vary, **said)

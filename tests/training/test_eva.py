@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import signal
 from datetime import datetime
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_training import SHORT
+from training.killed_run import killed_run
 from transformers import AutoModelForCausalLM
 
 from minilora_hub import DoraForCausalLM
@@ -110,14 +109,14 @@ def test_what_is_saved_has_these_ranks(method, base, rows, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_finds_the_same_ranks_again(base, rows, tmp_path):
+def test_a_killed_run_finds_the_same_ranks_again(base, rows, forked, tmp_path):
     """SIGKILL before the first checkpoint and after it."""
-    script = str(Path(__file__).with_name("killed_run.py"))
     weights = {}
     for where in ("step:1", "step:3", "never"):
         out = tmp_path / where.replace(":", "")
-        said = json.dumps(AUTO | {"method": "lora", "base": base, "data": rows, "progress": False})
-        subprocess.run([sys.executable, script, where, str(out), said], capture_output=True, timeout=300, check=False)
+        said = AUTO | {"method": "lora", "base": base, "data": rows, "progress": False}
+        status = forked.run(killed_run, where, str(out), said)
+        assert status == (0 if where == "never" else -signal.SIGKILL), forked.said.read_text()[-2000:]
         if where != "never":
             assert not (out / "adapter_model.safetensors").exists()
             train(out, resume=True, progress=False, method="lora", r="auto", budget=AUTO["budget"])

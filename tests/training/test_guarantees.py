@@ -12,11 +12,12 @@ import subprocess
 import sys
 import time
 from datetime import datetime
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 from tiny_training import CHAT, SHORT, train_until, write_base, write_rows
+from training.killed_run import killed_run
 
 from minilora_hub.errors import TrainingError, TrainingInterrupted
 from minilora_hub.training import adapter_checkpoints
@@ -44,12 +45,14 @@ def digest(out):
     return hashlib.sha256((out / WEIGHTS).read_bytes()).hexdigest()
 
 
-def train_apart(out, **said):
+@pytest.fixture(scope="module")
+def train_apart(forked):
     """Train in a process of its own, as the runs that are killed are: this one has run other tests before."""
-    script = "import json, sys; from minilora_hub import train; train(sys.argv[1], **json.loads(sys.argv[2]))"
-    command = [sys.executable, "-c", script, str(out), json.dumps(said)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+
+    def run(out, **said):
+        assert forked.run(partial(train, out, **said)) == 0, forked.said.read_text()[-2000:]
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,7 @@ def whole(base, data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole_apart(base, data, tmp_path_factory):
+def whole_apart(base, data, train_apart, tmp_path_factory):
     """The same, in a process of its own."""
     out = tmp_path_factory.mktemp("whole-apart") / "run"
     train_apart(out, base=base, data=data, **RUN)
@@ -70,12 +73,11 @@ def whole_apart(base, data, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
-def test_a_killed_run_resumes_to_the_same_bytes(place, base, data, whole_apart, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bytes(place, base, data, whole_apart, train_apart, forked, tmp_path):
     """SIGKILL at a step, in the middle of a checkpoint, or before the result is complete."""
-    out, script = tmp_path / "run", str(Path(__file__).with_name("killed_run.py"))
-    said = json.dumps(RUN | {"base": base, "data": data})
-    ended = subprocess.run([sys.executable, script, place, str(out), said], stderr=subprocess.PIPE, timeout=300)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-2000:]
+    out = tmp_path / "run"
+    status = forked.run(killed_run, place, str(out), RUN | {"base": base, "data": data})
+    assert status == -signal.SIGKILL, forked.said.read_text()[-2000:]
     saved = last_checkpoint(out)
     assert (saved.name if saved else None) == SAVED.get(place, "checkpoint-3")
     assert (out / WEIGHTS).exists() == (place == "result")
@@ -184,7 +186,7 @@ def test_a_signal_saves_and_stops_and_the_rest_follows(base, data, whole, tmp_pa
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_stops_and_the_rest_follows(base, data, tmp_path):
+def test_ctrl_c_saves_and_stops_and_the_rest_follows(base, data, train_apart, tmp_path):
     said = {**RUN, "max_steps": 150, "save_every": 150}
     train_apart(tmp_path / "whole", base=base, data=data, **said)
     sets = [part for name, value in said.items() if name != "method" for part in ("--set", f"{name}={value}")]

@@ -7,11 +7,10 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 from tiny_training import SHORT
+from training.killed_run import killed_sweep
 
 from minilora_hub.cli import main
 from minilora_hub.errors import TrainingError
@@ -79,28 +78,13 @@ def test_a_stopped_sweep_goes_on_and_repeats_nothing(base, rows, tmp_path, monke
         sweep(tmp_path / "cut", {"learning_rate": [1.0]}, **said)
 
 
-KILLED = """
-import json, os, signal, sys
-from minilora_hub.training import sweep as module, trainer
-
-def die(self, *args):
-    if "0.01" in str(self.run_dir):
-        os.kill(os.getpid(), signal.SIGKILL)
-    save(self, *args)
-
-save, trainer.AdapterTrainer._save_checkpoint = trainer.AdapterTrainer._save_checkpoint, die
-module.sweep(sys.argv[1], {"learning_rate": [1e-3, 1e-2, 2e-2]}, **json.loads(sys.argv[2]))
-"""
-
-
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on(base, rows, tmp_path):
+def test_a_killed_sweep_goes_on(base, rows, forked, tmp_path):
     """SIGKILL in the middle of a trial: the others are kept, and this one is made."""
     said = FIXED | {"method": "dora", "base": base, "data": rows}
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "cut"), json.dumps(said)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     vary = {"learning_rate": [1e-3, 1e-2, 2e-2]}
+    status = forked.run(killed_sweep, tmp_path / "cut", vary, said)
+    assert status == -signal.SIGKILL, forked.said.read_text()[-2000:]
     result, whole = (sweep(tmp_path / name, vary, **said) for name in ("cut", "whole"))
     assert [trial.values for trial in result.trials] == [trial.values for trial in whole.trials]
     losses = [[trial.validation_loss for trial in trials] for trials in (result.trials, whole.trials)]
