@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .adapted_linear import AdaptedLinear, LowRankUpdate
 from .base_structure import ExpertsSite, LinearSite, MixtureSite, RoutedSite, Site, is_routed
 from .fused_experts import AdaptedExperts, ExpertsLinear
-from .linear_layers import is_split, layer_device, restore_linears, row_norms_squared, speed_up_linears
+from .linear_layers import is_split, layer_device, restore_linears, row_norms_squared, speed_up_linears, whole_weights
 from .mixture import MixtureOfLoraExperts
 from .routed_linear import RoutedLinear
 from .routing import routing_of
@@ -71,12 +71,20 @@ def expected_tensors(config: Any, sites: Sequence[Site]) -> dict[str, tuple[int,
 def attach(base: nn.Module, config: Any, sites: Sequence[Site], *options: Any) -> None:
     """Put an adapter into `base`, in place. Everything is built first: a failure leaves the base as it was.
 
+    In a base that FSDP2 has split, each module's adapter is split over the same processes, as a group of its own.
     The base's own linears multiply few rows faster from then on, those without an adapter and the head too.
 
     Args: see `build_modules`, which gets the `options`.
     """
+    of_base: set[Any] = set(base.parameters())
+    mesh = next((parameter.device_mesh for parameter in of_base if is_split(parameter)), None)
     for path, module in build_modules(base, config, sites, *options).items():
         replace_module(base, path, module)
+        if mesh is not None:
+            from torch.distributed.fsdp import fully_shard  # not in every torch
+
+            module.register_forward_hook(lambda module, args, out: out.clone())  # FSDP2 loses its hook on a view
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=of_base)
     speed_up_linears(base)
 
 
@@ -107,7 +115,8 @@ def build_modules(
         for update in updates_at(site, config):
             of_experts = isinstance(site, ExpertsSite) and ExpertsLinear(module, str(update.projection))
             layer = of_experts or module.get_submodule(update.projection or "")
-            updates[update.projection] = _update(layer, update, config, tensors, generator, dtype)
+            with whole_weights(base, site.path):
+                updates[update.projection] = _update(layer, update, config, tensors, generator, dtype)
         if isinstance(site, ExpertsSite):
             modules[site.path] = AdaptedExperts(module, updates)
             continue

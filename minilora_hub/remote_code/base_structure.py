@@ -13,9 +13,7 @@ from torch import nn
 from .feed_forward import FeedForwardStructure, Form, find_feed_forward
 from .fused_experts import experts_in
 from .layer_stacks import find_layer_stacks, linears_in
-from .linear_layers import is_split, keep_4bit_weights_exact
-
-ADAPTED_CLASSES = ("AdaptedLinear", "AdaptedExperts", "MixtureOfLoraExperts", "RoutedLinear")
+from .linear_layers import is_split, keep_4bit_weights_exact, whole_weights
 
 
 @dataclass(frozen=True)
@@ -78,14 +76,16 @@ def matches_target(path: str, targets: Sequence[str] | Literal["all-linear"]) ->
 
 def refuse_adapted(base: nn.Module) -> None:
     """Raise if `base` already carries an adapter, of ours or of PEFT, or is split over processes."""
-    if parts := [name for name, parameter in base.named_parameters() if is_split(parameter)]:
-        raise ValueError(
-            f"base {type(base).__name__}: {parts[0]} is split over processes: put the adapter on a whole base, and "
-            "split both with FSDP2's fully_shard; tp_plan= and DeepSpeed's ZeRO-3 are not supported"
-        )
+    by_fsdp2 = any(hasattr(module, "unshard") for module in base.modules())
+    parameters: Any = base.named_parameters()
+    for name, parameter in parameters:
+        if is_split(parameter) and not (by_fsdp2 and parameter.device_mesh.ndim == 1):
+            raise ValueError(
+                f"base {type(base).__name__}: {name} is split over processes, but not by FSDP2 over a mesh of one "
+                "dimension: put the adapter on a whole base, and split both then; tp_plan= is not supported"
+            )
     for path, module in base.named_modules():
-        peft_layer = hasattr(module, "base_layer") and hasattr(module, "active_adapters")
-        if type(module).__name__ in ADAPTED_CLASSES or peft_layer or hasattr(module, "peft_config"):
+        if any(hasattr(module, name) for name in ("base_layer", "base_block", "peft_config")):
             raise ValueError(
                 f"base {type(base).__name__} already carries an adapter ({path or 'the model itself'} is a "
                 f"{type(module).__name__}): pass the plain base, which unload() of the adapted model gives back"
@@ -125,7 +125,8 @@ def plan_sites(base: nn.Module, config: Any) -> list[Site]:
         shapes, block = linears_in(layer), None
         if type(config).model_type == "mixlora" and not of_linears:
             # In every layer: a block is called once per kind, and a skeleton of a base has only its first one filled.
-            found = find_feed_forward(layer, where, known)
+            with whole_weights(base, where):
+                found = find_feed_forward(layer, where, known)
             block = found if config.has_mixture(index) else None
         for path, shape in shapes.items():
             in_block = block is not None and path.startswith(block[0] + ".")
@@ -150,6 +151,11 @@ def plan_sites(base: nn.Module, config: Any) -> list[Site]:
                 hidden = shapes[paths[structure.output]][0]
                 place = (f"{name}.{block_path}", f"{where}.{block_path}")
                 sites.append(MixtureSite(*place, structure, hidden, targets, experts[index], name))
+    if own := [s.path for s in sites if any(hasattr(m, "unshard") for m in base.get_submodule(s.path).modules())]:
+        raise ValueError(
+            f"base {type(base).__name__}: FSDP2 has split {own[0]} as a group of its own: call fully_shard on whole "
+            "layers and on the base, not on the modules that get an adapter"
+        )
     _check_targets(config, {name: layer for _, layer, _, name in found_layers}, sites)
     return sites
 

@@ -245,7 +245,9 @@ class AdapterConfig(PreTrainedConfig):
         self._require(lambda p: is_number(p) and p < 1, "must be a probability in [0, 1)", "lora_dropout")
         self._require(lambda flag: isinstance(flag, bool), "must be True or False", "use_rslora", "use_dora")
         need = 'must be "all-linear" or a non-empty list of module names'
-        self._require(lambda t: _are_targets(t) or (t == [] and self.target_parameters), need, "target_modules")
+        targets = self.target_modules
+        fits = targets == "all-linear" or _is_list_of_names(targets) or (targets == [] and self.target_parameters)
+        require(fits, "target_modules", targets, need)
         for name, of in (("modules_to_save", "modules"), ("target_parameters", "parameters")):
             need = f"must be None or a list of names of {of}"
             self._require(lambda names: names is None or names == [] or _is_list_of_names(names), need, name)
@@ -269,10 +271,6 @@ class AdapterConfig(PreTrainedConfig):
 
 def _is_list_of_names(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) and name for name in value)
-
-
-def _are_targets(targets: Any) -> bool:
-    return targets == "all-linear" or _is_list_of_names(targets)
 
 
 def _names_of_the_adapter(config_class: Any) -> frozenset[str]:

@@ -56,9 +56,8 @@ def is_dual_encoder(base: Any) -> bool:
 
 def reads_tokens(base: nn.Module, path: str) -> bool:
     """Whether the part of a base that a module is in takes token ids, rather than a picture or a sound."""
-    parts = path.split(".")
-    modules = (base.get_submodule(".".join(parts[:end])) for end in range(len(parts), -1, -1))
-    return isinstance(input_embeddings(next(m for m in modules if isinstance(m, PreTrainedModel))), nn.Embedding)
+    around = [base, *(base.get_submodule(path.rsplit(".", up)[0]) for up in range(path.count("."), -1, -1))]
+    return isinstance(input_embeddings([m for m in around if isinstance(m, PreTrainedModel)][-1]), nn.Embedding)
 
 
 def input_embeddings(model: Any) -> Any:

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def settle_targets(base: Any, config: Any, refused: Mapping[str, str] | None = N
         ValueError: a name in `target_modules` stands for such modules only, "all-linear" was asked of a base with
             experts that cannot be adapted, a MixLoRA of any with stacked experts, or the base cannot be run.
     """
-    if not can_run(base):
+    if input_device(base).type == "meta":
         return
     refuse_adapted(base)
     asked = config.target_modules
@@ -73,11 +74,6 @@ def settle_targets(base: Any, config: Any, refused: Mapping[str, str] | None = N
             )
         warn_of_left_out(asked, left_out)
         config.target_modules = _shortest(kept, {name for site in useless for name in _names(site)})
-
-
-def can_run(base: Any) -> bool:
-    """Whether `base` has weights, in memory or offloaded, and is no skeleton on the meta device."""
-    return input_device(base).type != "meta"
 
 
 def warn_of_left_out(asked: Any, reasons: Mapping[str, str]) -> None:
@@ -105,15 +101,12 @@ def _listed(reasons: Mapping[str, str], most: int = 3) -> str:
 
 def _shortest(kept: Iterable[str], left_out: Iterable[str]) -> list[str]:
     """Return target names that match `kept` and nothing in `left_out`: last parts, paths in a layer, or whole names."""
-    for part in (lambda name: name.rpartition(".")[2], _path_in_layer, str):
+    path_in_layer = partial(re.sub, r"^.*?layers\.\d+\.", "")
+    for part in (lambda name: name.rpartition(".")[2], path_in_layer, str):
         names = sorted({part(name) for name in kept})
         if not any(matches_target(name, names) for name in left_out):
             break
     return names
-
-
-def _path_in_layer(name: str) -> str:
-    return re.sub(r"^.*?layers\.\d+\.", "", name)
 
 
 def every_expert(base: Any, config: Any) -> list[str]:
@@ -190,6 +183,7 @@ NEVER_CALLED = "the base does not call it (its weight is read directly, or not u
 def _run(base: Any, sites: Sequence[Site], with_gradients: bool) -> dict[str, str]:
     """Return {path: reason} from one forward pass, and from its backward pass `with_gradients`."""
     reasons = {site.path: NEVER_CALLED for site in sites}
+    cache = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
     leaves: dict[str, Tensor] = {}
     hooks: list[Any] = []
 
@@ -211,7 +205,8 @@ def _run(base: Any, sites: Sequence[Site], with_gradients: bool) -> dict[str, st
         for site in sites:
             hooks.append(base.get_submodule(site.path).register_forward_hook(hook_for(site.path)))
         with torch.inference_mode(False), torch.set_grad_enabled(with_gradients):
-            out = _output(base)
+            outputs = base(**trial_inputs(base), **cache)
+            out = outputs["logits"] if "logits" in outputs else outputs[0]
     except Exception as error:
         raise ValueError(
             f"base {type(base).__name__}: it could not be run on {TOKENS} tokens, which shows where an adapter has an "
@@ -225,13 +220,6 @@ def _run(base: Any, sites: Sequence[Site], with_gradients: bool) -> dict[str, st
             if gradient is None:
                 reasons[path] = "no gradient reaches it"
     return reasons
-
-
-def _output(base: Any) -> Tensor:
-    """Run the base on a few tokens."""
-    parameters = inspect.signature(base.forward).parameters
-    outputs = base(**trial_inputs(base), **({"use_cache": False} if "use_cache" in parameters else {}))
-    return outputs["logits"] if "logits" in outputs else outputs[0]
 
 
 def _gradients(out: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor | None]:

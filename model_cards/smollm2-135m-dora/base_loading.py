@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from .adapter_files import UNKNOWN, base_fingerprint, base_source, first_names
 from .heads import CLASSIFYING, DESCRIBED_LABELS, FRESH, fresh_modules, saved_parameters
-from .linear_layers import is_split
+from .linear_layers import is_split, whole_tensor
 
 DIGEST_WIDTH = 2**14
 ROUNDED_TO = (torch.bfloat16, torch.float16)
@@ -81,14 +81,16 @@ def load_base(auto_class: Any, config: Any, trust_remote_code: bool, arguments: 
         raise ValueError("base_model_name_or_path=None: the configuration names no base; pass base_model=")
     # AutoModel looks for a PEFT adapter first, and would use the network without these.
     offline = {key: arguments[key] for key in ("local_files_only", "cache_dir") if key in arguments}
-    if offline:
-        arguments = {"adapter_kwargs": offline, **arguments}
+    arguments = {"adapter_kwargs": offline, **arguments} if offline else arguments
     arguments |= {"revision": config.base_model_revision}
     source = base_source(name)
-    fresh = config.modules_to_save or auto_class.__name__ in FRESH
+    fresh = bool(config.modules_to_save) or auto_class.__name__ in FRESH
     arguments |= {"may_lack": partial(_must_have, auto_class, config)} if fresh else {}
+    quiet = _without_report() if fresh else nullcontext()  # transformers would advise to train what is fresh
     try:
-        with _fresh_tensors(seed) if fresh else nullcontext():
+        with quiet, torch.random.fork_rng(devices=[], enabled=fresh):
+            if fresh:
+                torch.manual_seed(seed)
             return load_checked(auto_class, source, trust_remote_code=trust_remote_code, **arguments)
     except (OSError, ValueError) as error:
         hint = "pass base_model=<a folder or another Hub id>"
@@ -141,14 +143,6 @@ def _must_have(auto_class: Any, config: Any, model: Any, lacking: list[str]) -> 
     return [name for name in lacking if name not in saved]
 
 
-@contextmanager
-def _fresh_tensors(seed: int) -> Iterator[None]:
-    """Draw them with a seed of their own, and without transformers' advice to train them."""
-    with _without_report(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
 def _other_names(missing: Iterable[str], unexpected: Iterable[str]) -> str:
     """Say under which other name a missing tensor seems to be there, e.g. that of a compiled model; "" if none."""
     for name in missing:
@@ -190,7 +184,8 @@ def differing_tensors(
 
     The checkpoint is loaded as transformers loads it: on the CPU and in its own dtype its files are mapped, not copied;
     a base that was quantised while loading is quantised again. Values are compared after the cast to the base's dtype;
-    those that were rounded to half precision on the way are equal. Offloaded and sharded tensors are not compared.
+    those that were rounded to half precision on the way are equal. Offloaded tensors are not compared, and split ones
+    only without `given`: every process must call this then.
 
     Args:
         base: a model without an adapter.
@@ -215,9 +210,9 @@ def differing_tensors(
     theirs = in_files.state_dict()
     found = []
     for name, tensor in base.state_dict(keep_vars=True).items():
-        tensor = (given or {}).get(id(tensor), tensor)
+        tensor = whole_tensor(tensor) if given is None else given.get(id(tensor), tensor)
         value = theirs.pop(name, None)
-        if not isinstance(tensor, torch.Tensor) or not _is_whole(tensor) or name in saved:
+        if not isinstance(tensor, torch.Tensor) or tensor.is_meta or is_split(tensor) or name in saved:
             continue
         if value is None or name in absent:
             found.append(f"{name} is not in the files")
@@ -240,11 +235,6 @@ def _is_same(tensor: Tensor, value: Tensor) -> bool:
     return tensor.is_floating_point() and any(torch.equal(tensor, value.to(d).to(tensor.dtype)) for d in ROUNDED_TO)
 
 
-def _is_whole(tensor: Tensor) -> bool:
-    """Whether all values of a tensor are in this process: not offloaded, and not a shard of a larger one."""
-    return not (tensor.is_meta or is_split(tensor))
-
-
 @torch.no_grad()
 def tensor_digests(base: Any, given: Mapping[int, Tensor] | None = None, saved: Container[str] = ()) -> Digests:
     """Compute a digest of each parameter, {name: digest}, that changes with its values.
@@ -255,7 +245,7 @@ def tensor_digests(base: Any, given: Mapping[int, Tensor] | None = None, saved: 
     found = {}
     for name, parameter in base.named_parameters():
         tensor = _values((given or {}).get(id(parameter), parameter).detach())
-        if name in saved or not _is_whole(tensor):
+        if name in saved or tensor.is_meta or is_split(tensor):
             continue
         direction = torch.sin(torch.arange(1, DIGEST_WIDTH + 1, device=tensor.device, dtype=torch.float32))
         products = []

@@ -60,7 +60,7 @@ def auto_names(base: Any, auto_name: str, saved: Collection[str]) -> list[str]:
 
     `auto_name` is that of the adapter's own class. Only the base's own class has the modules in `saved`.
     """
-    leading = [name for name in HEADS if type(base) in _classes(name, type(base.config))]
+    leading = [name for name in HEADS if isinstance(base, _classes(name, type(base.config)))]
     text = {"AutoModel", "AutoModelForCausalLM"}
     if not leading:  # a base with code of its own
         return [auto_name] if saved or auto_name not in text else sorted(text)

@@ -11,7 +11,7 @@ A x is computed for every expert, in one product, since the experts of a linear 
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,11 +22,6 @@ from .adapted_linear import AdaptedLinear, product_dtype
 from .linear_layers import is_only_its_product, only_product_of
 from .routing import ArrowRouting, Routing
 from .routing_record import Routes, RoutingRecord, current_record
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager:
-    """Switch autocast off where it is on; entering it costs as much as a small product."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 class RoutedModule(nn.Module):
@@ -63,7 +58,9 @@ class RoutedModule(nn.Module):
         if self.training and self.jitter_noise > 0:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
         token_mask = self._token_mask(record, leading_shape, x.device)
-        with _without_autocast(x.device.type):  # routing in fp32, as the reference does
+        device = x.device.type  # entering autocast costs as much as a small product
+        off = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        with off:  # routing in fp32, as the reference does
             logits = F.linear(x, self.router.float())  # (tokens, experts)
             if isinstance(self.routing, ArrowRouting):
                 logits = self.routing.similarities(logits)

@@ -7,7 +7,6 @@ An adapter never names a base whose files hold other weights than its own base h
 import copy
 import inspect
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -80,7 +79,7 @@ class SavedAdapter(PreTrainedModel):
         """Write config.json, the adapter's tensors, the code to load them, tokenizer and generation settings.
 
         Never the base's weights, and never an adapter_config.json, which would make AutoModel ignore config.json. Where
-        FSDP2 has split the adapter, every process must call this, and the first one writes.
+        FSDP2 or ZeRO-3 has split the adapter, every process must call this, and the first one writes.
 
         Args:
             save_directory: folder, made if missing.
@@ -111,7 +110,7 @@ class SavedAdapter(PreTrainedModel):
         write_adapter(folder / ADAPTER_FILE, {canonical: tensors[held[name]] for name, canonical in names.items()})
         write_checkpoint(folder, tensors)
         config = copy.deepcopy(self.config)
-        prefix = re.sub(r"Config$", "", type(config).__name__)
+        prefix = type(config).__name__.removesuffix("Config")
         own = type(self).auto_class.__name__
         names = auto_names(self.base, own, config.modules_to_save or ())
         config.architectures = [class_name(prefix, own if own in names else names[-1])]
@@ -242,8 +241,8 @@ class SavedAdapter(PreTrainedModel):
         with self._plain_base() as base:
             saved = saved_parameters(base, self.config.modules_to_save)
             digests = tensor_digests(base, given, saved)
-            if before is not None and same_digests(before[2], digests):
-                return
+            if not digests or (before is not None and same_digests(before[2], digests)):
+                return  # a base that is split over processes has none
             try:
                 differing = ["its files are gone"] if folder is None else differing_tensors(base, folder, given, saved)
             except Exception as error:  # a base's own loading may raise anything

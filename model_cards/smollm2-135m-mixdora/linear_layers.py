@@ -3,6 +3,9 @@
 A layer is called, never unpacked. Only `plain_weight` looks at its weight, and only where it lies open in memory.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -41,10 +44,23 @@ def is_split(tensor: Any) -> bool:
 
 
 def whole_tensor(tensor: Any) -> Tensor:
-    """Return a tensor that FSDP2 may have split, whole: every process must ask for it."""
+    """Return a tensor that FSDP2 or DeepSpeed's ZeRO-3 may have split, whole: every process must ask for it."""
     if hasattr(tensor, "ds_id"):
-        raise ValueError("the adapter is split by DeepSpeed's ZeRO-3: pass state_dict= with whole tensors")
+        with import_module("deepspeed").zero.GatheredParameters(tensor):  # transformers would require an import
+            return tensor.detach().clone()
     return tensor.full_tensor() if is_split(tensor) else tensor
+
+
+@contextmanager
+def whole_weights(base: nn.Module, path: str) -> Iterator[None]:
+    """Have the weights at a path whole, in a `with` block, if FSDP2 has split `base`: every process must enter it."""
+    around: list[Any] = [base.get_submodule(path.rsplit(".", up)[0]) for up in range(path.count(".") + 1)]
+    groups = [module for module in [*around, base] if hasattr(module, "unshard")][:1]
+    for group in groups:
+        group.unshard()
+    yield
+    for group in groups:
+        group.reshard()
 
 
 def layer_device(layer: Any) -> torch.device:

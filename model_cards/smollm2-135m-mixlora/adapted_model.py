@@ -2,6 +2,7 @@
 
 import copy
 import os
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -60,6 +61,8 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
             if config.text_config is None:
                 raise ValueError(f"{type(self).__name__}: a base, or a configuration with text_config, is required")
             base = self.auto_class.from_config(config.text_config, trust_remote_code=False)
+        for group in [module for module in base.modules() if hasattr(module, "reshard")]:
+            group.reshard()  # or the parameters below would be the whole ones, which FSDP2 forgets
         # Everything that can be wrong is found before the base is changed.
         sites = plan_sites(base, config)
         saved = saved_parameters(base, config.modules_to_save, [site.path for site in sites])
@@ -78,9 +81,9 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
         config.name_or_path = config.name_or_path or (config.base_model_name_or_path and base.config.name_or_path) or ""
         super().__init__(config)
         self._trainable_before = [p for p in base.parameters() if p.requires_grad]
-        attach(base, config, sites, tensors, seed, adapter_dtype)
         for parameter in self._trainable_before:
             parameter.requires_grad_(False)
+        attach(base, config, sites, tensors, seed, adapter_dtype)
         for name, parameter in saved.items():
             parameter.requires_grad_(True)
             if tensors is not None:
@@ -246,18 +249,12 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
             raise ValueError(f"adapter {str(pretrained_model_name_or_path)!r} on base {named!r}: {error}") from error
         model._remember_base(digests, shared.get("cache_dir"))
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
-        model._load_generation_config(pretrained_model_name_or_path, where)
+        if model.can_generate():
+            with suppress(OSError):  # where there are none, the base's stay
+                model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **where)
         model.eval()
         info = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
         return (model, {name: [] for name in info}) if output_loading_info else model
-
-    def _load_generation_config(self, name_or_path: Any, where: dict[str, Any]) -> None:
-        """Load the adapter's own generation settings, if its folder has any; otherwise the base's stay."""
-        if self.can_generate():
-            try:
-                self.generation_config = GenerationConfig.from_pretrained(name_or_path, **where)
-            except OSError:
-                logger.info("No generation_config.json with the adapter: the base's generation settings are used.")
 
     # ---- removing the adapter ----
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from .adapted_linear import LowRankUpdate, product_dtype
 from .device_slots import SlotsGathered
 from .expert_slots import Slots, SlotsByExpert
+from .linear_layers import is_split
 
 
 class ExpertsLinear:
@@ -65,9 +66,9 @@ def _is_known(module: Any) -> bool:
     if not decorated or getattr(module, "_is_expert_parallel", False):
         return False
     offloaded = getattr(getattr(module, "_hf_hook", None), "offload", False)
-    weights = [getattr(module, name, None) for name in projections(module)]
-    plain = all(type(w) is nn.Parameter and w.dim() == 3 and w.is_floating_point() and w.itemsize > 1 for w in weights)
-    return plain and not offloaded
+    weights: list[Any] = [getattr(module, name, None) for name in projections(module)]
+    plain = all((type(w) is nn.Parameter or is_split(w)) and w.dim() == 3 and w.is_floating_point() for w in weights)
+    return plain and all(w.itemsize > 1 for w in weights) and not offloaded
 
 
 class AdaptedExperts(nn.Module):

@@ -360,8 +360,10 @@ def test_a_base_made_in_inference_mode_is_run_without_gradients(caplog):
 def test_a_skeleton_is_not_run():
     with torch.device("meta"):
         base = tiny_base()
-    assert not probe.can_run(base)
-    assert probe.can_run(tiny_base())
+    config = tiny_config("dora")
+    probe.settle_targets(base, config)
+    assert config.target_parameters is None
+    assert config.target_modules == "all-linear"
 
 
 def test_loading_places_as_the_file_says_and_runs_nothing(monkeypatch, tmp_path):

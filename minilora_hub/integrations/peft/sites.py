@@ -22,7 +22,9 @@ from transformers import PreTrainedModel
 from minilora_hub.integrations.trl import ATTRIBUTE
 from minilora_hub.remote_code.base_structure import LinearSite, MixtureSite, plan_sites
 from minilora_hub.remote_code.layer_stacks import find_layer_stacks, linears_in
-from minilora_hub.remote_code.probe import can_run, every_expert, find_without_effect, warn_of_left_out
+from minilora_hub.remote_code.linear_layers import is_split
+from minilora_hub.remote_code.probe import every_expert, find_without_effect, warn_of_left_out
+from minilora_hub.remote_code.trial_inputs import input_device
 
 OWN_NAMES = {
     "base_layer",
@@ -114,9 +116,14 @@ def plan_adapter(model: Any, config: Any, adapter_name: str, matches: Callable[[
 
     Raises:
         ValueError: a target is no linear of a decoder layer and no feed-forward block, matches nothing, or is of a form
-            that is not known; or the adapter's name cannot be used.
+            that is not known; the base is split over processes; or the adapter's name cannot be used.
     """
     _check_name(model, adapter_name)
+    if split := [name for name, parameter in model.named_parameters() if is_split(parameter)]:
+        raise ValueError(
+            f"base {type(model).__name__}: {split[0]} is split over processes: call get_peft_model on a whole base, "
+            "and fully_shard on both; or use MixLoraForCausalLM.from_base, which takes a base that FSDP2 has split"
+        )
     act_fn, own = getattr(config, "act_fn", None), getattr(model.config.get_text_config(), "hidden_act", None)
     if act_fn not in (None, own):
         raise ValueError(f"act_fn={act_fn!r}: the base's activation is {own!r}, which its experts share")
@@ -131,7 +138,7 @@ def plan_adapter(model: Any, config: Any, adapter_name: str, matches: Callable[[
     }
     linears = {f"{where}.{path}" for where, layer in layers.items() for path in linears_in(layer)}
     # It is not known how to call a model that is not of transformers, so that is not run.
-    if _are_all(config.target_modules) and isinstance(model, PreTrainedModel) and can_run(model):
+    if _are_all(config.target_modules) and isinstance(model, PreTrainedModel) and input_device(model).type != "meta":
         useless = find_without_effect(model, sites)
         if useless:
             warn_of_left_out("all-linear", useless)
