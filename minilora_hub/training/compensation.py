@@ -74,7 +74,7 @@ def compensate(model: Any, settings: TrainingSettings, base: ResolvedBase, rows:
     sums = [0.0, 0.0, 0.0]  # of squares: the weights, the error, what is left of it
     linears = 0
     for path, layer, update in places:
-        weight, rounded = _weight(exact.get_submodule(path)), _weight(layer)
+        weight, rounded = dense_weight(exact.get_submodule(path)), dense_weight(layer)
         error = weight - rounded
         if not error.any():
             continue
@@ -180,7 +180,7 @@ def _same_shape(exact: Any, path: str, layer: Any) -> tuple[int, int]:
     return shape
 
 
-def _weight(layer: Any) -> Tensor:
+def dense_weight(layer: Any) -> Tensor:
     """Return W [out, in] of a linear of any kind, float64, by calling it with the identity."""
     shape = linear_shape(layer)
     assert shape is not None

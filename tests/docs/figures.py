@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence import choosing, federated, interference, low_bit, report, routing_report, train_on
+from evidence import choosing, federated, interference, low_bit, low_bit_fits, report, routing_report, train_on
 from evidence.store import Store
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -243,7 +243,7 @@ def conflicts() -> str:
 
 def low_bits() -> str:
     """Starts on quantized bases."""
-    return low_bit.report()
+    return f"{low_bit.report()}\n\n{low_bit_fits.report()}"
 
 
 def decode() -> str:
