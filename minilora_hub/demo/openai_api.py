@@ -7,8 +7,6 @@ cannot load adapters.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.middleware import Middleware
@@ -45,19 +43,14 @@ def openai_arguments(scheduler: Scheduler, api_key: str | None = None) -> dict[s
     """Return the arguments for the page's FastAPI application that add the API to it.
 
     Args:
-        scheduler: of the page; it is stopped with the application.
+        scheduler: from `page_scheduler`; it is started.
         api_key: the key that clients of the API must send; None: none.
     """
     engine = scheduler.engine
     models = Models(engine, scheduler, [column.name for column in engine.columns[1:]])
     api = build_app(Server(engine, scheduler, models, Metrics()), api_key)
-
-    @asynccontextmanager
-    async def lifespan(page: Any) -> AsyncIterator[None]:
-        async with api.router.lifespan_context(api):
-            yield
-
-    return {"middleware": [Middleware(OpenAiPaths, api=api)], "lifespan": lifespan}
+    scheduler.start()  # it stops with the process
+    return {"middleware": [Middleware(OpenAiPaths, api=api)]}
 
 
 def openai_from_environment(scheduler: Scheduler | None) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ import torch
 
 from minilora_hub.bases.loading import load_base, load_tokenizer
 from minilora_hub.bases.resolving import resolve_base
-from minilora_hub.compare.engine import CompareEngine, Row, Sampling
+from minilora_hub.compare.engine import CompareEngine, Row, Sampling, Update
 from minilora_hub.compare.found_adapters import shipped_adapters
 from minilora_hub.demo.runs.limits import PageLimits
 from minilora_hub.demo.runs.scheduled import page_scheduler
@@ -70,14 +70,13 @@ class Bench:
         """Let the scheduler answer a new visitor; return where (time, update) of each row arrive."""
         arrived: queue.Queue[Any] = queue.Queue()
         stopped = (stop or threading.Event()).is_set
+
+        def deliver(update: Update) -> None:
+            arrived.put((time.perf_counter(), update))
+
         answers, _ = self.engine.answers(self.rows(times))
         self.scheduler.submit(
-            [
-                ServedRow(
-                    answer, answer.limit, lambda update: arrived.put((time.perf_counter(), update)), stopped=stopped
-                )
-                for answer in answers
-            ]
+            [ServedRow(each, each.limit, deliver, bounded=False, stopped=stopped) for each in answers]
         )
         return arrived
 
