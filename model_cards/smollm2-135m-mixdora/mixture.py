@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapted_linear import LowRankUpdate, apply_dora_scale, product_dtype
-from .device_slots import SlotsGathered, SlotsGrouped
+from .device_slots import SlotsGathered, SlotsGrouped, SlotsOfTraining
 from .expert_slots import Slots, SlotsByExpert, SlotsMasked, SlotsOfOneToken
 from .feed_forward import FeedForwardStructure
 from .linear_layers import is_only_its_product, only_product_of
@@ -101,7 +101,7 @@ class MixtureOfLoraExperts(RoutedModule):
             leading_shape: see `TopKRouting.route`.
         """
         routes = self.route(x, leading_shape)
-        slots = self._arrange(routes)
+        slots = self._arrange(routes, shared[0].dtype)
         update = self._update_of(self.structure.output)
         slotwise = update is not None and update.magnitude is not None
         hidden: list[Tensor] = []
@@ -109,12 +109,17 @@ class MixtureOfLoraExperts(RoutedModule):
         for part in slots.parts():
             h = self.structure.activate(*self._expert_inputs(shared, x, part))  # (slots, ff)
             g = part.of_slots(routes.weights).to(x.dtype)
+            if isinstance(part, SlotsOfTraining) and not slotwise:  # keeps h for the backward pass, not g_k h_k too
+                low += [] if update is None else [self._project_down(update, h, part) * g]
+                hidden = [part.sum_weighted(h, routes.weights)]
+                continue
             h = h * g if torch.is_grad_enabled() else h.mul_(g)  # g_k h_k
             if update is not None:
                 low.append(self._project_down(update, h, part))  # (slots, r)
             hidden = [*hidden, h] if slotwise else [part.sum_slots(h, *hidden)]
         whole = torch.cat(hidden) if len(hidden) > 1 else hidden[0]
-        return Routed(whole, x, routes, slots, slots.joined(low) if low else None)
+        blocks = low[0] if len(low) == 1 else [block for part in low for block in part]
+        return Routed(whole, x, routes, slots, blocks)
 
     def combine(self, projected: Tensor, routed: Routed) -> Tensor:
         """Return the block's output, (tokens, d), from the output projection of `routed.hidden`, with its bias.
@@ -139,7 +144,7 @@ class MixtureOfLoraExperts(RoutedModule):
             out = out + (routed.routes.passed * routed.x).to(out.dtype)
         return out
 
-    def _arrange(self, routes: Routes) -> Slots:
+    def _arrange(self, routes: Routes, dtype: torch.dtype) -> Slots:
         """Choose the arrangement of the slots; see `expert_slots.py`."""
         experts: Any = self._modules["experts"]
         selected, num_experts, updates = routes.selected, self.router.shape[0], experts._modules.values()
@@ -149,6 +154,9 @@ class MixtureOfLoraExperts(RoutedModule):
                 return SlotsOfOneToken(selected, routes.kept)
             if many and routes.kept is None and SlotsMasked.can(updates):
                 return SlotsMasked(selected, num_experts)
+            trains = torch.is_grad_enabled() and dtype == torch.float32
+            if many and routes.kept is None and trains and SlotsOfTraining.can(updates):
+                return SlotsOfTraining(selected, num_experts)
             return SlotsByExpert(selected, routes.kept)
         if many and selected.device.type != "cpu" and SlotsGrouped.can(updates):
             return SlotsGrouped(selected, num_experts)

@@ -1,4 +1,4 @@
-"""The arrangements of a mixture's slots that never wait for a device; see `expert_slots.py`."""
+"""The arrangements of a mixture's slots in which Python reads no number; see `expert_slots.py`."""
 
 from collections.abc import Iterable
 
@@ -13,6 +13,8 @@ from .expert_slots import Slots
 class SlotsGrouped(Slots):
     """Slots sorted by expert, every expert's block in one grouped product."""
 
+    DTYPE = torch.bfloat16
+
     def __init__(self, selected: Tensor, num_experts: int) -> None:
         self.num_tokens, self.per_token = selected.shape
         self.expert, self.order = selected.flatten().sort(stable=True)
@@ -21,19 +23,33 @@ class SlotsGrouped(Slots):
         every = torch.arange(num_experts, device=selected.device)
         self.ends = (self.expert <= every.unsqueeze(-1)).sum(dim=-1, dtype=torch.int32)
 
-    @staticmethod
-    def can(updates: Iterable[LowRankUpdate]) -> bool:
-        """Whether the grouped product takes these updates: bf16, rows of whole 16 bytes, and from torch 2.10 on."""
-        if not hasattr(F, "grouped_mm"):
-            return False
+    @classmethod
+    def can(cls, updates: Iterable[LowRankUpdate]) -> bool:
+        """Whether the grouped product takes these updates: `DTYPE`, at whole 16 bytes, and from torch 2.10 on."""
         tensors = [tensor for update in updates for tensor in (update.lora_A, update.lora_B)]
-        return all(t.dtype == torch.bfloat16 and t.shape[-1] % 8 == 0 and t.shape[-2] % 8 == 0 for t in tensors)
+        whole = all(t.dtype == cls.DTYPE and t.shape[-1] % 8 == 0 and t.shape[-2] % 8 == 0 for t in tensors)
+        return whole and hasattr(F, "grouped_mm")
 
     def project_down(self, x: Tensor, update: LowRankUpdate) -> Tensor:
         return F.grouped_mm(x, update.lora_A.mT, offs=self.ends)
 
     def project_up(self, hidden: Tensor, update: LowRankUpdate) -> Tensor:
         return F.grouped_mm(hidden, update.lora_B.mT, offs=self.ends)
+
+
+class SlotsOfTraining(SlotsGrouped):
+    """`SlotsGrouped` in float32 on a CPU, for training: autograd keeps and copies fewer tensors of all slots."""
+
+    DTYPE = torch.float32
+    order: Tensor
+
+    def add_projected_up(self, out: Tensor, hidden: Tensor, update: LowRankUpdate) -> Tensor:
+        return self.project_up(hidden * update.scaling, update).add_(out)
+
+    def sum_weighted(self, per_slot: Tensor, weights: Tensor) -> Tensor:
+        """The sum over each token's slots, (slots, n), times their weights, (tokens, K): (tokens, n)."""
+        places = self.order.argsort()  # of each token's slots
+        return F.embedding_bag(places.view_as(weights), per_slot, mode="sum", per_sample_weights=weights)
 
 
 class SlotsGathered(Slots):

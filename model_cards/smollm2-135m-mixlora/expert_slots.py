@@ -1,7 +1,7 @@
 """Arrange the slots of a mixture, its (token, chosen expert) pairs, so that low-rank products are few and large.
 
-N tokens have up to N * K slots. Five arrangements give the same results, and `MixtureOfLoraExperts` chooses one (the
-last two are in `device_slots.py`):
+N tokens have up to N * K slots. Six arrangements give the same results, and `MixtureOfLoraExperts` chooses one (the
+last three are in `device_slots.py`):
 
     SlotsOfOneToken  a single token: each expert multiplies one vector.
     SlotsByExpert    sorted by expert: each expert multiplies one contiguous block. Python reads the sizes of the
@@ -9,6 +9,7 @@ last two are in `device_slots.py`):
     SlotsMasked      token order: one product with the matrices of all experts, masked. For few narrow experts.
     SlotsGrouped     sorted by expert, one grouped product (`torch.nn.functional.grouped_mm`, bf16). For many slots
                      on a GPU: nothing waits.
+    SlotsOfTraining  the same in float32, for training on a CPU.
     SlotsGathered    token order, the expert's weights gathered per slot. For few slots on a GPU, and under
                      torch.compile: nothing waits.
 
@@ -43,11 +44,8 @@ class Slots:
     order: Tensor | None
 
     def parts(self) -> "list[Slots]":
-        """The slots in groups that are computed one after the other; `joined` puts together what is projected down."""
+        """The slots in groups that are computed one after the other."""
         return [self]
-
-    def joined(self, hidden: list[Any]) -> Any:
-        return hidden[0]
 
     def of_tokens(self, per_token: Tensor) -> Tensor:
         """Each slot's token: (tokens, n) -> (slots, n), a copy."""
@@ -88,9 +86,9 @@ class Slots:
         Without gradients `out` may be written to.
         """
         added = self.project_up(hidden, update)
-        if self.order is None:
-            return torch.add(out, self.sum_slots(added).to(out.dtype), alpha=update.scaling)
-        return torch.index_add(out, 0, self.token, added.to(out.dtype), alpha=update.scaling)
+        if self.order is None or out.dtype != added.dtype:
+            return out + (self.sum_slots(added) * update.scaling).to(out.dtype)
+        return torch.index_add(out, 0, self.token, added, alpha=update.scaling)
 
 
 class SlotsByExpert(Slots):
@@ -100,8 +98,7 @@ class SlotsByExpert(Slots):
     """
 
     order: Tensor
-    FEW = 64
-    """Number of slots up to which sorting in Python is quicker than starting the kernels for it."""
+    FEW = 64  # slots up to which sorting in Python is quicker than starting the kernels for it
 
     def __init__(self, selected: Tensor, kept: Tensor | None = None) -> None:
         self.num_tokens, self.per_token = selected.shape
@@ -138,25 +135,12 @@ class SlotsByExpert(Slots):
             parts.append(part)
         return parts
 
-    def joined(self, hidden: list[Any]) -> Any:
-        return [block for part in hidden for block in part]
-
     def _served(self, experts: Sequence[Tensor]) -> list[Tensor]:
         return [experts[expert] for expert in self.experts]
 
     def project_down(self, x: Tensor, update: LowRankUpdate) -> list[Tensor]:
         blocks, experts = x.split_with_sizes(self.counts), self._served(update.experts(x.dtype)[0])
         return [F.linear(rows, a) for rows, a in zip(blocks, experts, strict=True)]
-
-    def project_tokens_down(self, x: Tensor, updates: Sequence[LowRankUpdate]) -> list[Any]:
-        experts = [self._served(update.experts(x.dtype)[0]) for update in updates]
-        blocks = x.index_select(0, self.token).split_with_sizes(self.counts)
-        if len(updates) == 1 or len(self.token) <= self.FEW:
-            return [[F.linear(rows, a) for rows, a in zip(blocks, served, strict=True)] for served in experts]
-        # Side by side the A are one matrix, wide enough for the matrix library to be good at.
-        hidden = [F.linear(rows, torch.cat(a)) for rows, a in zip(blocks, zip(*experts, strict=True), strict=True)]
-        ranks = [served[0].shape[0] for served in experts]
-        return list(zip(*(rows.split_with_sizes(ranks, dim=-1) for rows in hidden), strict=True))
 
     def add_projected_up(self, out: Tensor, hidden: Sequence[Tensor], update: LowRankUpdate) -> Tensor:
         experts, scaling = self._served(update.experts(hidden[0].dtype)[1]), update.scaling
@@ -172,12 +156,6 @@ class SlotsByExpert(Slots):
     def project_up(self, hidden: Sequence[Tensor], update: LowRankUpdate) -> Tensor:
         blocks = zip(hidden, self._served(update.experts(hidden[0].dtype)[1]), strict=True)
         return torch.cat([F.linear(h, b) for h, b in blocks])
-
-    def add_to_tokens(self, out: Tensor, hidden: Sequence[Tensor], update: LowRankUpdate) -> Tensor:
-        added = self.project_up(hidden, update)
-        if out.dtype != added.dtype:
-            return out + (self.sum_slots(added) * update.scaling).to(out.dtype)
-        return torch.index_add(out, 0, self.token, added, alpha=update.scaling)
 
 
 class SlotsOfOneToken(Slots):
@@ -237,8 +215,7 @@ class SlotsMasked(Slots):
     What is projected down is (slots, experts * r), 0 but for the r values of the slot's expert.
     """
 
-    WIDE = 32
-    """Columns, experts * r, up to which computing all of them is quicker than a small product for each expert."""
+    WIDE = 32  # columns, experts * r, up to which computing all is quicker than a small product for each expert
 
     order = None
 
@@ -268,9 +245,8 @@ class SlotsMasked(Slots):
         b = update.lora_B.to(hidden.dtype).mT.flatten(0, 1)  # (experts * r, out)
         if out.dtype != hidden.dtype:
             return out + (hidden @ b * update.scaling).to(out.dtype)
-        if torch.is_grad_enabled():
-            return torch.addmm(out, hidden, b, alpha=update.scaling)
-        return out.addmm_(hidden, b, alpha=update.scaling)
+        add = out.addmm if torch.is_grad_enabled() else out.addmm_
+        return add(hidden, b, alpha=update.scaling)
 
     def add_to_tokens(self, out: Tensor, hidden: Tensor, update: LowRankUpdate) -> Tensor:
         return self.add_projected_up(out, self.sum_slots(hidden), update)

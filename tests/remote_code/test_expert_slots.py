@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from minilora_hub.remote_code import mixture
-from minilora_hub.remote_code.device_slots import SlotsGathered, SlotsGrouped
+from minilora_hub.remote_code.device_slots import SlotsGathered, SlotsGrouped, SlotsOfTraining
 from minilora_hub.remote_code.expert_slots import SlotsByExpert, SlotsMasked
 
 
@@ -16,8 +16,10 @@ def arranged(monkeypatch, name, num_experts):
         "grouped": lambda selected, kept: SlotsGrouped(selected, num_experts),
         "gathered": lambda selected, kept: SlotsGathered(selected),
         "masked": lambda selected, kept: SlotsMasked(selected, num_experts),
+        "training": lambda selected, kept: SlotsOfTraining(selected, num_experts),
     }
-    monkeypatch.setattr(SlotsMasked, "WIDE", 0)  # or it would be taken before the one asked for
+    monkeypatch.setattr(SlotsMasked, "WIDE", 0)  # or these would be taken before the one asked for
+    monkeypatch.setattr(SlotsOfTraining, "can", lambda updates: False)
     monkeypatch.setattr(mixture, "SlotsByExpert", makers[name])
 
 
@@ -118,6 +120,59 @@ def spy(made):
         SlotsMasked.__init__(self, *arguments)
 
     return init
+
+
+@pytest.mark.parametrize("method", ["mixlora", "mixdora"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_training_equals_blocks(monkeypatch, method, dropout):
+    """In fp32: values and gradients, of the input and the router too; an idle expert has zeros."""
+    config = tiny.tiny_config(method, r=8, num_experts=5, lora_dropout=dropout)
+    model = tiny.CAUSAL_LM[method].from_base(tiny.tiny_base("llama"), config)
+    tiny.fill_adapter(model)
+    block = model.train().base.model.layers[0].mlp
+    given = torch.randn(1, 70, block.router.shape[1], generator=torch.Generator().manual_seed(70))
+    given[..., 0] = 9.0
+    with torch.no_grad():
+        block.router[:, 0] = torch.tensor([9.0, -9.0, 9.0, 9.0, 9.0])  # nobody chooses the second
+    results = {}
+    for name in ("by expert", "training"):
+        arranged(monkeypatch, name, 5)
+        block.zero_grad()
+        torch.manual_seed(0)  # the same values are dropped
+        x = given.clone().requires_grad_()
+        out = block(x)
+        out.square().sum().backward()
+        assert not block.experts["gate_proj"].lora_A.grad[1].any()
+        results[name] = [out.detach(), x.grad, block.router.grad, *(p.grad.clone() for p in block.experts.parameters())]
+    for ours, exact in zip(results["training"], results["by expert"], strict=True):
+        assert exact.any()
+        assert (ours - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+def test_when_training_has_its_own_arrangement(monkeypatch):
+    """With gradients in float32 and more slots than experts, which are not narrow; not where slots are left out."""
+    made = []
+
+    class Spy(SlotsOfTraining):
+        def __init__(self, *arguments):
+            made.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(mixture, "SlotsOfTraining", Spy)
+    block = bf16_model("mixlora", r=16).float().base.model.layers[0].mlp
+    x = torch.randn(1, 9, 32)
+    block(x)
+    assert len(made) == 1
+    with torch.no_grad():
+        block(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        block(x)
+    block(x[:, :2])  # 4 slots for 4 experts
+    block.bfloat16()(x.bfloat16())
+    bf16_model("mixlora", r=8).float().base.model.layers[0].mlp(x)  # 32 columns: one masked product
+    bf16_model("mixlora", r=12).float().base.model.layers[0].mlp(x)  # rows of no whole 16 bytes
+    bf16_model("mixlora", r=16, routing_strategy="top_p").float().base.model.layers[0].mlp(x)
+    assert len(made) == 1
 
 
 def test_ends_of_the_blocks():
