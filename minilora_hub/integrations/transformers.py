@@ -6,8 +6,6 @@ import transformers
 from transformers import AutoConfig
 
 from minilora_hub.bases.resolving import EMBEDDED, resolve_base
-from minilora_hub.integrations import trl
-from minilora_hub.integrations.peft import method as peft_method
 from minilora_hub.remote_code.adapter_files import BASE_ALIASES
 from minilora_hub.remote_code.heads import HEADS
 from minilora_hub.remote_code.modeling_minilora import KINDS, adapted_class
@@ -22,6 +20,10 @@ def register() -> None:
     Raises:
         MiniLoraError: this version of PEFT is not known.
     """
+    # Not above: importing PEFT takes seconds, and what is below needs none of it.
+    from minilora_hub.integrations import trl
+    from minilora_hub.integrations.peft import method as peft_method
+
     for prefix, (config, _) in KINDS.items():
         AutoConfig.register(config.model_type, config, exist_ok=True)
         for name in HEADS:

@@ -29,7 +29,7 @@ from minilora_hub.quiet import quiet_libraries, quiet_process
 
 BASE = ["--base", "{base}"]
 TRAIN = [*BASE, "--data", "{rows}", "--set", "max_steps=1", "--set", "batch_size=4"]
-ORDINARY = [
+COMMANDS = [
     ("train nf4", ["train", *TRAIN, "--method", "dora", "--quantize", "nf4", "--out", "{out}/dora"]),
     ("train int8", ["train", *TRAIN, "--method", "mixlora", "--quantize", "int8", "--out", "{out}/mixlora"]),
     ("compare", ["compare", "{out}/dora", "{out}/mixlora", *BASE, "--prompt", "Hi", "--max-new-tokens", "4"]),
@@ -45,8 +45,6 @@ ORDINARY = [
     ("export", ["export", "{out}/dora", *BASE, "--to", "dense", "--out", "{out}/dense"]),
     ("import", ["import", "{out}/pulled/peft", *BASE, "--out", "{out}/imported"]),
     ("demo", ["demo", "{out}/dora", *BASE, "--no-browser"]),
-]
-THE_REST = [
     ("verify", ["verify", "ana/dora", *BASE]),
     ("train pissa", ["train", *TRAIN, "--method", "pissa", "--out", "{out}/pissa"]),
     ("train lora", ["train", *TRAIN, "--method", "lora", "--validation", "0.25", "--out", "{out}/lora"]),
@@ -60,12 +58,11 @@ THE_REST = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("commands", [ORDINARY, pytest.param(ORDINARY + THE_REST, marks=pytest.mark.slow)])
-def test_commands_show_only_what_is_ours(commands, tmp_path):
+def test_commands_show_only_what_is_ours(tmp_path):
     """One process for all, as each would import the same libraries for seconds; the CPU's kernels are not found."""
     base = write_base(tmp_path / "base")
     places = {"base": base, "rows": write_rows(tmp_path / "rows.jsonl"), "out": tmp_path}
-    filled = [(name, [argument.format(**places) for argument in arguments]) for name, arguments in commands]
+    filled = [(name, [argument.format(**places) for argument in arguments]) for name, arguments in COMMANDS]
     asked, told = tmp_path / "commands.json", tmp_path / "told.json"
     asked.write_text(json.dumps(filled))
     with HubServer(lfs_threshold=10_000) as hub:

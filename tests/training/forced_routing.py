@@ -1,4 +1,4 @@
-"""Two processes whose routers are forced: torchrun forced_routing.py OUT {settings as JSON}.
+"""Two processes whose routers are forced: what each of them does.
 
 Process 0 sends every token to experts 0 and 1, process 1 to experts 1 and 2; nobody ever takes expert 3. Each process
 writes what it ends with.
@@ -6,9 +6,7 @@ writes what it ends with.
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -18,7 +16,7 @@ from minilora_hub.remote_code import routing
 from minilora_hub.training import run as run_module
 
 
-def main(out: Path, said: dict) -> None:
+def forced_routing(out: Path, said: dict) -> None:
     rank = int(os.environ["RANK"])
 
     def forced(logits, k):
@@ -37,7 +35,3 @@ def main(out: Path, said: dict) -> None:
 
     run_module._train = noticed
     run_module.train(out, **said)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""Two processes over gloo, as accelerate and torchrun launch them."""
+"""Two processes over gloo: started by accelerate and torchrun, and forked in groups such as torchrun makes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_training import SHORT, preferring_long, write_votes
+from training.forced_routing import forced_routing
+from training.killed_run import split_run
 
 from minilora_hub.training.adapter_checkpoints import last_checkpoint
 from minilora_hub.training.run import train
@@ -58,29 +61,9 @@ def test_two_processes_reach_the_curve_of_one(base, rows, tmp_path):
     assert json.loads((tmp_path / "two" / "results.json").read_text())["training"]["steps"] == 8
 
 
-KILLED_OR_RESUMED = """
-import os, sys
-from minilora_hub.training import run, trainer
-out, part, said = sys.argv[1], sys.argv[2], {said!r}
-save = trainer.AdapterTrainer._save_checkpoint
-
-def save_and_die(self, *arguments):
-    save(self, *arguments)
-    os._exit(9)
-
-if part == "first":
-    trainer.AdapterTrainer._save_checkpoint = save_and_die
-def plan_made(plan, settings):
-    with open(out + ".bytes", "w") as file:
-        file.write(str(plan.base_bytes))
-
-run.train(out, record=False, on_plan=plan_made, **({{"resume": True}} if part == "second" else said))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dora", "mixlora"])
-def test_a_base_that_is_split_trains_as_a_whole_one(method, base, rows, tmp_path):
+def test_a_base_that_is_split_trains_as_a_whole_one(method, base, rows, forked, tmp_path):
     """DoRA is killed after half of its steps and resumed. The rows fill each step: the last of an epoch may differ."""
     said = SHORT | {
         "method": method,
@@ -91,12 +74,9 @@ def test_a_base_that_is_split_trains_as_a_whole_one(method, base, rows, tmp_path
         "learning_rate": 1e-3,
     }
     said |= {"num_experts": 4, "router_lr_ratio": 2.0} if method == "mixlora" else {"validation": 0.17}
-    script = tmp_path / "train.py"
-    script.write_text(KILLED_OR_RESUMED.format(said=said | {"shard": True}), encoding="utf-8")
     for part in ("first", "second") if method == "dora" else ("all",):
-        command = launched(TORCHRUN, str(script), str(tmp_path / "split"), part)
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
-        assert (done.returncode == 0) == (part != "first"), done.stderr[-3000:]
+        status = forked.run_two(split_run, part, str(tmp_path / "split"), said | {"shard": True})
+        assert status == (9 if part == "first" else 0), forked.said.read_text()[-3000:]
         assert (last_checkpoint(tmp_path / "split").name == "checkpoint-4") == (part == "first")
     whole = train(tmp_path / "halves", record=False, micro_batch_size=2, **said)
     torch.testing.assert_close(curve(tmp_path / "split"), curve(tmp_path / "halves"), rtol=0, atol=2e-5)
@@ -112,7 +92,7 @@ def test_a_base_that_is_split_trains_as_a_whole_one(method, base, rows, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kept", "teacher and votes"])
-def test_two_processes_with_objectives_reach_the_weights_of_one(kind, base, rows, tmp_path):
+def test_two_processes_with_objectives_reach_the_weights_of_one(kind, base, rows, forked, tmp_path):
     """Against one process that accumulates the same halves: every term of the log, and what is saved."""
     (tmp_path / "general.txt").write_text("The sky is blue and the grass is green. " * 20, encoding="utf-8")
     said = {"base": base, "data": rows, "max_steps": 4, "batch_size": 4, "save_every": 4, "learning_rate": 1e-3}
@@ -127,11 +107,8 @@ def test_two_processes_with_objectives_reach_the_weights_of_one(kind, base, rows
         said |= {"method": "mixlora", "r": 2, "num_experts": 3, "data": None, "from_votes": votes}
         said["objective"] = [f"distill:teacher={tmp_path / 'first'},labels=0.5", anchor, "dpo:beta=0.5"]
         terms = ["loss", "distill", "anchor", "dpo"]
-    script = f"from minilora_hub.training.run import train; train({str(tmp_path / 'two')!r}, record=False, **{said!r})"
-    (tmp_path / "two.py").write_text(script, encoding="utf-8")
-    command = launched(TORCHRUN, str(tmp_path / "two.py"))
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[:3000]
+    status = forked.run_two(partial(train, tmp_path / "two", record=False, **said))
+    assert status == 0, forked.said.read_text()[-3000:]
     train(tmp_path / "halves", record=False, micro_batch_size=2, **said)
     logs = []
     for name in ("two", "halves"):
@@ -146,12 +123,10 @@ def test_two_processes_with_objectives_reach_the_weights_of_one(kind, base, rows
 
 
 @pytest.mark.slow
-def test_experts_without_tokens_neither_hang_nor_skew_a_process(base, rows, tmp_path):
+def test_experts_without_tokens_neither_hang_nor_skew_a_process(base, rows, forked, tmp_path):
     said = SHORT | {"method": "mixlora", "num_experts": 4, "base": base, "data": rows}
-    script = str(Path(__file__).with_name("forced_routing.py"))
-    command = launched(TORCHRUN, script, str(tmp_path / "out"), json.dumps(said))
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    status = forked.run_two(forced_routing, tmp_path / "out", said)
+    assert status == 0, forked.said.read_text()[-3000:]
     first, second = (load_file(tmp_path / f"process{rank}.safetensors") for rank in (0, 1))
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
