@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence import choosing, federated, interference, low_bit, low_bit_fits, report, routing_report, train_on
+from evidence import choosing, federated, interference, low_bit, low_bit_fits, report, routing_report, train_on_report
 from evidence.store import Store
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -223,7 +223,7 @@ def chosen_answers() -> str:
 
 def continued() -> str:
     """Trainings that continue from adapters."""
-    return train_on.report()
+    return train_on_report.report()
 
 
 def federated_mean() -> str:

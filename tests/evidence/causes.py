@@ -49,6 +49,7 @@ CAUSES: dict[str, Cause] = {
     "first-third": Cause("experts in the first third of the layers", mixture_in(range(10))),
     "middle-third": Cause("experts in the middle third of the layers", mixture_in(range(10, 20))),
     "last-third": Cause("experts in the last third of the layers", mixture_in(range(20, 30))),
+    "mola": Cause("2, 4 and 6 experts in the thirds of the layers", {"num_experts": [2] * 10 + [4] * 10 + [6] * 10}),
 }
 """In the order in which they are made."""
 

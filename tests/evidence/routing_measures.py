@@ -36,6 +36,8 @@ from minilora_hub.training.tokens import IGNORED, Encoder, Example
 
 ROWS = 8
 SHUFFLES = 1000
+NEVER = -1e4
+"""Logit of an expert that a mixture does not have."""
 UPPER = 97.5
 """Percentile of the shuffled information that is reported as the most that chance gives."""
 Batch = dict[str, Tensor]
@@ -115,14 +117,20 @@ def read(model: Any, examples: Sequence[Example]) -> Read:
 
 
 def routing_of(record: RoutingRecord, counted: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return (chosen slots [mixtures, rows, experts], sum over the tokens of the entropy [mixtures]) of a forward."""
-    logits = torch.stack(record.logits).double()  # (mixtures, rows, seq, experts)
+    """Return (chosen slots [mixtures, rows, experts], sum over the tokens of the entropy [mixtures]) of a forward.
+
+    A mixture that has fewer experts than another one never chooses the rest.
+    """
+    numbers = [one.shape[-1] for one in record.logits]
+    experts = max(numbers)
+    padded = [torch.nn.functional.pad(one.double(), (0, experts - one.shape[-1]), value=NEVER) for one in record.logits]
+    logits = torch.stack(padded)  # (mixtures, rows, seq, experts)
     selected = torch.stack(record.selected)  # (mixtures, rows, seq, K), -1 for no expert
-    experts = logits.shape[-1]
     slots = torch.nn.functional.one_hot(selected + 1, experts + 1)[..., 1:].sum(-2)  # (mixtures, rows, seq, experts)
     chosen = (slots * counted[..., None]).sum(2)
     logarithms = logits.log_softmax(-1)
-    each = -(logarithms.exp() * logarithms).sum(-1) / math.log(experts)  # (mixtures, rows, seq)
+    each = -(logarithms.exp() * logarithms).sum(-1)  # (mixtures, rows, seq)
+    each /= torch.tensor(numbers).double().log()[:, None, None]
     return chosen.numpy(), (each * counted).sum((1, 2)).numpy()
 
 

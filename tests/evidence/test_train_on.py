@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from evidence import train_on
+from evidence import train_on, train_on_report
 from evidence.plan import TASKS
 from tiny_training import write_base
 
@@ -14,10 +14,10 @@ from minilora_hub.evaluation.tasks.registry import write
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_on, "FOLDER", tmp_path)
+    monkeypatch.setattr(train_on_report, "FOLDER", tmp_path)
     right = {"step": "mean", "part": "router", "steps": 24, "items": 2, "exact": dict.fromkeys(TASKS, "10")}
     (tmp_path / "mean.json").write_text(json.dumps(right))
-    text = train_on.report()
+    text = train_on_report.report()
     assert "| mean | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 |  |" in text
     missing = " ".join(text.split("Not run: ")[1].split())
     assert missing.startswith("single-dates, ")

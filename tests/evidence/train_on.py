@@ -12,6 +12,7 @@
                 without the orthogonal term
     anchor      the LoRA of `distill` trained on the labels, without and with the anchor; perplexity on general text
     rank        the LoRA of `distill` trained on the labels, its parameters distributed over the linears by EVA
+    document    a LoRA of one's own from a text, here docstrings of Python's library: the loss on its last fifth
     votes       that LoRA trained on synthetic votes, each for the shipped MixLoRA's answer beside the base's: held-out
                 pairs, and exact match on items that nobody voted on
 
@@ -26,10 +27,8 @@ import argparse
 import ast
 import json
 import shutil
-import statistics
 import sys
 import sysconfig
-import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -65,7 +64,10 @@ ROUTER: dict[str, Any] = {"learn": "router", "learning_rate": 1e-2, "router_aux_
 VOTES: dict[str, Any] = LORA | {"r": 12, "epochs": 1, "validation": 1 / 3, "save_every": 1000, "record": False}
 VOTED_TASKS, NOT_VOTED = ("dates", "numbers", "inflection"), 30
 """The tasks of the votes, and their first test items, which nobody votes on. A third of the others is held out."""
-PAIRS_FILE = "pairs.json"
+DOCUMENT: dict[str, Any] = LORA | {"r": 12, "validation": 0.2, "max_length": 256, "truncate": True, "batch_size": 4}
+DOCUMENT_STEPS = 16
+SAID_FILE = "said.json"
+"""What a training of votes or of a document said of itself, in its folder."""
 SEQUENCES = ("continued", "kept", "orthogonal")
 SHIPPED = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-mixlora"
 FOLDER = RESULTS / "train_on"
@@ -135,6 +137,7 @@ class Runs:
             *kept,
             *rest,
             *self._rank(),
+            Evidence("document", "document", self._document),
             Evidence("votes", "voted", self._vote),
             *linears,
         ]
@@ -224,9 +227,24 @@ class Runs:
         by_eva = LORA | {"r": "auto", "budget": self.budget}
         return [Evidence("rank", "rank-auto", self._trained(MIX, self.sizes.steps * len(TASKS), **by_eva))]
 
+    def _document(self, out: Path) -> None:
+        """Train on a text, unless it is done, and write the loss on its held-out part before and after."""
+        if (out / SAID_FILE).is_file():
+            return
+        said = DOCUMENT | {"data": str(self.work / "general.txt"), "base": self.base, "dtype": self.sizes.dtype}
+        started, losses = time.process_time(), []
+        for settings in (  # the first changes nothing
+            {"max_steps": 1, "learning_rate": 1e-30},
+            {"max_steps": DOCUMENT_STEPS, "save_every": DOCUMENT_STEPS},
+        ):
+            shutil.rmtree(out, ignore_errors=True)
+            losses.append(train(out, record=False, **said | settings).validation_loss)
+        facts = {"before": losses[0], "after": losses[1], "cpu_seconds": round(time.process_time() - started)}
+        write_whole(out / SAID_FILE, json.dumps(facts | {"steps": DOCUMENT_STEPS}))
+
     def _vote(self, out: Path) -> None:
         """Train on the votes, unless it is done, and write what that does to held-out pairs."""
-        if (out / PAIRS_FILE).is_file():
+        if (out / SAID_FILE).is_file():
             return
         shutil.rmtree(out, ignore_errors=True)
         file = self.work / "voted-answers.jsonl"
@@ -236,7 +254,7 @@ class Runs:
         assert result.pairs is not None
         said = {"trained_on": result.plan.rows, "steps": result.steps, **asdict(result.pairs)}
         said["cpu_seconds"] = round(time.process_time() - started)
-        write_whole(out / PAIRS_FILE, json.dumps(said))
+        write_whole(out / SAID_FILE, json.dumps(said))
 
     def make(self, step: Evidence) -> Path:
         """Make a step's adapter, and those that it starts from, where they are not there; gives its folder."""
@@ -266,9 +284,9 @@ class Runs:
         result["steps"], result["items"], result["dtype"] = self.sizes.steps, items, self.sizes.dtype
         for key, measured in (("exact", model), ("base_exact", base)):
             result[key] = {task: "".join(str(int(score)) for score in measured.scores[task].exact) for task in TASKS}
-        if step.part == "votes":
-            result["votes"] = json.loads((out / PAIRS_FILE).read_text(encoding="utf-8"))
-            result["steps"] = result["votes"]["steps"]
+        if (out / SAID_FILE).is_file():
+            result[step.part] = json.loads((out / SAID_FILE).read_text(encoding="utf-8"))
+            result["steps"] = result[step.part]["steps"]
         if step.perplexity:
             result["perplexity"], result["base_perplexity"] = (
                 round(perplexity(one.nll, report.text[1]), 3) for one in (model, base)
@@ -309,49 +327,14 @@ def write_general_text(file: Path) -> None:
     write_whole(file, "\n\n".join(texts) + "\n")
 
 
-def _table(result: dict[str, Any]) -> tuple[str, int, int, str]:
-    """What the results of one table have in common."""
-    return result["part"], result["steps"], result["items"], result.get("dtype", EVALUATION_DTYPE)
-
-
-def report() -> str:
-    """Tables of the results that are there, one a part and size, and the names of the steps that were not run."""
-    lines = []
-    held = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))]
-    for table in sorted({_table(one) for one in held}):
-        part, steps, items, dtype = table
-        lines += [
-            "",
-            f"{part}: {steps} steps of 8 rows{' for a task' * (part != 'votes')}, {items} test items of each, "
-            f"{dtype}; exact match in percent",
-            "",
-        ]
-        lines += [f"| | {' | '.join(TASKS)} | mean | perplexity |", "| --- |" + " ---: |" * (len(TASKS) + 2)]
-        for one in held:
-            if _table(one) == table:
-                shares = [statistics.fmean(map(int, one["exact"][task])) for task in TASKS]
-                cells, mean = [f"{100 * share:.1f}" for share in shares], 100 * statistics.fmean(shares)
-                lines.append(f"| {one['step']} | {' | '.join(cells)} | {mean:.1f} | {one.get('perplexity', '')} |")
-    for said in (one["votes"] for one in held if "votes" in one):
-        text = (
-            f"voted: {said['trained_on']} votes, {said['steps']} steps, {said['cpu_seconds']} seconds of CPU with one "
-            f"thread. Of {said['pairs']} held-out pairs the chosen answer is the likelier one in {said['before']} "
-            f"before and in {said['after']} after the training."
-        )
-        lines += ["", textwrap.fill(text, 120)]
-    known = {one["step"] for one in held}
-    missing = [step.name for step in Runs(Path(), Sizes(0, 0)).steps() if step.name not in known]
-    if missing:
-        lines += ["", textwrap.fill(f"Not run: {', '.join(missing)}.", 120, break_on_hyphens=False)]
-    return "\n".join(lines).strip()
-
-
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument(
-        "--part", action="append", choices=("router", "linears", "distill", "sequence", "anchor", "rank", "votes")
+        "--part",
+        action="append",
+        choices=("router", "linears", "distill", "sequence", "anchor", "rank", "document", "votes"),
     )
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps for one task")
     parser.add_argument("--items", type=int, default=100, help="test items of each task")
@@ -359,6 +342,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("evidence-work"), help="folder for adapters and answers")
     arguments = parser.parse_args()
     if arguments.what == "report":
+        from evidence.train_on_report import report
+
         print(report())
         return
     work = arguments.work.resolve() / CODE[:12]
