@@ -7,6 +7,8 @@ stacked over the experts. A linear with a router has ``layers.<i>.<path>.router`
 On stacked experts of the base: ``layers.<i>.<path of the experts>.<parameter>.lora_A``.
 """
 
+import os
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -86,6 +88,10 @@ def attach(base: nn.Module, config: Any, sites: Sequence[Site], *options: Any) -
             module.register_forward_hook(lambda module, args, out: out.clone())  # FSDP2 loses its hook on a view
             fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=of_base)
     speed_up_linears(base)
+    by_accelerate = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if by_accelerate and mesh is None and not torch.accelerator.is_available():
+        text = "accelerate's FSDP splits nothing on CPUs: each process trains a whole copy; call fully_shard(model)"
+        warnings.warn(text, stacklevel=4)
 
 
 def build_modules(

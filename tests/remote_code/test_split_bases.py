@@ -192,3 +192,10 @@ def test_a_base_in_zero_3_is_refused_by_name():
 
 if __name__ == "__main__":
     in_a_process(Path(sys.argv[1]))
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="accelerate splits models on accelerators")
+def test_whole_copies_under_accelerates_fsdp_are_told(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.warns(UserWarning, match=r"accelerate's FSDP splits nothing on CPUs: .* call fully_shard\(model\)"):
+        build("llama", "dora")
