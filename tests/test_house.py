@@ -193,10 +193,20 @@ def test_shipped_adapters_pass_every_check(folder):
     assert [problem for problem in problems if problem.blocking] == []
 
 
+@pytest.fixture(scope="module")
+def isolated():
+    """One process for all that are verified."""
+    from minilora_hub.publish.verify.isolated_process import IsolatedProcess
+
+    with IsolatedProcess() as process:
+        yield process
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", sorted((ROOT / "model_cards").iterdir()), ids=lambda folder: folder.name)
-def test_shipped_adapters_verify(folder):
+def test_shipped_adapters_verify(folder, isolated):
     """Loaded through AutoModel in an isolated process, against the logits recorded when they were built."""
-    command = [sys.executable, "-m", "minilora_hub.cli", "verify", str(folder), "--base", "embedded"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    from minilora_hub.publish.verify.verify import verify
+
+    report = verify(folder, base_model="embedded", progress=False, process=isolated)
+    assert report.ok, report.problem
