@@ -26,7 +26,6 @@ import sys
 sys.modules["minilora_hub"] = None  # importing it fails, as where it is not installed
 import json, peft, torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
-repo, arguments, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 """
 
 AUTHOR = """
@@ -47,27 +46,30 @@ print(json.dumps(facts))
 """
 
 LOAD = """
-# Transformers reads config.json for the tokenizer too, and would ask on the terminal without the flag.
-tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=True, **arguments)
-model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True, **arguments)
-body = AutoModel.from_pretrained(repo, trust_remote_code=True, **arguments)
-expected = torch.load(out)
-assert torch.equal(tokenizer("Hello Hub", return_tensors="pt").input_ids, expected["ids"])
-with torch.no_grad():
-    got = model(expected["ids"]).logits
-    hidden = body(expected["ids"]).last_hidden_state
-generate = pipeline("text-generation", model=repo, trust_remote_code=True, **arguments)
-text = generate("Hello Hub", max_new_tokens=5, do_sample=False, return_full_text=False)[0]["generated_text"]
-again = model.generate(expected["ids"], max_new_tokens=5, do_sample=False)[0, expected["ids"].shape[1]:]
-print(json.dumps({
-    "equal": torch.equal(got, expected["logits"]),
-    "module": type(model).__module__,
-    "classes": [type(model).__name__, type(body).__name__, type(model.base).__name__],
-    "pipeline": text == tokenizer.decode(again, skip_special_tokens=True),
-    "revision": model.config.base_model_revision,
-    "body": list(hidden.shape),
-    "ours": [name for name in sys.modules if name.startswith("minilora_hub") and sys.modules[name]],
-}))
+def load(repo, arguments, out):
+    # Transformers reads config.json for the tokenizer too, and would ask on the terminal without the flag.
+    tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=True, **arguments)
+    model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True, **arguments)
+    body = AutoModel.from_pretrained(repo, trust_remote_code=True, **arguments)
+    expected = torch.load(out)
+    assert torch.equal(tokenizer("Hello Hub", return_tensors="pt").input_ids, expected["ids"])
+    with torch.no_grad():
+        got = model(expected["ids"]).logits
+        hidden = body(expected["ids"]).last_hidden_state
+    generate = pipeline("text-generation", model=repo, trust_remote_code=True, **arguments)
+    text = generate("Hello Hub", max_new_tokens=5, do_sample=False, return_full_text=False)[0]["generated_text"]
+    again = model.generate(expected["ids"], max_new_tokens=5, do_sample=False)[0, expected["ids"].shape[1]:]
+    return {
+        "equal": torch.equal(got, expected["logits"]),
+        "module": type(model).__module__,
+        "classes": [type(model).__name__, type(body).__name__, type(model.base).__name__],
+        "pipeline": text == tokenizer.decode(again, skip_special_tokens=True),
+        "revision": model.config.base_model_revision,
+        "body": list(hidden.shape),
+        "ours": [name for name in sys.modules if name.startswith("minilora_hub") and sys.modules[name]],
+    }
+
+print(json.dumps([load(*one) for one in json.loads(sys.argv[1])]))
 """
 
 
@@ -101,25 +103,26 @@ def published(tmp_path_factory):
         yield hub, token, folder, json.loads(out.splitlines()[-1])
 
 
-def load(published, method, arguments=None, *, token=True, expected=None, folder_name="stranger"):
+def load(published, *adapters, more="", token=True, folder_name="stranger"):
+    """Load adapters, each with arguments, in one process; what comes after them may fail there."""
     hub, secret, folder, _ = published
     environment = hub.environment(token=secret if token else None, cache_dir=folder / folder_name)
-    return run(
-        STRANGER + LOAD,
-        f"author/{method}",
-        json.dumps(arguments or {}),
-        expected or folder / f"{method}.pt",
-        environment=environment,
-        folder=folder,
-    )
+    jobs = [(f"author/{name}", arguments, str(folder / f"{name}.pt")) for name, arguments in adapters]
+    return run(STRANGER + LOAD + more, json.dumps(jobs), environment=environment, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def loaded(published):
+    """What a stranger's process found in each adapter."""
+    code, out, err = load(published, *((name, {}) for name in ADAPTERS))
+    assert code == 0, err[-3000:]
+    return dict(zip(ADAPTERS, json.loads(out.splitlines()[-1]), strict=True))
 
 
 @pytest.mark.parametrize("method", ADAPTERS)
-def test_a_stranger_loads_it_with_one_line(published, method):
+def test_a_stranger_loads_it_with_one_line(published, loaded, method):
     hub, _, _, facts = published
-    code, out, err = load(published, method)
-    assert code == 0, err[-3000:]
-    result = json.loads(out.splitlines()[-1])
+    result = loaded[method]
     prefix = "Dora" if method == "dora" else "MixLora"
     assert result["equal"], "logits after save -> push -> load are not bit-equal"
     assert result["module"].startswith("transformers_modules.")
@@ -142,17 +145,17 @@ def test_what_was_pushed(published):
 
 
 def test_without_trust_nothing_of_the_repo_is_run(published):
-    script = STRANGER + "AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=False)"
+    script = STRANGER + "AutoModelForCausalLM.from_pretrained('author/dora', trust_remote_code=False)"
     hub, token, folder, _ = published
     environment = hub.environment(token=token, cache_dir=folder / "wary")
-    code, _, err = run(script, "author/dora", "{}", "", environment=environment, folder=folder)
+    code, _, err = run(script, environment=environment, folder=folder)
     assert code == 1
     assert "trust_remote_code=True" in err
     assert not list((folder / "wary").rglob("modeling_minilora.py"))
 
 
 def test_a_private_adapter_is_not_found_without_a_token(published):
-    code, _, err = load(published, "dora", token=False, folder_name="anonymous")
+    code, _, err = load(published, ("dora", {}), token=False, folder_name="anonymous")
     assert code == 1
     assert "author/dora" in err
 
@@ -162,6 +165,7 @@ def test_registered_classes_win_over_the_code_in_the_repo(published):
     script = """
         import sys, minilora_hub
         from transformers import AutoModelForCausalLM
+        assert minilora_hub.MixLoraForCausalLM and "peft" not in sys.modules  # whose import takes seconds
         minilora_hub.register()
         model = AutoModelForCausalLM.from_pretrained("author/mixlora")
         assert type(model) is minilora_hub.MixLoraForCausalLM
@@ -174,21 +178,17 @@ def test_registered_classes_win_over_the_code_in_the_repo(published):
 
 def test_base_and_adapter_revisions_are_pinned_apart(published, tmp_path):
     """The base moves on, and the adapter gets a second version: both first versions still load together."""
-    hub, token, folder, facts = published
+    hub, _, _, facts = published
     first = hub.repo("author/dora").commit("main").oid
     other = tmp_path / "other"
     tiny_base(vocab_size=259, eos_token_id=None, bos_token_id=None, seed=4).save_pretrained(other)
     hub.repo("org/base").push({"model.safetensors": (other / "model.safetensors").read_bytes()}, "retrained", "main")
     assert hub.repo("org/base").commit("main").oid != facts["dora"]["revision"]
 
-    code, out, err = load(published, "dora", {"revision": first}, folder_name="pinned")
-    assert code == 0, err[-3000:]
-    assert json.loads(out.splitlines()[-1])["equal"]
-
     # Asked for by name, the moved base is loaded, with a warning that it is another one.
-    script = STRANGER + "AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True, base_revision='main')"
-    environment = hub.environment(token=token, cache_dir=folder / "pinned")
-    code, _, err = run(script, "author/dora", "{}", "", environment=environment, folder=folder)
+    moved = "AutoModelForCausalLM.from_pretrained('author/dora', trust_remote_code=True, base_revision='main')"
+    code, out, err = load(published, ("dora", {"revision": first}), more=moved, folder_name="pinned")
+    assert json.loads(out.splitlines()[-1])[0]["equal"], err[-3000:]
     assert code == 1
     assert "UserWarning: this adapter was trained on a base with fingerprint" in err
 
