@@ -123,15 +123,20 @@ def routing_of(record: RoutingRecord, counted: Tensor) -> tuple[np.ndarray, np.n
     """
     numbers = [one.shape[-1] for one in record.logits]
     experts = max(numbers)
-    padded = [torch.nn.functional.pad(one.double(), (0, experts - one.shape[-1]), value=NEVER) for one in record.logits]
-    logits = torch.stack(padded)  # (mixtures, rows, seq, experts)
-    selected = torch.stack(record.selected)  # (mixtures, rows, seq, K), -1 for no expert
+    logits = _stacked([one.double() for one in record.logits], NEVER)  # (mixtures, rows, seq, experts)
+    selected = _stacked(record.selected, -1)  # (mixtures, rows, seq, K), -1 for no expert
     slots = torch.nn.functional.one_hot(selected + 1, experts + 1)[..., 1:].sum(-2)  # (mixtures, rows, seq, experts)
     chosen = (slots * counted[..., None]).sum(2)
     logarithms = logits.log_softmax(-1)
     each = -(logarithms.exp() * logarithms).sum(-1)  # (mixtures, rows, seq)
     each /= torch.tensor(numbers).double().log()[:, None, None]
     return chosen.numpy(), (each * counted).sum((1, 2)).numpy()
+
+
+def _stacked(tensors: Sequence[Tensor], fill: float) -> Tensor:
+    """Stack tensors of which the last dimension may differ."""
+    widest = max(one.shape[-1] for one in tensors)
+    return torch.stack([torch.nn.functional.pad(one, (0, widest - one.shape[-1]), value=fill) for one in tensors])
 
 
 def _common(rows: Sequence[Sequence[int]]) -> int:

@@ -88,11 +88,15 @@ def test_rows_are_read_as_each_alone(model, examples):
 
 def test_mixtures_may_have_different_numbers_of_experts(base, examples):
     config = MixLoraConfig(r=4, num_experts=[2, 4])
-    found = read(MixLoraForCausalLM.from_base(base, config, seed=3).eval(), examples)
+    model = MixLoraForCausalLM.from_base(base, config, seed=3).eval()
+    found = read(model, examples)
     assert found.counts.shape == (2, len(examples), 4)
     assert (found.counts[0, :, 2:] == 0).all()
     assert (found.counts[0, :, 0] == found.counts[0, :, 1]).all()  # both of two serve every token
     assert ((found.entropy > 0.9) & (found.entropy < 1)).all()  # a fresh router prefers none
+    with choice_taken_away(mixtures_of(model), "even"):
+        even = read(model, examples)
+    assert (even.counts[0, :, :2] == even.counts[1, :, :2]).all()
 
 
 def test_the_complement_serves_with_the_others(model, examples):
