@@ -88,8 +88,7 @@ def attach(base: nn.Module, config: Any, sites: Sequence[Site], *options: Any) -
             module.register_forward_hook(lambda module, args, out: out.clone())  # FSDP2 loses its hook on a view
             fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=of_base)
     speed_up_linears(base)
-    by_accelerate = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if by_accelerate and mesh is None and not torch.accelerator.is_available():
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and mesh is None and not torch.accelerator.is_available():
         text = "accelerate's FSDP splits nothing on CPUs: each process trains a whole copy; call fully_shard(model)"
         warnings.warn(text, stacklevel=4)
 
@@ -209,12 +208,7 @@ def replace_module(base: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _update(
-    layer: Any,
-    update: PlannedUpdate,
-    config: Any,
-    tensors: Tensors | None,
-    generator: torch.Generator,
-    dtype: torch.dtype | None,
+    layer: Any, update: PlannedUpdate, config: Any, tensors: Tensors | None, generator: torch.Generator, dtype: Any
 ) -> LowRankUpdate:
     norms = row_norms_squared(layer) if config.use_dora else None
     magnitude = None
