@@ -216,7 +216,7 @@ def _execute(
         settings.save(out)
         state.save(out)
     trainer.args.output_dir = str(out / CHECKPOINTS)
-    dpo = next((one for one in trainer.objectives if isinstance(one, Dpo)), None)
+    dpo = next(one for one in trainer.objectives if isinstance(one, Dpo)) if data.votes else None
     seconds = round(state.seconds + _train(trainer, out, shape, state, resume, progress, dpo), 2)
     history = trainer.state.log_history
     if settings.recipe.shard:
