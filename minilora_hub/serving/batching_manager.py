@@ -158,7 +158,7 @@ def build_manager(
     use_packed_attention(model, attention)
     try:
         manager.warmup()  # makes the processor; without graphs there is nothing to warm up
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:  # the manager's estimate, and the allocation itself
         message = f"max_cache_tokens={limits.cache_tokens}: a cache of this size does not fit into memory: {error}"
         raise ServingError(400, message) from None
     processor: Any = manager.batch_processor

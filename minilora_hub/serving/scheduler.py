@@ -158,6 +158,9 @@ class Scheduler:
             with self._lock:
                 self._order.submitting -= 1
             self._manager.cancel_request("")  # wakes the thread up
+        if not self.running:  # since the checks above: nothing else would end them
+            for row in rows:
+                self._failed(row.key, "the server has failed")
 
     def require_room(self, rows: int) -> None:
         """Check that this many rows can be queued now, besides those of a page.

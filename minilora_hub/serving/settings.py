@@ -13,7 +13,7 @@ class ServerLimits:
     """Bounds of the server. A *row* is one answer; a request has one for each of its prompts and each of its `n`.
 
     Args:
-        rows: the most rows in one batch.
+        rows: the most rows of requests in one batch.
         waiting: the most rows that wait for a place in it; a request beyond that is told to come back later (429).
         cache_tokens: tokens for which the key/value cache has room, which is allocated at the start. Where it is full,
             rows wait, and the newest may be put back and read again later. It bounds the length of a row, too.

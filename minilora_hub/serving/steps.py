@@ -55,9 +55,9 @@ class Steps:
             requests: of the step.
             inputs: arguments of the model's forward, with the tokens of the requests in their order.
         """
-        began = time.perf_counter()
         updates: list[tuple[ServedRow, Update]] = []
         with self._engine.exclusive():
+            began = time.perf_counter()
             inputs["input_ids"] = self._spaces.leave(inputs["input_ids"])
             ids = iter(inputs["input_ids"][0].tolist())
             parts = [self._part(each, [next(ids) for _ in range(each.query_length)], updates) for each in requests]
@@ -67,8 +67,10 @@ class Steps:
             for request, part, result in zip(requests, parts, results, strict=True):
                 row = self._rows.get(part.key)
                 if row is not None and not row.answer.finished and not row.cancelled and result.error is None:
-                    updates += self._take(row, part, result, seconds)
-                    continue
+                    taken = self._take(row, part, result, seconds)
+                    updates += taken
+                    if not any(update.reason == "error" for _, update in taken):
+                        continue
                 request.complete_blocks = {}  # they may not hold what the row's tokens stand for
                 if row is not None and row.cancelled:
                     self._let_go(row)

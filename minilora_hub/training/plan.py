@@ -222,6 +222,7 @@ def _probe(model: Any, data: TrainingData, rows: int, kind: RowKind, trainer: An
     import torch
 
     from minilora_hub.training.loss_terms import Step, recorded
+    from minilora_hub.training.preference import Dpo
 
     device, objectives = trainer.args.device, getattr(trainer, "objectives", ())
     by_length = sorted(range(len(data.train)), key=data.train.lengths.__getitem__)
@@ -242,6 +243,8 @@ def _probe(model: Any, data: TrainingData, rows: int, kind: RowKind, trainer: An
     if not trainer.recipe.shard:  # FSDP2 has placed it
         model.to(device)
     model.train()
+    for dpo in (one for one in objectives if isinstance(one, Dpo)):
+        dpo.start(model, False, batch)  # once in a training, so it is no part of a step
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         for _ in range(2 if device.type == "cuda" else 1):  # the first pass on a GPU also loads kernels

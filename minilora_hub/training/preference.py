@@ -68,28 +68,28 @@ class Dpo:
         # {ids of a chosen row: log p_0 of it, and of each answer beside it}
         self._before: dict[tuple[int, ...], torch.Tensor] = {}
 
-    def start(self, model: Any, shown: bool) -> None:
-        """Compute log p_0.
+    def start(self, model: Any, shown: bool, batch: dict[str, Any] | None = None) -> None:
+        """Compute log p_0 where it is not known.
 
         Args:
             model: the adapted model as it is before the first step, with TRL's fused head.
             shown: whether to show progress.
+            batch: the rows. Default: all.
         """
-        display = ProgressDisplay("Votes before training", "vote", total=len(self._pairs), shown=shown)
+        rows = self._pairs if batch is None else _rows(batch)
+        missing = [row for row in dict.fromkeys(rows) if row not in self._before]
+        display = ProgressDisplay("Votes before training", "vote", total=len(missing), shown=shown)
         try:
-            for done, (row, scores) in enumerate(self._scored(model, self._pairs), 1):
+            for done, (row, scores) in enumerate(self._scored(model, missing), 1):
                 self._before[row] = scores
                 display.update(done, "likelihoods before training")
         finally:
             display.close()
 
     def __call__(self, step: Step) -> Term:
-        mask = step.inputs["attention_mask"].bool()
-        rows = [tuple(ids[kept].tolist()) for ids, kept in zip(step.inputs["input_ids"], mask, strict=True)]
+        mask, rows = step.inputs["attention_mask"], _rows(step.inputs)
         beside = [(index, one) for index, row in enumerate(rows) for one in self._pairs[row].rejected]
         place = torch.tensor([index for index, _ in beside], device=mask.device)  # the row of each pair
-        missing = dict.fromkeys(row for row in rows if row not in self._before)  # in the plan's trial, before `start`
-        self._before.update(self._scored(step.model, missing))
         before = [self._before[row].to(mask.device) for row in rows]
         assert step.log_probs is not None
         chosen = step.log_probs.sum(1) - torch.stack([one[0] for one in before])  # (rows)
@@ -111,10 +111,13 @@ class Dpo:
     def _scored(self, model: Any, rows: Iterable[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
         training = model.training
         model.eval()
-        for row in rows:
-            with torch.no_grad():
-                yield row, self._log_probs(model, [self._pairs[row].chosen, *self._pairs[row].rejected]).cpu()
-        model.train(training)
+        try:
+            for row in rows:
+                with torch.no_grad():
+                    scores = self._log_probs(model, [self._pairs[row].chosen, *self._pairs[row].rejected]).cpu()
+                yield row, scores
+        finally:
+            model.train(training)
 
     def _log_probs(self, model: Any, examples: Sequence[Example]) -> torch.Tensor:
         """Return log p of each example's labels, (examples)."""
@@ -125,3 +128,9 @@ class Dpo:
                 **{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False, fused_lm_head=True
             )
         return outputs.log_probs.sum(1)
+
+
+def _rows(batch: dict[str, Any]) -> list[tuple[int, ...]]:
+    """The ids of each row, without its padding."""
+    mask = batch["attention_mask"].bool()
+    return [tuple(ids[kept].tolist()) for ids, kept in zip(batch["input_ids"], mask, strict=True)]

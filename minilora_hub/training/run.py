@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -258,8 +259,12 @@ def _train(
     from minilora_hub.training.callbacks import ProgressShown, StoppedBySignal
 
     started = time.perf_counter()
-    if dpo:
-        dpo.start(trainer.model, progress)
+    try:
+        if dpo:
+            dpo.start(trainer.model, progress)
+    except KeyboardInterrupt:
+        message = f"stopped before the first step: minilora train --resume --out {out} begins again"
+        raise TrainingInterrupted(message, signal.SIGINT) from None
     checkpoint = last_checkpoint(out) if resume else None
     if checkpoint and checkpoint.name == f"checkpoint-{shape.steps}":
         trainer.take_over(checkpoint)  # the run was killed after its last step

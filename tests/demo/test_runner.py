@@ -1,6 +1,6 @@
 """Comparisons that run at once in one engine: none fails, none is forgotten, one that is left computes nothing.
 
-The stand-in's cache cannot be joined, so its comparisons take turns.
+The stand-in's rows cannot be packed, so its comparisons take turns.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def test_sixteen_at_once_take_turns(engine):
 
 
 def test_visitors_share_forwards(tmp_path, monkeypatch):
-    """On a base whose cache can be joined: each reads its prompt, and then a step is one forward for all of them."""
+    """On a base whose rows can be packed: a step is one forward for all of them."""
     monkeypatch.setattr(runner, "FRAME_SECONDS", 0)
     base, adapters = tiny_stand_ins.save_base_and_adapters(tmp_path)
     engine = CompareEngine(base, adapters, device="cpu")

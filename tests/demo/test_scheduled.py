@@ -211,7 +211,7 @@ def test_a_page_with_little_memory_has_a_smaller_cache(engine, monkeypatch):
 
 
 def test_rows_of_the_page_leave_the_apis_places_free(engine):
-    """And its rows none of the page's: each has a bound of its own."""
+    """Each has a bound of its own: rows of the page do not count in that of the API."""
     slow(engine)
     page = Runner(engine, limits=PageLimits(at_once=1, rows=4, waiting=0))
 

@@ -201,8 +201,9 @@ class Runner:
             async with aclosing(compute(rows, among, stop, halted)) as moments:
                 async for moment in moments:
                     now = time.perf_counter()
-                    self.queue.stepped(ticket, moment.forwards, now - before)
-                    before = now
+                    if moment.forwards or moment.choice:  # otherwise its rows wait, or were only told to end
+                        self.queue.stepped(ticket, moment.forwards, now - before)
+                        before = now
                     if moment.finished:  # release the place now: the consumer may resume late
                         self.queue.leave(ticket, finished=not stop.is_set())
                     yield moment
@@ -224,6 +225,8 @@ class Runner:
         left = len(answers)
         if failed:
             yield Moment(updates=failed, finished=not left)
+        if not left:
+            return
         async with aclosing(ScheduledRows(self._scheduler, answers, stop, halted).steps(FRAME_SECONDS)) as steps:
             async for step in steps:
                 left -= sum(update.finished for update in step.updates)

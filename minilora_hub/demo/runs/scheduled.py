@@ -20,6 +20,9 @@ from minilora_hub.serving.settings import ServerLimits
 ROW_TOKENS = 128
 """Tokens of a row for which the cache has room when as many rows run as may; it is allocated at the start."""
 
+MOST_CACHE = 16384
+"""The most tokens of the cache, unless one row may be longer; beyond it rows wait for each other."""
+
 LEAST_CACHE = 1024
 """The smallest cache, in tokens, of a page on a machine with little memory."""
 
@@ -35,8 +38,9 @@ def page_scheduler(engine: CompareEngine, limits: PageLimits) -> Scheduler:
     Raises:
         ServingError: there is too little memory for a cache.
     """
-    longest = min(context_length(engine.bank.model), limits.prompt + limits.tokens)
-    cache_tokens = max(ROW_TOKENS * limits.at_once * limits.rows, longest)
+    # A character may be several tokens, and a chat template has some of its own.
+    longest = min(context_length(engine.bank.model), 4 * limits.prompt + limits.tokens + ROW_TOKENS)
+    cache_tokens = max(min(ROW_TOKENS * limits.at_once * limits.rows, MOST_CACHE), longest)
     while True:
         bounds = ServerLimits(
             rows=limits.at_once,

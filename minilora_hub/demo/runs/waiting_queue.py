@@ -115,7 +115,7 @@ def steps_until_start(running: Sequence[float], before: Sequence[float], at_once
     """Return the number of steps, of all comparisons together, until a waiting comparison may run.
 
     Args:
-        running: steps left of each comparison that runs; they take turns.
+        running: steps left of each comparison that runs, as if they took turns.
         before: steps left of each comparison that waits before it.
         at_once: how many run at once.
     """
