@@ -14,9 +14,7 @@ from torch.nn import functional as F
 
 from .few_rows import few_rows_linear, remember_weights
 
-_GLOBAL_HOOKS = tuple(
-    getattr(nn.modules.module, name, {}) for name in ("_global_forward_hooks", "_global_forward_pre_hooks")
-)
+_GLOBAL_HOOKS = tuple(getattr(nn.modules.module, f"_global_forward{when}_hooks", {}) for when in ("", "_pre"))
 
 
 def linear_shape(layer: Any) -> tuple[int, int] | None:
@@ -51,16 +49,26 @@ def whole_tensor(tensor: Any) -> Tensor:
     return tensor.full_tensor() if is_split(tensor) else tensor
 
 
+def parted_as(parameter: Any, whole: Tensor) -> Tensor:
+    """Split a tensor as FSDP2 has split a parameter, if it has: every process must ask for it."""
+    if not is_split(parameter):
+        return whole
+    parts = import_module("torch.distributed.tensor").distribute_tensor  # not in every torch
+    return parts(whole.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements)
+
+
 @contextmanager
 def whole_weights(base: nn.Module, path: str) -> Iterator[None]:
     """Have the weights at a path whole, in a `with` block, if FSDP2 has split `base`: every process must enter it."""
     around: list[Any] = [base.get_submodule(path.rsplit(".", up)[0]) for up in range(path.count(".") + 1)]
     groups = [module for module in [*around, base] if hasattr(module, "unshard")][:1]
-    for group in groups:
-        group.unshard()
-    yield
-    for group in groups:
-        group.reshard()
+    try:
+        for group in groups:
+            group.unshard()
+        yield
+    finally:
+        for group in groups:
+            group.reshard()
 
 
 def layer_device(layer: Any) -> torch.device:

@@ -69,9 +69,7 @@ def settle_targets(base: Any, config: Any, refused: Mapping[str, str] | None = N
         named = [] if asked == "all-linear" else asked
         lost = [target for target in named if not any(matches_target(name, [target]) for name in kept)]
         if lost or not kept or not all(isinstance(site, LinearSite) for site in useless):
-            raise ValueError(
-                f"target_modules={lost or asked!r}: an adapter would have no effect on {_listed(left_out)}"
-            )
+            raise ValueError(f"target_modules={lost or asked!r}: adapters would have no effect on {_listed(left_out)}")
         warn_of_left_out(asked, left_out)
         config.target_modules = _shortest(kept, {name for site in useless for name in _names(site)})
 

@@ -264,9 +264,7 @@ def router_losses(record: RoutingRecord, routing: Routing, trained: bool) -> dic
             has hidden them.
     """
     if not record.logits:
-        raise ValueError(
-            "torch.compile and gradient checkpointing together hide the router from its losses: use one of them"
-        )
+        raise ValueError("torch.compile and gradient checkpointing together hide the router from its losses: use one")
     if trained and not record.logits[0].requires_grad:
         raise ValueError(
             "gradient checkpointing with use_reentrant=True hides the router from the balance loss: "

@@ -241,8 +241,9 @@ class SavedAdapter(PreTrainedModel):
         with self._plain_base() as base:
             saved = saved_parameters(base, self.config.modules_to_save)
             digests = tensor_digests(base, given, saved)
-            if not digests or (before is not None and same_digests(before[2], digests)):
-                return  # a base that is split over processes has none
+            split = any(map(is_split, base.parameters()))  # one is compared once, if all processes have its tensors
+            if (split and state_dict is not None) or (before is not None and same_digests(before[2], digests)):
+                return
             try:
                 differing = ["its files are gone"] if folder is None else differing_tensors(base, folder, given, saved)
             except Exception as error:  # a base's own loading may raise anything

@@ -15,6 +15,7 @@ from .base_delegation import DelegatesToBase
 from .base_loading import fingerprint_of, load_base, load_base_for_adapter, settle_quantization, tensor_digests
 from .base_structure import is_routed, plan_sites, refuse_adapted
 from .heads import CLASSIFYING, fresh_modules, saved_parameters
+from .linear_layers import parted_as
 from .probe import settle_targets
 from .saving import HOLDS_AN_ADAPTER, SavedAdapter
 
@@ -81,13 +82,11 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
         config.name_or_path = config.name_or_path or (config.base_model_name_or_path and base.config.name_or_path) or ""
         super().__init__(config)
         self._trainable_before = [p for p in base.parameters() if p.requires_grad]
-        for parameter in self._trainable_before:
-            parameter.requires_grad_(False)
         attach(base, config, sites, tensors, seed, adapter_dtype)
         for name, parameter in saved.items():
             parameter.requires_grad_(True)
             if tensors is not None:
-                parameter.data.copy_(tensors[name])
+                parameter.data.copy_(parted_as(parameter, tensors[name]))
         self.base = base
         self.sites = sites
         self.supports_gradient_checkpointing = base.supports_gradient_checkpointing

@@ -23,9 +23,7 @@ CODE_FILES = (
     "linear_layers.py", "mixlora_model.py", "mixture.py", "modeling_minilora.py", "probe.py", "routed_linear.py",
     "routing.py", "routing_record.py", "saving.py", "trainer_support.py", "trial_inputs.py",
 )  # fmt: skip
-CHECKPOINT_FILES = tuple(
-    name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
-)
+CHECKPOINT_FILES = tuple(f + end for f in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
 UNKNOWN = "unknown"
 BASE_ALIASES: dict[str, Callable[[], str]] = {}
 """Base names that are neither folders nor Hub ids: alias -> function that returns a local folder. minilora_hub adds

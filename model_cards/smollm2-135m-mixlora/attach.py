@@ -71,7 +71,7 @@ def expected_tensors(config: Any, sites: Sequence[Site]) -> dict[str, tuple[int,
 
 
 def attach(base: nn.Module, config: Any, sites: Sequence[Site], *options: Any) -> None:
-    """Put an adapter into `base`, in place. Everything is built first: a failure leaves the base as it was.
+    """Freeze `base` and put an adapter into it, in place. Everything is built first: a failure leaves it as it was.
 
     In a base that FSDP2 has split, each module's adapter is split over the same processes, as a group of its own.
     The base's own linears multiply few rows faster from then on, those without an adapter and the head too.
@@ -80,7 +80,13 @@ def attach(base: nn.Module, config: Any, sites: Sequence[Site], *options: Any) -
     """
     of_base: set[Any] = set(base.parameters())
     mesh = next((parameter.device_mesh for parameter in of_base if is_split(parameter)), None)
-    for path, module in build_modules(base, config, sites, *options).items():
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and mesh is None and not torch.accelerator.is_available():
+        text = "accelerate's FSDP splits nothing on CPUs: each process trains a whole copy; call fully_shard(model)"
+        warnings.warn(text, stacklevel=4)
+    modules = build_modules(base, config, sites, *options)
+    for parameter in of_base:
+        parameter.requires_grad_(False)
+    for path, module in modules.items():
         replace_module(base, path, module)
         if mesh is not None:
             from torch.distributed.fsdp import fully_shard  # not in every torch
@@ -88,9 +94,6 @@ def attach(base: nn.Module, config: Any, sites: Sequence[Site], *options: Any) -
             module.register_forward_hook(lambda module, args, out: out.clone())  # FSDP2 loses its hook on a view
             fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=of_base)
     speed_up_linears(base)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and mesh is None and not torch.accelerator.is_available():
-        text = "accelerate's FSDP splits nothing on CPUs: each process trains a whole copy; call fully_shard(model)"
-        warnings.warn(text, stacklevel=4)
 
 
 def build_modules(
@@ -174,18 +177,14 @@ def adapter_parameters(base: nn.Module, sites: Sequence[Site]) -> dict[str, nn.P
 def merge_into_base(base: nn.Module, sites: Sequence[Site]) -> None:
     """Write the merged weights of linears and stacked experts into the base's layers; the adapter's modules stay."""
     if any(map(is_split, base.parameters())):
-        raise ValueError(
-            "cannot merge into a base that is split over processes: merge the saved adapter into a whole one"
-        )
+        raise ValueError("cannot merge into a base split over processes: merge the saved adapter into a whole one")
     layers: list[Any] = [base.get_submodule(site.path) for site in sites]
     merged = [layer.merged_weights() for layer in layers]
     holders = weight_holders(base)
     for site, layer, weights in zip(sites, layers, merged, strict=True):
         held_by = [path for name in weights for path in holders[id(getattr(layer.base_layer, name))]]
         if others := [path for path in held_by if base.get_submodule(path) is not layer]:
-            raise ValueError(
-                f"cannot merge into {site.path}: {', '.join(others)} shares its weight, and would change with it"
-            )
+            raise ValueError(f"cannot merge into {site.path}: {', '.join(others)} shares its weight and would change")
     with torch.no_grad():
         for layer, weights in zip(layers, merged, strict=True):
             for name, weight in weights.items():

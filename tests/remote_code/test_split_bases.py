@@ -116,8 +116,14 @@ def in_a_process(out: Path) -> None:
         said["split first", family, method] = curve(model.train(), rank)
         model.save_pretrained(out / f"split first-{family}-{method}")
     said["unloaded"] = torch.equal(*(logits(each) for each in (model.unload(), tiny_architecture(family))))
-    base = classifier()
-    said["head"] = curve(with_head(split(base, base.model.layers)), rank, LABELS)
+    bases = [classifier(), classifier()]
+    bases = [split(base, base.model.layers) for base in bases]
+    model = with_head(bases[0])
+    said["head"] = curve(model, rank, LABELS)
+    model.save_pretrained(out / "head")
+    distributed.barrier()  # the first process has written it
+    again = type(model).from_pretrained(out / "head", base_model=bases[1])
+    said["head again"] = torch.equal(*(logits(each.eval()) for each in (model, again)))
     for code, name in zip(snippets(), ("page 1", "page 2"), strict=True):
         exec(code.replace("org/base", str(out / "base")).replace('"adapter"', repr(str(out / name))), {})
 
@@ -172,6 +178,7 @@ def test_two_processes_are_as_one(tmp_path):
     torch.testing.assert_close(curve(with_head(classifier()), None, LABELS), said["head"], rtol=0, atol=1e-5)
     for page in ("page 1", "page 2"):
         assert (tmp_path / page / "adapter_model.safetensors").is_file()
+    assert said["head again"]
     assert "split over processes" in said["merge"]
     assert "FSDP2 has split model.layers.1.mlp.up_proj as a group of its own" in said["linear"]
     assert (
