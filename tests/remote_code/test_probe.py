@@ -357,13 +357,17 @@ def test_a_base_made_in_inference_mode_is_run_without_gradients(caplog):
     assert "the base was made in inference mode" in caplog.text
 
 
-def test_a_skeleton_is_not_run():
+def test_a_skeleton_is_not_run(monkeypatch):
+    runs = []
+    monkeypatch.setattr(probe, "find_without_effect", lambda base, sites: runs.append(base) or {})
     with torch.device("meta"):
-        base = tiny_base()
-    config = tiny_config("dora")
+        skeleton = tiny_base()
+    config, base = tiny_config("dora"), tiny_base()
+    probe.settle_targets(skeleton, config)
+    assert (config.target_parameters, config.target_modules) == (None, "all-linear")
+    assert not runs
     probe.settle_targets(base, config)
-    assert config.target_parameters is None
-    assert config.target_modules == "all-linear"
+    assert runs == [base]
 
 
 def test_loading_places_as_the_file_says_and_runs_nothing(monkeypatch, tmp_path):
