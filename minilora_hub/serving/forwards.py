@@ -14,6 +14,7 @@ from transformers.generation.continuous_batching.requests import RequestState
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.batch import experts_at
 from minilora_hub.compare.decoding import DecodingBatch
+from minilora_hub.remote_code.few_rows import plain_products
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ def stand_in() -> LlamaForCausalLM:
 
 
 @torch.inference_mode()
+@plain_products()  # the ways of multiplying few rows would be timed first, while other things start
 def differs(bank: AdapterBank, processor: Any) -> str | None:
     """Compare packed rows with each row alone: two prompts, and a token after each.
 

@@ -263,7 +263,7 @@ def _train(
         if dpo:
             dpo.start(trainer.model, progress)
     except KeyboardInterrupt:
-        message = f"stopped before the first step: minilora train --resume --out {out} begins again"
+        message = f"stopped before a step: minilora train --resume --out {out} continues"
         raise TrainingInterrupted(message, signal.SIGINT) from None
     checkpoint = last_checkpoint(out) if resume else None
     if checkpoint and checkpoint.name == f"checkpoint-{shape.steps}":

@@ -14,13 +14,13 @@ from tiny_training import SHORT, preferring_long, train_until, write_base, write
 from transformers import AutoTokenizer
 
 from minilora_hub import MixLoraConfig, MixLoraForCausalLM
-from minilora_hub.errors import DataError, TrainingError
+from minilora_hub.errors import DataError, TrainingError, TrainingInterrupted
 from minilora_hub.publish.push.build import build
 from minilora_hub.training.lora_model import LoraConfig, LoraForCausalLM
 from minilora_hub.training.loss_terms import Step, Term, recorded
 from minilora_hub.training.preference import Dpo
 from minilora_hub.training.run import train
-from minilora_hub.training.settings import make_settings
+from minilora_hub.training.settings import SETTINGS_FILE, make_settings
 from minilora_hub.training.tokens import IGNORED, Encoder
 from minilora_hub.training.votes import ALL_BAD, TIE, Answer, VotePairs
 
@@ -338,6 +338,28 @@ def test_a_preference_that_is_not_finite_stops_the_run(base, tmp_path, monkeypat
     monkeypatch.setattr("minilora_hub.training.run.make_plan", lambda *args: unmeasured)
     with pytest.raises(TrainingError, match=r"the loss became nan in step 1 on votes\.jsonl"):
         train(tmp_path / "out", **RUN | {"base": base, "from_votes": votes})
+
+
+def test_ctrl_c_before_the_first_step_can_be_resumed(base, tmp_path, monkeypatch):
+    votes = write_votes(tmp_path / "votes.jsonl", preferring_long(10))
+    said = RUN | {"base": base, "from_votes": votes, "max_steps": 2, "save_every": 2}
+    train(tmp_path / "whole", **said)
+    scored = Dpo._log_probs
+
+    def interrupted(self, model, examples):
+        if (tmp_path / "cut" / SETTINGS_FILE).is_file():  # after the plan
+            raise KeyboardInterrupt
+        return scored(self, model, examples)
+
+    with monkeypatch.context() as once:
+        once.setattr(Dpo, "_log_probs", interrupted)
+        message = r"stopped before a step: minilora train --resume --out \S+cut continues"
+        with pytest.raises(TrainingInterrupted, match=message) as stopped:
+            train(tmp_path / "cut", **said)
+    assert stopped.value.exit_code == 130
+    train(tmp_path / "cut", resume=True, record=False)
+    whole, cut = ((tmp_path / name / WEIGHTS).read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
 
 
 @pytest.mark.slow
