@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 CHROMIUM_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 PROMPT = "Write this in digits: seven thousand, eight hundred and ten"
@@ -40,13 +41,18 @@ def serve(base: str, port: int, ready) -> None:
 
 
 def usable_seconds(page, address: str, began: float) -> float:
-    """Open the page as soon as there is one, and wait until it can be typed into."""
+    """Open the page as soon as there is one, and wait until it can be typed into.
+
+    A browser that is refused renders a page of its own, which many times a second would take a core from the server.
+    """
+    url = urlsplit(address)
     while True:
         try:
-            page.goto(address)
+            socket.create_connection((url.hostname, url.port)).close()
             break
-        except Exception:
+        except OSError:
             time.sleep(0.05)
+    page.goto(address)
     page.wait_for_selector("#ml-prompt textarea")
     page.wait_for_selector("#ml-run:not([disabled])")
     page.fill("#ml-prompt textarea", "x")
