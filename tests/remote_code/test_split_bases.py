@@ -96,8 +96,8 @@ def in_a_process(out: Path) -> None:
         except ValueError as error:
             said[name] = str(error)
 
-    def base_of(family):
-        base = tiny_architecture(family)
+    def base_of(family, dtype=torch.float32):
+        base = tiny_architecture(family).to(dtype)
         return split(base, base.model.layers)
 
     for family, method in KINDS:
@@ -116,6 +116,9 @@ def in_a_process(out: Path) -> None:
         said["split first", family, method] = curve(model.train(), rank)
         model.save_pretrained(out / f"split first-{family}-{method}")
     said["unloaded"] = torch.equal(*(logits(each) for each in (model.unload(), tiny_architecture(family))))
+    half = CAUSAL_LM["dora"].from_base(base_of("llama", torch.bfloat16), config_of("dora"))
+    said["half"] = curve(half.train(), rank)
+    said["half's adapter"] = {str(parameter.dtype) for parameter in half.adapter_parameters().values()}
     bases = [classifier(), classifier()]
     bases = [split(base, base.model.layers) for base in bases]
     model = with_head(bases[0])
@@ -175,6 +178,9 @@ def test_two_processes_are_as_one(tmp_path):
             assert all(torch.equal(loaded.adapter_parameters()[name], tensor) for name, tensor in saved.items())
             torch.testing.assert_close(logits(loaded), logits(one.eval()), rtol=0, atol=1e-4)
     assert said["unloaded"]
+    one = CAUSAL_LM["dora"].from_base(tiny_architecture("llama").to(torch.bfloat16), config_of("dora"))
+    torch.testing.assert_close(curve(one.train(), None), said["half"], rtol=0, atol=2e-3)  # products in bfloat16
+    assert said["half's adapter"] == {"torch.float32"}
     torch.testing.assert_close(curve(with_head(classifier()), None, LABELS), said["head"], rtol=0, atol=1e-5)
     for page in ("page 1", "page 2"):
         assert (tmp_path / page / "adapter_model.safetensors").is_file()
