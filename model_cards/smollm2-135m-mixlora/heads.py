@@ -110,7 +110,8 @@ def saved_parameters(base: nn.Module, modules: Collection[str] | None, adapted: 
         paths = [path for path, _ in base.named_modules() if path == name or path.endswith(f".{name}")]
         held = {f"{path}.{key}": p for path in paths for key, p in base.get_submodule(path).named_parameters()}
         if not held:
-            raise ValueError(f"modules_to_save=[{name!r}]: {type(base).__name__} has no such module with parameters")
+            kind = type(base).__name__
+            raise ValueError(f"modules_to_save=[{name!r}]: the base {kind} has no such module with parameters")
         for site in adapted:
             if any(f"{site}.".startswith(f"{path}.") or path.startswith(f"{site}.") for path in paths):
                 raise ValueError(f"modules_to_save=[{name!r}]: {site} is adapted, so it cannot be saved whole")
