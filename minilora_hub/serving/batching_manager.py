@@ -38,8 +38,9 @@ does both takes at most twice as long, unless few rows generate.
 END = 2**31 - 1
 """The end token of every request in the manager: no vocabulary's, it stands for a row that has ended in any way."""
 
-PAGE = 32
-"""Tokens for which a row reserves cache at a time."""
+PAGE = 8
+"""Tokens for which a row reserves cache at a time, and of which prompts that begin alike share whole multiples: few
+enough for the system turn of a chat template, with which all prompts begin."""
 
 
 class RowsByAdapter(FIFOScheduler):

@@ -53,6 +53,17 @@ def test_the_second_answer_reads_less(server, saved, name):
     assert again == [expected(engine, WORDS + "More.", name, 4)]
 
 
+def test_a_short_system_turn_is_shared_by_different_prompts(server):
+    """Of a chat template's own, with which all prompts begin: 24 tokens are fewer than most blocks have."""
+    server, address = server
+    system = {"role": "system", "content": "You answer in few words."}
+    first, second = (
+        tokens_read(server, address, [chat("dora", "", 4) | {"messages": [system, {"role": "user", "content": text}]}])
+        for text in ("Why is it so?", "Do cats swim?")
+    )
+    assert second[0] <= first[0] - 24
+
+
 def test_other_files_under_the_same_name_share_nothing(server, saved):
     server, address = server
     first, _ = tokens_read(server, address, [chat("dora", WORDS, 4, temperature=0)])
