@@ -27,6 +27,7 @@ from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.compare.bank_entries import BankEntry, BankMemory, tensor_bytes, version_of
 from minilora_hub.compare.banked_layers import BankedBlock, BankedExperts, BankedLinear, BatchRows, LinearUpdate
 from minilora_hub.compare.found_adapters import shared_copy
+from minilora_hub.compare.one_row_norms import speed_up_norms
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.reading import read_adapter
 from minilora_hub.remote_code.adapted_linear import LowRankUpdate
@@ -74,6 +75,7 @@ class AdapterBank:
         for path, module in self._modules.items():
             if plain_weight(module) is not None:  # this also makes rows of the bare base faster
                 self._linear(path)
+        speed_up_norms(self.model)
 
     # ---- registration and loading ----
 

@@ -58,9 +58,9 @@ def _append(held: Any, new: torch.Tensor, room: list[Any]) -> torch.Tensor:
     if not in_place:
         tensor = held.new_empty(*held.shape[:-2], length + ROOM, held.shape[-1])
         tensor[..., : held.shape[-2], :] = held
-    tensor[..., held.shape[-2] : length, :] = new
+    tensor.narrow(-2, held.shape[-2], new.shape[-2]).copy_(new)
     room[:] = tensor, length
-    return tensor[..., :length, :]
+    return tensor.narrow(-2, 0, length)
 
 
 def reserve_room(cache: Any) -> None:

@@ -8,7 +8,7 @@ first needed, and `F.linear` stays unless another way is clearly faster. The cho
 
     F.linear    x W^T
     transposed  (W x^T)^T
-    padded      the same with a single row doubled, because two columns are read faster than one
+    padded      the same with a row of zeros beside a single row, because two columns are read faster than one
     vector      W x as a product of a matrix and a vector
 
 They differ by rounding only, but another process may choose another way. ``MINILORA_PRODUCTS=plain`` in the
@@ -40,6 +40,7 @@ _KEEP_PLAIN: ContextVar[bool] = ContextVar("minilora_plain_products", default=Fa
 _CHOSEN: dict[Any, Callable] = {}
 _TIMING = threading.Lock()
 _WEIGHTS: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+_BUFFERS = threading.local()
 
 
 def remember_weights(model: nn.Module) -> None:
@@ -65,10 +66,8 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     way = _CHOSEN.get(key) or _choose(key, weight)
     if way is F.linear:
         return F.linear(x, weight, bias)
-    out = way(x.reshape(rows, -1), weight)
-    if bias is not None:
-        out += bias
-    return out.view(*x.shape[:-1], weight.shape[0])
+    out = way(x, weight)
+    return out if bias is None else out.add_(bias)
 
 
 @contextmanager
@@ -97,16 +96,34 @@ def _has_a_choice(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _transposed(rows: Tensor, weight: Tensor) -> Tensor:
-    return torch.mm(weight, rows.t()).t().contiguous()
+def _transposed(x: Tensor, weight: Tensor) -> Tensor:
+    out = torch.mm(weight, x.reshape(-1, x.shape[-1]).t())  # (out, rows)
+    return out.t().contiguous().view(*x.shape[:-1], -1)
 
 
-def _padded(row: Tensor, weight: Tensor) -> Tensor:
-    return torch.mm(weight, torch.cat([row, row]).t())[:, 0].contiguous()  # (out, 2) -> (out)
+def _padded(x: Tensor, weight: Tensor) -> Tensor:
+    key: Any = (x.shape, weight.shape, weight.dtype)
+    row, columns, out, first = _BUFFERS.__dict__.get(key) or _make_buffers(key)
+    row.copy_(x)
+    torch.mm(weight, columns, out=out)
+    return first.clone()
 
 
-def _vector(row: Tensor, weight: Tensor) -> Tensor:
-    return torch.mv(weight, row.view(-1))
+@torch.inference_mode(False)  # so that they can be written to in either mode
+def _make_buffers(key: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row and both columns of the padded input, both columns of the output and the first, for this thread.
+
+    Making them for each product would take as long as the product of a small weight.
+    """
+    (*leading, width), (height, _), dtype = key
+    rows = torch.zeros(2, width, dtype=dtype, device="cpu")
+    out = torch.empty(height, 2, dtype=dtype, device="cpu")
+    _BUFFERS.__dict__[key] = rows[0].view(*leading, width), rows.t(), out, out[:, 0].view(*leading, height)
+    return _BUFFERS.__dict__[key]
+
+
+def _vector(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
 
 
 def _choose(key: Any, weight: Tensor) -> Callable:

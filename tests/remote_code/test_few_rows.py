@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def asked(monkeypatch):
 
     def choose(count, weight):
         asked.append((count, tuple(weight.shape)))
-        return lambda rows, weight: torch.ones(rows.shape[0], weight.shape[0], dtype=weight.dtype)
+        return lambda x, weight: torch.ones(*x.shape[:-1], weight.shape[0], dtype=weight.dtype)
 
     monkeypatch.setattr(few_rows, "_fastest", choose)
     return asked
@@ -66,6 +67,26 @@ def test_every_way_is_the_product(monkeypatch, way, dtype, bias, leading):
     torch.testing.assert_close(out.double(), exact, **tolerance)
     every_other = x.repeat_interleave(2, dim=-1)[..., ::2]
     torch.testing.assert_close(few_rows_linear(every_other, weight, b if bias else None), out, **tolerance)
+
+
+def test_buffers_of_a_row_are_each_threads_own():
+    """A result stays as it is when the next product is computed, here or in another thread."""
+    weight, wrong = randn(*SHAPE), []
+
+    def multiply(seed):
+        kept = []
+        with torch.inference_mode(seed % 2 == 0), torch.no_grad():
+            for step in range(200):
+                x = randn(1, 1, SHAPE[1], seed=seed + step)
+                kept.append((few_rows._padded(x, weight), x))
+        wrong.extend(seed for out, x in kept if (out - F.linear(x, weight)).abs().max() > 1e-3)
+
+    threads = [threading.Thread(target=multiply, args=(1000 * number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
 
 
 # ---- the choice ----
