@@ -14,20 +14,33 @@ class Visits:
 
     def __init__(self, browser, address, columns=3):
         self.browser, self.address, self.columns = browser, address, columns
-        self.contexts, self.troubles, self.hosts = [], [], set()
+        self.contexts, self.tabs, self.troubles, self.hosts = [], [], [], set()
 
-    def __call__(self, path="", width=1280, height=800, scheme="light", wait=True, **settings):
-        """Open a page of its own session; `wait` until all parts of the comparison page are there."""
-        context = self.browser.new_context(
-            viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=width < 500, **settings
-        )
-        self.contexts.append(context)
-        page = context.new_page()
+    def __call__(self, path="", width=1280, height=800, scheme="light", wait=True, own=False, **settings):
+        """Open a page; `wait` until all parts of the comparison page are there.
+
+        Up to two pages at a time are tabs of the one profile, where a page keeps nothing that another could find; more
+        would wait for each other's connections. The others, phones, those with `settings` and those that are to be on
+        their `own` get a context each, where nothing is cached.
+        """
+        profile = self.browser.contexts[0]
+        if own or settings or width < 500 or len(profile.pages) > 2:  # the first is the window's empty one
+            context = self.browser.new_context(
+                viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=width < 500, **settings
+            )
+            self.contexts.append(context)
+            page = context.new_page()
+        else:
+            page = profile.new_page()
+            self.tabs.append(page)
+            page.set_viewport_size({"width": width, "height": height})
+            page.emulate_media(color_scheme=scheme)
         page.set_default_timeout(60_000)
         page.on("console", lambda message: self.troubles.append(message.text) if serious_message(message) else None)
         page.on("pageerror", lambda error: self.troubles.append(str(error)))
         page.on("request", lambda request: self.hosts.add(urlsplit(request.url).hostname))
         page.goto(self.address + path)
+        assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
         if wait:
             page.wait_for_function(
                 "least => document.querySelectorAll('.ml-card[data-kind]').length >= least", arg=self.columns
@@ -38,8 +51,9 @@ class Visits:
 
     def close(self):
         """Close all pages, and check."""
-        for context in self.contexts:
-            context.close()
+        for opened in (*self.tabs, *self.contexts):
+            opened.close()
+        self.browser.contexts[0].clear_permissions()
         assert self.troubles == []
         assert self.hosts <= {"127.0.0.1", None}  # None: data: and blob: addresses
 

@@ -399,7 +399,7 @@ def test_loading_does_not_move_a_phones_page(visit):
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), pytest.param(390, 844, marks=pytest.mark.slow)])
 def test_neither_loading_nor_run_moves_the_page(visit, width, height):
     """The cumulative layout shift of each is below 0.1, and on a desktop all columns stay in view."""
-    page = visit("", width, height)
+    page = visit("", width, height, own=True)
     page.wait_for_timeout(500)  # fonts and late parts
     loaded = shift(page)
     assert loaded < 0.1

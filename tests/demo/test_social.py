@@ -260,7 +260,7 @@ def test_a_share_link_restores_everything_in_another_browser(server, data, visit
     page.wait_for_function("document.querySelector('.ml-copy').textContent === 'Copied'")
     assert page.evaluate("navigator.clipboard.readText()") == link
     before = server.forwards()
-    other = visit(link.removeprefix(server.address))
+    other = visit(link.removeprefix(server.address), own=True)
     other.wait_for_selector(".ml-notice[data-phase=stored]")
     assert other.locator(".ml-notice-words").inner_text().startswith("A stored comparison, run on 20")
     other.wait_for_function("document.querySelectorAll('.ml-text')[1].textContent.length > 3")
