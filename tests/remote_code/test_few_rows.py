@@ -18,6 +18,7 @@ from minilora_hub.remote_code.few_rows import few_rows_linear, plain_products
 from minilora_hub.remote_code.linear_layers import FewRowsLinear, speed_up_linears
 
 SHAPE = (320, 256)  # (out, in)
+SINGLE = ("_vector", "_blocks")  # not in half precision
 LARGE = {"hidden_size": 256, "intermediate_size": 320, "vocab_size": 512}
 ONE = token_ids(1, 1)
 
@@ -48,16 +49,17 @@ def randn(*shape, seed=0):
 # ---- the products ----
 
 
-@pytest.mark.parametrize("way", ["_padded", "_vector", "_transposed", "linear"])
+@pytest.mark.parametrize("way", ["_padded", "_vector", "_blocks", "_transposed", "linear"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("leading", [(), (1,), (1, 1), (2,), (1, 3), (3, 1), (4, 4)])
 @torch.no_grad()
 def test_every_way_is_the_product(monkeypatch, way, dtype, bias, leading):
     one_row = torch.Size(leading).numel() == 1
-    if way != "linear" and (one_row == (way == "_transposed") or (way == "_vector" and dtype == torch.bfloat16)):
+    if way != "linear" and (one_row == (way == "_transposed") or (way in SINGLE and dtype == torch.bfloat16)):
         return  # not offered for this number of rows, or dtype
     monkeypatch.setattr(few_rows, "_fastest", lambda *_: getattr(F if way == "linear" else few_rows, way))
+    monkeypatch.setattr(few_rows.torch, "get_num_threads", lambda: 2)
     x, weight, b = randn(*leading, 256).to(dtype), randn(*SHAPE, seed=1).to(dtype), randn(320, seed=2).to(dtype)
     exact = x.double() @ weight.double().T + (b.double() if bias else 0)
     out = few_rows_linear(x, weight, b if bias else None)
@@ -109,6 +111,7 @@ def clock(monkeypatch):
         (few_rows.F, "linear"),
         (few_rows, "_padded"),
         (few_rows, "_vector"),
+        (few_rows, "_blocks"),
         (few_rows, "_transposed"),
     ):
         monkeypatch.setattr(module, name, taking(name, getattr(module, name)))
@@ -123,6 +126,7 @@ def clock(monkeypatch):
         (1, {"linear": 10, "_padded": 8, "_vector": 7}, "_vector"),
         (1, {"linear": 10, "_padded": 9.5, "_vector": 9.1}, "linear"),  # not clearly faster
         (1, {"linear": 10, "_padded": 30, "_vector": 20}, "linear"),
+        (1, {"linear": 10, "_padded": 30, "_vector": 20, "_blocks": 6}, "_blocks"),
         (4, {"linear": 10, "_transposed": 8}, "_transposed"),
         (4, {"linear": 10, "_transposed": 12}, "linear"),
         # the first round warms up, and another process may interrupt a call
@@ -131,10 +135,26 @@ def clock(monkeypatch):
     ],
 )
 @torch.no_grad()
-def test_the_fastest_way_is_chosen(clock, count, seconds, expected):
-    clock |= copy.deepcopy(seconds)
+def test_the_fastest_way_is_chosen(clock, monkeypatch, count, seconds, expected):
+    monkeypatch.setattr(few_rows.torch, "get_num_threads", lambda: 2)
+    clock |= {"_blocks": 10} | copy.deepcopy(seconds)
     chosen = few_rows._fastest(count, randn(*SHAPE))
     assert chosen is getattr(F if expected == "linear" else few_rows, expected)
+
+
+@pytest.mark.parametrize(
+    ("height", "threads", "expected"), [(320, 1, 1), (320, 2, 2), (321, 2, 3), (320, 3, 4), (320, 7, 8), (331, 4, 1)]
+)
+def test_weights_are_cut_into_equal_blocks(height, threads, expected):
+    assert few_rows._count_blocks(height, threads) == expected
+
+
+@torch.no_grad()
+def test_blocks_are_not_offered_on_one_thread(clock, monkeypatch):
+    """There F.linear reads the weight as fast."""
+    monkeypatch.setattr(few_rows.torch, "get_num_threads", lambda: 1)
+    clock |= {"linear": 10, "_padded": 10, "_vector": 10}  # no time for blocks: to take one fails
+    assert few_rows._fastest(1, randn(*SHAPE)) is F.linear
 
 
 @torch.no_grad()
