@@ -25,10 +25,8 @@ from torch import nn
 from minilora_hub.adapter_folder.folders import adapter_facts, naming, read_source
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.compare.bank_entries import BankEntry, BankMemory, tensor_bytes, version_of
-from minilora_hub.compare.banked_layers import BankedBlock, BankedExperts, BankedLinear
-from minilora_hub.compare.batch_rows import BatchRows
+from minilora_hub.compare.banked_layers import BankedBlock, BankedExperts, BankedLinear, BatchRows, LinearUpdate
 from minilora_hub.compare.found_adapters import shared_copy
-from minilora_hub.compare.linear_updates import LinearUpdate
 from minilora_hub.compare.one_row_norms import speed_up_norms
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.reading import read_adapter
@@ -145,8 +143,7 @@ class AdapterBank:
 
     def memory(self) -> BankMemory:
         """Report the memory in use."""
-        adapters = sum(entry.bytes for entry in self.list()) + self._rows.stacked_bytes
-        return BankMemory(self._base_bytes, adapters, self._limit)
+        return BankMemory(self._base_bytes, sum(entry.bytes for entry in self.list()), self._limit)
 
     def make_room(self) -> None:
         """Evict the least recently used adapters that no row uses until the limit is met; the latest one stays.
@@ -157,14 +154,11 @@ class AdapterBank:
             return
         size = sum(self._entries[name].bytes for name in self._loaded)
         for name in [*self._loaded][:-1]:
-            if size > self._limit and name not in self._in_use:
+            if size <= self._limit:
+                return
+            if name not in self._in_use:
                 size -= self._entries[name].bytes
                 self._drop(name)
-        self._rows.most_stacked_bytes = self._limit - size
-        if self._rows.stacked_bytes > self._rows.most_stacked_bytes:
-            for layer in self._wrapped.values():
-                if isinstance(layer, BankedLinear):
-                    layer.forget()
 
     # ---- running rows ----
 
@@ -207,10 +201,11 @@ class AdapterBank:
         if missing:
             raise ValueError(f"names={missing}: not in memory; hold them with use()")
         self._rows.arrange(names, solos)
+        self._rows.routing = {}
         try:
             yield self._rows
         finally:
-            self._rows.clear()
+            self._rows.arrange([])
 
     def check_solo(self, name: str | None, expert: int | None) -> None:
         """Check that an adapter has this expert, in every layer.
@@ -257,7 +252,7 @@ class AdapterBank:
         for site in sites:
             module = modules.pop(site.path)
             if isinstance(module, MixtureOfLoraExperts):
-                _prepare(module.eval())
+                _compute_scales(module.eval())
                 parts[site.path] = module
                 own: list[Any] = [
                     module.router,
@@ -286,7 +281,6 @@ class AdapterBank:
                 layers.append(self._block(path, part))
                 self._block(path, part).mixtures[name] = part
         self._loaded[name] = layers
-        self._rows.forget()
         facts = adapter_facts(entry.folder)  # read again, as the folder may have changed
         self._entries[name] = BankEntry(name, entry.folder, facts, size, version)
         self.make_room()
@@ -302,9 +296,6 @@ class AdapterBank:
         for layer in self._loaded.pop(name, ()):
             held = {BankedLinear: "updates", BankedExperts: "adapted", BankedBlock: "mixtures"}[type(layer)]
             getattr(layer, held).pop(name)
-            if isinstance(layer, BankedLinear):
-                layer.forget()
-        self._rows.forget()
         entry = self._entries[name]
         self._entries[name] = BankEntry(name, entry.folder, entry.facts, version=entry.version)
 
@@ -333,10 +324,8 @@ class AdapterBank:
 
 
 @torch.no_grad()
-def _prepare(mixture: MixtureOfLoraExperts) -> None:
-    """Lay out every B as `LinearUpdate` does, and compute DoRA's c of every expert ahead of the first token."""
+def _compute_scales(mixture: MixtureOfLoraExperts) -> None:
+    """Compute DoRA's c of every expert, which inference keeps, ahead of the first token."""
     for name, update in mixture.experts.items():
-        if isinstance(update, LowRankUpdate):
-            update.lora_B.data = update.lora_B.mT.contiguous().mT
-            if update.magnitude is not None:
-                update.scale(mixture.base_block.get_submodule(name))
+        if isinstance(update, LowRankUpdate) and update.magnitude is not None:
+            update.scale(mixture.base_block.get_submodule(name))

@@ -37,7 +37,7 @@ class BankEntry:
 
 @dataclass(frozen=True)
 class BankMemory:
-    """Bytes of the tensors of the base, of all loaded adapters with their stacks, and the pool's limit (None: none)."""
+    """Bytes of the tensors of the base and of all loaded adapters, and the pool's limit (None: unlimited)."""
 
     base: int
     adapters: int

@@ -1,58 +1,116 @@
 """Layers of a base that serve many adapters at once: one call of the base layer for all rows, then the updates.
 
 A batch has rows of several adapters in contiguous groups. `BankedLinear` calls its base layer once for the whole batch
-and adds the update of each group's adapter to its rows, those of few rows together. `BankedBlock` does the same for a
-feed-forward block where some groups have a MixLoRA: their tokens become slots between the block's projections, which
-are still called once. The cost of a step depends on the adapters in the batch, not on the number that is loaded.
+and adds the update of each group's adapter to its rows. `BankedBlock` does the same for a feed-forward block where some
+groups have a MixLoRA: their tokens become slots between the block's projections, which are still called once. The cost
+of a step depends on the adapters in the batch, not on the number that is loaded.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
-from minilora_hub.compare.batch_rows import BatchRows, Group, with_solo
-from minilora_hub.compare.linear_updates import LinearUpdate, StackedUpdates
+from minilora_hub.remote_code.adapted_linear import AdaptedLinear, add_low_rank_, apply_dora_scale_
 from minilora_hub.remote_code.feed_forward import FeedForwardStructure
 from minilora_hub.remote_code.fused_experts import AdaptedExperts
 from minilora_hub.remote_code.linear_layers import is_only_its_product, only_product_of
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
-from minilora_hub.remote_code.routed_linear import RoutedLinear
-
-FEW_TOKENS = 64
-"""Tokens of a batch up to which groups are computed together: more fill a product for each adapter."""
+from minilora_hub.remote_code.routed_linear import RoutedLinear, RoutedModule
+from minilora_hub.remote_code.routing_record import Routes
 
 
-MOST_PLANS = 16
-"""Plans that a layer keeps: there are more of one arrangement where mixtures vary the number of experts per token."""
-
-
-class _Updated(NamedTuple):
-    """Adjacent tokens of a batch with the update of one adapter, or stacked ones of several."""
+class Group(NamedTuple):
+    """Rows `start` to `stop` of the batch have the adapter `key`; with `solo`, only this expert serves them."""
 
     start: int
     stop: int
-    update: LinearUpdate | StackedUpdates | RoutedLinear
-    group: int = 0  # index of the adapter's group
+    key: str
+    solo: int | None = None
+
+
+Routing = dict[Group, dict[str, list[Routes]]]
+
+
+@dataclass
+class BatchRows:
+    """The adapters of the rows of a batch, shared by every banked layer of a model.
+
+    Attributes:
+        count: number of rows.
+        groups: the groups that have an adapter; rows of the bare base are in none.
+        routing: for each group with a MixLoRA, the routing of the last forward: decoder layer -> `Routes` of the
+            group's rows * seq tokens, one for each router of the layer.
+    """
+
+    count: int = 0
+    groups: tuple[Group, ...] = ()
+    routing: Routing = field(default_factory=dict)
+
+    def record(self, group: Group, module: RoutedModule, routes: Routes) -> None:
+        """Add what a router decided for the tokens of a group."""
+        self.routing.setdefault(group, {}).setdefault(module.layer, []).append(routes)
+
+    def arrange(self, keys: Sequence[str | None], solos: Sequence[int | None] | None = None) -> None:
+        """Set each row's adapter and solo expert; adjacent rows with the same ones form a group."""
+        rows = list(zip(keys, solos or [None] * len(keys), strict=True))
+        groups, start = [], 0
+        for stop in range(1, len(rows) + 1):
+            if stop == len(rows) or rows[stop] != rows[start]:
+                key, solo = rows[start]
+                if key is not None:
+                    groups.append(Group(start, stop, key, solo))
+                start = stop
+        self.count, self.groups = len(keys), tuple(groups)
+
+
+@dataclass(frozen=True)
+class SoloRouting:
+    """Route every token to one expert with weight 1, which shows what this expert has learned; as `TopKRouting`."""
+
+    expert: int
+    weights_sum_to_one: ClassVar[bool] = True
+    needs_token_mask: ClassVar[bool] = False
+
+    def route(self, logits: torch.Tensor, *context: Any) -> Routes:
+        """`Routes` of the tokens with these logits, (tokens, experts)."""
+        selected = torch.full((logits.shape[0], 1), self.expert, device=logits.device)
+        return Routes(torch.ones_like(selected, dtype=torch.float32), selected)
+
+
+def with_solo(module: Any, expert: int | None) -> Any:
+    """Return a routed module whose tokens all go to one expert, if there is one; it shares every tensor."""
+    if expert is None:
+        return module
+    module = copy.copy(module)
+    module.routing = SoloRouting(expert)
+    return module
+
+
+class LinearUpdate(NamedTuple):
+    """Update of one linear by one adapter: A [r, in], B [out, r], s, and DoRA's c [out] or None."""
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    scaling: float
+    scale: torch.Tensor | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, adapted: AdaptedLinear) -> LinearUpdate:
+        """Return the tensors of an adapted linear; c is computed once, because nothing is trained here."""
+        update = adapted.update
+        scale = None if update.magnitude is None else update.scale(adapted.base_layer).detach()
+        return cls(update.lora_A.detach(), update.lora_B.detach(), update.scaling, scale)
 
 
 def _hooked(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks)
-
-
-def _adjoins(run: list[Group], group: Group) -> bool:
-    """Return whether a group follows a run, has as many rows as each group of it, and another adapter."""
-    last = run[-1]
-    alike = last.stop == group.start and last.stop - last.start == group.stop - group.start
-    return alike and all(group.key != other.key for other in run)
-
-
-def _is_dense(ranks: list[int]) -> bool:
-    """Return whether a stack of these ranks is at most half zeros."""
-    return len(ranks) * max(ranks) <= 2 * sum(ranks)
 
 
 class BankedLinear(nn.Module):
@@ -63,8 +121,7 @@ class BankedLinear(nn.Module):
         rows: the model's `BatchRows`.
 
     Attributes:
-        updates: adapter -> its `LinearUpdate` or `RoutedLinear` here. Not registered as parameters. Call `forget` after
-            a change.
+        updates: adapter -> its `LinearUpdate` or `RoutedLinear` here. Not registered as parameters.
     """
 
     def __init__(self, base_layer: nn.Module, rows: BatchRows) -> None:
@@ -72,9 +129,6 @@ class BankedLinear(nn.Module):
         self.base_layer = base_layer
         self.rows = rows
         self.updates: dict[str, LinearUpdate | RoutedLinear] = {}
-        self._arrangement: object = None
-        self._plans: dict[tuple[tuple[Group, ...], int, bool, bool], list[_Updated]] = {}  # of this arrangement
-        self._stacks: dict[tuple[str, ...], StackedUpdates] = {}
 
     @property
     def weight(self) -> torch.Tensor:
@@ -120,78 +174,21 @@ class BankedLinear(nn.Module):
             per_row: tokens per row.
             recorded_as: the batch's own groups that these are, where rows have another order here.
         """
-        for start, stop, update, index in self._planned(tuple(groups), per_row, out.shape[0]):
-            whole = stop - start == out.shape[0]
-            mine = out if whole else out[start:stop]
-            theirs = x if whole else x[start:stop]
-            if isinstance(update, RoutedLinear):
-                routes = update.route(theirs, ((stop - start) // per_row, per_row))
-                mine += update.mixed_update(mine, theirs, routes)
-                self.rows.record((recorded_as or groups)[index], update, routes)
-            else:
-                update.add_to_(mine, theirs, self.bias)
-
-    def forget(self) -> None:
-        """Drop what was made of the updates."""
-        self.rows.stacked_bytes -= sum(stack.nbytes for stack in self._stacks.values())
-        self._plans, self._stacks = {}, {}
-
-    def _planned(self, groups: tuple[Group, ...], per_row: int, tokens: int) -> list[_Updated]:
-        """Return what is added to which tokens. It is kept for the next forward, and made anew when rows change."""
-        if self._arrangement is not self.rows.arrangement or len(self._plans) >= MOST_PLANS:
-            self._arrangement, self._plans = self.rows.arrangement, {}
-        key = groups, per_row, tokens <= FEW_TOKENS, self.rows.repeated
-        if key not in self._plans:
-            self._plans[key] = self._plan(*key)
-        return self._plans[key]
-
-    def _plan(self, groups: tuple[Group, ...], per_row: int, few: bool, stays: bool) -> list[_Updated]:
-        """Split the groups into runs: each by itself, or with `few` tokens together with its neighbours.
-
-        That takes a stack of their updates, which is only made for an arrangement that `stays`.
-        """
-        runs: list[list[Group]] = []
-        ranks: list[int] = []  # of the last run; empty where nothing can be stacked on it
-        for group in groups:
-            update = self.updates.get(group.key)
-            if update is None:
-                continue
-            stackable = few and (stays or bool(self._stacks))
-            rank = len(update.lora_a) if stackable and isinstance(update, LinearUpdate) else 0
-            if rank and ranks and _adjoins(runs[-1], group) and _is_dense([*ranks, rank]):
-                runs[-1].append(group)
-                ranks.append(rank)
-            else:
-                runs.append([group])
-                ranks = [rank] if rank else []
-        if few and stays:
-            self._stack([tuple(group.key for group in run) for run in runs if len(run) > 1])
-        plan: list[_Updated] = []
-        for run in runs:
-            stack = self._stacks.get(tuple(group.key for group in run))
-            if stack is not None:
-                plan.append(_Updated(run[0].start * per_row, run[-1].stop * per_row, stack))
-                continue
-            for group in run:
-                update = self.updates[group.key]
+        for group, own in zip(groups, recorded_as or groups, strict=True):
+            start, stop, key, solo = group
+            update = self.updates.get(key)
+            if update is not None:
+                whole = (stop - start) * per_row == out.shape[0]
+                mine = out if whole else out[start * per_row : stop * per_row]
+                theirs = x if whole else x[start * per_row : stop * per_row]
                 if isinstance(update, RoutedLinear):
-                    update = with_solo(update, group.solo)
-                plan.append(_Updated(group.start * per_row, group.stop * per_row, update, groups.index(group)))
-        return plan
-
-    def _stack(self, wanted: Sequence[tuple[str, ...]]) -> None:
-        """Stack the updates of these adapters, each at most once, as far as there is memory, instead of others."""
-        if all(keys in self._stacks for keys in wanted):
-            return
-        held = self._stacks
-        self.forget()
-        for keys in wanted:
-            if not any(key in other for key in keys for other in self._stacks):
-                updates: list[Any] = [self.updates[key] for key in keys]
-                stack = held.get(keys) or StackedUpdates.of(updates)
-                if self.rows.stacked_bytes + stack.nbytes <= self.rows.most_stacked_bytes:
-                    self._stacks[keys] = stack
-                    self.rows.stacked_bytes += stack.nbytes
+                    routes = with_solo(update, solo).route(theirs, (stop - start, per_row))
+                    mine += update.mixed_update(mine, theirs, routes)
+                    self.rows.record(own, update, routes)
+                    continue
+                add_low_rank_(mine, theirs, update.lora_a, update.lora_b, update.scaling)
+                if update.scale is not None:
+                    apply_dora_scale_(mine, update.scale, self.bias)
 
 
 class _Run(NamedTuple):

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.answer import Answer, Reason, Update
-from minilora_hub.compare.batch_rows import Routing
+from minilora_hub.compare.banked_layers import Routing
 from minilora_hub.compare.decoding import DecodingBatch
 from minilora_hub.remote_code.routing_record import Routes
 

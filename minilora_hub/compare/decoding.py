@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from minilora_hub.compare.adapter_bank import AdapterBank
-from minilora_hub.compare.batch_rows import Routing
+from minilora_hub.compare.banked_layers import Routing
 from minilora_hub.compare.cache_rows import reserve_room
 
 

@@ -36,11 +36,8 @@ def test_families(family, tmp_path):
             bank.load(name, tmp_path / name)
     ids = different_prompts(len(models))
     together = run(bank, list(models), ids)
-    few = [run(bank, list(models), ids[:, :4]) for _ in range(2)][1]  # rows that stay have stacked updates
     for row, name in enumerate(models):
-        alone = tiny.logits(models[name], ids[row : row + 1])[0]
-        assert (together[row] - alone).abs().max() < 1e-4, name
-        assert (few[row] - alone[:4]).abs().max() < 1e-4, name
+        assert (together[row] - tiny.logits(models[name], ids[row : row + 1])[0]).abs().max() < 1e-4, name
 
 
 def test_biases(tmp_path):

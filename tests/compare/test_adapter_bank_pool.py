@@ -8,7 +8,7 @@ import torch
 from compare.bank_models import different_prompts, run
 
 from minilora_hub.compare.adapter_bank import AdapterBank
-from minilora_hub.compare.linear_updates import LinearUpdate
+from minilora_hub.compare.banked_layers import LinearUpdate
 
 
 def test_the_base_that_was_handed_in_is_left_as_it_is(folders):
