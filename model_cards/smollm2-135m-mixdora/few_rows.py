@@ -10,6 +10,7 @@ first needed, and `F.linear` stays unless another way is clearly faster. The cho
     transposed  (W x^T)^T
     padded      the same with a row of zeros beside a single row, because two columns are read faster than one
     vector      W x as a product of a matrix and a vector
+    blocks      x W^T for a part of W on each thread, because `F.linear` may read W for a single row on one thread
 
 They differ by rounding only, but another process may choose another way. ``MINILORA_PRODUCTS=plain`` in the
 environment, or `plain_products` in a part of a program, keeps to `F.linear`: results are then equal in every process.
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from itertools import cycle
 from typing import Any
 from weakref import WeakValueDictionary
@@ -126,6 +128,18 @@ def _vector(x: Tensor, weight: Tensor) -> Tensor:
     return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
 
 
+def _blocks(x: Tensor, weight: Tensor) -> Tensor:
+    count, width = _count_blocks(weight.shape[0], torch.get_num_threads()), weight.shape[1]
+    row = x.reshape(1, 1, width).expand(count, 1, width)
+    return torch.bmm(row, weight.view(count, -1, width).mT).view(*x.shape[:-1], -1)
+
+
+@cache
+def _count_blocks(height: int, threads: int) -> int:
+    """Return into how many equal blocks W is cut, one or a few for each thread; 1 if it can't be cut, or needs not."""
+    return next((count for count in range(threads, 4 * threads) if height % count == 0), 1)
+
+
 def _choose(key: Any, weight: Tensor) -> Callable:
     """Choose the way for this number of rows and weights of this kind, once for the whole process."""
     setting = os.environ.get(SETTING, "")
@@ -148,6 +162,8 @@ def _fastest(count: int, weight: Tensor) -> Callable:
     ways: list[Callable] = [F.linear, _padded if count == 1 else _transposed]
     if count == 1 and weight.dtype.itemsize >= 4:  # in half precision some libraries also add in half precision
         ways.append(_vector)
+        if _count_blocks(weight.shape[0], torch.get_num_threads()) > 1:
+            ways.append(_blocks)
     weights = cycle([w for w in [*_WEIGHTS.values()] if _is_alike(w, weight)] or [weight])
     rows = weight.new_ones(count, weight.shape[1])
     seconds: list[list[float]] = [[] for _ in ways]
