@@ -186,7 +186,7 @@ class LowRankUpdate(nn.Module):
         """A key that changes when a weight is replaced or written to; None where torch does not count writes."""
         a: Any = self._parameters["lora_A"]
         b: Any = self._parameters["lora_B"]
-        m: Any = self._parameters["magnitude"]
+        m: Any = self.magnitude
         try:
             return a.data_ptr(), b.data_ptr(), m.data_ptr(), a._version, b._version, m._version
         except RuntimeError:  # made in inference mode
@@ -236,8 +236,7 @@ class AdaptedLinear(nn.Module):
         return linear_shape(self.base_layer)[0]  # type: ignore[index]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer: Any = self._modules["base_layer"]  # attribute look-ups of nn.Module cost as much as a small product
-        update: Any = self._modules["update"]
+        layer, update = self.base_layer, self.update
         is_product = not (self.training or args or kwargs) and is_only_its_product(layer)
         if is_product and x.numel() == x.shape[-1]:
             return self._one_row(layer, update, x)
@@ -269,7 +268,7 @@ class AdaptedLinear(nn.Module):
             row.addmv_(lora_b, torch.mv(lora_a, x.reshape(-1)), alpha=update.scaling)
         else:
             add_low_rank_(row.unsqueeze(0), x.reshape(1, -1), lora_a, lora_b, update.scaling)
-        if update._parameters["magnitude"] is not None:
+        if update.magnitude is not None:
             apply_dora_scale_(row, update.scale(layer), layer._parameters["bias"])
         return out
 
