@@ -8,7 +8,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence import choosing, federated, interference, low_bit, low_bit_fits, report, routing_report, train_on_report
+from evidence import (
+    choosing,
+    federated,
+    interference,
+    long_report,
+    low_bit,
+    low_bit_fits,
+    report,
+    routing_report,
+    train_on_report,
+)
 from evidence.store import Store
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -236,6 +246,11 @@ def routers() -> str:
     return routing_report.report()
 
 
+def long_runs() -> str:
+    """What happens in runs of many steps."""
+    return long_report.report()
+
+
 def conflicts() -> str:
     """What tasks that pull apart cost each other."""
     return interference.report()
@@ -296,6 +311,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "decode": decode,
     "evidence": evidence,
     "federated": federated_mean,
+    "long": long_runs,
     "low-bit": low_bits,
     "page": page,
     "precision": precision,

@@ -48,7 +48,9 @@ def report() -> str:
     for one in found:
         shown = [point for point in one["points"] if point["step"] in {round(share * one["steps"]) for share in SHOWN}]
         lines += [f"| {_title(one)} | {point['step']} | {' | '.join(_cells(one, point))} |" for point in shown]
-    return "\n".join([*lines, "", *map(_end, found)])
+    missing = [TITLES[method] for method in METHODS if method not in {one["method"] for one in found}]
+    notes = ["", f"Not run: {', '.join(missing)}."] if missing else []
+    return "\n".join([*lines, "", *map(_end, found), *notes])
 
 
 def _title(one: dict[str, Any]) -> str:

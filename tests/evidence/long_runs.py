@@ -2,7 +2,7 @@
 
     python tests/evidence/long_runs.py run                            # what is missing; goes on after a stop
     python tests/evidence/long_runs.py run --method lora --seed 1     # one of them, another seed
-    python tests/evidence/long_runs.py report                         # the table, also in docs/evidence.md
+    python tests/evidence/long_runs.py report                         # the table of docs/evidence.md, and a picture
 
 Every run has the size, the data and the learning rate of compare_methods.py, and is measured before the first step and
 at every checkpoint: the loss of test answers, the loss on general text, the norms of A, B and magnitudes, the routers'
@@ -25,8 +25,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from evidence.long_report import FOLDER, report
+from evidence.long_report import FOLDER, draw, report
 from evidence.measure import write_data
+from evidence.pictures import FOLDER as PICTURES
 from evidence.plan import ADAPTERS, METHODS, MIX, TASKS
 from evidence.routers import SETTINGS, exact, trained_on
 from evidence.routing_measures import encoded, information, read, rounded
@@ -163,6 +164,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "report":
         print(report())
+        draw(PICTURES / "long.png")
         return
     if arguments.steps % arguments.points:
         parser.error(f"--points {arguments.points}: must divide --steps {arguments.steps}")
