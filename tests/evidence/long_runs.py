@@ -26,23 +26,21 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from evidence.long_report import FOLDER, draw, report
-from evidence.measure import write_data
+from evidence.measure import work_folder
 from evidence.pictures import FOLDER as PICTURES
 from evidence.plan import ADAPTERS, METHODS, MIX, TASKS
 from evidence.routers import SETTINGS, exact, trained_on
-from evidence.routing_measures import encoded, information, read, rounded
+from evidence.routing_measures import encoded, general_text, information, read, rounded
 from evidence.store import CODE
 from safetensors.torch import load_file
 
 from minilora_hub.bases.resolving import resolve_base
 from minilora_hub.documents import write_whole
-from minilora_hub.evaluation.perplexity import read_text, windows_of
 from minilora_hub.evaluation.tasks.registry import TASKS as KNOWN_TASKS
 from minilora_hub.training.adapter_checkpoints import CHECKPOINTS, WEIGHTS
 from minilora_hub.training.models import build_trainee, load_tokenizer, trainable_parameters
 from minilora_hub.training.outputs import LOSS_FILE
 from minilora_hub.training.settings import make_settings
-from minilora_hub.training.tokens import Example
 
 
 @dataclass(frozen=True)
@@ -97,11 +95,7 @@ def measured(method: str, work: Path, length: Length, seed: int) -> dict[str, An
     items = {task: KNOWN_TASKS[task].items("test", length.items) for task in TASKS}
     every = [item for some in items.values() for item in some]
     examples, tasks = encoded(every, tokenizer), [item.task for item in every]
-    text = read_text()
-    windows = windows_of(tokenizer, text)
-    general = [
-        Example(text.name, ids, ids) for ids in windows[:: max(1, len(windows) // length.windows)][: length.windows]
-    ]
+    text, windows = general_text(tokenizer, length.windows)
     trained = trainable_parameters(model)
     first = {name: parameter.detach().clone() for name, parameter in trained.items()}
     points = []
@@ -112,7 +106,7 @@ def measured(method: str, work: Path, length: Length, seed: int) -> dict[str, An
         point = {
             "step": step,
             "losses": rounded(found.losses),
-            "text_losses": rounded(read(model, general).losses),
+            "text_losses": rounded(read(model, windows).losses),
             "norms": norms(trained),
             "moved": norms({name: parameter.detach() - first[name] for name, parameter in trained.items()}),
         }
@@ -168,9 +162,7 @@ def main() -> None:
         return
     if arguments.steps % arguments.points:
         parser.error(f"--points {arguments.points}: must divide --steps {arguments.steps}")
-    work = arguments.work.resolve() / CODE[:12]
-    if not (work / "data").is_dir():
-        write_data(work / "data")
+    work = work_folder(arguments.work)
     FOLDER.mkdir(parents=True, exist_ok=True)
     length = Length(arguments.steps, arguments.rows, arguments.points, arguments.items, arguments.windows)
     for method in arguments.method or METHODS:

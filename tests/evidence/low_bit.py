@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from evidence.measure import write_data
 from evidence.plan import TRAINING
+from evidence.routing_measures import general_text
 from evidence.store import RESULTS
 from torch.nn import functional as F
 
@@ -34,7 +35,6 @@ from minilora_hub.bases.loading import load_base, load_tokenizer
 from minilora_hub.bases.quantizing import quantize_base
 from minilora_hub.bases.resolving import resolve_base
 from minilora_hub.documents import write_whole
-from minilora_hub.evaluation.perplexity import read_text, windows_of
 from minilora_hub.evaluation.run import evaluate
 from minilora_hub.training.compensation import compensate
 from minilora_hub.training.dataset import prepare_data
@@ -87,9 +87,8 @@ class Runs:
 
     def __init__(self, work: Path, base: str = "embedded") -> None:
         self.work, self.base = work, base
-        text, tokenizer = read_text(), load_tokenizer(resolve_base(base))
-        windows = windows_of(tokenizer, text)
-        self.windows = torch.tensor(windows[:: max(1, len(windows) // WINDOWS)][:WINDOWS])
+        _, windows = general_text(load_tokenizer(resolve_base(base)), WINDOWS)
+        self.windows = torch.tensor([window.input_ids for window in windows])
 
     @torch.no_grad()
     def perplexity(self, model: Any) -> float:

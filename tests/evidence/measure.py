@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from evidence.plan import EVALUATION_DTYPE, FEW_SHOT, TASKS, TEST_ITEMS, TRAIN_ITEMS, VALIDATION_ITEMS, Run
+from evidence.store import CODE
 
 from minilora_hub.adapter_folder.results import Results
 from minilora_hub.errors import TrainingError, TrainingInterrupted
@@ -26,6 +27,14 @@ def write_data(folder: Path) -> None:
     """The rows of all runs."""
     write(folder, (), ("train",), TRAIN_ITEMS)
     write(folder, (), ("validation",), VALIDATION_ITEMS)
+
+
+def work_folder(work: Path) -> Path:
+    """Return where runs of this code keep rows and adapters under `work`, with the rows, which are made if missing."""
+    folder = work.resolve() / CODE[:12]
+    if not (folder / "data").is_dir():
+        write_data(folder / "data")
+    return folder
 
 
 def make(run: Run, work: Path) -> dict[str, Any]:

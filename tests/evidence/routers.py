@@ -30,9 +30,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from evidence.causes import CAUSES, FOLDER, Sizes
-from evidence.measure import write_data
+from evidence.measure import work_folder
 from evidence.plan import ADAPTERS, MIX, TASKS
-from evidence.routing_measures import by_chance, encoded, gradients, information, read, rounded, without_choice
+from evidence.routing_measures import (
+    by_chance,
+    encoded,
+    general_text,
+    gradients,
+    information,
+    read,
+    rounded,
+    without_choice,
+)
 from evidence.store import CODE
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -41,7 +50,6 @@ from minilora_hub import DoraForCausalLM, MixLoraConfig, MixLoraForCausalLM
 from minilora_hub.bases.resolving import resolve_base
 from minilora_hub.documents import write_whole
 from minilora_hub.evaluation.metrics import exact_match
-from minilora_hub.evaluation.perplexity import read_text, windows_of
 from minilora_hub.evaluation.tasks.items import Item
 from minilora_hub.evaluation.tasks.registry import TASKS as KNOWN_TASKS
 from minilora_hub.formats.importing import import_as_experts
@@ -49,7 +57,6 @@ from minilora_hub.remote_code.adapter_files import ADAPTER_FILE, read_adapter
 from minilora_hub.training.models import load_tokenizer
 from minilora_hub.training.run import train
 from minilora_hub.training.run_folder import STATE_FILE
-from minilora_hub.training.tokens import Example
 
 SHIPPED = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-mixlora"
 SETTINGS: dict[str, Any] = {
@@ -175,10 +182,8 @@ def measured(name: str, work: Path, sizes: Sizes, seed: int) -> dict[str, Any]:
         result["without_choice"] = without_choice(model, examples, thirds=cause.kind == "shipped")
     if cause.kind not in ("fresh", "shipped"):  # compare_methods.py has measured that one, on all items
         result["exact"] = {task: exact(model, tokenizer, some) for task, some in items.items()}
-        text = read_text()
-        windows = windows_of(tokenizer, text)
-        chosen = windows[:: max(1, len(windows) // sizes.windows)][: sizes.windows]
-        losses = read(model, [Example(text.name, ids, ids) for ids in chosen]).losses
+        text, windows = general_text(tokenizer, sizes.windows)
+        losses = read(model, windows).losses
         result["general_text"] = {"name": text.name, "sha256": text.sha256, "losses": rounded(losses)}
     if cause.kind == "fresh" and seed == 0:  # the shipped adapter's seed
         result["moved_in_training"] = moved(folders[TASKS[0]], SHIPPED)
@@ -205,9 +210,7 @@ def main() -> None:
 
         print(report())
         return
-    work = arguments.work.resolve() / CODE[:12]
-    if not (work / "data").is_dir():
-        write_data(work / "data")
+    work = work_folder(arguments.work)
     FOLDER.mkdir(parents=True, exist_ok=True)
     sizes = Sizes(arguments.steps, arguments.rows, arguments.items, arguments.windows)
     for name in arguments.cause or CAUSES:

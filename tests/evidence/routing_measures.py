@@ -27,6 +27,7 @@ import torch
 from scipy.stats import entropy
 from torch import Tensor
 
+from minilora_hub.evaluation.perplexity import GeneralText, read_text, windows_of
 from minilora_hub.evaluation.tasks.items import Item
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
 from minilora_hub.remote_code.routing import TopKRouting
@@ -67,6 +68,14 @@ def encoded(items: Sequence[Item], tokenizer: Any) -> list[Example]:
     ]
     assert all(isinstance(one, Example) for one in found)
     return [one for one in found if isinstance(one, Example)]
+
+
+def general_text(tokenizer: Any, count: int) -> tuple[GeneralText, list[Example]]:
+    """Return the general text, and `count` windows of it, evenly spread, as rows that are answers from their start."""
+    text = read_text()
+    windows = windows_of(tokenizer, text)
+    chosen = windows[:: max(1, len(windows) // count)][:count]
+    return text, [Example(text.name, ids, ids) for ids in chosen]
 
 
 def batches(examples: Sequence[Example]) -> Iterator[tuple[list[int], Batch]]:

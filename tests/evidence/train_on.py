@@ -37,7 +37,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from evidence.measure import write_data
+from evidence.measure import work_folder
 from evidence.plan import EVALUATION_DTYPE, MIX, TASKS, TRAINING
 from evidence.store import CODE, RESULTS
 
@@ -346,9 +346,7 @@ def main() -> None:
 
         print(report())
         return
-    work = arguments.work.resolve() / CODE[:12]
-    if not (work / "data").is_dir():
-        write_data(work / "data")
+    work = work_folder(arguments.work)
     write_general_text(work / "general.txt")
     FOLDER.mkdir(parents=True, exist_ok=True)
     runs = Runs(work, Sizes(arguments.steps, arguments.items, arguments.dtype))
