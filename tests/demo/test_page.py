@@ -16,6 +16,7 @@ from demo.browsing import (
     shift,
     texts,
     wait_for_states,
+    wait_for_words,
     wait_until_writing,
 )
 
@@ -59,7 +60,7 @@ def test_columns_fill_and_tell_their_numbers(server, page):
     done = server.forwards() - before
     assert done == 96  # one forward a step, for all columns together
     written = sum(map(int, page.locator(".ml-tokens").all_inner_texts()))
-    assert page.locator(".ml-words").inner_text().startswith(f"Done. {written} tokens in ")
+    wait_for_words(page, f"Done. {written} tokens in ")
     badge = page.locator(".ml-count").inner_text()
     # One after the other: each column's tokens, since a short prompt is read by the forward of the first.
     assert re.fullmatch(rf"{done} steps for all 3 columns · \d+ ms a step · first token \d+\.\d s", badge)
@@ -103,7 +104,7 @@ def test_stop_stops_the_computation(server, page, way):
     before = texts(page)
     settled(server)
     assert texts(page) == before
-    assert page.locator(".ml-words").inner_text().startswith("Stopped.")
+    wait_for_words(page, "Stopped.")
     ask(page, "again")
     wait_for_states(page, "length", "eos", "eos")
 
@@ -204,7 +205,7 @@ def test_one_columns_error_leaves_the_others_running(page):
     assert errors[0] == ""
     assert all("logits contain NaN" in error for error in errors[1:])
     assert texts(page)[1] == "explo"
-    assert page.locator(".ml-words").inner_text().startswith("2 of 3 columns failed.")
+    wait_for_words(page, "2 of 3 columns failed.")
 
 
 @pytest.mark.slow
