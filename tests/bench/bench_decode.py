@@ -3,6 +3,7 @@
     python tests/bench/bench_decode.py [--rounds 15] [--dtype float32] [--threads N] [--json FILE]
 
 Every round runs each variant once, in turn, and reads as many bytes as the base's weights have: no step can take less.
+The base's products alone, as `few_rows` computes them, show how much of a step is left to everything else.
 The table shows medians over the rounds of the ratio to the bare base in the same round, of wall time and of CPU time of
 all threads. On a machine that does other work, wall time says little, and CPU time of one thread (`--threads 1`) most.
 """
@@ -33,6 +34,7 @@ from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.found_adapters import shared_copy
 from minilora_hub.remote_code import few_rows
 
+TOKENS = 4  # of a round, as in `Rows.step`
 KINDS = [None, "LoRA", "DoRA", "MixLoRA", "MixDoRA"]
 
 
@@ -49,7 +51,23 @@ class Reading:
         return time.perf_counter() - started
 
 
-def variants(base, rank: int, folder: Path, plain=None) -> dict[str, Rows | Reading]:
+class Products:
+    """Multiply the weight of every linear of a model with some rows, as a step does, and nothing else."""
+
+    def __init__(self, model, rows: int):
+        few_rows.remember_weights(model)
+        self.weights = [module.weight for module in model.modules() if type(module) is torch.nn.Linear]
+        self.rows = {weight.shape[1]: weight.new_ones(rows, weight.shape[1]) for weight in self.weights}
+
+    @torch.inference_mode()
+    def step(self) -> float:
+        started = time.perf_counter()
+        for weight in self.weights * TOKENS:
+            few_rows.few_rows_linear(self.rows[weight.shape[1]], weight)
+        return (time.perf_counter() - started) / TOKENS
+
+
+def variants(base, rank: int, folder: Path, plain=None) -> dict[str, Rows | Reading | Products]:
     """Everything that is measured, all over one set of base weights; adapters are made on `plain`, or on `base`."""
     bank = AdapterBank(base)
     plain = plain or base
@@ -59,7 +77,7 @@ def variants(base, rank: int, folder: Path, plain=None) -> dict[str, Rows | Read
     fill_adapter(mixdora, scale=0.01)
     mixdora.save_pretrained(folder / "MixDoRA")
     bank.load("MixDoRA", folder / "MixDoRA")
-    models = {}
+    models, products = {}, {}
     if plain is base:  # models of their own take a base as it is in its files
         models = {
             "LoRA": lora_of(base, rank),
@@ -68,6 +86,8 @@ def variants(base, rank: int, folder: Path, plain=None) -> dict[str, Rows | Read
         }
         for name in ("DoRA", "MixLoRA"):
             fill_adapter(models[name], scale=0.01)
+        counts = {"products, 1 row": 1, "products, 5 rows": 5, "products, 16 rows": 16}
+        products = {name: Products(base, count) for name, count in counts.items()}
     rows = {
         "transformers, base": Rows(shared_copy(base), [None]),
         "engine, base": Rows(bank.model, [None], bank),
@@ -78,7 +98,7 @@ def variants(base, rank: int, folder: Path, plain=None) -> dict[str, Rows | Read
         "engine, 16 rows": Rows(bank.model, [None] * 16, bank),
         "engine, 16 rows of 4 kinds": Rows(bank.model, [kind for kind in KINDS[1:] for _ in range(4)], bank),
     }
-    return {"reading": Reading(base), **rows}
+    return {"reading": Reading(base), **products, **rows}
 
 
 def main() -> None:
@@ -105,8 +125,8 @@ def main() -> None:
             seconds = work.step()
             if index:  # the first round warms up
                 wall.setdefault(name, []).append(seconds)
-                # (four tokens a step, but for the reading)
-                cpu.setdefault(name, []).append((time.process_time() - began) / (1 if name == "reading" else 4))
+                tokens = 1 if name == "reading" else TOKENS
+                cpu.setdefault(name, []).append((time.process_time() - began) / tokens)
     results = {}
     print(f"one decode step, {arguments.dtype}, {torch.get_num_threads()} threads, {arguments.rounds} rounds")
     for name in measured:
