@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import free_port
 from publish.examples import CONFIG, card_folder, full_results, minimal_results
 
 from minilora_hub.adapter_folder.code import endpoint_files
@@ -73,7 +74,7 @@ def test_the_servers_arguments_are_those_of_the_command(tmp_path, monkeypatch):
     inside = command(text, "hf", "jobs")[-1]
     assert inside.startswith("pip install 'minilora_hub[serve]' && ")
     for words in (command(text, "minilora"), shlex.split(inside.rpartition("&& ")[2])):
-        done = CliRunner().invoke(app.app, [*words[1:], "--port", "8123"])
+        done = CliRunner().invoke(app.app, [*words[1:], "--port", str(free_port())])
         assert isinstance(done.exception, StopHereError), done.output
     assert asked == [("org/base", ["ana/dates"])] * 2
 
