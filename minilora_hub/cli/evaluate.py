@@ -80,10 +80,18 @@ def eval_(
     debug: Debug = False,
 ) -> None:
     """Measure adapters and their base on the tasks; write the numbers into each adapter's results.json."""
+    from minilora_hub.adapter_folder.results import RESULTS_FILE
+
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise ValueError(f"--out {str(out)!r}: must be a file in a folder that exists")
-    for folder in [out.parent] if out is not None else [Path(name) for name in adapters if Path(name).is_dir()]:
-        require_writable(folder, "--out" if out is not None else "adapter")
+    folders = [Path(name) for name in adapters if Path(name).is_dir()]
+    if out is None:
+        for folder in folders:
+            require_writable(folder, "adapter")
+    else:
+        if out.resolve() in [folder.resolve() / RESULTS_FILE for folder in folders]:
+            raise ValueError(f"--out {str(out)!r}: is written, in a form of its own, where --out is left out")
+        require_writable(out.parent, "--out")
     common = {"base": base, "count": count, "dtype": dtype, "batch_size": batch_size}
     other = "--lm-eval" if lm_eval else "--data" if data else None
     surplus = [name for name in given(context) if name in BUILT_IN and not (data and name == "split")]
@@ -94,6 +102,10 @@ def eval_(
         raise ValueError("--data: leave it out with --lm-eval, or run it separately")
     if truncate and not data:
         raise ValueError("--truncate: must come with --data")
+    from minilora_hub.evaluation.outputs import require_results
+
+    for folder in folders if out is None else ():
+        require_results(folder)
     if lm_eval:
         measured = measure_lm_eval(adapters, lm_eval, include_path, **common)
     elif data:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,9 @@ class AdapterBank:
         self._entries: dict[str, BankEntry] = {}
         # The least recently used first.
         self._loaded: OrderedDict[str, list[BankedLayer]] = OrderedDict()
-        self._in_use: list[str] = []  # one entry per use; removal from a list is atomic, so any thread may do it
+        # One entry per use; removal from a list is atomic, so any thread may do it.
+        self._in_use: list[str] = []
+        self._kept: list[str] = []
         self._base_bytes = tensor_bytes(self.model)
         self._wrapped: dict[str, BankedLayer] = {}
         for path, module in self._modules.items():
@@ -119,11 +121,11 @@ class AdapterBank:
 
         Raises:
             AdapterError: it is not registered.
-            ValueError: rows are using it.
+            ValueError: rows are using it, or wait for it.
         """
         self._entry(name)
-        if name in self._in_use:
-            raise ValueError(f"name={name!r}: rows are using this adapter; end them first")
+        if name in self._kept:
+            raise ValueError(f"name={name!r}: rows are using this adapter, or wait for it; end them first")
         self._drop(name)
         del self._entries[name]
 
@@ -163,23 +165,29 @@ class AdapterBank:
     # ---- running rows ----
 
     @contextmanager
+    def keep(self, name: str) -> Iterator[None]:
+        """Keep an adapter from being unloaded inside the `with` block; it may leave the memory. Thread-safe."""
+        self._kept.append(name)
+        try:
+            yield
+        finally:
+            self._kept.remove(name)
+
+    @contextmanager
     def use(self, names: Sequence[str | None]) -> Iterator[None]:
         """Keep these adapters in memory inside the `with` block; they are loaded if necessary. None is the bare base.
 
         Raises:
             AdapterError: one is not registered, its folder is missing, or it is damaged or does not fit the base.
         """
-        held: list[str] = []
-        try:
+        with ExitStack() as held:
             for name in names:
                 if name is not None:
+                    held.enter_context(self.keep(name))
                     self._load(name)
                     self._in_use.append(name)
-                    held.append(name)
+                    held.callback(self._in_use.remove, name)
             yield
-        finally:
-            for name in held:
-                self._in_use.remove(name)
 
     @contextmanager
     def rows(self, names: Sequence[str | None], solos: Sequence[int | None] | None = None) -> Iterator[BatchRows]:

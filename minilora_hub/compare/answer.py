@@ -183,7 +183,7 @@ class Answer:
         self.prompt_scores = [TokenScore(ids[0], None, ())] if score_prompt else []
         self._alternatives = alternatives
         self.finished = False
-        self.limit, self._ends = limit, ends
+        self.limit, self._ends = limit, {*ends, *_special_ids(tokenizer, row.sampling.stop)}
         self._pick = TokenPicker(row.sampling)
         self._text = TextStream(tokenizer, row.sampling.stop)
         self._tokens = 0
@@ -257,6 +257,12 @@ class Answer:
             milliseconds_per_step=step,
             **fields,
         )
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase, stop: Collection[str]) -> list[int]:
+    """Return the ids of the stop texts that are special tokens, which are never part of an answer's text."""
+    known = getattr(tokenizer, "added_tokens_decoder", {}) if stop else {}
+    return [number for number, token in known.items() if token.special and token.content in stop]
 
 
 def _scores(logits: torch.Tensor, tokens: list[int], alternatives: int) -> list[TokenScore]:

@@ -9,7 +9,7 @@ threads compete for the cores, and were measured to be ten times slower.) Rows o
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,8 @@ class CompareEngine:
         self._bare = BareLogits.of(model, tokenizer) if keep_bare_logits else None
         self.bank = AdapterBank(model, limit=memory_limit)
         self._promptings = Promptings(self.bank.model, tokenizer)
-        self._prompted: dict[str, tuple[Path, Prompting]] = {}  # name of an adapter -> its folder and prompting
+        # By the name of an adapter: the version of its files, and its prompting.
+        self._prompted: dict[str, tuple[Hashable, Prompting]] = {}
         self._lock = FairLock()  # streams and the server's scheduler take turns, step by step
         self._token_texts: dict[tuple[int, int], str] = {}  # by tokenizer and token
         self._forwards = 0
@@ -120,7 +121,7 @@ class CompareEngine:
         prompting = self._promptings.of(Path(folder))
         with self._lock:
             entry = self.bank.load(name, folder)
-            self._prompted[name] = entry.folder, prompting
+            self._prompted[name] = entry.version, prompting
         detail = ", ".join([entry.facts.detail, *prompting.differs_from(self._promptings.base)])
         facts = entry.facts
         return Column(name, facts.kind, facts.parameters, detail, facts.experts, facts.experts_by_layer)
@@ -179,8 +180,8 @@ class CompareEngine:
         if entry is None:
             return self._promptings.base
         known = self._prompted.get(entry.name)
-        if known is None or known[0] != entry.folder:  # registered with the bank directly
-            known = self._prompted[entry.name] = entry.folder, self._promptings.of(entry.folder)
+        if known is None or known[0] != entry.version:  # registered with the bank directly, or its files were replaced
+            known = self._prompted[entry.name] = entry.version, self._promptings.of(entry.folder)
         return known[1]
 
     def token_text(self, token: int, adapter: str | None = None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from transformers import (
@@ -71,12 +72,16 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+ALMOST_GREEDY: Final = 1e-5
+"""Below this temperature the most probable token is taken: the scores divided by it may not fit float32."""
+
+
 class TokenPicker:
     """Chooses one row's next token, in the order of `generate`: penalty, temperature, top-k, top-p."""
 
     def __init__(self, sampling: Sampling) -> None:
         """Build the processors that `sampling` asks for, and a random generator seeded with its seed."""
-        self._greedy = sampling.temperature == 0
+        self._greedy = sampling.temperature < ALMOST_GREEDY
         self._processors = LogitsProcessorList()
         if sampling.repetition_penalty != 1:
             self._processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))

@@ -47,7 +47,7 @@ def openai_arguments(scheduler: Scheduler, api_key: str | None = None) -> dict[s
         api_key: the key that clients of the API must send; None: none.
     """
     engine = scheduler.engine
-    models = Models(engine, scheduler, [column.name for column in engine.columns[1:]])
+    models = Models(engine, [column.name for column in engine.columns[1:]])
     api = build_app(Server(engine, scheduler, models, Metrics()), api_key)
     scheduler.start()  # it stops with the process
     return {"middleware": [Middleware(OpenAiPaths, api=api)]}

@@ -22,7 +22,7 @@ from minilora_hub.adapter_folder.results import Evaluation, Part
 from minilora_hub.compare.found_adapters import common_base
 from minilora_hub.errors import AdapterError, DataError
 from minilora_hub.evaluation.metrics import DIGITS, Counts, label_counts, macro_f1, macro_f1_interval, share_interval
-from minilora_hub.evaluation.report import command_line, rounded_interval
+from minilora_hub.evaluation.report import command_line, of_split, rounded_interval
 from minilora_hub.evaluation.settings import Adapter, Settings, find_adapters
 from minilora_hub.hub.client import REPO_ID
 from minilora_hub.recording.reference import model_class
@@ -127,7 +127,7 @@ def measure(
     for adapter in found:
         progress(f"Measuring {adapter.name} …")
         one, parameters = _measure(adapter, data, split, truncate, settings, resolved)
-        measured.append(_with_rows(one, data, command))
+        measured.append(_with_rows(one, data, split, command))
     return ClassificationReport(resolved, fingerprint, parameters, tuple(measured))
 
 
@@ -191,10 +191,10 @@ def _predictions(
     return found
 
 
-def _with_rows(one: Classified, data: Sequence[str], command: str) -> Classified:
+def _with_rows(one: Classified, data: Sequence[str], split: str, command: str) -> Classified:
     """Add the numbers for results.json."""
     known = [name for name in data if not Path(name).exists()]
-    names = ", ".join(name if name in known else Path(name).name for name in data)
+    names = ", ".join(of_split(name, split) if name in known else Path(name).name for name in data)
     counts = label_counts(one.references, one.predictions, len(one.labels))
     beside = label_counts(one.references, one.base, len(one.labels))
     items = sum(map(len, one.references))

@@ -35,6 +35,17 @@ def save_results(results: Results, folder: Path) -> Path:
     return path
 
 
+def require_results(folder: Path) -> None:
+    """Read what `save_results` will change, before anything is measured.
+
+    Raises:
+        AdapterError: a file is damaged.
+    """
+    for name, document in ((RESULTS_FILE, Results), (VERIFICATION_FILE, Verification)):
+        if (folder / name).is_file():
+            document.load(folder)
+
+
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

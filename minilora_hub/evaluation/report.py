@@ -37,9 +37,14 @@ F1_NOTE = (
 
 def title_of(report: Report, key: str) -> str:
     """Return the title of a key's items for tables."""
-    title = report.tasks[task_of(key)].title
-    held_out = report.items[key][0].split == HELD_OUT
-    return f"{title}, in formats that are not in training" if held_out else title
+    return of_split(report.tasks[task_of(key)].title, report.items[key][0].split)
+
+
+def of_split(title: str, split: str) -> str:
+    """Return the title of items of a split: their numbers must not pass for those of test items, or replace them."""
+    if split == HELD_OUT:
+        return f"{title}, in formats that are not in training"
+    return title if split == "test" else f"{title}, {split} split"
 
 
 def evaluations(report: Report, model: Model) -> tuple[Evaluation, ...]:
@@ -86,7 +91,8 @@ def _evaluation(report: Report, model: Model, key: str, metric: str, note: str) 
 def _together(report: Report, model: Model) -> Evaluation:
     """Return the mean of the tasks' exact matches."""
     names = list(report.tasks)
-    title, note = f"{', '.join(names)} together", "together: the mean of the tasks"
+    title = of_split(f"{', '.join(names)} together", report.settings.split)
+    note = "together: the mean of the tasks"
     return _row(report, title, EXACT, note, lambda of: [of.scores[name].exact for name in names], model)
 
 

@@ -197,7 +197,7 @@ class Answering:
         """
         adapter, prompting, choice = await self._begin(body)
         shape = self._shape(body, adapter, False, body.logprobs, choice)
-        work = Work(self, adapter, shape, body.echo)
+        work = Work(self, adapter, shape, bool(body.echo))
         prompts = body.prompts()
         self.scheduler.require_room(len(prompts) * body.count)  # before thousands of prompts are tokenized
         for prompt in prompts:
@@ -211,7 +211,7 @@ class Answering:
             text = ""
             if body.echo:
                 text = prompt if isinstance(prompt, str) else str(prompting.tokenizer.decode(ids))
-            scored = body.echo and body.logprobs is not None
+            scored = bool(body.echo) and body.logprobs is not None
             answers = self._answers(body, adapter, prompting, ids, limit, shape.alternatives, scored)
             work.add(Prompt(ids, text), answers, limit)
         work.submit()
@@ -267,7 +267,7 @@ class Answering:
         token_text = partial(self._engine.token_text, adapter=adapter)
         name = body.model if choice is None else choice.adapter
         route = None if choice is None else choice.to_dict()
-        return Shape(chat, name, token_text, alternatives, body.return_routed_experts, route)
+        return Shape(chat, name, token_text, alternatives, bool(body.return_routed_experts), route)
 
     def _answers(
         self,
@@ -295,5 +295,5 @@ class Answering:
 
 
 def event(body: dict[str, Any]) -> str:
-    """Return a server-sent event."""
-    return f"data: {json.dumps(body, ensure_ascii=False, allow_nan=False)}\n\n"
+    """Return a server-sent event, in ASCII: some clients take U+2028 or U+0085 for the end of its line."""
+    return f"data: {json.dumps(body, allow_nan=False)}\n\n"

@@ -25,6 +25,7 @@ from minilora_hub.serving.responses import error_body
 from minilora_hub.serving.scheduler import Scheduler
 
 T = TypeVar("T")
+ANSWERS = CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 CLIENT_LEFT = 499
 """Status in the metrics of a request whose client left before its answer."""
 
@@ -82,14 +83,19 @@ def build_app(server: Server, api_key: str | None = None) -> FastAPI:
 
     app = FastAPI(title="minilora serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Guard, api_key=api_key)
-    _add_errors(app)
+    _add_errors(app, server.metrics)
     _add_answers(app, server)
     _add_models(app, server)
     _add_state(app, server)
     return app
 
 
-def _add_errors(app: FastAPI) -> None:
+def _is_field(part: str | int) -> bool:
+    """Return whether a part of an error's place is a field or an index, and not one of the types of a field."""
+    return isinstance(part, int) or not (part == "str" or "[" in part)
+
+
+def _add_errors(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(ServingError)
     async def refused(request: Request, error: ServingError) -> JSONResponse:
         headers = {"Retry-After": "1"} if error.status == 429 else None
@@ -97,13 +103,16 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        broken = first["type"] == "json_invalid"  # then the place is a character of the body
-        param = None if broken else ".".join(str(part) for part in first["loc"] if part != "body") or None
-        shown = f"{param}: {first['msg']}" if param else f"the body of the request: {first['msg']}"
+        # Where a field may be of several types there is an error for each: the deepest is of the type that was meant.
+        worst = max(error.errors(), key=lambda one: len(one["loc"]))
+        broken = worst["type"] == "json_invalid"  # then the place is a character of the body
+        param = None if broken else ".".join(map(str, filter(_is_field, worst["loc"][1:]))) or None
+        shown = f"{param or 'the body of the request'}: {worst['msg'].removeprefix('Value error, ')}"
         kind = request.headers.get("content-type", "")
         if "json" not in kind:  # then the body was not read
             shown = f"Content-Type={kind[:100]!r}: must be application/json"
+        if request.url.path in ANSWERS:
+            metrics.request(request.url.path, "", 400)
         return JSONResponse(error_body(400, shown, param), 400)
 
     @app.exception_handler(HTTPException)
@@ -140,11 +149,11 @@ def _add_answers(app: FastAPI, server: Server) -> None:
         finally:
             server.metrics.request(endpoint, model, status)
 
-    @app.post("/v1/chat/completions")
+    @app.post(CHAT)
     async def chat(request: Request, body: ChatRequest) -> Response:
         return await answer(request, body)
 
-    @app.post("/v1/completions")
+    @app.post(COMPLETIONS)
     async def complete(request: Request, body: CompletionRequest) -> Response:
         return await answer(request, body)
 
@@ -181,7 +190,7 @@ def _add_models(app: FastAPI, server: Server) -> None:
 
 
 def _add_state(app: FastAPI, server: Server) -> None:
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         return Response(status_code=200 if server.scheduler.running else 503)
 

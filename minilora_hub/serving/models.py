@@ -14,7 +14,6 @@ from minilora_hub.compare.engine import CompareEngine
 from minilora_hub.compare.found_adapters import find_adapter
 from minilora_hub.compare.prompt_index import AdapterIndex, Choice, choose_in
 from minilora_hub.errors import AdapterError, ServingError
-from minilora_hub.serving.scheduler import Scheduler
 from minilora_hub.serving.steps import UNUSABLE
 
 AUTO: Final = "auto"
@@ -47,7 +46,6 @@ class Models:
 
     Args:
         engine: the models.
-        scheduler: of the engine.
         adapters: the adapters as they were named on the command line; the engine's columns, in the same order.
         base_names: further names of the base.
     """
@@ -55,11 +53,10 @@ class Models:
     def __init__(
         self,
         engine: CompareEngine,
-        scheduler: Scheduler,
         adapters: Sequence[str | Path] = (),
         base_names: Iterable[str] = (),
     ) -> None:
-        self._engine, self._scheduler = engine, scheduler
+        self._engine = engine
         self.base = engine.columns[0].name
         self._base_names = {self.base, *base_names}
         self._aliases: dict[str, str] = {}
@@ -200,10 +197,7 @@ class Models:
             adapter = self.adapter(name)
             if adapter is None:
                 raise ServingError(400, f"lora_name={name!r}: the base cannot be unloaded", "lora_name")
-            rows = self._scheduler.in_use()[adapter]
             try:
-                if rows:
-                    raise ValueError(f"{rows} answers are using it")
                 await asyncio.to_thread(self._engine.unload, adapter)
             except ValueError as error:
                 raise ServingError(409, f"lora_name={name!r}: {error}", "lora_name", "in_use") from None

@@ -6,7 +6,7 @@ import json
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
 
 from minilora_hub.compare.engine import Sampling
 from minilora_hub.errors import ServingError
@@ -38,7 +38,7 @@ class StreamOptions(BaseModel):
     """Options of a stream."""
 
     model_config = ConfigDict(extra="ignore")
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class _Body(BaseModel):
@@ -68,8 +68,8 @@ class _Request(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    return_routed_experts: bool = False
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    return_routed_experts: bool | None = None
 
     @property
     def count(self) -> int:
@@ -79,7 +79,7 @@ class _Request(_Body):
     @property
     def usage_in_stream(self) -> bool:
         """Whether a stream ends with the usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def refuse_unsupported(self) -> None:
         """Refuse fields that would change the answer if the server knew them.
@@ -136,11 +136,24 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore")
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
+    name: str | None = None
+    audio: Any = None
+    function_call: Any = None
+    refusal: Any = None
+    tool_calls: Any = None
+
+    @field_validator("audio", "function_call", "refusal", "tool_calls")
+    @classmethod
+    def _refuse_unsupported(cls, value: Any) -> None:
+        """Refuse what would be a part of the prompt if the server knew it."""
+        if value:
+            raise ValueError("is not supported by this server")
 
     def turn(self) -> dict[str, str]:
         """Return it as chat templates read it; they know the developer as the system."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        turn = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        return turn if self.name is None else turn | {"name": self.name}
 
 
 class ChatRequest(_Request):
@@ -164,7 +177,7 @@ class ChatRequest(_Request):
         return next((turn["content"] for turn in reversed(turns) if turn["role"] == "user"), turns[-1]["content"])
 
 
-Tokens = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
+Tokens = Annotated[list[Annotated[StrictInt, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 
 
 class CompletionRequest(_Request):
@@ -173,7 +186,7 @@ class CompletionRequest(_Request):
     prompt: str | Tokens | Annotated[list[str], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
     max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
-    echo: bool = False
+    echo: bool | None = None
 
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts, each a text or tokens."""

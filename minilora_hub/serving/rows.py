@@ -29,7 +29,7 @@ class ServedRow:
         space: whose its tokens are in the manager; see `TokenSpaces`.
         version: of its adapter's files when it was submitted; None where it shares nothing.
         running: whether it has been part of a step.
-        held: keeps its adapter in memory while it runs.
+        held: keeps its adapter from being unloaded while it waits, and in memory while it runs.
     """
 
     answer: Answer

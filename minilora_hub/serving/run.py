@@ -60,7 +60,7 @@ def build_server(
         progress(f"  ! rows of this base are computed one after the other: {scheduler.row_by_row}")
     resolved = resolve_base(base)
     names = {base, *([resolved.hub_id] if resolved.hub_id else [])}
-    models = Models(engine, scheduler, adapters, names)
+    models = Models(engine, adapters, names)
     for folder in adapter_folders:
         count, refused = models.register_folder(folder)
         progress(f"  + {count} adapters of {folder}, read when they are asked for")

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -139,6 +138,8 @@ class Scheduler:
             self.require_room(sum(row.bounded for row in rows))
             for row in rows:
                 entry = None if row.adapter is None else self.engine.bank.find(row.adapter)
+                if entry is not None:
+                    row.held.enter_context(self.engine.bank.keep(entry.name))
                 mixture = entry is not None and entry.facts.experts > 0
                 solo = row.answer.row.solo_expert
                 expert = "" if solo is None else f"{solo:04}"
@@ -188,10 +189,6 @@ class Scheduler:
         for row in rows:
             row.cancelled = True
             self._manager.cancel_request(row.key)
-
-    def in_use(self) -> Counter[str]:
-        """Count the rows of each adapter that run or wait."""
-        return Counter(row.adapter for row in [*self._rows.values()] if row.adapter is not None)
 
     def load(self) -> Load:
         """Return what there is to do."""

@@ -102,14 +102,21 @@ def test_out_and_json_leave_the_folders_alone(saved, capsys, tmp_path):
         (["ADAPTER", "--split", "all"], 1, "split='all': must be one of"),
         (["ADAPTER", "--batch-size", "0"], 1, "batch_size=0: must be at least 1"),
         (["ADAPTER", "--out", "no/such/folder/x.json"], 1, "--out 'no/such/folder/x.json': must be a file in a folder"),
+        (
+            ["ADAPTER", "--out", "RESULTS"],
+            1,
+            "results.json': is written, in a form of its own, where --out is left out",
+        ),
+        (["DAMAGED"], 1, "results.json"),
         (["no-such-folder"], 1, "adapter 'no-such-folder': no such folder"),
     ],
 )
 def test_wrong_arguments_are_told_before_anything_is_loaded(saved, capsys, monkeypatch, arguments, code, said):
     monkeypatch.setattr("minilora_hub.evaluation.run.load_base", lambda *_, **__: pytest.fail("loaded"))
     base, adapters = saved
-    arguments = [adapters[0] if argument == "ADAPTER" else argument for argument in arguments]
-    found, out = main(capsys, *arguments, "--base", base)
+    (adapters[1] / "results.json").write_text('{"format_version": 1')  # known before hours of measuring
+    named = {"ADAPTER": adapters[0], "DAMAGED": adapters[1], "RESULTS": adapters[0] / "results.json"}
+    found, out = main(capsys, *[named.get(argument, argument) for argument in arguments], "--base", base)
     assert found == code
     assert said in " ".join(out.err.split())
     assert code == 2 or out.err.count("\n") == 1

@@ -188,6 +188,25 @@ def test_an_adapter_is_loaded_while_visitors_are_answered(engine, saved):
         assert ends(moments) == dict.fromkeys(range(count), "length")
 
 
+def test_a_visitor_who_waits_keeps_the_adapters(engine, saved):
+    """Another visitor's link may unload adapters meanwhile, but not this one."""
+    slow(engine)
+    column = engine.load("linked", saved[1][1])
+
+    async def scene():
+        page = Runner(engine, limits=PageLimits(at_once=1))
+        first = asyncio.create_task(all_of(page, "Hi", engine.columns, Sampling(20)))
+        waiting = asyncio.create_task(all_of(page, "Hi", [column], Sampling(5)))
+        await asyncio.sleep(5 * DELAY)
+        with pytest.raises(ValueError, match="or wait for it"):
+            engine.unload("linked")
+        await first
+        return await waiting
+
+    assert ends(run_async(scene())) == {0: "length"}
+    engine.unload("linked")
+
+
 def test_a_page_with_little_memory_has_a_smaller_cache(engine, monkeypatch):
     """Rows that don't fit together wait for each other; one that never fits is refused."""
     built = []

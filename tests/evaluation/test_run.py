@@ -341,6 +341,17 @@ def test_a_verification_that_knew_the_results_knows_the_new_ones(tmp_path, chang
     assert Results.load(tmp_path) == second
 
 
+def test_items_for_training_are_no_test_of_it(saved):
+    """Their numbers are not in the place of those of test items."""
+    reports = [measure(saved, "lora", few_shot=0, split=split) for split in ("test", "train", "held_out")]
+    titles = [[row.task for row in evaluations(report, report.models[1])] for report in reports]
+    assert titles == [
+        ["Say it again", "As a record", "As a record", "echo, record together"],
+        ["Say it again, train split", *["As a record, train split"] * 2, "echo, record together, train split"],
+        [f"{title}, in formats that are not in training" for title in titles[0]],
+    ]
+
+
 def test_an_adapter_without_results_gets_them(saved, tmp_path):
     report = measure(saved, "lora", tasks=["echo"], count=2, few_shot=0)
     results = updated_results(report, report.models[-1])

@@ -26,7 +26,7 @@ from minilora_hub.serving.settings import ServerLimits
 def served(engine, adapters=(), api_key=None, limits=None, allow_loading=True, base_names=(), folders=()):
     """Serve an engine at a free port; yields the parts and the address."""
     scheduler = Scheduler(engine, limits or ServerLimits())
-    models = Models(engine, scheduler, adapters, base_names)
+    models = Models(engine, adapters, base_names)
     for folder in folders:
         models.register_folder(folder)
     server = Server(engine, scheduler, models, Metrics(), allow_loading)

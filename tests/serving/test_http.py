@@ -14,6 +14,7 @@ from processes import wait_until
 from serving.conftest import served
 
 from minilora_hub.compare.engine import CompareEngine, Sampling
+from minilora_hub.serving.answering import event
 from minilora_hub.serving.settings import MOST_BODY_BYTES
 
 PROMPT = "Why is the sky blue?"
@@ -135,6 +136,14 @@ def test_routed_experts_come_on_request(http, saved):
     assert "routed_experts" not in chat(http, "mix", max_tokens=2)[1]["choices"][0]
 
 
+def test_an_event_is_one_line_for_every_client():
+    """str.splitlines, by which httpx reads lines, splits at more characters than the standard of events."""
+    text = "a\u2028b\u2029c\x85d\n"
+    (line, _, rest) = event({"text": text}).splitlines(keepends=True)[0].partition("\n")
+    assert json.loads(line.removeprefix("data: ")) == {"text": text}
+    assert not rest
+
+
 def events(response):
     """The data of a stream's events; the last must be [DONE]."""
     lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
@@ -182,6 +191,11 @@ def test_a_stream_of_a_completion_has_the_echo_and_the_logprobs(http):
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role"),
         ({"messages": "hi"}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content.0.type"),
+        ({"messages": [{"role": "user", "content": None}]}, 400, "messages.0.content"),
+        ({"messages": [*CHAT, {"role": "assistant", "content": "", "tool_calls": [1]}]}, 400, "messages.1.tool_calls"),
+        ({"repetition_penalty": 1e-40}, 400, "repetition_penalty"),
+        ({"stop": 1}, 400, "stop"),
         ({"temperature": 3}, 400, "temperature"),
         ({"top_p": 0}, 400, "top_p"),
         ({"max_tokens": 0}, 400, "max_tokens"),
@@ -209,12 +223,41 @@ def test_what_cannot_be_done_is_refused_in_openais_form(http, fields, status, pa
     assert set(body["error"]) == {"message", "type", "param", "code"}
 
 
-@pytest.mark.parametrize("fields", [{"user": "me"}, {"n": None}, {"stop": None}, {"tools": []}, {"logit_bias": None}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"user": "me"},
+        {"n": None, "stop": None, "return_routed_experts": None},
+        {"tools": []},
+        {"logit_bias": None},
+        {"messages": [{"role": "user", "content": PROMPT, "tool_calls": None, "refusal": ""}]},
+        {"stream": False, "stream_options": None},
+    ],
+)
 def test_fields_that_ask_for_nothing_are_taken(http, fields):
     assert chat(http, max_tokens=2, **fields)[0] == 200
+    assert complete(http, max_tokens=2, echo=None)[0] == 200
 
 
-@pytest.mark.parametrize("prompt", ["", [], [[]], [-1], [10**6], [1.5], [["a"]], {"text": "a"}, [1, "a"]])
+def test_a_temperature_that_divides_beyond_float32_is_greedy(http):
+    choices = [chat(http, max_tokens=9, temperature=value)[1]["choices"] for value in (0, 1e-39, 1e-300)]
+    assert choices[0] == choices[1] == choices[2]
+
+
+def test_a_special_token_ends_an_answer_as_a_stop_text(http):
+    """It is never part of the text, in which other stop texts are found."""
+    request = {"n": 24, "max_tokens": 60, "temperature": 1.5, "seed": 2, "logprobs": 0}
+    ended = 0
+    for choice in complete(http, "base", stop=["<|assistant|>"], **request)[1]["choices"]:
+        tokens = choice["logprobs"]["tokens"]
+        assert "<|assistant|>" not in tokens[:-1]
+        if tokens[-1] == "<|assistant|>":
+            assert choice["finish_reason"] == "stop"
+            ended += 1
+    assert ended
+
+
+@pytest.mark.parametrize("prompt", ["", [], [[]], [-1], [10**6], [10**30], [1.5], [["a"]], {"text": "a"}, [1, "a"]])
 def test_prompts_that_cannot_be_read_are_refused(http, prompt):
     status, body = complete(http, prompt=prompt, max_tokens=2)
     assert status == 400, body
@@ -243,11 +286,13 @@ def test_broken_requests(http):
 
 def test_health_and_metrics(http):
     chat(http, "dora", max_tokens=3)
-    assert http.get("/health").status_code == 200
+    assert http.get("/health").status_code == http.head("/health").status_code == 200
+    complete(http, n=0)
     wait_until(lambda: "minilora_cache_bytes 0\n" in http.get("/metrics").text)  # freed before the next step
     text = http.get("/metrics").text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(values['minilora_requests_total{endpoint="/v1/chat/completions",model="dora",status="200"}']) >= 1
+    assert float(values['minilora_requests_total{endpoint="/v1/completions",model="",status="400"}']) >= 1
     assert float(values['minilora_generated_tokens_total{model="dora"}']) >= 3
     assert float(values['minilora_time_to_first_token_seconds_bucket{model="dora",le="+Inf"}']) >= 1
     assert float(values['minilora_adapter_bytes{model="mix"}']) > 0

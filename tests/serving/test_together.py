@@ -12,8 +12,10 @@ import tiny_stand_ins
 from processes import wait_until
 from serving.conftest import chat, gather, rows, served
 
-from minilora_hub.compare.engine import CompareEngine, Sampling
+from minilora_hub.compare.answer import Answer
+from minilora_hub.compare.engine import CompareEngine, Row, Sampling
 from minilora_hub.errors import ServingError
+from minilora_hub.serving.rows import ServedRow
 from minilora_hub.serving.scheduler import Scheduler
 from minilora_hub.serving.settings import ServerLimits
 
@@ -151,6 +153,26 @@ def test_an_adapter_in_use_is_not_unloaded(slow):
         assert refused.status_code == 409
         wait_until(lambda: rows(server) == 0)
         assert http.post("/v1/unload_lora_adapter", json={"lora_name": "dora"}).status_code == 200
+
+
+def test_an_adapter_whose_rows_wait_is_not_unloaded(slow):
+    server, _ = slow
+    waiting = [answer_row(server, None, 300) for _ in range(4)] + [answer_row(server, "dora", 3)]
+    server.scheduler.submit(waiting)
+    wait_until(lambda: waiting[0].running)
+    assert not waiting[4].running
+    with pytest.raises(ValueError, match="'dora': rows are using this adapter, or wait for it"):
+        server.engine.unload("dora")
+    server.scheduler.cancel(waiting)
+    wait_until(lambda: rows(server) == 0)
+    server.engine.unload("dora")
+
+
+def answer_row(server, adapter, limit):
+    """A row of a request."""
+    tokenizer = server.engine.tokenizer
+    answer = Answer(0, Row("", adapter), [257, 97, 256, 258], limit, tokenizer, ())
+    return ServedRow(answer, limit, lambda update: None)
 
 
 def test_loading_needs_permission(saved):

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Collection, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -189,7 +189,10 @@ class Runner:
         stop: threading.Event,
         halted: Collection[int],
     ) -> AsyncGenerator[Moment]:
+        bank, kept = self.engine.bank, ExitStack()
         try:
+            for name in {row.adapter for row in rows if row.adapter is not None and bank.find(row.adapter)}:
+                kept.enter_context(bank.keep(name))  # a visitor who waits does not lose the adapter to others' links
             reported = 0.0
             while not (ticket.running.is_set() or stop.is_set()):
                 if time.monotonic() - reported >= REPORT_SECONDS:
@@ -208,6 +211,7 @@ class Runner:
                         self.queue.leave(ticket, finished=not stop.is_set())
                     yield moment
         finally:
+            kept.close()
             self.queue.leave(ticket)
             stop.set()
 
