@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,8 @@ import typer
 from minilora_hub.cli.demo import free_port
 from minilora_hub.cli.options import Debug, Dtype, say
 from minilora_hub.errors import MissingExtraError
+
+KEY = "MINILORA_API_KEY"
 
 
 def serve(
@@ -47,7 +50,7 @@ def serve(
     api_key: Annotated[
         str | None,
         typer.Option(
-            envvar="MINILORA_API_KEY",
+            envvar=KEY,
             show_default=False,
             help="The key that clients must send. An argument is visible to other users of the machine: prefer the "
             "variable.",
@@ -76,6 +79,7 @@ def serve(
     for package in ("fastapi", "uvicorn"):
         if find_spec(package) is None:
             raise MissingExtraError(package, "serve")
+    api_key = os.environ.get(KEY) if api_key is None else api_key  # typer takes an empty variable for an unset one
     if api_key is not None and not api_key.strip():
         raise ValueError("--api-key '': must hold some text; leave it and MINILORA_API_KEY out to need no key")
     port = free_port(host, port)

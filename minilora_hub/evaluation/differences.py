@@ -157,7 +157,7 @@ def compare_measured(
         raise ValueError(f"task={unknown[0]!r}: must be one of {', '.join(content['items'])}")
     names = [name for name in dict.fromkeys([BASE, first, second]) if name in models]
     found = []
-    for task in tasks or content["items"]:
+    for task in dict.fromkeys(tasks) or content["items"]:
         for place, item in enumerate(content["items"][task]):
             if difficulty in (None, item["difficulty"]):
                 answers = {name: models[name]["answers"][task][place] for name in names}

@@ -13,6 +13,8 @@ import pytest
 from commands import run_command
 from processes import wait_until
 
+from minilora_hub import cli
+
 __all__ = ["run_command"]
 
 
@@ -51,6 +53,15 @@ def test_serve_answers_and_ends_quietly(saved):
     assert process.returncode == 130
     assert "secret" not in out + err
     assert "Traceback" not in err
+
+
+def test_an_empty_key_is_not_none(monkeypatch, capsys):
+    """A variable that is set from one that is unset must not open the server to everybody."""
+    monkeypatch.setenv("MINILORA_API_KEY", "")
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["serve"])
+    assert exit_.value.code == 1
+    assert "--api-key '': must hold some text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
