@@ -343,12 +343,13 @@ def test_a_verification_that_knew_the_results_knows_the_new_ones(tmp_path, chang
 
 def test_items_for_training_are_no_test_of_it(saved):
     """Their numbers are not in the place of those of test items."""
-    reports = [measure(saved, "lora", few_shot=0, split=split) for split in ("test", "train", "held_out")]
-    titles = [[row.task for row in evaluations(report, report.models[1])] for report in reports]
+    report = measure(saved, "lora", few_shot=0, split="train", count=2)
+    titles = [row.task for row in evaluations(report, report.models[1])]
     assert titles == [
-        ["Say it again", "As a record", "As a record", "echo, record together"],
-        ["Say it again, train split", *["As a record, train split"] * 2, "echo, record together, train split"],
-        [f"{title}, in formats that are not in training" for title in titles[0]],
+        "Say it again, train split",
+        "As a record, train split",
+        "As a record, train split",
+        "echo, record together, train split",
     ]
 
 

@@ -246,7 +246,7 @@ def test_a_temperature_that_divides_beyond_float32_is_greedy(http):
 
 def test_a_special_token_ends_an_answer_as_a_stop_text(http):
     """It is never part of the text, in which other stop texts are found."""
-    request = {"n": 24, "max_tokens": 60, "temperature": 1.5, "seed": 2, "logprobs": 0}
+    request = {"n": 12, "max_tokens": 40, "temperature": 1.5, "seed": 2, "logprobs": 0}
     ended = 0
     for choice in complete(http, "base", stop=["<|assistant|>"], **request)[1]["choices"]:
         tokens = choice["logprobs"]["tokens"]
