@@ -12,6 +12,7 @@ import numpy as np
 from evidence.plan import METHODS, TITLES
 from evidence.store import RESULTS
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 FOLDER = RESULTS / "long"
 SMOOTH = 50
@@ -114,6 +115,9 @@ def draw(file: Path) -> None:
             smooth = _smooth(one[name])
             axes.plot(range(1, len(smooth) + 1), smooth, color=_color(one), label=_title(one), linewidth=1.2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.set_title(f"{title}, mean of {SMOOTH} steps", fontsize=9)
     for axes, (title, measure) in zip(grid[len(logs) :], MEASURES.items(), strict=True):
         for one in runs:
