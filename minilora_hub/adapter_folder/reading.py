@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from minilora_hub.adapter_folder.folders import AdapterFolder, naming, read_json, refuse_lfs_pointer
 from minilora_hub.adapter_folder.names import PICKLE, WEIGHTS, WEIGHTS_INDEX
+from minilora_hub.adapter_folder.results import RESULTS_FILE, Results
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
 from minilora_hub.hub.plain_files import read_header
@@ -22,6 +23,30 @@ if TYPE_CHECKING:
     import torch
 
 SHARD = re.compile(r"\w[\w.-]*\.safetensors")
+UNKNOWN = "unknown"
+
+
+def fingerprint_trained_on(source: AdapterFolder) -> str:
+    """Return the fingerprint of the base that an adapter was trained on, ``"unknown"`` where the folder has none.
+
+    PEFT's format has no place for it, but results.json beside it has.
+    """
+    known = source.base_fingerprint
+    if known == UNKNOWN and (source.folder / RESULTS_FILE).is_file():
+        known = Results.load(source.folder).base.fingerprint or UNKNOWN
+    return known
+
+
+def notes_on_base(source: AdapterFolder, base: BaseSource) -> list[str]:
+    """Return a note if an adapter was trained on other weights than those of the base that it is written for."""
+    trained_on = fingerprint_trained_on(source)
+    if trained_on == UNKNOWN or base.fingerprint in (UNKNOWN, trained_on):
+        return []
+    return [
+        f"{source.name} was trained on a base with fingerprint {trained_on[:19]}…, and {base.name!r} has "
+        f"{base.fingerprint[:19]}…: what is written may answer differently than it did in training"
+    ]
+
 
 # ---- our format ----
 

@@ -118,7 +118,7 @@ def _read_prompts(file: Path | None) -> list[str] | None:
     if file is None:
         return None
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise AdapterError(f"prompts={str(file)!r} cannot be read: {error}") from error
     if not lines:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from minilora_hub.cli.options import Adapter, AsJson, Base, Debug, Revision, local_folder, print_written, say
+from minilora_hub.cli.options import Adapter, AsJson, Base, Debug, Revision, given, local_folder, print_written, say
 from minilora_hub.formatting import size
 
 Out = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write: new or empty.")]
@@ -16,7 +16,12 @@ Prompts = Annotated[
 ]
 
 
+OF_SEVERAL = ("attention", "route", "experts_per_tok", "router", "temperature", "seed")
+"""Options of an import of several LoRAs."""
+
+
 def import_(
+    context: typer.Context,
     sources: Annotated[
         list[str],
         typer.Argument(metavar="SRC…", help="A folder or an id on the Hub; several LoRAs become one MixLoRA."),
@@ -62,8 +67,14 @@ def import_(
     """Import an adapter from the reference MixLoRA format or from PEFT, or several LoRAs as one MixLoRA."""
     from minilora_hub.formats.importing import import_adapter, import_as_experts
 
+    several = len(sources) > 1
+    unused = ("reference_dora", "seed" if router == "arrow" else "temperature") if several else OF_SEVERAL
+    for name, value in given(context).items():
+        if name in unused:
+            what = f"several LoRAs with a router that is {router}" if several else "one adapter"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: has no effect on {what}: leave it out")
     folders = [local_folder(source, revision) for source in sources]
-    if len(folders) == 1:
+    if not several:
         made = import_adapter(folders[0], out, base=base, base_revision=base_revision, reference_dora=reference_dora)
     else:
         made = import_as_experts(

@@ -80,6 +80,8 @@ def local_folder(source: str, revision: str | None = None) -> Path:
     from minilora_hub.hub.client import fetch
 
     if Path(source).is_dir() or source.startswith((".", "/", "~")):
+        if revision is not None:
+            raise ValueError(f"--revision {revision!r}: {source!r} is a folder, which has no revisions")
         return Path(source).expanduser()
     return fetch(source, revision=revision, token=None, progress=True)[0]
 

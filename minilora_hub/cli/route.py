@@ -38,6 +38,8 @@ def build(
     from minilora_hub.compare.found_adapters import common_base, find_adapters
     from minilora_hub.training.prompts import read_prompts, trained_on
 
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"--out {out}: must be a file in a folder that exists")
     found = find_adapters(adapters)
     if prompts and len(prompts) != len(found):
         raise ValueError(f"--prompts: {len(prompts)} files for {len(found)} adapters: give one for each, in order")

@@ -242,9 +242,10 @@ def sweep(
     )
     if not result.main:
         return
+    failed = bool(result.trials) and not result.best
     if as_json:
         print_json(asdict(result) | {"out": str(out)})
-        return
+        raise typer.Exit(int(failed))
     names = list(result.trials[0].values) if result.trials else []
     table = [[*names, "validation loss", "step", "seconds"]]
     for trial in result.trials:
@@ -258,3 +259,4 @@ def sweep(
     typer.echo(f"table and plot: {out / TABLE_FILE}, {out}")
     if result.best:
         typer.echo(f"best: {out / 'trials' / result.best.folder}")
+    raise typer.Exit(int(failed))

@@ -14,7 +14,7 @@ from torch import nn
 
 from minilora_hub.adapter_folder.folders import KINDS, adapter_facts, read_source
 from minilora_hub.adapter_folder.names import WEIGHTS
-from minilora_hub.adapter_folder.results import RESULTS_FILE, Results
+from minilora_hub.adapter_folder.reading import fingerprint_trained_on
 from minilora_hub.bases.embedded import HUB_ID as EMBEDDED_ID
 from minilora_hub.bases.embedded import WEIGHTS_SHA256
 from minilora_hub.bases.resolving import EMBEDDED, ResolvedBase, resolve_base
@@ -63,10 +63,7 @@ class FoundAdapter:
     def read(cls, name: str, folder: Path, shown: str | None = None) -> FoundAdapter:
         """Read it from its folder; `shown` is what an error calls it."""
         source = read_source(folder, shown)
-        fingerprint = source.base_fingerprint
-        if fingerprint == UNKNOWN and (folder / RESULTS_FILE).is_file():  # PEFT's format has no place for one
-            fingerprint = Results.load(folder).base.fingerprint or fingerprint
-        return cls(name, folder, source.method, source.base, fingerprint)
+        return cls(name, folder, source.method, source.base, fingerprint_trained_on(source))
 
 
 class NamesBase(Protocol):

@@ -56,7 +56,7 @@ def read_text(file: Path | None = None) -> GeneralText:
     if file is None:
         return GeneralText("Python 3.11's reference documentation", gzip.decompress(MANUAL.read_bytes()).decode())
     try:
-        content = file.read_text(encoding="utf-8")
+        content = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"text={str(file)!r}: must be a readable file in UTF-8 ({error})") from error
     if not content.strip():

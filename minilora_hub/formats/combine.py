@@ -24,6 +24,7 @@ from peft.utils import merge_utils
 
 from minilora_hub.adapter_folder.companions import common_source
 from minilora_hub.adapter_folder.folders import AdapterFolder, naming, read_folder
+from minilora_hub.adapter_folder.reading import notes_on_base
 from minilora_hub.bases.skeleton import BaseSource, find_base
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.averaging import truncated_product
@@ -94,7 +95,9 @@ def combine(
     combination.check(len(sources))
     adapters = read_loras(sources, base, base_revision)
     with whole_folder(out) as folder:
-        return write_normalised(folder, combined(adapters, combination), common_source([Path(one) for one in sources]))
+        source = common_source([Path(one) for one in sources])
+        notes = write_normalised(folder, combined(adapters, combination), source)
+    return notes + [note for one in sources for note in notes_on_base(read_folder(one), adapters[0].base)]
 
 
 def read_loras(sources: Sequence[str | Path], base: str | None, base_revision: str | None) -> list[PeftAdapter]:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 
 from minilora_hub.adapter_folder.companions import write_companions
-from minilora_hub.adapter_folder.folders import AdapterFolder, only_ours, read_folder
+from minilora_hub.adapter_folder.folders import only_ours, read_folder
+from minilora_hub.adapter_folder.reading import notes_on_base
 from minilora_hub.bases.skeleton import BaseSource, find_base, hub_name
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.checkpoint import require_space, write_card
@@ -64,7 +65,7 @@ def export_dense(
     wanted = _dtype(located.config, dtype)
     adapter = read_adapter(found, located)  # read first, because loading the base takes long
     model = _plain_base(located, dequantize)
-    notes = [*_other_base(found, located), *_merge(model, *adapter)]
+    notes = [*notes_on_base(found, located), *_merge(model, *adapter)]
     require_space(out, sum(parameter.numel() for parameter in model.parameters()) * wanted.itemsize)
     model.to(wanted)
     model.config.dtype = wanted
@@ -105,17 +106,6 @@ def _plain_base(base: BaseSource, dequantize: bool) -> Any:
             "pass dequantize=True (--dequantize), or the unquantised base with base= (--base)"
         )
     return base.load(torch.float32).dequantize().float()
-
-
-def _other_base(found: AdapterFolder, base: BaseSource) -> list[str]:
-    """Return a note if the adapter was trained on other weights than those it is merged into."""
-    trained_on = found.base_fingerprint
-    if trained_on == "unknown" or base.fingerprint in ("unknown", trained_on):
-        return []
-    return [
-        f"the adapter was trained on a base with fingerprint {trained_on[:19]}…, and {base.name!r} has "
-        f"{base.fingerprint[:19]}…: the merged model may answer differently than the adapter did in training"
-    ]
 
 
 def _merge(model: Any, config: Any, tensors: dict[str, Any], sites: list[Any]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from minilora_hub.adapter_folder.companions import common_source
 from minilora_hub.adapter_folder.folders import read_folder
+from minilora_hub.adapter_folder.reading import notes_on_base
 from minilora_hub.adapter_folder.writing import write_ours
 from minilora_hub.bases.skeleton import find_base
 from minilora_hub.errors import AdapterError
@@ -73,13 +74,13 @@ def import_adapter(
     if found.dialect == "checkpoint":
         raise AdapterError(f"{found.folder.name!r} is a whole model ({found.method}), not an adapter")
     located = find_base(*found.named_base(base, base_revision))
-    notes: list[str] = []
+    notes = notes_on_base(found, located)
     with whole_folder(out) as folder:
         if found.dialect == "peft-mixlora":
-            notes = write_ours(folder, *read_peft_mixlora(found, located), located, found.folder)
+            notes += write_ours(folder, *read_peft_mixlora(found, located), located, found.folder)
         elif found.dialect == "reference":
-            config, tensors, notes = read_reference(found, located, reference_dora)
-            notes += write_ours(folder, config, tensors, located, found.folder)
+            config, tensors, more = read_reference(found, located, reference_dora)
+            notes += more + write_ours(folder, config, tensors, located, found.folder)
         else:
             adapter = read_peft(found, located)
             if found.method == "dora":
@@ -127,4 +128,5 @@ def import_as_experts(
             config, tensors, notes = experts_from_loras(adapters, attention=attention, **given)
         source = common_source([Path(one) for one in sources])
         notes += write_ours(folder, config, tensors, adapters[0].base, source)
+        notes += [note for one in sources for note in notes_on_base(read_folder(one), adapters[0].base)]
     return Imported(Path(out), "mixlora", "peft", tuple(notes))

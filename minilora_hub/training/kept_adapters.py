@@ -37,7 +37,7 @@ class KeptAdapters:
         factors: (path of a linear, A), for each linear of each adapter.
 
     Raises:
-        TrainingError: one is no LoRA, or was trained on other weights of the base.
+        TrainingError: one is no LoRA, is there twice, or was trained on other weights of the base.
     """
 
     def __init__(self, model: Any, adapters: Sequence[FoundAdapter], base: BaseSource) -> None:
@@ -52,6 +52,8 @@ class KeptAdapters:
                     f"keep={found.name!r}: it was trained on a base with fingerprint {known}, and the base "
                     f"{base.name!r} has {here}"
                 )
+        if len({found.sha256 for found in adapters}) < len(adapters):
+            raise TrainingError(f"keep={[found.name for found in adapters]}: two are the same adapter: leave one out")
         self._plain: dict[str, Any] = {}
         with bare_base(model) as bare:
             for found in adapters:

@@ -14,7 +14,7 @@ from minilora_hub.bases import loading
 from minilora_hub.bases.resolving import ResolvedBase
 from minilora_hub.errors import BaseModelError
 from minilora_hub.training.data import read_rows
-from minilora_hub.training.dataset import TrainingData, write_parts
+from minilora_hub.training.dataset import TrainingData, longest_row, write_parts
 from minilora_hub.training.labelled_rows import AUTO_CLASSES, WORDS, LabelledEncoder, checked, labels_of
 from minilora_hub.training.models import base_context
 from minilora_hub.training.recipes import Recipe
@@ -31,8 +31,12 @@ class LabelledRows(RowKind):
 
     def __init__(self, task: str, settings: TrainingSettings, base: ResolvedBase) -> None:
         super().__init__(task, settings, base)
-        need = "leave it out: the new head would be quantised, too"
-        self.require(quantize=(settings.recipe.quantize is None, need))
+        recipe, need = settings.recipe, "leave it out: the new head would be quantised, too"
+        self.require(
+            quantize=(recipe.quantize is None, need),
+            loss_on=(recipe.loss_on == "completions", "leave it out"),
+            chat=(recipe.chat, "leave it out"),
+        )
         self.auto_class = AUTO_CLASSES[task]
         self.processor = load_tokenizer(base, task)
         self._collate = collator(task, self.processor)
@@ -43,8 +47,7 @@ class LabelledRows(RowKind):
         rows = read_rows(settings.data, split=settings.data_split, revision=settings.data_revision, check=check)
         named = _configuration(self.base).id2label or {}
         labels = labels_of(rows, [str(named[number]) for number in sorted(named)])
-        context = base_context(self.base)
-        longest = min(recipe.max_length or context, context, self.processor.model_max_length)
+        longest = longest_row(settings, min(base_context(self.base), self.processor.model_max_length))
         encoder = LabelledEncoder(self.processor, labels, longest, recipe.truncate)
         train, validation, skipped = write_parts(settings, encoder.encode, folder, check)
         numbers = {name: number for number, name in enumerate(labels)}

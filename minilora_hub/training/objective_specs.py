@@ -36,7 +36,7 @@ class ObjectiveSpec:
         parts = []
         for key, value in self.values.items():
             if value != KEYS[self.name][key]:
-                text = Path(value).name if isinstance(value, str) and Path(value).exists() else value
+                text = Path(value).name if isinstance(value, str) and Path(value).expanduser().exists() else value
                 parts.append(f"{key}={text if isinstance(text, str) else format(text, 'g')}")
         return self.name + (f": {', '.join(parts)}" if parts else "")
 
@@ -68,6 +68,8 @@ def _parse(text: str) -> ObjectiveSpec:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; the keys are {', '.join(known)}"
             raise TrainingError(f"objective={text!r}: {name} has no key {key!r}{hint}")
+        if key in values:
+            raise TrainingError(f"objective={text!r}: {key} is given twice: leave one out")
         values[key] = value if known[key] is None else _number(text, key, value, known[key])
     for key, default in known.items():
         if default is None and key not in values:

@@ -112,9 +112,9 @@ class Anchor:
             values["length"],
             seed,
         )
-        file = Path(values["data"])
+        file = Path(values["data"]).expanduser()
         try:
-            ids = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+            ids = tokenizer(file.read_text(encoding="utf-8-sig"), add_special_tokens=False, verbose=False)["input_ids"]
         except (OSError, UnicodeDecodeError) as error:
             raise TrainingError(f"objective: anchor's data={str(file)!r} cannot be read as text: {error}") from error
         if len(ids) < self.length:

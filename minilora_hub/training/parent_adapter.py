@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from minilora_hub.adapter_folder.folders import AdapterFolder, read_source
 from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.adapter_folder.names import WEIGHTS
-from minilora_hub.adapter_folder.results import RESULTS_FILE, Parent, Results
+from minilora_hub.adapter_folder.reading import fingerprint_trained_on
+from minilora_hub.adapter_folder.results import Parent
 from minilora_hub.errors import AdapterError, TrainingError
 from minilora_hub.training.objective_specs import parse_objectives
 from minilora_hub.training.recipes import adapter_field_names
@@ -73,10 +74,7 @@ class FoundAdapter:
     @property
     def base_fingerprint(self) -> str:
         """The hash of the base's weights it was trained on, from its configuration or its results.json."""
-        known = self.source.base_fingerprint
-        if known == UNKNOWN and (self.source.folder / RESULTS_FILE).is_file():
-            known = Results.load(self.source.folder).base.fingerprint or UNKNOWN
-        return known
+        return fingerprint_trained_on(self.source)
 
     def described(self, learned: str) -> Parent:
         """Return what results.json says of it."""
@@ -256,5 +254,9 @@ def hashes_of_inputs(settings: TrainingSettings) -> dict[str, str]:
         if spec.name == "distill":
             names.append((spec.values["teacher"], None))
         if spec.name == "anchor":
-            hashes[spec.values["data"]] = file_sha256(Path(spec.values["data"]))
+            text = spec.values["data"]
+            try:
+                hashes[text] = file_sha256(Path(text).expanduser())
+            except OSError as error:
+                raise TrainingError(f"objective: anchor's data={text!r} cannot be read: {error.strerror}") from error
     return hashes | {name: find_adapter(name, revision).sha256 for name, revision in names}

@@ -40,7 +40,7 @@ def read_prompts(sources: Sequence[str], count: int) -> list[str]:
         path = Path(source).expanduser()
         if path.suffix == ".txt":
             try:
-                found += [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+                found += [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
             except (OSError, UnicodeDecodeError) as error:
                 raise DataError(f"prompts {source!r} cannot be read as text: {error}") from error
             continue

@@ -56,7 +56,7 @@ def _share(of: str) -> AfterValidator:
 
 Whole = Annotated[int, BeforeValidator(_number)]
 Count = Annotated[Whole, Field(ge=1)]
-Real = Annotated[float, BeforeValidator(_number)]
+Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Flag = Annotated[bool, Strict()]
 Text = Annotated[
     str,

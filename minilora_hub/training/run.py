@@ -121,9 +121,10 @@ def train(
         if dry_run and place.is_main_process:  # a dry run says whether a run would work
             require_writable(out)
         with folder_lock(out) if writes else nullcontext():
-            if writes and not resume and not is_empty(out):
+            begun_before = (out / SETTINGS_FILE).is_file()
+            if writes and not (resume and begun_before) and not is_empty(out):
                 hint = "it must be empty or new"
-                if (out / SETTINGS_FILE).is_file():
+                if begun_before:
                     hint = "it holds a run: pass --resume to continue it, or another --out"
                 raise TrainingError(f"out={str(out)!r}: {hint}")
             with TemporaryDirectory(prefix="minilora-rows-", ignore_cleanup_errors=True) as folder:

@@ -124,7 +124,7 @@ def read_state(out: Path) -> RunState | None:
 def resumed_settings(out: Path, given: dict[str, Any], config: str | Path | None) -> TrainingSettings | None:
     """Return the settings that a run began with, or None if it never began; given settings must be equal to them."""
     if not (out / SETTINGS_FILE).is_file():
-        if given.get("method"):
+        if given.get("method") or given.get("from_adapter") or config:
             return None
         raise TrainingError(f"--resume: {str(out)!r} holds no {SETTINGS_FILE}, so no run to resume")
     before = read_yaml(out / SETTINGS_FILE)

@@ -14,10 +14,12 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from minilora_hub.bases.resolving import EMBEDDED, is_path
 from minilora_hub.documents import write_whole
 from minilora_hub.errors import TrainingError
 from minilora_hub.training.objective_specs import parse_objectives
 from minilora_hub.training.recipes import OURS, RECIPES, Flag, Recipe, Text, Texts, adapter_field_names, plain_value
+from minilora_hub.training.sources import is_file
 
 SETTINGS_FILE = "training.yaml"
 REPORTERS = ("trackio", "tensorboard", "wandb")
@@ -28,6 +30,7 @@ NEEDS = {
     "greater_than": "must be above {gt}",
     "greater_than_equal": "must be at least {ge}",
     "less_than": "must be below {lt}",
+    "finite_number": "must be a finite number",
     "literal_error": "must be one of {expected}",
     "value_error": "{error}",
 }
@@ -221,7 +224,9 @@ def _check_combinations(settings: TrainingSettings) -> None:
     objectives = {spec.name for spec in parse_objectives(settings.objective)}
     mixture = settings.method in ("mixlora", "mixdora")
     require_of_run(mixture or settings.learn not in ("router", "experts"), "learn", "needs a mixture")
-    require(mixture or recipe.router_lr_ratio is None, "router_lr_ratio", "needs a mixture")
+    routers = mixture and settings.learn in ("all", "router")
+    require(routers or recipe.router_lr_ratio is None, "router_lr_ratio", "needs a mixture whose routers learn")
+    require(recipe.loraplus_ratio is None or settings.learn != "router", "loraplus_ratio", "routers have no A and B")
     require_of_run(not settings.keep or settings.method == "lora", "keep", "needs --method lora")
     require_of_run("orthogonal" not in objectives or bool(settings.keep), "objective", "orthogonal needs --keep")
     require_of_run("dpo" not in objectives or bool(settings.from_votes), "objective", "dpo needs --from-votes")
@@ -251,11 +256,17 @@ def _check_combinations(settings: TrainingSettings) -> None:
     require(not started or routing == "top_k", "init", f"needs weights that sum to one: not {routing} routing")
     scope = recipe.adapter.get("router_scope")
     require(not started or scope is None, "init", f"needs routers of blocks: leave out router_scope={scope!r}")
+    from_hub = not all(is_file(source) for source in (*settings.data, *settings.validation_data))
+    require_of_run(from_hub or settings.data_split == "train", "data_split", "needs a data set on the Hub")
+    require_of_run(from_hub or settings.data_revision is None, "data_revision", "needs a data set on the Hub")
+    base_from_hub = settings.base != EMBEDDED and not is_path(settings.base)
+    require_of_run(base_from_hub or settings.base_revision is None, "base_revision", "needs a base on the Hub")
     alone = not settings.keep or (objectives <= {"orthogonal"} and not settings.from_adapter)
     require_of_run(alone, "keep", "goes with no objective but orthogonal, and not with --from")
     micro = recipe.micro_batch_size
     require(micro is None or recipe.batch_size % micro == 0, "micro_batch_size", "must divide batch_size")
     validated = bool(settings.validation_data) or recipe.validation > 0
+    require(not (settings.validation_data and recipe.validation), "validation", "goes without --validation-data")
     require(recipe.early_stopping is None or validated, "early_stopping", "needs --validation or --validation-data")
     for name in recipe.report_to:
         require(name in REPORTERS, "report_to", f"{name!r} is unknown; known are {', '.join(REPORTERS)}")

@@ -137,6 +137,8 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
         heads = next(reader, None)
         if heads is None:
             return
+        if twice := [name for name in heads if heads.count(name) > 1 and name]:
+            raise DataError(f"{path.name}:1: has two columns called {twice[0]!r}: rename one")
         start = reader.line_num + 1
         for cells in reader:
             place, start = f"{path.name}:{start}", reader.line_num + 1

@@ -80,7 +80,7 @@ def parse_values(text: str) -> tuple[str, list[Any] | Range]:
     """Parse one ``"NAME=VALUES"`` text into a name and its values.
 
     Raises:
-        TrainingError: the text has another form.
+        TrainingError: the text has another form, or a value is given twice.
     """
     import yaml
 
@@ -92,7 +92,11 @@ def parse_values(text: str) -> tuple[str, list[Any] | Range]:
             if all(isinstance(bound, (int, float)) for bound in bounds) and bounds[0] < bounds[1]:
                 return name.replace("-", "_"), Range(*bounds)
         elif name and values:
-            return name.replace("-", "_"), [plain_value(yaml.safe_load(value)) for value in values.split(",")]
+            listed = [plain_value(yaml.safe_load(value)) for value in values.split(",")]
+            if len(set(_as_json(listed))) < len(listed):
+                raise TrainingError(f"--vary {text!r}: a value is given twice: leave one out")
+            if None not in listed:  # it would be the default, under another name
+                return name.replace("-", "_"), listed
     except yaml.YAMLError:
         pass
     raise TrainingError(f"--vary {text!r}: must be NAME=VALUE,VALUE,… or NAME=LOW..HIGH")

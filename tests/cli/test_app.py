@@ -63,6 +63,29 @@ def test_a_word_that_is_no_choice_is_told_in_our_words(capsys):
     assert "Invalid value for '--route': 'nonsense' is not one of 'blocks', 'all-linears'." in out.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["a", "--router", "arrow"], "--router arrow: has no effect on one adapter: leave it out"),
+        (["a", "--attention", "drop"], "--attention drop: has no effect on one adapter"),
+        (
+            ["a", "b", "--temperature", "2"],
+            "--temperature 2.0: has no effect on several LoRAs with a router that is fresh",
+        ),
+        (
+            ["a", "b", "--router", "arrow", "--seed", "1"],
+            "--seed 1: has no effect on several LoRAs with a router that is",
+        ),
+        (["a", "b", "--reference-dora", "trained"], "--reference-dora trained: has no effect on several LoRAs"),
+        (["./a", "--revision", "main"], "--revision 'main': './a' is a folder, which has no revisions"),
+    ],
+)
+def test_options_of_an_import_that_would_be_ignored_are_refused(arguments, words, capsys, tmp_path):
+    code, out = main(capsys, "import", *arguments, "--out", str(tmp_path / "out"))
+    assert code == 1
+    assert words in out.err
+
+
 def test_a_missing_adapter_is_one_line_and_exit_code_1(run_command, tmp_path):
     """No traceback, and the base is not loaded in vain."""
     done = run_command("demo", tmp_path / "gone", "--base", tmp_path)

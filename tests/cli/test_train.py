@@ -129,6 +129,12 @@ def test_a_yaml_file_is_overridden_by_flags_and_saved_complete(base, rows, tmp_p
         (["--base", "./nowhere"], "base './nowhere' does not exist"),
         (["--set", "target_modules=[nothing]"], "target_modules=['nothing']: the base has no such linear"),
         (["--validation", "1"], "validation=1.0: must be a share of the rows"),
+        (["--validation", "0.1", "--validation-data", "x.jsonl"], "validation=0.1: goes without --validation-data"),
+        (["--lr", "inf"], "learning_rate=inf: must be a finite number"),
+        (["--data-split", "test"], "data_split='test': needs a data set on the Hub"),
+        (["--data-revision", "main"], "data_revision='main': needs a data set on the Hub"),
+        (["--base-revision", "main"], "base_revision='main': needs a base on the Hub"),
+        (["--set", "router_lr_ratio=2"], "router_lr_ratio=2.0: needs a mixture whose routers learn"),
     ],
 )
 def test_an_error_is_one_line_that_says_what_to_do(flags, message, base, rows, tmp_path, capsys, monkeypatch):

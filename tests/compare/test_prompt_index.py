@@ -134,7 +134,7 @@ def test_prompts_of_rows_are_what_the_user_says_last(tmp_path):
     file = str(write_rows(tmp_path / "rows.jsonl", rows))
     assert read_prompts([file], 9) == ["one", "two", "three", "four", "five"]
     assert read_prompts([file], 2) == ["one", "three"]
-    (tmp_path / "lines.txt").write_text("six\n\nseven\n")
+    (tmp_path / "lines.txt").write_text("six\n\nseven\n", encoding="utf-8-sig")
     assert read_prompts([str(tmp_path / "lines.txt")], 9) == ["six", "seven"]
 
 
@@ -172,6 +172,9 @@ def test_the_commands_of_the_page(run_command, tmp_path, monkeypatch):  # noqa: 
     asked = run_command("route", "ask", "my.index", "--prompt", "Write in digits: sixty-one", "--json")
     (found,) = json.loads(asked.stdout)
     assert (found["adapter"], found["prompt"]) == ("numbers", "Write in digits: sixty-one")
+    for place in ("dates", "nowhere/o.index"):
+        refused = run_command("route", "build", "dates", "numbers", "--out", place)
+        assert f"--out {place}: must be a file in a folder that exists" in refused.stderr
     refused = run_command("route", "build", "dates", "numbers", "--prompts", "dates.jsonl", "--out", "o.index")
     assert "1 files for 2 adapters" in refused.stderr
     (tmp_path / "dates" / "training.yaml").unlink()

@@ -84,6 +84,7 @@ def test_a_bad_line_is_named(content, line, reason, tmp_path):
         ("d.txt", b"a\rb\r", "d.txt:1: has lines that end with CR only"),
         ("d.csv", b'text\n"open\n', r"d.csv:2: is not CSV"),
         ("d.csv", b"text\n\xff\n", "d.csv:2: is not UTF-8"),
+        ("d.csv", b"prompt,completion,prompt\na,b,c\n", "d.csv:1: has two columns called 'prompt'"),
         ("d.parquet", b"PAR1 no", "d.parquet: is not a readable Parquet file"),
     ],
 )

@@ -13,6 +13,7 @@ from tiny_training import SHORT, train_until, write_base, write_rows
 
 from minilora_hub.adapter_folder.results import Results
 from minilora_hub.errors import TrainingError
+from minilora_hub.formats.importing import import_adapter, import_as_experts
 from minilora_hub.training.run import train
 
 WEIGHTS = "adapter_model.safetensors"
@@ -128,6 +129,8 @@ def test_a_router_can_be_used_in_another_way(parents, data, tmp_path):
         ("lora", {"r": 8}, "r=8: the adapter '.*' fixes it to 4"),
         ("lora", {"method": "dora"}, "method='dora': '.*' is a lora: leave it out"),
         ("lora", {"learn": "router"}, "learn='router': needs a mixture"),
+        ("mixlora", {"learn": "experts", "router_lr_ratio": 2}, "router_lr_ratio=2.0: needs a mixture whose routers"),
+        ("mixlora", {"learn": "router", "loraplus_ratio": 2}, "loraplus_ratio=2.0: routers have no A and B"),
         ("mixlora", {"learn": "half"}, "learn='half': must be one of all, router, experts, attention"),
         (
             "mixlora",
@@ -141,6 +144,15 @@ def test_what_cannot_be_is_refused_before_anything_is_written(method, said, mess
     with pytest.raises(TrainingError, match=message):
         train(tmp_path / "out", from_adapter=parents(method), data=data, **RUN, **said)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_import_for_another_base_says_so(parents, tmp_path):
+    parent, other = parents("lora"), write_base(tmp_path / "other", seed=1)
+    one = import_adapter(parent, tmp_path / "one", base=str(other))
+    several = import_as_experts([parent, parent], tmp_path / "several", base=str(other))
+    for note in (one.notes[-1], several.notes[-1]):
+        assert note.startswith("lora was trained on a base with fingerprint sha256:")
+    assert not import_adapter(parent, tmp_path / "same").notes
 
 
 def test_a_fresh_adapter_learns_as_a_whole(base, data, tmp_path):

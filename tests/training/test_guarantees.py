@@ -154,12 +154,17 @@ def test_a_run_is_resumed_on_another_day(data, tmp_path, monkeypatch):
 
 
 def test_resuming_refuses_other_data_and_other_settings(base, data, tmp_path):
-    out = tmp_path / "run"
+    out, begin = tmp_path / "run", {"base": base, "data": data, "resume": True}
     with pytest.raises(TrainingError, match=r"holds no training.yaml"):
         train(out, resume=True)
+    out.mkdir()
+    (out / "README.md").write_text("something else")
+    with pytest.raises(TrainingError, match=r"must be empty or new"):
+        train(out, **RUN, **begin)
+    assert [file.name for file in out.iterdir()] == ["README.md"]
+    (out / "README.md").unlink()
     train(tmp_path / "first", base=base, data=data, **RUN | {"max_steps": 1})
     settings = (tmp_path / "first" / "training.yaml").read_text()
-    out.mkdir()
     (out / "training.yaml").write_text(settings)
     (out / "run.json").write_text('{"data_sha256": "0"}')
     with pytest.raises(TrainingError, match="the data has changed since the run began"):

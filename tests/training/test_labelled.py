@@ -183,6 +183,8 @@ def test_bad_rows_are_skipped_and_unknown_labels_named(bases, tmp_path):
     [
         ({"method": "lora"}, r"method='lora' on rows for text-classification: must be one of dora, mixlora, mixdora"),
         ({"method": "dora", "batching": "packed"}, r"batching='packed' on rows for text-classification"),
+        ({"method": "dora", "loss_on": "all"}, r"loss_on='all' on rows for text-classification: leave it out"),
+        ({"method": "dora", "max_length": 9999}, r"max_length=9999: the base's context has \d+ tokens"),
         ({"method": "dora", "task": "speech"}, r"task='speech': must be one of text-generation, text-classification"),
         ({"method": "dora", "task": "token-classification"}, r"has no tokens and no tags, which token-class"),
     ],

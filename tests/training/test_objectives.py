@@ -323,6 +323,8 @@ def test_a_quantised_base_with_every_objective(base, data, text, tmp_path):
         ("distill:teacher=x,labels=-1", "labels='-1' must be a number at least 0"),
         ("anchor:data=x,rows=1.5", "rows='1.5' must be a whole number above 0"),
         ("anchor:x", "'x' must be key=value"),
+        ("anchor:data=x,rows=1,rows=2", "rows is given twice"),
+        ("anchor:data=~/none/x.txt", "data='~/none/x.txt' cannot be read: No such file or directory"),
         ("orthogonal", "orthogonal needs --keep"),
     ],
 )
@@ -350,3 +352,12 @@ def test_combinations_that_cannot_be(said, message, base, data, tmp_path):
 
     with pytest.raises(MiniLoraError, match=message):
         train(tmp_path / "out", base=base, data=data, **RUN, **said)
+
+
+def test_an_adapter_is_kept_once(base, data, tmp_path):
+    train(tmp_path / "first", method="lora", base=base, data=data, r=2, **RUN)
+    for name, way in (("again", tmp_path / "first"), ("there", tmp_path / "x" / ".." / "first")):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        with pytest.raises(TrainingError, match="two are the same adapter: leave one out"):
+            train(tmp_path / name, method="lora", base=base, data=data, keep=[str(tmp_path / "first"), str(way)], **RUN)
+        assert not (tmp_path / name).exists()

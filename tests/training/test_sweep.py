@@ -125,6 +125,14 @@ def test_a_trial_that_fails_is_told_and_the_others_count(base, rows, tmp_path):
     assert "r=0 failed: r=0: the rank must be an integer of at least 1" in result.notes[0]
 
 
+def test_a_sweep_whose_trials_all_fail_has_failed(monkeypatch, tmp_path):
+    failed = (module.Trial({"r": 0}, "r=0", "failed", reason="r=0: …"),)
+    monkeypatch.setattr(module, "sweep", lambda out, vary, **said: module.SweepResult(out, failed, left=0))
+    with pytest.raises(SystemExit) as ended:
+        main(["sweep", "--method", "dora", "--base", "b", "--data", "d", "--vary", "r=0", "--out", str(tmp_path)])
+    assert ended.value.code == 1
+
+
 @pytest.mark.slow
 def test_a_search_stays_in_its_ranges_and_can_go_on(base, rows, tmp_path):
     said = FIXED | {"method": "dora", "base": base, "data": rows, "max_steps": 1}
@@ -159,7 +167,12 @@ def test_values_are_read(text, expected):
     assert parse_values(text) == expected
 
 
-@pytest.mark.parametrize("text", ["r", "r=", "=4", "r=8..4", "r=a..b"])
+def test_values_that_are_equal_are_refused():
+    with pytest.raises(TrainingError, match="--vary 'r=4,8,4': a value is given twice: leave one out"):
+        parse_values("r=4,8,4")
+
+
+@pytest.mark.parametrize("text", ["r", "r=", "=4", "r=8..4", "r=a..b", "r=4,8,"])
 def test_values_that_cannot_be_read_are_refused(text):
     with pytest.raises(TrainingError, match="must be NAME=VALUE"):
         parse_values(text)
