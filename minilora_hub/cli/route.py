@@ -43,10 +43,10 @@ def build(
     found = find_adapters(adapters)
     if prompts and len(prompts) != len(found):
         raise ValueError(f"--prompts: {len(prompts)} files for {len(found)} adapters: give one for each, in order")
-    sources = [(file,) for file in prompts] if prompts else [trained_on(adapter.folder) for adapter in found]
+    asked = [{"sources": (file,)} for file in prompts or ()] or [trained_on(adapter.folder) for adapter in found]
     texts = {
-        adapter.name: (_as_given(name), read_prompts(files, count))
-        for adapter, name, files in zip(found, adapters, sources, strict=True)
+        adapter.name: (_as_given(name), read_prompts(count=count, **source))
+        for adapter, name, source in zip(found, adapters, asked, strict=True)
     }
 
     from minilora_hub.bases.loading import load_base, load_tokenizer

@@ -23,6 +23,7 @@ from minilora_hub.training.objective_specs import parse_objectives
 from minilora_hub.training.preference import HeldOutPairs
 from minilora_hub.training.recipes import OURS
 from minilora_hub.training.settings import TrainingSettings
+from minilora_hub.training.sources import is_file
 
 LOSS_FILE = "loss.csv"
 POINTS = 200
@@ -143,7 +144,7 @@ def _results(
 ) -> Results:
     parameters = count_values(out / WEIGHTS)
     files = [Path(source).name for source in settings.data]
-    from_hub = bool(settings.data) and not any(Path(source).suffix or Path(source).exists() for source in settings.data)
+    from_hub = bool(settings.data) and not any(is_file(source) for source in settings.data)
     tokens, items = data.tokens, len(data.train)
     sources = tuple(
         DataSource(

@@ -12,25 +12,35 @@ from minilora_hub.training.settings import SETTINGS_FILE, read_yaml
 from minilora_hub.training.sources import BadRow
 
 
-def trained_on(adapter: Path) -> tuple[str, ...]:
-    """Return the data that an adapter in the folder of its run was trained on, as it was named there.
+def trained_on(adapter: Path) -> dict[str, Any]:
+    """Return what `read_prompts` reads of an adapter in the folder of its run: the data that it was trained on.
 
     Raises:
         DataError: the folder does not say; published adapters do not.
     """
     file = adapter / SETTINGS_FILE
-    data = read_yaml(file).get("data") if file.is_file() else None
-    if not data:
+    run = read_yaml(file) if file.is_file() else {}
+    if not (data := run.get("data")):
         raise DataError(f"adapter {adapter.name!r}: its folder does not say what it was trained on")
-    return (data,) if isinstance(data, str) else tuple(data)
+    return {
+        "sources": (data,) if isinstance(data, str) else tuple(data),
+        "split": run.get("data_split") or "train",
+        "revision": run.get("data_revision"),
+        "skip_bad_rows": run.get("skip_bad_rows", False),
+    }
 
 
-def read_prompts(sources: Sequence[str], count: int) -> list[str]:
+def read_prompts(
+    sources: Sequence[str], count: int, split: str = "train", revision: str | None = None, skip_bad_rows: bool = False
+) -> list[str]:
     """Read prompts, evenly spread over the rows: of a text file its lines, of training rows what the user says last.
 
     Args:
         sources: text files, files of training rows, or the id of a data set on the Hub.
         count: the most prompts that are returned.
+        split: of a data set on the Hub.
+        revision: its branch, tag or commit.
+        skip_bad_rows: whether invalid rows are skipped.
 
     Raises:
         DataError: a file cannot be read, or has no prompt.
@@ -44,8 +54,10 @@ def read_prompts(sources: Sequence[str], count: int) -> list[str]:
             except (OSError, UnicodeDecodeError) as error:
                 raise DataError(f"prompts {source!r} cannot be read as text: {error}") from error
             continue
-        for row in read_rows((source,)):
+        for row in read_rows((source,), split=split, revision=revision):
             if isinstance(row, BadRow):
+                if skip_bad_rows:
+                    continue
                 raise DataError(f"{row.place}: {row.reason}")
             text = _prompt_of(row)
             if text.strip():

@@ -252,18 +252,18 @@ def test_base_and_rows_come_from_the_hub_and_the_commit_is_kept(base, hub, run_o
     lines = "".join(json.dumps(row) + "\n" for row in colour_rows(10)).encode()
     token, out = hub.add_user("me"), tmp_path / "out"
     hub.add_repo("me/tiny", files={path.name: path.read_bytes() for path in Path(base).iterdir()})
-    hub.add_repo("me/colours", "dataset", files={"train.jsonl": lines}, private=True)
+    hub.add_repo("me/colours-2.5", "dataset", files={"train.jsonl": lines}, private=True)
     command = ["train", "--method", "dora", "--base", "me/tiny", "--out", out, "--max-steps", "1"]
-    done = run_on_hub(*command, "--data", "me/colours", token=token)
+    done = run_on_hub(*command, "--data", "me/colours-2.5", token=token)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "10 rows" in done.stderr
     results = json.loads((out / "results.json").read_text())
-    assert results["datasets"] == ["me/colours"]
+    assert results["datasets"] == ["me/colours-2.5"]
     config = json.loads((out / "config.json").read_text())
     assert config["base_model_name_or_path"] == results["base"]["id"] == "me/tiny"
     assert re.fullmatch("[0-9a-f]{40}", results["base"]["revision"])
     assert config["base_model_revision"] == results["base"]["revision"]
-    assert results["training"]["data"][0]["name"] == "me/colours"
+    assert results["training"]["data"][0]["name"] == "me/colours-2.5"
     missing = run_on_hub(*command[:-3], tmp_path / "other", "--data", "me/none", token=token)
     assert missing.returncode == 1
     assert "data 'me/none': no such file, and no such data set on the Hub" in missing.stderr

@@ -19,10 +19,10 @@ from tiny_training import write_base, write_rows
 
 from minilora_hub.compare.engine import CompareEngine
 from minilora_hub.compare.prompt_index import AdapterIndex, choose_in, embedding
-from minilora_hub.errors import AdapterError
+from minilora_hub.errors import AdapterError, DataError
 from minilora_hub.remote_code.adapter_files import base_fingerprint
 from minilora_hub.serving.run import build_server
-from minilora_hub.training.prompts import read_prompts
+from minilora_hub.training.prompts import read_prompts, trained_on
 
 PAGE = Path(__file__).parents[2] / "docs" / "route.md"
 DATES = [f"Write as YYYY-MM-DD: the {day}th of May 19{day}9" for day in range(4, 10)]
@@ -136,6 +136,16 @@ def test_prompts_of_rows_are_what_the_user_says_last(tmp_path):
     assert read_prompts([file], 2) == ["one", "three"]
     (tmp_path / "lines.txt").write_text("six\n\nseven\n", encoding="utf-8-sig")
     assert read_prompts([str(tmp_path / "lines.txt")], 9) == ["six", "seven"]
+
+
+def test_prompts_are_those_of_the_run_that_skipped_bad_rows(tmp_path):
+    data = str(write_rows(tmp_path / "rows.jsonl", [{"prompt": "one", "completion": "a"}, {"prompt": "two"}]))
+    (tmp_path / "training.yaml").write_text(f"data: [{data}]\nskip_bad_rows: true\ndata_split: test\n")
+    read = trained_on(tmp_path)
+    assert (read["split"], read["revision"]) == ("test", None)
+    assert read_prompts(count=9, **read) == ["one"]
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: has no completion"):
+        read_prompts([data], 9)
 
 
 def rows_of(prompts, answer) -> list[dict]:
