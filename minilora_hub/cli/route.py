@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,7 +43,9 @@ def build(
     found = find_adapters(adapters)
     if prompts and len(prompts) != len(found):
         raise ValueError(f"--prompts: {len(prompts)} files for {len(found)} adapters: give one for each, in order")
-    asked = [{"sources": (file,)} for file in prompts or ()] or [trained_on(adapter.folder) for adapter in found]
+    asked: list[dict[str, Any]] = [{"sources": (file,)} for file in prompts or ()] or [
+        trained_on(adapter.folder) for adapter in found
+    ]
     texts = {
         adapter.name: (_as_given(name), read_prompts(count=count, **source))
         for adapter, name, source in zip(found, adapters, asked, strict=True)
