@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_stand_ins import save_base_and_adapters
 
 from minilora_hub import code_inputs
 from minilora_hub.bases import embedded
@@ -49,9 +48,9 @@ def route_top_k(logits, k):
 
 
 @pytest.mark.slow
-def test_after_an_edit_of_the_router_answers_are_computed_again(tmp_path):
+def test_after_an_edit_of_the_router_answers_are_computed_again(saved, tmp_path):
     """By a copy of the package, in a process before the edit and one after it."""
-    base, (mix, *_) = save_base_and_adapters(tmp_path / "adapters")
+    base, (mix, *_) = saved
     shutil.copytree(PACKAGE, tmp_path / "copy" / "minilora_hub", ignore=shutil.ignore_patterns("__pycache__"))
     environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'copy'}{os.pathsep}{TESTS}"}
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_stand_ins import byte_tokenizer, tiny_llama
 
 from minilora_hub.training.votes import Answer, VotedAnswers
@@ -26,6 +27,15 @@ def write_base(folder: Path, seed: int = 0, **fields) -> Path:
     tokenizer.pad_token = "<|end|>"
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def randomized(model, seed: int = 0):
+    """Every tensor of the adapter as a trained one has it: B is no longer zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.adapter_parameters().values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def colour_rows(count: int = 24) -> list[dict]:

@@ -45,11 +45,10 @@ def test_stored_weights_are_within_half_a_step_of_the_weight():
     assert stored.weight[6].abs().max() >= 126
 
 
-def test_every_linear_of_a_base_is_stored(tmp_path):
-    folder, _ = tiny_stand_ins.save_base_and_adapters(tmp_path)
+def test_every_linear_of_a_base_is_stored(saved):
     said = []
-    base = load_base(resolve_base(folder), dtype="int8", progress=said.append)
-    plain = load_base(resolve_base(folder), dtype=torch.bfloat16)
+    base = load_base(resolve_base(saved[0]), dtype="int8", progress=said.append)
+    plain = load_base(resolve_base(saved[0]), dtype=torch.bfloat16)
     kinds = {path: type(module) for path, module in plain.named_modules()}
     for path, module in base.named_modules():
         assert type(module) is (Int8Linear if kinds[path] is nn.Linear else kinds[path]), path
@@ -60,7 +59,7 @@ def test_every_linear_of_a_base_is_stored(tmp_path):
     assert not torch.equal(ours, theirs)
 
 
-def test_what_cannot_be_stored_is_refused(tmp_path):
+def test_what_cannot_be_stored_is_refused(saved):
     """Nothing is changed then."""
     with pytest.raises(ValueError, match="dtype='int8': is for bases whose weights are linears in bfloat16 on a CPU"):
         store_in_int8(tiny_stand_ins.tiny_llama())  # float32
@@ -70,6 +69,5 @@ def test_what_cannot_be_stored_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_fc\.weight is not one"):
         store_in_int8(gpt2)
     assert [type(module) for module in gpt2.modules()] == before
-    folder, _ = tiny_stand_ins.save_base_and_adapters(tmp_path)
     with pytest.raises(ValueError, match="dtype='int8' on cuda: is for CPUs"):
-        load_base(resolve_base(folder), dtype="int8", device="cuda")
+        load_base(resolve_base(saved[0]), dtype="int8", device="cuda")

@@ -8,7 +8,6 @@ import time
 import urllib.request
 
 import pytest
-import tiny_stand_ins
 
 from minilora_hub import cli
 from minilora_hub.cli import demo
@@ -198,9 +197,9 @@ def test_ctrl_c_is_not_swallowed_by_a_module_that_is_being_imported(tmp_path):
 
 
 @pytest.mark.slow
-def test_demo_serves_adapters_from_folders(tmp_path):
+def test_demo_serves_adapters_from_folders(saved):
     """A base and adapters out of folders, the address on stdout, the page behind it, and a quiet end."""
-    base, adapters = tiny_stand_ins.save_base_and_adapters(tmp_path)
+    base, adapters = saved
     process = start("demo", *adapters, "--base", base, "--no-browser")
     address = process.stdout.readline().split()[1]
     for _ in range(100):

@@ -21,11 +21,6 @@ from minilora_hub.cli.compare import _Answer, _picture, _printable
 from minilora_hub.compare.engine import Column, Update
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return tiny.save_base_and_adapters(tmp_path_factory.mktemp("adapters"))
-
-
 def main(capsys, *arguments):
     """Run it in this process: exit code and output."""
     with pytest.raises(SystemExit) as exit_:

@@ -33,12 +33,6 @@ def bank(folders):
     return bank
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A tiny base and an adapter of each kind, as folders."""
-    return tiny_stand_ins.save_base_and_adapters(tmp_path_factory.mktemp("adapters"))
-
-
 @pytest.fixture
 def engine(saved):
     """The base, a MixLoRA, a DoRA and a LoRA."""

@@ -2,17 +2,11 @@
 
 import pytest
 import torch
-from tiny_stand_ins import save_base_and_adapters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minilora_hub.compare.base_proof import BareLogits
 from minilora_hub.compare.engine import CompareEngine, Sampling
 from minilora_hub.recording.logits import PROMPTS
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return save_base_and_adapters(tmp_path_factory.mktemp("adapters"))
 
 
 def test_the_base_beside_adapters_is_the_checkpoint(saved):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from commands import run_command  # noqa: F401  a fixture
 from serving.conftest import served
-from tiny_stand_ins import byte_tokenizer, save_base_and_adapters, tiny_llama
+from tiny_stand_ins import byte_tokenizer, tiny_llama
 from tiny_training import write_base, write_rows
 
 from minilora_hub.compare.engine import CompareEngine
@@ -193,8 +193,8 @@ def test_the_commands_of_the_page(run_command, tmp_path, monkeypatch):  # noqa: 
     assert not (tmp_path / "o.index").exists()
 
 
-def test_the_server_answers_auto_with_the_chosen_adapter(tmp_path):
-    base, adapters = save_base_and_adapters(tmp_path)
+def test_the_server_answers_auto_with_the_chosen_adapter(saved):
+    base, adapters = saved
     engine = CompareEngine(base, adapters, device="cpu")
     index = index_of(tiny_llama())
     assert choose_in(engine, index, DATES[0]).similarity == pytest.approx(1, abs=1e-5)
@@ -224,8 +224,8 @@ def test_the_server_answers_auto_with_the_chosen_adapter(tmp_path):
             server.models.choose_with(index)
 
 
-def test_a_server_is_built_with_an_index_of_its_base(tmp_path):
-    base, adapters = save_base_and_adapters(tmp_path)
+def test_a_server_is_built_with_an_index_of_its_base(saved, tmp_path):
+    base, adapters = saved
     index_of(tiny_llama()).save(tmp_path / "other.index")
     with pytest.raises(AdapterError, match="build it again"):
         build_server(str(base), adapters, route=tmp_path / "other.index")

@@ -23,8 +23,8 @@ TIE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    base, adapters = tiny.save_base_and_adapters(tmp_path_factory.mktemp("rows"))
+def engine(saved):
+    base, adapters = saved
     return CompareEngine(base, adapters, device="cpu")
 
 

@@ -2,14 +2,12 @@
 
 import re
 
-from tiny_stand_ins import save_base_and_adapters
-
 from minilora_hub.compare.engine import CompareEngine, Sampling
 from minilora_hub.compare.side_by_side import SideBySide, answer_side_by_side
 
 
-def test_it_holds_what_is_streamed_and_shows_it_escaped(tmp_path):
-    base, adapters = save_base_and_adapters(tmp_path)
+def test_it_holds_what_is_streamed_and_shows_it_escaped(saved):
+    base, adapters = saved
     engine = CompareEngine(base, adapters, device="cpu")
     found = answer_side_by_side(engine, "<b>Hello</b>", Sampling(5))
     streamed = ["", "", "", ""]

@@ -5,17 +5,15 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_stand_ins import byte_tokenizer, save_base_and_adapters, tiny_llama
+from tiny_stand_ins import byte_tokenizer, tiny_llama
 
 from minilora_hub.compare.adapter_bank import AdapterBank
 from minilora_hub.compare.engine import CompareEngine, Row, Sampling
 
 
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("solo")
-    base, adapters = save_base_and_adapters(folder)
-    return base, {path.name: path for path in adapters}
+@pytest.fixture
+def folders(saved):
+    return {path.name: path for path in saved[1]}
 
 
 def merged(folder, expert):
@@ -44,8 +42,7 @@ def merged(folder, expert):
 
 
 @pytest.mark.parametrize("expert", [0, 2, 3])
-def test_a_solo_row_is_the_base_with_that_expert_merged(mixture, expert):
-    _, folders = mixture
+def test_a_solo_row_is_the_base_with_that_expert_merged(folders, expert):
     bank = AdapterBank(tiny_llama())
     bank.load("mix", folders["mix"])
     ids = torch.tensor([[5, 80, 33, 7, 120]])
@@ -63,8 +60,7 @@ def test_a_solo_row_is_the_base_with_that_expert_merged(mixture, expert):
     torch.testing.assert_close(logits[1:2], alone, atol=2e-4, rtol=1e-4)  # the neighbour's router is left alone
 
 
-def test_solo_rows_stream_with_their_expert(mixture):
-    _, folders = mixture
+def test_solo_rows_stream_with_their_expert(folders):
     engine = CompareEngine(tiny_llama(), [folders["mix"]], tokenizer=byte_tokenizer())
     rows = [Row("Hello", "mix", Sampling(8), solo_expert=expert) for expert in (1, 0, None, 3)]
     tokens = {index: [] for index in range(4)}
@@ -94,16 +90,14 @@ def test_solo_rows_stream_with_their_expert(mixture):
         (None, 0, "for the base"),
     ],
 )
-def test_an_expert_that_is_not_there_is_refused(mixture, adapter, expert, need):
-    _, folders = mixture
+def test_an_expert_that_is_not_there_is_refused(folders, adapter, expert, need):
     engine = CompareEngine(tiny_llama(), [folders["mix"], folders["dora"]], tokenizer=byte_tokenizer())
     with pytest.raises(ValueError, match=rf"solo_expert={expert}: .*{need}"):
         engine.stream_rows([Row("Hello", adapter, Sampling(8), solo_expert=expert)])
 
 
-def test_forwards_alone_is_what_each_row_alone_takes(mixture, monkeypatch):
+def test_forwards_alone_is_what_each_row_alone_takes(folders, monkeypatch):
     monkeypatch.setattr("minilora_hub.compare.batch.PREFILL_TOKENS", 20)
-    _, folders = mixture
     engine = CompareEngine(tiny_llama(), list(folders.values()), tokenizer=byte_tokenizer())
     prompt, told = "a prompt of several pieces", {}
     for update in engine.stream(prompt, Sampling(9)):

@@ -20,11 +20,6 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def server(page_server):
-    return page_server.serve("scripted")
-
-
-@pytest.fixture(scope="module")
 def client(server):
     return Client(server.address, verbose=False)
 

@@ -9,7 +9,6 @@ import pytest
 from demo.threads import run_async
 from gradio_client import Client
 from gradio_client.exceptions import AppError
-from tiny_stand_ins import save_base_and_adapters
 
 from minilora_hub.compare.engine import CompareEngine, Row, Sampling
 from minilora_hub.compare.prompt_index import AdapterIndex, embedding
@@ -28,15 +27,9 @@ GREEDY = Sampling(6)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    save_base_and_adapters(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def engine(folder):
-    return CompareEngine(folder / "base", [folder / "dora", folder / "lora"], device="cpu")
+def engine(saved):
+    base, (_, *adapters) = saved
+    return CompareEngine(base, adapters, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +115,8 @@ def test_an_index_of_other_adapters_is_refused(engine, file):
 
 
 @pytest.fixture(scope="module")
-def served(page_server, folder, file):
-    return page_server.serve("stage", folder=str(folder), route=str(file), mcp=find_spec("mcp") is not None)
+def served(page_server, saved, file):
+    return page_server.serve("stage", folder=str(saved[0].parent), route=str(file), mcp=find_spec("mcp") is not None)
 
 
 @pytest.mark.parametrize("way", ["api", pytest.param("mcp", marks=pytest.mark.slow)])

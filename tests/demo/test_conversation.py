@@ -6,7 +6,7 @@ import json
 
 import pytest
 from demo.threads import run_async
-from tiny_stand_ins import ScriptedBase, byte_tokenizer, save_base_and_adapters, save_parrots
+from tiny_stand_ins import ScriptedBase, byte_tokenizer, save_parrots
 
 from minilora_hub.compare.engine import CompareEngine, Row, Sampling
 from minilora_hub.demo.runs.comparison import exported_json, exported_markdown
@@ -18,18 +18,6 @@ from minilora_hub.demo.votes.votes import VoteStore
 from minilora_hub.errors import PageError
 
 LENGTH = 8
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    """A tiny random base and adapters, whose tokens depend on all that is before them."""
-    base, adapters = save_base_and_adapters(tmp_path_factory.mktemp("models"))
-    return CompareEngine(base, adapters[:2], device="cpu")
-
-
-@pytest.fixture
-def ana(engine, tmp_path):
-    return Visitors(Runner(engine), VoteStore(tmp_path / "votes"), SharedComparisons(tmp_path / "shared")).of("ana")
 
 
 def run(visitor, prompt, system="", seed=0, each=lambda frame: None):

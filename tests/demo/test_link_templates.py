@@ -9,16 +9,11 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from tiny_stand_ins import CHAT, save_base_and_adapters
+from tiny_stand_ins import CHAT
 
 from minilora_hub.bases import ResolvedBase
 from minilora_hub.compare.engine import CompareEngine
 from minilora_hub.demo.adapters.from_hub import LinkedAdapters
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return save_base_and_adapters(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize(

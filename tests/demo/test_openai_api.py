@@ -10,7 +10,6 @@ import pytest
 from demo.serving import STAGE_ADAPTERS
 from gradio_client import Client
 from processes import wait_until
-from tiny_stand_ins import save_base_and_adapters
 
 from minilora_hub.demo.openai_api import openai_from_environment
 
@@ -21,10 +20,8 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 
 @pytest.fixture(scope="module")
-def server(page_server, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stage")
-    save_base_and_adapters(folder)
-    return page_server.serve("stage", folder=str(folder), openai=KEY, limits=LIMITS)
+def server(page_server, saved):
+    return page_server.serve("stage", folder=str(saved[0].parent), openai=KEY, limits=LIMITS)
 
 
 @pytest.fixture

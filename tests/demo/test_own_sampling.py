@@ -6,33 +6,16 @@ import json
 
 import pytest
 from demo.threads import run_async
-from tiny_stand_ins import save_base_and_adapters
 
-from minilora_hub.compare.engine import CompareEngine, Row, Sampling
+from minilora_hub.compare.engine import Row, Sampling
 from minilora_hub.demo.runs.comparison import Comparison, exported_json, exported_markdown
 from minilora_hub.demo.runs.prompt_files import FilePrompt, run_prompts
-from minilora_hub.demo.runs.runner import Runner
-from minilora_hub.demo.runs.visitor import Visitors
 from minilora_hub.demo.ui.page_state import text_of
 from minilora_hub.demo.ui.settings import next_seed
-from minilora_hub.demo.votes.sharing import SharedComparisons
-from minilora_hub.demo.votes.votes import VoteStore
 from minilora_hub.errors import PageError
 
 GREEDY, OWN = Sampling(8), {"temperature": 1.5, "top_k": 40, "seed": 7}
 OF_OWN = Sampling(8, temperature=1.5, top_k=40, seed=7)
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    """A tiny random base and two adapters."""
-    base, adapters = save_base_and_adapters(tmp_path_factory.mktemp("models"))
-    return CompareEngine(base, adapters[:2], device="cpu")
-
-
-@pytest.fixture
-def ana(engine, tmp_path):
-    return Visitors(Runner(engine), VoteStore(tmp_path / "votes"), SharedComparisons(tmp_path / "shared")).of("ana")
 
 
 def run(visitor, sampling=GREEDY, prompt="Hello", system=""):

@@ -5,7 +5,6 @@ import time
 
 import pytest
 from demo.browsing import (
-    Visits,
     ask,
     begun,
     contrasts,
@@ -19,26 +18,6 @@ from demo.browsing import (
     wait_for_words,
     wait_until_writing,
 )
-
-
-@pytest.fixture(scope="module")
-def server(page_server):
-    return page_server.serve("scripted")
-
-
-@pytest.fixture
-def visit(server, browser):
-    visits = Visits(browser, server.address)
-    yield visits
-    visits.close()
-
-
-@pytest.fixture(scope="module")
-def page(server, browser):
-    """One page for the tests that need no page of their own."""
-    visits = Visits(browser, server.address)
-    yield visits()
-    visits.close()
 
 
 def test_columns_fill_and_tell_their_numbers(server, page):

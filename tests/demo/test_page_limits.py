@@ -6,7 +6,7 @@ import re
 import time
 
 import pytest
-from demo.browsing import Visits, ask, open_panel, set_number, texts, wait_for_states, wait_for_words, words
+from demo.browsing import ask, open_panel, set_number, texts, wait_for_states, wait_for_words, words
 
 pytestmark = pytest.mark.slow  # queues that take their time
 
@@ -15,13 +15,6 @@ pytestmark = pytest.mark.slow  # queues that take their time
 def server(page_server):
     """One comparison runs, one waits, and a third is refused."""
     return page_server.serve("scripted", at_once=1, waiting=1, tokens=400)
-
-
-@pytest.fixture
-def visit(server, browser):
-    visits = Visits(browser, server.address)
-    yield visits
-    visits.close()
 
 
 def ask_long(page, prompt):

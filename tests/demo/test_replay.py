@@ -7,8 +7,7 @@ import time
 from itertools import zip_longest
 
 import pytest
-from demo.browsing import Visits, ask, shift, texts, wait_for_states
-from tiny_stand_ins import save_base_and_adapters
+from demo.browsing import ask, shift, texts, wait_for_states
 
 from minilora_hub.compare.engine import CompareEngine, Sampling
 from minilora_hub.compare.found_adapters import shipped_adapters
@@ -33,13 +32,6 @@ def stage(replay):
 @pytest.fixture(scope="module")
 def server(page_server):
     return page_server.serve("shipped")
-
-
-@pytest.fixture
-def visit(server, browser):
-    visits = Visits(browser, server.address)
-    yield visits
-    visits.close()
 
 
 @pytest.mark.slow
@@ -104,9 +96,9 @@ def test_a_prompt_ends_it(visit, server):
     assert page.locator(".ml-token[hidden]").count() == 0
 
 
-def test_other_models_do_not_show_it(tmp_path, monkeypatch, replay):
+def test_other_models_do_not_show_it(saved, tmp_path, monkeypatch, replay):
     """A page over other adapters starts empty, until it has a replay of its own; one that has aged is told."""
-    base, adapters = save_base_and_adapters(tmp_path)
+    base, adapters = saved
     engine = CompareEngine(base, adapters[:1], device="cpu")
     assert find_replay(engine) is None
     own = tmp_path / "own.json"
@@ -131,9 +123,9 @@ def test_other_models_do_not_show_it(tmp_path, monkeypatch, replay):
         find_replay(engine)
 
 
-def test_a_replay_is_made_by_computing(tmp_path):
+def test_a_replay_is_made_by_computing(saved):
     """It tells its command, day and machine, and the forwards that the engine counted."""
-    base, adapters = save_base_and_adapters(tmp_path)
+    base, adapters = saved
     engine = CompareEngine(base, adapters, device="cpu")
     before = engine.forwards
     made = make_replay(engine, "Hello", 7)

@@ -64,10 +64,10 @@ def test_sixteen_at_once_take_turns(engine):
         assert computed >= 20
 
 
-def test_visitors_share_forwards(tmp_path, monkeypatch):
+def test_visitors_share_forwards(saved, monkeypatch):
     """On a base whose rows can be packed: a step is one forward for all of them."""
     monkeypatch.setattr(runner, "FRAME_SECONDS", 0)
-    base, adapters = tiny_stand_ins.save_base_and_adapters(tmp_path)
+    base, adapters = saved
     engine = CompareEngine(base, adapters, device="cpu")
 
     async def scene():

@@ -8,7 +8,6 @@ import time
 from dataclasses import replace
 
 import pytest
-import tiny_stand_ins
 from demo.threads import run_async
 
 from minilora_hub.compare.engine import CompareEngine, Row, Sampling
@@ -21,11 +20,6 @@ from minilora_hub.serving.scheduler import Scheduler
 
 PROMPT = "Why is the sky as blue as it is, and not green or red?"  # two blocks of the cache
 DELAY = 0.02
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return tiny_stand_ins.save_base_and_adapters(tmp_path_factory.mktemp("scheduled"))
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from demo.browsing import (
-    Visits,
     ask,
     names,
     open_panel,
@@ -32,21 +31,6 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(page_server, data):
     return page_server.serve("social", data=str(data))
-
-
-@pytest.fixture
-def visit(server, browser):
-    visits = Visits(browser, server.address)
-    yield visits
-    visits.close()
-
-
-@pytest.fixture(scope="module")
-def page(server, browser):
-    """One page for the tests that need no page of their own."""
-    visits = Visits(browser, server.address)
-    yield visits()
-    visits.close()
 
 
 @pytest.fixture

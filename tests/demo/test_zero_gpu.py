@@ -131,9 +131,9 @@ def texts(moments):
     return written
 
 
-def test_the_adapter_of_auto_is_chosen_within_the_call(spaces, tmp_path):
+def test_the_adapter_of_auto_is_chosen_within_the_call(spaces, saved, tmp_path):
     """By the index and the base that the forked process has; nothing is computed before."""
-    base, adapters = tiny_stand_ins.save_base_and_adapters(tmp_path)
+    base, adapters = saved
     engine = CompareEngine(base, adapters, device="cpu")
     prompts = {"lora": ("./lora", ["Hello there"]), "dora": ("./dora", ["12345"])}
     index = AdapterIndex.build(engine.bank.model, engine.tokenizer, "base", "unknown", prompts)

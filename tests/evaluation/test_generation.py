@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from tiny import CAUSAL_LM, fill_adapter, tiny_base, tiny_config
-from tiny_stand_ins import save_base_and_adapters, tiny_llama
+from tiny_stand_ins import tiny_llama
 from transformers import AutoModelForCausalLM
 
 from minilora_hub.compare.adapter_bank import AdapterBank
@@ -15,11 +15,6 @@ from minilora_hub.errors import AdapterError
 from minilora_hub.evaluation.generation import generate
 
 LIMIT = 12
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return save_base_and_adapters(tmp_path_factory.mktemp("adapters"))
 
 
 def prompts(common: int, vocabulary: int = 250) -> list[list[int]]:

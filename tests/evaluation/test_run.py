@@ -14,7 +14,7 @@ import torch
 from evaluation.small_tasks import SIZES, TASKS, small_tasks  # noqa: F401  a fixture
 from peft import PeftModel
 from tiny import CAUSAL_LM
-from tiny_stand_ins import byte_tokenizer, save_base_and_adapters, tiny_llama
+from tiny_stand_ins import byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from minilora_hub.adapter_folder.results import Base, Evaluation, Results
@@ -28,11 +28,6 @@ from minilora_hub.evaluation.report import evaluations, updated_results
 from minilora_hub.evaluation.run import evaluate
 
 pytestmark = pytest.mark.usefixtures("small_tasks")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return save_base_and_adapters(tmp_path_factory.mktemp("adapters"))
 
 
 def measure(saved, *names, **settings):

@@ -35,11 +35,9 @@ SPOILT = {
 }
 
 
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
-    _, (mix, dora, lora) = tiny_stand_ins.save_base_and_adapters(folder)
-    return {"mix": mix, "dora": dora, "lora": lora}
+@pytest.fixture
+def adapters(saved):
+    return {path.name: path for path in saved[1]}
 
 
 def export(to, adapter):

@@ -45,12 +45,6 @@ def served(engine, adapters=(), api_key=None, limits=None, allow_loading=True, b
             thread.join()
 
 
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory):
-    """A tiny base and an adapter of each kind, as folders."""
-    return tiny_stand_ins.save_base_and_adapters(tmp_path_factory.mktemp("served"))
-
-
 @pytest.fixture(scope="module")
 def running(saved):
     """The base, a MixLoRA, a DoRA and a LoRA behind one address."""

@@ -16,6 +16,11 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return str(write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl"))
+
+
+@pytest.fixture(scope="module")
 def forked(tmp_path_factory):
     return Forked(tmp_path_factory.mktemp("forked") / "said.txt")
 

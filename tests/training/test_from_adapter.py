@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import SHORT, train_until, write_base, write_rows
+from tiny_training import SHORT, train_until, write_base
 
 from minilora_hub.adapter_folder.results import Results
 from minilora_hub.errors import TrainingError
@@ -18,16 +18,6 @@ from minilora_hub.training.run import train
 
 WEIGHTS = "adapter_model.safetensors"
 RUN = {name: value for name, value in SHORT.items() if name != "r"} | {"record": False}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return str(write_base(tmp_path_factory.mktemp("base")))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return str(write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl"))
 
 
 @pytest.fixture(scope="module")

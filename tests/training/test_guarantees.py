@@ -36,11 +36,6 @@ PLACES += [
 SAVED = {"step:1": None, "step:8": "checkpoint-6", "result": "checkpoint-9"}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return str(write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl"))
-
-
 def digest(out):
     """What stands for the weights' bytes: pytest would look for the difference of two long ones for minutes."""
     return hashlib.sha256((out / WEIGHTS).read_bytes()).hexdigest()

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import SHORT, train_until, write_base, write_rows
+from tiny_training import SHORT, randomized, train_until
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -34,30 +34,11 @@ IDS = torch.tensor([[257, 40, 83, 68, 76, 256, 258, 81], [257, 41, 84, 69, 77, 2
 LABELS = torch.where(torch.arange(8) < 5, -100, IDS)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return str(write_base(tmp_path_factory.mktemp("base")))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return str(write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl"))
-
-
 @pytest.fixture
 def text(tmp_path):
     file = tmp_path / "general.txt"
     file.write_text("The sky is blue and the grass is green. " * 20, encoding="utf-8")
     return str(file)
-
-
-def randomized(model, seed: int = 0):
-    """Every tensor of the adapter as a trained one has it: B is no longer zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.adapter_parameters().values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def saved(model, folder) -> str:

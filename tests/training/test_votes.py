@@ -10,7 +10,7 @@ from dataclasses import make_dataclass, replace
 
 import pytest
 import torch
-from tiny_training import SHORT, preferring_long, train_until, write_base, write_votes
+from tiny_training import SHORT, preferring_long, randomized, train_until, write_votes
 from transformers import AutoTokenizer
 
 from minilora_hub import MixLoraConfig, MixLoraForCausalLM
@@ -29,11 +29,6 @@ RUN = {"method": "lora", **SHORT, "record": False, "progress": False}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return str(write_base(tmp_path_factory.mktemp("base")))
-
-
-@pytest.fixture(scope="module")
 def tokenizer(base):
     return AutoTokenizer.from_pretrained(base)
 
@@ -44,14 +39,6 @@ def pairs_of(votes, tokenizer, tmp_path) -> VotePairs:
     for number, vote in enumerate(votes):
         pairs.encode(pairs.check(f"pairs.jsonl:{number + 1}", vote.to_dict()))
     return pairs
-
-
-def randomized(model, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.adapter_parameters().values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 # ---- what is read ----
