@@ -6,7 +6,7 @@ import io
 import sys
 from dataclasses import dataclass
 
-import huggingface_hub.constants
+import huggingface_hub
 import pytest
 
 from minilora_hub import cli
@@ -21,15 +21,21 @@ class Done:
     stderr: str
 
 
+def main(capsys, *arguments: object):
+    """Run the command line in this process: exit code and output."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(argument) for argument in arguments])
+    return ended.value.code, capsys.readouterr()
+
+
 @pytest.fixture
 def run_command(capsys):
     """A function that runs the command line in this process."""
 
     def run(*arguments: object) -> Done:
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(argument) for argument in arguments])
-        return Done(ended.value.code, *capsys.readouterr())
+        code, output = main(capsys, *arguments)
+        return Done(code, *output)
 
     return run
 
@@ -37,15 +43,9 @@ def run_command(capsys):
 @pytest.fixture
 def run_on_hub(run_command, hub, tmp_path, monkeypatch):
     """A function that runs the command line on the fixture `hub`, in an empty folder, with a token and variables."""
-    constants, cache = huggingface_hub.constants, tmp_path / "hf"
+    cache = tmp_path / "hf"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
+    hub.use_in_process(monkeypatch, cache)
 
     def run(*arguments: object, token: str | None, stdin: str = "", **variables: str) -> Done:
         for name, value in {**hub.environment(token, cache_dir=cache), **variables}.items():

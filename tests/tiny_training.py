@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_stand_ins import byte_tokenizer, tiny_llama
+from transformers import LlamaForCausalLM
 
 from minilora_hub.training.votes import Answer, VotedAnswers
 
@@ -70,6 +71,37 @@ def train_until(step: int, monkeypatch: pytest.MonkeyPatch, out: Path, **said) -
         patch.setattr(AdapterTrainer, "compute_loss", stop)
         with pytest.raises(RuntimeError, match="stopped here"):
             train(out, **said)
+
+
+def losses(out: Path) -> list[float]:
+    return [float(line.split(",")[1]) for line in (out / "loss.csv").read_text().splitlines()[1:]]
+
+
+def train_until_saved(monkeypatch: pytest.MonkeyPatch, out: Path, **said) -> None:
+    """Train, and be cut off when the first checkpoint is there."""
+    from minilora_hub.training.adapter_checkpoints import TrainsAdapter
+    from minilora_hub.training.run import train
+
+    drop = TrainsAdapter._drop_old_checkpoints
+
+    def stop(trainer, run):
+        drop(trainer, run)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainsAdapter, "_drop_old_checkpoints", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(out, **said)
+
+
+def inputs_of_linears(model: LlamaForCausalLM) -> dict[str, list[torch.Tensor]]:
+    """The inputs that the linears of the layers get from now on, of one row at a time: path -> [tokens, in] a row."""
+    seen: dict[str, list] = {}
+    for path, module in model.model.layers.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            store = seen.setdefault(f"model.layers.{path}", [])
+            module.register_forward_pre_hook(lambda _, given, store=store: store.append(given[0].detach()[0]))
+    return seen
 
 
 def preferring_long(count: int) -> list[VotedAnswers]:

@@ -8,17 +8,10 @@ import time
 import urllib.request
 
 import pytest
+from commands import main
 
-from minilora_hub import cli
 from minilora_hub.cli import demo
 from minilora_hub.errors import MissingExtraError
-
-
-def main(capsys, *arguments):
-    """Run it in this process, which has torch already: exit code and output."""
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(list(map(str, arguments)))
-    return exit_.value.code, capsys.readouterr()
 
 
 def test_help_lists_the_commands_and_loads_nothing_heavy():

@@ -13,19 +13,12 @@ import time
 import pytest
 import tiny_stand_ins as tiny
 import torch
+from commands import main
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from minilora_hub import cli
 from minilora_hub.cli.compare import _Answer, _picture, _printable
 from minilora_hub.compare.engine import Column, Update
-
-
-def main(capsys, *arguments):
-    """Run it in this process: exit code and output."""
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(list(map(str, arguments)))
-    return exit_.value.code, capsys.readouterr()
 
 
 def test_json_has_every_token(saved, capsys):

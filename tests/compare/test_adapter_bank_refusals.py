@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from compare.bank_models import different_prompts, run
+from formats.helpers import edit_json
 from safetensors.torch import load_file, save_file
 
 from minilora_hub.compare.adapter_bank import AdapterBank
@@ -84,8 +84,7 @@ def test_an_adapter_of_another_base_is_refused(folders):
 def test_peft_settings_that_are_no_plain_lora_are_refused(folders, tmp_path, field, value):
     """By their name, before a tensor is read."""
     shutil.copytree(folders["lora"], tmp_path / "adapter")
-    path = Path(tmp_path / "adapter" / "adapter_config.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    edit_json(tmp_path / "adapter" / "adapter_config.json", **{field: value})
     with pytest.raises(AdapterError, match=f"{field}="):
         AdapterBank(tiny.tiny_base()).load("adapter", tmp_path / "adapter")
 
@@ -131,8 +130,7 @@ def test_peft_settings_that_are_no_numbers_are_named(folders, tmp_path, changes)
 def test_settings_of_ours_that_make_no_sense_are_named(folders, tmp_path, changes):
     """As for PEFT's."""
     shutil.copytree(folders["dora"], tmp_path / "adapter")
-    path = tmp_path / "adapter" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    edit_json(tmp_path / "adapter" / "config.json", **changes)
     with pytest.raises(AdapterError, match=rf"\b{next(iter(changes))}\b.*must be|Infinity is not a number"):
         AdapterBank(tiny.tiny_base()).load("adapter", tmp_path / "adapter")
 

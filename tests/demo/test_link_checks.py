@@ -45,10 +45,7 @@ def engine(models):
 @pytest.fixture
 def hub(models, tmp_path, monkeypatch):
     with HubServer(lfs_threshold=10_000) as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
-        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+        server.use_in_process(monkeypatch, tmp_path / "hf")
         server.add_repo("org/base", files={path.name: path.read_bytes() for path in models[0].iterdir()})
         yield server
     huggingface_hub.close_session()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from evaluation.small_tasks import SIZES, TASKS, small_tasks  # noqa: F401  a fixture
+from formats.helpers import edit_json
 from peft import PeftModel
 from tiny import CAUSAL_LM
 from tiny_stand_ins import byte_tokenizer, tiny_llama
@@ -242,8 +243,7 @@ def test_what_was_computed_is_not_taken_for_something_else(saved, tmp_path, chan
         assert once(dtype="bfloat16").computed == 2 * SIZES["test"]
         assert once(batch_size=5).computed > 0
     elif changed == "base":
-        config = json.loads((base / "config.json").read_text())
-        (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+        edit_json(base / "config.json", rms_norm_eps=0.5)
         assert once().computed == 2 * SIZES["test"], "its weights are the same, and compute something else"
     else:
         assert once(split="validation").computed == 2 * SIZES["validation"]

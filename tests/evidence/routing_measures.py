@@ -25,7 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import entropy
+from tiny import mixtures as mixtures_of
 from torch import Tensor
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from minilora_hub.evaluation.perplexity import GeneralText, read_text, windows_of
 from minilora_hub.evaluation.tasks.items import Item
@@ -80,22 +82,12 @@ def general_text(tokenizer: Any, count: int) -> tuple[GeneralText, list[Example]
 
 def batches(examples: Sequence[Example]) -> Iterator[tuple[list[int], Batch]]:
     """Split rows into padded batches of similar length: (places of the rows, tensors)."""
+    padded = DataCollatorForLanguageModeling(pad_token_id=0)
     order = sorted(range(len(examples)), key=lambda place: len(examples[place].input_ids))
     for start in range(0, len(order), ROWS):
         places = order[start : start + ROWS]
-        rows = [examples[place] for place in places]
-        width = max(len(row.input_ids) for row in rows)
-        fill = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0}
-        values = [
-            {"input_ids": row.input_ids, "labels": row.labels, "attention_mask": [1] * len(row.labels)} for row in rows
-        ]
-        yield (
-            places,
-            {
-                name: torch.tensor([row[name] + [padding] * (width - len(row[name])) for row in values])
-                for name, padding in fill.items()
-            },
-        )
+        rows = [{"input_ids": examples[place].input_ids, "labels": examples[place].labels} for place in places]
+        yield places, dict(padded(rows))
 
 
 @torch.inference_mode()
@@ -180,11 +172,6 @@ def by_chance(counts: np.ndarray, tasks: Sequence[str], shuffles: int = SHUFFLES
 
 
 # ---- what the choice is worth ----
-
-
-def mixtures_of(model: Any) -> list[MixtureOfLoraExperts]:
-    """Return a model's mixtures, in the order of its layers."""
-    return [module for module in model.modules() if isinstance(module, MixtureOfLoraExperts)]
 
 
 @contextlib.contextmanager

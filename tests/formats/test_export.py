@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from commands import main
 from formats.helpers import base_folder, listing, mixlora, peft_folder, reference_folder
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -14,7 +15,7 @@ from tiny import fill_adapter, logits, tiny_base, tiny_config, token_ids
 from tiny_stand_ins import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minilora_hub import DoraForCausalLM, MixLoraForCausalLM, cli
+from minilora_hub import DoraForCausalLM, MixLoraForCausalLM
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.dense import export_dense
 from minilora_hub.formats.exporting import export_adapter
@@ -41,12 +42,6 @@ def dora(base, folder, **changes):
     fill_adapter(model)
     model.save_pretrained(folder)
     return model.eval()
-
-
-def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as end:
-        cli.main(list(map(str, arguments)))
-    return end.value.code, capsys.readouterr()
 
 
 @pytest.mark.parametrize("family", sweep(["llama", "qwen2", "phi3", "gpt2"], "llama", "gpt2"))
@@ -203,18 +198,18 @@ def test_import_and_export_from_the_shell(bases, tmp_path, capsys):
     """Reference -> ours -> Mixtral and back to the reference, each by one command."""
     model = mixlora(tiny_base())
     source = reference_folder(tmp_path / "source", model)
-    code, out = run(capsys, "import", source, "--base", bases(), "--out", tmp_path / "ours")
+    code, out = main(capsys, "import", source, "--base", bases(), "--out", tmp_path / "ours")
     assert code == 0
     assert all(line.startswith("note: ") for line in out.err.splitlines())
     assert out.out.startswith(f"{tmp_path / 'ours'} (")
-    code, out = run(capsys, "export", tmp_path / "ours", "--to", "mixtral", "--out", tmp_path / "mixtral")
+    code, out = main(capsys, "export", tmp_path / "ours", "--to", "mixtral", "--out", tmp_path / "mixtral")
     assert code == 0
     assert "MixtralForCausalLM: " in out.err
     assert "in 3 files; about" in out.err
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral")
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-4)
     assert AutoTokenizer.from_pretrained(tmp_path / "mixtral")("hello")["input_ids"]
-    code, out = run(capsys, "export", tmp_path / "ours", "--to", "mixlora", "--out", tmp_path / "back", "--json")
+    code, out = main(capsys, "export", tmp_path / "ours", "--to", "mixlora", "--out", tmp_path / "back", "--json")
     assert code == 0
     assert json.loads(out.out)["to"] == "mixlora"
     before, after = (torch.load(tmp_path / name / "adapter_model.bin") for name in ("source", "back"))
@@ -225,11 +220,11 @@ def test_import_and_export_from_the_shell(bases, tmp_path, capsys):
 def test_several_loras_from_the_shell(bases, tmp_path, capsys):
     folders = [peft_folder(tmp_path / f"l{i}", tiny_base(), seed=i, name=str(bases())) for i in range(3)]
     capsys.readouterr()  # the bar of the base's writer
-    code, out = run(capsys, "import", *folders, "--out", tmp_path / "ours")
+    code, out = main(capsys, "import", *folders, "--out", tmp_path / "ours")
     assert code == 1
     assert out.err.count("\n") == 1
     assert "--attention" in out.err
-    code, out = run(
+    code, out = main(
         capsys, "import", *folders, "--out", tmp_path / "ours", "--attention", "mean", "--experts-per-tok", 1, "--json"
     )
     assert code == 0
@@ -240,14 +235,16 @@ def test_several_loras_from_the_shell(bases, tmp_path, capsys):
 
 @pytest.mark.parametrize("command", ["import", "export"])
 def test_help_shows_an_example(command, capsys):
-    code, out = run(capsys, command, "--help")
+    code, out = main(capsys, command, "--help")
     assert code == 0
     assert f"Example: minilora {command}" in out.out
 
 
 def test_a_dense_export_generates_the_same(bases, tmp_path, capsys):
     model = dora(bases(), tmp_path / "ours")
-    code, _ = run(capsys, "export", tmp_path / "ours", "--to", "dense", "--out", tmp_path / "out", "--dtype", "float32")
+    code, _ = main(
+        capsys, "export", tmp_path / "ours", "--to", "dense", "--out", tmp_path / "out", "--dtype", "float32"
+    )
     assert code == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}

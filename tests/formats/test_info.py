@@ -3,24 +3,18 @@
 import json
 
 import pytest
+from commands import main
 from formats.helpers import base_folder, mixlora, peft_folder, reference_folder
 from tiny import tiny_base
 
-from minilora_hub import cli
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.moe import export_moe
 from minilora_hub.publish.find import info
 
 
-def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as end:
-        cli.main(list(map(str, arguments)))
-    return end.value.code, capsys.readouterr()
-
-
 def test_the_reference_format(tmp_path, capsys):
     source = reference_folder(tmp_path / "source", mixlora(tiny_base()), expert_lora={"r": 2, "lora_alpha": 4})
-    code, out = run(capsys, "info", source)
+    code, out = main(capsys, "info", source)
     assert code == 0
     lines = dict(line.split(None, 1) for line in out.out.splitlines())
     assert lines["method"].startswith("MixLoRA, format of the mixlora package")
@@ -28,7 +22,7 @@ def test_the_reference_format(tmp_path, capsys):
     assert lines["top_k"] == "2"
     assert lines["parameters"] == "unknown: the weights are a pickle"
     assert lines["base"].startswith("org/base")
-    code, out = run(capsys, "info", source, "--json")
+    code, out = main(capsys, "info", source, "--json")
     assert json.loads(out.out)["layout"] == "reference"
 
 

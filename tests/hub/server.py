@@ -25,6 +25,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub
+import pytest
+
 from . import api, downloads, refs, spaces, trees, uploads  # noqa: F401  importing them registers their routes
 from .accounts import Accounts, Caller, HubError, repo_not_found
 from .faults import Fault, Faults, corrupted
@@ -133,6 +136,19 @@ class HubServer:
             variables |= {"HF_HOME": str(cache_dir), "HF_HUB_CACHE": str(Path(cache_dir, "hub"))}
             variables |= {"HF_MODULES_CACHE": str(Path(cache_dir, "modules"))}
         return variables
+
+    def use_in_process(self, monkeypatch: pytest.MonkeyPatch, cache_dir: Path) -> None:
+        """Make the client in this process use this Hub and `cache_dir`, without Xet and progress bars."""
+        settings = {
+            "ENDPOINT": self.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": self.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_PROGRESS_BARS": True,
+            "HF_HUB_CACHE": str(cache_dir / "hub"),
+            "HF_TOKEN_PATH": str(cache_dir / "token"),
+        }
+        for name, value in settings.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
 
     def sent(self, method: str | None = None, path_regex: str = "") -> list[RequestRecord]:
         """Return the logged requests of a method whose path matches."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from formats.helpers import edit_json
 from hub.server import HubServer
 from packaging.version import parse
 from peft import AutoPeftModelForCausalLM, PeftModel
@@ -96,8 +96,7 @@ def hub(base_folder, tmp_path_factory):
     base = AutoModelForCausalLM.from_pretrained(base_folder)
     model = peft_model(base=base)
     model.save_pretrained(folder)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/base"}))
+    edit_json(folder / "adapter_config.json", base_model_name_or_path="org/base")
     expected = tmp_path_factory.mktemp("expected") / "logits.pt"
     torch.save({"ids": token_ids(), "logits": logits(model)}, expected)
     with HubServer() as server:
@@ -234,7 +233,6 @@ def test_a_bad_lora_beside_is_an_error_too(tmp_path):
 
 def test_another_rank_than_the_configuration_says(base_folder, tmp_path):
     saved(base_folder, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 5}))
+    edit_json(tmp_path / "adapter_config.json", r=5)
     with pytest.raises(ValueError, match=r"lora_A has shape \(4, 32\), .* require \(5, 32\)"):
         PeftModel.from_pretrained(tiny_base(), tmp_path)

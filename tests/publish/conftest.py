@@ -116,15 +116,7 @@ def hub(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     with HubServer(lfs_threshold=10_000) as server:
         for name, value in server.environment(cache_dir=tmp_path / "hf").items():
             monkeypatch.setenv(name, value)
-        constants = huggingface_hub.constants
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
+        server.use_in_process(monkeypatch, tmp_path / "hf")
         files = {path.name: path.read_bytes() for path in base_folder.iterdir()}
         card = json.dumps({"license": "apache-2.0"})
         server.add_repo(BASE_ID, files={**files, "README.md": f"---\n{card}\n---\nA base.\n".encode()})

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny_stand_ins
+from formats.helpers import edit_json
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
@@ -145,8 +146,7 @@ def test_a_base_that_lacks_a_tensor_is_refused(built, base_folder, tmp_path):
     tensors = load_file(damaged / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(damaged)}))
+    edit_json(folder / "adapter_config.json", base_model_name_or_path=str(damaged))
     done = subprocess.run([sys.executable, "-P", str(TOOLKIT), str(folder)], input="", capture_output=True, text=True)
     assert done.returncode != 0
     assert "its checkpoint lacks model.layers.1.mlp.up_proj.weight" in done.stderr

@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from commands import main
 
-from minilora_hub import cli
 from minilora_hub.adapter_folder.verification import Verification, is_hashed
 from minilora_hub.bases import resolve_base
 from minilora_hub.compare.engine import CompareEngine
@@ -78,13 +78,6 @@ def attacked(request, hub, good, tmp_path, marker):
     return request.param, folders
 
 
-def minilora(capsys, *arguments):
-    """Run a command in this process: its exit code and what it prints."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main(list(map(str, arguments)))
-    return ended.value.code, capsys.readouterr()
-
-
 def test_verify_runs_nothing(attacked, base_folder):
     """By its hash the code is a release of ours, and verification.json holds the attacked files' own hashes."""
     file, folders = attacked
@@ -102,10 +95,10 @@ def test_info_and_pull_warn(attacked, capsys, tmp_path):
     for name in ("ana/dora", folders["lora"]):
         (warning, *_) = info(name, progress=False).warnings
         assert warning.startswith(f"{file}: ")
-    code, told = minilora(capsys, "info", "ana/lora")
+    code, told = main(capsys, "info", "ana/lora")
     assert code == 0
     assert f"{file}: " in told.out
-    code, told = minilora(capsys, "pull", "ana/dora", "--out", tmp_path / "pulled")
+    code, told = main(capsys, "pull", "ana/dora", "--out", tmp_path / "pulled")
     assert code == 0
     assert f"warning: {file}: " in told.err
     assert (tmp_path / "pulled" / "adapter_model.safetensors").is_file()
@@ -129,7 +122,7 @@ def test_every_other_command_refuses_it_in_one_line(attacked, capsys, monkeypatc
     file, _ = attacked
     monkeypatch.chdir(tmp_path)
     for arguments in COMMANDS:
-        code, told = minilora(capsys, *arguments, "--base", base_folder)
+        code, told = main(capsys, *arguments, "--base", base_folder)
         line = told.err.strip().splitlines()[-1]
         assert code == 1, arguments
         assert line.startswith(f"minilora: adapter {arguments[1]!r} is not loaded: {file}: "), arguments
@@ -138,7 +131,7 @@ def test_every_other_command_refuses_it_in_one_line(attacked, capsys, monkeypatc
 
 def test_a_space_is_not_deployed_over_it(attacked, capsys):
     file, _ = attacked
-    code, told = minilora(capsys, "space", "push", "ana/space", "ana/dora", "--dry-run")
+    code, told = main(capsys, "space", "push", "ana/space", "ana/dora", "--dry-run")
     assert code == 1
     assert f"ana/dora cannot be shown: {file}: " in told.err
 

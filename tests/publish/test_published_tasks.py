@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from formats.helpers import edit_json
 from tiny import fill_adapter, tiny_config
 from tiny_processors import CLASSES, KINDS, processor_of, write_base
 
@@ -88,11 +89,6 @@ def adapter(auto_name, folder):
     return base, folder / "trained", model
 
 
-def name_base(folder, name):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
-
-
 @pytest.mark.slow
 def test_pushed_verified_and_used_as_the_card_says(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.add_user("ana"))
@@ -102,7 +98,7 @@ def test_pushed_verified_and_used_as_the_card_says(hub, tmp_path, monkeypatch):
         for auto_name in KINDS:
             short = auto_name.removeprefix("AutoModelFor").removeprefix("Auto").lower()
             base, folder, _ = adapter(auto_name, tmp_path / short)
-            name_base(folder, f"org/{short}")
+            edit_json(folder / "config.json", base_model_name_or_path=f"org/{short}")
             files = {path.name: path.read_bytes() for path in base.iterdir()}
             hub.add_repo(f"org/{short}", files=files | {"README.md": b"---\nlicense: mit\n---\n"})
             repos[auto_name] = f"ana/{short}"

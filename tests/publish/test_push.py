@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+from formats.helpers import edit_json
 from safetensors.torch import load_file, save_file
 
 from minilora_hub import push
@@ -176,8 +177,7 @@ def test_a_missing_base_or_licence_is_told_before_anything_is_built(hub, ana, co
     folder = copy_of("dora")
     with pytest.raises(AdapterError, match=r"base_model_name_or_path='org/gone': the Hub has no such model"):
         quick(folder, base_id="org/gone", base_model=str(base_folder))
-    results = json.loads((folder / "results.json").read_text())
-    (folder / "results.json").write_text(json.dumps(results | {"license": None}))
+    edit_json(folder / "results.json", license=None)
     with pytest.raises(AdapterError, match=r"results.json: license is not set"):
         quick(folder)
     (folder / "results.json").unlink()

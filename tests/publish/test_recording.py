@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from formats.helpers import edit_json
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -93,10 +94,6 @@ def scaled_weights(folder, base):
     tensors = load_file(folder / WEIGHTS)
     name = next(name for name in sorted(tensors) if "lora_B" in name)
     save_file(tensors | {name: tensors[name] * 1.5}, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def edit_json(path, **fields):
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 CHANGES = {

@@ -26,22 +26,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub with a base and two adapters; the client in this process talks to it, and nobody sleeps."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with HubServer(lfs_threshold=10**7) as server:
-        for name in ("huggingface_hub.constants.ENDPOINT", "huggingface_hub.hf_api.ENDPOINT"):
-            monkeypatch.setattr(name, server.endpoint, raising=False)
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + TEMPLATE)
+        server.use_in_process(monkeypatch, tmp_path / "hf")
         monkeypatch.setattr("time.sleep", lambda seconds: None)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         server.add_repo("org/base", files={"config.json": b"{}"})
         server.add_repo("ana/dora", files=DORA | WEIGHTS)
         server.add_repo("ana/lora", files=WEIGHTS | {"adapter_config.json": DORA["config.json"]})
         yield server
-
-
-TEMPLATE = "/{repo_id}/resolve/{revision}/{filename}"
 
 
 @pytest.fixture

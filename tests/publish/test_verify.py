@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import tiny_stand_ins
+from formats.helpers import edit_json
 
 from minilora_hub import push
 from minilora_hub.adapter_folder.code import (
@@ -205,8 +206,7 @@ def test_a_named_base_that_nobody_has(process, copied, hub):
         ("embedded", "='embedded' is not an id on the Hub"),
     ):
         folder = copied()
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+        edit_json(folder / "config.json", base_model_name_or_path=name)
         report = verify(rewritten(folder), progress=False, process=process)
         assert not steps(report)["loading"].ok
         assert told in report.problem

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from formats.helpers import edit_json
 from safetensors.torch import load_file, save_file
 from tiny import CAUSAL_LM, METHODS, logits, tiny_base, tiny_config, tiny_model, token_ids
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -40,11 +41,6 @@ def edit_weights(folder, change):
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def edit_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 # ---- what is written ----
@@ -197,7 +193,7 @@ def test_the_adapters_own_generation_settings_are_loaded(base_folder, tmp_path):
 
 def test_base_model_and_base_revision_override_the_configuration(base_folder, tmp_path, monkeypatch):
     DoraForCausalLM.from_base(str(base_folder), tiny_config("dora")).save_pretrained(tmp_path / "out")
-    edit_config(tmp_path / "out", base_model_name_or_path="org/unreachable", base_model_revision="abc")
+    edit_json(tmp_path / "out" / "config.json", base_model_name_or_path="org/unreachable", base_model_revision="abc")
     loaded = DoraForCausalLM.from_pretrained(tmp_path / "out", base_model=base_folder)
     assert loaded.config.base_model_name_or_path == str(base_folder)
     asked = {}
@@ -226,7 +222,9 @@ def test_the_adapters_revision_does_not_reach_the_base(base_folder, tmp_path, mo
 
 
 def test_a_base_with_its_own_code_needs_its_own_trust(base_folder, tmp_path):
-    edit_config(base_folder, model_type="its_own", auto_map={"AutoModelForCausalLM": "x.Y", "AutoConfig": "x.Z"})
+    edit_json(
+        base_folder / "config.json", model_type="its_own", auto_map={"AutoModelForCausalLM": "x.Y", "AutoConfig": "x.Z"}
+    )
     tiny_model().save_pretrained(tmp_path / "out")
     with pytest.raises(ValueError, match="base_trust_remote_code=True"):
         DoraForCausalLM.from_pretrained(tmp_path / "out", base_model=base_folder, trust_remote_code=True)
@@ -348,7 +346,7 @@ def test_a_base_of_another_depth(adapter):
 
 
 def test_a_newer_format_version(adapter):
-    edit_config(adapter, format_version=5)
+    edit_json(adapter / "config.json", format_version=5)
     with pytest.raises(ValueError, match=r"format_version=5: .*1 to 4.*update"):
         DoraForCausalLM.from_pretrained(adapter, base_model=tiny_base())
 

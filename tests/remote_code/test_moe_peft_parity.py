@@ -1,26 +1,18 @@
-"""Top-p and switch against the reference's own training code, run live.
+"""Top-p and switch against the reference's own training code, run live: see `moe_peft_code`."""
 
-`moe_peft` 2.0.2 pins a transformers that ours is newer than, so it cannot be a dependency of the tests; it is compared
-with where it is installed past its pins: ``pip install --no-deps moe_peft==2.0.2``. The two files that hold the routers
-are loaded, with the few names that they import from the rest of the package.
-"""
-
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from reference import plain_expert
+from remote_code.moe_peft_code import load_model_file, needs_moe_peft
 from tiny import fill_adapter, tiny_base, tiny_config
 
 from minilora_hub import MixLoraForCausalLM
 from minilora_hub.remote_code.mixture import MixtureOfLoraExperts
 from minilora_hub.remote_code.routing import router_loss_weights, routing_of
 
-FOUND = importlib.util.find_spec("moe_peft")  # finds it without importing it
-pytestmark = pytest.mark.skipif(FOUND is None, reason="needs: pip install --no-deps moe_peft==2.0.2")
+pytestmark = needs_moe_peft
 
 SWITCH = {"routing_strategy": "switch", "expert_capacity": 3, "router_jitter_noise": 0.0}
 STRATEGIES = [
@@ -33,23 +25,7 @@ STRATEGIES = [
 
 @pytest.fixture
 def routers(monkeypatch):
-    """`moe_peft.adapters.mixlora.model`."""
-    folder = Path(FOUND.origin).parent / "adapters" / "mixlora"
-    common = ModuleType("moe_peft.common")
-    for name in ("LLMFeedForward", "LLMModelInput", "LoraConfig"):
-        setattr(common, name, type(name, (), {}))
-    common.LLMMoeBlock = type("LLMMoeBlock", (torch.nn.Module,), {})
-    common.slice_tensor = lambda data, rows, dtype: data[rows].to(dtype)
-    for name in ("moe_peft", "moe_peft.adapters", "moe_peft.adapters.mixlora"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-        sys.modules[name].__path__ = []
-    monkeypatch.setitem(sys.modules, "moe_peft.common", common)
-    for name in ("config", "model"):
-        spec = importlib.util.spec_from_file_location(f"moe_peft.adapters.mixlora.{name}", folder / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-    return module
+    return load_model_file(monkeypatch, "mixlora", ("LLMFeedForward", "LLMModelInput", "LoraConfig"))
 
 
 class PlainExperts:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from remote_code.moe_peft_code import load_model_file, needs_moe_peft
 from remote_code.published_0_1_0.configuration_minilora import MixLoraConfig as EarlierConfig
 from remote_code.test_training import enable_checkpointing
 from tiny import SWITCH, TOP_P, fill_adapter, logits, mixtures, padded, tiny_base, tiny_config, tiny_model, token_ids
@@ -267,27 +265,10 @@ def test_it_is_not_merged(changes):
 
 # ---- moe_peft's MoLA ----
 
-FOUND = importlib.util.find_spec("moe_peft")  # finds it without importing it
-
 
 @pytest.fixture
 def mola(monkeypatch):
-    """`moe_peft.adapters.mola.model`, which is installed past its pins; see test_moe_peft_parity.py."""
-    common = ModuleType("moe_peft.common")
-    for name in ("Linear", "LoraConfig"):
-        setattr(common, name, type(name, (), {}))
-    common.LLMMoeBlock = type("LLMMoeBlock", (torch.nn.Module,), {})
-    for name in ("moe_peft", "moe_peft.adapters", "moe_peft.adapters.mola"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-        sys.modules[name].__path__ = []
-    monkeypatch.setitem(sys.modules, "moe_peft.common", common)
-    for name in ("config", "model"):
-        path = Path(FOUND.origin).parent / "adapters" / "mola" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(f"moe_peft.adapters.mola.{name}", path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-    return module
+    return load_model_file(monkeypatch, "mola", ("Linear", "LoraConfig"))
 
 
 def mola_of(mola, module, k):
@@ -306,7 +287,7 @@ def mola_of(mola, module, k):
     return block, SimpleNamespace(loras_=loras, out_features_=module.out_features), config
 
 
-@pytest.mark.skipif(FOUND is None, reason="needs: pip install --no-deps moe_peft==2.0.2")
+@needs_moe_peft
 @pytest.mark.parametrize("num_experts", [3, [2, 4]])
 def test_a_whole_model_equals_moe_pefts_mola(num_experts, mola):
     """Logits, gradients of the routers, and the balance loss of each number of experts."""

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from reference import plain_mixture
+from remote_code.test_training import enable_checkpointing
 from tiny import (
     SWITCH,
     TOP_P,
@@ -26,11 +27,6 @@ STRATEGIES = [pytest.param(TOP_P, id="top_p"), pytest.param(SWITCH, id="switch")
 
 
 # ---- checkpointing, dropout, jitter ----
-
-
-def enable_checkpointing(model, arguments=None):
-    new = getattr(model, "activation_checkpointing_enable", None)
-    return (new or model.gradient_checkpointing_enable)(arguments)
 
 
 def gradients_of(model, batches):

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from formats.helpers import edit_json
 from tiny_stand_ins import byte_tokenizer, tiny_llama
 from tiny_tokenizers import QWEN25, tokenizer_of
 from tiny_training import CHAT, SHORT, write_rows
@@ -84,8 +85,7 @@ def write(folder, **tokens) -> str:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | tokens))
+    edit_json(folder / "tokenizer_config.json", **tokens)
     return str(folder)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_training import SHORT
+from tiny_training import SHORT, inputs_of_linears
 from training.killed_run import killed_run
 from transformers import AutoModelForCausalLM
 
@@ -41,11 +41,7 @@ def found(base, rows, tmp_path):
 def inputs_at_learned_tokens(base, rows):
     """The inputs of every linear of the layers, by path: [tokens, in]."""
     model = AutoModelForCausalLM.from_pretrained(base).eval()
-    seen: dict[str, list] = {}
-    for path, module in model.model.layers.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            store = seen.setdefault(f"model.layers.{path}", [])
-            module.register_forward_pre_hook(lambda _, given, store=store: store.append(given[0].detach()[0]))
+    seen = inputs_of_linears(model)
     learned = []
     for example in rows:
         model(torch.tensor([example.input_ids]))

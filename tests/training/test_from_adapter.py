@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import SHORT, train_until, write_base
+from tiny_training import SHORT, losses, train_until, write_base
 
 from minilora_hub.adapter_folder.results import Results
 from minilora_hub.errors import TrainingError
@@ -76,10 +76,6 @@ def test_the_first_loss_is_the_parents(parents, data, tmp_path):
 
 def json_base(folder: str) -> str:
     return json.loads(Path(folder, "config.json").read_text())["base_model_name_or_path"]
-
-
-def losses(out) -> list[float]:
-    return [float(line.split(",")[1]) for line in (out / "loss.csv").read_text().splitlines()[1:]]
 
 
 @pytest.mark.parametrize(

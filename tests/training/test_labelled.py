@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 from tiny_processors import write_base
+from tiny_training import train_until_saved, write_rows
 from tiny_training import write_base as write_llama
-from tiny_training import write_rows
 from torch.nn.functional import cross_entropy
 
 from minilora_hub import DoraConfig
@@ -17,7 +17,6 @@ from minilora_hub.errors import DataError, TrainingError
 from minilora_hub.publish.checks.folder import check_folder
 from minilora_hub.publish.push.build import build
 from minilora_hub.remote_code.modeling_minilora import adapted_class
-from minilora_hub.training.adapter_checkpoints import TrainsAdapter
 from minilora_hub.training.run import train
 
 SIGNS = {"bad": "aaaa", "good": "zzzz", "odd": "mmmm"}
@@ -123,16 +122,7 @@ def test_a_stopped_run_continues_to_the_same_bytes(bases, tmp_path, monkeypatch)
     settings = {"method": "dora", "base": bases["SequenceClassification"], "data": data, "progress": False}
     settings |= {"max_steps": 4, "batch_size": 4, "save_every": 2, "r": 4, "validation": 0.25}
     train(tmp_path / "whole", **settings)
-    drop = TrainsAdapter._drop_old_checkpoints
-
-    def stop(trainer, run):
-        drop(trainer, run)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainsAdapter, "_drop_old_checkpoints", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "parts", **settings)
+    train_until_saved(monkeypatch, tmp_path / "parts", **settings)
     result = train(tmp_path / "parts", resume=True, progress=False)
     assert result.steps == 4
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "parts")]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_training import SHORT, write_base
+from tiny_training import SHORT, inputs_of_linears, write_base
 from transformers import AutoModelForCausalLM
 
 from minilora_hub import DoraForCausalLM, MixLoraForCausalLM
@@ -78,11 +78,7 @@ def dense(base):
 def inputs_of(base, rows):
     """The inputs of every linear on the exact base, by path: [tokens, in]."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    seen: dict[str, list] = {}
-    for path, module in model.model.layers.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            store = seen.setdefault(f"model.layers.{path}", [])
-            module.register_forward_pre_hook(lambda _, given, store=store: store.append(given[0].detach()[0]))
+    seen = inputs_of_linears(model)
     with torch.no_grad():
         for example in rows:
             model(torch.tensor([example.input_ids]))

@@ -12,8 +12,8 @@ import transformers
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Pictures
 from tiny_processors import chat_processor, write_base
+from tiny_training import losses, train_until_saved, write_rows
 from tiny_training import write_base as write_llama
-from tiny_training import write_rows
 from torch.nn.functional import cross_entropy
 
 from minilora_hub import DoraConfig, MixLoraConfig
@@ -21,7 +21,6 @@ from minilora_hub.errors import BaseModelError, DataError, TrainingError
 from minilora_hub.publish.checks.folder import check_folder
 from minilora_hub.publish.push.build import build
 from minilora_hub.remote_code.modeling_minilora import adapted_class
-from minilora_hub.training.adapter_checkpoints import TrainsAdapter
 from minilora_hub.training.data import Row
 from minilora_hub.training.picture_rows import PictureEncoder, checked
 from minilora_hub.training.pictures import PictureRows
@@ -64,10 +63,6 @@ def place(tmp_path_factory):
 
 def said(place, **changes):
     return QUICK | {"method": "dora", "base": str(place / "base"), "data": str(place / "rows.jsonl")} | changes
-
-
-def losses(out):
-    return [float(line.split(",")[1]) for line in (out / "loss.csv").read_text().splitlines()[1:]]
 
 
 @pytest.mark.parametrize("method", ["dora", pytest.param("mixlora", marks=pytest.mark.slow)])
@@ -136,16 +131,7 @@ def test_a_stopped_run_continues_to_the_same_bytes(place, tmp_path, monkeypatch)
     settings = said(place, max_steps=4, save_every=2, validation=0.25, batching="length-grouped")
     result = train(tmp_path / "whole", **settings)
     assert result.best_step == 2  # the weights that are saved in the end, from before the run was stopped
-    drop = TrainsAdapter._drop_old_checkpoints
-
-    def stop(trainer, run):
-        drop(trainer, run)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainsAdapter, "_drop_old_checkpoints", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "parts", **settings)
+    train_until_saved(monkeypatch, tmp_path / "parts", **settings)
     red = (place / "red.png").read_bytes()
     try:
         Pictures.new("RGB", COLOURS["red"], "white").save(place / "red.png")
