@@ -163,16 +163,9 @@ class _Batches:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+        padded = DataCollatorForLanguageModeling(self.padding)
         for batch in self.batches:
             examples = [self.rows[index] for index in batch]
-            width = max(len(example.input_ids) for example in examples)
-
-            def padded(values: list[list[int]], fill: int, width: int = width) -> Tensor:
-                return torch.tensor([row + [fill] * (width - len(row)) for row in values])
-
-            ids = [example.input_ids for example in examples]
-            yield {
-                "input_ids": padded(ids, self.padding),
-                "attention_mask": padded([[1] * len(row) for row in ids], 0),
-                "labels": padded([example.labels for example in examples], IGNORED),
-            }
+            yield dict(padded([{"input_ids": one.input_ids, "labels": one.labels} for one in examples]))
