@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -59,6 +60,15 @@ class RemoteState:
     private: bool = True
     head: str | None = None
     files: dict[str, RemoteFile] = field(default_factory=dict)
+
+    def holds(self, folder: Path, hashes: Mapping[str, str | None]) -> bool:
+        """Return whether it has the files of `hashes`, {path: sha256}, of a folder, and none whose hash is None."""
+        return all(
+            path not in self.files
+            if sha256 is None
+            else path in self.files and self.files[path].has_content(folder / path, sha256)
+            for path, sha256 in hashes.items()
+        )
 
 
 def writer(token: str | None, repo_id: str, create_pr: bool) -> tuple[HfApi, str]:

@@ -9,7 +9,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from minilora_hub.errors import PublishError
 from minilora_hub.hub import client as hub
 from minilora_hub.hub.errors import FAILURES, explain, patiently
-from minilora_hub.publish.push.plan import PushPlan, is_applied
+from minilora_hub.publish.push.plan import PushPlan
 
 COMMIT_ATTEMPTS = 3
 
@@ -87,10 +87,11 @@ def _find_commit(
     Raises:
         PublishError: there is another commit, or the repo was deleted or cannot be read.
     """
+    hashes = {file.path: file.sha256 for file in plan.files}
     if plan.create_pr:
         new = {ref: commit for ref, commit in _pull_requests(api, plan.repo_id).items() if ref not in pulls}
         for ref, commit in new.items():
-            if is_applied(plan.files, folder, hub.look(api, plan.repo_id, ref)):
+            if hub.look(api, plan.repo_id, ref).holds(folder, hashes):
                 return commit, f"{api.endpoint}/{plan.repo_id}/discussions/{ref.rpartition('/')[2]}"
     try:
         now = hub.look(api, plan.repo_id, plan.revision)
@@ -103,7 +104,7 @@ def _find_commit(
         raise PublishError(f"{plan.repo_id} was deleted while files were sent: push again to create it")
     if now.head == before.head:
         return None
-    if not plan.create_pr and now.head is not None and is_applied(plan.files, folder, now):
+    if not plan.create_pr and now.head is not None and now.holds(folder, hashes):
         return now.head, f"{api.endpoint}/{plan.repo_id}/commit/{now.head}"
     raise PublishError(
         f"{plan.repo_id} has received another commit meanwhile (it is at {(now.head or 'nothing')[:12]}): "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import HfApi
@@ -106,15 +105,3 @@ def pushed_by_us(api: HfApi, target: Target) -> set[str]:
         return set()  # a damaged file must not cause deletions
     evaluations = {path for path in target.state.files if path.startswith(".eval_results/")}
     return {str(path) for path in listed} | evaluations | {VERIFICATION_FILE}
-
-
-def is_applied(files: tuple[PlannedFile, ...], folder: Path, remote: hub.RemoteState) -> bool:
-    """Return whether a repo holds every planned file, and none of those to delete."""
-    for file in files:
-        there = remote.files.get(file.path)
-        if file.sha256 is None:
-            if there is not None:
-                return False
-        elif there is None or not there.has_content(folder / file.path, file.sha256):
-            return False
-    return True

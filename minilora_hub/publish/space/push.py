@@ -257,7 +257,7 @@ def _commit(api: HfApi, plan: SpacePush, folder: Path, state: hub.RemoteState) -
         now = hub.look(api, plan.space, repo_type="space")
         if not now.head or now.head == state.head:
             return None
-        if _is_applied(plan, folder, now):
+        if now.holds(folder, dict.fromkeys(plan.deletes) | {path: file_sha256(folder / path) for path in plan.files}):
             return now.head
         raise PublishError(f"{plan.space} has received another commit meanwhile: nothing was overwritten; push again")
 
@@ -266,10 +266,3 @@ def _commit(api: HfApi, plan: SpacePush, folder: Path, state: hub.RemoteState) -
     except FAILURES as error:
         failure = explain(error, plan.space, "sending the files")
         raise PublishError(f"{failure}; its settings are set, its files are as they were: push again") from None
-
-
-def _is_applied(plan: SpacePush, folder: Path, now: hub.RemoteState) -> bool:
-    return not any(path in now.files for path in plan.deletes) and all(
-        path in now.files and now.files[path].has_content(folder / path, file_sha256(folder / path))
-        for path in plan.files
-    )
