@@ -17,6 +17,7 @@ from evidence import (
     low_bit_fits,
     report,
     routing_report,
+    tables,
     train_on_report,
 )
 from evidence.store import Store
@@ -38,9 +39,8 @@ def results(name: str) -> dict[str, Any]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; every column but the first is aligned to the right."""
-    lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+    """Return a Markdown table."""
+    return "\n".join(tables.table(head, rows))
 
 
 def ratios(works: Sequence[str]) -> list[list[str]]:
@@ -216,46 +216,6 @@ def _by_clients(name: str) -> str:
     return table(["", *clients], rows)
 
 
-def evidence() -> str:
-    """The comparison of the methods."""
-    return report.section(Store())
-
-
-def choice() -> str:
-    """How often the nearest prompt belongs to the right task."""
-    return choosing.report()
-
-
-def chosen_answers() -> str:
-    """Exact match of the adapters that were chosen by the prompt."""
-    return choosing.answers()
-
-
-def continued() -> str:
-    """Trainings that continue from adapters."""
-    return train_on_report.report()
-
-
-def federated_mean() -> str:
-    """Clients with a task each, against one alone and all rows in one place."""
-    return federated.report()
-
-
-def routers() -> str:
-    """What the routers do under each cause that may keep them flat."""
-    return routing_report.report()
-
-
-def long_runs() -> str:
-    """What happens in runs of many steps."""
-    return long_report.report()
-
-
-def conflicts() -> str:
-    """What tasks that pull apart cost each other."""
-    return interference.report()
-
-
 def low_bits() -> str:
     """Starts on quantized bases."""
     return f"{low_bit.report()}\n\n{low_bit_fits.report()}"
@@ -303,20 +263,20 @@ def paragraph(text: str) -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "choice": choice,
-    "chosen-answers": chosen_answers,
-    "conflicts": conflicts,
-    "continued": continued,
+    "choice": choosing.report,
+    "chosen-answers": choosing.answers,
+    "conflicts": interference.report,
+    "continued": train_on_report.report,
     "costs": costs,
     "decode": decode,
-    "evidence": evidence,
-    "federated": federated_mean,
-    "long": long_runs,
+    "evidence": lambda: report.section(Store()),
+    "federated": federated.report,
+    "long": long_report.report,
     "low-bit": low_bits,
     "page": page,
     "precision": precision,
     "push": push,
-    "routers": routers,
+    "routers": routing_report.report,
     "serving": serving,
     "serving-llama": serving_llama,
     "summary": summary,

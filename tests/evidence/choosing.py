@@ -26,6 +26,7 @@ import torch
 from evidence.measure import write_data
 from evidence.plan import MIX, TASKS
 from evidence.store import RESULTS, Store
+from evidence.tables import percent, table
 from torch.nn import functional as F
 
 from minilora_hub.bases.loading import load_base, load_tokenizer
@@ -71,15 +72,15 @@ def report() -> str:
     held = json.loads(FILE.read_text(encoding="utf-8"))
     keys = [key for task in TASKS for key in (task, held_out_key(task))]
     names = [key.replace("_", "-") for key in keys]
-    lines = [f"| prompts of each adapter, choice | {' | '.join(names)} |", "| --- |" + " ---: |" * len(keys)]
+    rows = []
     for way, words in (("nearest", "nearest prompt"), ("mean", "nearest mean")):
         for count, found in held[way].items():
             shares = []
             for key in keys:
                 right = str(next(number for number, task in enumerate(TASKS) if key in (task, held_out_key(task))))
                 shares.append(f"{100 * found[key].count(right) / len(found[key]):.0f}")
-            lines.append(f"| {count}, {words} | {' | '.join(shares)} |")
-    return "\n".join(lines)
+            rows.append([f"{count}, {words}", *shares])
+    return "\n".join(table(["prompts of each adapter, choice", *names], rows))
 
 
 def answers() -> str:
@@ -98,15 +99,11 @@ def answers() -> str:
     for method, title in (("lora", "one LoRA trained on all four"), ("mixlora", "one MixLoRA trained on all four")):
         found = store.read(f"seeds-{method}-{MIX}-{rate}-seed0")["scores"]
         scores[title] = [found[task]["exact"] for task in TASKS]
-    lines = [f"| exact match in percent | {' | '.join(TASKS)} | mean |", "| --- |" + " ---: |" * (len(TASKS) + 1)]
+    rows = []
     for title, exact in scores.items():
-        shares = [
-            100 * part[: len(chosen[task])].count("1") / len(chosen[task])
-            for part, task in zip(exact, TASKS, strict=True)
-        ]
-        cells = " | ".join(f"{share:.0f}" for share in shares)
-        lines.append(f"| {title} | {cells} | {sum(shares) / len(shares):.1f} |")
-    return "\n".join(lines)
+        shares = [percent(part[: len(chosen[task])]) for part, task in zip(exact, TASKS, strict=True)]
+        rows.append([title, *(f"{share:.0f}" for share in shares), f"{sum(shares) / len(shares):.1f}"])
+    return "\n".join(table(["exact match in percent", *TASKS, "mean"], rows))
 
 
 def main() -> None:

@@ -80,15 +80,14 @@ def wanted(store: Store, arguments: argparse.Namespace) -> list[Run]:
 def run_all(store: Store, arguments: argparse.Namespace) -> None:
     """Make what is missing and what no other process is making."""
     import torch
-    from evidence.measure import make, write_data
+    from evidence.measure import make, with_rows
 
     torch.set_num_threads(arguments.threads)
     work: Path = arguments.work
     locks = work / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks / "data.lock"):
-        if not (work / "data").is_dir():
-            write_data(work / "data")
+        with_rows(work)
     if not arguments.part or BASE in arguments.part:
         make_base(store, work)
     while True:

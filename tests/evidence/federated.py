@@ -25,9 +25,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from evidence.measure import write_data
+from evidence.measure import with_rows
 from evidence.plan import MIX, TASKS, TRAINING
 from evidence.store import CODE, RESULTS
+from evidence.tables import bits, percent, table
 
 from minilora_hub.documents import write_whole
 from minilora_hub.evaluation.run import evaluate
@@ -122,7 +123,7 @@ class Runs:
             folder, cache = [self.work / name], self.work / "answers"
             settings: dict[str, Any] = {"tasks": TASKS, "count": items, "few_shot": 0, "dtype": DTYPE}
             scores = evaluate(folder, base=self.base, cache=cache, **settings).models[-1].scores
-            exact = {task: "".join(str(int(score)) for score in scores[task].exact) for task in TASKS}
+            exact = {task: bits(scores[task].exact) for task in TASKS}
             found[name] = {"exact": exact, "validation_loss": self.validation_loss(name)}
         cpu = {name: one["cpu_seconds"] for name, one in made.items()}
         cpu["measuring"] = round(time.process_time() - started)
@@ -137,24 +138,23 @@ def report() -> str:
         return "This has not been run yet."
     held = json.loads(FILE.read_text(encoding="utf-8"))
     total = held["rounds"] * held["steps"] * len(TASKS)
+    rows = []
+    for name, title in TITLES.items():
+        found = held["models"][name]
+        shares = [percent(found["exact"][task]) for task in TASKS]
+        cells = [f"{share:.0f}" for share in [*shares, statistics.fmean(shares)]]
+        rows.append([title, *cells, f"{found['validation_loss']:.3f}"])
+    errors = {"mean of B A, by SVD back to the rank": "residual", "mean of B times mean of A": "apart"}
     lines = [
         f"{held['rounds']} rounds of {held['steps']} steps of 4 rows for each client, {total} steps in all; "
         f"{held['items']} test items of each task, exact match in percent:",
         "",
-        f"| | {' | '.join(TASKS)} | mean | validation loss |",
-        "| --- |" + " ---: |" * (len(TASKS) + 2),
-    ]
-    for name, title in TITLES.items():
-        found = held["models"][name]
-        shares = [100 * statistics.fmean(map(int, found["exact"][task])) for task in TASKS]
-        cells = " | ".join(f"{share:.0f}" for share in [*shares, statistics.fmean(shares)])
-        lines.append(f"| {title} | {cells} | {found['validation_loss']:.3f} |")
-    lines += [
+        *table(["", *TASKS, "mean", "validation loss"], rows),
         "",
-        f"| relative error of a round's mean | {' | '.join(str(one) for one in range(1, held['rounds'] + 1))} |",
-        "| --- |" + " ---: |" * held["rounds"],
-        f"| mean of B A, by SVD back to the rank | {' | '.join(f'{one:.3f}' for one in held['residual'])} |",
-        f"| mean of B times mean of A | {' | '.join(f'{one:.3f}' for one in held['apart'])} |",
+        *table(
+            ["relative error of a round's mean", *map(str, range(1, held["rounds"] + 1))],
+            [[title, *(f"{one:.3f}" for one in held[key])] for title, key in errors.items()],
+        ),
     ]
     return "\n".join(lines)
 
@@ -173,9 +173,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "run":
         work = arguments.work.resolve() / f"federated-{CODE[:12]}-{arguments.rounds}x{arguments.steps}"
-        if not (work / "data").is_dir():
-            write_data(work / "data")
-        runs = Runs(work, arguments.rounds, arguments.steps)
+        runs = Runs(with_rows(work), arguments.rounds, arguments.steps)
         if arguments.only:
             print(runs.make(arguments.only))
             return

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from evidence.conflicts import CONFLICTS
 from evidence.plan import ADAPTERS, METHODS, TITLES
 from evidence.routers import SETTINGS, exact, loaded, trained_on
-from evidence.store import CODE, RESULTS
+from evidence.store import CODE, RESULTS, keep
+from evidence.tables import percent, table
 
 from minilora_hub.bases.resolving import resolve_base
 from minilora_hub.documents import write_whole
@@ -89,30 +91,23 @@ def report() -> str:
     held = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))]
     if not held:
         return "None of these runs has been made yet."
-    lines = ["| exact match in percent, alone → together | " + " | ".join(CONFLICTS) + " | interference |"]
-    lines += ["| --- |" + " ---: |" * (len(CONFLICTS) + 1)]
+    rows = []
     for kind in sorted(set(map(kind_of, held))):
         mine = [one for one in held if kind_of(one) == kind]
-        steps, rows, _, method, seed = kind
-        alone = {one["data"]: share(one, one["data"]) for one in mine if one["data"] != ALL}
-        both = {task: share(one, task) for one in mine if one["data"] == ALL for task in CONFLICTS}
+        steps, size, _, method, seed = kind
+        alone = {one["data"]: percent(one["exact"][one["data"]]) for one in mine if one["data"] != ALL}
+        both = {task: percent(one["exact"][task]) for one in mine if one["data"] == ALL for task in CONFLICTS}
         pairs = [[f"{side[task]:.0f}" if task in side else "?" for side in (alone, both)] for task in CONFLICTS]
         lost = [alone[task] - both[task] for task in CONFLICTS if task in alone and task in both]
         cells = [" → ".join(pair) for pair in pairs]
         cells.append(f"{statistics.fmean(lost):+.1f}" if len(lost) == len(CONFLICTS) else "")
-        name = f"{TITLES[METHODS[method]]}, seed {seed}, {steps} steps of {rows} rows"
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([f"{TITLES[METHODS[method]]}, seed {seed}, {steps} steps of {size} rows", *cells])
+    return "\n".join(table(["exact match in percent, alone → together", *CONFLICTS, "interference"], rows))
 
 
 def kind_of(result: dict[str, Any]) -> tuple[int, int, int, int, int]:
     """Steps, rows, items, method and seed of a result: those of one line of the table."""
     return result["steps"], result["rows"], result["items"], METHODS.index(result["method"]), result["seed"]
-
-
-def share(result: dict[str, Any], task: str) -> float:
-    """Exact match on a task in percent."""
-    return 100 * statistics.fmean(map(int, result["exact"][task]))
 
 
 def main() -> None:
@@ -132,13 +127,8 @@ def main() -> None:
     work, sizes = arguments.work.resolve() / CODE[:12], Sizes(arguments.steps, arguments.rows, arguments.items)
     if not (work / "conflicts").is_dir():
         write_rows(work / "conflicts")
-    FOLDER.mkdir(parents=True, exist_ok=True)
     for method, data, seed in plan(arguments.method or METHODS, arguments.seed or (0, 1, 2)):
-        file = file_of(method, data, seed, sizes)
-        if not file.is_file():
-            result = measured(method, data, seed, sizes, work)
-            write_whole(file, json.dumps(result, separators=(",", ":")) + "\n")
-            print(f"{time.strftime('%H:%M:%S')} {file.stem}: {result['cpu_seconds']} s", flush=True)
+        keep(file_of(method, data, seed, sizes), partial(measured, method, data, seed, sizes, work))
 
 
 if __name__ == "__main__":

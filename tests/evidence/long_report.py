@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from evidence.plan import METHODS, TITLES
 from evidence.store import RESULTS
+from evidence.tables import percent, table
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
@@ -45,13 +46,13 @@ def report() -> str:
         "norm of the routers, start = 1",
         "routers' entropy, of 1",
     ]
-    lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
+    rows = []
     for one in found:
         shown = [point for point in one["points"] if point["step"] in {round(share * one["steps"]) for share in SHOWN}]
-        lines += [f"| {_title(one)} | {point['step']} | {' | '.join(_cells(one, point))} |" for point in shown]
+        rows += [[_title(one), str(point["step"]), *_cells(one, point)] for point in shown]
     missing = [TITLES[method] for method in METHODS if method not in {one["method"] for one in found}]
     notes = ["", f"Not run: {', '.join(missing)}."] if missing else []
-    return "\n".join([*lines, "", *map(_end, found), *notes])
+    return "\n".join([*table(head, rows), "", *map(_end, found), *notes])
 
 
 def _title(one: dict[str, Any]) -> str:
@@ -92,12 +93,12 @@ DIGITS = (3, 2, 2, 1, 2, 2, 3)
 
 
 def _end(one: dict[str, Any]) -> str:
-    right = [int(bit) for bits in one["exact"].values() for bit in bits]
+    right = "".join(one["exact"].values())
     peak = max(one["gradient_norm"])
-    by_task = ", ".join(f"{task} {100 * statistics.fmean(map(int, bits)):.0f}" for task, bits in one["exact"].items())
+    by_task = ", ".join(f"{task} {percent(exact):.0f}" for task, exact in one["exact"].items())
     return (
         f"- {_title(one)}: {one['steps']:,} steps of {one['rows']} rows; right in "
-        f"{100 * statistics.fmean(right):.0f}% of {len(right)} answers ({by_task}); the largest gradient norm "
+        f"{percent(right):.0f}% of {len(right)} answers ({by_task}); the largest gradient norm "
         f"is {peak:.1f}, in step {one['gradient_norm'].index(peak) + 1}"
     )
 

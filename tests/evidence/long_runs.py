@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,10 @@ from evidence.pictures import FOLDER as PICTURES
 from evidence.plan import ADAPTERS, METHODS, MIX, TASKS
 from evidence.routers import SETTINGS, exact, trained_on
 from evidence.routing_measures import encoded, general_text, information, read, rounded
-from evidence.store import CODE
+from evidence.store import CODE, keep
 from safetensors.torch import load_file
 
 from minilora_hub.bases.resolving import resolve_base
-from minilora_hub.documents import write_whole
 from minilora_hub.evaluation.tasks.registry import TASKS as KNOWN_TASKS
 from minilora_hub.training.adapter_checkpoints import CHECKPOINTS, WEIGHTS
 from minilora_hub.training.models import build_trainee, load_tokenizer, trainable_parameters
@@ -163,14 +162,9 @@ def main() -> None:
     if arguments.steps % arguments.points:
         parser.error(f"--points {arguments.points}: must divide --steps {arguments.steps}")
     work = work_folder(arguments.work)
-    FOLDER.mkdir(parents=True, exist_ok=True)
     length = Length(arguments.steps, arguments.rows, arguments.points, arguments.items, arguments.windows)
     for method in arguments.method or METHODS:
-        file = FOLDER / length.file(method, arguments.seed)
-        if not file.is_file():
-            result = measured(method, work, length, arguments.seed)
-            write_whole(file, json.dumps(result, separators=(",", ":")) + "\n")
-            print(f"{time.strftime('%H:%M:%S')} {method}: {result['cpu_seconds']} s", flush=True)
+        keep(FOLDER / length.file(method, arguments.seed), partial(measured, method, work, length, arguments.seed))
 
 
 if __name__ == "__main__":

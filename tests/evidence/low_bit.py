@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,16 +26,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from evidence.measure import write_data
+from evidence.measure import with_rows
 from evidence.plan import TRAINING
 from evidence.routing_measures import general_text
-from evidence.store import RESULTS
+from evidence.store import RESULTS, keep
+from evidence.tables import bits, percent, table
 from torch.nn import functional as F
 
 from minilora_hub.bases.loading import load_base, load_tokenizer
 from minilora_hub.bases.quantizing import quantize_base
 from minilora_hub.bases.resolving import resolve_base
-from minilora_hub.documents import write_whole
 from minilora_hub.evaluation.run import evaluate
 from minilora_hub.training.compensation import compensate
 from minilora_hub.training.dataset import prepare_data
@@ -101,7 +102,9 @@ class Runs:
 
     def exact(self) -> dict[str, Any]:
         """Measure the exact base."""
-        return {"perplexity": self.perplexity(load_base(resolve_base(self.base), dtype="float32").eval())}
+        began = time.process_time()
+        perplexity = self.perplexity(load_base(resolve_base(self.base), dtype="float32").eval())
+        return {"perplexity": perplexity, "cpu_seconds": round(time.process_time() - began)}
 
     def measure(self, case: Case, start: str) -> dict[str, Any]:
         """Make a start, train from it where the case says so, and measure it."""
@@ -120,7 +123,7 @@ class Runs:
             report = evaluate(
                 [out], base=str(quantized), tasks=(TASK,), count=ITEMS, few_shot=0, perplexity=False, dtype="float32"
             )
-            result["exact"] = "".join(str(int(score)) for score in report.models[-1].scores[TASK].exact)
+            result["exact"] = bits(report.models[-1].scores[TASK].exact)
             from peft import PeftModel
 
             plain = load_base(resolve_base(quantized), dtype="float32")
@@ -149,21 +152,22 @@ def report() -> str:
     exact, missing = _read(FOLDER / "exact.json"), []
     found = {(case, start): _read(case.file(start)) for case in CASES for start in STARTS}
     missing = [case.file(start).stem for (case, start), result in found.items() if result is None]
-    heads = ["from zero", "LoftQ", "calibrated"]
+    heads = ["", "from zero", "LoftQ", "calibrated"]
     lines = [f"Perplexity on general text before any training; the exact base has {exact and exact['perplexity']}:", ""]
-    lines += [f"| | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(heads)]
+    rows = []
     for case in CASES:
         cells = [str(result["perplexity"]) if (result := found[case, start]) else "" for start in STARTS]
         if not case.trained and any(cells):
-            lines.append(f"| {case.title} | {' | '.join(cells)} |")
+            rows.append([case.title, *cells])
+    lines += table(heads, rows)
     trained = [case for case in CASES if case.trained and any(found[case, start] for start in STARTS)]
     for case in trained:
         lines += ["", f"After {STEPS} steps of 8 rows of `{TASK}`, {case.title}:", ""]
-        lines += [f"| | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(heads)]
+        rows = []
         for name, key in ((f"exact match of {ITEMS} items in percent", "exact"), ("perplexity", "perplexity")):
             values = [result[key] if (result := found[case, start]) else "" for start in STARTS]
-            shown = [f"{100 * v.count('1') / len(v):.0f}" if key == "exact" and v else str(v) for v in values]
-            lines.append(f"| {name} | {' | '.join(shown)} |")
+            rows.append([name, *(f"{percent(v):.0f}" if key == "exact" and v else str(v) for v in values)])
+        lines += table(heads, rows)
     return "\n".join([*lines, *(["", f"Not run: {', '.join(missing)}."] if missing else [])])
 
 
@@ -176,19 +180,11 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if arguments.what == "run":
-        work = arguments.work.resolve()
-        if not (work / "data").is_dir():
-            write_data(work / "data")
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        runs = Runs(work)
-        if not (FOLDER / "exact.json").is_file():
-            write_whole(FOLDER / "exact.json", json.dumps(runs.exact()) + "\n")
+        runs = Runs(with_rows(arguments.work.resolve()))
+        keep(FOLDER / "exact.json", runs.exact)
         for case in CASES:
             for start in STARTS:
-                if not case.file(start).is_file():
-                    result = runs.measure(case, start)
-                    write_whole(case.file(start), json.dumps(result) + "\n")
-                    print(f"{case.file(start).stem}: {result['perplexity']}, {result['cpu_seconds']} s", flush=True)
+                keep(case.file(start), partial(runs.measure, case, start))
     print(report())
 
 

@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from evidence.low_bit import FOLDER, TASK, Runs
-from evidence.measure import write_data
+from evidence.measure import with_rows
+from evidence.store import keep
+from evidence.tables import table
 from torch import Tensor
 
 from minilora_hub.bases.loading import load_base, load_tokenizer
 from minilora_hub.bases.quantizing import quantize_base
 from minilora_hub.bases.resolving import resolve_base
-from minilora_hub.documents import write_whole
 from minilora_hub.training.compensation import TOKENS, dense_weight
 
 KIND, GROUP_SIZE, RANK = "int3", 64, 16
@@ -161,11 +163,10 @@ def _file(fit: str) -> Path:
 
 def report() -> str:
     """The perplexity of each fit that was measured."""
-    lines = [f"| {KIND} in groups of {GROUP_SIZE}, r = {RANK} | {' | '.join(FITS)} |"]
-    lines.append("| --- |" + " ---: |" * len(FITS))
     results = [json.loads(_file(fit).read_text(encoding="utf-8")) if _file(fit).is_file() else None for fit in FITS]
     shown = [str(result["perplexity"]) if result else "not run" for result in results]
-    return "\n".join([*lines, f"| perplexity on general text | {' | '.join(shown)} |"])
+    head = [f"{KIND} in groups of {GROUP_SIZE}, r = {RANK}", *FITS]
+    return "\n".join(table(head, [["perplexity on general text", *shown]]))
 
 
 def main() -> None:
@@ -175,16 +176,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("evidence-work/low_bit"), help="as for low_bit.py")
     arguments = parser.parse_args()
     if arguments.what == "run":
-        work = arguments.work.resolve()
-        if not (work / "data").is_dir():
-            write_data(work / "data")
         missing = [fit for fit in FITS if not _file(fit).is_file()]
-        fits = Fits(work) if missing else None
+        fits = Fits(with_rows(arguments.work.resolve())) if missing else None
         for fit in missing:
             assert fits is not None
-            result = fits.measure(fit)
-            write_whole(_file(fit), json.dumps(result) + "\n")
-            print(f"{fit}: {result['perplexity']}, {result['cpu_seconds']} s", flush=True)
+            keep(_file(fit), partial(fits.measure, fit))
     print(report())
 
 

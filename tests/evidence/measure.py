@@ -11,6 +11,7 @@ from typing import Any
 
 from evidence.plan import EVALUATION_DTYPE, FEW_SHOT, TASKS, TEST_ITEMS, TRAIN_ITEMS, VALIDATION_ITEMS, Run
 from evidence.store import CODE
+from evidence.tables import bits
 
 from minilora_hub.adapter_folder.results import Results
 from minilora_hub.errors import TrainingError, TrainingInterrupted
@@ -29,12 +30,26 @@ def write_data(folder: Path) -> None:
     write(folder, (), ("validation",), VALIDATION_ITEMS)
 
 
-def work_folder(work: Path) -> Path:
-    """Return where runs of this code keep rows and adapters under `work`, with the rows, which are made if missing."""
-    folder = work.resolve() / CODE[:12]
+def with_rows(folder: Path) -> Path:
+    """Return a folder, with the rows of all runs in it, which are made if missing."""
     if not (folder / "data").is_dir():
         write_data(folder / "data")
     return folder
+
+
+def work_folder(work: Path) -> Path:
+    """Return where runs of this code keep rows and adapters under `work`, with the rows."""
+    return with_rows(work.resolve() / CODE[:12])
+
+
+def finish(out: Path, **settings: Any) -> Path:
+    """Train into `out`, or go on where a killed process was; what is finished is left alone."""
+    state = json.loads((out / STATE_FILE).read_text()) if (out / STATE_FILE).is_file() else None
+    if not (state and state["finished"]):
+        if state is None:
+            shutil.rmtree(out, ignore_errors=True)
+        train(out, resume=state is not None, **settings)
+    return out
 
 
 def make(run: Run, work: Path) -> dict[str, Any]:
@@ -46,25 +61,16 @@ def make(run: Run, work: Path) -> dict[str, Any]:
     """
     out = work / "adapters" / run.adapter
     result: dict[str, Any] = {"run": run.to_dict(), "command": run.command()}
-    state = json.loads((out / STATE_FILE).read_text()) if (out / STATE_FILE).is_file() else None
-    if not (state and state["finished"]):
-        if state is None:
-            shutil.rmtree(out, ignore_errors=True)
-        try:
-            train(
-                out,
-                data=str(work / "data" / f"{run.data}.train.jsonl"),
-                validation_data=str(work / "data" / f"{run.data}.validation.jsonl"),
-                resume=state is not None,
-                **run.settings(),
-                **run.about(),
-            )
-        except TrainingInterrupted:
+    rows = {"data": "train", "validation_data": "validation"}
+    files = {name: str(work / "data" / f"{run.data}.{split}.jsonl") for name, split in rows.items()}
+    try:
+        finish(out, **files, **run.settings(), **run.about())
+    except TrainingInterrupted:
+        raise
+    except TrainingError as error:  # a learning rate that is too high ends in NaN: that, too, is a result
+        if run.part not in ("sweep", "full"):
             raise
-        except TrainingError as error:  # a learning rate that is too high ends in NaN: that, too, is a result
-            if run.part not in ("sweep", "full"):
-                raise
-            return result | {"validation_loss": None, "failed": str(error)}
+        return result | {"validation_loss": None, "failed": str(error)}
     curve = [(int(row["step"]), row) for row in csv.DictReader((out / "loss.csv").open(encoding="utf-8"))]
     told = Results.load(out)
     assert told.training is not None
@@ -140,7 +146,7 @@ def told_of(report: Report, model: Model) -> dict[str, Any]:
     """Scores item by item, as 0s and 1s; the sums of -ln p; the routers."""
     scores: dict[str, Any] = {}
     for key, said in model.scores.items():
-        scores[key] = {"exact": "".join(str(int(score)) for score in said.exact)}
+        scores[key] = {"exact": bits(said.exact)}
         if said.f1 is not None:
             scores[key]["f1"] = [round(score, 4) for score in said.f1]
     found: dict[str, Any] = {"scores": scores}

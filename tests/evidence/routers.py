@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from evidence.causes import CAUSES, FOLDER, Sizes
-from evidence.measure import work_folder
+from evidence.measure import finish, work_folder
 from evidence.plan import ADAPTERS, MIX, TASKS
 from evidence.routing_measures import (
     by_chance,
@@ -42,21 +42,18 @@ from evidence.routing_measures import (
     rounded,
     without_choice,
 )
-from evidence.store import CODE
+from evidence.store import CODE, keep
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from minilora_hub import DoraForCausalLM, MixLoraConfig, MixLoraForCausalLM
 from minilora_hub.bases.resolving import resolve_base
-from minilora_hub.documents import write_whole
 from minilora_hub.evaluation.metrics import exact_match
 from minilora_hub.evaluation.tasks.items import Item
 from minilora_hub.evaluation.tasks.registry import TASKS as KNOWN_TASKS
 from minilora_hub.formats.importing import import_as_experts
 from minilora_hub.remote_code.adapter_files import ADAPTER_FILE, read_adapter
 from minilora_hub.training.models import load_tokenizer
-from minilora_hub.training.run import train
-from minilora_hub.training.run_folder import STATE_FILE
 
 SHIPPED = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-mixlora"
 SETTINGS: dict[str, Any] = {
@@ -73,13 +70,8 @@ MARGIN = 8
 
 def trained_on(rows: Path, out: Path, **settings: Any) -> Path:
     """Train an adapter into `out`, or go on with it."""
-    state = json.loads((out / STATE_FILE).read_text()) if (out / STATE_FILE).is_file() else None
-    if not (state and state["finished"]):
-        if state is None:
-            shutil.rmtree(out, ignore_errors=True)
-        halves = {"save_every": max(1, settings["max_steps"] // 2)}
-        train(out, data=str(rows), resume=state is not None, **SETTINGS | halves | settings)
-    return out
+    halves = {"save_every": max(1, settings["max_steps"] // 2)}
+    return finish(out, data=str(rows), **SETTINGS | halves | settings)
 
 
 def adapter_of(name: str, work: Path, sizes: Sizes, seed: int) -> dict[str, Path]:
@@ -211,14 +203,9 @@ def main() -> None:
         print(report())
         return
     work = work_folder(arguments.work)
-    FOLDER.mkdir(parents=True, exist_ok=True)
     sizes = Sizes(arguments.steps, arguments.rows, arguments.items, arguments.windows)
     for name in arguments.cause or CAUSES:
-        file = FOLDER / sizes.file(name, arguments.seed)
-        if not file.is_file():
-            result = measured(name, work, sizes, arguments.seed)
-            write_whole(file, json.dumps(result, separators=(",", ":")) + "\n")
-            print(f"{time.strftime('%H:%M:%S')} {name}: {result['cpu_seconds']} s", flush=True)
+        keep(FOLDER / sizes.file(name, arguments.seed), partial(measured, name, work, sizes, arguments.seed))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from evidence.causes import CAUSES, FOLDER
 from evidence.plan import STEPS, TASKS, TITLES
 from evidence.routing_measures import information
 from evidence.store import Store
+from evidence.tables import percent, table
 
 from minilora_hub.evaluation.metrics import bootstrapped
 
@@ -26,7 +27,7 @@ def report() -> str:
 
 def at_full_length(store: Store) -> str:
     """A line for each mixture, from the loads by task that compare_methods.py has stored."""
-    lines = []
+    rows = []
     for method in ("mixlora", "mixdora"):
         for variant, words in TRIALS.items():
             runs = (
@@ -37,7 +38,7 @@ def at_full_length(store: Store) -> str:
                     _mean_of(runs, measure) for measure in (_entropy, _information, _most_information, _favourites)
                 ]
                 seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
-                lines.append(f"| {TITLES[method]}{words}, {seeds} | {' | '.join(cells)} |")
+                rows.append([f"{TITLES[method]}{words}, {seeds}", *cells])
     head = [
         f"after {STEPS} steps of 8 rows",
         "entropy, of 1",
@@ -45,7 +46,7 @@ def at_full_length(store: Store) -> str:
         "in the layer with most",
         "slots of the layer's two favourite experts, %",
     ]
-    return "\n".join([f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1), *lines]) if lines else ""
+    return "\n".join(table(head, rows)) if rows else ""
 
 
 def _loads(run: dict[str, Any]) -> np.ndarray:
@@ -100,16 +101,17 @@ def by_cause() -> str:
         "exact match, %",
         "perplexity",
     ]
-    lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
+    rows = []
     for one in held:
         baseline = baselines.get(_length(one))
         cells = _routing_cells(one) + _loss_cells(one, baseline)
-        cells.append(f"{_share(one):.0f}" if "exact" in one else "")
+        cells.append(f"{percent(''.join(one['exact'].values())):.0f}" if "exact" in one else "")
         text = one.get("general_text")
         cells.append(f"{float(np.exp(np.mean(text['losses']))):.2f}" if text else "")
-        lines.append(f"| {_title(one)} | {_steps(one)} | {' | '.join(cells)} |")
+        rows.append([_title(one), _steps(one), *cells])
     missing = [name for name in CAUSES if name not in {one["cause"] for one in held}]
-    lines += [
+    lines = [
+        *table(head, rows),
         "",
         *_moved_lines(held),
         *(_gradient_line(one) for one in held if "gradients" in one),
@@ -126,10 +128,6 @@ def _title(one: dict[str, Any]) -> str:
 
 def _length(one: dict[str, Any]) -> tuple[int, int, int, int]:
     return one["steps"], one["rows"], one["items"], one["seed"]
-
-
-def _share(one: dict[str, Any]) -> float:
-    return 100 * statistics.fmean(map(int, "".join(one["exact"].values())))
 
 
 def _steps(one: dict[str, Any]) -> str:

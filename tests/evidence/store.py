@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from evidence.plan import FULL_LENGTH, METHODS, Run, final_runs, full_runs, sweep_runs
 
 from minilora_hub.code_inputs import code_hash
+from minilora_hub.documents import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 BASE = "base"
 CODE = code_hash("minilora_hub.training.run", "minilora_hub.evaluation.run")
 """Hash of the code that trains and measures. Adapters, rows and answers of other code are not used again."""
+
+
+def keep(file: Path, make: Callable[[], dict[str, Any]]) -> None:
+    """Make a result and write it, unless it is there."""
+    if not file.is_file():
+        result = make()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(result, separators=(",", ":")) + "\n")
+        print(f"{time.strftime('%H:%M:%S')} {file.stem}: {result['cpu_seconds']} s", flush=True)
 
 
 class Store:

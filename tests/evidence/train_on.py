@@ -32,14 +32,16 @@ import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from evidence.measure import work_folder
+from evidence.measure import finish, work_folder
 from evidence.plan import EVALUATION_DTYPE, MIX, TASKS, TRAINING
-from evidence.store import CODE, RESULTS
+from evidence.store import CODE, RESULTS, keep
+from evidence.tables import bits
 
 from minilora_hub.bases.loading import load_tokenizer
 from minilora_hub.bases.resolving import resolve_base
@@ -51,7 +53,6 @@ from minilora_hub.formats.combine import Combination, combine
 from minilora_hub.formats.experts_from_loras import Router
 from minilora_hub.formats.importing import Route, import_as_experts
 from minilora_hub.training.run import train
-from minilora_hub.training.run_folder import STATE_FILE
 from minilora_hub.training.votes import Answer, VotedAnswers
 
 FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
@@ -142,22 +143,10 @@ class Runs:
             *linears,
         ]
 
-    def _train(self, out: Path, data: str, steps: int, **settings: Any) -> None:
-        state = json.loads((out / STATE_FILE).read_text()) if (out / STATE_FILE).is_file() else None
-        if state and state["finished"]:
-            return
-        if state is None:
-            shutil.rmtree(out, ignore_errors=True)
-        chosen = (
-            TRAINING
-            | settings
-            | {"dtype": self.sizes.dtype, "save_dtype": self.sizes.dtype}
-            | {"base": self.base, "max_steps": steps, "save_every": max(1, steps // 2), "record": False}
-        )
-        train(out, data=str(self.work / "data" / f"{data}.train.jsonl"), resume=state is not None, **chosen)
-
-    def _trained(self, data: str, steps: int, **settings: Any) -> Callable[[Path], None]:
-        return lambda out: self._train(out, data, steps, **settings)
+    def _trained(self, data: str, steps: int, **settings: Any) -> Callable[[Path], Any]:
+        chosen = TRAINING | settings | {"dtype": self.sizes.dtype, "save_dtype": self.sizes.dtype}
+        chosen |= {"base": self.base, "max_steps": steps, "save_every": max(1, steps // 2), "record": False}
+        return lambda out: finish(out, data=str(self.work / "data" / f"{data}.train.jsonl"), **chosen)
 
     def _router(self) -> tuple[list[Evidence], list[Evidence], list[Evidence]]:
         one = self.sizes.steps
@@ -283,7 +272,7 @@ class Runs:
         result: dict[str, Any] = {"step": step.name, "part": step.part, "code": CODE}
         result["steps"], result["items"], result["dtype"] = self.sizes.steps, items, self.sizes.dtype
         for key, measured in (("exact", model), ("base_exact", base)):
-            result[key] = {task: "".join(str(int(score)) for score in measured.scores[task].exact) for task in TASKS}
+            result[key] = {task: bits(measured.scores[task].exact) for task in TASKS}
         if (out / SAID_FILE).is_file():
             result[step.part] = json.loads((out / SAID_FILE).read_text(encoding="utf-8"))
             result["steps"] = result[step.part]["steps"]
@@ -348,15 +337,10 @@ def main() -> None:
         return
     work = work_folder(arguments.work)
     write_general_text(work / "general.txt")
-    FOLDER.mkdir(parents=True, exist_ok=True)
     runs = Runs(work, Sizes(arguments.steps, arguments.items, arguments.dtype))
     for step in runs.steps():
-        file = FOLDER / f"{runs.sizes.named(step.name)}.json"
-        if (arguments.part and step.part not in arguments.part) or file.is_file():
-            continue
-        result = runs.measure(step)
-        write_whole(file, json.dumps(result, indent=1) + "\n")
-        print(f"{step.name}: {result['cpu_seconds']} s", flush=True)
+        if not arguments.part or step.part in arguments.part:
+            keep(FOLDER / f"{runs.sizes.named(step.name)}.json", partial(runs.measure, step))
 
 
 if __name__ == "__main__":

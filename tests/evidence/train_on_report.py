@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from evidence.plan import EVALUATION_DTYPE, TASKS
+from evidence.tables import percent, table
 from evidence.train_on import FOLDER, Runs, Sizes
 
 
-def _table(result: dict[str, Any]) -> tuple[str, int, int, str]:
+def _kind(result: dict[str, Any]) -> tuple[str, int, int, str]:
     """What the results of one table have in common."""
     return result["part"], result["steps"], result["items"], result.get("dtype", EVALUATION_DTYPE)
 
@@ -21,20 +22,21 @@ def report() -> str:
     """Tables of the results that are there, one a part and size, and the names of the steps that were not run."""
     lines = []
     held = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))]
-    for table in sorted({_table(one) for one in held if one["part"] != "document"}):  # which is about no task
-        part, steps, items, dtype = table
+    for kind in sorted({_kind(one) for one in held if one["part"] != "document"}):  # which is about no task
+        part, steps, items, dtype = kind
         lines += [
             "",
             f"{part}: {steps} steps of 8 rows{' for a task' * (part != 'votes')}, {items} test items of each, "
             f"{dtype}; exact match in percent",
             "",
         ]
-        lines += [f"| | {' | '.join(TASKS)} | mean | perplexity |", "| --- |" + " ---: |" * (len(TASKS) + 2)]
+        rows = []
         for one in held:
-            if _table(one) == table:
-                shares = [statistics.fmean(map(int, one["exact"][task])) for task in TASKS]
-                cells, mean = [f"{100 * share:.1f}" for share in shares], 100 * statistics.fmean(shares)
-                lines.append(f"| {one['step']} | {' | '.join(cells)} | {mean:.1f} | {one.get('perplexity', '')} |")
+            if _kind(one) == kind:
+                shares = [percent(one["exact"][task]) for task in TASKS]
+                cells = [f"{share:.1f}" for share in (*shares, statistics.fmean(shares))]
+                rows.append([one["step"], *cells, str(one.get("perplexity", ""))])
+        lines += table(["", *TASKS, "mean", "perplexity"], rows)
     for said in (one["votes"] for one in held if "votes" in one):
         text = (
             f"voted: {said['trained_on']} votes, {said['steps']} steps, {said['cpu_seconds']} seconds of CPU with one "
