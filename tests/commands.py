@@ -22,7 +22,8 @@ class Done:
 
 
 def main(capsys, *arguments: object):
-    """Run the command line in this process: exit code and output."""
+    """Run the command line in this process: exit code and output; what was written before is left out."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         cli.main([str(argument) for argument in arguments])
     return ended.value.code, capsys.readouterr()
@@ -33,7 +34,6 @@ def run_command(capsys):
     """A function that runs the command line in this process."""
 
     def run(*arguments: object) -> Done:
-        capsys.readouterr()
         code, output = main(capsys, *arguments)
         return Done(code, *output)
 
