@@ -11,7 +11,6 @@ this process; Flower only carries the messages. Base and adapters are in float32
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
@@ -27,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evidence.measure import with_rows
 from evidence.plan import MIX, TASKS, TRAINING
-from evidence.store import CODE, RESULTS
+from evidence.store import CODE, RESULTS, command_line
 from evidence.tables import bits, percent, table
 
 from minilora_hub.documents import write_whole
@@ -161,15 +160,11 @@ def report() -> str:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "report"))
+    parser = command_line(__doc__)
     parser.add_argument("--only", choices=TITLES, help="make one adapter, and measure nothing")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps of a client in a round")
     parser.add_argument("--items", type=int, default=25, help="test items of each task")
-    parser.add_argument(
-        "--work", type=Path, default=Path("evidence-work"), help="folder for rows, adapters and answers"
-    )
     arguments = parser.parse_args()
     if arguments.what == "run":
         work = arguments.work.resolve() / f"federated-{CODE[:12]}-{arguments.rounds}x{arguments.steps}"

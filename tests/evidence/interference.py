@@ -12,7 +12,6 @@ each task parameters of its own, its interference is smaller than a LoRA's.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from evidence.conflicts import CONFLICTS
 from evidence.plan import ADAPTERS, METHODS, TITLES
 from evidence.routers import SETTINGS, exact, loaded, trained_on
-from evidence.store import CODE, RESULTS, keep
+from evidence.store import CODE, RESULTS, command_line, keep
 from evidence.tables import percent, table
 
 from minilora_hub.bases.resolving import resolve_base
@@ -112,14 +111,12 @@ def kind_of(result: dict[str, Any]) -> tuple[int, int, int, int, int]:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "report"))
+    parser = command_line(__doc__)
     parser.add_argument("--method", action="append", choices=METHODS, help="only these; again for more")
     parser.add_argument("--seed", action="append", type=int, help="only these; again for more (default: 0, 1, 2)")
     parser.add_argument("--steps", type=int, default=240, help="optimizer steps on all tasks together")
     parser.add_argument("--rows", type=int, default=8, help="rows of a step")
     parser.add_argument("--items", type=int, default=200, help="test items of each task")
-    parser.add_argument("--work", type=Path, default=Path("evidence-work"), help="folder for rows and adapters")
     arguments = parser.parse_args()
     if arguments.what == "report":
         print(report())

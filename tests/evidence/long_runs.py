@@ -12,7 +12,6 @@ without bfloat16 products multiplies several times faster.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 import time
@@ -31,7 +30,7 @@ from evidence.pictures import FOLDER as PICTURES
 from evidence.plan import ADAPTERS, METHODS, MIX, TASKS
 from evidence.routers import SETTINGS, exact, trained_on
 from evidence.routing_measures import encoded, general_text, information, read, rounded
-from evidence.store import CODE, keep
+from evidence.store import CODE, command_line, keep
 from safetensors.torch import load_file
 
 from minilora_hub.bases.resolving import resolve_base
@@ -144,8 +143,7 @@ def load(parameters: Mapping[str, torch.Tensor], file: Path) -> None:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "report"))
+    parser = command_line(__doc__)
     parser.add_argument("--method", action="append", choices=METHODS, help="only these; again for more")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1000)
@@ -153,7 +151,6 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=10, help="measurements, evenly spread over the steps")
     parser.add_argument("--items", type=int, default=25, help="test items of each task")
     parser.add_argument("--windows", type=int, default=16, help="windows of general text")
-    parser.add_argument("--work", type=Path, default=Path("evidence-work"), help="folder for rows and adapters")
     arguments = parser.parse_args()
     if arguments.what == "report":
         print(report())

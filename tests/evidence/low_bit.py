@@ -10,7 +10,6 @@ of the task `dates`. Perplexity on general text is measured at the start, for on
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
@@ -29,7 +28,7 @@ import torch
 from evidence.measure import with_rows
 from evidence.plan import TRAINING
 from evidence.routing_measures import general_text
-from evidence.store import RESULTS, keep
+from evidence.store import RESULTS, command_line, keep
 from evidence.tables import bits, percent, table
 from torch.nn import functional as F
 
@@ -173,11 +172,7 @@ def report() -> str:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument(
-        "--work", type=Path, default=Path("evidence-work/low_bit"), help="folder for bases and adapters"
-    )
+    parser = command_line(__doc__, "evidence-work/low_bit")
     arguments = parser.parse_args()
     if arguments.what == "run":
         runs = Runs(with_rows(arguments.work.resolve()))

@@ -16,7 +16,6 @@ The whole moments are damped with a hundredth of their mean diagonal.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import random
@@ -33,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from evidence.low_bit import FOLDER, TASK, Runs
 from evidence.measure import with_rows
-from evidence.store import keep
+from evidence.store import command_line, keep
 from evidence.tables import table
 from torch import Tensor
 
@@ -171,9 +170,7 @@ def report() -> str:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("--work", type=Path, default=Path("evidence-work/low_bit"), help="as for low_bit.py")
+    parser = command_line(__doc__, "evidence-work/low_bit")
     arguments = parser.parse_args()
     if arguments.what == "run":
         missing = [fit for fit in FITS if not _file(fit).is_file()]

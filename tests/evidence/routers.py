@@ -16,7 +16,6 @@ Base and adapters are in float32, which a CPU without bfloat16 products multipli
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -42,7 +41,7 @@ from evidence.routing_measures import (
     rounded,
     without_choice,
 )
-from evidence.store import CODE, keep
+from evidence.store import CODE, command_line, keep
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -187,15 +186,13 @@ def measured(name: str, work: Path, sizes: Sizes, seed: int) -> dict[str, Any]:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "report"))
+    parser = command_line(__doc__)
     parser.add_argument("--cause", action="append", choices=CAUSES, help="only these; again for more")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rows", type=int, default=4, help="rows of a step")
     parser.add_argument("--items", type=int, default=16, help="test items of each task")
     parser.add_argument("--windows", type=int, default=16, help="windows of general text")
-    parser.add_argument("--work", type=Path, default=Path("evidence-work"), help="folder for rows and adapters")
     arguments = parser.parse_args()
     if arguments.what == "report":
         from evidence.routing_report import report

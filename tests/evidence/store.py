@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import time
@@ -18,6 +19,14 @@ RESULTS = Path(__file__).parent / "results"
 BASE = "base"
 CODE = code_hash("minilora_hub.training.run", "minilora_hub.evaluation.run")
 """Hash of the code that trains and measures. Adapters, rows and answers of other code are not used again."""
+
+
+def command_line(doc: str | None, work: str = "evidence-work") -> argparse.ArgumentParser:
+    """Return the parser of a script with a `doc`, of which `run` measures and `report` shows."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("--work", type=Path, default=Path(work), help="folder for rows, adapters and answers")
+    return parser
 
 
 def keep(file: Path, make: Callable[[], dict[str, Any]]) -> None:

@@ -23,7 +23,6 @@ where the folder lacks it. The most informative steps come first.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import json
 import shutil
@@ -40,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evidence.measure import finish, work_folder
 from evidence.plan import EVALUATION_DTYPE, MIX, TASKS, TRAINING
-from evidence.store import CODE, RESULTS, keep
+from evidence.store import CODE, RESULTS, command_line, keep
 from evidence.tables import bits
 
 from minilora_hub.bases.loading import load_tokenizer
@@ -318,8 +317,7 @@ def write_general_text(file: Path) -> None:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "report"))
+    parser = command_line(__doc__)
     parser.add_argument(
         "--part",
         action="append",
@@ -328,7 +326,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps for one task")
     parser.add_argument("--items", type=int, default=100, help="test items of each task")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=EVALUATION_DTYPE)
-    parser.add_argument("--work", type=Path, default=Path("evidence-work"), help="folder for adapters and answers")
     arguments = parser.parse_args()
     if arguments.what == "report":
         from evidence.train_on_report import report
