@@ -99,7 +99,7 @@ class Recipe:
         dtype: of the base: ``"auto"`` is bfloat16 on a GPU that supports it, else float32. Adapters are trained in
             float32; on a bfloat16 base they are cast to bfloat16 for each product.
         save_dtype: of the saved adapter: ``"bfloat16"`` halves the file, DoRA's magnitudes stay float32. Only for
-            minilora_hub's own methods; PEFT's are saved as trained.
+            minilora_hub's own methods.
         quantize: ``"nf4"`` or ``"int8"``: a quantised base (QLoRA, arXiv 2305.14314).
         init: ``"loftq"`` or ``"calibrated"``: start from the rounding of a quantized base; see `compensation`.
         double_quant: with ``"nf4"``, also quantise the quantisation constants.

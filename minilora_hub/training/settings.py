@@ -234,6 +234,9 @@ def _check_combinations(settings: TrainingSettings) -> None:
         require_of_run(settings.task in (None, "text-generation"), "task", "goes without --from-votes")
         require(recipe.batching != "packed", "batching", "with --from-votes: must be shuffled or length-grouped")
         require(recipe.loss_on == "completions", "loss_on", "with --from-votes: must be completions")
+    require(own or recipe.save_dtype == "float32", "save_dtype", f"needs one of the methods {', '.join(OURS)}")
+    if str(recipe.adapter.get("peft_type")).upper() == "ADALORA" and "r" in recipe.adapter:
+        raise TrainingError(f"r={recipe.adapter['r']!r}: AdaLoRA prunes from init_r to target_r: pass these (--set)")
     automatic = recipe.adapter.get("r") == "auto"
     if automatic and recipe.budget is None:
         raise TrainingError("r='auto': needs --budget PARAMETERS")

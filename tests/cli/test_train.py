@@ -131,6 +131,11 @@ def test_a_yaml_file_is_overridden_by_flags_and_saved_complete(base, rows, tmp_p
         (["--validation", "1"], "validation=1.0: must be a share of the rows"),
         (["--validation", "0.1", "--validation-data", "x.jsonl"], "validation=0.1: goes without --validation-data"),
         (["--lr", "inf"], "learning_rate=inf: must be a finite number"),
+        (
+            ["--method", "rslora", "--set", "save_dtype=bfloat16"],
+            "save_dtype='bfloat16': needs one of the methods lora",
+        ),
+        (["--method", "adalora", "--rank", "4"], "r=4: AdaLoRA prunes from init_r to target_r: pass these (--set)"),
         (["--data-split", "test"], "data_split='test': needs a data set on the Hub"),
         (["--data-revision", "main"], "data_revision='main': needs a data set on the Hub"),
         (["--base-revision", "main"], "base_revision='main': needs a base on the Hub"),
