@@ -170,6 +170,9 @@ class ChatRequest(_Request):
         super().refuse_unsupported()
         if self.top_logprobs is not None and not self.logprobs:
             raise ServingError(400, "top_logprobs: must not be given without logprobs=true", "top_logprobs")
+        if len({self.max_tokens, self.max_completion_tokens} - {None}) > 1:
+            name = "max_completion_tokens"
+            raise ServingError(400, f"{name}={self.max_completion_tokens}: max_tokens says {self.max_tokens}", name)
 
     def asked(self) -> str:
         """Return the text by which an adapter is chosen: what the user said last."""

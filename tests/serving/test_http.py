@@ -189,6 +189,7 @@ def test_a_stream_of_a_completion_has_the_echo_and_the_logprobs(http):
     [
         ({"model": "nobody"}, 404, "model"),
         ({"messages": []}, 400, "messages"),
+        ({"max_completion_tokens": 5}, 400, "max_completion_tokens"),  # beside max_tokens=4
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role"),
         ({"messages": "hi"}, 400, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content.0.type"),
