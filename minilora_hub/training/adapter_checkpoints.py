@@ -147,14 +147,11 @@ class TrainsAdapter(Trainer):
         named = trainable_parameters(self.accelerator.unwrap_model(self.model))
         routers = {id(parameter) for name, parameter in named.items() if name.endswith(".router")}
         optimizer: Any = self.optimizer
-        before = len(optimizer.param_groups)
         for group in list(optimizer.param_groups):
             own = [parameter for parameter in group["params"] if id(parameter) in routers]
             if own:
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in routers]
                 optimizer.add_param_group(group | {"params": own, "lr": group["lr"] * ratio})
-        if len(optimizer.param_groups) == before:
-            raise TrainingError(f"router_lr_ratio={ratio:g}: no router is trained in this run")
 
     # ---- checkpoints ----
 
