@@ -37,14 +37,13 @@ def fingerprint_trained_on(source: AdapterFolder) -> str:
     return known
 
 
-def notes_on_base(source: AdapterFolder, base: BaseSource) -> list[str]:
-    """Return a note if an adapter was trained on other weights than those of the base that it is written for."""
-    trained_on = fingerprint_trained_on(source)
-    if trained_on == UNKNOWN or base.fingerprint in (UNKNOWN, trained_on):
-        return []
+def notes_on_base(base: BaseSource, *sources: AdapterFolder) -> list[str]:
+    """Return a note for each adapter that was trained on other weights than those of the base it is written for."""
     return [
         f"{source.name} was trained on a base with fingerprint {trained_on[:19]}…, and {base.name!r} has "
         f"{base.fingerprint[:19]}…: what is written may answer differently than it did in training"
+        for source in sources
+        if (trained_on := fingerprint_trained_on(source)) != UNKNOWN and base.fingerprint not in (UNKNOWN, trained_on)
     ]
 
 

@@ -94,10 +94,10 @@ def combine(
     """
     combination.check(len(sources))
     adapters = read_loras(sources, base, base_revision)
+    notes = notes_on_base(adapters[0].base, *map(read_folder, sources))
     with whole_folder(out) as folder:
         source = common_source([Path(one) for one in sources])
-        notes = write_normalised(folder, combined(adapters, combination), source)
-    return notes + [note for one in sources for note in notes_on_base(read_folder(one), adapters[0].base)]
+        return notes + write_normalised(folder, combined(adapters, combination), source)
 
 
 def read_loras(sources: Sequence[str | Path], base: str | None, base_revision: str | None) -> list[PeftAdapter]:

@@ -65,7 +65,7 @@ def export_dense(
     wanted = _dtype(located.config, dtype)
     adapter = read_adapter(found, located)  # read first, because loading the base takes long
     model = _plain_base(located, dequantize)
-    notes = [*notes_on_base(found, located), *_merge(model, *adapter)]
+    notes = [*notes_on_base(located, found), *_merge(model, *adapter)]
     require_space(out, sum(parameter.numel() for parameter in model.parameters()) * wanted.itemsize)
     model.to(wanted)
     model.config.dtype = wanted

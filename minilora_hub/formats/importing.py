@@ -74,7 +74,7 @@ def import_adapter(
     if found.dialect == "checkpoint":
         raise AdapterError(f"{found.folder.name!r} is a whole model ({found.method}), not an adapter")
     located = find_base(*found.named_base(base, base_revision))
-    notes = notes_on_base(found, located)
+    notes = notes_on_base(located, found)
     with whole_folder(out) as folder:
         if found.dialect == "peft-mixlora":
             notes += write_ours(folder, *read_peft_mixlora(found, located), located, found.folder)
@@ -119,6 +119,7 @@ def import_as_experts(
         raise AdapterError(f"attention={attention!r}: with route all-linears attention is routed, not combined")
     require_free(out)
     adapters = read_loras(sources, base, base_revision)
+    trained_elsewhere = notes_on_base(adapters[0].base, *map(read_folder, sources))
     given: dict[str, Any] = {"num_experts_per_tok": num_experts_per_tok, "seed": seed}
     given |= {"router": router, "temperature": temperature}
     with whole_folder(out) as folder:
@@ -128,5 +129,4 @@ def import_as_experts(
             config, tensors, notes = experts_from_loras(adapters, attention=attention, **given)
         source = common_source([Path(one) for one in sources])
         notes += write_ours(folder, config, tensors, adapters[0].base, source)
-        notes += [note for one in sources for note in notes_on_base(read_folder(one), adapters[0].base)]
-    return Imported(Path(out), "mixlora", "peft", tuple(notes))
+    return Imported(Path(out), "mixlora", "peft", (*notes, *trained_elsewhere))

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from minilora_hub.adapter_folder.reading import UNKNOWN
 from minilora_hub.errors import TrainingError
 from minilora_hub.formats.combine import Combination, combine
 from minilora_hub.remote_code.attach import replace_module
-from minilora_hub.training.parent_adapter import UNKNOWN, FoundAdapter
+from minilora_hub.training.parent_adapter import FoundAdapter
 from minilora_hub.training.swapped_modules import bare_base, frozen_modules
 
 if TYPE_CHECKING:

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
+from minilora_hub.adapter_folder.reading import UNKNOWN
 from minilora_hub.errors import TrainingError
 from minilora_hub.remote_code.routing_record import record_routing
 from minilora_hub.training.loss_terms import Objective, Step, Term
 from minilora_hub.training.objective_specs import ObjectiveSpec
-from minilora_hub.training.parent_adapter import UNKNOWN, find_adapter
+from minilora_hub.training.parent_adapter import find_adapter
 from minilora_hub.training.preference import Dpo
 from minilora_hub.training.swapped_modules import bare_base, frozen_modules, modules_in
 

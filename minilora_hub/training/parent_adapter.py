@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from minilora_hub.adapter_folder.folders import AdapterFolder, read_source
 from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.adapter_folder.names import WEIGHTS
-from minilora_hub.adapter_folder.reading import fingerprint_trained_on
+from minilora_hub.adapter_folder.reading import UNKNOWN, fingerprint_trained_on
 from minilora_hub.adapter_folder.results import Parent
 from minilora_hub.errors import AdapterError, TrainingError
 from minilora_hub.training.objective_specs import parse_objectives
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from minilora_hub.bases.skeleton import BaseSource
 
-UNKNOWN = "unknown"
 CHANGEABLE = (
     "lora_dropout",
     "expert_dropout",

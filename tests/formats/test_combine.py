@@ -49,6 +49,15 @@ def peft_combination(folders, method, weights, density, rank):
     return model
 
 
+def test_damaged_results_of_a_source_are_told_before_anything_is_written(base, tmp_path):
+    """They are read for the base that it was trained on."""
+    folders = loras(tmp_path, base, {}, {})
+    (folders[1] / "results.json").write_text('{"format_version": 1')
+    with pytest.raises(AdapterError, match=r"results\.json"):
+        combine(folders, tmp_path / "out", Combination("linear", (0.5, 0.5)))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("method", sweep(METHODS, "linear", "ties_svd", "cat"))
 def test_as_pefts_own_method(method, base, tmp_path, monkeypatch):
     def every_third(tensor, density, rescale):
