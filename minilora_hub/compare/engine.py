@@ -27,6 +27,7 @@ from minilora_hub.compare.base_proof import BareLogits, BaseProof
 from minilora_hub.compare.batch import Batch
 from minilora_hub.compare.fair_lock import FairLock
 from minilora_hub.compare.found_adapters import find_adapters
+from minilora_hub.compare.openmp_workers import release_workers
 from minilora_hub.compare.prompting import Prompting, Promptings
 from minilora_hub.compare.sampling import Sampling
 from minilora_hub.errors import AdapterError
@@ -119,7 +120,7 @@ class CompareEngine:
             ValueError: the name is taken.
         """
         prompting = self._promptings.of(Path(folder))
-        with self._lock:
+        with self.exclusive():
             entry = self.bank.load(name, folder)
             self._prompted[name] = entry.version, prompting
         detail = ", ".join([entry.facts.detail, *prompting.differs_from(self._promptings.base)])
@@ -133,7 +134,7 @@ class CompareEngine:
             AdapterError: there is no adapter of this name.
             ValueError: a stream is using it.
         """
-        with self._lock:
+        with self.exclusive():
             self.bank.unload(name)
             self._prompted.pop(name, None)
         self.columns = tuple(column for column in self.columns if column.adapter != name)
@@ -151,10 +152,18 @@ class CompareEngine:
         return self._forwards
 
     @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Hold the models inside the `with` block, e.g. for a step of a batch of one's own: no stream computes then."""
+    def exclusive(self, step: bool = False) -> Iterator[None]:
+        """Hold the models inside the `with` block: no stream computes then.
+
+        Args:
+            step: whether it is one of many steps, between which this thread keeps its workers.
+        """
         with self._lock:
-            yield
+            try:
+                yield
+            finally:
+                if not step:
+                    release_workers()
 
     def base_proof(self) -> BaseProof | None:
         """Compare the base's rows with the bare checkpoint; None without `keep_bare_logits`. It counts no forwards."""
@@ -295,7 +304,7 @@ class CompareEngine:
             ready = []
             for answer in answers:
                 try:
-                    with self._lock:
+                    with self.exclusive(step=True):
                         if not stop.is_set():
                             held.enter_context(self.bank.use([answer.row.adapter]))
                 except Exception as error:  # a damaged or missing adapter ends its own rows only
@@ -305,8 +314,9 @@ class CompareEngine:
             if not ready:
                 return
             batch = Batch(self.bank, ready)
+            held.callback(release_workers)
             while not batch.finished:
-                with self._lock:
+                with self.exclusive(step=True):
                     updates = batch.end(None if stop.is_set() else halted)
                     forwards = 0 if batch.finished else 1
                     if forwards:

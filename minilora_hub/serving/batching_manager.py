@@ -31,12 +31,15 @@ STEP_TOKENS = 512
 NEW_TOKENS, NEW_FOR_EACH = 256, 8
 """The most tokens of prompts in a step while rows generate, and for each of these rows where that is more.
 
-Reading a prompt of many tokens takes about an eighth of the time a token that generating takes in a batch: a step that
-does both takes at most twice as long, unless few rows generate.
+Reading a prompt of many tokens takes about an eighth of the time a token that generating takes in a batch: rows that
+generate wait at most about twice as long for a token, unless they are few.
 """
 
 END = 2**31 - 1
 """The end token of every request in the manager: no vocabulary's, it stands for a row that has ended in any way."""
+
+MANY_STREAMS = 16
+"""From this many rows on, generating takes a step as long as reading as many tokens of prompts; fewer take less."""
 
 PAGE = 8
 """Tokens for which a row reserves cache at a time, and of which prompts that begin alike share whole multiples: few
@@ -45,6 +48,9 @@ enough for the system turn of a chat template, with which all prompts begin."""
 
 class RowsByAdapter(FIFOScheduler):
     """First come, first served, with the rows of a step sorted by their ids, which begin with the adapter.
+
+    While many rows generate, they skip every other step if there are prompts to read. A newcomer's first token then
+    comes as soon as its prompt is read, and those rows wait no longer than for a step that does both.
 
     Attributes:
         leaving: called before each step; returns the ids of requests to be cancelled.
@@ -55,6 +61,7 @@ class RowsByAdapter(FIFOScheduler):
 
     forget_prefixes = False
     submitting = 0
+    _has_read = False  # whether rows that generate skipped the last step
 
     leaving: Callable[[], Iterable[str]]
     removed: Callable[[str], None]
@@ -65,13 +72,33 @@ class RowsByAdapter(FIFOScheduler):
         if self.forget_prefixes:
             self.forget_prefixes = False
             self.cache.evict_cached_blocks()
-        streams = sum(state.status == RequestStatus.DECODING for state in self.active_requests.values())
-        if streams:
-            token_budget = min(token_budget, streams + max(NEW_TOKENS, NEW_FOR_EACH * streams))
         was_blocked, self.block_new_requests = self.block_new_requests, self.block_new_requests or self.submitting > 0
-        rows, *rest = super().schedule_batch(token_budget, cache_budget)
+        rows, *rest = self._schedule(token_budget, cache_budget)
         self.block_new_requests = was_blocked
         return sorted(rows, key=lambda row: row.state.request_id) if rows else rows, *rest  # type: ignore[return-value]
+
+    def _schedule(self, token_budget: int, cache_budget: int) -> tuple[list[FutureRequestState] | None, bool, int, int]:
+        active = self.active_requests
+        streams = {key: state for key, state in active.items() if state.status == RequestStatus.DECODING}
+        if not streams:
+            return super().schedule_batch(token_budget, cache_budget)
+        new = max(NEW_TOKENS, NEW_FOR_EACH * len(streams))
+        waiting = len(active) > len(streams) or bool(self.waiting_requests and not self.block_new_requests)
+        roomy = self.cache.compute_free_capacity() >= self.safety_margin  # else only rows that generate go on
+        if len(streams) >= MANY_STREAMS and waiting and roomy:
+            if self._has_read:
+                new = 0
+            else:
+                self.active_requests = {key: state for key, state in active.items() if key not in streams}
+                try:
+                    batch = super().schedule_batch(min(token_budget, new), cache_budget)
+                finally:
+                    self.active_requests = streams | self.active_requests
+                if batch[0]:
+                    self._has_read = True
+                    return batch
+        self._has_read = False
+        return super().schedule_batch(min(token_budget, len(streams) + new), cache_budget)
 
     def clear_cancelled_requests(self) -> list[RequestState]:
         for key in self.leaving():

@@ -65,7 +65,8 @@ class Scheduler:
         self._rows: dict[str, ServedRow] = {}
         self._numbers = itertools.count()
         self._stopping = False
-        self.row_by_row = self._try_packed(engine.bank)
+        with engine.exclusive():
+            self.row_by_row = self._try_packed(engine.bank)
         if self.row_by_row is not None:
             self._manager = self._build(stand_in(), share=False)
         processor: Any = self._manager.batch_processor
@@ -225,7 +226,7 @@ class Scheduler:
         row = self._rows.get(key)
         if row is not None:
             self._let_go(row)
-            with self.engine.exclusive():
+            with self.engine.exclusive(step=True):
                 self.engine.bank.make_room()
 
     def _failed(self, key: str, message: str) -> None:

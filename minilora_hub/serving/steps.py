@@ -56,7 +56,7 @@ class Steps:
             inputs: arguments of the model's forward, with the tokens of the requests in their order.
         """
         updates: list[tuple[ServedRow, Update]] = []
-        with self._engine.exclusive():
+        with self._engine.exclusive(step=True):
             began = time.perf_counter()
             inputs["input_ids"] = self._spaces.leave(inputs["input_ids"])
             ids = iter(inputs["input_ids"][0].tolist())

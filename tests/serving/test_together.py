@@ -15,6 +15,7 @@ from serving.conftest import chat, gather, rows, served
 from minilora_hub.compare.answer import Answer
 from minilora_hub.compare.engine import CompareEngine, Row, Sampling
 from minilora_hub.errors import ServingError
+from minilora_hub.serving import batching_manager
 from minilora_hub.serving.rows import ServedRow
 from minilora_hub.serving.scheduler import Scheduler
 from minilora_hub.serving.settings import ServerLimits
@@ -28,8 +29,10 @@ def expected(engine, words, model, tokens, **sampling):
     return "".join(u.text for u in engine.stream(words, Sampling(tokens, **sampling), columns=[column]))
 
 
-def test_a_mixed_batch_gives_each_models_own_tokens(saved, running):
-    """Rows of all kinds, lengths and settings join and leave while others run."""
+@pytest.mark.parametrize("many", [16, 1])
+def test_a_mixed_batch_gives_each_models_own_tokens(saved, running, monkeypatch, many):
+    """Rows of all kinds, lengths and settings join and leave while others run, also in steps without those."""
+    monkeypatch.setattr(batching_manager, "MANY_STREAMS", many)
     engine = CompareEngine(saved[0], saved[1], device="cpu")
     cases = [
         (model, words, 5 + 7 * (index % 4), {"temperature": 0} if index % 3 else {"temperature": 0.8, "seed": index})
