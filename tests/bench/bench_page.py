@@ -8,6 +8,7 @@ usable      from the server's start, after its imports and with the models loade
 first token from the click on Run until every column shows text, seen in the page
 visitors    gradio clients that ask at once: each one's time as a multiple of its fair share, which is the time that one
             alone takes times their number; and the time until each has its first token
+newcomer    a gradio client's time until every column has its first token, while the other visitors ask again and again
 """
 
 from __future__ import annotations
@@ -84,11 +85,15 @@ def first_token_seconds(page, rounds: int) -> list[float]:
     return taken[1:]
 
 
-def ask(address: str, into: list[tuple[float, float]], start: threading.Barrier | None = None) -> None:
-    """One visitor: seconds to the first token, and to the end."""
+def client_of(address: str):
+    """A visitor who is not a browser."""
     from gradio_client import Client
 
-    client = Client(address, verbose=False)
+    return Client(address, verbose=False)
+
+
+def ask(client, into: list[tuple[float, float]], start: threading.Barrier | None = None) -> None:
+    """One visitor: seconds to the first token, and to the end."""
     if start is not None:
         start.wait()
     began, first = time.perf_counter(), None
@@ -103,11 +108,12 @@ def ask(address: str, into: list[tuple[float, float]], start: threading.Barrier 
 def many(address: str, visitors: int) -> dict:
     """All at once, against one alone."""
     alone: list[tuple[float, float]] = []
+    clients = [client_of(address) for _ in range(visitors)]
     for _ in range(3):
-        ask(address, alone)
+        ask(clients[0], alone)
     together: list[tuple[float, float]] = []
     start = threading.Barrier(visitors)
-    threads = [threading.Thread(target=ask, args=(address, together, start)) for _ in range(visitors)]
+    threads = [threading.Thread(target=ask, args=(client, together, start)) for client in clients]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -120,6 +126,31 @@ def many(address: str, visitors: int) -> dict:
         "longest_as_fair_shares": max(end for _, end in together) / (visitors * one),
         "first_token_longest": max(first for first, _ in together),
     }
+
+
+def newcomer(address: str, visitors: int, rounds: int) -> dict:
+    """One who comes while the others ask: each as soon as it is answered."""
+    ended = threading.Event()
+
+    def busy(client) -> None:
+        while not ended.is_set():
+            ask(client, [])
+
+    own, *others = [client_of(address) for _ in range(visitors)]
+    threads = [threading.Thread(target=busy, args=(client,)) for client in others]
+    for thread in threads:
+        thread.start()
+    taken: list[tuple[float, float]] = []
+    try:
+        time.sleep(10)  # until they are spread over their answers
+        for _ in range(rounds):
+            ask(own, taken)
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+    first = [first for first, _ in taken]
+    return {"others": visitors - 1, "first_token_median": statistics.median(first), "all": first}
 
 
 def main() -> None:
@@ -151,6 +182,7 @@ def main() -> None:
             first = first_token_seconds(page, options.rounds)
             found["first_token_seconds"] = {"median": statistics.median(first), "all": first}
             found["many"] = many(address, options.visitors)
+            found["newcomer"] = newcomer(address, options.visitors, options.rounds)
         finally:
             server.terminate()
             server.join()

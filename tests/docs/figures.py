@@ -151,13 +151,15 @@ def push() -> str:
 def page() -> str:
     """How quickly the page answers, alone and with many visitors."""
     held = results("page")
-    many = held["many"]
+    many, newcomer = held["many"], held["newcomer"]
     return paragraph(
         f"With the shipped adapters on two cores (`python tests/bench/bench_page.py`): the page is usable "
         f"{held['usable_seconds']:.1f} s after the server's start (imports and models aside), the first token of all "
         f"five columns appears {held['first_token_seconds']['median']:.2f} s after the click, and of "
         f"{many['visitors']} visitors who ask at once, {many['served']} are served and none waits longer than "
-        f"{many['longest_as_fair_shares']:.2f} times the fair share."
+        f"{many['longest_as_fair_shares']:.2f} times the fair share, or than {many['first_token_longest']:.1f} s for the "
+        f"first token; while {newcomer['others']} ask again and again, the first token of one who comes appears after "
+        f"{newcomer['first_token_median']:.1f} s."
     )
 
 
