@@ -157,8 +157,8 @@ def page() -> str:
         f"{held['usable_seconds']:.1f} s after the server's start (imports and models aside), the first token of all "
         f"five columns appears {held['first_token_seconds']['median']:.2f} s after the click, and of "
         f"{many['visitors']} visitors who ask at once, {many['served']} are served and none waits longer than "
-        f"{many['longest_as_fair_shares']:.2f} times the fair share, or than {many['first_token_longest']:.1f} s for the "
-        f"first token; while {newcomer['others']} ask again and again, the first token of one who comes appears after "
+        f"{many['longest_as_fair_shares']:.2f} times the fair share, or than {many['first_token_longest']:.1f} s for "
+        f"the first token; while {newcomer['others']} ask again and again, that of one who comes appears after "
         f"{newcomer['first_token_median']:.1f} s."
     )
 
