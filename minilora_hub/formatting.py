@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import re
+from typing import Any
 
 UNKNOWN = "unknown"
 
@@ -21,6 +22,31 @@ def visible(text: str) -> str:
     """Write control and direction characters as escapes; all line ends become newlines."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n")
     return INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", lines)
+
+
+def lone_surrogate(value: Any) -> str | None:
+    """Return the first lone surrogate in a value's strings, at any depth, as a JSON escape."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            try:
+                one.encode()
+            except UnicodeEncodeError as error:
+                return ascii(one[error.start])[1:-1]
+        elif isinstance(one, (dict, list)):
+            left += reversed([*one, *one.values()] if isinstance(one, dict) else one)
+    return None
+
+
+def require_encodable(value: Any, name: str) -> None:
+    """Check that strings from outside are text: JSON and command lines can hold what no tokenizer can encode.
+
+    Raises:
+        ValueError: a string in `value` has a lone surrogate.
+    """
+    if found := lone_surrogate(value):
+        raise ValueError(f"{name}: must not contain lone surrogates ({found}), which cannot be encoded")
 
 
 def inline(value: object) -> str:

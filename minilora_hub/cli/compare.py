@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minilora_hub.cli.options import AsJson, Debug, Dtype, print_json, say
-from minilora_hub.formatting import counted
+from minilora_hub.formatting import counted, require_encodable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -67,6 +67,7 @@ def compare(
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, tuple(stop or ()))
     if not prompt.strip():
         raise ValueError("--prompt '': must not be empty")
+    require_encodable(prompt, "--prompt")
     if route is None:
         named = adapters or shipped_adapters()
         engine = CompareEngine(base_for(base, named, say), named, dtype=dtype, progress=say)

@@ -31,6 +31,7 @@ from minilora_hub.compare.openmp_workers import release_workers
 from minilora_hub.compare.prompting import Prompting, Promptings
 from minilora_hub.compare.sampling import Sampling
 from minilora_hub.errors import AdapterError
+from minilora_hub.formatting import require_encodable
 
 __all__ = ["Column", "CompareEngine", "Row", "Sampling", "Step", "Update"]
 
@@ -212,12 +213,14 @@ class CompareEngine:
 
         Raises:
             AdapterError: see `prompting`; or the chat template rejects the prompt.
-            ValueError: the prompt is empty, longer than the base's context, or has a token without an embedding.
+            ValueError: the prompt is empty, no text, longer than the base's context, or has a token without an
+                embedding.
         """
         if not prompt.strip():
             raise ValueError("prompt='': must not be empty")
         prompting = self.prompting(adapter)
         turns = [*before, ("user", prompt)]
+        require_encodable([text for _, text in turns], "prompt")
         ids = prompting.chat_ids([{"role": role, "content": text} for role, text in turns])
         ids = prompting.text_ids("\n\n".join(text for _, text in turns)) if ids is None else ids
         if len(ids) >= self._context:

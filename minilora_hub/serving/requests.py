@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from typing import Annotated, Any, Literal
 
@@ -10,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, m
 
 from minilora_hub.compare.engine import Sampling
 from minilora_hub.errors import ServingError
+from minilora_hub.formatting import require_encodable
 
 MOST_ALTERNATIVES = 20
 MOST_STOPS = 16
@@ -48,10 +48,7 @@ class _Body(BaseModel):
     @classmethod
     def _require_text(cls, content: Any) -> Any:
         r"""Refuse ``"\ud800"`` and the like, which JSON can write, and neither tokenizers nor an answer can."""
-        try:
-            json.dumps(content if isinstance(content, dict) else None, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("must not contain lone surrogates, which cannot be encoded") from None
+        require_encodable(content, "text")
         return content
 
 

@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from minilora_hub.formatting import lone_surrogate
 from minilora_hub.training.row_formats import (
     ROLES,
     as_messages,
     check_learnable,
     check_turn,
-    lone_surrogate,
     parsed_tools,
 )
 from minilora_hub.training.sources import BadRow, is_file, read_values

@@ -15,8 +15,8 @@ from itertools import accumulate
 from typing import Any
 
 from minilora_hub.errors import DataError
+from minilora_hub.formatting import lone_surrogate
 from minilora_hub.training.data import Row
-from minilora_hub.training.row_formats import lone_surrogate
 from minilora_hub.training.sources import BadRow
 from minilora_hub.training.tokens import IGNORED, Example
 

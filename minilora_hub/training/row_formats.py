@@ -160,15 +160,3 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: without_nulls(item) for name, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def lone_surrogate(value: Any) -> str | None:
-    """Return the first lone surrogate in a value's strings, at any depth, as a JSON escape."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            return ascii(value[error.start])[1:-1]
-        return None
-    parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
-    return next((found for part in parts if (found := lone_surrogate(part))), None)

@@ -16,9 +16,8 @@ from pydantic import Field
 
 from minilora_hub.documents import Document, need
 from minilora_hub.errors import AdapterError, DataError
-from minilora_hub.formatting import counted
+from minilora_hub.formatting import counted, lone_surrogate
 from minilora_hub.training.data import Row
-from minilora_hub.training.row_formats import lone_surrogate
 from minilora_hub.training.sources import BadRow
 from minilora_hub.training.tokens import IGNORED, Encoder, Example
 

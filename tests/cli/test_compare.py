@@ -102,6 +102,7 @@ def test_the_prompt_from_standard_input(saved, capsys, monkeypatch, tmp_path):
     ("arguments", "message"),
     [
         (["--prompt", " "], "--prompt '': must not be empty"),
+        (["--prompt", "caf\udce9"], "--prompt: must not contain lone surrogates (\\udce9)"),
         (["--prompt", "x", "--temperature", "-1"], "temperature=-1.0: must be"),
         (["--prompt", "x", "--top-p", "2"], "top_p=2.0: must be"),
         (["--prompt", "x", "--dtype", "fp8"], "dtype='fp8': must be one of float32, bfloat16, int8"),

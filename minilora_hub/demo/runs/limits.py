@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from minilora_hub.compare.engine import Sampling
+from minilora_hub.formatting import require_encodable
 
 MOST_AT_ONCE = 150
 """Maximum number of running and waiting comparisons: each of them occupies one of the server's threads."""
@@ -69,10 +70,7 @@ class PageLimits:
         Raises:
             ValueError: the prompt, the length of the answers or their number is above the limit.
         """
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise ValueError("prompt: must not contain lone surrogates, which cannot be encoded") from None
+        require_encodable(prompt, "prompt")
         if len(prompt) > self.prompt:
             raise ValueError(f"prompt of {len(prompt):,} characters: this page takes at most {self.prompt:,}")
         if sampling.max_new_tokens > self.tokens:
