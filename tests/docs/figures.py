@@ -163,6 +163,22 @@ def page() -> str:
     )
 
 
+def scheduler() -> str:
+    """What workers of other threads cost the scheduler, and what a step of its own gives a newcomer."""
+    held = results("scheduler")
+    old, new = held["workers"]["with"], held["workers"]["without"]
+    newcomer = held["newcomer"]
+    together, apart = (newcomer[name]["first_token_s"]["median"] for name in ("together", "apart"))
+    return paragraph(
+        f"With the shipped adapters on two cores (`python tests/bench/bench_scheduler.py`): beside {newcomer['rows']} "
+        f"rows that generate, the first tokens of a comparison come after {apart:.2f} s, {apart / together:.2f} of the "
+        f"time when its prompt is read in a step in which they generate as well. Without workers in another thread a "
+        f"product of two rows with a small weight takes {new['product_us']['median']:.0f} µs instead of "
+        f"{old['product_us']['median']:.0f}, and a step of five columns "
+        f"{new['step_ms']['median'] / old['step_ms']['median']:.2f} of the time."
+    )
+
+
 def vllm() -> str:
     """What adapters cost in vLLM, in time and memory."""
     held = results("vllm")
@@ -279,6 +295,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "long": long_report.report,
     "low-bit": low_bits,
     "page": page,
+    "scheduler": scheduler,
     "precision": precision,
     "push": push,
     "routers": routing_report.report,

@@ -1,0 +1,141 @@
+"""The scheduler of page and server: what workers of other threads cost it, and when a newcomer has its first token.
+
+    python tests/bench/bench_scheduler.py [--rounds 6] [--others 15] [--base embedded] [--json FILE]
+
+Comparisons over the base and the shipped adapters, without a browser or HTTP; needs a machine that does nothing else.
+
+workers   a step of one comparison's columns, and a product of two rows with a small weight in the same thread, while
+          the main thread has OpenMP workers of its own, and after it has let them go, in turns
+newcomer  from the request until every column has its first token, beside other comparisons that never end: read in a
+          step in which those rows generate as well, and in one of its own, in turns
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from minilora_hub.compare.engine import CompareEngine, Sampling
+from minilora_hub.compare.found_adapters import shipped_adapters
+from minilora_hub.compare.openmp_workers import release_workers
+from minilora_hub.demo.runs.limits import PageLimits
+from minilora_hub.demo.runs.runner import Runner
+from minilora_hub.demo.runs.scheduled import page_scheduler
+from minilora_hub.serving import batching_manager
+
+PROMPT = "Tell a long story about the number {} and a house by the sea, with many words"
+APART = batching_manager.MANY_STREAMS
+NEVER = 1 << 30
+
+
+class Bench:
+    """A page's models and scheduler, whose answers end at their length only."""
+
+    def __init__(self, base: str) -> None:
+        self.engine = CompareEngine(base, shipped_adapters())
+        self.runner = Runner(self.engine, scheduler=page_scheduler(self.engine, PageLimits()))
+        self.steps: list[tuple[int, float, float]] = []  # tokens, seconds, seconds of a small product
+        answers, forward = self.engine.answers, self.engine.bank.model.forward
+        weights = [torch.randn(12, 576) for _ in range(50)]
+        rows = torch.randn(2, 576)
+
+        def endless(asked):
+            found, failed = answers(asked)
+            for answer in found:
+                answer._ends = frozenset()
+            return found, failed
+
+        def timed(**inputs):
+            product = []
+            for weight in weights:
+                began = time.perf_counter()
+                F.linear(rows, weight)
+                product.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            result = forward(**inputs)
+            seconds = time.perf_counter() - began
+            self.steps.append((inputs["input_ids"].shape[1], seconds, statistics.median(product)))
+            return result
+
+        self.engine.answers, self.engine.bank.model.forward = endless, timed
+
+    async def compare(self, number: int, tokens: int) -> float:
+        """Run a comparison; seconds until every column has a token."""
+        began, first, waiting = time.perf_counter(), 0.0, set(range(len(self.engine.columns)))
+        async for moment in self.runner.answer(PROMPT.format(number), Sampling(tokens), self.engine.columns):
+            waiting -= {update.row for update in moment.updates or () if update.token_id is not None}
+            if not waiting and not first:
+                first = time.perf_counter() - began
+        return first
+
+    def workers(self, rounds: int) -> dict:
+        """Milliseconds of a step and microseconds of a product, with workers in the main thread and without."""
+        found: dict = {name: {"step_ms": [], "product_us": []} for name in ("with", "without")}
+        asyncio.run(self.compare(0, 16))  # warms up
+        for number in range(rounds):
+            for name, here in found.items():
+                if name == "with":
+                    torch.ones(1 << 20).sin_()
+                else:
+                    release_workers()
+                self.steps.clear()
+                asyncio.run(self.compare(1 + number, 16))
+                steps = [one for one in self.steps if one[0] == len(self.engine.columns)]
+                here["step_ms"].append(1e3 * statistics.median(seconds for _, seconds, _ in steps))
+                here["product_us"].append(1e6 * statistics.median(product for *_, product in steps))
+        release_workers()
+        return medians(found)
+
+    async def newcomers(self, rounds: int, others: int) -> dict:
+        """Seconds until a newcomer's first tokens."""
+        busy = [asyncio.create_task(self.compare(number, 512)) for number in range(others)]
+        await asyncio.sleep(15)  # until all of them generate
+        rows = {"together": NEVER, "apart": APART}
+        found: dict = {name: {"first_token_s": []} for name in rows}
+        for number in range(rounds):
+            for name, many in rows.items():
+                batching_manager.MANY_STREAMS = many
+                found[name]["first_token_s"].append(await self.compare(1000 + number, 2))
+                await asyncio.sleep(0.1 * number)  # so that it comes at another time in a step
+        assert not any(one.done() for one in busy), "the others have ended: fewer rounds"
+        for one in busy:
+            one.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(*busy)
+        return {"others": others, "rows": others * len(self.engine.columns)} | medians(found)
+
+
+def medians(found: dict) -> dict:
+    """Add the median to each list of times."""
+    return {
+        name: {what: {"median": statistics.median(all_), "all": all_} for what, all_ in here.items()}
+        for name, here in found.items()
+    }
+
+
+def main() -> None:
+    """Measure, print, and write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--others", type=int, default=15)
+    parser.add_argument("--base", default="embedded")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    bench = Bench(options.base)
+    found = {"workers": bench.workers(options.rounds)}
+    found["newcomer"] = asyncio.run(bench.newcomers(options.rounds, options.others))
+    print(json.dumps(found, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
