@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from minilora_hub.cli.options import Adapter, AsJson, Debug, Revision, print_json, print_table, say
-from minilora_hub.formatting import UNKNOWN, duration, size
+from minilora_hub.formatting import UNKNOWN, counted, duration, size
 
 Sort = Literal["downloads", "likes", "last_modified", "created_at", "trending_score"]
 Method = Literal["mixlora", "mixdora", "dora", "lora"]
@@ -46,7 +46,7 @@ def info(
             "parameters",
             f"{found.parameters:,}" if found.parameters is not None else "unknown: the weights are a pickle",
         ),
-        ("size", f"{size(found.bytes)} in {len(found.files)} files"),
+        ("size", f"{size(found.bytes)} in {counted(len(found.files), 'file')}"),
         ("code", "none" if found.code is None else f"minilora_hub, {found.code}" if found.code != UNKNOWN else UNKNOWN),
         ("license", found.license or UNKNOWN),
         ("trained on", ", ".join(found.data) or UNKNOWN),

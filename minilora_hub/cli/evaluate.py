@@ -10,6 +10,7 @@ import typer
 
 from minilora_hub.cli.measuring import Measured, measure_lm_eval, measure_rows, measure_tasks
 from minilora_hub.cli.options import AsJson, Debug, given, print_json, say
+from minilora_hub.formatting import counted
 from minilora_hub.whole_folders import require_writable
 
 if TYPE_CHECKING:
@@ -192,4 +193,4 @@ def tasks(
         print_json({"out": str(out), "rows": counts})
         return
     for name, rows in counts.items():
-        typer.echo(f"{out / name}: {rows} rows")
+        typer.echo(f"{out / name}: {counted(rows, 'row')}")

@@ -10,7 +10,7 @@ import typer
 
 from minilora_hub.cli.options import Adapter, AsJson, Base, Debug, DryRun, Public, Revision, print_json, say
 from minilora_hub.errors import MiniLoraError
-from minilora_hub.formatting import size
+from minilora_hub.formatting import counted, size
 
 if TYPE_CHECKING:
     from minilora_hub.publish.push.push import PushPlan
@@ -111,7 +111,7 @@ def _print_plan(plan: PushPlan) -> None:
         typer.echo(f"  {MARKS[file.action]} {file.path:<40} {size(file.size):>10}  {digest}")
     sent = sum(file.size for file in plan.sends if file.action != "delete")
     kept = sum(file.action == "keep" for file in plan.files)
-    typer.echo(f"{len(plan.sends)} files to send ({size(sent)}), {kept} are unchanged")
+    typer.echo(f"{counted(len(plan.sends), 'file')} to send ({size(sent)}), {kept} unchanged")
     typer.echo(f"reference logits: {'reused' if plan.recording.reused else 'recorded now'}, {plan.recording.reason}")
     if plan.tag:
         typer.echo(f"tag: {plan.tag}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minilora_hub.cli.options import AsJson, Debug, DryRun, Public, print_json
-from minilora_hub.formatting import size
+from minilora_hub.formatting import counted, size
 
 if TYPE_CHECKING:
     from minilora_hub.publish.space.push import SpacePush
@@ -113,7 +113,7 @@ def _print(plan: SpacePush) -> None:
         typer.echo(f"  + {path:<60} {size(count):>10}")
     for path in plan.deletes:
         typer.echo(f"  - {path}")
-    typer.echo(f"{len(plan.files)} files ({size(sum(plan.files.values()))})")
+    typer.echo(f"{counted(len(plan.files), 'file')} ({size(sum(plan.files.values()))})")
     for name, value in plan.variables.items():
         typer.echo(f"variable: {name}={value}")
     for name in plan.secrets:

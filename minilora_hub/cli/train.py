@@ -10,6 +10,7 @@ import typer
 
 from minilora_hub.cli.options import AsJson, Debug, given, print_json, print_notes, print_table, say
 from minilora_hub.errors import TrainingError
+from minilora_hub.formatting import counted
 
 if TYPE_CHECKING:
     from minilora_hub.training.plan import Plan
@@ -161,7 +162,7 @@ def train(
     validated = ""
     if result.validation_loss is not None:
         validated = f", validation loss {result.validation_loss:.4f} at step {result.best_step}, which was saved"
-    typer.echo(f"{out}: {result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}{validated}")
+    typer.echo(f"{out}: {counted(result.steps, 'step')} in {result.seconds:.0f} s, loss {result.loss:.4f}{validated}")
     if result.pairs:
         typer.echo(result.pairs.described())
     typer.echo(f"next: minilora push {out} NAME --dry-run")

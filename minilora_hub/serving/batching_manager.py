@@ -84,7 +84,7 @@ class RowsByAdapter(FIFOScheduler):
             return super().schedule_batch(token_budget, cache_budget)
         new = max(NEW_TOKENS, NEW_FOR_EACH * len(streams))
         waiting = len(active) > len(streams) or bool(self.waiting_requests and not self.block_new_requests)
-        roomy = self.cache.compute_free_capacity() >= self.safety_margin  # else only rows that generate go on
+        roomy = self.cache.compute_free_capacity() >= self.safety_margin  # else rows that generate come first
         if len(streams) >= MANY_STREAMS and waiting and roomy:
             if self._has_read:
                 new = 0

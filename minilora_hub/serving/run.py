@@ -11,6 +11,7 @@ import uvicorn
 from minilora_hub.bases.resolving import resolve_base
 from minilora_hub.compare.engine import CompareEngine
 from minilora_hub.compare.prompt_index import AdapterIndex
+from minilora_hub.formatting import counted
 from minilora_hub.remote_code.adapter_files import base_fingerprint
 from minilora_hub.serving.app import Server, build_app
 from minilora_hub.serving.metrics import Metrics
@@ -63,7 +64,7 @@ def build_server(
     models = Models(engine, adapters, names)
     for folder in adapter_folders:
         count, refused = models.register_folder(folder)
-        progress(f"  + {count} adapters of {folder}, read when they are asked for")
+        progress(f"  + {counted(count, 'adapter')} of {folder}, read when asked for")
         for line in refused:
             progress(f"  ! {line}")
     if index is not None:

@@ -19,6 +19,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Sp
 
 from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.errors import PublishError
+from minilora_hub.formatting import counted
 from minilora_hub.hub import client as hub
 from minilora_hub.hub.errors import ATTEMPTS, FAILURES, explain, patiently, status_of
 from minilora_hub.publish.card.render import require_space
@@ -156,7 +157,7 @@ def push_space(
             return plan
         stages.start("Setting it up")
         state = _set_up(api, plan, secrets, state)
-        stages.start(f"Sending {len(paths)} files")
+        stages.start(f"Sending {counted(len(paths), 'file')}")
         commit = _commit(api, plan, folder, state)
         stage_now = wait_until_it_runs(api, space, commit, wait, stages) if wait else None
         return replace(plan, dry_run=False, commit=commit, stage=stage_now)
