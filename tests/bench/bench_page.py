@@ -8,7 +8,6 @@ usable      from the server's start, after its imports and with the models loade
 first token from the click on Run until every column shows text, seen in the page
 visitors    gradio clients that ask at once: each one's time as a multiple of its fair share, which is the time that one
             alone takes times their number; and the time until each has its first token
-newcomer    a gradio client's time until every column has its first token, while the other visitors ask again and again
 """
 
 from __future__ import annotations
@@ -128,31 +127,6 @@ def many(address: str, visitors: int) -> dict:
     }
 
 
-def newcomer(address: str, visitors: int, rounds: int) -> dict:
-    """One who comes while the others ask: each as soon as it is answered."""
-    ended = threading.Event()
-
-    def busy(client) -> None:
-        while not ended.is_set():
-            ask(client, [])
-
-    own, *others = [client_of(address) for _ in range(visitors)]
-    threads = [threading.Thread(target=busy, args=(client,)) for client in others]
-    for thread in threads:
-        thread.start()
-    taken: list[tuple[float, float]] = []
-    try:
-        time.sleep(10)  # until they are spread over their answers
-        for _ in range(rounds):
-            ask(own, taken)
-    finally:
-        ended.set()
-        for thread in threads:
-            thread.join()
-    first = [first for first, _ in taken]
-    return {"others": visitors - 1, "first_token_median": statistics.median(first), "all": first}
-
-
 def main() -> None:
     """Measure, print, and write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -182,7 +156,6 @@ def main() -> None:
             first = first_token_seconds(page, options.rounds)
             found["first_token_seconds"] = {"median": statistics.median(first), "all": first}
             found["many"] = many(address, options.visitors)
-            found["newcomer"] = newcomer(address, options.visitors, options.rounds)
         finally:
             server.terminate()
             server.join()

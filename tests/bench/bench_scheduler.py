@@ -8,6 +8,7 @@ workers   a step of one comparison's columns, and a product of two rows with a s
           the main thread has OpenMP workers of its own, and after it has let them go, in turns
 newcomer  from the request until every column has its first token, beside other comparisons that never end: read in a
           step in which those rows generate as well, and in one of its own, in turns
+asking    the same beside comparisons that end as they will, each of which begins again at once
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from minilora_hub.demo.runs.scheduled import page_scheduler
 from minilora_hub.serving import batching_manager
 
 PROMPT = "Tell a long story about the number {} and a house by the sea, with many words"
+QUESTION = "Write this in digits: seven thousand, eight hundred and ten"
 APART = batching_manager.MANY_STREAMS
 NEVER = 1 << 30
 
@@ -43,13 +45,14 @@ class Bench:
         self.engine = CompareEngine(base, shipped_adapters())
         self.runner = Runner(self.engine, scheduler=page_scheduler(self.engine, PageLimits()))
         self.steps: list[tuple[int, float, float]] = []  # tokens, seconds, seconds of a small product
+        self.endless = True
         answers, forward = self.engine.answers, self.engine.bank.model.forward
         weights = [torch.randn(12, 576) for _ in range(50)]
         rows = torch.randn(2, 576)
 
         def endless(asked):
             found, failed = answers(asked)
-            for answer in found:
+            for answer in found if self.endless else ():
                 answer._ends = frozenset()
             return found, failed
 
@@ -67,10 +70,10 @@ class Bench:
 
         self.engine.answers, self.engine.bank.model.forward = endless, timed
 
-    async def compare(self, number: int, tokens: int) -> float:
+    async def compare(self, prompt: str, tokens: int) -> float:
         """Run a comparison; seconds until every column has a token."""
         began, first, waiting = time.perf_counter(), 0.0, set(range(len(self.engine.columns)))
-        async for moment in self.runner.answer(PROMPT.format(number), Sampling(tokens), self.engine.columns):
+        async for moment in self.runner.answer(prompt, Sampling(tokens), self.engine.columns):
             waiting -= {update.row for update in moment.updates or () if update.token_id is not None}
             if not waiting and not first:
                 first = time.perf_counter() - began
@@ -79,7 +82,7 @@ class Bench:
     def workers(self, rounds: int) -> dict:
         """Milliseconds of a step and microseconds of a product, with workers in the main thread and without."""
         found: dict = {name: {"step_ms": [], "product_us": []} for name in ("with", "without")}
-        asyncio.run(self.compare(0, 16))  # warms up
+        asyncio.run(self.compare(PROMPT.format(0), 16))  # warms up
         for number in range(rounds):
             for name, here in found.items():
                 if name == "with":
@@ -87,7 +90,7 @@ class Bench:
                 else:
                     release_workers()
                 self.steps.clear()
-                asyncio.run(self.compare(1 + number, 16))
+                asyncio.run(self.compare(PROMPT.format(1 + number), 16))
                 steps = [one for one in self.steps if one[0] == len(self.engine.columns)]
                 here["step_ms"].append(1e3 * statistics.median(seconds for _, seconds, _ in steps))
                 here["product_us"].append(1e6 * statistics.median(product for *_, product in steps))
@@ -96,14 +99,14 @@ class Bench:
 
     async def newcomers(self, rounds: int, others: int) -> dict:
         """Seconds until a newcomer's first tokens."""
-        busy = [asyncio.create_task(self.compare(number, 512)) for number in range(others)]
+        busy = [asyncio.create_task(self.compare(PROMPT.format(number), 512)) for number in range(others)]
         await asyncio.sleep(15)  # until all of them generate
         rows = {"together": NEVER, "apart": APART}
         found: dict = {name: {"first_token_s": []} for name in rows}
         for number in range(rounds):
             for name, many in rows.items():
                 batching_manager.MANY_STREAMS = many
-                found[name]["first_token_s"].append(await self.compare(1000 + number, 2))
+                found[name]["first_token_s"].append(await self.compare(PROMPT.format(1000 + number), 2))
                 await asyncio.sleep(0.1 * number)  # so that it comes at another time in a step
         assert not any(one.done() for one in busy), "the others have ended: fewer rounds"
         for one in busy:
@@ -111,6 +114,25 @@ class Bench:
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(*busy)
         return {"others": others, "rows": others * len(self.engine.columns)} | medians(found)
+
+    async def asking(self, rounds: int, others: int) -> dict:
+        """Seconds until a newcomer's first tokens, beside those who ask as visitors of the page do."""
+        self.endless = False
+
+        async def again_and_again() -> None:
+            while True:
+                await self.compare(QUESTION, 24)
+
+        busy = [asyncio.create_task(again_and_again()) for _ in range(others)]
+        await asyncio.sleep(5)
+        taken = []
+        for _ in range(rounds):
+            taken.append(await self.compare(QUESTION, 2))
+            await asyncio.sleep(2)
+        for one in busy:
+            one.cancel()
+        await asyncio.gather(*busy, return_exceptions=True)
+        return {"others": others, "first_token_s": {"median": statistics.median(taken), "all": taken}}
 
 
 def medians(found: dict) -> dict:
@@ -132,6 +154,7 @@ def main() -> None:
     bench = Bench(options.base)
     found = {"workers": bench.workers(options.rounds)}
     found["newcomer"] = asyncio.run(bench.newcomers(options.rounds, options.others))
+    found["asking"] = asyncio.run(bench.asking(3 * options.rounds, options.others))
     print(json.dumps(found, indent=2))
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -151,15 +151,14 @@ def push() -> str:
 def page() -> str:
     """How quickly the page answers, alone and with many visitors."""
     held = results("page")
-    many, newcomer = held["many"], held["newcomer"]
+    many = held["many"]
     return paragraph(
         f"With the shipped adapters on two cores (`python tests/bench/bench_page.py`): the page is usable "
         f"{held['usable_seconds']:.1f} s after the server's start (imports and models aside), the first token of all "
         f"five columns appears {held['first_token_seconds']['median']:.2f} s after the click, and of "
         f"{many['visitors']} visitors who ask at once, {many['served']} are served and none waits longer than "
         f"{many['longest_as_fair_shares']:.2f} times the fair share, or than {many['first_token_longest']:.1f} s for "
-        f"the first token; while {newcomer['others']} ask again and again, that of one who comes appears after "
-        f"{newcomer['first_token_median']:.1f} s."
+        f"the first token."
     )
 
 
@@ -167,7 +166,8 @@ def scheduler() -> str:
     """What workers of other threads cost the scheduler, and what a step of its own gives a newcomer."""
     held = results("scheduler")
     old, new = held["workers"]["with"], held["workers"]["without"]
-    newcomer = held["newcomer"]
+    newcomer, asking = held["newcomer"], held["asking"]
+    first = asking["first_token_s"]
     together, apart = (newcomer[name]["first_token_s"]["median"] for name in ("together", "apart"))
     return paragraph(
         f"With the shipped adapters on two cores (`python tests/bench/bench_scheduler.py`): beside {newcomer['rows']} "
@@ -175,7 +175,9 @@ def scheduler() -> str:
         f"time when its prompt is read in a step in which they generate as well. Without workers in another thread a "
         f"product of two rows with a small weight takes {new['product_us']['median']:.0f} µs instead of "
         f"{old['product_us']['median']:.0f}, and a step of five columns "
-        f"{new['step_ms']['median'] / old['step_ms']['median']:.2f} of the time."
+        f"{new['step_ms']['median'] / old['step_ms']['median']:.2f} of the time. While {asking['others']} visitors ask "
+        f"again and again, one more has the first token of all columns after {first['median']:.2f} s (the longest of "
+        f"{len(first['all'])}: {max(first['all']):.2f})."
     )
 
 
