@@ -55,20 +55,20 @@ def quiet_libraries() -> Iterator[None]:
     The bars of a library that is imported inside the block are shown, unless it is entered again.
     """
     global _depth
-    with _lock:
-        _depth += 1
-        for name, silence in _SILENCERS.items():
-            if name not in _undo and (undo := silence()) is not None:
-                _undo[name] = undo
+    counted = 0
     try:
+        with _lock:
+            _depth += 1
+            counted = 1
+            for name, silence in _SILENCERS.items():
+                if name not in _undo and (undo := silence()) is not None:
+                    _undo[name] = undo
         yield
     finally:
         with _lock:
-            _depth -= 1
-            if not _depth:
-                for undo in reversed(_undo.values()):
-                    undo()
-                _undo.clear()
+            _depth -= counted
+            while not _depth and _undo:  # one by one: after Ctrl-C in an undo, what is left is still silent, and known
+                _undo.popitem()[1]()
 
 
 def _loggers() -> Callable[[], None]:

@@ -208,3 +208,25 @@ def test_a_download_has_one_bar_of_ours_on_a_terminal(shown, terminal, tmp_path,
     assert bool(re.search(r"\rFetching org/tiny: +\d+% of 5.69kB", drawn)) == (shown and terminal), drawn
     assert not re.search(r"files|Reconstruct|Download|it/s", drawn)
     assert not drawn or drawn.endswith(" \r"), "the line is wiped"
+
+
+def test_ctrl_c_at_its_end_leaves_no_bars_for_the_next_block(monkeypatch):
+    """A bar that is drawn although its stream may be gone leaves its lock taken, and every later upload would wait."""
+    from huggingface_hub import constants
+    from huggingface_hub import utils as hub
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    enable, interrupts = hub.enable_progress_bars, [KeyboardInterrupt]
+
+    def interrupted(*names):
+        enable(*names)
+        if interrupts:
+            raise interrupts.pop()
+
+    hub.enable_progress_bars()
+    monkeypatch.setattr(hub, "enable_progress_bars", interrupted)
+    with pytest.raises(KeyboardInterrupt), quiet_libraries():
+        assert hub.are_progress_bars_disabled()
+    with quiet_libraries():
+        assert hub.are_progress_bars_disabled()
+    assert not hub.are_progress_bars_disabled()
