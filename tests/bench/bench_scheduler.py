@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import statistics
 import time
@@ -32,20 +33,21 @@ from minilora_hub.demo.runs.runner import Runner
 from minilora_hub.demo.runs.scheduled import page_scheduler
 from minilora_hub.serving import batching_manager
 
-PROMPT = "Tell a long story about the number {} and a house by the sea, with many words"
-QUESTION = "Write this in digits: seven thousand, eight hundred and ten"
+PROMPT = "{} is the number about which I want a long story with a house by the sea and many words"
+QUESTION = "{}: write this number in words, and then the next"
 APART = batching_manager.MANY_STREAMS
 NEVER = 1 << 30
 
 
 class Bench:
-    """A page's models and scheduler, whose answers end at their length only."""
+    """A page's models and scheduler. While it is `endless`, answers end at their length only."""
 
     def __init__(self, base: str) -> None:
         self.engine = CompareEngine(base, shipped_adapters())
         self.runner = Runner(self.engine, scheduler=page_scheduler(self.engine, PageLimits()))
         self.steps: list[tuple[int, float, float]] = []  # tokens, seconds, seconds of a small product
         self.endless = True
+        self.numbers = itertools.count(1001, 7)  # no two prompts begin alike: their first tokens would be shared
         answers, forward = self.engine.answers, self.engine.bank.model.forward
         weights = [torch.randn(12, 576) for _ in range(50)]
         rows = torch.randn(2, 576)
@@ -71,7 +73,8 @@ class Bench:
         self.engine.answers, self.engine.bank.model.forward = endless, timed
 
     async def compare(self, prompt: str, tokens: int) -> float:
-        """Run a comparison; seconds until every column has a token."""
+        """Run a comparison with a number of its own in the prompt; seconds until every column has a token."""
+        prompt = prompt.format(next(self.numbers))
         began, first, waiting = time.perf_counter(), 0.0, set(range(len(self.engine.columns)))
         async for moment in self.runner.answer(prompt, Sampling(tokens), self.engine.columns):
             waiting -= {update.row for update in moment.updates or () if update.token_id is not None}
@@ -82,15 +85,15 @@ class Bench:
     def workers(self, rounds: int) -> dict:
         """Milliseconds of a step and microseconds of a product, with workers in the main thread and without."""
         found: dict = {name: {"step_ms": [], "product_us": []} for name in ("with", "without")}
-        asyncio.run(self.compare(PROMPT.format(0), 16))  # warms up
-        for number in range(rounds):
+        asyncio.run(self.compare(PROMPT, 16))  # warms up
+        for _ in range(rounds):
             for name, here in found.items():
                 if name == "with":
                     torch.ones(1 << 20).sin_()
                 else:
                     release_workers()
                 self.steps.clear()
-                asyncio.run(self.compare(PROMPT.format(1 + number), 16))
+                asyncio.run(self.compare(PROMPT, 16))
                 steps = [one for one in self.steps if one[0] == len(self.engine.columns)]
                 here["step_ms"].append(1e3 * statistics.median(seconds for _, seconds, _ in steps))
                 here["product_us"].append(1e6 * statistics.median(product for *_, product in steps))
@@ -99,14 +102,14 @@ class Bench:
 
     async def newcomers(self, rounds: int, others: int) -> dict:
         """Seconds until a newcomer's first tokens."""
-        busy = [asyncio.create_task(self.compare(PROMPT.format(number), 512)) for number in range(others)]
+        busy = [asyncio.create_task(self.compare(PROMPT, 512)) for _ in range(others)]
         await asyncio.sleep(15)  # until all of them generate
         rows = {"together": NEVER, "apart": APART}
         found: dict = {name: {"first_token_s": []} for name in rows}
         for number in range(rounds):
             for name, many in rows.items():
                 batching_manager.MANY_STREAMS = many
-                found[name]["first_token_s"].append(await self.compare(PROMPT.format(1000 + number), 2))
+                found[name]["first_token_s"].append(await self.compare(PROMPT, 2))
                 await asyncio.sleep(0.1 * number)  # so that it comes at another time in a step
         assert not any(one.done() for one in busy), "the others have ended: fewer rounds"
         for one in busy:
