@@ -46,7 +46,7 @@ def require_encodable(value: Any, name: str) -> None:
         ValueError: a string in `value` has a lone surrogate.
     """
     if found := lone_surrogate(value):
-        raise ValueError(f"{name}: must not contain lone surrogates ({found}), which cannot be encoded")
+        raise ValueError(f"{name}: must not contain lone surrogates ({found}), which UTF-8 cannot encode")
 
 
 def inline(value: object) -> str:

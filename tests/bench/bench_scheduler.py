@@ -7,7 +7,8 @@ Comparisons over the base and the shipped adapters, without a browser or HTTP; n
 workers   a step of one comparison's columns, and a product of two rows with a small weight in the same thread, while
           the main thread has OpenMP workers of its own, and after it has let them go, in turns
 newcomer  from the request until every column has its first token, beside other comparisons that never end: read in a
-          step in which those rows generate as well, and in one of its own, in turns
+          step in which those rows generate as well, and in one of its own, in turns; and how long those rows wait for
+          their next token then
 asking    the same beside comparisons that end as they will, each of which begins again at once
 """
 
@@ -20,6 +21,7 @@ import itertools
 import json
 import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -46,6 +48,7 @@ class Bench:
         self.engine = CompareEngine(base, shipped_adapters())
         self.runner = Runner(self.engine, scheduler=page_scheduler(self.engine, PageLimits()))
         self.steps: list[tuple[int, float, float]] = []  # tokens, seconds, seconds of a small product
+        self.ends: list[tuple[int, float]] = []  # tokens, and when the step ended
         self.endless = True
         self.numbers = itertools.count(1001, 7)  # no two prompts begin alike: their first tokens would be shared
         answers, forward = self.engine.answers, self.engine.bank.model.forward
@@ -68,6 +71,7 @@ class Bench:
             result = forward(**inputs)
             seconds = time.perf_counter() - began
             self.steps.append((inputs["input_ids"].shape[1], seconds, statistics.median(product)))
+            self.ends.append((inputs["input_ids"].shape[1], began + seconds))
             return result
 
         self.engine.answers, self.engine.bank.model.forward = endless, timed
@@ -104,19 +108,22 @@ class Bench:
         """Seconds until a newcomer's first tokens."""
         busy = [asyncio.create_task(self.compare(PROMPT, 512)) for _ in range(others)]
         await asyncio.sleep(15)  # until all of them generate
-        rows = {"together": NEVER, "apart": APART}
-        found: dict = {name: {"first_token_s": []} for name in rows}
+        ways, rows = {"together": NEVER, "apart": APART}, others * len(self.engine.columns)
+        found: dict = {name: {"first_token_s": [], "longest_wait_s": []} for name in ways}
         for number in range(rounds):
-            for name, many in rows.items():
+            for name, many in ways.items():
                 batching_manager.MANY_STREAMS = many
+                del self.ends[:-1]
                 found[name]["first_token_s"].append(await self.compare(PROMPT, 2))
+                generated = [end for tokens, end in self.ends if tokens >= rows]
+                found[name]["longest_wait_s"].append(max(after - end for end, after in pairwise(generated)))
                 await asyncio.sleep(0.1 * number)  # so that it comes at another time in a step
         assert not any(one.done() for one in busy), "the others have ended: fewer rounds"
         for one in busy:
             one.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(*busy)
-        return {"others": others, "rows": others * len(self.engine.columns)} | medians(found)
+        return {"others": others, "rows": rows} | medians(found)
 
     async def asking(self, rounds: int, others: int) -> dict:
         """Seconds until a newcomer's first tokens, beside those who ask as visitors of the page do."""

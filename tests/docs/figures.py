@@ -169,10 +169,12 @@ def scheduler() -> str:
     newcomer, asking = held["newcomer"], held["asking"]
     first = asking["first_token_s"]
     together, apart = (newcomer[name]["first_token_s"]["median"] for name in ("together", "apart"))
+    wait = newcomer["apart"]["longest_wait_s"]["median"] / newcomer["together"]["longest_wait_s"]["median"]
     return paragraph(
         f"With the shipped adapters on two cores (`python tests/bench/bench_scheduler.py`): beside {newcomer['rows']} "
         f"rows that generate, the first tokens of a comparison come after {apart:.2f} s, {apart / together:.2f} of the "
-        f"time when its prompt is read in a step in which they generate as well. Without workers in another thread a "
+        f"time when its prompt is read in a step in which they generate as well, and those rows wait "
+        f"{wait:.2f} of the time for their next token. Without workers in another thread a "
         f"product of two rows with a small weight takes {new['product_us']['median']:.0f} µs instead of "
         f"{old['product_us']['median']:.0f}, and a step of five columns "
         f"{new['step_ms']['median'] / old['step_ms']['median']:.2f} of the time. While {asking['others']} visitors ask "
