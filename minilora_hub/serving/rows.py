@@ -25,6 +25,8 @@ class ServedRow:
             `deliver`.
         cancelled: whether its client has left.
         status: HTTP status of its error, if it ends with one.
+        number: order in which it was submitted.
+        first: whether it is the first of its request.
         key: its name in the manager; rows are sorted by it.
         space: whose its tokens are in the manager; see `TokenSpaces`.
         version: of its adapter's files when it was submitted; None where it shares nothing.
@@ -41,6 +43,8 @@ class ServedRow:
     stepped: Callable[[], None] = lambda: None
     cancelled: bool = False
     status: int = 500
+    number: int = 0
+    first: bool = False
     key: str = ""
     space: int = 0
     version: Hashable | None = None

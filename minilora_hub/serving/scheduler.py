@@ -91,7 +91,8 @@ class Scheduler:
         return differs(bank, self._manager.batch_processor)
 
     def _build(self, model: Any, share: bool) -> ContinuousBatchingManager:
-        return build_manager(model, self.limits, self._step, self._leaving, self._removed, self._failed, share)
+        heard = (self._step, self._leaving, self._removed, self._failed, self._rows.get)
+        return build_manager(model, self.limits, *heard, share)
 
     def start(self) -> None:
         """Start the thread, unless it has been started."""
@@ -137,14 +138,15 @@ class Scheduler:
         """
         with self._lock:
             self.require_room(sum(row.bounded for row in rows))
-            for row in rows:
+            for index, row in enumerate(rows):
+                row.number, row.first = next(self._numbers), index == 0
                 entry = None if row.adapter is None else self.engine.bank.find(row.adapter)
                 if entry is not None:
                     row.held.enter_context(self.engine.bank.keep(entry.name))
                 mixture = entry is not None and entry.facts.experts > 0
                 solo = row.answer.row.solo_expert
                 expert = "" if solo is None else f"{solo:04}"
-                row.key = f"{int(mixture)} {row.adapter or ''} {expert} {next(self._numbers):012}"
+                row.key = f"{int(mixture)} {row.adapter or ''} {expert} {row.number:012}"
                 if not row.answer.scoring:  # the tokens of a shared prefix are not computed, and have no scores
                     row.version = "base" if row.adapter is None else entry and entry.version
                 if self.row_by_row is None:

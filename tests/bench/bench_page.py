@@ -7,7 +7,8 @@ A server of its own with the shipped adapters, chromium as the visitor; needs a 
 usable      from the server's start, after its imports and with the models loaded, until the page can be typed into
 first token from the click on Run until every column shows text, seen in the page
 visitors    gradio clients that ask at once: each one's time as a multiple of its fair share, which is the time that one
-            alone takes times their number; and the time until each has its first token
+            alone takes times their number; and the time until each has its first token, and one in every column
+newcomer    one more beside all the others, who ask again and again in another process
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from urllib.parse import urlsplit
 
 CHROMIUM_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 PROMPT = "Write this in digits: seven thousand, eight hundred and ten"
+NEW = "{}: write this number in words, then in digits, and the next one"  # no visitor reads what another has read
 TOKENS = 24
 
 
@@ -91,39 +93,82 @@ def client_of(address: str):
     return Client(address, verbose=False)
 
 
-def ask(client, into: list[tuple[float, float]], start: threading.Barrier | None = None) -> None:
-    """One visitor: seconds to the first token, and to the end."""
+def ask(client, number: int, into: list[tuple[float, float, float]], start: threading.Barrier | None = None) -> None:
+    """One visitor: seconds to the first token, to one in every column, and to the end."""
     if start is not None:
         start.wait()
-    began, first = time.perf_counter(), None
-    for item in client.submit(PROMPT, max_new_tokens=TOKENS, api_name="/compare"):
-        if first is None and all(row["tokens"] for row in item["rows"]):
-            first = time.perf_counter() - began
-    assert first is not None
+    began, seconds = time.perf_counter(), {}
+    for item in client.submit(NEW.format(number), max_new_tokens=TOKENS, api_name="/compare"):
+        for some in (any, all):
+            if some(row["tokens"] for row in item["rows"]):
+                seconds.setdefault(some, time.perf_counter() - began)
     assert all(row["error"] is None for row in item["rows"])
-    into.append((first, time.perf_counter() - began))
+    into.append((seconds[any], seconds[all], time.perf_counter() - began))
 
 
 def many(address: str, visitors: int) -> dict:
     """All at once, against one alone."""
-    alone: list[tuple[float, float]] = []
+    alone: list[tuple[float, float, float]] = []
     clients = [client_of(address) for _ in range(visitors)]
-    for _ in range(3):
-        ask(clients[0], alone)
-    together: list[tuple[float, float]] = []
+    for number in range(3):
+        ask(clients[0], 1001 + number, alone)
+    together: list[tuple[float, float, float]] = []
     start = threading.Barrier(visitors)
-    threads = [threading.Thread(target=ask, args=(client, together, start)) for client in clients]
+    threads = [
+        threading.Thread(target=ask, args=(client, 2001 + 7 * index, together, start))
+        for index, client in enumerate(clients)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    one = statistics.median(end for _, end in alone)
+    one = statistics.median(end for *_, end in alone)
     return {
         "visitors": visitors,
         "served": len(together),
         "seconds_alone": one,
-        "longest_as_fair_shares": max(end for _, end in together) / (visitors * one),
-        "first_token_longest": max(first for first, _ in together),
+        "longest_as_fair_shares": max(end for *_, end in together) / (visitors * one),
+        "first_token_median": statistics.median(first for first, *_ in together),
+        "first_token_longest": max(first for first, *_ in together),
+        "all_columns_median": statistics.median(every for _, every, _ in together),
+        "all_columns_longest": max(every for _, every, _ in together),
+    }
+
+
+def ask_again(address: str, visitors: int) -> None:
+    """Visitors who ask for ever."""
+
+    def again(first: int) -> None:
+        client = client_of(address)
+        for number in range(first, first + 1000):
+            ask(client, number, [])
+
+    threads = [threading.Thread(target=again, args=(10_000 * (index + 1),)) for index in range(visitors)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.5)  # so that they don't ask in step
+    for thread in threads:
+        thread.join()
+
+
+def newcomer(context, address: str, others: int, rounds: int) -> dict:
+    """Seconds until one more visitor's first tokens."""
+    busy = context.Process(target=ask_again, args=(address, others), daemon=True)
+    busy.start()
+    taken: list[tuple[float, float, float]] = []
+    try:
+        client = client_of(address)
+        time.sleep(20)  # until all of them generate
+        for number in range(rounds):
+            ask(client, 5001 + 7 * number, taken)
+            time.sleep(1)
+    finally:
+        busy.terminate()
+        busy.join()
+    names = ("first_token_s", "all_columns_s")
+    return {"others": others} | {
+        name: {"median": statistics.median(all_), "all": all_}
+        for name, all_ in zip(names, list(zip(*taken, strict=True))[:2], strict=True)
     }
 
 
@@ -156,6 +201,7 @@ def main() -> None:
             first = first_token_seconds(page, options.rounds)
             found["first_token_seconds"] = {"median": statistics.median(first), "all": first}
             found["many"] = many(address, options.visitors)
+            found["newcomer"] = newcomer(context, address, options.visitors - 1, 2 * options.rounds)
         finally:
             server.terminate()
             server.join()

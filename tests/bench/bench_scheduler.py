@@ -6,9 +6,9 @@ Comparisons over the base and the shipped adapters, without a browser or HTTP; n
 
 workers   a step of one comparison's columns, and a product of two rows with a small weight in the same thread, while
           the main thread has OpenMP workers of its own, and after it has let them go, in turns
-newcomer  from the request until every column has its first token, beside other comparisons that never end: read in a
-          step in which those rows generate as well, and in one of its own, in turns; and how long those rows wait for
-          their next token then
+newcomer  from the request until the first column has a token, and until every column has, beside other comparisons that
+          never end: read in a step in which those rows generate as well, and in steps of its own, in turns; and how
+          long those rows wait for their next token then
 asking    the same beside comparisons that end as they will, each of which begins again at once
 """
 
@@ -76,15 +76,19 @@ class Bench:
 
         self.engine.answers, self.engine.bank.model.forward = endless, timed
 
-    async def compare(self, prompt: str, tokens: int) -> float:
-        """Run a comparison with a number of its own in the prompt; seconds until every column has a token."""
+    async def compare(self, prompt: str, tokens: int) -> tuple[float, float]:
+        """Run a comparison with a number of its own in the prompt.
+
+        Returns:
+            Seconds until a column has a token, and until every column has.
+        """
         prompt = prompt.format(next(self.numbers))
-        began, first, waiting = time.perf_counter(), 0.0, set(range(len(self.engine.columns)))
+        began, seen = time.perf_counter(), {}
         async for moment in self.runner.answer(prompt, Sampling(tokens), self.engine.columns):
-            waiting -= {update.row for update in moment.updates or () if update.token_id is not None}
-            if not waiting and not first:
-                first = time.perf_counter() - began
-        return first
+            for update in moment.updates or ():
+                if update.token_id is not None:
+                    seen.setdefault(update.row, time.perf_counter() - began)
+        return min(seen.values()), max(seen.values())
 
     def workers(self, rounds: int) -> dict:
         """Milliseconds of a step and microseconds of a product, with workers in the main thread and without."""
@@ -109,12 +113,14 @@ class Bench:
         busy = [asyncio.create_task(self.compare(PROMPT, 512)) for _ in range(others)]
         await asyncio.sleep(15)  # until all of them generate
         ways, rows = {"together": NEVER, "apart": APART}, others * len(self.engine.columns)
-        found: dict = {name: {"first_token_s": [], "longest_wait_s": []} for name in ways}
+        found: dict = {name: {"first_token_s": [], "all_columns_s": [], "longest_wait_s": []} for name in ways}
         for number in range(rounds):
             for name, many in ways.items():
                 batching_manager.MANY_STREAMS = many
                 del self.ends[:-1]
-                found[name]["first_token_s"].append(await self.compare(PROMPT, 2))
+                first, every = await self.compare(PROMPT, 2)
+                found[name]["first_token_s"].append(first)
+                found[name]["all_columns_s"].append(every)
                 generated = [end for tokens, end in self.ends if tokens >= rows]
                 found[name]["longest_wait_s"].append(max(after - end for end, after in pairwise(generated)))
                 await asyncio.sleep(0.1 * number)  # so that it comes at another time in a step
@@ -135,14 +141,15 @@ class Bench:
 
         busy = [asyncio.create_task(again_and_again()) for _ in range(others)]
         await asyncio.sleep(5)
-        taken = []
+        taken: dict = {"first_token_s": [], "all_columns_s": []}
         for _ in range(rounds):
-            taken.append(await self.compare(QUESTION, 2))
+            for name, seconds in zip(taken, await self.compare(QUESTION, 2), strict=True):
+                taken[name].append(seconds)
             await asyncio.sleep(2)
         for one in busy:
             one.cancel()
         await asyncio.gather(*busy, return_exceptions=True)
-        return {"others": others, "first_token_s": {"median": statistics.median(taken), "all": taken}}
+        return {"others": others} | medians({"": taken})[""]
 
 
 def medians(found: dict) -> dict:

@@ -151,14 +151,18 @@ def push() -> str:
 def page() -> str:
     """How quickly the page answers, alone and with many visitors."""
     held = results("page")
-    many = held["many"]
+    many, newcomer = held["many"], held["newcomer"]
+    first, every = (newcomer[name]["median"] for name in ("first_token_s", "all_columns_s"))
     return paragraph(
         f"With the shipped adapters on two cores (`python tests/bench/bench_page.py`): the page is usable "
         f"{held['usable_seconds']:.1f} s after the server's start (imports and models aside), the first token of all "
         f"five columns appears {held['first_token_seconds']['median']:.2f} s after the click, and of "
         f"{many['visitors']} visitors who ask at once, {many['served']} are served and none waits longer than "
-        f"{many['longest_as_fair_shares']:.2f} times the fair share, or than {many['first_token_longest']:.1f} s for "
-        f"the first token."
+        f"{many['longest_as_fair_shares']:.2f} times the fair share. They have a first token after "
+        f"{many['first_token_median']:.1f} s (the longest: {many['first_token_longest']:.1f}), and one in every "
+        f"column after {many['all_columns_median']:.1f} s (the longest: {many['all_columns_longest']:.1f}). Beside "
+        f"{newcomer['others']} who ask again and again, one more has a first token after {first:.1f} s, and one in "
+        f"every column after {every:.1f} s. All visitors' programs run on the same two cores."
     )
 
 
@@ -167,19 +171,23 @@ def scheduler() -> str:
     held = results("scheduler")
     old, new = held["workers"]["with"], held["workers"]["without"]
     newcomer, asking = held["newcomer"], held["asking"]
-    first = asking["first_token_s"]
-    together, apart = (newcomer[name]["first_token_s"]["median"] for name in ("together", "apart"))
+    first, every = (asking[name] for name in ("first_token_s", "all_columns_s"))
+    together, apart = (newcomer[name] for name in ("together", "apart"))
+    soon, soon_before, all_, all_before = (
+        each[name]["median"] for name in ("first_token_s", "all_columns_s") for each in (apart, together)
+    )
     wait = newcomer["apart"]["longest_wait_s"]["median"] / newcomer["together"]["longest_wait_s"]["median"]
     return paragraph(
         f"With the shipped adapters on two cores (`python tests/bench/bench_scheduler.py`): beside {newcomer['rows']} "
-        f"rows that generate, the first tokens of a comparison come after {apart:.2f} s, {apart / together:.2f} of the "
-        f"time when its prompt is read in a step in which they generate as well, and those rows wait "
-        f"{wait:.2f} of the time for their next token. Without workers in another thread a "
-        f"product of two rows with a small weight takes {new['product_us']['median']:.0f} µs instead of "
+        f"rows that generate, the first token of a comparison comes after {soon:.2f} s and one in every column after "
+        f"{all_:.2f} s, {soon / soon_before:.2f} and {all_ / all_before:.2f} of the time when its prompts are read "
+        f"in a step in which they generate as well, and those rows wait {wait:.2f} of the time for their next token. "
+        f"While {asking['others']} visitors ask again and again, one more has the first token after "
+        f"{first['median']:.2f} s (the longest of {len(first['all'])}: {max(first['all']):.2f}), one in every column "
+        f"after {every['median']:.2f} s ({max(every['all']):.2f}). Without workers in another thread a product of two "
+        f"rows with a small weight takes {new['product_us']['median']:.0f} µs instead of "
         f"{old['product_us']['median']:.0f}, and a step of five columns "
-        f"{new['step_ms']['median'] / old['step_ms']['median']:.2f} of the time. While {asking['others']} visitors ask "
-        f"again and again, one more has the first token of all columns after {first['median']:.2f} s (the longest of "
-        f"{len(first['all'])}: {max(first['all']):.2f})."
+        f"{new['step_ms']['median'] / old['step_ms']['median']:.2f} of the time."
     )
 
 
