@@ -5,6 +5,7 @@ A trial whose process was killed has no result in the journal, so `TrialStore.ne
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from minilora_hub.training.run_folder import is_empty
 JOURNAL_FILE = "sweep.log"
 ATTEMPTS = 200
 SHOWN = 3
+LONGEST_NAME = 150  # of a trial's folder, in characters
 
 Search = Literal["grid", "tpe"]
 
@@ -185,7 +187,11 @@ class TrialStore:
             name: params[name] if isinstance(varied, Range) else json.loads(params[name])
             for name, varied in self._vary.items()
         }
-        return Trial(values, _folder_name(values))
+        shown = {  # two numbers of a range that are alike in six digits are one trial; listed ones are what they are
+            name: f"{value:.6g}" if isinstance(value, float) and isinstance(self._vary[name], Range) else value
+            for name, value in values.items()
+        }
+        return Trial(values, _folder_name(shown))
 
     def _sampler(self) -> Any:
         from optuna.samplers import GridSampler, TPESampler
@@ -222,9 +228,17 @@ def _as_json(values: Any) -> list[str]:
 
 
 def _folder_name(values: dict[str, Any]) -> str:
-    """Return e.g. ``learning_rate=0.001,r=8``; characters that a path may not contain become ``_``."""
-    parts = (f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items())
-    return "".join(c if c.isalnum() or c in "=,._-" else "_" for c in ",".join(parts))[:150]
+    """Return e.g. ``learning_rate=0.001,r=8``.
+
+    Characters that a path may not contain become ``_``. Where that changes the name, or it is too long, a hash of what
+    it would be ends it: two trials never share a folder.
+    """
+    name = ",".join(f"{name}={value}" for name, value in values.items())
+    path = "".join(c if c.isalnum() or c in "=,._-" else "_" for c in name)
+    if path == name and len(path) <= LONGEST_NAME:
+        return path
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return f"{path[: LONGEST_NAME - 9]}-{digest}"
 
 
 def _require_comparable(out: Path, before: dict[str, Any], request: dict[str, Any]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 from tiny_training import SHORT
@@ -16,7 +18,7 @@ from minilora_hub.cli import main
 from minilora_hub.errors import TrainingError
 from minilora_hub.training import sweep as module
 from minilora_hub.training.sweep import sweep
-from minilora_hub.training.sweep_trials import Range, parse_values
+from minilora_hub.training.sweep_trials import Range, TrialStore, parse_values
 
 FIXED = {name: value for name, value in SHORT.items() if name not in ("r", "learning_rate")} | {"validation": 0.25}
 
@@ -145,6 +147,22 @@ def test_a_search_stays_in_its_ranges_and_can_go_on(base, rows, tmp_path):
         assert 1e-4 <= trial.values["learning_rate"] <= 1e-1
         assert trial.values["r"] in range(2, 9)
     assert len({trial.values["learning_rate"] for trial in result.trials}) == 4
+
+
+def test_every_combination_has_a_folder_of_its_own(tmp_path):
+    """However alike they are, or long."""
+    long = "a" * 200
+    vary = {"learning_rate": [1e-3, 1.00000001e-3], "data": ["a/b", "a_b", f"{long}1", f"{long}2"]}
+    store = TrialStore(tmp_path, vary, "grid", 0, {"inputs": {}, "search": "grid", "vary": {}, "settings": {}})
+    trials = []
+    while (trial := store.next()) is not None:
+        store.end(replace(trial, state="finished", validation_loss=1.0))
+        trials.append(trial)
+    asked = [(trial.values["learning_rate"], trial.values["data"]) for trial in trials]
+    assert sorted(asked) == sorted(itertools.product(*vary.values()))
+    assert len({trial.folder for trial in trials}) == 8
+    assert max(len(trial.folder) for trial in trials) == 150
+    assert "learning_rate=0.001,data=a_b" in {trial.folder for trial in trials}  # what can be a name is one
 
 
 def test_a_budget_ends_it(base, rows, tmp_path):
