@@ -2,15 +2,15 @@
 
 Its manager hands the queries of all rows and the keys of all rows to one call, and a mask hides those of other rows:
 the work grows with the square of the number of rows. Kernels that know where a row begins exist for GPUs only. Here
-each row's queries meet its own keys, by the same functions of transformers, rows of one length together (the columns of
-a comparison are such rows), and forwards that are not packed go to them as before.
+each row's queries meet its own keys, by the same functions of transformers, rows of one length together wherever they
+stand (the columns of a comparison are such rows), and forwards that are not packed go to them as before.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -81,24 +81,32 @@ def _each_row(
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
     options = {name: kwargs[name] for name in KEPT if name in kwargs}
-    sizes = [[stop - start for start, stop in pairwise(kwargs[f"cu_seq_lens_{each}"].tolist())] for each in "qk"]
-    parts, start, first = [], 0, 0
-    for (queries, keys), group in groupby(zip(*sizes, strict=True)):
-        count = len(list(group))
+    starts = [kwargs[f"cu_seq_lens_{each}"].tolist() for each in "qk"]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, ((first, stop), (key_first, key_stop)) in enumerate(zip(*map(pairwise, starts), strict=True)):
+        groups.setdefault((stop - first, key_stop - key_first), []).append(row)
+    found: list[Any] = [None] * (len(starts[0]) - 1)
+    for (queries, keys), rows in groups.items():
         mask, window = None, min(kwargs.get("sliding_window") or keys, keys)
         if window < keys or (queries > 1 and (queries < keys or attention is not sdpa_attention_forward)):
             mask = _mask(queries, keys, window, query)  # otherwise all may be looked at, or `sdpa` is causal by itself
-        stop, last = start + count * queries, first + count * keys
-        asked = _rows(query[:, :, start:stop], count)
-        seen = (_rows(states[:, :, first:last], count) for states in (key, value))
-        parts.append(attention(module, asked, *seen, mask, **options)[0].flatten(0, 1))
-        start, first = stop, last
-    return torch.cat(parts)[None]
+        asked = _rows(query, [starts[0][row] for row in rows], queries)
+        seen = (_rows(states, [starts[1][row] for row in rows], keys) for states in (key, value))
+        answers = attention(module, asked, *seen, mask, **options)[0]
+        for row, answer in zip(rows, answers, strict=True):
+            found[row] = answer
+    return torch.cat(found)[None]
 
 
-def _rows(states: torch.Tensor, count: int) -> torch.Tensor:
-    """Return (rows, heads, tokens, size) of rows of one length, which are packed in (1, heads, tokens of all, size)."""
-    return states[0].unflatten(1, (count, -1)).transpose(0, 1)
+def _rows(states: torch.Tensor, starts: list[int], length: int) -> torch.Tensor:
+    """Return (rows, heads, length, size) of rows that are packed in (1, heads, tokens of all, size).
+
+    It is a copy only where the rows are not adjacent.
+    """
+    first, count = starts[0], len(starts)
+    if starts[-1] == first + (count - 1) * length:
+        return states[0, :, first : first + count * length].unflatten(1, (count, length)).transpose(0, 1)
+    return torch.stack([states[0, :, start : start + length] for start in starts])
 
 
 def _mask(queries: int, keys: int, window: int, like: torch.Tensor) -> torch.Tensor:

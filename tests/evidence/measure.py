@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from evidence.plan import EVALUATION_DTYPE, FEW_SHOT, TASKS, TEST_ITEMS, TRAIN_ITEMS, VALIDATION_ITEMS, Run
+from evidence.plan import DTYPE, FEW_SHOT, TASKS, TEST_ITEMS, TRAIN_ITEMS, VALIDATION_ITEMS, Run
 from evidence.store import CODE
 from evidence.tables import bits
 
@@ -86,7 +86,7 @@ def make(run: Run, work: Path) -> dict[str, Any]:
     result["validation_loss"] = min(loss for _, loss in result["validation"])
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     if run.part not in ("sweep", "full"):
-        report = measured([out], run.part, work)
+        report = measured([out], run.part, work, dtype=run.dtype)
         result |= told_of(report, report.models[-1])
     return result
 
@@ -127,7 +127,7 @@ def build_shipped(adapter: Path, out: Path) -> None:
         shutil.move(built.folder, out)
 
 
-def measured(adapters: list[Path], part: str, work: Path, few_shot: int = 0) -> Report:
+def measured(adapters: list[Path], part: str, work: Path, few_shot: int = 0, dtype: str = DTYPE) -> Report:
     """The test items, the held-out formats where a seed is measured, and general text."""
     return evaluate(
         adapters,
@@ -137,7 +137,7 @@ def measured(adapters: list[Path], part: str, work: Path, few_shot: int = 0) -> 
         few_shot=few_shot,
         held_out=part == "seeds",
         perplexity=True,
-        dtype=EVALUATION_DTYPE,
+        dtype=dtype,
         cache=work / "answers",
     )
 

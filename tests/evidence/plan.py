@@ -49,12 +49,14 @@ TEST_ITEMS = {"seeds": None, "single": 250, "trial": None}
 
 TRAINING: dict[str, Any] = {
     "batch_size": 8,
-    "dtype": "bfloat16",
     "save_dtype": "bfloat16",
     "attention": "eager",
     "keep_checkpoints": 1,
 }
-EVALUATION_DTYPE = "bfloat16"
+DTYPE = "bfloat16"
+"""In which runs are trained and measured."""
+SINGLE_DTYPES = {"lora": DTYPE, "mixlora": DTYPE, "dora": "float32", "mixdora": "float32"}
+"""The same of single tasks: two methods were run on a processor whose products in bfloat16 take eight times as long."""
 FEW_SHOT = 4
 """Examples that the base is shown in its second measurement."""
 
@@ -92,6 +94,11 @@ class Run:
         return f"{self.method}{variant}-{self.data}-lr{self.learning_rate:g}"
 
     @property
+    def dtype(self) -> str:
+        """In which it is trained and measured."""
+        return SINGLE_DTYPES[self.method] if self.part == "single" else DTYPE
+
+    @property
     def adapter(self) -> str:
         """The folder of what it trains: a run at full length is the first seed's, if its learning rate is chosen."""
         return f"{self._what}-seed{self.seed}-steps{self.steps}"
@@ -106,6 +113,7 @@ class Run:
             "max_steps": self.steps,
             "save_every": self.steps // 4 if self.steps == STEPS else self.steps // 2,
             **TRAINING,
+            "dtype": self.dtype,
             **ADAPTERS[self.method],
             **(VARIANTS[self.variant] if self.variant else {}),
         }

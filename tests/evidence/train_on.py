@@ -38,7 +38,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evidence.measure import finish, work_folder
-from evidence.plan import EVALUATION_DTYPE, MIX, TASKS, TRAINING
+from evidence.plan import DTYPE, MIX, TASKS, TRAINING
 from evidence.store import CODE, RESULTS, command_line, keep
 from evidence.tables import bits
 
@@ -79,12 +79,12 @@ class Sizes:
 
     steps: int
     items: int
-    dtype: str = EVALUATION_DTYPE
+    dtype: str = DTYPE
 
     @property
     def precision(self) -> str:
         """The end of names of files and folders."""
-        return "" if self.dtype == EVALUATION_DTYPE else f"-{self.dtype}"
+        return "" if self.dtype == DTYPE else f"-{self.dtype}"
 
     def named(self, step: str) -> str:
         """The name of a step's file."""
@@ -325,7 +325,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps for one task")
     parser.add_argument("--items", type=int, default=100, help="test items of each task")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=EVALUATION_DTYPE)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=DTYPE)
     arguments = parser.parse_args()
     if arguments.what == "report":
         from evidence.train_on_report import report

@@ -8,14 +8,14 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from evidence.plan import EVALUATION_DTYPE, TASKS
+from evidence.plan import DTYPE, TASKS
 from evidence.tables import percent, table
 from evidence.train_on import FOLDER, Runs, Sizes
 
 
 def _kind(result: dict[str, Any]) -> tuple[str, int, int, str]:
     """What the results of one table have in common."""
-    return result["part"], result["steps"], result["items"], result.get("dtype", EVALUATION_DTYPE)
+    return result["part"], result["steps"], result["items"], result.get("dtype", DTYPE)
 
 
 def report() -> str:
