@@ -270,6 +270,20 @@ def decode() -> str:
     return before + "\n\n" + table(["", *held], rows)
 
 
+def products() -> str:
+    """Milliseconds of all products of the base, by the number of rows and the way."""
+    held = results("products")
+    before = paragraph(
+        "All products of the embedded base in float32, in ms, on the processor without AVX-512 (`python "
+        f"tests/bench/bench_products.py`). Reading the weights takes {held['reading']:.0f} ms, and the arithmetic "
+        "what it takes at the speed of a product of two large matrices:"
+    )
+    names = {"arithmetic": "arithmetic", "linear": "F.linear", "transposed": "W xᵀ", "oneDNN": "oneDNN",
+             "packed": "oneDNN, weights copied into its layout"}  # fmt: skip
+    rows = [[name, *(f"{row[key]:.0f}" for row in held["rows"].values())] for key, name in names.items()]
+    return before + "\n\n" + table(["rows", *held["rows"]], rows)
+
+
 def precision() -> str:
     """What the dtype of the base changes in answers."""
     held = results("precision")
@@ -302,6 +316,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "continued": train_on_report.report,
     "costs": costs,
     "decode": decode,
+    "products": products,
     "evidence": lambda: report.section(Store()),
     "federated": federated.report,
     "long": long_report.report,
