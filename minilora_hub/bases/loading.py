@@ -67,7 +67,7 @@ def load_base(
         raise BaseModelError(f"base {base.name!r} cannot be loaded: {' '.join(str(error).split())}") from error
     if device is not None:
         model.to(device)
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count = model.num_parameters()  # of which a quantizer may have packed several into one number
     size = f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
     if in_int8:
         from minilora_hub.bases.int8_linear import store_in_int8

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilora_hub.bases.loading import load_base, load_tokenizer
-from minilora_hub.bases.resolving import ResolvedBase, resolve_base
+from minilora_hub.bases.resolving import EMBEDDED, ResolvedBase, is_path, resolve_base
 from minilora_hub.errors import BaseModelError, MissingExtraError
 from minilora_hub.remote_code.adapter_files import base_fingerprint
 from minilora_hub.whole_folders import require_free, whole_folder
@@ -88,6 +88,8 @@ def quantize_base(
         raise ValueError(f"group_size={group_size}: NF4's groups have 64 weights; leave it out")
     if group_size is not None and group_size < 1:
         raise ValueError(f"group_size={group_size}: must be at least 1")
+    if revision is not None and (base == EMBEDDED or is_path(base)):
+        raise ValueError(f"revision={revision!r}: base {base!r} is not on the Hub, and has no revisions")
     require_free(out)
     package, extra = ("bitsandbytes", "quant") if kind == "nf4" else ("torchao", "lowbit")
     if find_spec(package) is None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from minilora_hub.cli.options import AsJson, Debug, print_json, print_table, say
+from minilora_hub.formatting import require_encodable
 
 Index = Annotated[Path, typer.Argument(metavar="INDEX", help="A file that `minilora route build` has written.")]
 
@@ -56,7 +57,7 @@ def build(
 
     resolved, fingerprint = common_base(base, found)
     model = load_base(resolved, dtype="float32", progress=say).eval()
-    index = AdapterIndex.build(model, load_tokenizer(resolved), resolved.name, fingerprint, texts)
+    index = AdapterIndex.build(model, load_tokenizer(resolved), _as_given(resolved.name), fingerprint, texts)
     index.save(out)
     if as_json:
         print_json({"index": str(out), "prompts": {adapter.name: adapter.prompts for adapter in index.adapters}})
@@ -80,6 +81,7 @@ def ask(
     from minilora_hub.compare.prompt_index import AdapterIndex, embedding
     from minilora_hub.remote_code.adapter_files import base_fingerprint
 
+    require_encodable(prompt, "--prompt")
     found = AdapterIndex.load(index)
     resolved = resolve_base(base or found.base)
     found.require_base(base_fingerprint(str(resolved.path)))

@@ -170,7 +170,9 @@ def base_for(base: str | None, adapters: Sequence[str | Path], progress: Callabl
         return common_base(None, found)[0].name
     resolved = resolve_base(base)
     for adapter in found:
-        if adapter.base not in (None, base, resolved.name, resolved.hub_id):
+        if adapter.base in (None, base, resolved.name, resolved.hub_id):
+            continue
+        if not (Path(adapter.base).is_dir() and resolved.path.samefile(adapter.base)):
             progress(f"note: {adapter.name} names the base {adapter.base!r}, and runs on {base!r} here")
     return base
 

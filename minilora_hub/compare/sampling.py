@@ -24,9 +24,9 @@ class Sampling:
         max_new_tokens: maximum number of tokens to generate, at least 1.
         temperature: 0 takes the most probable token (greedy); above 0 samples.
         top_p: when sampling, keep the most probable tokens that together reach this probability, in (0, 1].
-        top_k: when sampling, keep this many of the most probable tokens; 0 keeps all.
+        top_k: when sampling, keep this many of the most probable tokens; 0 keeps all. Below 2**63, as the seed.
         repetition_penalty: divides the positive scores of tokens already in the text, and multiplies the negative ones;
-            1 has no effect.
+            1 has no effect. From 0.01 to 10.
         seed: seed of each row's own random generator, at least 0.
         stop: an answer ends before the first of these strings, which is not shown.
 
@@ -45,21 +45,20 @@ class Sampling:
     def __post_init__(self) -> None:
         """Check the values."""
         _require(_is_int(self.max_new_tokens, 1), "max_new_tokens", self.max_new_tokens, "an integer of at least 1")
-        _require(_is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "at least 0")
+        _require(_is_number(self.temperature), "temperature", self.temperature, "a number of at least 0")
+        _require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
         _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0, at most 1")
-        _require(_is_int(self.top_k, 0), "top_k", self.top_k, "an integer of at least 0 (0 keeps all tokens)")
-        _require(
-            _is_number(self.repetition_penalty) and self.repetition_penalty > 0,
-            "repetition_penalty",
-            self.repetition_penalty,
-            "a number above 0 (1 changes nothing)",
-        )
+        need = "an integer from 0 to 2**63 - 1 (0 keeps all tokens)"
+        _require(_is_int(self.top_k, 0) and self.top_k < 2**63, "top_k", self.top_k, need)
+        penalty, need = self.repetition_penalty, "a number from 0.01 to 10 (1 changes nothing)"
+        _require(_is_number(penalty) and 0.01 <= penalty <= 10, "repetition_penalty", penalty, need)
         _require(_is_int(self.seed, 0) and self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
-        texts = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
-        _require(texts, "stop", self.stop, "a tuple of texts that are not empty")
+        _require(isinstance(self.stop, tuple), "stop", self.stop, "a tuple of texts")
+        for text in self.stop:
+            _require(isinstance(text, str) and text, "stop", text, "a text that is not empty")
 
 
-def _require(ok: bool, argument: str, value: object, need: str) -> None:
+def _require(ok: object, argument: str, value: object, need: str) -> None:
     if not ok:
         raise ValueError(f"{argument}={value!r}: must be {need}")
 

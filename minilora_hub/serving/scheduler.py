@@ -8,8 +8,8 @@ is added at its public seams:
   packed token has, and lets each row's `Answer` choose: seeds and penalties per row, logprobs, logits of a prompt, stop
   strings, routed experts, and errors that end one row.
 - A scheduler of ours, in its table of schedulers, sorts the rows of a step by adapter, so that each adapter's tokens
-  are adjacent, and says when a cancelled row is gone. Its order of service is that of transformers' `FIFOScheduler`, but
-  for the first row of each request, which overtakes, and for steps in which prompts are read alone.
+  are adjacent, and says when a cancelled row is gone. Its order of service is that of transformers' `FIFOScheduler`,
+  but for the first row of each request, which overtakes, and for steps in which prompts are read alone.
 - Attention on a CPU: see `packed_attention.py`. Bases whose layers can't tell packed rows apart, which are found by
   trying, run row by row in the same batches: see `forwards.py`.
 - Bounds of the queue, since its own blocks the caller where the queue is full.

@@ -138,7 +138,7 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
 
         Raises:
             ValueError: the base is adapted already, is not understood, has none of the targets, or has other weights
-                than the files it names; or its checkpoint lacks a tensor.
+                or settings than the files it names; or its checkpoint lacks a tensor.
         """
         cls._require_own_config(config)
         config = copy.deepcopy(config)
@@ -168,6 +168,8 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
                 f"The files of {config.base_model_name_or_path!r} are not on this machine, so it was not checked that "
                 "the base has their weights."
             )
+        if files_are_here:
+            cls._refuse_other_settings(base, config, cache_dir)
         if not loaded and config.modules_to_save is None and cls.auto_class.__name__ in CLASSIFYING:
             # Whether the head is in files is not known, so it is saved.
             names = [] if files_are_here else [name for name, _ in base.named_parameters()]
@@ -219,16 +221,21 @@ class AdaptedModel(DelegatesToBase, SavedAdapter):  # type: ignore[misc]  # forw
             raise ValueError(
                 f"{cls.__name__}.from_pretrained takes keyword arguments only, got {len(model_args)} positional"
             )
-        kwargs.pop("state_dict", None)
+        if kwargs.pop("state_dict", None) is not None:
+            raise ValueError("state_dict: an adapter has the weights of its file; call load_state_dict afterwards")
         shared = {name: kwargs.pop(name) for name in SHARED_HUB_ARGUMENTS if kwargs.get(name) is not None}
         where = {name: kwargs.pop(name) for name in ADAPTER_ONLY_ARGUMENTS if name in kwargs}
         where = {name: where[name] for name in ("revision", "subfolder") if where.get(name)} | shared
         if not isinstance(config, PreTrainedConfig):
             config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **where)
         config = copy.deepcopy(config)
+        config._check()  # transformers has set what was passed on top of the file's fields, unchecked
         file = cached_file(pretrained_model_name_or_path, ADAPTER_FILE, **where)
         dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None)
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+        if isinstance(dtype, str) and dtype != "auto":
+            dtype = getattr(torch, dtype, dtype)
+        if dtype not in (None, "auto") and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f'dtype={dtype!r}: must be "auto", a floating-point dtype of torch, or the name of one')
         dtype = dtype if isinstance(dtype, torch.dtype) else None
         base = base_model
         if not isinstance(base, torch.nn.Module):

@@ -6,6 +6,7 @@ errors here.
 """
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,14 @@ from .linear_layers import is_split, whole_tensor
 
 DIGEST_WIDTH = 2**14
 ROUNDED_TO = (torch.bfloat16, torch.float16)
+WITHOUT_EFFECT = re.compile(
+    r"_.*|.*dropout.*|.*drop_?(rate|path.*|prob.*)?|.*layerdrop|output_.*|return_.*|use_cache|.*_token_id|id2label"
+    r"|label2id|num_labels|problem_type|dtype|torch_dtype|architectures|auto_map|name_or_path|transformers_version"
+    r"|quantization_config|tie_.*|initializer.*|.*init_(range|std|scale)|.*aux_loss.*|.*z_loss.*|gradient_checkpointing"
+    r"|task_specific_params|finetuning_task|attn_implementation|experts_implementation|model_type"
+)
+"""Fields of a base's configuration that say how it is trained, stored or run, or what an adapter has of its own.
+Whether embeddings are tied is seen in the weights."""
 Digests = dict[str, tuple[torch.dtype, tuple[int, ...], Tensor]]
 MayLack = Callable[[Any, list[str]], list[str]]
 
@@ -93,11 +102,13 @@ def load_base(auto_class: Any, config: Any, trust_remote_code: bool, arguments: 
                 torch.manual_seed(seed)
             return load_checked(auto_class, source, trust_remote_code=trust_remote_code, **arguments)
     except (OSError, ValueError) as error:
-        hint = "pass base_model=<a folder or another Hub id>"
+        kind, hint = (OSError if isinstance(error, OSError) else ValueError), ""
         if "trust_remote_code" in str(error):
             hint = "the base runs code of its own: pass base_trust_remote_code=True if you trust it"
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"the base model {name!r} could not be loaded: {error}\nWhat to do: {hint}") from error
+        elif kind is OSError or str(error).startswith("the checkpoint"):  # else an argument is wrong
+            hint = "pass base_model=<a folder or another Hub id>"
+        advice = f"\nWhat to do: {hint}" if hint else ""
+        raise kind(f"the base model {name!r} could not be loaded: {error}{advice}") from error
 
 
 def load_base_for_adapter(
@@ -118,10 +129,17 @@ def load_base_for_adapter(
     base = load_base(auto_class, config, trust_remote_code, arguments)
     trained_on = config.base_fingerprint
     found = UNKNOWN if trained_on == UNKNOWN else fingerprint_of(config, shared.get("cache_dir"))
+    name, other, differing = config.base_model_name_or_path, "", []
     if found not in (UNKNOWN, trained_on):
+        other = f"with fingerprint {trained_on}, but {name!r} has {found}"
+    elif found != UNKNOWN and type(config.text_config) is type(base.config):  # the same weights, but is that all?
+        clauses = differing_settings(base.config, config.text_config)
+        differing = [clause for clause in clauses if clause.partition(" ")[0] not in others]  # which were asked for
+    if differing:
+        other = f"of another configuration than {name!r} has, whose {first_names(differing)}"
+    if other:
         warnings.warn(
-            f"this adapter was trained on a base with fingerprint {trained_on}, but "
-            f"{config.base_model_name_or_path!r} has {found}: its outputs may differ from those its author saw",
+            f"this adapter was trained on a base {other}: its outputs may differ from those its author saw",
             stacklevel=4,
         )
     return base
@@ -221,6 +239,35 @@ def differing_tensors(
         elif not _is_same(tensor.detach(), value):
             found.append(f"{name} has other values")
     return found + [f"{name} is in the files only" for name in theirs]
+
+
+def differing_settings(config: Any, other: Any) -> list[str]:
+    """Compare two configurations of a base, as far as outputs depend on them.
+
+    Args:
+        config: the base's.
+        other: another one of its class, or the folder that holds it.
+
+    Returns: the differences, a clause for each field, which begins with its name.
+    """
+    if isinstance(other, str):
+        with _without_report():
+            other = type(config).from_pretrained(other)
+    fields, others = (json.loads(json.dumps(each.to_dict(), default=str)) for each in (config, other))
+    return _differing_fields(fields, others, "")
+
+
+def _differing_fields(fields: dict[str, Any], others: dict[str, Any], parent: str) -> list[str]:
+    found: list[str] = []
+    for name in sorted(fields.keys() & others.keys()):  # a field that the class does not know has no effect
+        value, there = fields[name], others[name]
+        if value == there or WITHOUT_EFFECT.fullmatch(name):
+            continue
+        if isinstance(value, dict) and isinstance(there, dict) and name.endswith("_config"):
+            found += _differing_fields(value, there, f"{parent}{name}.")
+        else:
+            found.append(f"{parent}{name} is {value!r} instead of {there!r}")
+    return found
 
 
 def _values(tensor: Tensor) -> Tensor:

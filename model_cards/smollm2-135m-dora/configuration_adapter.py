@@ -110,10 +110,8 @@ class AdapterConfig(PreTrainedConfig):
         format_version: int = 1,
         **kwargs: Any,
     ) -> None:
-        need = f"this code reads format versions 1 to {FORMAT_VERSION}; update minilora_hub or use the repo's own code"
-        known = is_int(format_version, 1) and format_version <= FORMAT_VERSION
-        require(known, "format_version", format_version, need)
         self.format_version = format_version
+        self._check_version()  # before all else: a newer one may have other fields
         self.r = r
         self.lora_alpha: Any = 2 * r if lora_alpha is None and is_int(r, 1) else lora_alpha
         self.lora_dropout = lora_dropout
@@ -239,7 +237,12 @@ class AdapterConfig(PreTrainedConfig):
         for name in names:
             require(fits(getattr(self, name)), name, getattr(self, name), need)
 
+    def _check_version(self) -> None:
+        need = f"this code reads format versions 1 to {FORMAT_VERSION}; update minilora_hub or use the repo's own code"
+        self._require(lambda version: is_int(version, 1) and version <= FORMAT_VERSION, need, "format_version")
+
     def _check(self) -> None:
+        self._check_version()
         self._require(lambda r: is_int(r, 1), "the rank must be an integer of at least 1", "r")
         self._require(lambda alpha: is_number(alpha) and alpha > 0, "must be a number above 0", "lora_alpha")
         self._require(lambda p: is_number(p) and p < 1, "must be a probability in [0, 1)", "lora_dropout")

@@ -1,7 +1,8 @@
 """Save an adapter so that loading it gives the model that was saved.
 
-An adapter never names a base whose files hold other weights than its own base has. A model that is passed to
-`from_base` is compared with the files it names, and saving compares again if the base has changed since.
+An adapter never names a base whose files hold other weights, or other settings that outputs depend on, than its own
+base has. A model that is passed to `from_base` is compared with the files it names, and saving compares again if the
+base has changed since.
 """
 
 import copy
@@ -21,6 +22,7 @@ from .adapter_files import ADAPTER_FILE, CODE_FILES, base_source, first_names, l
 from .attach import adapter_parameters, detach, replace_module
 from .base_loading import (
     Digests,
+    differing_settings,
     differing_tensors,
     fingerprint_of,
     refuse_unknown_tokens,
@@ -90,8 +92,8 @@ class SavedAdapter(PreTrainedModel):
             **kwargs: the arguments of `push_to_hub`; transformers' others (`max_shard_size`, …) have no effect.
 
         Raises:
-            ValueError: the base has other weights than the files of the one that is named, the tokenizer has more
-                tokens than the base, or `state_dict` lacks a tensor of the adapter. Nothing is written then.
+            ValueError: the base has other weights or settings than the files of the one that is named, the tokenizer
+                has more tokens than the base, or `state_dict` lacks a tensor of the adapter. Nothing is written then.
         """
         split = state_dict is None and any(is_split(parameter) for parameter in self.adapter_parameters().values())
         rank = distributed.get_rank() if distributed.is_initialized() else 0
@@ -172,6 +174,18 @@ class SavedAdapter(PreTrainedModel):
                 "base.save_pretrained(folder), and pass the folder"
             )
 
+    @staticmethod
+    def _refuse_other_settings(base: Any, config: Any, cache_dir: Any) -> None:
+        """Compare a base's configuration with the one in the files that it names."""
+        name = config.base_model_name_or_path
+        folder = name and local_folder(base_source(name), config.base_model_revision, cache_dir)
+        if folder and (differing := differing_settings(base.config, folder)):
+            raise ValueError(
+                f"base: its configuration is not the one of {name!r} ({first_names(differing)}), which an adapter does "
+                "not hold, so loading the adapter would give another model: save the base with its configuration to a "
+                "folder, base.save_pretrained(folder), and pass the folder"
+            )
+
     def _remember_base(self, digests: Digests | None, cache_dir: Any) -> None:
         """Remember that the base has these digests and is the one that is named, and the cache of its files."""
         self._base_cache_dir = cache_dir
@@ -241,16 +255,19 @@ class SavedAdapter(PreTrainedModel):
         with self._plain_base() as base:
             saved = saved_parameters(base, self.config.modules_to_save)
             digests = tensor_digests(base, given, saved)
+            changed = differing_settings(base.config, folder) if folder else []
             split = any(map(is_split, base.parameters()))  # one is compared once, if all processes have its tensors
-            if (split and state_dict is not None) or (before is not None and same_digests(before[2], digests)):
+            same = (split and state_dict is not None) or (before is not None and same_digests(before[2], digests))
+            if same and not changed:
                 return
             try:
                 differing = ["its files are gone"] if folder is None else differing_tensors(base, folder, given, saved)
             except Exception as error:  # a base's own loading may raise anything
                 differing = [f"{type(error).__name__}: {error}"]
+            differing = changed if same else differing + changed
         if differing:
             raise ValueError(
-                f"the base has other weights than the files of {name!r}, or cannot be compared with them "
+                f"the base has other weights or settings than the files of {name!r}, or cannot be compared with them "
                 f"({first_names(differing)}), so loading the adapter would give another model: call save_base(folder) "
                 "first, which writes the base there and names it"
             )

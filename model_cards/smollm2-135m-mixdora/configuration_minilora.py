@@ -42,6 +42,12 @@ REFERENCE_NAMES = {
 into the generation settings."""
 
 
+def _require_known(strategy: Any) -> None:
+    names = ", ".join(f'"{name}"' for name in STRATEGY_DEFAULTS)
+    known = isinstance(strategy, str) and strategy in STRATEGY_DEFAULTS
+    require(known, "routing_strategy", strategy, f"this version of the code knows {names}")
+
+
 class MixLoraConfig(AdapterConfig):
     """Configuration of a MixLoRA adapter (a mixture of LoRA experts in the feed-forward block, arXiv 2404.15159).
 
@@ -99,10 +105,7 @@ class MixLoraConfig(AdapterConfig):
         output_router_logits: bool = False,
         **kwargs: Any,
     ) -> None:
-        # First: for an unknown strategy the error must not be about the strategy's fields.
-        known = isinstance(routing_strategy, str) and routing_strategy in STRATEGY_DEFAULTS
-        names = ", ".join(f'"{strategy}"' for strategy in STRATEGY_DEFAULTS)
-        require(known, "routing_strategy", routing_strategy, f"this version of the code knows {names}")
+        _require_known(routing_strategy)  # first: the error must not be about the strategy's fields
         for name in sorted(kwargs.keys() & REFERENCE_NAMES.keys()):
             raise ValueError(f"{name}={kwargs[name]!r}: this field is called {REFERENCE_NAMES[name]!r} here")
         self.num_experts = list(num_experts) if isinstance(num_experts, tuple) else num_experts
@@ -128,6 +131,7 @@ class MixLoraConfig(AdapterConfig):
 
     def _fill_in_strategy(self) -> None:
         """Set the strategy's defaults for fields that are not given; refuse fields that it does not have."""
+        _require_known(self.routing_strategy)
         defaults = STRATEGY_DEFAULTS[self.routing_strategy]
         for name in STRATEGY_FIELDS:
             value = getattr(self, name)
@@ -140,13 +144,14 @@ class MixLoraConfig(AdapterConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Leave out the fields that the strategy does not have: older code reads a top-k adapter's file."""
-        fields, defaults = super().to_diff_dict(), STRATEGY_DEFAULTS[self.routing_strategy]
+        fields, defaults = super().to_diff_dict(), STRATEGY_DEFAULTS.get(self.routing_strategy, {})
         for announced in ("output_router_logits", "router_aux_loss_coef"):  # by the model, for trainers
             if not hasattr(type(self.text_config), announced):
                 (fields.get("text_config") or {}).pop(announced, None)
         return {name: value for name, value in fields.items() if name in defaults or name not in STRATEGY_FIELDS}
 
     def _check(self) -> None:
+        self._fill_in_strategy()  # again, for fields that were set on a configuration
         super()._check()
         need = "must be an integer of at least 1, or a list of them, one for each layer"
         counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]

@@ -54,6 +54,15 @@ def test_a_base_of_low_precision(saved, capsys, dtype):
     assert all(one != other for one, other in zip(*first.values(), strict=True))
 
 
+def test_the_base_that_the_adapters_name_needs_no_note(saved, capsys, monkeypatch):
+    """By another path to the same folder."""
+    base, (mix, *_) = saved
+    monkeypatch.chdir(base.parent)
+    code, out = main(capsys, "compare", mix, "--base", f"./{base.name}", "-p", "Hi", "--max-new-tokens", 1, "--json")
+    assert code == 0
+    assert "note:" not in out.err
+
+
 def test_the_base_is_the_one_that_the_adapters_name(saved, capsys, tmp_path):
     """A given one that they do not name is used, and said; adapters that name several are refused."""
     base, (mix, dora, lora) = saved

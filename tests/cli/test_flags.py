@@ -214,7 +214,7 @@ def test_eval_takes_or_refuses(flags, expected, monkeypatch):
     [
         ("--max-new-tokens", "max_new_tokens=0: must be an integer of at least 1"),
         ("--top-p", "top_p=0.0: must be a number above 0"),
-        ("--repetition-penalty", "repetition_penalty=0.0: must be a number above 0"),
+        ("--repetition-penalty", "repetition_penalty=0.0: must be a number from 0.01 to 10"),
         ("--temperature", 0.0),
         ("--top-k", 0),
         ("--seed", 0),

@@ -17,6 +17,7 @@ from serving.conftest import served
 from tiny_stand_ins import byte_tokenizer, tiny_llama
 from tiny_training import write_base, write_rows
 
+from minilora_hub.cli import main
 from minilora_hub.compare.engine import CompareEngine
 from minilora_hub.compare.prompt_index import AdapterIndex, choose_in, embedding
 from minilora_hub.errors import AdapterError, DataError
@@ -191,6 +192,36 @@ def test_the_commands_of_the_page(run_command, tmp_path, monkeypatch):  # noqa: 
     refused = run_command("route", "build", "dates", "numbers", "--out", "o.index")
     assert "adapter 'dates': its folder does not say what it was trained on" in refused.stderr
     assert not (tmp_path / "o.index").exists()
+
+
+def test_an_index_works_in_other_folders_than_it_was_built_in(saved, tmp_path, monkeypatch, capsys):
+    """Base and adapters were named by relative paths."""
+    base, (mix, dora, _) = saved
+    for name in ("dates", "numbers"):
+        (tmp_path / f"{name}.txt").write_text("\n".join(DATES if name == "dates" else NUMBERS))
+    monkeypatch.chdir(base.parent)
+    adapters = [str(folder.relative_to(base.parent)) for folder in (mix, dora)]
+    prompts = [part for name in ("dates", "numbers") for part in ("--prompts", str(tmp_path / f"{name}.txt"))]
+    index = str(tmp_path / "my.index")
+    for command in (
+        ["route", "build", *adapters, *prompts, "--base", base.name, "--out", index],
+        ["route", "ask", index, "--json", "-p", DATES[0]],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(command)
+        assert ended.value.code == 0
+        printed = capsys.readouterr().out
+        monkeypatch.chdir("/")
+    (found,) = json.loads(printed)
+    assert found["adapter"] == "mix"
+    assert AdapterIndex.load(Path(index)).base == str(base)
+
+
+def test_what_is_no_text_is_refused_before_anything_is_loaded(capsys, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        main(["route", "ask", str(tmp_path / "missing.index"), "-p", "\udc80"])
+    assert ended.value.code == 1
+    assert "--prompt: must not contain lone surrogates" in capsys.readouterr().err
 
 
 def test_the_server_answers_auto_with_the_chosen_adapter(saved):

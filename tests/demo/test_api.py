@@ -152,6 +152,7 @@ def test_half_a_character_is_refused(server):
         ({"temperature": "hot"}, "temperature='hot': must be"),
         ({"top_p": 2}, "top_p=2: must be"),
         ({"top_k": -1}, "top_k=-1: must be"),
+        ({"top_k": 10**30}, "top_k=1000000000000000000000000000000: must be"),
         ({"repetition_penalty": 0}, "repetition_penalty=0: must be"),
         ({"seed": -1}, "seed=-1: must be"),
         ({"seed": 1.5}, "seed=1.5: must be"),

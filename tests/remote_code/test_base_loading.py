@@ -197,6 +197,63 @@ def other_weights(base):
     yield "random", AutoModelForCausalLM.from_config(base.config)
 
 
+def adapter_on(folder, method, **arguments):
+    """A filled adapter on the base in a folder."""
+    model = CAUSAL_LM[method].from_base(str(folder), tiny_config(method), **arguments)
+    fill_adapter(model)
+    return model.eval()
+
+
+SETTINGS = {
+    "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+    "rms_norm_eps": 0.1,
+    "hidden_act": "gelu",
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("method", ["dora", "mixlora"])
+def test_a_base_with_other_settings_than_its_files_is_refused(method, name, base_folder, tmp_path):
+    """An adapter does not hold them: loaded again, it would give other logits."""
+    said = rf"configuration is not the one of '.*base' \({name} is .* instead of .*\).*base\.save_pretrained"
+    changed = {name: SETTINGS[name]}
+    for base, arguments in (
+        (str(base_folder), changed),
+        (AutoModelForCausalLM.from_pretrained(base_folder, **changed), {}),
+    ):
+        with pytest.raises(ValueError, match=said):
+            CAUSAL_LM[method].from_base(base, tiny_config(method), **arguments)
+    adapter_on(base_folder, method).save_pretrained(tmp_path / "adapter")
+    loaded = CAUSAL_LM[method].from_pretrained(tmp_path / "adapter", **changed)  # what was asked for, this time
+    plain = CAUSAL_LM[method].from_pretrained(tmp_path / "adapter")
+    assert not torch.allclose(logits(loaded), logits(plain), atol=1e-4)
+    with pytest.raises(ValueError, match=rf"other weights or settings .*{name} is .* instead of .*save_base"):
+        loaded.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    loaded.save_base(tmp_path / "changed base")
+    loaded.save_pretrained(tmp_path / "saved")
+    again = CAUSAL_LM[method].from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(again), logits(loaded))
+
+
+def test_an_adapter_that_was_saved_over_other_settings_is_told(base_folder, tmp_path):
+    """By earlier code, which did not compare them."""
+    adapter_on(base_folder, "dora").save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "config.json"
+    fields = json.loads(file.read_text())
+    fields["text_config"]["rms_norm_eps"] = 0.3
+    file.write_text(json.dumps(fields))
+    with pytest.warns(UserWarning, match=r"another configuration than .*rms_norm_eps is 1e-06 instead of 0\.3"):
+        DoraForCausalLM.from_pretrained(tmp_path / "adapter")
+
+
+def test_settings_without_an_effect_on_outputs_are_free(base_folder, tmp_path):
+    free = {"attention_dropout": 0.1, "use_cache": False, "initializer_range": 0.5, "pad_token_id": 3}
+    model = adapter_on(base_folder, "dora", **free)
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(DoraForCausalLM.from_pretrained(tmp_path / "adapter")), logits(model))
+
+
 def test_a_model_with_other_weights_than_its_files_is_refused(base_folder):
     expected = {
         "resized": r"model\.embed_tokens\.weight has the shape \(140, 32\) instead of \(128, 32\)",

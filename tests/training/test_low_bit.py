@@ -249,6 +249,7 @@ def test_a_quantized_base_says_what_it_was_made_of(base, quantized, tmp_path):
     for kind, arguments, kind_of_error, error in (
         ("int5", {}, ValueError, "to='int5': must be one of nf4, int4"),
         ("nf4", {"group_size": 64}, ValueError, "NF4's groups have 64"),
+        ("nf4", {"revision": "v1"}, ValueError, "revision='v1': base .* has no revisions"),
         ("nf4", {}, AdapterError, "must be a folder that is empty or does not exist"),
     ):
         with pytest.raises(kind_of_error, match=error):
