@@ -111,7 +111,7 @@ def test_without_a_chat_template_the_prompt_is_continued():
         ("seed", -1),
         ("seed", 2**63),
         ("seed", None),
-        ("stop", ("",)),
+        ("stop", ["text"]),
         ("stop", "text"),
     ],
 )
