@@ -12,7 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from evidence.plan import LEARNING_RATES, METHODS, SEEDS, STEPS, SWEEP_STEPS, TASKS, TEST_ITEMS, TITLES
+from evidence.plan import (
+    LEARNING_RATES,
+    METHODS,
+    MIX,
+    SEEDS,
+    SINGLE_DTYPES,
+    SINGLE_STEPS,
+    STEPS,
+    SWEEP_STEPS,
+    TASKS,
+    TEST_ITEMS,
+    TITLES,
+)
 from evidence.significance import CONFIDENCE, POWER, Groups, compare_all, smallest_effect
 from evidence.store import BASE, Store
 
@@ -226,6 +238,25 @@ def matrix(store: Store, method: str) -> dict[str, dict[str, float]]:
     return found
 
 
+def alone(store: Store) -> list[str]:
+    """Per method, exact match on each task of adapters for that task alone, and of the one for all, in Markdown."""
+    lines = ["| " + " | ".join(["", *TASKS, "mean"]) + " |", "| --- |" + " ---: |" * (len(TASKS) + 1)]
+    for method in METHODS:
+        runs = [run for run in store.runs() if run.part == "single" and run.method == method]
+        for dtype, kept in ((SINGLE_DTYPES[method], store), ("float32", store.again_in_float32())):
+            if runs and all(kept.has(run.name) for run in runs):
+                own = [share(kept.read(run.name), run.data) for run in runs]
+                lines.append(_row(f"{TITLES[method]}, each task alone ({dtype})", _cells(own)))
+        trained = matrix(store, method)
+        if len(trained) > 1 and MIX in trained:
+            lines.append(_row(f"{TITLES[method]}, all together", _cells([*trained[MIX].values()])))
+    return lines if len(lines) > 2 else []
+
+
+def _cells(values: list[float]) -> list[str]:
+    return [f"{value:.1f}" for value in [*values, statistics.fmean(values)]]
+
+
 PICTURES: dict[str, tuple[str, Callable[[Store], bool]]] = {
     "loss.png": ("Training loss of each method", lambda store: bool(store.done("seeds"))),
     "matrix.png": (
@@ -274,6 +305,14 @@ def section(store: Store) -> str:
         ]
     if store.done("trial"):
         lines += ["Attempts to make the MixLoRA better at the same size:", "", *trials(store), ""]
+    if alone(store):
+        lines += [
+            f"Exact match in percent on the same {TEST_ITEMS['single']} items of each task, first seed, trained on "
+            f"that task alone ({SINGLE_STEPS} steps, as many of its rows as the mix has) or on all together:",
+            "",
+            *alone(store),
+            "",
+        ]
     for name, (text, has) in PICTURES.items():
         if has(store):
             lines += [f"![{text}](../tests/evidence/pictures/{name})", ""]

@@ -68,6 +68,10 @@ class Store:
         names = [BASE, *(run.name for run in self.runs())]
         return [name for name in names if self.has(name) and self.read(name).get("code") != CODE]
 
+    def again_in_float32(self) -> Store:
+        """The runs on single tasks that were made a second time, in float32: what the dtype changes."""
+        return Store(self.folder / "float32")
+
     def losses(self, runs: list[Run]) -> dict[float, float] | None:
         """Learning rate -> validation loss of these runs, without those that ended in NaN; None if one is missing."""
         if not runs or not all(self.has(run.name) for run in runs):

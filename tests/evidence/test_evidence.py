@@ -251,3 +251,21 @@ def test_pictures_are_drawn_from_what_there_is(store, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "FOLDER", tmp_path / "pictures")
     assert {path.name for path in pictures.draw_all(store)} == {"matrix.png", "expert_load.png", "loss.png"}
     assert pictures.draw_all(Store(tmp_path / "none")) == []
+
+
+def test_what_one_task_alone_gives_is_beside_all_together(store):
+    """In both dtypes, where there are runs in both; a method whose runs are not complete has its mix only."""
+    lines = report.alone(store)
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in lines[2:]}
+    runs = [run for run in store.runs() if run.part == "single" and run.method == "mixlora"]
+    assert [run.data for run in runs] == [*TASKS]
+    own = [100 * store.read(run.name)["scores"][run.data]["exact"].count("1") / ITEMS for run in runs]
+    cells = " | ".join(f"{value:.1f}" for value in [*own, sum(own) / 4])
+    assert rows["MixLoRA, each task alone (bfloat16)"].endswith(f"| {cells} |")
+    assert "MixLoRA, each task alone (float32)" not in rows
+    again = store.again_in_float32()
+    for run in runs:
+        again.write(run.name, result(run, 1.0, 1))
+    (line,) = [line for line in report.alone(store) if "MixLoRA, each task alone (float32)" in line]
+    assert line.endswith("| 100.0 | 100.0 | 100.0 | 100.0 | 100.0 |")
+    assert report.alone(Store(store.folder / "none")) == []
