@@ -19,6 +19,7 @@ from typing import Any
 from minilora_hub.adapter_folder.names import GENERATION, OUR_CONFIG, PEFT_CONFIG
 from minilora_hub.adapter_folder.tasks import is_own_auto_map
 from minilora_hub.errors import AdapterError
+from minilora_hub.hub.plain_files import shown_name
 
 CONFIGURATION_FILES = (
     PEFT_CONFIG,
@@ -93,7 +94,7 @@ def require_no_other_code(folder: Path, name: str | None = None) -> None:
     """
     for reference in code_references(folder):
         if reference.problem:
-            raise AdapterError(f"adapter {name or folder.name!r} is not loaded: {reference}")
+            raise AdapterError(f"adapter {name or shown_name(folder)!r} is not loaded: {reference}")
 
 
 def _references_in(path: Path, file: str, files: Collection[str]) -> Iterator[CodeReference]:

@@ -15,7 +15,7 @@ from minilora_hub.adapter_folder.names import OUR_CONFIG, PEFT_CONFIG, WEIGHTS
 from minilora_hub.adapter_folder.tasks import CAUSAL_LM, auto_class_of
 from minilora_hub.documents import strict_json
 from minilora_hub.errors import AdapterError
-from minilora_hub.hub.plain_files import read_header
+from minilora_hub.hub.plain_files import read_header, shown_name
 
 Dialect = Literal["minilora", "peft", "peft-mixlora", "reference", "checkpoint"]
 Layout = Literal["auto", "peft"]
@@ -45,9 +45,7 @@ class AdapterFolder:
     @property
     def name(self) -> str:
         """The folder's name, or the repo's id where it is a snapshot in the Hub's cache."""
-        repo, between = self.folder.parent.parent.name, self.folder.parent.name
-        cached = between == "snapshots" and repo.startswith("models--")
-        return repo.removeprefix("models--").replace("--", "/") if cached else self.folder.name
+        return shown_name(self.folder)
 
     @property
     def base(self) -> str | None:
@@ -128,9 +126,11 @@ def describe_folder(folder: str | Path) -> AdapterFolder:
             strategy = config.get("routing_strategy")
             ours = "peft_version" in config or strategy in ("top_k", "top_p")
             return AdapterFolder(folder, "peft-mixlora" if ours else "reference", "mixlora", config)
-        raise AdapterError(f"adapter {folder.name!r}: peft_type={kind!r} in {PEFT_CONFIG}: must be 'LORA' or 'MIXLORA'")
+        raise AdapterError(
+            f"adapter {shown_name(folder)!r}: peft_type={kind!r} in {PEFT_CONFIG}: must be 'LORA' or 'MIXLORA'"
+        )
     if not (folder / OUR_CONFIG).is_file():
-        raise AdapterError(f"adapter {folder.name!r}: it has neither {OUR_CONFIG} nor {PEFT_CONFIG}")
+        raise AdapterError(f"adapter {shown_name(folder)!r}: it has neither {OUR_CONFIG} nor {PEFT_CONFIG}")
     config = read_json(folder / OUR_CONFIG)
     kind = config.get("model_type")
     if kind in ("mixlora", "dora"):
@@ -139,7 +139,7 @@ def describe_folder(folder: str | Path) -> AdapterFolder:
     if isinstance(kind, str) and isinstance(architectures, list) and architectures:
         return AdapterFolder(folder, "checkpoint", str(architectures[0]), config)
     raise AdapterError(
-        f"adapter {folder.name!r}: model_type={kind!r} in {OUR_CONFIG}: neither an adapter nor a model with "
+        f"adapter {shown_name(folder)!r}: model_type={kind!r} in {OUR_CONFIG}: neither an adapter nor a model with "
         "architectures"
     )
 
@@ -163,11 +163,10 @@ def read_configuration(folder: str | Path) -> AdapterFolder:
     """
     source = describe_folder(folder)
     if source.dialect == "checkpoint":
-        raise AdapterError(f"{source.folder.name!r} is a whole model ({source.method}), not an adapter")
+        raise AdapterError(f"{source.name!r} is a whole model ({source.method}), not an adapter")
     if source.dialect not in ("minilora", "peft"):
         raise AdapterError(
-            f"adapter {source.folder.name!r} is a MixLoRA in the format {source.dialect!r}: convert it with "
-            "`minilora import`"
+            f"adapter {source.name!r} is a MixLoRA in the format {source.dialect!r}: convert it with `minilora import`"
         )
     return source
 
@@ -180,9 +179,7 @@ def inspect_source(folder: str | Path) -> AdapterFolder:
     """
     source = read_configuration(folder)
     if not (source.folder / WEIGHTS).is_file():
-        raise AdapterError(
-            f"adapter {source.folder.name!r}: no {WEIGHTS}; save it with save_pretrained, not as a pickle"
-        )
+        raise AdapterError(f"adapter {source.name!r}: no {WEIGHTS}; save it with save_pretrained, not as a pickle")
     return source
 
 

@@ -17,7 +17,7 @@ from minilora_hub.adapter_folder.names import PICKLE, WEIGHTS, WEIGHTS_INDEX
 from minilora_hub.adapter_folder.results import RESULTS_FILE, Results
 from minilora_hub.bases.skeleton import BaseSource
 from minilora_hub.errors import AdapterError
-from minilora_hub.hub.plain_files import read_header
+from minilora_hub.hub.plain_files import read_header, shown_name
 
 if TYPE_CHECKING:
     import torch
@@ -118,9 +118,9 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     elif (folder / PICKLE).is_file():
         tensors = read_pickle(folder / PICKLE)
     else:
-        raise AdapterError(f"adapter {folder.name!r}: it has none of {WEIGHTS}, {WEIGHTS_INDEX} and {PICKLE}")
+        raise AdapterError(f"adapter {shown_name(folder)!r}: it has none of {WEIGHTS}, {WEIGHTS_INDEX} and {PICKLE}")
     if not tensors:
-        raise AdapterError(f"adapter {folder.name!r}: its weights hold no tensor")
+        raise AdapterError(f"adapter {shown_name(folder)!r}: its weights hold no tensor")
     for name, tensor in tensors.items():
         check_values(name, tensor)
     return tensors

@@ -77,11 +77,10 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 def local_folder(source: str, revision: str | None = None) -> Path:
     """Return the folder of an adapter; one on the Hub is downloaded into the Hub's cache. No code in it is run."""
-    from minilora_hub.hub.client import fetch
+    from minilora_hub.hub.client import fetch, require_no_revision
 
     if Path(source).is_dir() or source.startswith((".", "/", "~")):
-        if revision is not None:
-            raise ValueError(f"--revision {revision!r}: {source!r} is a folder, which has no revisions")
+        require_no_revision(source, revision)
         return Path(source).expanduser()
     return fetch(source, revision=revision, token=None, progress=True)[0]
 

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from minilora_hub.cli.options import Adapter, AsJson, Base, Debug, DryRun, Public, Revision, print_json, say
+from minilora_hub.cli.options import (
+    Adapter,
+    AsJson,
+    Base,
+    Debug,
+    DryRun,
+    Public,
+    Revision,
+    print_json,
+    print_notes,
+    say,
+)
 from minilora_hub.errors import MiniLoraError
 from minilora_hub.formatting import counted, size
 
@@ -78,7 +89,7 @@ def push(
         endpoint=endpoint,
         verify=not no_verify,
         progress=not as_json,
-        confirm=None if yes or dry_run else _ask,
+        confirm=None if dry_run else _tell if yes else _ask,
     )
     if as_json:
         print_json(result.to_dict())
@@ -95,6 +106,11 @@ def push(
     if not result.ok:
         assert result.verification is not None
         raise MiniLoraError(f"the files are in the repo, but do not verify: {result.verification.problem}")
+
+
+def _tell(plan: PushPlan) -> bool:
+    print_notes(plan.notes)
+    return True
 
 
 def _ask(plan: PushPlan) -> bool:
@@ -163,10 +179,10 @@ def card(
     """Show the card that a push would write."""
     from huggingface_hub import constants
 
+    from minilora_hub.publish.card.free_text import read_card
     from minilora_hub.publish.card.render import render_card, settings_of, write_card
 
-    readme = folder / "README.md"
-    previous = readme.read_text(encoding="utf-8") if readme.is_file() else None
+    previous = read_card(folder)
     before = (settings_of(previous) if previous else None) or {}
     repo, revision = repo or before.get("repo_id"), revision or before.get("revision")
     space, hub = space or before.get("space"), constants.ENDPOINT

@@ -56,11 +56,11 @@ def export_dense(
     found = read_folder(source)
     if found.method == "mixlora":
         raise AdapterError(
-            f"adapter {found.folder.name!r} is a MixLoRA: its active experts vary by token, so it cannot be merged"
+            f"adapter {found.name!r} is a MixLoRA: its active experts vary by token, so it cannot be merged"
             + "; --to moe writes it as a mixture of experts" * (only_ours(found.config) is None)
         )
     if found.dialect == "checkpoint":
-        raise AdapterError(f"{found.folder.name!r} is a whole model ({found.method}), not an adapter")
+        raise AdapterError(f"{found.name!r} is a whole model ({found.method}), not an adapter")
     located = find_base(*found.named_base(base))
     wanted = _dtype(located.config, dtype)
     adapter = read_adapter(found, located)  # read first, because loading the base takes long

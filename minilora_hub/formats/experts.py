@@ -153,9 +153,9 @@ def _mixlora(source: str | Path, out: str | Path) -> tuple[AdapterFolder, Any]:
     require_free(out)
     found = read_folder(source)
     if found.dialect != "minilora" or found.method != "mixlora":
-        raise AdapterError(f"adapter {found.folder.name!r} is no MixLoRA in our format: only that has experts")
+        raise AdapterError(f"adapter {found.name!r} is no MixLoRA in our format: only that has experts")
     if field := only_ours(found.config):
-        raise AdapterError(f"adapter {found.folder.name!r}: {field}: only a mixture with equal blocks is changed")
+        raise AdapterError(f"adapter {found.name!r}: {field}: only a mixture with equal blocks is changed")
     return found, our_config(found)
 
 

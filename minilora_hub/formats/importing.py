@@ -70,9 +70,9 @@ def import_adapter(
     require_free(out)
     found = read_folder(source)
     if found.dialect == "minilora":
-        raise AdapterError(f"adapter {found.folder.name!r} is in minilora_hub's own format already: push it as it is")
+        raise AdapterError(f"adapter {found.name!r} is in minilora_hub's own format already: push it as it is")
     if found.dialect == "checkpoint":
-        raise AdapterError(f"{found.folder.name!r} is a whole model ({found.method}), not an adapter")
+        raise AdapterError(f"{found.name!r} is a whole model ({found.method}), not an adapter")
     located = find_base(*found.named_base(base, base_revision))
     notes = notes_on_base(located, found)
     with whole_folder(out) as folder:

@@ -83,9 +83,7 @@ def read_peft_mixlora(source: AdapterFolder, base: BaseSource) -> tuple[Any, dic
             config = _our_config(source)
     except (ValueError, TypeError, KeyError, AttributeError, OSError, UserWarning) as error:
         reason = " ".join(str(error).split())[:300]
-        raise AdapterError(
-            f"adapter {source.folder.name!r} cannot be read as a MixLoRA in PEFT's format: {reason}"
-        ) from error
+        raise AdapterError(f"adapter {source.name!r} cannot be read as a MixLoRA in PEFT's format: {reason}") from error
     start = f"{PEFT_PREFIX}{base.layers_path}."
     tensors = {}
     for name, tensor in read_tensors(source.folder).items():

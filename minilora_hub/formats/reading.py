@@ -38,4 +38,4 @@ def read_adapter(source: AdapterFolder, base: BaseSource) -> tuple[Any, dict[str
         from minilora_hub.formats.peft_conversion import read_peft_lora  # needs torch, which not every caller does
 
         return read_peft_lora(source, base)
-    raise AdapterError(f"{source.folder.name!r} is in the format {source.dialect!r}, which `minilora import` reads")
+    raise AdapterError(f"{source.name!r} is in the format {source.dialect!r}, which `minilora import` reads")

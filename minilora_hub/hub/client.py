@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -109,6 +110,16 @@ def writer(token: str | None, repo_id: str, create_pr: bool) -> tuple[HfApi, str
     return api, repo_id
 
 
+def reader(token: str | None, repo_id: str) -> tuple[HfApi, str]:
+    """Return a client for a dry run, and the full id of the repo: as it is given where no token tells its owner."""
+    token = token or get_token()
+    api = HfApi(token=token or False)
+    if "/" not in repo_id and token:
+        with suppress(*FAILURES):  # a dry run works without the Hub
+            repo_id = f"{api.whoami()['name']}/{repo_id}"
+    return api, repo_id
+
+
 def look(
     api: HfApi, repo_id: str, revision: str | None = None, *, attempts: int = ATTEMPTS, repo_type: str = "model"
 ) -> RemoteState:
@@ -176,6 +187,12 @@ def require_pull_requests(api: HfApi, repo_id: str, attempts: int = ATTEMPTS) ->
             f"create_pr=True: the Hub at {api.endpoint} takes no pull requests for {repo_id} ({reason}): push to a "
             "repo of your own, or to a branch of this one"
         ) from None
+
+
+def require_no_revision(folder: str, revision: str | None) -> None:
+    """Raise ValueError where a revision is given for a folder."""
+    if revision is not None:
+        raise ValueError(f"revision={revision!r}: {folder!r} is a folder, which has no revisions")
 
 
 def fetch(repo_id: str, *, revision: str | None, token: str | None, progress: bool) -> tuple[Path, str]:

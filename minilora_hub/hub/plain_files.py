@@ -21,6 +21,13 @@ SMALL, SPARSE = 2**20, 10
 INDEX = "*.safetensors.index.json"
 
 
+def shown_name(folder: Path) -> str:
+    """Return a folder's name, or the repo's id where it is a snapshot in the Hub's cache."""
+    repo, between = folder.parent.parent.name, folder.parent.name
+    cached = between == "snapshots" and repo.startswith("models--")
+    return repo.removeprefix("models--").replace("--", "/") if cached else folder.name
+
+
 def require_plain_files(folder: Path) -> None:
     """Refuse a folder with links that leave it, or with special or sparse files.
 
@@ -37,7 +44,7 @@ def require_plain_files(folder: Path) -> None:
     for place, folders, names in os.walk(root):
         for name in sorted([*folders, *names]):
             path = Path(place, name)
-            shown = f"adapter {folder.name!r}: {path.relative_to(root).as_posix()}"
+            shown = f"adapter {shown_name(folder)!r}: {path.relative_to(root).as_posix()}"
             if path.is_symlink() and not _stays_in(path, inside):
                 raise AdapterError(f"{shown} is a symbolic link out of the folder: put the file itself there")
             status = path.stat()

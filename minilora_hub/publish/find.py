@@ -15,7 +15,7 @@ from minilora_hub.adapter_folder.names import WEIGHTS
 from minilora_hub.adapter_folder.results import METHODS, RESULTS_FILE, Evaluation, Results, Training
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.settings import check_settings
-from minilora_hub.hub.client import fetch
+from minilora_hub.hub.client import fetch, require_no_revision
 from minilora_hub.whole_folders import whole_folder
 
 SHOWN_SETTINGS = (
@@ -116,9 +116,12 @@ def info(
 
     Raises:
         AdapterError: it is not there, is not an adapter of a known kind, or has a setting that is not supported.
+        ValueError: a revision of a folder is given.
     """
     folder, commit = Path(repo_or_dir), None
-    if not folder.is_dir():
+    if folder.is_dir():
+        require_no_revision(os.fspath(repo_or_dir), revision)
+    else:
         folder, commit = fetch(os.fspath(repo_or_dir), revision=revision, token=token, progress=progress)
     found = describe_folder(folder)
     check_settings(found)

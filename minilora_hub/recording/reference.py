@@ -87,7 +87,7 @@ def obtain_recording(source: Source, base: RecordedBase, before: Verification | 
         recording.save(source.folder)
     except OSError as error:
         why = error.strerror or type(error).__name__
-        note = f"{RECORDING_FILE} cannot be stored in {source.folder.name!r} ({why}): the next push records again"
+        note = f"{RECORDING_FILE} cannot be stored in {source.name!r} ({why}): the next push records again"
     return Obtained(recording, False, reason, note=note)
 
 

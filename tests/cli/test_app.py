@@ -69,7 +69,7 @@ def test_a_word_that_is_no_choice_is_told_in_our_words(capsys):
             "--seed 1: has no effect on several LoRAs with a router that is",
         ),
         (["a", "b", "--reference-dora", "trained"], "--reference-dora trained: has no effect on several LoRAs"),
-        (["./a", "--revision", "main"], "--revision 'main': './a' is a folder, which has no revisions"),
+        (["./a", "--revision", "main"], "revision='main': './a' is a folder, which has no revisions"),
     ],
 )
 def test_options_of_an_import_that_would_be_ignored_are_refused(arguments, words, capsys, tmp_path):

@@ -112,6 +112,15 @@ def test_dry_run_shows_files_hashes_and_card(shell, hub, adapter):
     assert ("model", "ana/mine") not in hub.repos
 
 
+def test_notes_are_told_with_a_yes_too(shell, adapter, tmp_path):
+    folder = shutil.copytree(adapter / "mine", tmp_path / "mine")
+    (folder / "README.md").write_text("# Mine\n")
+    done = shell("push", folder, "ana/noted", "--yes", "--no-verify")
+    assert done.returncode == 0, done.stderr
+    assert "note: the folder's own README.md was not written by minilora: a new one replaces it" in done.stderr
+    assert "note:" not in done.stdout
+
+
 def test_a_push_that_cannot_ask_needs_a_yes(shell, hub, adapter):
     for extra in ([], ["--json"]):
         done = shell("push", adapter / "mine", "ana/mine", *extra)
@@ -129,6 +138,9 @@ def test_a_push_that_cannot_ask_needs_a_yes(shell, hub, adapter):
         (["pull", "ana/gone"], "ana/gone is not on the Hub"),
         (["info", "{root}"], "neither config.json nor adapter_config.json"),
         (["card", "{base}"], "results.json"),
+        (["info", "{mine}", "--revision", "x"], "mine' is a folder, which has no revisions"),
+        (["verify", "{mine}", "--revision", "x"], "mine' is a folder, which has no revisions"),
+        (["pull", "org/base"], "'org/base' is a whole model"),
     ],
 )
 def test_failures_are_one_line_and_exit_code_1(shell, adapter, arguments, message):
@@ -157,6 +169,21 @@ def test_card_shows_and_writes(shell, adapter, tmp_path):
     assert shell("card", folder, "--repo", "ana/mine", "--write").returncode == 0
     assert (folder / "README.md").read_text() == shown.stdout
     assert shell("card", folder).stdout == shown.stdout  # the repo's name is remembered
+
+
+@pytest.mark.parametrize("extra", [[], ["--write"]])
+def test_a_card_that_is_not_utf8_is_named(shell, adapter, tmp_path, extra):
+    folder = shutil.copytree(adapter / "mine", tmp_path / "mine")
+    (folder / "README.md").write_bytes(b"\xff\xfehello")
+    done = shell("card", folder, *extra)
+    assert done.returncode == 1
+    assert f"{folder / 'README.md'} is not UTF-8" in done.stderr
+    assert "repair or delete it" in done.stderr
+
+
+def test_commands_on_a_card_quote_the_folder(shell, adapter, tmp_path):
+    folder = shutil.copytree(adapter / "mine", tmp_path / "my model_é")
+    assert "`minilora verify './my model_é'` loads it" in shell("card", folder).stdout
 
 
 def test_help_has_an_example_and_loads_nothing_heavy():

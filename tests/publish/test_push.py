@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from minilora_hub import push
 from minilora_hub.adapter_folder.code import remote_code_files
 from minilora_hub.errors import AdapterError, PublishError
-from minilora_hub.publish.card.render import settings_of
+from minilora_hub.publish.card.free_text import sections_of
+from minilora_hub.publish.card.render import settings_of, write_card
 
 # The client uploads LFS files with an argument that its own HTTP library deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -242,12 +243,125 @@ def test_words_written_on_the_hub_survive_a_push(hub, ana, trained):
     assert tree(hub)["README.md"] == card
 
 
+def written(card: bytes, text: str, section: str = "intro", *, was: str = "") -> bytes:
+    """A card with a text in a free-text section, in the place of the one that was there."""
+    mark = f"<!-- minilora:free-text {section} -->\n"
+    before = (mark + (f"{was}\n" if was else "")).encode()
+    assert before in card
+    return card.replace(before, (mark + (f"{text}\n" if text else "")).encode())
+
+
+def texts(hub) -> dict[str, str]:
+    return {name: text for name, text in sections_of(tree(hub)["README.md"].decode()).items() if text}
+
+
+@pytest.fixture
+def on_both_sides(hub, ana, copy_of):
+    """A repo with the text "first", pushed from a folder with a card of its own; returns it and the folder."""
+    folder = copy_of("mixlora")
+    card = write_card(folder, repo_id="ana/adapter")
+    card.write_bytes(written(card.read_bytes(), "first"))
+    quick(folder)
+    assert texts(hub) == {"intro": "first"}
+    return hub.repo("ana/adapter"), folder
+
+
+def test_words_of_both_cards_are_kept_section_by_section(hub, on_both_sides):
+    """A text that only one side has or changed is kept, and the Space that only the Hub's card names."""
+    repo, folder = on_both_sides
+    card = folder / "README.md"
+    quick(folder, space="ana/compare")
+    repo.push({"README.md": written(tree(hub)["README.md"], "of the Hub", "limits")})
+    card.write_bytes(written(card.read_bytes(), "second", was="first"))
+    quick(folder)
+    assert texts(hub) == {"intro": "second", "limits": "of the Hub"}
+    assert b"/spaces/ana/compare?" in tree(hub)["README.md"]
+    assert quick(folder).plan.sends == ()
+    repo.push({"README.md": written(tree(hub)["README.md"], "third", was="second")})
+    assert quick(folder).plan.sends == ()
+    assert texts(hub) == {"intro": "third", "limits": "of the Hub"}
+    card.unlink()
+    write_card(folder, repo_id="ana/adapter")
+    quick(folder)
+    assert texts(hub) == {"intro": "third", "limits": "of the Hub"}
+
+
+def test_a_section_written_on_both_sides_is_refused_by_name(hub, on_both_sides):
+    repo, folder = on_both_sides
+    card = folder / "README.md"
+    edited = written(tree(hub)["README.md"], "of the Hub", was="first")
+    repo.push({"README.md": edited})
+    card.write_bytes(written(card.read_bytes(), "of the folder", was="first"))
+    with pytest.raises(
+        AdapterError, match=r"nothing was sent: the free-text section 'intro' of README\.md was written"
+    ):
+        quick(folder)
+    assert tree(hub)["README.md"] == edited
+    card.write_bytes(written(card.read_bytes(), "", was="of the folder"))
+    assert quick(folder).plan.sends == ()
+    assert texts(hub) == {"intro": "of the Hub"}
+
+
+def test_a_section_emptied_on_the_hub_stays_empty(hub, on_both_sides):
+    repo, folder = on_both_sides
+    repo.push({"README.md": written(tree(hub)["README.md"], "", was="first")})
+    for _ in range(2):
+        note = "the free-text section 'intro' was emptied on the Hub, and stays empty"
+        assert note in quick(folder).plan.notes
+        assert texts(hub) == {}
+
+
+def test_a_text_in_a_card_of_an_earlier_version_is_replaced_with_a_note(hub, on_both_sides):
+    repo, folder = on_both_sides
+    repo.push({"README.md": re.sub(rb"<!-- minilora:pushed .*\n", b"", tree(hub)["README.md"])})
+    card = folder / "README.md"
+    card.write_bytes(written(card.read_bytes(), "second", was="first"))
+    assert any("section 'intro'" in note and "replaces another" in note for note in quick(folder).plan.notes)
+    assert texts(hub) == {"intro": "second"}
+
+
+def test_cards_with_line_ends_of_windows_keep_their_text(hub, on_both_sides):
+    repo, folder = on_both_sides
+    repo.push({"README.md": written(tree(hub)["README.md"], "of the Hub", "limits").replace(b"\n", b"\r\n")})
+    (folder / "README.md").write_bytes((folder / "README.md").read_bytes().replace(b"\n", b"\r\n"))
+    assert quick(folder).plan.notes == ()
+    assert texts(hub) == {"intro": "first", "limits": "of the Hub"}
+    assert b"\r" not in tree(hub)["README.md"]
+
+
+def test_another_licence_has_no_name_and_link_of_the_old_one(hub, ana, copy_of):
+    folder = copy_of("mixlora")
+    edit_json(folder / "results.json", license="other", license_name="mine", license_link="https://example.org/mine")
+    quick(folder, license="other")
+    assert b"[mine](<https://example.org/mine>)" in tree(hub)["README.md"]
+    quick(folder, license="mit")
+    results = json.loads(tree(hub)["results.json"])
+    assert [results.get(f"license{part}") for part in ("", "_name", "_link")] == ["mit", None, None]
+    assert b"The adapter: mit." in tree(hub)["README.md"]
+    assert b"example.org/mine" not in tree(hub)["README.md"]
+
+
+@pytest.mark.parametrize("name", ["adapter", "new"])
+def test_a_dry_run_knows_whose_a_bare_name_is(hub, ana, trained, name, monkeypatch):
+    quick(trained["mixlora"])
+    plan = quick(trained["mixlora"], name, dry_run=True).plan
+    assert (plan.repo_id, plan.creates) == (f"ana/{name}", name == "new")
+    monkeypatch.delenv("HF_TOKEN")
+    plan = quick(trained["mixlora"], name, dry_run=True).plan
+    assert plan.repo_id == name
+    assert any(f"nobody knows whose '{name}' is" in note for note in plan.notes)
+
+
 def test_public_only_when_it_is_said(hub, ana, trained):
     quick(trained["dora"], private=False)
     assert not hub.repo("ana/adapter").private
     before = hub.repo("ana/adapter").commit("main").oid
     with pytest.raises(PublishError, match=r"is public.*--public"):
         quick(trained["mixlora"])
+    assert hub.repo("ana/adapter").commit("main").oid == before
+    hub.repo("ana/adapter").private = True
+    with pytest.raises(PublishError, match=rf"ana/adapter is private.*--public.*{hub.endpoint}/ana/adapter/settings"):
+        quick(trained["mixlora"], private=False)
     assert hub.repo("ana/adapter").commit("main").oid == before
 
 

@@ -146,6 +146,22 @@ def test_a_dry_run_sends_nothing(hub, push):
     assert {record.method for record in hub.requests} <= {"GET", "HEAD"}
 
 
+def test_a_dry_run_knows_whose_a_bare_name_is(hub, push):
+    push("ana/compare")
+    done = push("compare", dry_run=True)
+    assert (done.space, done.creates) == ("ana/compare", False)
+    with pytest.raises(PublishError, match=r"nobody knows whose Space 'compare' is: write OWNER/compare, or log in"):
+        push("compare", dry_run=True, token=None)
+
+
+def test_a_private_space_is_not_made_public(hub, push):
+    commit = push("ana/compare").commit
+    with pytest.raises(PublishError, match=rf"is private, and --public .*{hub.endpoint}/spaces/ana/compare/settings"):
+        push("ana/compare", private=False)
+    repo = hub.repo("ana/compare", "space")
+    assert (repo.private, repo.commit().oid) == (True, commit)
+
+
 def test_a_dry_run_needs_no_hub(monkeypatch):
     """Nor a token."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")

@@ -5,27 +5,16 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minilora_hub.adapter_folder.folders import AdapterFolder as Source
 from minilora_hub.adapter_folder.results import RESULTS_FILE, Base, Results
 from minilora_hub.errors import AdapterError, MissingExtraError
 
+if TYPE_CHECKING:
+    from minilora_hub.publish.card.merging import KeptCard
+
 CARD = "README.md"
-
-
-def previous_card(folder: Path) -> str | None:
-    """Return the README.md of a folder, None where there is none.
-
-    Raises:
-        AdapterError: it is not UTF-8.
-    """
-    card = folder / CARD
-    if not card.is_file():
-        return None
-    try:
-        return card.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise AdapterError(f"{CARD} is not UTF-8 ({error}): repair or delete it") from error
 
 
 def write_results(source: Source, folder: Path, base: Base, parameters: int, license: str | None) -> Results:
@@ -47,7 +36,10 @@ def write_results(source: Source, folder: Path, base: Base, parameters: int, lic
             raise AdapterError(f"{RESULTS_FILE}: method={results.method!r}, but the adapter is {source.method!r}")
         fingerprint, note = results.base.fingerprint or base.fingerprint, results.base.note or base.note
         named = dataclasses.replace(results.base, id=base.id, fingerprint=fingerprint, note=note)
-        results = dataclasses.replace(results, base=named, license=license or results.license)
+        results = dataclasses.replace(results, base=named)
+        if license and license != results.license:
+            # The name and the link are of the other licence.
+            results = dataclasses.replace(results, license=license, license_name=None, license_link=None)
     else:
         share = parameters / (base.parameters or 1)
         results = Results(source.method, base, parameters=parameters, share=share, license=license)
@@ -71,20 +63,7 @@ def write_card_pictures(source: Path, folder: Path, results: Results, notes: lis
         notes.append(f"no pictures on the card: {error}")
 
 
-def card_to_keep(own: str | None, published: str | None, notes: list[str]) -> str | None:
-    """Return the earlier card whose free text and Space are kept: the folder's own, or else the published one."""
-    from minilora_hub.publish.card.render import settings_of
-
-    if own and settings_of(own) is None:
-        notes.append(f"the folder's own {CARD} was not written by minilora: a new one replaces it")
-        own = None
-    elif not own and published and settings_of(published) is None:
-        notes.append(f"the {CARD} in the repo was not written by minilora: a new one replaces it")
-    kept = own or published
-    return kept if kept and settings_of(kept) else None
-
-
-def write_built_card(folder: Path, repo_id: str, revision: str | None, space: str | None, previous: str | None) -> str:
+def write_built_card(folder: Path, repo_id: str, revision: str | None, space: str | None, kept: KeptCard) -> str:
     """Write the card and `.eval_results/` into a folder that has everything else, and return the card's text.
 
     Its links lead to the Hub that is pushed to (``HF_ENDPOINT``).
@@ -93,20 +72,19 @@ def write_built_card(folder: Path, repo_id: str, revision: str | None, space: st
         folder: the folder.
         repo_id: see `render_card`.
         revision: see `render_card`.
-        space: see `render_card`; default: the one that `previous` names.
-        previous: an earlier card written by minilora, whose free text is kept.
+        space: see `render_card`; default: the one that an earlier card names.
+        kept: what the card keeps of earlier ones.
     """
     from huggingface_hub import constants
 
     from minilora_hub.publish.card.metadata import eval_results_files
-    from minilora_hub.publish.card.render import render_card, settings_of
+    from minilora_hub.publish.card.render import render_card
 
     for name, text in eval_results_files(folder).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
-    space = space or ((settings_of(previous) or {}).get("space") if previous else None)
-    card = render_card(
-        folder, repo_id=repo_id, revision=revision, space=space, hub=constants.ENDPOINT, previous=previous
-    )
+    space, hub = space or kept.space, constants.ENDPOINT
+    card = render_card(folder, repo_id=repo_id, revision=revision, space=space, hub=hub, previous=kept.text)
+    card = kept.noted_in(card)
     (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
     return card

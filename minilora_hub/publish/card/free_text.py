@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 from minilora_hub.errors import AdapterError
@@ -19,6 +20,26 @@ OPEN = re.compile(r"<!-- minilora:free-text ([a-z][a-z0-9-]*) -->\s*")
 CLOSE = "<!-- /minilora:free-text -->"
 Kind = Literal["text", "code", "mark", "free"]
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
+
+
+def read_card(folder: Path) -> str | None:
+    """Return the README.md of a folder, None where there is none.
+
+    Raises:
+        AdapterError: it is not UTF-8.
+    """
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    try:
+        return decode_card(card.read_bytes())
+    except UnicodeDecodeError as error:
+        raise AdapterError(f"{card} is not UTF-8 ({error}): repair or delete it") from error
+
+
+def decode_card(content: bytes) -> str:
+    """Return a card as text, with line feeds for the line ends of every system. May raise UnicodeDecodeError."""
+    return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def classify(card: str) -> Iterator[tuple[Kind, str, str]]:

@@ -156,7 +156,7 @@ def write_card(
         MissingExtraError: there are numbers for a picture, and matplotlib is not installed.
     """
     path = folder / README
-    previous = path.read_text(encoding="utf-8") if path.is_file() else None
+    previous = free_text.read_card(folder)
     if previous is not None and not SETTINGS.search(previous):
         raise AdapterError(
             f"{folder.name}: README.md was not written by minilora, and would be lost: delete it, or keep your text by "

@@ -15,6 +15,7 @@ from minilora_hub.adapter_folder.verification import VERIFICATION_FILE, Verifica
 from minilora_hub.documents import strict_json
 from minilora_hub.errors import AdapterError
 from minilora_hub.publish.card import free_text
+from minilora_hub.publish.card.merging import PUSHED
 from minilora_hub.publish.card.render import README, numbers_in, render_card, settings_of
 from minilora_hub.publish.checks.base import base_of
 from minilora_hub.publish.checks.problems import Folder, Problem
@@ -104,6 +105,7 @@ def _compare_with_rendering(folder: Folder, card: str) -> Iterator[Problem]:
 
 def _check_generated(card: str, rendered: str) -> Iterator[Problem]:
     """Compare a generated card line by line, so that a correct number in the wrong place is found."""
+    card = PUSHED.sub("", card, count=1)
     right, there = ([line for kind, _, line in free_text.classify(text) if kind != "free"] for text in (rendered, card))
     changed: list[str] = []
     lost: list[str] = []

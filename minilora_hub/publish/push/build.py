@@ -32,13 +32,9 @@ from minilora_hub.adapter_folder.verification import VERIFICATION_FILE, Verifica
 from minilora_hub.adapter_folder.writing import write_code, write_endpoint
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.peft import PeftTargets, copy_peft_weights, write_peft_config
-from minilora_hub.publish.card.files import (
-    card_to_keep,
-    previous_card,
-    write_built_card,
-    write_card_pictures,
-    write_results,
-)
+from minilora_hub.publish.card.files import write_built_card, write_card_pictures, write_results
+from minilora_hub.publish.card.free_text import read_card
+from minilora_hub.publish.card.merging import merge_cards
 from minilora_hub.recording.document import Recording, recording_key
 from minilora_hub.recording.logits import TOLERANCES, libraries
 from minilora_hub.recording.recorded_base import RecordedBase, find_recorded_base, recorded_revision
@@ -129,12 +125,13 @@ def build(
         base_model: where to load the base from: ``"embedded"``, a folder or an id. Default: what the adapter names.
         space: id of the Space that the card's "try it" opens. Default: the one that the earlier card names.
         endpoint: add the files of an Inference Endpoint.
-        published_card: the earlier card, where the folder has none of its own; its free text is kept.
+        published_card: the card in the repo; its free text is kept, see `merge_cards`.
         token: for a private or gated base.
         progress: show bars while the base is fetched.
 
     Raises:
-        AdapterError: the folder is damaged, incomplete, or cannot be published like this.
+        AdapterError: the folder is damaged, incomplete, or cannot be published like this; or a section of the card was
+            written on the Hub as well.
         BaseModelError: the base cannot be loaded.
         ValueError: the weights do not fit the configuration and the base; the message names the tensor.
     """
@@ -143,7 +140,8 @@ def build(
     if endpoint and trained.auto_class != CAUSAL_LM:
         raise AdapterError(f"endpoint: its handler generates text, and this adapter is for {trained.auto_class}")
     before = recorded_before(trained.folder)
-    previous = previous_card(trained.folder)
+    card_notes: list[str] = []
+    kept = merge_cards(read_card(trained.folder), published_card, card_notes)
     base = find_recorded_base(trained, base_id, base_model, token, progress)
     with whole_folder(out) as folder:
         found = obtain_recording(trained, base, before)
@@ -156,7 +154,6 @@ def build(
             write_endpoint(folder, peft_layout=layout == "peft")
         results = write_results(trained, folder, published_base, recording.parameters, license)
         write_card_pictures(trained.folder, folder, results, notes, keep=before is not None)
-        kept = card_to_keep(previous, published_card, notes)
         card = write_built_card(folder, repo_id, revision, space, kept)
         _require_unchanged(trained, base, recording)
         _write_verification(folder, found, before)
@@ -169,7 +166,7 @@ def build(
         card=card,
         files=list_files(Path(out)),
         recorded=Recorded(found.reused, found.reason),
-        notes=tuple(dict.fromkeys(notes)),
+        notes=tuple(dict.fromkeys([*notes, *card_notes])),
     )
 
 
@@ -254,8 +251,7 @@ def _require_unchanged(source: Source, base: RecordedBase, recording: Recording)
     for name in ("weights", "configuration"):
         if key[name] != recording.key[name]:
             raise AdapterError(
-                f"{source.folder.name!r}: its {name} changed while it was published: wait until it is complete, and "
-                "push again"
+                f"{source.name!r}: its {name} changed while it was published: wait until it is complete, and push again"
             )
 
 

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, get_token
-
 from minilora_hub.adapter_folder.code import HANDLER
 from minilora_hub.adapter_folder.folders import AdapterFolder as Source
 from minilora_hub.adapter_folder.folders import Layout, read_source
@@ -102,7 +100,8 @@ def push(
     Args:
         folder: folder written by ``save_pretrained``, with results.json if something was measured.
         repo_id: ``"owner/name"``, or ``"name"`` under your own user. It is created if it does not exist.
-        private: whether a new repo is private. A repo that is public already needs ``private=False``.
+        private: whether a new repo is private. A repo that is public already needs ``private=False``, and one that is
+            private already refuses it.
         dry_run: do everything except the upload. Works without a token and without the Hub.
         create_pr: open a pull request instead of changing the branch.
         tag: set this tag on the commit.
@@ -133,7 +132,7 @@ def push(
     """
     require_space(space)
     if dry_run:
-        api = HfApi(token=token or get_token() or False)
+        api, repo_id = hub.reader(token, repo_id)
     else:
         api, repo_id = hub.writer(token, repo_id, create_pr)
     token = api.token if isinstance(api.token, str) else None
@@ -166,6 +165,8 @@ def push(
         )
         stages.start("Checking")
         notes = check(built, base)
+        if "/" not in repo_id:
+            notes += (f"without a valid token nobody knows whose {repo_id!r} is: it was taken for a new repo",)
         plan = plan_push(api, target, built, notes)
         stages.end()
         if dry_run or (confirm is not None and not confirm(plan)):

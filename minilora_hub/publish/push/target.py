@@ -73,6 +73,12 @@ def find_target(
             raise PublishError(explain(error, repo_id, "looking at the tags")) from None
     if state.exists and not state.private and private and not create_pr:
         raise PublishError(f"{repo_id} is public, and private=True was given: pass private=False (--public)")
+    if state.exists and state.private and not private:
+        settings = f"{api.endpoint}/{repo_id}/settings"
+        raise PublishError(
+            f"{repo_id} is private, and private=False (--public) was given, which is for a new repo: make it public at "
+            f"{settings}, or leave that out"
+        )
     if state.exists and state.head is None:
         raise PublishError(f"{repo_id} has no branch {branch!r}: make it first, or push to main")
     if not state.exists and (create_pr or branch != "main"):
@@ -110,7 +116,7 @@ def _published_card(api: HfApi, repo_id: str, state: hub.RemoteState) -> str | N
     if CARD not in state.files:
         return None
     try:
-        card = hub.read_file(api, repo_id, CARD, state.head).decode("utf-8")
+        card = free_text.decode_card(hub.read_file(api, repo_id, CARD, state.head))
         free_text.sections_of(card)
     except (UnicodeDecodeError, AdapterError) as error:
         raise PublishError(f"{CARD} in {repo_id} cannot be kept ({error}): repair it there, and push again") from None

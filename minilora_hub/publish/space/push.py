@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceHardware, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceHardware
 
 from minilora_hub.adapter_folder.hashes import file_sha256
 from minilora_hub.errors import PublishError
@@ -99,7 +99,8 @@ def push_space(
         base: ``"embedded"`` or an id. Default: the base that the adapters name.
         title: its headline on the Hub. Default: its name.
         hardware: e.g. ``"cpu-basic"`` or ``"zero-a10g"``. Default: as it is, or the Hub's free one.
-        private: whether a new Space is private. A Space that is public already needs ``private=False``.
+        private: whether a new Space is private. A Space that is public already needs ``private=False``, and one that
+            is private already refuses it.
         mcp: whether the page also serves a tool for MCP clients.
         variables: more variables for app.py.
         secrets: {name: value}; the values go to the Hub's settings, into no file.
@@ -120,7 +121,11 @@ def push_space(
     variables, secrets = dict(variables or {}), dict(secrets or {})
     _check_arguments(adapters, hardware, variables, secrets)
     if dry_run:
-        api = HfApi(token=token or get_token() or False)
+        api, space = hub.reader(token, space)
+        if "/" not in space:
+            raise PublishError(
+                f"without a valid token nobody knows whose Space {space!r} is: write OWNER/{space}, or {hub.LOG_IN}"
+            )
     else:
         api, space = hub.writer(token, space, create_pr=False)
     require_space(space)
@@ -133,6 +138,11 @@ def push_space(
         state = _read_state(api, space, dry_run)
         if state.exists and not state.private and private:
             raise PublishError(f"{space} is public already: pass --public (private=False) to say that this is meant")
+        if state.exists and state.private and not private:
+            raise PublishError(
+                f"{space} is private, and --public (private=False) is for a new Space: make it public at "
+                f"{api.endpoint}/spaces/{space}/settings, or leave that out"
+            )
         if state.exists:
             _require_ours(api, space, state)
         stages.start("Staging")

@@ -19,7 +19,7 @@ from minilora_hub.adapter_folder.names import PEFT_CONFIG, PROCESSING, TOKENIZER
 from minilora_hub.adapter_folder.verification import Verification, plain_prompts
 from minilora_hub.bases.resolving import EMBEDDED, resolve_base
 from minilora_hub.errors import AdapterError, BaseModelError
-from minilora_hub.hub.client import fetch
+from minilora_hub.hub.client import fetch, require_no_revision
 from minilora_hub.publish.verify.damage import copy_for_damage, damages
 from minilora_hub.publish.verify.file_checks import check_files
 from minilora_hub.publish.verify.isolated_process import IsolatedProcess
@@ -57,9 +57,12 @@ def verify(
     Raises:
         AdapterError: the repo or folder is not there, or the Hub cannot be reached.
         BaseModelError: `base_model` cannot be found.
+        ValueError: a revision of a folder is given.
     """
     name, commit, folder = os.fspath(repo_or_dir), None, Path(repo_or_dir)
-    if not folder.is_dir():
+    if folder.is_dir():
+        require_no_revision(name, revision)
+    else:
         folder, commit = fetch(name, revision=revision, token=token, progress=progress)
     report = VerifyReport(name, commit)
     checked = check_files(folder, report, trust_remote_code)
