@@ -15,6 +15,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from minilora_hub.seeds import require_seed
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -54,7 +56,7 @@ class Sampling:
             self.repetition_penalty,
             "a number above 0 (1 changes nothing)",
         )
-        _require(_is_int(self.seed, 0) and self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
+        require_seed(self.seed)
         texts = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
         _require(texts, "stop", self.stop, "a tuple of texts that are not empty")
 
