@@ -24,6 +24,11 @@ def visible(text: str) -> str:
     return INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", lines)
 
 
+def one_line(text: str) -> str:
+    """Return a text as `visible`, in one line without runs of white space."""
+    return " ".join(visible(text).split())
+
+
 def lone_surrogate(value: Any) -> str | None:
     """Return the first lone surrogate in a value's strings, at any depth, as a JSON escape."""
     left = [value]
@@ -53,9 +58,8 @@ def inline(value: object) -> str:
     """Escape a value for a paragraph, a heading, a link or a table cell."""
     if value is None:
         return UNKNOWN
-    one_line = " ".join(visible(str(value)).split())
     # Backslashes before entities, whose own `#` and `&` must stay.
-    return html.escape(PUNCTUATION.sub(r"\\\1", one_line), quote=False)
+    return html.escape(PUNCTUATION.sub(r"\\\1", one_line(str(value))), quote=False)
 
 
 def cell(value: str) -> str:
@@ -68,13 +72,13 @@ def code(value: object) -> str:
     """Put a value into a code span, also inside a table cell; None becomes the plain word "unknown"."""
     if value is None:
         return UNKNOWN
-    one_line = " ".join(visible(str(value)).split()) or " "
-    if "|" in one_line:  # in a code span it would end a table cell, and outside a table its escape would be shown
-        entities = re.sub(r"[^\w\s.,/-]|_", lambda found: f"&#{ord(found[0])};", one_line)
+    text = one_line(str(value)) or " "
+    if "|" in text:  # in a code span it would end a table cell, and outside a table its escape would be shown
+        entities = re.sub(r"[^\w\s.,/-]|_", lambda found: f"&#{ord(found[0])};", text)
         return f"<code>{entities}</code>"
-    ticks = "`" * (_longest_run_of_ticks(one_line) + 1)
-    pad = " " if one_line.startswith("`") or one_line.endswith("`") else ""
-    return f"{ticks}{pad}{one_line}{pad}{ticks}"
+    ticks = "`" * (_longest_run_of_ticks(text) + 1)
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{pad}{text}{pad}{ticks}"
 
 
 def block(text: str, language: str = "text") -> str:

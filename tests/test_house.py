@@ -25,6 +25,7 @@ ROOMS = (
     "code_inputs",
     "progress_display",
     "documents",
+    "seeds",
     "whole_folders",
     "formatting",
     "remote_code",

@@ -42,6 +42,17 @@ PROCESSING = ("processor_config.json", "preprocessor_config.json", "video_prepro
 COMPANIONS = (*TOKENIZING, GENERATION)
 """Files beside the weights that are copied with an adapter. Other files of a training run are not."""
 
+EDITED_ON_THE_HUB = (
+    "README.md",
+    ".gitattributes",
+    ".eval_results/*.yaml",
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
+)
+"""Files, as patterns, that people write on the Hub: nothing loads them, and verification.json has no hash of them."""
+
 # ---- tensors of PEFT's LoRA and DoRA ----
 
 PEFT_PREFIX = "base_model.model."

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from math import prod
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Discriminator, Field, Tag
 
+from minilora_hub.adapter_folder.names import EDITED_ON_THE_HUB, TOKENIZING
 from minilora_hub.documents import Document, need
 
 VERIFICATION_FILE = "verification.json"
+LOADED_FOLDERS = ("", "peft", "additional_chat_templates", "custom_generate")
+LOADED_ENDINGS = (".json", ".jinja", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".model")
 TOP_LOGITS = 32
 Positive = Annotated[int, Field(gt=0)]
 Number = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -96,6 +100,13 @@ class Verification(Document):
 def is_hashed(path: str) -> bool:
     """Whether verification.json holds the hash of a published file.
 
-    People edit the card and the measured results beside it on the Hub; a file cannot hold its own hash.
+    People edit the card, the licence and the measured results on the Hub; a file cannot hold its own hash.
     """
-    return path not in ("README.md", ".gitattributes", VERIFICATION_FILE) and not path.startswith(".eval_results/")
+    return path != VERIFICATION_FILE and not any(fnmatchcase(path, pattern) for pattern in EDITED_ON_THE_HUB)
+
+
+def is_loaded(path: str) -> bool:
+    """Whether a library may read a file with a published adapter, by its path: configuration, weights or code."""
+    folder, _, name = path.rpartition("/")
+    by_name = name.endswith(LOADED_ENDINGS) or name in (*TOKENIZING, "requirements.txt")
+    return name.endswith(".py") or (by_name and folder in LOADED_FOLDERS)

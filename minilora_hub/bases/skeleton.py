@@ -137,6 +137,18 @@ def find_base(name: str | None, revision: str | None = None) -> BaseSource:
     return BaseSource(name, name, name, revision)
 
 
+def require_use_of(revision: str | None, found: BaseSource) -> None:
+    """Refuse the revision that a user names beside a base that has none: a folder, or the embedded one.
+
+    Raises:
+        AdapterError: it would have no effect.
+    """
+    if revision is not None and found.commit is None:
+        raise AdapterError(
+            f"base_revision={revision!r}: has no effect on the base {found.name!r}, only on one on the Hub"
+        )
+
+
 def hub_name(name: str | None) -> str | None:
     """Return the Hub id that a base's name stands for; None for a folder."""
     if name == EMBEDDED:

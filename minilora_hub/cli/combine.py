@@ -18,6 +18,7 @@ from minilora_hub.cli.options import (
     print_json,
     print_notes,
     print_written,
+    refuse_unused,
 )
 from minilora_hub.errors import AdapterError
 
@@ -41,6 +42,7 @@ experts = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Add exp
 
 
 def combine(
+    context: typer.Context,
     adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER…", help="LoRA adapters: folders or ids.")],
     out: Out,
     method: Annotated[
@@ -61,9 +63,11 @@ def combine(
     debug: Debug = False,
 ) -> None:
     """Combine LoRA adapters on one base into a new one, with PEFT's own functions."""
-    from minilora_hub.formats.combine import Combination
+    from minilora_hub.formats.combine import WITHOUT_PRUNING, Combination
     from minilora_hub.formats.combine import combine as combine_adapters
 
+    unused = ("density", "seed") if method in WITHOUT_PRUNING else () if method.startswith("dare") else ("seed",)
+    refuse_unused(context, unused, f"--method {method}")
     factors = tuple(weight) if weight else (1 / len(adapters),) * len(adapters)
     combination = Combination(method, factors, density, rank, seed)
     combination.check(len(adapters))
@@ -74,6 +78,7 @@ def combine(
 
 @experts.command("add", epilog="Example: minilora experts add ./my-mixlora --clone 0 --clone 3 --out ./my-larger")
 def add(
+    context: typer.Context,
     adapter: MixLora,
     clone: Annotated[list[int], typer.Option(help="Index of an expert to clone. May be repeated.")],
     out: Out,
@@ -88,6 +93,8 @@ def add(
     """Add clones of experts, and print how much the output changes."""
     from minilora_hub.formats.experts import add_experts
 
+    if not noise:
+        refuse_unused(context, ("seed",), "clones without --noise")
     texts = _read_prompts(prompts)
     folder = local_folder(adapter, revision)
     _print_change(add_experts(folder, out, clone, base=base, prompts=texts, noise=noise, seed=seed), as_json)

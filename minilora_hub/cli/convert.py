@@ -7,7 +7,17 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from minilora_hub.cli.options import Adapter, AsJson, Base, Debug, Revision, given, local_folder, print_written, say
+from minilora_hub.cli.options import (
+    Adapter,
+    AsJson,
+    Base,
+    Debug,
+    Revision,
+    local_folder,
+    print_written,
+    refuse_unused,
+    say,
+)
 from minilora_hub.formatting import size
 
 Out = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write: new or empty.")]
@@ -69,10 +79,7 @@ def import_(
 
     several = len(sources) > 1
     unused = ("reference_dora", "seed" if router == "arrow" else "temperature") if several else OF_SEVERAL
-    for name, value in given(context).items():
-        if name in unused:
-            what = f"several LoRAs with a router that is {router}" if several else "one adapter"
-            raise ValueError(f"--{name.replace('_', '-')} {value}: has no effect on {what}: leave it out")
+    refuse_unused(context, unused, f"several LoRAs with a router that is {router}" if several else "one adapter")
     folders = [local_folder(source, revision) for source in sources]
     if not several:
         made = import_adapter(folders[0], out, base=base, base_revision=base_revision, reference_dora=reference_dora)
@@ -93,6 +100,7 @@ def import_(
 
 
 def export(
+    context: typer.Context,
     adapter: Adapter,
     to: Annotated[
         Literal["peft", "dense", "mixtral", "moe", "mixlora"],
@@ -118,6 +126,9 @@ def export(
 
     from minilora_hub.formats.exporting import export_adapter
 
+    if to != "dense":
+        unused = ("dequantize",) if to in ("mixtral", "moe") else ("dtype", "dequantize")
+        refuse_unused(context, unused, f"--to {to}")
     folder = local_folder(adapter, revision)
     with Progress(console=Console(stderr=True), disable=as_json, transient=True) as bars:
         task = bars.add_task("Writing", total=None)

@@ -55,18 +55,14 @@ def diff(
 
 
 def _show(found: Differences, name: str, limit: int) -> None:
+    from minilora_hub.formatting import one_line
+
     items = found.only(name)
     if not items[:limit]:
         return
     typer.echo(f"\nonly {name} is right{f', the first {limit} of {len(items)}' if len(items) > limit else ''}:")
     for item in items[:limit]:
-        typer.echo(f"\n  {item.task}, difficulty {item.difficulty}: {_line(item.prompt)}")
-        typer.echo(f"    right answer: {_line(item.reference)}")
+        typer.echo(f"\n  {item.task}, difficulty {item.difficulty}: {one_line(item.prompt)}")
+        typer.echo(f"    right answer: {one_line(item.reference)}")
         for model, answer in item.answers.items():
-            typer.echo(f"    {'✓' if item.right[model] else '✗'} {model}: {_line(answer)}")
-
-
-def _line(text: str) -> str:
-    from minilora_hub.formatting import visible
-
-    return visible(" ".join(text.split()))
+            typer.echo(f"    {'✓' if item.right[model] else '✗'} {model}: {one_line(answer)}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from minilora_hub.formatting import size
+from minilora_hub.formatting import one_line, size, visible
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
@@ -50,9 +50,22 @@ def given(context: typer.Context) -> dict[str, Any]:
     return {name: context.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
+def refuse_unused(context: typer.Context, names: Collection[str], what: str) -> None:
+    """Refuse those of the named parameters that the user gave, though they have no effect on `what`."""
+    for name, value in given(context).items():
+        if name in names:
+            option = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            raise ValueError(f"{option}: has no effect on {what}: leave it out")
+
+
 def say(line: str) -> None:
-    """Print a message on stderr."""
-    typer.echo(line, err=True)
+    """Print a message on stderr; a terminal does not act on what strangers wrote into it."""
+    typer.echo(visible(line), err=True)
+
+
+def show(line: str) -> None:
+    """Print a line on stdout, as `say`."""
+    typer.echo(visible(line))
 
 
 def print_json(value: Any) -> None:
@@ -68,7 +81,8 @@ def print_notes(notes: Sequence[str]) -> None:
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows in aligned columns, on stdout."""
+    """Print rows in aligned columns, on stdout; a cell that strangers wrote cannot break them."""
+    rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]

@@ -19,6 +19,7 @@ from minilora_hub.cli.options import (
     print_json,
     print_notes,
     say,
+    show,
 )
 from minilora_hub.errors import MiniLoraError
 from minilora_hub.formatting import counted, size
@@ -121,18 +122,18 @@ def _ask(plan: PushPlan) -> bool:
 def _print_plan(plan: PushPlan) -> None:
     seen = "private" if plan.private else "PUBLIC"
     new = "a new repo" if plan.creates else "an existing repo"
-    typer.echo(f"{plan.repo_id} ({new}, {seen}), {'a pull request to ' if plan.create_pr else ''}{plan.revision}")
+    show(f"{plan.repo_id} ({new}, {seen}), {'a pull request to ' if plan.create_pr else ''}{plan.revision}")
     for file in plan.files:
         digest = (file.sha256 or "deleted")[:12]
-        typer.echo(f"  {MARKS[file.action]} {file.path:<40} {size(file.size):>10}  {digest}")
+        show(f"  {MARKS[file.action]} {file.path:<40} {size(file.size):>10}  {digest}")
     sent = sum(file.size for file in plan.sends if file.action != "delete")
     kept = sum(file.action == "keep" for file in plan.files)
-    typer.echo(f"{counted(len(plan.sends), 'file')} to send ({size(sent)}), {kept} unchanged")
-    typer.echo(f"reference logits: {'reused' if plan.recording.reused else 'recorded now'}, {plan.recording.reason}")
+    show(f"{counted(len(plan.sends), 'file')} to send ({size(sent)}), {kept} unchanged")
+    show(f"reference logits: {'reused' if plan.recording.reused else 'recorded now'}, {plan.recording.reason}")
     if plan.tag:
-        typer.echo(f"tag: {plan.tag}")
+        show(f"tag: {plan.tag}")
     for note in plan.notes:
-        typer.echo(f"note: {note}")
+        show(f"note: {note}")
 
 
 def verify(
@@ -161,11 +162,9 @@ def verify(
 
 def _print_report(report: VerifyReport) -> None:
     for step in report.steps:
-        typer.echo(f"  {'✓' if step.ok else '✗'} {step.name}: {step.detail}")
+        show(f"  {'✓' if step.ok else '✗'} {step.name}: {step.detail}")
     if report.ok:
-        typer.echo(
-            f"{report.name}{f' at {report.revision[:12]}' if report.revision else ''} computes the recorded logits."
-        )
+        show(f"{report.name}{f' at {report.revision[:12]}' if report.revision else ''} computes the recorded logits.")
 
 
 def card(

@@ -61,7 +61,7 @@ def push(
     debug: Debug = False,
 ) -> None:
     """Stage the page, this package and its requirements, send them in one commit, wait until the Space runs."""
-    variables = dict(_pair(text) for text in variable or [])
+    variables = _pairs(variable or [])
     secrets = {key: _from_environment(key) for key in secret or []}
 
     from minilora_hub.publish.space.push import push_space
@@ -90,14 +90,24 @@ def push(
         typer.echo(f"{done.url} (commit {(done.commit or '')[:12]}{f', {done.stage}' if done.stage else ''})")
 
 
-def _pair(text: str) -> tuple[str, str]:
-    name, sign, value = text.partition("=")
-    if not sign or not name:
-        raise typer.BadParameter(f"{text!r}: must read NAME=VALUE", param_hint="--variable")
-    return name, value
+def _pairs(texts: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or not name:
+            raise typer.BadParameter(f"{text[:3]!r}…: must read NAME=VALUE", param_hint="--variable")
+        if name in found:
+            raise typer.BadParameter(f"{name} is given twice", param_hint="--variable")
+        found[name] = value
+    return found
 
 
 def _from_environment(name: str) -> str:
+    if "=" in name:
+        raise typer.BadParameter(
+            f"{name.partition('=')[0]}: only its name is given, its value is read from the environment",
+            param_hint="--secret",
+        )
     if not os.environ.get(name):
         raise typer.BadParameter(
             f"{name} is not set in the environment, from which its value is read", param_hint="--secret"

@@ -15,6 +15,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from minilora_hub.seeds import require_seed
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -52,7 +54,7 @@ class Sampling:
         _require(_is_int(self.top_k, 0) and self.top_k < 2**63, "top_k", self.top_k, need)
         penalty, need = self.repetition_penalty, "a number from 0.01 to 10 (1 changes nothing)"
         _require(_is_number(penalty) and 0.01 <= penalty <= 10, "repetition_penalty", penalty, need)
-        _require(_is_int(self.seed, 0) and self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
+        require_seed(self.seed)
         _require(isinstance(self.stop, tuple), "stop", self.stop, "a tuple of texts")
         for text in self.stop:
             _require(isinstance(text, str) and text, "stop", text, "a text that is not empty")

@@ -14,6 +14,7 @@ rank, which scales the result by sqrt(r) (PEFT 0.21.2).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,16 +26,18 @@ from peft.utils import merge_utils
 from minilora_hub.adapter_folder.companions import common_source
 from minilora_hub.adapter_folder.folders import AdapterFolder, naming, read_folder
 from minilora_hub.adapter_folder.reading import notes_on_base
-from minilora_hub.bases.skeleton import BaseSource, find_base
+from minilora_hub.bases.skeleton import BaseSource, find_base, require_use_of
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.averaging import truncated_product
 from minilora_hub.formats.peft_conversion import write_normalised
 from minilora_hub.formats.peft_experts import refuse_experts
 from minilora_hub.formats.peft_reading import PeftAdapter, Update, read_peft
+from minilora_hub.seeds import require_seed
 from minilora_hub.whole_folders import whole_folder
 
 ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 METHODS = (*ON_FACTORS, "svd", *(f"{name}_svd" for name in ON_FACTORS[1:]), "cat")
+WITHOUT_PRUNING = ("linear", "svd", "cat")
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Combination:
     seed: int = 0
 
     def check(self, count: int) -> None:
-        """Raise AdapterError if a field is out of range for this number of adapters."""
+        """Raise AdapterError or ValueError if a field is out of range for this number of adapters."""
         if self.method not in METHODS:
             raise AdapterError(f"method={self.method!r}: must be one of {', '.join(METHODS)}")
         if count < 2:
@@ -67,6 +70,7 @@ class Combination:
             raise AdapterError(f"density={self.density}: must be above 0 and below 1")
         if self.rank is not None and (self.rank < 1 or not self.method.endswith("svd")):
             raise AdapterError(f"rank={self.rank}: must be at least 1, and only methods with svd take it")
+        require_seed(self.seed)
 
 
 def combine(
@@ -104,7 +108,8 @@ def read_loras(sources: Sequence[str | Path], base: str | None, base_revision: s
     """Read LoRA adapters that belong to one base.
 
     Raises:
-        AdapterError: an adapter is not a plain LoRA, or names a different base than the first.
+        AdapterError: an adapter is not a plain LoRA, or names a different base than the first; or the base has no
+            revisions.
     """
     found = [read_folder(source) for source in sources]
     for adapter in found:
@@ -113,6 +118,7 @@ def read_loras(sources: Sequence[str | Path], base: str | None, base_revision: s
     if base is None and len(names) > 1:
         raise AdapterError(f"the adapters name {len(names)} bases, {names[0]!r} and {names[1]!r}: pass base= (--base)")
     shared = find_base(base or (names[0] if names else None), base_revision)
+    require_use_of(base_revision, shared)
     adapters = []
     for adapter in found:
         with naming(adapter.folder.name):
@@ -138,6 +144,8 @@ def combined(adapters: Sequence[PeftAdapter], combination: Combination) -> PeftA
             updates[path] = Update(lora_a.contiguous(), lora_b.contiguous(), 1.0)
     first = adapters[0].config
     ranks = {path: update.lora_a.shape[0] for path, update in updates.items()}
+    # `rank` is an upper bound: a linear may be smaller, and `cat` adds up only the ranks of the adapters that it has.
+    [(rank, _)] = Counter(sorted(ranks.values(), reverse=True)).most_common(1)
     config = first | {
         "r": rank,
         "lora_alpha": rank,
@@ -222,6 +230,7 @@ def _nothing(adapters: Sequence[PeftAdapter], path: str, rank: int) -> tuple[tor
     """Return an update of zeros, for a linear whose adapters all have the weight 0."""
     one = next(adapter.updates[path] for adapter in adapters if path in adapter.updates)
     lora_a, lora_b = one.lora_a, one.lora_b
+    rank = min(rank, lora_a.shape[1], lora_b.shape[0])
     return torch.zeros(rank, lora_a.shape[1], dtype=lora_a.dtype), torch.zeros(
         lora_b.shape[0], rank, dtype=lora_b.dtype
     )

@@ -24,6 +24,7 @@ from minilora_hub.adapter_folder.writing import write_ours
 from minilora_hub.bases.skeleton import BaseSource, find_base
 from minilora_hub.errors import AdapterError
 from minilora_hub.remote_code.modeling_minilora import MixLoraForCausalLM
+from minilora_hub.seeds import require_seed
 from minilora_hub.whole_folders import require_free, whole_folder
 
 Load = dict[str, list[float]]
@@ -89,6 +90,7 @@ def add_experts(
 
     Raises:
         AdapterError: the adapter is not a MixLoRA, or has no such expert.
+        ValueError: the seed is out of range.
     """
     found, config = _mixlora(source, out)
     count = config.num_experts
@@ -97,6 +99,7 @@ def add_experts(
         raise AdapterError(f"clone={list(clone)}: must name experts from 0 to {count - 1}")
     if not 0 <= noise < float("inf"):
         raise AdapterError(f"noise={noise}: must be a number of at least 0")
+    require_seed(seed)
 
     def choose(load: Load) -> dict[str, list[int]]:
         return {name: [*range(count), *clone] for name in load}

@@ -11,7 +11,7 @@ from minilora_hub.adapter_folder.companions import common_source
 from minilora_hub.adapter_folder.folders import read_folder
 from minilora_hub.adapter_folder.reading import notes_on_base
 from minilora_hub.adapter_folder.writing import write_ours
-from minilora_hub.bases.skeleton import find_base
+from minilora_hub.bases.skeleton import find_base, require_use_of
 from minilora_hub.errors import AdapterError
 from minilora_hub.formats.combine import read_loras
 from minilora_hub.formats.experts_from_loras import OnAttention, Router, experts_from_loras
@@ -20,6 +20,7 @@ from minilora_hub.formats.peft_conversion import as_dora, write_normalised
 from minilora_hub.formats.peft_mixlora import read_peft_mixlora
 from minilora_hub.formats.peft_reading import read_peft
 from minilora_hub.formats.whole_adapters import whole_adapters
+from minilora_hub.seeds import require_seed
 from minilora_hub.whole_folders import require_free, whole_folder
 
 Route = Literal["blocks", "all-linears"]
@@ -74,6 +75,9 @@ def import_adapter(
     if found.dialect == "checkpoint":
         raise AdapterError(f"{found.name!r} is a whole model ({found.method}), not an adapter")
     located = find_base(*found.named_base(base, base_revision))
+    require_use_of(base_revision, located)
+    if reference_dora != "loaded" and found.dialect != "reference":
+        raise AdapterError(f"reference_dora={reference_dora!r}: only applies to the format of the mixlora package")
     notes = notes_on_base(located, found)
     with whole_folder(out) as folder:
         if found.dialect == "peft-mixlora":
@@ -112,11 +116,13 @@ def import_as_experts(
         AdapterError: `route` is unknown or does not go with `attention`, an adapter is not a plain LoRA, or
             they are incompatible.
         BaseModelError: the base cannot be read.
+        ValueError: the seed is out of range.
     """
     if route not in get_args(Route):
         raise AdapterError(f"route={route!r}: must be one of {', '.join(get_args(Route))}")
     if route == "all-linears" and attention != "same":
         raise AdapterError(f"attention={attention!r}: with route all-linears attention is routed, not combined")
+    require_seed(seed)
     require_free(out)
     adapters = read_loras(sources, base, base_revision)
     trained_elsewhere = notes_on_base(adapters[0].base, *map(read_folder, sources))

@@ -57,6 +57,8 @@ def read_reference(
     fields["target_modules"] = _targets(settings, base, notes)
     _check_activation(settings, base)
     use_dora = fields.pop("use_dora")
+    if dora != "loaded" and not use_dora:
+        raise AdapterError(f"reference_dora={dora!r}: only applies to an adapter with use_dora, which this is not")
     tensors = _stack(read_tensors(source.folder), fields["num_experts"])
     if fields.get("router_sparse_step", 1) > 1 and "layers.0.mlp.router" in tensors:
         fields["router_sparse_step"] = 1  # MoE-PEFT reads the setting but ignores it: every layer is a mixture

@@ -12,7 +12,7 @@ import pytest
 from publish.examples import evaluated_results, full_results, minimal_results
 
 from minilora_hub.adapter_folder.results import Base, Results
-from minilora_hub.adapter_folder.verification import Verification, is_hashed
+from minilora_hub.adapter_folder.verification import Verification, is_hashed, is_loaded
 from minilora_hub.documents import strict_json
 from minilora_hub.errors import AdapterError
 
@@ -221,6 +221,11 @@ def test_no_torch_is_loaded():
         (".gitattributes", False),
         ("verification.json", False),
         (".eval_results/org__tasks.yaml", False),
+        ("LICENSE", False),
+        ("NOTICE", False),
+        ("peft/LICENSE", True),
+        ("LICENSE.py", True),
+        (".eval_results/tasks.py", True),
         ("README.md.py", True),
         ("peft/README.md", True),
         ("adapter_model.safetensors", True),
@@ -229,3 +234,25 @@ def test_no_torch_is_loaded():
 )
 def test_what_people_edit_on_the_hub_is_not_hashed(path, hashed):
     assert is_hashed(path) == hashed
+
+
+@pytest.mark.parametrize(
+    ("path", "loaded"),
+    [
+        ("adapter_config.json", True),  # hides the class of the adapter from AutoModel
+        ("processor_config.json", True),
+        ("model.safetensors.index.json", True),
+        ("pytorch_model.bin", True),
+        ("vocab.txt", True),
+        ("requirements.txt", True),  # installed by an endpoint
+        ("peft/adapter_model.bin", True),
+        ("custom_generate/generate.py", True),
+        ("extra/helper.py", True),
+        ("LICENSE", False),
+        ("notes.txt", False),
+        ("extra/adapter_config.json", False),
+        ("pictures/loss.png", False),
+    ],
+)
+def test_what_a_library_may_load(path, loaded):
+    assert is_loaded(path) == loaded

@@ -78,6 +78,42 @@ def test_options_of_an_import_that_would_be_ignored_are_refused(arguments, words
     assert words in out.err
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("export a --to peft --dtype float16", "--dtype float16: has no effect on --to peft: leave it out"),
+        ("export a --to peft --dequantize", "--dequantize: has no effect on --to peft: leave it out"),
+        ("export a --to mixlora --dtype auto", "--dtype auto: has no effect on --to mixlora"),
+        ("export a --to mixtral --dequantize", "--dequantize: has no effect on --to mixtral"),
+        ("export a --to moe --dequantize", "--dequantize: has no effect on --to moe"),
+        ("combine a b --density 0.9", "--density 0.9: has no effect on --method svd"),
+        ("combine a b --method cat --seed 7", "--seed 7: has no effect on --method cat"),
+        ("combine a b --method ties --seed 7", "--seed 7: has no effect on --method ties"),
+        ("experts add a --clone 0 --seed 4", "--seed 4: has no effect on clones without --noise"),
+    ],
+)
+def test_options_of_other_conversions_that_would_be_ignored_are_refused(command, words, capsys, tmp_path):
+    code, out = main(capsys, *command.split(), "--out", str(tmp_path / "out"))
+    assert code == 1
+    assert words in out.err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "combine a b --method dare_linear --seed",
+        "import ./a ./b --route all-linears --seed",
+        "compare a --prompt hi --seed",
+    ],
+)
+@pytest.mark.parametrize("seed", [2**63, -1])
+def test_a_seed_that_no_generator_takes_is_told_by_name(command, seed, capsys, tmp_path):
+    out_option = [] if command.startswith("compare") else ["--out", str(tmp_path / "out")]
+    code, out = main(capsys, *command.split(), seed, *out_option)
+    assert code == 1
+    assert f"seed={seed}: must be an integer from 0 to 2**63 - 1" in out.err
+
+
 def test_a_missing_adapter_is_one_line_and_exit_code_1(run_command, tmp_path):
     """No traceback, and the base is not loaded in vain."""
     done = run_command("demo", tmp_path / "gone", "--base", tmp_path)

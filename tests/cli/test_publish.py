@@ -186,6 +186,20 @@ def test_commands_on_a_card_quote_the_folder(shell, adapter, tmp_path):
     assert "`minilora verify './my model_é'` loads it" in shell("card", folder).stdout
 
 
+def test_what_strangers_wrote_does_not_act_on_the_terminal(shell, adapter, tmp_path):
+    folder = shutil.copytree(adapter / "mine", tmp_path / "mine")
+    results = json.loads((folder / "results.json").read_text())
+    results["license"] = "mit\nand more"
+    results["evaluation"] = [{"task": "t\x1b]0;pwned\x07", "metric": "exact\r\x9bm", "value": 0.5}]
+    (folder / "results.json").write_text(json.dumps(results))
+    done = shell("info", folder)
+    assert done.returncode == 0, done.stderr
+    assert not {"\x1b", "\x07", "\r", "\x9b"} & set(done.stdout)
+    rows = {line.split("  ")[0].strip(): line.split("  ")[-1].strip() for line in done.stdout.splitlines()}
+    assert rows["license"] == "mit and more"
+    assert rows["t\\u001b]0;pwned\\u0007"] == "exact \\u009bm 0.5"
+
+
 def test_help_has_an_example_and_loads_nothing_heavy():
     """In one process, as the imports of one command would be seen in the next one's."""
     program = (

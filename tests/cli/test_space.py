@@ -108,11 +108,26 @@ def test_failures_are_one_line_and_exit_code_1(shell, arguments, message):
     [
         [],
         ["ana/x", "--variable", "A"],
+        ["ana/x", "--variable", "A=1", "--variable", "A=2"],
         ["ana/x", "--secret", "NOT_SET_ANYWHERE"],
+        ["ana/x", "--secret", "MINE=s3cret"],
         ["ana/x", "--wait", "-1"],
         ["--bogus"],
     ],
 )
 def test_wrong_usage_is_2(shell, hub, arguments):
-    assert shell(*arguments).returncode == 2
+    done = shell(*arguments)
+    assert done.returncode == 2
+    assert "s3cret" not in done.stderr
+    assert hub.requests == []
+
+
+def test_a_variable_that_is_a_secret_is_refused_and_not_printed(shell, hub):
+    for given in ("MINE=hf_abcdefghij0123456789", f"MINE={shell.token}", "HF_TOKEN=s3cret", "MINILORA_API_KEY=s3cret"):
+        name, _, value = given.partition("=")
+        done = shell("ana/x", "--variable", given, "--dry-run")
+        assert done.returncode == 1
+        assert f"variable {name}: " in done.stderr
+        assert f"use secrets (--secret {name})" in done.stderr
+        assert value not in done.stdout + done.stderr
     assert hub.requests == []

@@ -100,12 +100,33 @@ def test_cat_is_exact_also_for_rslora_and_other_ranks(base, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("settings", "how", "r", "others"),
+    [
+        (({}, {}), Combination("svd", (0.5, 0.5), rank=1000), 8, {}),
+        (({"target_modules": ["q_proj"]}, {"target_modules": ["v_proj"]}), Combination("cat", (0.5, 0.5)), 4, {}),
+        (({"r": 2}, {"target_modules": ["q_proj"]}), Combination("cat", (0.5, 0.5)), 2, {"q_proj": 6}),
+    ],
+)
+def test_the_rank_that_is_written_is_that_of_the_linears(settings, how, r, others, base, tmp_path):
+    """It was the rank that was asked for, or the sum, with a pattern for every linear."""
+    combine(loras(tmp_path, base, *settings), tmp_path / "out", how)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (r, r)
+    assert config["rank_pattern"] == config["alpha_pattern"]
+    assert {(path.rpartition(".")[2], rank) for path, rank in config["rank_pattern"].items()} == set(others.items())
+    for name, tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").items():
+        path = name.removeprefix("base_model.model.").partition(".lora_")[0]
+        assert tensor.shape[0 if "lora_A" in name else 1] == config["rank_pattern"].get(path, r)
+
+
+@pytest.mark.parametrize(
     ("settings", "how", "message"),
     [
         (({}, {}), Combination("mean", (1.0, 1.0)), "method='mean': must be one of linear"),
         (({}, {}), Combination("linear", (1.0,)), r"weights=\[1.0\]: must be one finite number for each of 2"),
         (({}, {}), Combination("ties", (1.0, 1.0), density=0.0), "density=0.0"),
         (({}, {}), Combination("linear", (1.0, 1.0), rank=3), "only methods with svd take it"),
+        (({}, {}), Combination("dare_linear", (1.0, 1.0), seed=2**63), f"seed={2**63}: must be an integer from 0"),
         (({},), Combination("linear", (1.0,)), "at least 2"),
         (({}, {"r": 2}), Combination("ties", (1.0, 1.0)), r"ranks must be the same, got \[2, 4\]"),
         (({}, {"use_dora": True}), Combination("svd", (1.0, 1.0)), "ignore DoRA's magnitudes"),
@@ -114,7 +135,7 @@ def test_cat_is_exact_also_for_rslora_and_other_ranks(base, tmp_path):
 def test_what_cannot_be_combined(settings, how, message, base, tmp_path):
     folders = loras(tmp_path, base, *settings)
     before = listing(tmp_path)
-    with pytest.raises(AdapterError, match=message):
+    with pytest.raises((AdapterError, ValueError), match=message):
         combine(folders, tmp_path / "out", how)
     assert listing(tmp_path) == before
 
@@ -219,12 +240,13 @@ def test_with_every_expert_active_a_clone_counts_double(base, tmp_path):
         (lambda source, out: add_experts(source, out, [4]), r"clone=\[4\]: must name experts from 0 to 3"),
         (lambda source, out: add_experts(source, out, []), r"clone=\[\]"),
         (lambda source, out: add_experts(source, out, [0], noise=-1.0), "noise=-1.0"),
+        (lambda source, out: add_experts(source, out, [0], noise=0.1, seed=2**63), f"seed={2**63}: must be an integer"),
         (lambda source, out: add_experts(source, out, [0], prompts=["hello"]), "has a tokenizer"),
     ],
 )
 def test_changes_that_are_refused(change, message, trained, tmp_path):
     before = listing(tmp_path)
-    with pytest.raises(AdapterError, match=message):
+    with pytest.raises((AdapterError, ValueError), match=message):
         change(trained[1], tmp_path / "out")
     assert listing(tmp_path) == before
 

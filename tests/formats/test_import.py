@@ -175,6 +175,8 @@ def test_dora_without_magnitudes_computes_what_the_package_does(bases, tmp_path)
     inject_adapter_in_model(twin, *load_adapter_weights(str(source), device="cpu"))
     loaded = MixLoraForCausalLM.from_pretrained(tmp_path / "loaded")
     torch.testing.assert_close(logits(loaded), logits(twin), rtol=0, atol=1e-4)
+    with pytest.raises(AdapterError, match="base_revision='main': has no effect on the base"):
+        import_adapter(source, tmp_path / "trained", base=str(bases()), base_revision="main")
     import_adapter(source, tmp_path / "trained", base=str(bases()), reference_dora="trained")
     trained = MixLoraForCausalLM.from_pretrained(tmp_path / "trained")
     assert trained.config.use_dora

@@ -105,6 +105,21 @@ def test_only_what_changed_is_sent_and_what_was_ours_is_removed(hub, ana, traine
     assert "chat_template.jinja" not in tree(hub)
 
 
+def test_files_of_others_that_would_be_loaded_are_refused_before_anything_is_sent(hub, ana, trained):
+    """No push put them there, and none would remove them: the repo would load wrongly."""
+    repo = hub.add_repo("ana/adapter", files={"adapter_config.json": b"{}", "a.py": b"", "NOTICE": b"x"}, private=True)
+    before = repo.commit().oid
+    for dry_run in (True, False):
+        with pytest.raises(PublishError, match=r"\(a\.py, adapter_config\.json\): nothing was sent; delete them"):
+            quick(trained["mixlora"], dry_run=dry_run)
+    assert repo.commit().oid == before
+    hub.add_repo("ana/other", files={"NOTICE": b"x", "n.txt": b"x", "old/adapter_config.json": b"{}"}, private=True)
+    notes = quick(trained["mixlora"], "ana/other").plan.notes
+    assert "stays in the repo, not from a push: NOTICE" in notes
+    assert any("n.txt, old/adapter_config.json; `minilora verify` takes only" in note for note in notes)
+    assert tree(hub, "ana/other")["NOTICE"] == b"x"
+
+
 def test_dry_run_sends_nothing_and_shows_everything(hub, ana, trained):
     result = quick(trained["dora"], dry_run=True)
     assert not [record for record in hub.requests if record.method not in ("GET", "HEAD")]
@@ -404,6 +419,13 @@ def test_the_base_of_another_training_is_refused(hub, ana, trained, tmp_path):
     tiny_stand_ins.tiny_llama(seed=9).save_pretrained(other)
     with pytest.raises(AdapterError, match="has fingerprint sha256"):
         quick(trained["dora"], base_model=str(other))
+
+
+@pytest.mark.parametrize("name", ["tag", "revision", "message", "base_id", "license"])
+def test_an_empty_argument_is_refused(hub, ana, trained, name):
+    with pytest.raises(ValueError, match=f"{name}='': is empty"):
+        quick(trained["dora"], **{name: ""})
+    assert hub.requests == []
 
 
 def test_a_folder_that_is_none(hub, ana, tmp_path):

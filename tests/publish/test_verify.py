@@ -20,7 +20,9 @@ from minilora_hub.adapter_folder.code import (
 )
 from minilora_hub.adapter_folder.verification import Verification
 from minilora_hub.errors import AdapterError
+from minilora_hub.publish.verify.file_checks import check_files
 from minilora_hub.publish.verify.isolated_process import IsolatedProcess
+from minilora_hub.publish.verify.report import VerifyReport
 from minilora_hub.publish.verify.verify import verify
 from minilora_hub.recording.logits import difference
 
@@ -68,6 +70,21 @@ def test_a_good_folder(process, good, base_folder, method):
     assert set(steps(report)) == expected | ({"peft/"} if method == "dora" else set())
     assert report.difference < 1e-4
     assert json.loads(json.dumps(report.to_dict()))["ok"]
+
+
+def test_a_licence_that_was_added_on_the_hub_verifies_and_other_files_do_not(copied):
+    folder = copied()
+    for name in ("LICENSE", "NOTICE", ".eval_results/org__tasks.yaml"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("words\n")
+    report = VerifyReport(folder.name, None)
+    assert check_files(folder, report, trust=False), report.problem
+    for name in ("helper.py", "adapter_config.json", "model.safetensors", "notes.txt", "peft/LICENSE"):
+        (folder / name).write_text("{}")
+        report = VerifyReport(folder.name, None)
+        assert not check_files(folder, report, trust=False)
+        assert f"not recorded: {name}" in str(report.problem) or name == "adapter_config.json"
+        (folder / name).unlink()
 
 
 def test_other_logits_are_told(process, copied, base_folder):

@@ -14,7 +14,7 @@ from io import BytesIO
 from pathlib import Path
 
 from minilora_hub.adapter_folder.code import endpoint_files, remote_code_files
-from minilora_hub.adapter_folder.names import PEFT_CONFIG, PROCESSING, WEIGHTS
+from minilora_hub.adapter_folder.names import EDITED_ON_THE_HUB, PEFT_CONFIG, PROCESSING, WEIGHTS
 from minilora_hub.adapter_folder.tasks import inputs_of
 from minilora_hub.publish.card.pictures import PICTURES
 from minilora_hub.publish.checks.problems import Folder, Problem
@@ -29,8 +29,8 @@ LARGEST = {
     **dict.fromkeys(PROCESSING, MEBI),
     **dict.fromkeys(("special_tokens_map.json", "added_tokens.json", f"peft/{PEFT_CONFIG}"), 8 * MEBI),
     **dict.fromkeys(("chat_template.jinja", "additional_chat_templates/*.jinja"), MEBI),
+    **dict.fromkeys(EDITED_ON_THE_HUB, MEBI),
     **dict.fromkeys(("README.md", "results.json", "verification.json"), 4 * MEBI),
-    **dict.fromkeys(("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", ".gitattributes", ".eval_results/*.yaml"), MEBI),
     **dict.fromkeys(PICTURES, MEBI),
 }
 REQUIRED = ("config.json", WEIGHTS, "README.md", "results.json", "verification.json")

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from huggingface_hub import HfApi
 
-from minilora_hub.adapter_folder.verification import VERIFICATION_FILE
+from minilora_hub.adapter_folder.verification import VERIFICATION_FILE, is_hashed, is_loaded
+from minilora_hub.errors import PublishError
 from minilora_hub.hub import client as hub
 from minilora_hub.publish.push.build import Built, Recorded
 from minilora_hub.publish.push.target import Target
@@ -63,10 +64,11 @@ class PushPlan:
 def plan_push(api: HfApi, target: Target, built: Built, notes: tuple[str, ...]) -> PushPlan:
     """Return the changes that uploading a built folder would make.
 
-    A file that an earlier push uploaded and that is no longer built is deleted; all other files are kept.
+    A file that an earlier push uploaded and that is no longer built is deleted; all other files are kept, and told.
 
     Raises:
-        PublishError: the tag would have to be moved, or the repo cannot be read.
+        PublishError: the tag would have to be moved, the repo cannot be read, or it holds files of others that would be
+            loaded with the adapter.
     """
     there = target.state.files
     planned = []
@@ -75,7 +77,9 @@ def plan_push(api: HfApi, target: Target, built: Built, notes: tuple[str, ...]) 
         same = before is not None and before.has_content(built.folder / file.path, file.sha256)
         action: Action = "keep" if same else "add" if before is None else "change"
         planned.append(PlannedFile(file.path, action, file.size, file.sha256))
-    gone = (pushed_by_us(api, target) & there.keys()) - {file.path for file in built.files}
+    others = there.keys() - {file.path for file in built.files}
+    gone = pushed_by_us(api, target) & others
+    kept = _notes_on_others(target.repo_id, sorted(others - gone - {".gitattributes"}))
     planned += [PlannedFile(path, "delete", there[path].size, None) for path in gone]
     plan = PushPlan(
         repo_id=target.repo_id,
@@ -87,11 +91,36 @@ def plan_push(api: HfApi, target: Target, built: Built, notes: tuple[str, ...]) 
         files=tuple(sorted(planned, key=lambda file: file.path)),
         card=built.card,
         recording=built.recorded,
-        notes=built.notes + notes,
+        notes=built.notes + notes + kept,
     )
     if target.tagged and (plan.sends or target.tagged != target.state.head):
         target.refuse_to_move_tag()
     return plan
+
+
+def _notes_on_others(repo_id: str, paths: list[str]) -> tuple[str, ...]:
+    """Return notes on files of the repo that no push has put there; refuse those that are loaded with an adapter.
+
+    An adapter_config.json, for example, would hide the adapter's own class from AutoModel.
+    """
+    if loaded := [path for path in paths if is_loaded(path)]:
+        raise PublishError(
+            f"{repo_id} holds files that no earlier push put there and that would be loaded with the adapter "
+            f"({_some(loaded)}): nothing was sent; delete them on the Hub, or push to another repo"
+        )
+    unknown = [path for path in paths if is_hashed(path)]
+    documents = [path for path in paths if path not in unknown]
+    notes = [f"stays in the repo, not from a push: {_some(documents)}"] if documents else []
+    if unknown:
+        notes.append(
+            f"stays in the repo, not from a push: {_some(unknown)}; `minilora verify` takes only recorded files and "
+            "fails: delete it on the Hub"
+        )
+    return tuple(notes)
+
+
+def _some(paths: list[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 def pushed_by_us(api: HfApi, target: Target) -> set[str]:

@@ -128,9 +128,14 @@ def push(
             unless the message says otherwise.
         AdapterError: the folder has problems; the message lists them.
         BaseModelError: the base cannot be loaded.
-        ValueError: the weights do not fit the configuration and the base; or `space` is not the id of a Space.
+        ValueError: the weights do not fit the configuration and the base; `space` is not the id of a Space; or an
+            argument is an empty string.
     """
     require_space(space)
+    given = {"tag": tag, "revision": revision, "message": message, "base_model": base_model, "base_id": base_id}
+    for name, value in (given | {"license": license}).items():
+        if value == "":
+            raise ValueError(f"{name}='': is empty: leave it out")
     if dry_run:
         api, repo_id = hub.reader(token, repo_id)
     else:

@@ -26,8 +26,9 @@ FOR_OTHER_PLACES = ("space_app.py", "pyproject.toml")
 VENDORED = ("minilora_hub/", "model_cards/")
 """Folders of a Space in which a later push deletes files that it does not contain."""
 
-OUR_VARIABLES = ("MINILORA_BASE", "MINILORA_ADAPTERS", "MINILORA_MCP")
-"""Variables of `SpaceSettings.variables`: a later push removes those that it does not set."""
+OUR_VARIABLES = {"MINILORA_BASE": "base", "MINILORA_ADAPTERS": "adapters", "MINILORA_MCP": "mcp"}
+"""Variables of `SpaceSettings.variables`, and the settings that they are: a later push removes those that it does not
+set."""
 
 MARKER = "<!-- Written by `minilora space push`. -->"
 PYTHON = "3.12"

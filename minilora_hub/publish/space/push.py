@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -31,6 +32,8 @@ from minilora_hub.publish.space.waiting import wait_until_it_runs
 from minilora_hub.quiet import quiet_libraries
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+SECRET_NAME = re.compile(r"(.*_)?(TOKEN|KEY|SECRET|PASSWORD)", re.IGNORECASE)
+HUB_TOKEN = re.compile(r"(?<![A-Za-z0-9])(hf|api_org)_[A-Za-z0-9]{10,}")
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,9 @@ def push_space(
 def _check_arguments(
     adapters: Sequence[str], hardware: str | None, variables: dict[str, str], secrets: dict[str, str]
 ) -> None:
-    for name in adapters:
+    for name, count in Counter(adapters).items():
+        if count > 1:
+            raise ValueError(f"adapter {name!r}: is given {count} times: name it once")
         if os.path.isdir(name) or name.startswith((".", "/", "~")):
             raise ValueError(
                 f"adapter {name!r}: a Space shows adapters on the Hub: publish it first (minilora push {name} "
@@ -188,6 +193,13 @@ def _check_arguments(
     for name in (*variables, *secrets):
         if not VARIABLE.fullmatch(name):
             raise ValueError(f"variable {name!r}: must be letters, digits and _, not starting with a digit")
+        if name in OUR_VARIABLES:
+            raise ValueError(f"variable {name}: is one that this command sets itself: pass {OUR_VARIABLES[name]}")
+    for name, value in variables.items():
+        # The value is not named here: it would reach logs.
+        if SECRET_NAME.fullmatch(name) or HUB_TOKEN.search(value):
+            what = "is the name of a secret" if SECRET_NAME.fullmatch(name) else "its value looks like a Hub token"
+            raise ValueError(f"variable {name}: {what}, and everybody sees variables: use secrets (--secret {name})")
     for name in secrets:
         if not secrets[name]:
             raise ValueError(f"secret {name}='': must not be empty")
