@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from evidence.plan import METHODS, SEEDS, Run, final_runs
+from evidence.plan import METHODS, SEEDS, SINGLE_DTYPES, Run, final_runs
 from evidence.store import BASE, CODE, RESULTS, Store
 from filelock import FileLock, Timeout
 
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument(
         "--part", action="append", choices=(BASE, "sweep", "full", "seeds", "single", "trial"), help="only these"
     )
+    parser.add_argument("--float32", action="store_true", help="single tasks in float32, into RESULTS/float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of this process")
     arguments = parser.parse_args()
     if arguments.what == "renew":
@@ -44,6 +45,9 @@ def main() -> None:
         return
     arguments.work = arguments.work.resolve() / CODE[:12]
     store = Store(arguments.results)
+    if arguments.float32:
+        arguments.part = ["single"]
+        SINGLE_DTYPES.update(dict.fromkeys(METHODS, "float32"))
     if others := store.of_other_code():
         say(f"other code has made {len(others)} of the results, e.g. {others[0]}: move them away to make them anew")
     if arguments.what == "run":
@@ -73,8 +77,13 @@ def wanted(store: Store, arguments: argparse.Namespace) -> list[Run]:
         for run in store.runs()
         if (not arguments.method or run.method in arguments.method)
         and (not arguments.part or run.part in arguments.part)
-        and not store.has(run.name)
+        and not kept_in(store, arguments).has(run.name)
     ]
+
+
+def kept_in(store: Store, arguments: argparse.Namespace) -> Store:
+    """Where the results of these runs are."""
+    return store.again_in_float32() if arguments.float32 else store
 
 
 def run_all(store: Store, arguments: argparse.Namespace) -> None:
@@ -83,7 +92,7 @@ def run_all(store: Store, arguments: argparse.Namespace) -> None:
     from evidence.measure import make, with_rows
 
     torch.set_num_threads(arguments.threads)
-    work: Path = arguments.work
+    work, kept = arguments.work, kept_in(store, arguments)
     locks = work / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks / "data.lock"):
@@ -95,11 +104,11 @@ def run_all(store: Store, arguments: argparse.Namespace) -> None:
         for run in wanted(store, arguments):
             try:
                 with FileLock(locks / f"{run.name}.lock", timeout=0):
-                    if store.has(run.name):
+                    if kept.has(run.name):
                         continue
                     say(f"{run.name}: {run.steps} steps; {left(store)}")
                     started = time.perf_counter()
-                    store.write(run.name, make(run, work))
+                    kept.write(run.name, make(run, work))
                     say(f"{run.name}: done in {(time.perf_counter() - started) / 60:.1f} minutes")
                     made = True
             except Timeout:

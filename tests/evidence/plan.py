@@ -101,7 +101,8 @@ class Run:
     @property
     def adapter(self) -> str:
         """The folder of what it trains: a run at full length is the first seed's, if its learning rate is chosen."""
-        return f"{self._what}-seed{self.seed}-steps{self.steps}"
+        dtype = f"-{self.dtype}" if self.dtype != DTYPE else ""
+        return f"{self._what}-seed{self.seed}-steps{self.steps}{dtype}"
 
     def settings(self) -> dict[str, Any]:
         """What `train` is called with, but for the data."""
