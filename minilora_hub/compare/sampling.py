@@ -17,6 +17,9 @@ from transformers import (
 
 from minilora_hub.seeds import require_seed
 
+PENALTIES: Final = (0.01, 10.0)
+"""Least and largest repetition penalty: beyond them scores may not fit float32."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -52,8 +55,9 @@ class Sampling:
         _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0, at most 1")
         need = "an integer from 0 to 2**63 - 1 (0 keeps all tokens)"
         _require(_is_int(self.top_k, 0) and self.top_k < 2**63, "top_k", self.top_k, need)
-        penalty, need = self.repetition_penalty, "a number from 0.01 to 10 (1 changes nothing)"
-        _require(_is_number(penalty) and 0.01 <= penalty <= 10, "repetition_penalty", penalty, need)
+        least, most = PENALTIES
+        penalty, need = self.repetition_penalty, f"a number from {least:g} to {most:g} (1 changes nothing)"
+        _require(_is_number(penalty) and least <= penalty <= most, "repetition_penalty", penalty, need)
         require_seed(self.seed)
         _require(isinstance(self.stop, tuple), "stop", self.stop, "a tuple of texts")
         for text in self.stop:

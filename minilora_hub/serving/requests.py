@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
 
 from minilora_hub.compare.engine import Sampling
+from minilora_hub.compare.sampling import PENALTIES
 from minilora_hub.errors import ServingError
 from minilora_hub.formatting import require_encodable
 
@@ -64,8 +65,8 @@ class _Request(_Body):
     seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=-1, lt=2**63)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=PENALTIES[0], le=PENALTIES[1])] | None = None
     return_routed_experts: bool | None = None
 
     @property

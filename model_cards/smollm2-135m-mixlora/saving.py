@@ -255,20 +255,21 @@ class SavedAdapter(PreTrainedModel):
         with self._plain_base() as base:
             saved = saved_parameters(base, self.config.modules_to_save)
             digests = tensor_digests(base, given, saved)
-            changed = differing_settings(base.config, folder) if folder else []
             split = any(map(is_split, base.parameters()))  # one is compared once, if all processes have its tensors
             same = (split and state_dict is not None) or (before is not None and same_digests(before[2], digests))
-            if same and not changed:
-                return
+            differing = [] if folder or same else ["its files are gone"]
             try:
-                differing = ["its files are gone"] if folder is None else differing_tensors(base, folder, given, saved)
+                if folder and not same:
+                    differing += differing_tensors(base, folder, given, saved)
+                if folder:
+                    differing += differing_settings(base.config, folder)
             except Exception as error:  # a base's own loading may raise anything
-                differing = [f"{type(error).__name__}: {error}"]
-            differing = changed if same else differing + changed
+                differing.append(f"{type(error).__name__}: {error}")
         if differing:
             raise ValueError(
                 f"the base has other weights or settings than the files of {name!r}, or cannot be compared with them "
                 f"({first_names(differing)}), so loading the adapter would give another model: call save_base(folder) "
                 "first, which writes the base there and names it"
             )
-        self._base_as_named = (name, revision, digests)
+        if not same:
+            self._base_as_named = (name, revision, digests)

@@ -196,6 +196,7 @@ def test_a_stream_of_a_completion_has_the_echo_and_the_logprobs(http):
         ({"messages": [{"role": "user", "content": None}]}, 400, "messages.0.content"),
         ({"messages": [*CHAT, {"role": "assistant", "content": "", "tool_calls": [1]}]}, 400, "messages.1.tool_calls"),
         ({"repetition_penalty": 1e-40}, 400, "repetition_penalty"),
+        ({"top_k": 2**63}, 400, "top_k"),
         ({"stop": 1}, 400, "stop"),
         ({"temperature": 3}, 400, "temperature"),
         ({"top_p": 0}, 400, "top_p"),

@@ -71,20 +71,24 @@ def merge_cards(own: str | None, published: str | None, notes: list[str]) -> Kep
         mine, theirs, last = here.get(name, ""), there.get(name, ""), (before or {}).get(name, "")
         edited_here = before is None or _hash(mine) != last
         edited_there = before is None or _hash(theirs) != last
-        if mine == theirs or (mine and (edited_here if not theirs else not edited_there)):
-            sections[name], pushed[name] = mine, _hash(mine)
-        elif not mine or not edited_here:
-            sections[name], pushed[name] = theirs, last
-            if not theirs:
+        if mine == theirs:
+            ours = True
+        elif not mine or not theirs:
+            ours = bool(mine) and edited_here
+            if not theirs and not ours:
                 notes.append(f"the free-text section {name!r} was emptied on the Hub, and stays empty")
         elif before is None:
-            sections[name], pushed[name] = mine, _hash(mine)
+            ours = True
             notes.append(
                 f"the free-text section {name!r} of the folder's {README} replaces another text on the Hub, which may "
                 "have been written there: the card is of an earlier version"
             )
-        else:
+        elif edited_here and edited_there:
             both.append(name)
+            continue
+        else:
+            ours = edited_here
+        sections[name], pushed[name] = (mine, _hash(mine)) if ours else (theirs, last)
     if both:
         raise AdapterError(
             f"nothing was sent: the free-text section {both[0]!r} of {README} was written on the Hub's page, and holds "

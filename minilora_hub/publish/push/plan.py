@@ -13,6 +13,7 @@ from minilora_hub.errors import PublishError
 from minilora_hub.hub import client as hub
 from minilora_hub.publish.push.build import Built, Recorded
 from minilora_hub.publish.push.target import Target
+from minilora_hub.remote_code.adapter_files import first_names
 
 Action = Literal["add", "change", "keep", "delete"]
 
@@ -106,21 +107,17 @@ def _notes_on_others(repo_id: str, paths: list[str]) -> tuple[str, ...]:
     if loaded := [path for path in paths if is_loaded(path)]:
         raise PublishError(
             f"{repo_id} holds files that no earlier push put there and that would be loaded with the adapter "
-            f"({_some(loaded)}): nothing was sent; delete them on the Hub, or push to another repo"
+            f"({first_names(loaded)}): nothing was sent; delete them on the Hub, or push to another repo"
         )
     unknown = [path for path in paths if is_hashed(path)]
     documents = [path for path in paths if path not in unknown]
-    notes = [f"stays in the repo, not from a push: {_some(documents)}"] if documents else []
+    notes = [f"stays in the repo, not from a push: {first_names(documents)}"] if documents else []
     if unknown:
         notes.append(
-            f"stays in the repo, not from a push: {_some(unknown)}; `minilora verify` takes only recorded files and "
-            "fails: delete it on the Hub"
+            f"stays in the repo, not from a push: {first_names(unknown)}; `minilora verify` takes only recorded files "
+            "and fails: delete it on the Hub"
         )
     return tuple(notes)
-
-
-def _some(paths: list[str]) -> str:
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 def pushed_by_us(api: HfApi, target: Target) -> set[str]:
